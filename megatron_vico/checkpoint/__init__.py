@@ -1,0 +1,1 @@
+"""Names and files of checkpoints: Hugging Face layouts and Megatron's sharded state."""

@@ -1,0 +1,251 @@
+"""What a run is: frozen, typed sections of options; the docstring under a field is its help text.
+
+Only this project's own options are here. Megatron's options (parallelism, optimizer, DDP, schedule) keep Megatron's
+names and come from Megatron's own dataclasses; `config/arguments.py` joins both into one `RunConfig`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Stage = Literal["pretrain", "warmup", "consistency", "router"]
+Module = Literal["vit", "connector_4x", "connector_16x", "vir", "language_model"]
+
+STAGES: tuple[Stage, ...] = ("pretrain", "warmup", "consistency", "router")
+MODULES: tuple[Module, ...] = ("vit", "connector_4x", "connector_16x", "vir", "language_model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, and the few of its settings that are not fixed by its size."""
+
+    model_size: str = "toy"
+    """Name in models/registry.py, such as internvl3_5-8b; sizes are names, never numbers in a recipe."""
+
+    drop_path_rate: float = 0.0
+    """Stochastic depth of the vision tower, growing linearly from 0 in the first layer to this in the last; in [0, 1)."""
+
+    attention: Literal["auto", "sdpa"] = "auto"
+    """Attention of the language model: TransformerEngine where there is a GPU (auto), or torch's own everywhere (sdpa)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageOptions:
+    """What is trained, against what, and ViCO's own settings."""
+
+    stage: Stage = "consistency"
+    """pretrain (cross-entropy), warmup (KL, connector_16x only), consistency (Eq. 1) or router (Eq. 2-4)."""
+
+    train_modules: tuple[Module, ...] | None = None
+    """Modules that get gradients; all others are frozen. Unset: the stage's own choice (training/stages.py)."""
+
+    lr_mult: tuple[str, ...] = ()
+    """Learning rate of a module as a multiple of --lr, as MODULE=FACTOR, such as connector_16x=3."""
+
+    reference_load: str | None = None
+    """Checkpoint of the frozen reference; unset, the weights this run starts from (--load of a former stage)."""
+
+    xi_sampler: Literal["bernoulli", "exact-count"] = "bernoulli"
+    """How a tile is drawn from an image's share xi ~ U[0, 1]: each with probability xi, or exactly round(xi * N) of them."""
+
+    router_granularity: Literal["tile", "image"] = "tile"
+    """What ViR decides on: each tile (ViCO), or all tiles of an image together (the image-level row of Table 3)."""
+
+    router_window: int = 2048
+    """How many past loss ratios r of Eq. 2 the threshold is taken from."""
+
+    router_percentile: float = 60.0
+    """Percentile of the window that is the threshold of Eq. 3, in [0, 100]."""
+
+    router_eps: float = 1e-6
+    """Added to both KL values of Eq. 2, in nats, so that a policy equal to its reference gives a ratio near 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Shards, tokenizer, tiling and packing."""
+
+    data_path: tuple[str, ...] = ()
+    """Folders of WebDataset shards made by `vico shards make`, read as one data set."""
+
+    tokenizer_model: str | None = None
+    """A Hugging Face tokenizer folder, or a SentencePiece .model file."""
+
+    seq_length: int = 32768
+    """Most tokens in a pack, counted in the reference stream (every tile uncompressed)."""
+
+    max_tiles_per_pack: int = 96
+    """Most tiles in a pack; bounds the vision tower's memory."""
+
+    max_samples_per_pack: int | None = None
+    """Most samples in a pack; unset, as many as fit."""
+
+    packing_window: int = 512
+    """How many samples of the global order are packed together (best-fit decreasing, with carry-over)."""
+
+    max_dynamic_patch: int = 12
+    """Most tiles of one image, thumbnail not counted (the official name)."""
+
+    use_thumbnail: bool = True
+    """Append the whole image as one more tile when it was cut into several."""
+
+    tile_tags: Literal["none", "numbered"] = "none"
+    """Text before each tile: nothing (InternVL), or <tile_1>, <tile_2>, ... (NVLM's 1-D tile tags; small models need them)."""
+
+    num_workers: int = 2
+    """Processes that read, decode, tile and pack; 0 does it on the training thread."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How long, how much at once, and in which number format."""
+
+    train_iters: int = 100
+    """Optimizer steps of the stage."""
+
+    global_batch_size: int = 256
+    """Packs in one optimizer step, over all data-parallel ranks (packed training counts packs, not samples)."""
+
+    seed: int = 1234
+    """Seeds initialisation, data order, plans and dropout."""
+
+    bf16: bool = False
+    """Train in bfloat16 with fp32 master weights; otherwise fp32."""
+
+    log_interval: int = 1
+    """Steps between two log lines."""
+
+    save_interval: int | None = None
+    """Steps between two checkpoints; unset, only at the end."""
+
+    exit_interval: int | None = None
+    """Stop, with a checkpoint, when the step count is a multiple of this."""
+
+    distributed_timeout_minutes: int = 10
+    """Minutes a collective may wait before the run is ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """Where the run comes from and where it goes."""
+
+    save: str | None = None
+    """Folder to write checkpoints to; also gets metrics.jsonl, config.yaml and TensorBoard files."""
+
+    load: str | None = None
+    """Checkpoint folder to resume from (all state), or with --finetune, to start from (weights only)."""
+
+    finetune: bool = False
+    """Load weights only; step count, optimizer, data position and router window start anew."""
+
+    ckpt_step: int | None = None
+    """Which step of --load to take; unset, the one named by its `latest` pointer."""
+
+    tensorboard_dir: str | None = None
+    """Folder for TensorBoard files; unset, <save>/tensorboard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """AdamW with a warm-up and a decay, under Megatron's names; handed to megatron-core's OptimizerConfig."""
+
+    lr: float = 4e-6
+    """Highest learning rate."""
+
+    min_lr: float = 1e-7
+    """Learning rate at the end of the decay."""
+
+    lr_warmup_iters: int = 0
+    """Steps of linear warm-up from 0."""
+
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape of the decay from --lr to --min-lr."""
+
+    lr_decay_iters: int | None = None
+    """Steps until --min-lr is reached; unset, --train-iters."""
+
+    weight_decay: float = 0.05
+    """AdamW's decoupled weight decay; never on biases and one-dimensional weights."""
+
+    adam_beta1: float = 0.9
+    """Decay of the gradient's running mean."""
+
+    adam_beta2: float = 0.999
+    """Decay of the squared gradient's running mean."""
+
+    adam_eps: float = 1e-8
+    """Added to the root of the squared gradient's mean."""
+
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over the data-parallel ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelOptions:
+    """The layout of one model replica over ranks, under Megatron's names."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer of the language model."""
+
+    pipeline_model_parallel_size: int = 1
+    """Stages the layers of the language model are cut into."""
+
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """Layers of one chunk of the interleaved schedule; unset, no interleaving."""
+
+    context_parallel_size: int = 1
+    """Ranks that share each sequence."""
+
+    expert_model_parallel_size: int = 1
+    """Ranks the experts are spread over."""
+
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that share each expert; unset, --tensor-model-parallel-size."""
+
+    sequence_parallel: bool = False
+    """Shard norms and dropouts over the tensor-parallel ranks along the sequence."""
+
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Which activations the policy recomputes in the backward pass; unset, none."""
+
+    recompute_method: Literal["uniform", "block"] | None = None
+    """With full recompute: layers in uniform groups, or the first ones of each stage."""
+
+    recompute_num_layers: int | None = None
+    """With full recompute: layers of a group (uniform) or of each stage (block)."""
+
+    recompute_modules: tuple[str, ...] = ()
+    """With selective recompute: which parts, such as core_attn, moe, layernorm."""
+
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass runs."""
+
+    overlap_param_gather: bool = False
+    """Gather the distributed optimizer's parameters while the forward pass runs."""
+
+    moe_token_dispatcher_type: Literal["alltoall"] = "alltoall"
+    """How tokens reach their experts; unequal sequence lengths need all-to-all."""
+
+    moe_aux_loss_coeff: float = 0.0
+    """Weight of the load-balancing loss of the policy's expert router; 0 switches it off."""
+
+    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    """FP8 format of TransformerEngine's linear layers; needs a Hopper GPU or newer."""
+
+    fp8_recipe: Literal["tensorwise", "blockwise"] = "tensorwise"
+    """How FP8 scales are found; delayed scaling is wrong with two models in one process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One resolved run: default < recipe < command line."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    stage: StageOptions = field(default_factory=StageOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)

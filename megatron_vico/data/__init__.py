@@ -1,0 +1,1 @@
+"""From shards to packed batches, on the CPU; pure functions on typed samples."""

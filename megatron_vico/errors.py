@@ -1,0 +1,30 @@
+"""The three errors a user can meet; each message says what was found, what was expected and the fix."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """A flag, recipe or layout that cannot work; raised before any process group or memory is taken."""
+
+
+class SampleError(ValueError):
+    """A training or evaluation sample that cannot be used; names the sample's key."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is broken, incomplete or of another model; names the file or tensor."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A clause that names the known name closest to `name`, for error messages.
+
+    Args:
+        name: what the user wrote.
+        known: the names that would have been accepted.
+
+    Returns:
+        `"; did you mean 'x'?"`, or an empty string where nothing is close.
+    """
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,1 @@
+"""Scores, the rows of the ablation table, tables and figures."""

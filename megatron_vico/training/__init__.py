@@ -1,0 +1,1 @@
+"""The loop, the step functions of the stages, and what they log."""

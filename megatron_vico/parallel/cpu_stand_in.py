@@ -1,0 +1,206 @@
+"""Lets megatron-core run where there is no GPU: in this process "cuda" then means "cpu".
+
+Installed by the entry points and the test fixtures, never at import of the package, and before the first import of
+`megatron` (mcore decides some things while it is imported). Does nothing where CUDA is available: on a GPU nothing
+is patched.
+"""
+
+import functools
+import logging
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim.adamw import adamw
+
+_FACTORIES = (
+    "empty zeros ones full tensor arange eye rand randn randint randperm linspace as_tensor "
+    "empty_like zeros_like ones_like full_like rand_like randn_like"
+).split()
+_TENSOR_FACTORIES = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
+
+
+class _Nothing:
+    """Stream, Event, device guard: every method does nothing and returns the object itself."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., "_Nothing"]:
+        return lambda *args, **kwargs: self
+
+    def __enter__(self) -> "_Nothing":
+        return self
+
+    def __exit__(self, *exc: object) -> bool:
+        return False
+
+
+class CPUAdam(torch.optim.Optimizer):
+    """AdamW with TransformerEngine's state layout: one step count in each parameter group.
+
+    megatron-core's DistributedOptimizer cannot load a checkpoint of torch's AdamW, which counts steps per parameter;
+    with this layout a checkpoint written on a CPU also loads on a GPU.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+        **unused: Any,
+    ) -> None:
+        assert adam_w_mode, "only decoupled weight decay"
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One AdamW update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            params = [param for param in group["params"] if param.grad is not None]
+            for param in params:
+                if not self.state[param]:
+                    self.state[param] = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+            adamw(
+                params,
+                [param.grad for param in params],
+                [self.state[param]["exp_avg"] for param in params],
+                [self.state[param]["exp_avg_sq"] for param in params],
+                [],
+                [torch.tensor(float(group["step"] - 1)) for _ in params],
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+def install() -> None:
+    """Make this process run megatron-core on the CPU; no effect where CUDA is available or when called again."""
+    if torch.cuda.is_available() or getattr(torch.cuda, "_vico_stand_in", False):
+        return
+    torch.cuda._vico_stand_in = True  # type: ignore[attr-defined]
+    _redirect_tensors()
+    _redirect_cuda_module()
+    _redirect_rng()
+    _redirect_collectives()
+    # mcore's jit_fuser is torch.compile, which costs a C++ compiler and seconds per function on the CPU.
+    torch.compile = lambda model=None, **kwargs: model if model is not None else (lambda fn: fn)  # type: ignore[assignment]
+    _install_adam()
+
+
+def _to_cpu(value: Any, *, index_is_device: bool) -> Any:
+    if isinstance(value, (str, torch.device)):
+        return "cpu" if str(value).partition(":")[0] == "cuda" else value
+    return "cpu" if index_is_device and type(value) is int else value
+
+
+def _factory(create: Callable[..., Any]) -> Callable[..., Any]:
+    # Factories are wrapped one by one: a TorchFunctionMode would be off inside autograd's backward, where
+    # sequence-parallel linear layers allocate.
+    @functools.wraps(create)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs:
+            kwargs["device"] = _to_cpu(kwargs["device"], index_is_device=True)
+        kwargs.pop("pin_memory", None)
+        return create(*args, **kwargs)
+
+    return wrapped
+
+
+def _redirect_tensors() -> None:
+    tensor: Any = torch.Tensor
+    for name in _FACTORIES:
+        setattr(torch, name, _factory(getattr(torch, name)))
+    for name in _TENSOR_FACTORIES:
+        setattr(tensor, name, _factory(getattr(tensor, name)))
+    move, type_name = tensor.to, tensor.type
+
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        named = {name: _to_cpu(value, index_is_device=name == "device") for name, value in kwargs.items()}
+        return move(self, *(_to_cpu(value, index_is_device=True) for value in args), **named)
+
+    def type_(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # mcore's optimizers compare this with "torch.cuda.FloatTensor".
+        plain = type_name(self, *args, **kwargs)
+        return plain if args or kwargs else plain.replace("torch.", "torch.cuda.", 1)
+
+    tensor.to, tensor.type = to, type_
+    tensor.cuda = tensor.pin_memory = torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment, method-assign]
+
+
+def _constant(value: Any = None) -> Callable[..., Any]:
+    return lambda *args, **kwargs: value  # a new function each time: torch._dynamo rejects one object under two names
+
+
+def _redirect_cuda_module() -> None:
+    cuda: Any = torch.cuda
+    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "set_stream", "_lazy_init"):
+        setattr(cuda, name, _constant())
+    for name in (
+        "current_device",
+        "memory_allocated",
+        "max_memory_allocated",
+        "memory_reserved",
+        "max_memory_reserved",
+    ):
+        setattr(cuda, name, _constant(0))
+    for name in ("Stream", "Event", "device", "stream", "current_stream", "default_stream"):
+        setattr(cuda, name, type(name, (_Nothing,), {}))
+    cuda.device_count = _constant(1)
+    cuda.memory_stats = _constant({})
+    cuda.is_current_stream_capturing = _constant(False)
+    cuda.get_device_capability = _constant((0, 0))
+    cuda.get_device_properties = _constant(types.SimpleNamespace(name="cpu", major=0, minor=0, total_memory=0))
+    cuda.nvtx.range_push, cuda.nvtx.range_pop, cuda.nvtx.range = _constant(), _constant(), _Nothing
+
+
+def _redirect_rng() -> None:
+    cuda: Any = torch.cuda
+    cuda._lazy_call = lambda fn, **kwargs: fn()
+    cuda.default_generators = (torch.default_generator,)
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    # mcore warns that the CPU generator moved inside a CUDA one's context; here they are the same generator.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
+
+
+def _redirect_collectives() -> None:
+    # mcore makes split sizes plain numbers only for CUDA tensors.
+    all_to_all = torch.distributed.all_to_all_single
+
+    def plain(splits: Any) -> Any:
+        return splits.tolist() if isinstance(splits, torch.Tensor) else splits
+
+    def all_to_all_single(
+        output: Any,
+        tensor: Any,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        return all_to_all(output, tensor, plain(output_split_sizes), plain(input_split_sizes), *args, **kwargs)
+
+    torch.distributed.all_to_all_single = all_to_all_single
+
+
+def _install_adam() -> None:
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    if optimizer.USING_PYTORCH_OPTIMIZER:
+        optimizer.Adam = distrib_optimizer.Adam = CPUAdam
+        optimizer.USING_PYTORCH_OPTIMIZER = False
+        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True

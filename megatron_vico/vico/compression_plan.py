@@ -1,0 +1,118 @@
+"""Where compression plans come from: one bool per tile, True where the tile gets 64 visual tokens instead of 256.
+
+Equation 1 (a fraction xi of each image), Eq. 2 (one tile), the rows of Table 3 (all, random) and inference (ViR's
+scores, vico/routing.py) differ only in the function that makes the plan.
+
+Shape suffixes: N tiles.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def generator(seed: int, epoch: int, sample_id: int, purpose: str) -> torch.Generator:
+    """A random stream that belongs to one sample, epoch and purpose, on whatever rank or worker it is drawn.
+
+    Args:
+        seed: the run's seed.
+        epoch: pass over the data, from 0.
+        sample_id: index of the sample in the data set.
+        purpose: what is drawn, such as "xi"; streams of two purposes are independent.
+
+    Returns:
+        A CPU generator.
+    """
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{sample_id}/{purpose}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)  # manual_seed takes 63 bits
+
+
+def plan_none(num_tiles: int) -> Tensor:
+    """Nothing compressed: the reference's plan, and the vanilla row of Table 3. Returns [N] bool."""
+    return torch.zeros(num_tiles, dtype=torch.bool)
+
+
+def plan_all(num_tiles: int) -> Tensor:
+    """Everything compressed: the "All Compress" row of Table 3. Returns [N] bool."""
+    return torch.ones(num_tiles, dtype=torch.bool)
+
+
+def plan_fraction(
+    tiles_per_image: Sequence[int],
+    *,
+    generator: torch.Generator,
+    sampler: Literal["bernoulli", "exact-count"] = "bernoulli",
+) -> Tensor:
+    """A share xi ~ U[0, 1] of each image's tiles compressed; the expectation of Eq. 1 of the ViCO paper.
+
+    Args:
+        tiles_per_image: tiles of each image of the sample, in order.
+        generator: the sample's random stream.
+        sampler: each tile with probability xi, or exactly round(xi * N) tiles of the image.
+
+    Returns:
+        [N] bool over all tiles of the sample.
+
+    Raises:
+        ValueError: for an unknown sampler.
+    """
+    if sampler not in ("bernoulli", "exact-count"):
+        raise ValueError(f"sampler {sampler!r} is neither 'bernoulli' nor 'exact-count'")
+    plans = []
+    for num_tiles in tiles_per_image:
+        xi = torch.rand((), generator=generator)
+        if sampler == "bernoulli":
+            plans.append(torch.rand(num_tiles, generator=generator) < xi)
+        else:
+            plans.append(plan_random_exact(num_tiles, int(torch.round(xi * num_tiles)), generator=generator))
+    return torch.cat(plans) if plans else plan_none(0)
+
+
+def plan_random_exact(num_tiles: int, num_compressed: int, *, generator: torch.Generator) -> Tensor:
+    """Exactly `num_compressed` tiles drawn at random: the "Random Compress" row of Table 3.
+
+    Args:
+        num_tiles: N.
+        num_compressed: how many are compressed, in [0, N].
+        generator: random stream.
+
+    Returns:
+        [N] bool with `num_compressed` True.
+
+    Raises:
+        ValueError: if `num_compressed` is not in [0, N].
+    """
+    if not 0 <= num_compressed <= num_tiles:
+        raise ValueError(f"num_compressed {num_compressed} is not in [0, {num_tiles}]")
+    plan = plan_none(num_tiles)
+    plan[torch.randperm(num_tiles, generator=generator)[:num_compressed]] = True
+    return plan
+
+
+def plan_one_tile(num_tiles: int, *, generator: torch.Generator) -> Tensor:
+    """One random tile compressed: the question that Eq. 2 asks of each sample. Returns [N] bool.
+
+    Raises:
+        ValueError: if there is no tile to choose; text-only samples have no router target.
+    """
+    if num_tiles < 1:
+        raise ValueError("plan_one_tile needs at least one tile; leave text-only samples out of router training")
+    return plan_random_exact(num_tiles, 1, generator=generator)
+
+
+def plan_one_image(tiles_per_image: Sequence[int], *, generator: torch.Generator) -> Tensor:
+    """All tiles of one random image compressed: Eq. 2 for the image-level router of Table 3. Returns [N] bool.
+
+    Raises:
+        ValueError: if there is no image with a tile.
+    """
+    if not any(tiles_per_image):
+        raise ValueError("plan_one_image needs at least one tile; leave text-only samples out of router training")
+    image = int(torch.randint(len(tiles_per_image), (), generator=generator))
+    plan = plan_none(sum(tiles_per_image))
+    start = sum(tiles_per_image[:image])
+    plan[start : start + tiles_per_image[image]] = True
+    return plan

@@ -1,0 +1,48 @@
+"""From ViR's logits (Eq. 4 of the ViCO paper) to a plan: the paper's rule and the one of released Flash models.
+
+Shape suffixes: N tiles.
+"""
+
+import torch
+from torch import Tensor
+
+COMPRESS = 0
+"""Index of "compress" in ViR's two-way head: p^0 of Eq. 4, and the first output of released Flash checkpoints."""
+
+
+def compress_probability(logits_N2: Tensor) -> Tensor:
+    """p^0 of Eq. 4: how sure ViR is that a tile may be compressed. Returns [N] float32 in [0, 1]."""
+    return logits_N2.float().softmax(dim=-1)[:, COMPRESS]
+
+
+def paper_rule(logits_N2: Tensor) -> Tensor:
+    """Compress where p^0 > 0.5 (section 4.5 of the paper); a tile's decision depends on no other tile.
+
+    Args:
+        logits_N2: [N, 2], ViR's outputs.
+
+    Returns:
+        [N] bool, True where the tile is compressed.
+    """
+    return compress_probability(logits_N2) > 0.5
+
+
+def flash_rule(logits_N2: Tensor, *, relative_threshold: float, absolute_threshold: float) -> Tensor:
+    """The rule of released Flash models: above a quantile of the conversation's tiles and above a floor.
+
+    The comparison with the quantile is strict, so the tile that is itself the quantile, and hence the only tile of a
+    single-tile image, is never compressed; that is a property of the released models.
+
+    Args:
+        logits_N2: [N, 2], ViR's outputs for all tiles of one conversation.
+        relative_threshold: quantile in [0, 1] (`flash_relative_threshold` of config.json).
+        absolute_threshold: least probability in [0, 1] (`flash_absolute_threshold`).
+
+    Returns:
+        [N] bool, True where the tile is compressed.
+    """
+    probability_N = compress_probability(logits_N2)
+    if not len(probability_N):
+        return torch.zeros(0, dtype=torch.bool)
+    quantile = torch.quantile(probability_N, relative_threshold)
+    return (probability_N > quantile) & (probability_N >= absolute_threshold)

@@ -1,0 +1,195 @@
+"""The types a sample passes through, from the shard to the packed batch; nothing else of `data` is needed to read them.
+
+ConversationSample (text and image files) -> EncodedSample (ids and tiles, one image token per tile)
+-> Stream (ids under one compression plan) -> PackedStream and PackedBatch (several samples, torch tensors).
+
+Shape letters: L tokens of a sample before expansion, S tokens of a sample after it, T tokens of a pack, D samples
+(documents) of a pack, N tiles, V visual tokens, R response rows, M tiles the router is asked about.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Role = Literal["system", "human", "gpt", "pretrain"]
+ROLES: tuple[Role, ...] = ("system", "human", "gpt", "pretrain")
+
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+ByteArray = npt.NDArray[np.uint8]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation; `text` may hold `<image>` tags."""
+
+    role: Role
+    """Who speaks; `pretrain` is plain text of which every token is trained (the official data format)."""
+
+    text: str
+    """What is said, without any template."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversationSample:
+    """A conversation and the image files it speaks of, as read from a shard."""
+
+    key: str
+    """Unique name within its data set; every error about the sample carries it."""
+
+    turns: tuple[Turn, ...]
+    """At least one; answers are the `gpt` turns."""
+
+    images: tuple[bytes, ...] = ()
+    """Encoded image files (JPEG, PNG, ...), in the order of the `<image>` tags."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EncodedSample:
+    """Token ids with ONE image token per tile, and the tiles; no compression plan yet."""
+
+    key: str
+    token_ids: IntArray
+    """[L] int64."""
+
+    is_response: BoolArray
+    """[L] bool: the trained tokens (answers and their end mark); never the first token."""
+
+    tiles: ByteArray
+    """[N, 3, S, S] uint8 RGB, in the order of the image tokens; a thumbnail is the last tile of its image."""
+
+    tiles_per_image: tuple[int, ...] = ()
+    """Sums to N."""
+
+    @property
+    def num_tiles(self) -> int:
+        """N, the number of tiles."""
+        return int(self.tiles.shape[0])
+
+    @property
+    def labels(self) -> IntArray:
+        """[R] int64, the trained tokens in order; the same for every compression plan."""
+        return self.token_ids[self.is_response]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stream:
+    """One sample under one plan: every image token expanded to as many as its tile has visual tokens."""
+
+    token_ids: IntArray
+    """[S] int64."""
+
+    visual_positions: IntArray
+    """[V] int64, where visual token v goes."""
+
+    response_rows: IntArray
+    """[R] int64, the position whose hidden state predicts response token r: the token's own position - 1."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedStream:
+    """The streams of several samples, one after the other; positions and rows count from the start of the pack."""
+
+    token_ids: Tensor
+    """[T] int64."""
+
+    cu_seqlens: Tensor
+    """[D + 1] int32, where each sample starts; the last entry is T."""
+
+    max_seqlen: int
+    """Length of the longest sample."""
+
+    visual_positions: Tensor
+    """[V] int64."""
+
+    response_rows: Tensor
+    """[R] int64."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PolicyView:
+    """One compression plan of a pack and the stream it leads to."""
+
+    compressed: Tensor
+    """[N] bool, True where the tile gets the small number of visual tokens."""
+
+    stream: PackedStream
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedBatch:
+    """One pack (a microbatch): tiles, the uncompressed reference stream, and the stage's policy streams.
+
+    Row r of the reference and of every policy view predicts the same response token, `labels[r]`.
+    """
+
+    keys: tuple[str, ...]
+    """Names of the D samples, in pack order."""
+
+    sample_ids: Tensor
+    """[D] int64, index of each sample in the data set."""
+
+    tiles: Tensor
+    """[N, 3, S, S] uint8 RGB, not normalised."""
+
+    tiles_per_sample: tuple[int, ...]
+    """[D] entries that sum to N."""
+
+    tiles_per_image: tuple[int, ...]
+    """Over all images of all samples; sums to N."""
+
+    sample_of_row: Tensor
+    """[R] int64, local index (0..D-1) of the sample that row r belongs to."""
+
+    labels: Tensor
+    """[R] int64, the response tokens."""
+
+    kl_weight: Tensor
+    """[R] float32, 1 / (response tokens of the row's sample * samples in the global batch)."""
+
+    reference: PackedStream
+    """Nothing compressed."""
+
+    policies: tuple[PolicyView, ...]
+    """pretrain: none; warmup and consistency: one; router: nothing compressed, then the router's question."""
+
+    router_tiles: Tensor
+    """[M] int64, tiles compressed in the router's question."""
+
+    router_tile_sample: Tensor
+    """[M] int64, local index of the sample each router tile belongs to."""
+
+    def to(
+        self, device: torch.device | str, *, non_blocking: bool = False
+    ) -> "PackedBatch":
+        """The same batch with every tensor on `device`."""
+        return map_tensors(
+            self, lambda tensor: tensor.to(device, non_blocking=non_blocking)
+        )
+
+    def pin_memory(self) -> "PackedBatch":
+        """The same batch in page-locked memory, for copies that overlap with compute (torch's DataLoader calls it)."""
+        return map_tensors(self, lambda tensor: tensor.pin_memory())
+
+
+def map_tensors(value: T, function: Any) -> T:
+    """`value` with `function` applied to every tensor in its (nested) dataclasses and tuples."""
+    mapped: Any = value
+    if isinstance(value, Tensor):
+        mapped = function(value)
+    elif isinstance(value, tuple):
+        mapped = tuple(map_tensors(item, function) for item in value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {
+            field.name: map_tensors(getattr(value, field.name), function)
+            for field in dataclasses.fields(value)
+        }
+        mapped = dataclasses.replace(value, **fields)
+    return mapped

@@ -1,0 +1,46 @@
+# All from a fresh clone: `make test` and `make demo` make the environment first. `make help` lists the targets.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# python3 when it is new enough, else 3.12 or 3.13 by name; `make PYTHON=...` overrides. Each is run, not only found: a
+# pyenv shim exists also for versions that are not installed.
+PYTHON ?= $(shell for python in python3 python3.12 python3.13; do \
+	if $$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then echo $$python; break; fi; done)
+
+.PHONY: help venv test test-slow lint demo demo-quick clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP)  ## make .venv and install the tested versions
+
+$(STAMP): setup.py constraints.txt
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "megatron_vico needs Python 3.12 or newer: found none as python3, python3.12 or python3.13;" \
+			"install one, or name it: make PYTHON=/path/to/python3.12 venv" >&2; exit 1; fi
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[test,demo]'
+	touch $(STAMP)
+
+test: $(STAMP)  ## every test that needs no GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-slow: $(STAMP)  ## only the tests marked slow (`make test` runs them too)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo: $(STAMP)  ## the whole method at toy size on the CPU, with a table and pictures (at most 20 minutes on 2 cores)
+	$(BIN)/python examples/quickstart/run.py
+
+demo-quick: $(STAMP)  ## the same with few steps (3 minutes; mechanics, not quality)
+	$(BIN)/python examples/quickstart/run.py --quick
+
+clean:  ## remove the environment, caches and build files; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,42 @@
+"""Packaging; the versions that are tested together are in constraints.txt."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron_vico",
+    version="0.1.0",
+    description="ViCO (Visual Consistency Learning) training for InternVL3.5 on megatron-core",
+    license="Apache-2.0",
+    python_requires=">=3.12",
+    packages=find_packages(include=["megatron_vico", "megatron_vico.*"]),
+    install_requires=[
+        "megatron-core>=0.19.2,<0.20",
+        "torch>=2.8",
+        "transformers>=5.0,<6",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2",
+        "webdataset>=1.0,<2",
+        "numpy>=2.0",
+        "pillow>=11",
+        "pyyaml>=6.0",
+        "tqdm>=4.66",
+        "tensorboard>=2.16",
+        "matplotlib>=3.9",
+        "psutil>=5.9",  # megatron-core's checkpoint writer imports it without declaring it
+    ],
+    extras_require={
+        # apex is found at run time: the package of that name on the index is another project.
+        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.5"],
+        "demo": ["scikit-image>=0.25", "scikit-learn>=1.6"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff>=0.17",
+            "mypy>=2.4",
+            "types-PyYAML",
+            "types-tqdm",
+            "tiktoken>=0.9",
+        ],
+    },
+    entry_points={"console_scripts": ["vico = megatron_vico.cli.main:main"]},
+)

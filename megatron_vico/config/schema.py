@@ -42,7 +42,8 @@ class StageOptions:
     """Learning rate of a module as a multiple of --lr, as MODULE=FACTOR, such as connector_16x=3."""
 
     reference_load: str | None = None
-    """Checkpoint of the frozen reference; unset, the weights this run starts from (--load of a former stage)."""
+    """Checkpoint of the frozen reference; unset, --pretrained-checkpoint. The router stage must name it: there the
+    reference is the model from before consistency training."""
 
     xi_sampler: Literal["bernoulli", "exact-count"] = "bernoulli"
     """How a tile is drawn from an image's share xi ~ U[0, 1]: each with probability xi, or exactly round(xi * N) of them."""
@@ -132,10 +133,10 @@ class CheckpointOptions:
     """Folder to write checkpoints to; also gets metrics.jsonl, config.yaml and TensorBoard files."""
 
     load: str | None = None
-    """Checkpoint folder to resume from (all state), or with --finetune, to start from (weights only)."""
+    """Checkpoint folder to resume from, with all state; may be the same as --save. Empty, the run starts anew."""
 
-    finetune: bool = False
-    """Load weights only; step count, optimizer, data position and router window start anew."""
+    pretrained_checkpoint: str | None = None
+    """Checkpoint folder whose weights, and nothing else, the run starts from when there is nothing to resume."""
 
     ckpt_step: int | None = None
     """Which step of --load to take; unset, the one named by its `latest` pointer."""

@@ -8,16 +8,17 @@ is patched.
 import functools
 import logging
 import types
+import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.optim.adamw import adamw
 
 _FACTORIES = (
-    "empty zeros ones full tensor arange eye rand randn randint randperm linspace as_tensor "
-    "empty_like zeros_like ones_like full_like rand_like randn_like"
-).split()
+    *("empty", "zeros", "ones", "full", "tensor", "arange", "eye", "rand", "randn", "randint", "randperm", "linspace"),
+    *("as_tensor", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
+)
 _TENSOR_FACTORIES = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
 
 
@@ -30,7 +31,7 @@ class _Nothing:
     def __getattr__(self, name: str) -> Callable[..., "_Nothing"]:
         return lambda *args, **kwargs: self
 
-    def __enter__(self) -> "_Nothing":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> bool:
@@ -197,8 +198,11 @@ def _redirect_collectives() -> None:
 
 
 def _install_adam() -> None:
-    from megatron.core import optimizer
-    from megatron.core.optimizer import distrib_optimizer
+    with warnings.catch_warnings():
+        # That there is no TransformerEngine or Apex is what this file is for; `vico doctor` says so once.
+        warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+        from megatron.core import optimizer
+        from megatron.core.optimizer import distrib_optimizer
 
     if optimizer.USING_PYTORCH_OPTIMIZER:
         optimizer.Adam = distrib_optimizer.Adam = CPUAdam

@@ -1,0 +1,108 @@
+"""AdamW over language model and encoder as one optimizer: one clipping norm, learning rates per module, one schedule."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamGroupOverride,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_vico.config.schema import Module, OptimizerOptions, TrainingOptions
+from megatron_vico.parallel.groups import Groups
+from megatron_vico.training.policy import Policy
+
+
+def build_optimizer(
+    policy: Policy,
+    options: OptimizerOptions,
+    *,
+    bf16: bool,
+    lr_factors: Mapping[Module, float],
+    groups: Groups,
+    overrides: Mapping[str, Any],
+) -> MegatronOptimizer:
+    """Megatron's optimizers of the two modules, chained, so that the gradient norm is that of both.
+
+    Args:
+        policy: what is trained.
+        options: rates, betas, clipping.
+        bf16: whether parameters are bfloat16 with fp32 masters.
+        lr_factors: learning rate of a module over --lr.
+        groups: process groups.
+        overrides: further fields of mcore's OptimizerConfig.
+
+    Returns:
+        A ChainedOptimizer.
+    """
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        clip_grad=options.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=options.use_distributed_optimizer,
+        **overrides,
+    )
+    parts: list[tuple[DistributedDataParallel, ProcessGroupCollection, Mapping[str, float]]] = []
+    if policy.language_ddp is not None:
+        parts.append((policy.language_ddp, groups.language, {"*": lr_factors.get("language_model", 1.0)}))
+    if policy.encoder_ddp is not None:
+        patterns = {f"*{name}.*": factor for name, factor in lr_factors.items() if name != "language_model"}
+        parts.append((policy.encoder_ddp, groups.encoder, patterns))
+    chained = []
+    for module, module_groups, patterns in parts:
+        built = get_megatron_optimizer(
+            config,
+            [module],
+            config_overrides={**get_standard_config_overrides(config), **_rates(patterns, options)},
+            use_gloo_process_groups=False,
+            pg_collection=module_groups,
+        )
+        chained += getattr(built, "chained_optimizers", [built])
+    return ChainedOptimizer(chained)
+
+
+def _rates(factors: Mapping[str, float], options: OptimizerOptions) -> dict[ParamKey, ParamGroupOverride]:
+    return {
+        ParamKey(name=pattern): ParamGroupOverride(max_lr=options.lr * factor, min_lr=options.min_lr * factor)
+        for pattern, factor in factors.items()
+        if factor != 1.0
+    }
+
+
+def build_scheduler(
+    optimizer: MegatronOptimizer, options: OptimizerOptions, training: TrainingOptions
+) -> OptimizerParamScheduler:
+    """Linear warm-up and decay of the learning rate, counted in optimizer steps; constant weight decay."""
+    decay_steps = options.lr_decay_iters if options.lr_decay_iters is not None else training.train_iters
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=options.lr_warmup_iters,
+        lr_decay_steps=decay_steps,
+        lr_decay_style=options.lr_decay_style,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=training.train_iters,
+        wd_incr_style="constant",
+        # The command line wins over what a checkpoint says: a resumed run may be told to go on longer.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

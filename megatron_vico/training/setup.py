@@ -1,0 +1,190 @@
+"""Builds everything a run needs, in the order that each part needs the one before it."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_vico.checkpoint import state
+from megatron_vico.config.schema import RunConfig
+from megatron_vico.data.loader import Loader, PackPlan
+from megatron_vico.data.tokenizer import load_tokenizer
+from megatron_vico.errors import ConfigError
+from megatron_vico.models.build import (
+    build_language_model,
+    build_vision_encoder,
+    language_transformer_config,
+    vision_transformer_config,
+)
+from megatron_vico.models.internvl import VisionEncoder
+from megatron_vico.models.language_model import LanguageModel
+from megatron_vico.models.registry import ModelConfig, get_model_config
+from megatron_vico.parallel.groups import Groups
+from megatron_vico.training.optimizer import build_optimizer, build_scheduler
+from megatron_vico.training.policy import Policy, wrap
+from megatron_vico.training.reference import Reference, share_equal_modules
+from megatron_vico.training.stages import lr_factors, needs_reference, train_modules
+from megatron_vico.vico.router_targets import RatioWindow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """All parts of a run; the loop in trainer.py only puts them to work."""
+
+    cfg: RunConfig
+    groups: Groups
+    model: ModelConfig
+    policy: Policy
+    reference: Reference | None
+    window: RatioWindow
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    loader: Loader
+    iteration: int
+    """Optimizer steps already done when the run starts."""
+
+
+def set_up(cfg: RunConfig, groups: Groups) -> Run:
+    """Models, weights, optimizer and data of a run, resumed where --load has a checkpoint.
+
+    Args:
+        cfg: a validated configuration.
+        groups: process groups.
+
+    Returns:
+        The run, ready for its next step.
+
+    Raises:
+        ConfigError: if the stage has nothing to start from.
+        CheckpointError: if a checkpoint is broken or of another model.
+    """
+    model = get_model_config(cfg.model.model_size)
+    resume = cfg.checkpoint.load if cfg.checkpoint.load and state.has_checkpoint(cfg.checkpoint.load) else None
+    start_from = resume or cfg.checkpoint.pretrained_checkpoint
+    if start_from is None and needs_reference(cfg.stage):
+        raise ConfigError(
+            f"stage {cfg.stage.stage!r} has nothing to start from: give --pretrained-checkpoint, "
+            f"or --load with a checkpoint in it (found --load {cfg.checkpoint.load})"
+        )
+    encoder, language_model = build_modules(cfg, model, groups)
+    if resume is None and start_from is not None:
+        state.load_weights(start_from, modules={"language_model": language_model, "encoder": encoder}, model_size=model.name)
+    policy = wrap(
+        encoder,
+        language_model,
+        trained=frozenset(train_modules(cfg.stage)),
+        ddp_config=_ddp_config(cfg),
+        groups=groups,
+    )
+    optimizer = build_optimizer(
+        policy,
+        cfg.optimizer,
+        bf16=cfg.training.bf16,
+        lr_factors=lr_factors(cfg.stage),
+        groups=groups,
+        overrides=cfg.optimizer_overrides,
+    )
+    scheduler = build_scheduler(optimizer, cfg.optimizer, cfg.training)
+    window = RatioWindow(size=cfg.stage.router_window, percentile=cfg.stage.router_percentile)
+    iteration = 0
+    if resume is not None:
+        restored = state.load_checkpoint(
+            resume,
+            modules={"language_model": language_model, "encoder": encoder},
+            optimizer=optimizer,
+            scheduler=scheduler,
+            model_size=model.name,
+            iteration=cfg.checkpoint.ckpt_step,
+        )
+        iteration = restored["iteration"]
+        window.load(restored["router_window"])
+    return Run(
+        cfg=cfg,
+        groups=groups,
+        model=model,
+        policy=policy,
+        reference=_reference(cfg, model, policy, groups) if needs_reference(cfg.stage) else None,
+        window=window,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        loader=_loader(cfg, model, groups, iteration),
+        iteration=iteration,
+    )
+
+
+def build_modules(cfg: RunConfig, model: ModelConfig, groups: Groups) -> tuple[VisionEncoder, LanguageModel]:
+    """An encoder and a language model with fresh weights, each with its own TransformerConfig, on this rank's device."""
+    bf16 = cfg.training.bf16
+    language_config = language_transformer_config(
+        model, bf16=bf16, parallel=cfg.parallel, **dict(cfg.transformer_overrides)
+    )
+    vision_config = vision_transformer_config(model, bf16=bf16, drop_path_rate=cfg.model.drop_path_rate)
+    language_model = build_language_model(
+        model, language_config, pg_collection=groups.language, attention=cfg.model.attention
+    )
+    encoder = build_vision_encoder(model, vision_config, pg_collection=groups.encoder)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return encoder.to(groups.device, dtype), language_model.to(groups.device, dtype)
+
+
+def _ddp_config(cfg: RunConfig) -> DistributedDataParallelConfig:
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=cfg.optimizer.use_distributed_optimizer,
+        overlap_grad_reduce=cfg.parallel.overlap_grad_reduce,
+        overlap_param_gather=cfg.parallel.overlap_param_gather,
+        **dict(cfg.ddp_overrides),
+    )
+
+
+def _reference(cfg: RunConfig, model: ModelConfig, policy: Policy, groups: Groups) -> Reference:
+    source = cfg.stage.reference_load or cfg.checkpoint.pretrained_checkpoint
+    if source is None:
+        raise ConfigError(
+            f"stage {cfg.stage.stage!r} resumes from {cfg.checkpoint.load} but does not know its frozen reference: "
+            "give --reference-load, or the --pretrained-checkpoint that the stage began with"
+        )
+    # The reference has no backward pass: it neither recomputes nor overlaps anything.
+    frozen = dataclasses.replace(
+        cfg,
+        parallel=dataclasses.replace(
+            cfg.parallel,
+            recompute_granularity=None,
+            recompute_method=None,
+            recompute_num_layers=None,
+            recompute_modules=(),
+        ),
+        model=dataclasses.replace(cfg.model, drop_path_rate=0.0),
+    )
+    encoder, language_model = build_modules(frozen, model, groups)
+    state.load_weights(source, modules={"language_model": language_model, "encoder": encoder}, model_size=model.name)
+    for module in (encoder, language_model):
+        module.requires_grad_(False).eval()
+    shared = share_equal_modules(encoder, policy.encoder, ("vit", "connector_4x", "connector_16x", "vir"))
+    if "language_model" not in policy.trained:
+        shared += share_equal_modules(language_model, policy.language_model, ("gpt",))
+    return Reference(encoder=encoder, language_model=language_model, shares_vit="vit" in shared)
+
+
+def _loader(cfg: RunConfig, model: ModelConfig, groups: Groups, start_step: int) -> Loader:
+    assert cfg.data.tokenizer_model is not None, "config/validate.py asks for it"
+    plan = PackPlan(
+        [Path(folder) for folder in cfg.data.data_path],
+        cfg.data,
+        seed=cfg.training.seed,
+        global_batch_size=cfg.training.global_batch_size,
+    )
+    return Loader(
+        plan,
+        tokenizer=load_tokenizer(cfg.data.tokenizer_model),
+        model=model,
+        stage=cfg.stage,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+        start_step=start_step,
+        train_iters=cfg.training.train_iters,
+    )

@@ -1,0 +1,137 @@
+"""THE loop: packs in, one optimizer step after another, log lines and checkpoints out."""
+
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from megatron_vico.checkpoint import state
+from megatron_vico.config.arguments import to_yaml
+from megatron_vico.config.schema import RunConfig
+from megatron_vico.config.validate import supported_now, validate
+from megatron_vico.parallel import groups as process_groups
+from megatron_vico.training.consistency_step import consistency_step, pretrain_step
+from megatron_vico.training.metrics import MetricsLogger, StepFigures, StepSums, check_finite
+from megatron_vico.training.router_step import router_step
+from megatron_vico.training.setup import Run, set_up
+from megatron_vico.training.stages import STAGES
+
+
+def train(cfg: RunConfig) -> None:
+    """Run one stage from its configuration to its last checkpoint.
+
+    Args:
+        cfg: default < recipe < command line.
+
+    Raises:
+        ConfigError: before any process group exists, if the configuration cannot work.
+        SampleError: if a sample cannot be used.
+        CheckpointError: if a checkpoint cannot be read or written; the last good one still loads.
+    """
+    validate(cfg, process_groups.launched_world_size())
+    supported_now(cfg)
+    groups = process_groups.start(
+        cfg.parallel, seed=cfg.training.seed, timeout_minutes=cfg.training.distributed_timeout_minutes
+    )
+    try:
+        _loop(set_up(cfg, groups))
+    finally:
+        process_groups.stop()
+
+
+def _loop(run: Run) -> None:
+    cfg, groups = run.cfg, run.groups
+    logger = MetricsLogger(
+        save=Path(cfg.checkpoint.save) if cfg.checkpoint.save else None,
+        tensorboard_dir=Path(cfg.checkpoint.tensorboard_dir) if cfg.checkpoint.tensorboard_dir else None,
+        train_iters=cfg.training.train_iters,
+        log_interval=cfg.training.log_interval,
+        resume_at=run.iteration,
+        is_main=groups.is_main,
+    )
+    stop = _StopSignal()
+    run.policy.train_mode()
+    iteration = run.iteration
+    started = time.perf_counter()
+    for packs in run.loader:
+        # Dropped paths depend on seed, step and rank alone, so a resumed run drops the same ones.
+        torch.manual_seed(cfg.training.seed + 1_000_003 * iteration + groups.dp_rank)
+        run.policy.zero_grad()
+        # Not the same thing: mcore's fp32 optimizer leaves param.grad aliased to the buffer that was just zeroed.
+        run.optimizer.zero_grad()
+        sums = _step(run, packs)
+        run.policy.finish_grad_sync()
+        learning_rate = max(group["lr"] for group in run.optimizer.param_groups)
+        _, grad_norm, _ = run.optimizer.step()
+        run.scheduler.step(increment=1)
+        iteration += 1
+        now = time.perf_counter()
+        figures = StepFigures.reduce(
+            sums,
+            iteration=iteration,
+            grad_norm=float(grad_norm or 0.0),
+            learning_rate=learning_rate,
+            step_time_s=now - started,
+            group=groups.data_parallel,
+        )
+        started = now
+        check_finite(figures)
+        logger.log(figures)
+        ending = stop.agreed(groups) or iteration == cfg.training.train_iters or _due(iteration, cfg.training.exit_interval)
+        if ending or _due(iteration, cfg.training.save_interval):
+            _save(run, iteration)
+            started = time.perf_counter()
+        if ending:
+            break
+    logger.close()
+
+
+def _step(run: Run, packs: list) -> StepSums:  # type: ignore[type-arg]
+    loss = STAGES[run.cfg.stage.stage].loss
+    if loss == "cross_entropy":
+        return pretrain_step(run.policy, packs, groups=run.groups)
+    assert run.reference is not None
+    if loss == "consistency":
+        return consistency_step(run.policy, run.reference, packs, groups=run.groups)
+    return router_step(
+        run.policy, run.reference, run.window, packs, eps=run.cfg.stage.router_eps, groups=run.groups
+    )
+
+
+def _due(iteration: int, interval: int | None) -> bool:
+    return interval is not None and iteration % interval == 0
+
+
+def _save(run: Run, iteration: int) -> None:
+    if run.cfg.checkpoint.save is None:
+        return
+    state.save_checkpoint(
+        run.cfg.checkpoint.save,
+        iteration,
+        modules={"language_model": run.policy.language_model, "encoder": run.policy.encoder},
+        optimizer=run.optimizer,
+        scheduler=run.scheduler,
+        trainer_state={"iteration": iteration, "router_window": run.window.state()},
+        config_yaml=to_yaml(run.cfg),
+        model_size=run.model.name,
+        stage=run.cfg.stage.stage,
+    )
+
+
+class _StopSignal:
+    """SIGTERM (a scheduler taking the machines back) ends the run with a checkpoint after the running step."""
+
+    def __init__(self) -> None:
+        self._received = False
+        signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = True
+
+    def agreed(self, groups: process_groups.Groups) -> bool:
+        """Whether any rank was told to stop; all ranks ask, so that they stop after the same step."""
+        flag = torch.tensor(float(self._received), device=groups.device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(flag)

@@ -166,13 +166,9 @@ class PackedBatch:
     router_tile_sample: Tensor
     """[M] int64, local index of the sample each router tile belongs to."""
 
-    def to(
-        self, device: torch.device | str, *, non_blocking: bool = False
-    ) -> "PackedBatch":
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedBatch":
         """The same batch with every tensor on `device`."""
-        return map_tensors(
-            self, lambda tensor: tensor.to(device, non_blocking=non_blocking)
-        )
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "PackedBatch":
         """The same batch in page-locked memory, for copies that overlap with compute (torch's DataLoader calls it)."""
@@ -187,9 +183,6 @@ def map_tensors(value: T, function: Any) -> T:
     elif isinstance(value, tuple):
         mapped = tuple(map_tensors(item, function) for item in value)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {
-            field.name: map_tensors(getattr(value, field.name), function)
-            for field in dataclasses.fields(value)
-        }
+        fields = {field.name: map_tensors(getattr(value, field.name), function) for field in dataclasses.fields(value)}
         mapped = dataclasses.replace(value, **fields)
     return mapped

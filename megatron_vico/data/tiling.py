@@ -1,0 +1,152 @@
+"""Images to tiles by the official dynamic-resolution algorithm of InternVL (`dynamic_preprocess`).
+
+An image is resized to the grid of square tiles whose shape is closest to its own, and cut row by row; if that gives
+more than one tile, the whole image at the size of one tile (the thumbnail) follows.
+"""
+
+import io
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+
+from megatron_vico.data.samples import ByteArray
+from megatron_vico.errors import SampleError
+
+
+@lru_cache(maxsize=64)
+def grids(max_dynamic_patch: int) -> tuple[tuple[int, int], ...]:
+    """All (columns, rows) with at most `max_dynamic_patch` tiles, in the official order.
+
+    The official code sorts a set by the number of tiles alone, so that grids of equal size keep the set's own order.
+    For tuples of integers that order depends only on how the set was filled; it is filled in the same way here.
+    """
+    shapes: set[tuple[int, int]] = set()
+    for n in range(1, max_dynamic_patch + 1):
+        for columns in range(1, n + 1):
+            for rows in range(1, n + 1):
+                if columns * rows <= max_dynamic_patch:
+                    shapes.add((columns, rows))
+    return tuple(sorted(shapes, key=lambda shape: shape[0] * shape[1]))
+
+
+@lru_cache(maxsize=4096)
+def choose_grid(width: int, height: int, *, image_size: int, max_dynamic_patch: int) -> tuple[int, int]:
+    """(columns, rows) for an image of `width` x `height` px.
+
+    The closest aspect ratio wins; of several at the same distance (1x1, 2x2, 3x3) the largest whose area is less than
+    twice the image's, so that small pictures are not blown up.
+
+    Args:
+        width: of the image, in px.
+        height: of the image, in px.
+        image_size: side of a tile, in px.
+        max_dynamic_patch: most tiles, thumbnail not counted.
+
+    Returns:
+        Columns and rows of the grid.
+    """
+    aspect_ratio = width / height
+    best, best_difference = (1, 1), float("inf")
+    for columns, rows in grids(max_dynamic_patch):
+        difference = abs(aspect_ratio - columns / rows)
+        if difference < best_difference:
+            best, best_difference = (columns, rows), difference
+        elif difference == best_difference and width * height > 0.5 * image_size * image_size * columns * rows:
+            best = (columns, rows)
+    return best
+
+
+def tiles_of_image(max_dynamic_patch: int, *, num_images: int) -> int:
+    """The most tiles each of `num_images` images of a sample may have (official rule: they share the budget)."""
+    return max(1, max_dynamic_patch // max(1, num_images))
+
+
+def count_tiles(width: int, height: int, *, image_size: int, max_dynamic_patch: int, use_thumbnail: bool) -> int:
+    """How many tiles `tile` cuts an image of this size into, thumbnail included."""
+    columns, rows = choose_grid(width, height, image_size=image_size, max_dynamic_patch=max_dynamic_patch)
+    return columns * rows + (1 if use_thumbnail and columns * rows > 1 else 0)
+
+
+def tile(image: Image.Image, *, image_size: int, max_dynamic_patch: int, use_thumbnail: bool) -> ByteArray:
+    """Cut an image into tiles.
+
+    Args:
+        image: RGB.
+        image_size: side S of a tile, in px.
+        max_dynamic_patch: most tiles, thumbnail not counted.
+        use_thumbnail: append the whole image, resized to one tile, if it was cut into several.
+
+    Returns:
+        [N, 3, S, S] uint8, row by row.
+    """
+    columns, rows = choose_grid(*image.size, image_size=image_size, max_dynamic_patch=max_dynamic_patch)
+    num_tiles = columns * rows
+    tiles = np.empty((num_tiles + (use_thumbnail and num_tiles > 1), 3, image_size, image_size), dtype=np.uint8)
+    grid = _pixels(image, image_size * columns, image_size * rows)
+    grid = grid.reshape(rows, image_size, columns, image_size, 3).transpose(0, 2, 4, 1, 3)
+    tiles[:num_tiles] = grid.reshape(num_tiles, 3, image_size, image_size)
+    if len(tiles) > num_tiles:
+        tiles[-1] = _pixels(image, image_size, image_size).transpose(2, 0, 1)
+    return tiles
+
+
+def decode_image(encoded: bytes, *, key: str, number: int) -> Image.Image:
+    """Decode an image file to RGB; as the official code, transparency is dropped and EXIF rotation ignored.
+
+    Args:
+        encoded: content of the file.
+        key: the sample's name, for errors.
+        number: index of the image in the sample, for errors.
+
+    Returns:
+        The image, fully read.
+
+    Raises:
+        SampleError: if the file is truncated, broken, or no image.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise SampleError(
+            f"sample {key!r}: image {number} ({len(encoded)} bytes) cannot be decoded: {error}; "
+            "replace the file or remove the sample."
+        ) from error
+
+
+def tile_images(
+    images: Sequence[bytes], *, key: str, image_size: int, max_dynamic_patch: int, use_thumbnail: bool
+) -> list[ByteArray]:
+    """Decode and tile all images of a sample, which share the budget of tiles.
+
+    Args:
+        images: encoded files.
+        key: the sample's name, for errors.
+        image_size: side S of a tile, in px.
+        max_dynamic_patch: most tiles of all images together, at least one each, thumbnails not counted.
+        use_thumbnail: see `tile`.
+
+    Returns:
+        One [N_i, 3, S, S] uint8 array per image.
+
+    Raises:
+        SampleError: if an image cannot be decoded.
+    """
+    most = tiles_of_image(max_dynamic_patch, num_images=len(images))
+    return [
+        tile(
+            decode_image(encoded, key=key, number=number),
+            image_size=image_size,
+            max_dynamic_patch=most,
+            use_thumbnail=use_thumbnail,
+        )
+        for number, encoded in enumerate(images)
+    ]
+
+
+def _pixels(image: Image.Image, width: int, height: int) -> ByteArray:
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image)

@@ -1,0 +1,135 @@
+"""The metrics' edge cases, as the benchmark toolkits have them."""
+
+import functools
+import random
+
+import pytest
+
+from megatron_vico.evaluation.scorers import (
+    SCORERS,
+    anls,
+    edit_distance,
+    exact,
+    normalise_vqa,
+    ocrbench,
+    ocrbench_formula,
+    relaxed_accuracy,
+    vqa_accuracy,
+)
+
+
+def naive_distance(left, right):
+    @functools.cache
+    def distance(i, j):
+        if i == 0 or j == 0:
+            return i + j
+        replaced = distance(i - 1, j - 1) + (left[i - 1] != right[j - 1])
+        return min(distance(i - 1, j) + 1, distance(i, j - 1) + 1, replaced)
+
+    return distance(len(left), len(right))
+
+
+def test_edit_distance_equals_the_recursive_definition():
+    rng = random.Random(0)
+    for _ in range(200):
+        left, right = ("".join(rng.choices("ab1", k=rng.randint(0, 7))) for _ in range(2))
+        assert edit_distance(left, right) == naive_distance(left, right)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "score"),
+    [
+        ("4712", ["4712"], 1.0),
+        ("4711", ["4712"], 0.75),
+        ("4799", ["4712"], 0.5),  # exactly one half is kept
+        ("4999", ["4712"], 0.0),  # one quarter is not
+        ("", ["4712"], 0.0),
+        ("", [""], 1.0),
+        ("The  Cat", ["the cat"], 1.0),
+        ("a   bc", ["a bd"], 1 - 1 / 6),  # spaces collapse for the distance, not for the length
+        ("dog", ["elephant", "dog"], 1.0),  # the nearest answer counts
+    ],
+)
+def test_anls(prediction, answers, score):
+    assert anls(prediction, answers) == pytest.approx(score, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "score"),
+    [
+        ("105", "100", 1.0),  # exactly 5 % off
+        ("105.1", "100", 0.0),
+        ("95", "100", 1.0),
+        ("-105", "-100", 1.0),
+        ("12%", "0.12", 1.0),
+        ("12%", "12", 0.0),  # a per cent is a hundredth
+        ("12%", "12.5%", 1.0),
+        ("0", "0", 1.0),
+        ("0.0", "0", 0.0),  # gold 0: compared as text
+        ("0.001", "0", 0.0),
+        ("Yes", "yes", 1.0),
+        ("twelve", "12", 0.0),
+        ("nan", "100", 0.0),
+    ],
+)
+def test_relaxed_accuracy(prediction, answer, score):
+    assert relaxed_accuracy(prediction, [answer]) == score
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "score"),
+    [("Cat ", ["cat"], 1.0), ("cat", ["dog", "CAT"], 1.0), ("cats", ["cat"], 0.0), ("", ["cat"], 0.0)],
+)
+def test_exact(prediction, answers, score):
+    assert exact(prediction, answers) == score
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "score"),
+    [
+        ("The sign says OPEN.", ["open"], 1.0),
+        ("two\nlines", ["two lines"], 1.0),
+        ("ope n", ["open"], 0.0),
+        ("shut", ["open", "closed"], 0.0),
+    ],
+)
+def test_ocrbench(prediction, answers, score):
+    assert ocrbench(prediction, answers) == score
+
+
+def test_ocrbench_formula_ignores_spaces_but_not_case():
+    assert ocrbench_formula("x ^ 2 + Y", ["x^2+ Y"]) == 1.0
+    assert ocrbench_formula("X^2", ["x^2"]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("agreeing", "score"),
+    # n of 10 agree: n leave-one-outs see n - 1 of them, 10 - n see n.
+    [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)],
+)
+def test_vqa_accuracy_leaves_one_annotator_out(agreeing, score):
+    answers = ["stop"] * agreeing + [f"other {i}" for i in range(10 - agreeing)]
+    assert vqa_accuracy("Stop!", answers) == pytest.approx(score, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The Two dogs.", "2 dogs"),
+        ("dont", "don't"),
+        ("1,000", "1000"),
+        ("3.5", "3.5"),
+        ("a-b", "b"),  # a lone mark becomes a space, and then "a" is an article
+        ("x-y", "x y"),
+        ("none", "0"),
+    ],
+)
+def test_vqa_normal_form(text, expected):
+    assert normalise_vqa(text) == expected
+
+
+def test_every_scorer_gives_one_for_the_answer_itself():
+    for name, scorer in SCORERS.items():
+        answers = ["4712"] * 10
+        assert scorer("4712", answers) == 1.0, name
+        assert scorer("cat", answers) == 0.0, name

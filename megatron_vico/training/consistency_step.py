@@ -1,4 +1,4 @@
-"""One step of consistency training and of its warm-up (Eq. 1), in four phases; and the pretraining step, its simpler kin.
+"""One step of consistency training or its warm-up (Eq. 1), in four phases; and the pretraining step, its simpler kin.
 
 No barrier, collective over all ranks or `.item()` stands between the reference pass and the policy pass.
 """
@@ -25,9 +25,7 @@ from megatron_vico.training.reference import Reference
 from megatron_vico.vico.consistency import forward_kl, weighted_sum
 
 
-def consistency_step(
-    policy: Policy, reference: Reference, packs: Sequence[PackedBatch], *, groups: Groups
-) -> StepSums:
+def consistency_step(policy: Policy, reference: Reference, packs: Sequence[PackedBatch], *, groups: Groups) -> StepSums:
     """Gradients of Eq. 1 over this rank's packs of one optimizer step.
 
     Args:

@@ -1,4 +1,4 @@
-"""The one place that logs: sums of a step over all ranks, Megatron's log line with ViCO's figures, TensorBoard, JSON lines."""
+"""The one place that logs: a step's sums over all ranks, Megatron's log line with ViCO's figures, TensorBoard, JSON."""
 
 import dataclasses
 import json

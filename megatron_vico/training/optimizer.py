@@ -1,4 +1,4 @@
-"""AdamW over language model and encoder as one optimizer: one clipping norm, learning rates per module, one schedule."""
+"""AdamW over language model and encoder as one optimizer: one clipping norm, rates per module, one schedule."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_vico.data.samples import PackedBatch, PackedStream
+from megatron_vico.data.samples import PackedStream
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageInputs
 
@@ -134,7 +134,12 @@ def training_pass(
 
 
 def _schedule(
-    step: Callable[..., Any], model: torch.nn.Module, num_packs: int, groups: ProcessGroupCollection, *, forward_only: bool
+    step: Callable[..., Any],
+    model: torch.nn.Module,
+    num_packs: int,
+    groups: ProcessGroupCollection,
+    *,
+    forward_only: bool,
 ) -> list[Any]:
     run = get_forward_backward_func(pp_size=groups.pp.size(), vp_size=None)
     outputs: list[Any] = run(

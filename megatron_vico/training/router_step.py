@@ -49,7 +49,9 @@ def router_step(
     reference_rows = reference.response_rows(reference_inputs, reference_tokens, groups=groups.language)
     reference_logits = [reference.language_model.response_logits(rows_RH) for rows_RH in reference_rows]
 
-    kl_none, kl_one = (_sample_kl(policy, packs, features, reference_logits, view=view, groups=groups) for view in (0, 1))
+    kl_none, kl_one = (
+        _sample_kl(policy, packs, features, reference_logits, view=view, groups=groups) for view in (0, 1)
+    )
     ratios = [
         loss_ratio(one[asked_samples(pack)], none[asked_samples(pack)], eps=eps)
         for pack, none, one in zip(packs, kl_none, kl_one, strict=True)
@@ -127,7 +129,9 @@ def _gather(ratio_M: Tensor, groups: Groups) -> tuple[Tensor, int]:
     if groups.dp_size == 1:
         return ratio_M, len(ratio_M)
     counts = [torch.zeros(1, dtype=torch.long, device=ratio_M.device) for _ in range(groups.dp_size)]
-    torch.distributed.all_gather(counts, torch.tensor([len(ratio_M)], device=ratio_M.device), group=groups.data_parallel)
+    torch.distributed.all_gather(
+        counts, torch.tensor([len(ratio_M)], device=ratio_M.device), group=groups.data_parallel
+    )
     sizes = [int(count) for count in counts]
     padded = torch.zeros(max(sizes), device=ratio_M.device)
     padded[: len(ratio_M)] = ratio_M

@@ -72,7 +72,9 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
         )
     encoder, language_model = build_modules(cfg, model, groups)
     if resume is None and start_from is not None:
-        state.load_weights(start_from, modules={"language_model": language_model, "encoder": encoder}, model_size=model.name)
+        state.load_weights(
+            start_from, modules={"language_model": language_model, "encoder": encoder}, model_size=model.name
+        )
     policy = wrap(
         encoder,
         language_model,

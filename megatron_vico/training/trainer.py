@@ -79,7 +79,9 @@ def _loop(run: Run) -> None:
         started = now
         check_finite(figures)
         logger.log(figures)
-        ending = stop.agreed(groups) or iteration == cfg.training.train_iters or _due(iteration, cfg.training.exit_interval)
+        ending = (
+            stop.agreed(groups) or iteration == cfg.training.train_iters or _due(iteration, cfg.training.exit_interval)
+        )
         if ending or _due(iteration, cfg.training.save_interval):
             _save(run, iteration)
             started = time.perf_counter()
@@ -95,9 +97,7 @@ def _step(run: Run, packs: list) -> StepSums:  # type: ignore[type-arg]
     assert run.reference is not None
     if loss == "consistency":
         return consistency_step(run.policy, run.reference, packs, groups=run.groups)
-    return router_step(
-        run.policy, run.reference, run.window, packs, eps=run.cfg.stage.router_eps, groups=run.groups
-    )
+    return router_step(run.policy, run.reference, run.window, packs, eps=run.cfg.stage.router_eps, groups=run.groups)
 
 
 def _due(iteration: int, interval: int | None) -> bool:

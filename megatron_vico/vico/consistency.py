@@ -8,26 +8,33 @@ from torch import Tensor
 
 
 class _ForwardKL(torch.autograd.Function):
-    """KL(q || p) per row, as a sum of terms that are each >= 0.
+    """KL(q || p) per row, and its gradient p - q, both right where q and p are almost equal.
 
-    With x = log q - log p, sum q (x - 1 + e^-x) equals sum q x for normalised q and p, but each term is
-    non-negative, so nothing cancels when the two distributions are close: as the difference of two log-sum-exps the
-    value is off by 8 % at 1.5e-6 nats, and Eq. 2 divides two such values. The gradient has its own short form, p - q.
+    With x = log q - log p, the value is taken as sum q (e^-x - 1 + x), whose terms are all >= 0, and the gradient as
+    q (e^-x - 1). As differences of two large numbers both lose their digits just where ViCO trains: the value is off
+    by 8 % at 1.5e-6 nats, and Eq. 2 divides two such values. x itself comes from the difference of the logits, which
+    is exact for near logits, and not from two rounded log-softmaxes.
     """
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, reference_RV: Tensor, policy_RV: Tensor) -> Tensor:
+        delta_RV = policy_RV - reference_RV
         log_q_RV = reference_RV.log_softmax(dim=-1)
-        log_p_RV = policy_RV.log_softmax(dim=-1)
         q_RV = log_q_RV.exp()
-        ctx.save_for_backward(q_RV, log_p_RV)
-        x_RV = log_q_RV - log_p_RV
-        return (q_RV * (torch.expm1(-x_RV) + x_RV)).sum(dim=-1)
+        # log-sum-exp of the policy minus that of the reference; the first form keeps its digits near 0.
+        near_R = (q_RV * torch.expm1(delta_RV)).sum(dim=-1).log1p()
+        far_R = (log_q_RV + delta_RV).logsumexp(dim=-1)
+        shift_R = torch.where(delta_RV.abs().amax(dim=-1) < 1, near_R, far_R)
+        x_RV = shift_R.unsqueeze(-1) - delta_RV
+        # Where q vanishes and p does not, q (e^-x - 1) would be 0 times infinity.
+        p_minus_q_RV = torch.where(x_RV.abs() < 1, q_RV * torch.expm1(-x_RV), (log_q_RV - x_RV).exp() - q_RV)
+        ctx.save_for_backward(p_minus_q_RV)
+        return (p_minus_q_RV + q_RV * x_RV).sum(dim=-1)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad_R: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
-        q_RV, log_p_RV = ctx.saved_tensors  # type: ignore[attr-defined]
-        return None, (log_p_RV.exp() - q_RV) * grad_R.unsqueeze(-1)
+        (p_minus_q_RV,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return None, p_minus_q_RV * grad_R.unsqueeze(-1)
 
 
 def forward_kl(reference_logits_RV: Tensor, policy_logits_RV: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Fixtures shared by all tests: the CPU stand-in and a world of one process."""
 
 import os
-from collections.abc import Iterator
 
 import pytest
 
@@ -12,7 +11,7 @@ cpu_stand_in.install()
 
 
 @pytest.fixture(scope="session")
-def single_process_groups() -> Iterator[None]:
+def single_process_groups() -> None:
     """A gloo world of one, with megatron-core's groups and seeds, shared by the whole test session."""
     import torch
     from megatron.core import parallel_state, tensor_parallel
@@ -22,4 +21,3 @@ def single_process_groups() -> Iterator[None]:
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
         parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
-    yield

@@ -22,10 +22,10 @@ class ModelOptions:
     """Name in models/registry.py, such as internvl3_5-8b; sizes are names, never numbers in a recipe."""
 
     drop_path_rate: float = 0.0
-    """Stochastic depth of the vision tower, growing linearly from 0 in the first layer to this in the last; in [0, 1)."""
+    """Stochastic depth of the vision tower, growing linearly from 0 at the first layer to this at the last; in [0, 1)."""
 
     attention: Literal["auto", "sdpa"] = "auto"
-    """Attention of the language model: TransformerEngine where there is a GPU (auto), or torch's own everywhere (sdpa)."""
+    """Attention of the language model: TransformerEngine where there is a GPU (auto), or torch's own (sdpa)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class StageOptions:
     reference is the model from before consistency training."""
 
     xi_sampler: Literal["bernoulli", "exact-count"] = "bernoulli"
-    """How a tile is drawn from an image's share xi ~ U[0, 1]: each with probability xi, or exactly round(xi * N) of them."""
+    """How tiles are drawn from an image's share xi ~ U[0, 1]: each with probability xi, or exactly round(xi * N)."""
 
     router_granularity: Literal["tile", "image"] = "tile"
     """What ViR decides on: each tile (ViCO), or all tiles of an image together (the image-level row of Table 3)."""
@@ -90,7 +90,7 @@ class DataOptions:
     """Append the whole image as one more tile when it was cut into several."""
 
     tile_tags: Literal["none", "numbered"] = "none"
-    """Text before each tile: nothing (InternVL), or <tile_1>, <tile_2>, ... (NVLM's 1-D tile tags; small models need them)."""
+    """Text before each tile: nothing (InternVL), or <tile_1>, ... (NVLM's 1-D tile tags, which small models need)."""
 
     num_workers: int = 2
     """Processes that read, decode, tile and pack; 0 does it on the training thread."""

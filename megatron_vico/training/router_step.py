@@ -1,4 +1,4 @@
-"""One step of router training (Eq. 2-4): three forward passes give a label, ViR is trained on the one tile it is about."""
+"""One step of router training (Eq. 2-4): three forward passes label the one tile that ViR is asked about."""
 
 from collections.abc import Sequence
 
@@ -128,10 +128,9 @@ def _gather(ratio_M: Tensor, groups: Groups) -> tuple[Tensor, int]:
     """The ratios of all data-parallel ranks in rank order, and how many there are."""
     if groups.dp_size == 1:
         return ratio_M, len(ratio_M)
-    counts = [torch.zeros(1, dtype=torch.long, device=ratio_M.device) for _ in range(groups.dp_size)]
-    torch.distributed.all_gather(
-        counts, torch.tensor([len(ratio_M)], device=ratio_M.device), group=groups.data_parallel
-    )
+    mine = torch.tensor([len(ratio_M)], device=ratio_M.device)
+    counts = [torch.empty_like(mine) for _ in range(groups.dp_size)]
+    torch.distributed.all_gather(counts, mine, group=groups.data_parallel)
     sizes = [int(count) for count in counts]
     padded = torch.zeros(max(sizes), device=ratio_M.device)
     padded[: len(ratio_M)] = ratio_M

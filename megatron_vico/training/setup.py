@@ -119,7 +119,7 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
 
 
 def build_modules(cfg: RunConfig, model: ModelConfig, groups: Groups) -> tuple[VisionEncoder, LanguageModel]:
-    """An encoder and a language model with fresh weights, each with its own TransformerConfig, on this rank's device."""
+    """An encoder and a language model with fresh weights, each with its own config, on this rank's device."""
     bf16 = cfg.training.bf16
     language_config = language_transformer_config(
         model, bf16=bf16, parallel=cfg.parallel, **dict(cfg.transformer_overrides)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tiles import FONT_FOLDER, PHOTOS, SPLITS, TILE_SIZE, Tile, TileMaker, photo_cells
+from tiles import FONT_FOLDER, SPLITS, TILE_SIZE, Tile, TileMaker, photo_cells
 from tqdm import tqdm
 
 SYSTEM_TEXT = "Read the tiles."
@@ -33,6 +33,7 @@ DENSE_BETA = (0.4, 0.8)
 
 DOCSTRING_MODULES = ("argparse", "collections", "csv", "datetime", "json", "logging", "random", "shutil", "textwrap")
 MAX_TEXT_ROWS = 4000
+TEMPLATE_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ def image_of(tiles: list[Tile]) -> Image.Image:
 
 
 def row_of(name: str, *, tiles: list[Tile]) -> dict[str, object]:
-    """One line of the JSONL file, in the official chat format plus `kinds` for the evaluation.
+    """One line of the JSONL file, in the official chat format plus the questions' `kinds` and `metrics`.
 
     Args:
         name: the image's path under the image root.
@@ -132,6 +133,7 @@ def row_of(name: str, *, tiles: list[Tile]) -> dict[str, object]:
         "height": 2 * TILE_SIZE,
         "conversations": turns,
         "kinds": [tile.kind for tile in tiles],
+        "metrics": ["anls" if tile.kind == "dense" else "exact" for tile in tiles],
     }
 
 
@@ -147,9 +149,10 @@ def tokenizer_text(rows: list[dict[str, object]]) -> Iterator[str]:
     for row in rows[:MAX_TEXT_ROWS]:
         turns = row["conversations"]
         assert isinstance(turns, list)
-        yield " ".join(f"{turn['from']} user assistant {turn['value']}" for turn in turns).replace("\n", " ")
-    # Class words are as frequent as they should be for single pieces, even in a short quick run.
-    yield from (word for word in [*PHOTOS, "blank", "bars", "tile"] for _ in range(200))
+        for turn in turns:
+            # The template puts these names before each turn; text is cut into turns before it is tokenized.
+            yield TEMPLATE_ROLES[turn["from"]]
+            yield turn["value"].removeprefix("<image>\n")
     yield from (FONT_FOLDER / "LICENSE_DEJAVU").read_text(encoding="utf-8").splitlines()
     for name in DOCSTRING_MODULES:
         module = importlib.import_module(name)

@@ -4,9 +4,11 @@ Only this project's own options are here. Megatron's options (parallelism, optim
 names and come from Megatron's own dataclasses; `config/arguments.py` joins both into one `RunConfig`.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+OptionValue = bool | int | float | str | tuple[str, ...] | tuple[int, ...] | None
 Stage = Literal["pretrain", "warmup", "consistency", "router"]
 Module = Literal["vit", "connector_4x", "connector_16x", "vir", "language_model"]
 
@@ -22,7 +24,7 @@ class ModelOptions:
     """Name in models/registry.py, such as internvl3_5-8b; sizes are names, never numbers in a recipe."""
 
     drop_path_rate: float = 0.0
-    """Stochastic depth of the vision tower, growing linearly from 0 at the first layer to this at the last; in [0, 1)."""
+    """Stochastic depth of the vision tower, growing linearly from 0 (first layer) to this (last layer); in [0, 1)."""
 
     attention: Literal["auto", "sdpa"] = "auto"
     """Attention of the language model: TransformerEngine where there is a GPU (auto), or torch's own (sdpa)."""
@@ -239,6 +241,23 @@ class ParallelOptions:
     """How FP8 scales are found; delayed scaling is wrong with two models in one process."""
 
 
+@dataclass(frozen=True)
+class Overrides(Mapping[str, OptionValue]):
+    """Fields of one of megatron-core's config classes that the user set; immutable, hashable and picklable."""
+
+    pairs: tuple[tuple[str, OptionValue], ...] = ()
+    """(field, value), sorted by field."""
+
+    def __getitem__(self, name: str) -> OptionValue:
+        return dict(self.pairs)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict(self.pairs))
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One resolved run: default < recipe < command line."""
@@ -250,3 +269,12 @@ class RunConfig:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
+
+    transformer_overrides: Overrides = Overrides()
+    """Fields of the language model's TransformerConfig; config/arguments.py `config_kwargs` gives them Megatron's types."""
+
+    optimizer_overrides: Overrides = Overrides()
+    """Fields of OptimizerConfig."""
+
+    ddp_overrides: Overrides = Overrides()
+    """Fields of DistributedDataParallelConfig."""

@@ -34,8 +34,8 @@ class _Nothing:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc: object) -> bool:
-        return False
+    def __exit__(self, *exc: object) -> None:
+        return None
 
 
 class CPUAdam(torch.optim.Optimizer):
@@ -135,7 +135,7 @@ def _redirect_tensors() -> None:
         return plain if args or kwargs else plain.replace("torch.", "torch.cuda.", 1)
 
     tensor.to, tensor.type = to, type_
-    tensor.cuda = tensor.pin_memory = torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment, method-assign]
+    tensor.cuda = tensor.pin_memory = torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
 def _constant(value: Any = None) -> Callable[..., Any]:
@@ -194,7 +194,7 @@ def _redirect_collectives() -> None:
     ) -> Any:
         return all_to_all(output, tensor, plain(output_split_sizes), plain(input_split_sizes), *args, **kwargs)
 
-    torch.distributed.all_to_all_single = all_to_all_single
+    torch.distributed.all_to_all_single = all_to_all_single  # type: ignore[assignment]
 
 
 def _install_adam() -> None:

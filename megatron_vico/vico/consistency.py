@@ -32,7 +32,7 @@ class _ForwardKL(torch.autograd.Function):
         return (p_minus_q_RV + q_RV * x_RV).sum(dim=-1)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad_R: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_R: Tensor) -> tuple[None, Tensor]:
         (p_minus_q_RV,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return None, p_minus_q_RV * grad_R.unsqueeze(-1)
 
@@ -59,7 +59,7 @@ def forward_kl(reference_logits_RV: Tensor, policy_logits_RV: Tensor) -> Tensor:
     for name, logits in (("reference", reference_logits_RV), ("policy", policy_logits_RV)):
         if logits.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{name} logits are {logits.dtype}, expected float32: take the head's product in fp32")
-    kl_R: Tensor = _ForwardKL.apply(reference_logits_RV.detach(), policy_logits_RV)  # type: ignore[no-untyped-call]
+    kl_R: Tensor = _ForwardKL.apply(reference_logits_RV.detach(), policy_logits_RV)
     return kl_R
 
 

@@ -1,0 +1,46 @@
+"""A data set of a few pictures and questions that the training tests share: text only, one image and two images."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 210), "grey": (128, 128, 128)}
+
+
+def write_conversations(folder: Path, *, num_samples: int, seed: int = 0) -> Path:
+    """Images and a JSONL file in the official chat format; returns the JSONL's path, images lie beside it."""
+    rng = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index in range(num_samples):
+        num_images = (1, 1, 2, 0)[index % 4]
+        names, words = [], []
+        for image in range(num_images):
+            size = rng.choice([(32, 32), (64, 64), (96, 32), (64, 32)])
+            word = rng.choice(list(COLOURS))
+            pixels = np.full((size[1], size[0], 3), COLOURS[word], dtype=np.uint8)
+            pixels[:: rng.randint(2, 6)] //= 2
+            names.append(f"{index:03d}_{image}.png")
+            words.append(word)
+            Image.fromarray(pixels).save(folder / names[-1])
+        answer = " and ".join(words) if words else str(rng.randint(10, 999))
+        question = f"{'<image>' * num_images}\nWhat colour?" if words else "Say a number."
+        rows.append(
+            {
+                "id": f"toy/{index:03d}",
+                **({"image": names if num_images > 1 else names[0]} if names else {}),
+                "conversations": [
+                    {"from": "system", "value": "Answer in few words."},
+                    {"from": "human", "value": question},
+                    {"from": "gpt", "value": answer},
+                    {"from": "human", "value": "Again?"},
+                    {"from": "gpt", "value": answer},
+                ],
+            }
+        )
+    path = folder / "conversations.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

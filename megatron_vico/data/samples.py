@@ -9,7 +9,7 @@ Shape letters: L tokens of a sample before expansion, S tokens of a sample after
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +22,6 @@ ROLES: tuple[Role, ...] = ("system", "human", "gpt", "pretrain")
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 ByteArray = npt.NDArray[np.uint8]
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -175,7 +173,7 @@ class PackedBatch:
         return map_tensors(self, lambda tensor: tensor.pin_memory())
 
 
-def map_tensors(value: T, function: Any) -> T:
+def map_tensors[T](value: T, function: Any) -> T:
     """`value` with `function` applied to every tensor in its (nested) dataclasses and tuples."""
     mapped: Any = value
     if isinstance(value, Tensor):

@@ -144,7 +144,7 @@ class HFTokenizer(Tokenizer):
 
     @classmethod
     def from_folder(cls, folder: Path) -> "HFTokenizer":
-        """Load `tokenizer.json`, or let transformers convert older files (vocab.json, merges.txt, added_tokens.json)."""
+        """Load `tokenizer.json`, or let transformers convert older files (vocab.json, merges.txt)."""
         if (folder / "tokenizer.json").exists():
             return cls(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), source=str(folder))
         from transformers import AutoTokenizer  # slow to import, and rarely needed

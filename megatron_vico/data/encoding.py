@@ -1,0 +1,98 @@
+"""A conversation sample to an encoded one: tiling and template together, with the settings that both depend on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_vico.config.schema import DataOptions
+from megatron_vico.data import conversation, tiling
+from megatron_vico.data.conversation import EncodedText, TileTags
+from megatron_vico.data.image_tokens import check_image_tokens
+from megatron_vico.data.samples import ByteArray, ConversationSample, EncodedSample
+from megatron_vico.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingSettings:
+    """What the number of tokens and tiles of a sample depends on, besides the tokenizer; written into shard indexes."""
+
+    image_size: int
+    """Side S of a tile in px."""
+
+    max_dynamic_patch: int = 12
+    """Most tiles of one image, thumbnail not counted."""
+
+    use_thumbnail: bool = True
+    """Append the whole image as one more tile when it was cut into several."""
+
+    tile_tags: TileTags = "none"
+    """Text before each tile."""
+
+    @classmethod
+    def from_options(cls, options: DataOptions, *, image_size: int) -> "EncodingSettings":
+        """The settings of a run's data options and its vision tower's `image_size`."""
+        return cls(
+            image_size=image_size,
+            max_dynamic_patch=options.max_dynamic_patch,
+            use_thumbnail=options.use_thumbnail,
+            tile_tags=options.tile_tags,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleEncoder:
+    """Turns samples into ids and tiles."""
+
+    tokenizer: Tokenizer
+    settings: EncodingSettings
+
+    def encode(self, sample: ConversationSample) -> EncodedSample:
+        """Ids, response mask and tiles of a sample with its answers.
+
+        Raises:
+            SampleError: if an image is broken, tags and images do not match, or an answer is missing or empty.
+        """
+        return self._encode(sample, conversation.encode_conversation)
+
+    def encode_prompt(self, sample: ConversationSample) -> EncodedSample:
+        """Ids and tiles of a sample that ends with a question; nothing is a response.
+
+        Raises:
+            SampleError: if an image is broken, tags and images do not match, or the last turn is not a question.
+        """
+        return self._encode(sample, conversation.encode_prompt)
+
+    def _encode(self, sample: ConversationSample, encode_text: Callable[..., EncodedText]) -> EncodedSample:
+        settings = self.settings
+        tiles_of_images = tiling.tile_images(
+            sample.images,
+            key=sample.key,
+            image_size=settings.image_size,
+            max_dynamic_patch=settings.max_dynamic_patch,
+            use_thumbnail=settings.use_thumbnail,
+        )
+        tiles_per_image = tuple(len(tiles) for tiles in tiles_of_images)
+        text = encode_text(
+            sample.turns,
+            tiles_per_image=tiles_per_image,
+            tokenizer=self.tokenizer,
+            tile_tags=settings.tile_tags,
+            key=sample.key,
+        )
+        encoded = EncodedSample(
+            key=sample.key,
+            token_ids=text.token_ids,
+            is_response=text.is_response,
+            tiles=_join(tiles_of_images, settings.image_size),
+            tiles_per_image=tiles_per_image,
+        )
+        check_image_tokens(encoded, image_token_id=self.tokenizer.image_token_id)
+        return encoded
+
+
+def _join(tiles_of_images: list[ByteArray], image_size: int) -> ByteArray:
+    if len(tiles_of_images) == 1:
+        return tiles_of_images[0]
+    empty = np.empty((0, 3, image_size, image_size), dtype=np.uint8)
+    return np.concatenate([empty, *tiles_of_images])

@@ -1,0 +1,395 @@
+"""From shards to packed batches: which packs a step has, what is in a pack, and the iterator that a rank trains from.
+
+The packs of a step are a pure function of (shards, options, seed, step): the same for every rank, worker count and
+restart. Rank r of n data-parallel ranks takes packs r, r + n, ... of each step. The packs of one epoch follow those of
+the one before, so that an epoch may end inside a step: nothing is dropped, and each sample comes once an epoch.
+The only state is the number of consumed steps.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from megatron_vico.config.schema import DataOptions, Stage
+from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
+from megatron_vico.data.image_tokens import expand_pack
+from megatron_vico.data.packing import PackLimits, global_order, iter_packs
+from megatron_vico.data.samples import EncodedSample, IntArray, PackedBatch, PolicyView
+from megatron_vico.data.tokenizer import Tokenizer
+from megatron_vico.data.webdataset import ShardFolder
+from megatron_vico.errors import ConfigError, SampleError
+from megatron_vico.vico import compression_plan
+
+PREFETCH_STEPS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """Samples that share a microbatch."""
+
+    epoch: int
+    """Which pass over the data; part of the seed of compression plans."""
+
+    sample_ids: tuple[int, ...]
+    """Indices into the data set (all folders, one after the other)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """The packs of one optimizer step, over all ranks."""
+
+    step: int
+    packs: tuple[Pack, ...]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the global batch."""
+        return sum(len(pack.sample_ids) for pack in self.packs)
+
+
+class PackPlan:
+    """Which packs each step has; reads indexes only."""
+
+    def __init__(
+        self,
+        folders: Sequence[ShardFolder],
+        *,
+        options: DataOptions,
+        tokens_kept: int,
+        seed: int,
+        global_batch_size: int,
+    ) -> None:
+        """Check that every sample fits into a pack.
+
+        Args:
+            folders: read as one data set.
+            options: limits of a pack, and the packing window.
+            tokens_kept: visual tokens of a tile that is not compressed.
+            seed: the run's seed.
+            global_batch_size: packs of a step.
+
+        Raises:
+            ConfigError: if there is no sample.
+            SampleError: if a sample is larger than a pack; names it.
+        """
+        self.folders = tuple(folders)
+        self.seed = seed
+        self.global_batch_size = global_batch_size
+        self.window = options.packing_window
+        self.limits = PackLimits(
+            capacity=options.seq_length, max_tiles=options.max_tiles_per_pack, max_samples=options.max_samples_per_pack
+        )
+        self._starts = np.cumsum([0] + [len(folder) for folder in folders])
+        self.num_samples = int(self._starts[-1])
+        if not self.num_samples:
+            raise ConfigError("--data-path: no samples; give at least one folder of shards.")
+        self.num_tiles: IntArray = np.concatenate([folder.num_tiles for folder in folders])
+        num_tokens = np.concatenate([folder.num_tokens for folder in folders])
+        self.lengths: IntArray = num_tokens + (tokens_kept - 1) * self.num_tiles
+        self._check_limits()
+        self._packs: Iterator[Pack] = iter(())
+        self._next_step = 0
+        self._rewind()
+
+    def locate(self, sample_id: int) -> tuple[ShardFolder, int]:
+        """The folder of a sample, and its number there."""
+        folder = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
+        return self.folders[folder], sample_id - int(self._starts[folder])
+
+    def epoch(self, epoch: int) -> Iterator[Pack]:
+        """All packs of one epoch, packed window by window as they are taken."""
+        order = global_order(self.num_samples, seed=self.seed, epoch=epoch)
+        lengths, tiles = self.lengths[order].tolist(), self.num_tiles[order].tolist()
+        for positions in iter_packs(lengths, tiles=tiles, limits=self.limits, window=self.window):
+            yield Pack(epoch=epoch, sample_ids=tuple(int(order[position]) for position in positions))
+
+    def step(self, step: int) -> StepPlan:
+        """The packs of a step; cheap in ascending order, packs all that is before it otherwise (1 s a million samples).
+
+        Args:
+            step: from 0.
+
+        Returns:
+            `global_batch_size` packs.
+        """
+        if step < self._next_step:
+            self._rewind()
+        while self._next_step < step:
+            self._take()
+        return StepPlan(step=step, packs=self._take())
+
+    def _take(self) -> tuple[Pack, ...]:
+        self._next_step += 1
+        return tuple(next(self._packs) for _ in range(self.global_batch_size))
+
+    def _rewind(self) -> None:
+        self._packs = self._all_packs()
+        self._next_step = 0
+
+    def _all_packs(self) -> Iterator[Pack]:
+        epoch = 0
+        while True:
+            yield from self.epoch(epoch)
+            epoch += 1
+
+    def _check_limits(self) -> None:
+        too_large = (self.lengths > self.limits.capacity) | (self.num_tiles > self.limits.max_tiles)
+        if too_large.any():
+            worst = int(np.flatnonzero(too_large)[0])
+            folder, number = self.locate(worst)
+            raise SampleError(
+                f"sample {folder.keys[number]!r} of {folder.path}: {self.lengths[worst]} tokens (uncompressed) and "
+                f"{self.num_tiles[worst]} tiles, but a pack holds {self.limits.capacity} and {self.limits.max_tiles} "
+                f"({int(too_large.sum())} such samples); raise --seq-length or --max-tiles-per-pack, lower "
+                "--max-dynamic-patch, or remove them."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackBuilder:
+    """Makes the packed batch of a stage from encoded samples."""
+
+    stage: Stage
+    seed: int
+    tokens_kept: int
+    tokens_compressed: int
+    image_token_id: int
+    xi_sampler: Literal["bernoulli", "exact-count"] = "bernoulli"
+    router_granularity: Literal["tile", "image"] = "tile"
+
+    def build(self, samples: Sequence[EncodedSample], *, pack: Pack, samples_in_global_batch: int) -> PackedBatch:
+        """Pack samples: tiles, reference stream, and the stage's policy streams.
+
+        Args:
+            samples: encoded, in the order of `pack.sample_ids`.
+            pack: their indices and epoch, which seed the compression plans.
+            samples_in_global_batch: samples of the whole step, over all ranks and microbatches.
+
+        Returns:
+            The batch, on the CPU.
+        """
+        rows_per_sample = np.array([int(sample.is_response.sum()) for sample in samples], dtype=np.int64)
+        weights = 1.0 / (np.maximum(rows_per_sample, 1) * float(samples_in_global_batch))
+        question, router_tile_sample = self._router_question(samples, pack)
+        plans = self._plans(samples, pack, question)
+        return PackedBatch(
+            keys=tuple(sample.key for sample in samples),
+            sample_ids=torch.tensor(pack.sample_ids, dtype=torch.int64),
+            tiles=torch.from_numpy(np.concatenate([sample.tiles for sample in samples])),
+            tiles_per_sample=tuple(sample.num_tiles for sample in samples),
+            tiles_per_image=tuple(count for sample in samples for count in sample.tiles_per_image),
+            sample_of_row=torch.from_numpy(np.repeat(np.arange(len(samples)), rows_per_sample)),
+            labels=torch.from_numpy(np.concatenate([sample.labels for sample in samples])),
+            kl_weight=torch.from_numpy(np.repeat(weights.astype(np.float32), rows_per_sample)),
+            reference=self._view(samples, np.zeros_like(question)).stream,
+            policies=tuple(self._view(samples, plan) for plan in plans),
+            router_tiles=torch.from_numpy(np.flatnonzero(question)),
+            router_tile_sample=router_tile_sample,
+        )
+
+    def _view(self, samples: Sequence[EncodedSample], plan: np.ndarray) -> PolicyView:
+        stream = expand_pack(
+            samples,
+            plan=plan,
+            tokens_kept=self.tokens_kept,
+            tokens_compressed=self.tokens_compressed,
+            image_token_id=self.image_token_id,
+        )
+        return PolicyView(compressed=torch.from_numpy(plan), stream=stream)
+
+    def _plans(self, samples: Sequence[EncodedSample], pack: Pack, question: np.ndarray) -> tuple[np.ndarray, ...]:
+        if self.stage == "pretrain":
+            return ()
+        if self.stage == "router":
+            return (np.zeros_like(question), question)
+        plans = []
+        for sample, sample_id in zip(samples, pack.sample_ids, strict=True):
+            random = compression_plan.generator(self.seed, pack.epoch, sample_id, "xi")
+            plan = compression_plan.plan_fraction(sample.tiles_per_image, generator=random, sampler=self.xi_sampler)
+            plans.append(plan.numpy())
+        return (np.concatenate(plans),)
+
+    def _router_question(self, samples: Sequence[EncodedSample], pack: Pack) -> tuple[np.ndarray, torch.Tensor]:
+        """The plan of Eq. 2 over all tiles of the pack, and the local sample of each compressed tile."""
+        plans = []
+        for sample, sample_id in zip(samples, pack.sample_ids, strict=True):
+            if self.stage != "router" or not sample.num_tiles:
+                plans.append(np.zeros(sample.num_tiles, dtype=np.bool_))
+                continue
+            random = compression_plan.generator(self.seed, pack.epoch, sample_id, "router")
+            if self.router_granularity == "image":
+                plan = compression_plan.plan_one_image(sample.tiles_per_image, generator=random)
+            else:
+                plan = compression_plan.plan_one_tile(sample.num_tiles, generator=random)
+            plans.append(plan.numpy())
+        local = np.repeat(np.arange(len(plans)), [int(plan.sum()) for plan in plans])
+        return np.concatenate(plans), torch.from_numpy(local)
+
+
+class Loader:
+    """This rank's packed batches, one list a step."""
+
+    def __init__(
+        self,
+        plan: PackPlan,
+        *,
+        encoder: SampleEncoder,
+        builder: PackBuilder,
+        rank: int = 0,
+        num_ranks: int = 1,
+        start_step: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        """Check that the shards were indexed with this encoder.
+
+        Args:
+            plan: the packs of each step.
+            encoder: tokenises and tiles.
+            builder: packs for the stage.
+            rank: data-parallel rank.
+            num_ranks: data-parallel size.
+            start_step: steps consumed before.
+            num_workers: processes that prepare steps ahead; 0 prepares each step when it is asked for.
+
+        Raises:
+            ConfigError: if the packs of a step do not divide over the ranks, or the index is of another tokenizer.
+        """
+        if plan.global_batch_size % num_ranks:
+            raise ConfigError(
+                f"--global-batch-size {plan.global_batch_size} is not a multiple of the {num_ranks} data-parallel "
+                "ranks; choose one that is."
+            )
+        for folder in plan.folders:
+            folder.check_encoding(tokenizer=encoder.tokenizer, settings=encoder.settings)
+        self.plan = plan
+        self.consumed_steps = start_step
+        self._rank, self._num_ranks, self._num_workers = rank, num_ranks, num_workers
+        self._dataset = _StepDataset(plan, encoder=encoder, builder=builder, rank=rank, num_ranks=num_ranks)
+
+    def __iter__(self) -> Iterator[list[PackedBatch]]:
+        """Batches from step `consumed_steps` on, without end; `consumed_steps` counts what was handed out."""
+        for batches in self._steps():
+            self.consumed_steps += 1
+            yield batches
+
+    def state_dict(self) -> dict[str, int]:
+        """All that is needed to go on, on any number of ranks and workers."""
+        return {"consumed_steps": self.consumed_steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after the step of `state`; affects iterators made afterwards."""
+        self.consumed_steps = int(state["consumed_steps"])
+
+    def _steps(self) -> Iterator[list[PackedBatch]]:
+        steps = _Steps(self.plan, start=self.consumed_steps)
+        if self._num_workers == 0:
+            return (self._dataset[step] for step in steps)
+        return iter(
+            DataLoader(
+                self._dataset,
+                sampler=steps,
+                batch_size=None,
+                num_workers=self._num_workers,
+                prefetch_factor=PREFETCH_STEPS,
+                collate_fn=_as_it_is,
+            )
+        )
+
+
+class _Steps(Sampler[StepPlan]):
+    """Hands step plans to the workers, so that packing is done once, in the training process."""
+
+    def __init__(self, plan: PackPlan, *, start: int) -> None:
+        self._plan, self._start = plan, start
+
+    def __iter__(self) -> Iterator[StepPlan]:
+        step = self._start
+        while True:
+            yield self._plan.step(step)
+            step += 1
+
+
+class _StepDataset(Dataset[list[PackedBatch]]):
+    """Step plan -> this rank's packed batches."""
+
+    def __init__(
+        self, plan: PackPlan, *, encoder: SampleEncoder, builder: PackBuilder, rank: int, num_ranks: int
+    ) -> None:
+        self._locate: Callable[[int], tuple[ShardFolder, int]] = plan.locate
+        self._encoder, self._builder = encoder, builder
+        self._rank, self._num_ranks = rank, num_ranks
+
+    def __getitem__(self, step: StepPlan) -> list[PackedBatch]:
+        batches = []
+        for pack in step.packs[self._rank :: self._num_ranks]:
+            samples = [self._encode(sample_id) for sample_id in pack.sample_ids]
+            batches.append(self._builder.build(samples, pack=pack, samples_in_global_batch=step.num_samples))
+        return batches
+
+    def _encode(self, sample_id: int) -> EncodedSample:
+        folder, number = self._locate(sample_id)
+        encoded = self._encoder.encode(folder.read(number))
+        if encoded.token_ids.size != folder.num_tokens[number] or encoded.num_tiles != folder.num_tiles[number]:
+            raise SampleError(
+                f"sample {encoded.key!r}: {encoded.token_ids.size} tokens and {encoded.num_tiles} tiles, but the index "
+                f"of {folder.path} says {folder.num_tokens[number]} and {folder.num_tiles[number]}; make the index "
+                "anew with `vico shards index`."
+            )
+        return encoded
+
+
+def make_loader(
+    options: DataOptions,
+    *,
+    tokenizer: Tokenizer,
+    image_size: int,
+    builder: PackBuilder,
+    global_batch_size: int,
+    rank: int = 0,
+    num_ranks: int = 1,
+    start_step: int = 0,
+) -> Loader:
+    """Open the folders of `options.data_path` and make a rank's loader.
+
+    Args:
+        options: shards, tiling, packing, workers.
+        tokenizer: the one the shards were indexed with.
+        image_size: side of a tile in px.
+        builder: the stage's pack builder; its seed also seeds the order.
+        global_batch_size: packs of a step over all ranks.
+        rank: data-parallel rank.
+        num_ranks: data-parallel size.
+        start_step: steps consumed before.
+
+    Returns:
+        The loader.
+
+    Raises:
+        ConfigError: if shards, tokenizer and options do not fit together.
+        SampleError: if a shard is broken or a sample is larger than a pack.
+    """
+    plan = PackPlan(
+        [ShardFolder.open(path) for path in options.data_path],
+        options=options,
+        tokens_kept=builder.tokens_kept,
+        seed=builder.seed,
+        global_batch_size=global_batch_size,
+    )
+    settings = EncodingSettings.from_options(options, image_size=image_size)
+    return Loader(
+        plan,
+        encoder=SampleEncoder(tokenizer=tokenizer, settings=settings),
+        builder=builder,
+        rank=rank,
+        num_ranks=num_ranks,
+        start_step=start_step,
+        num_workers=options.num_workers,
+    )
+
+
+def _as_it_is(batches: Any) -> Any:
+    return batches

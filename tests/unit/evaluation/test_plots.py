@@ -1,0 +1,80 @@
+"""Pictures: compressed tiles are shaded and no others, curves show what the files hold."""
+
+import json
+
+import numpy as np
+import pytest
+
+from megatron_vico.evaluation import plots
+
+
+def make_routed(compressed, *, columns=2):
+    tiles = np.zeros((len(compressed), 3, 4, 4), dtype=np.uint8)
+    tiles[:, 0] = 200  # red
+    return plots.RoutedImage(
+        tiles=tiles, columns=columns, compressed=compressed, probability=[0.9 if c else 0.1 for c in compressed]
+    )
+
+
+def test_compressed_tiles_are_shaded_and_kept_tiles_untouched():
+    picture = plots.routing_picture([make_routed([True, False, False, True])], tile_px=100, columns=1)
+    pixels = np.asarray(picture)
+    pitch, margin = 102, 12
+    for index, compressed in enumerate([True, False, False, True]):
+        # Clear of the label, which is half way down the left edge.
+        y, x = margin + index // 2 * pitch + 80, margin + index % 2 * pitch + 50
+        red, green, blue = (int(v) for v in pixels[y, x])
+        if compressed:
+            assert (red, green, blue) == pytest.approx((128 * 0.62 + 200 * 0.38, 79, 79), abs=1.5)
+        else:
+            assert (red, green, blue) == (200, 0, 0)
+
+
+def test_labels_differ_with_the_score():
+    def label(probability):
+        image = plots.RoutedImage(
+            tiles=np.zeros((1, 3, 4, 4), np.uint8), columns=1, compressed=[False], probability=[probability]
+        )
+        return np.asarray(plots.routing_picture([image], tile_px=100))[50:80, :60]
+
+    assert not np.array_equal(label(0.12), label(0.87))
+
+
+def test_several_images_of_different_shapes_fit():
+    images = [make_routed([True] * 4), make_routed([False] * 6, columns=3), make_routed([True], columns=1)]
+    picture = plots.routing_picture(images, tile_px=50, columns=2)
+    assert picture.width == 12 + 2 * (3 * 52 - 2 + 12)
+    assert picture.height > 2 * (2 * 52 - 2 + 12)
+
+
+def test_a_scores_list_of_another_length_is_refused():
+    image = plots.RoutedImage(tiles=np.zeros((2, 3, 4, 4), np.uint8), columns=2, compressed=[True], probability=[0.5])
+    with pytest.raises(ValueError, match="zip"):
+        plots.routing_picture([image])
+
+
+def test_metrics_tolerate_missing_keys_and_a_broken_last_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"iteration": 1, "loss": 2.0, "note": "text"}, {"iteration": 2, "loss": 1.0, "tau": 3.0}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 3, "lo')
+    metrics = plots.read_metrics(path)
+    assert sorted(metrics) == ["iteration", "loss", "tau"]
+    np.testing.assert_array_equal(metrics["loss"], [2.0, 1.0])
+    np.testing.assert_array_equal(metrics["tau"], [np.nan, 3.0])
+
+
+def test_loss_curves_draw_each_file(tmp_path):
+    files = {}
+    for name, scale in (("pretrain", 1.0), ("warm-up", 0.1), ("empty", 0.0)):
+        path = files[name] = tmp_path / f"{name}.jsonl"
+        steps = [{"iteration": i, "loss": scale / i} for i in range(1, 101)] if scale else [{"iteration": 1}]
+        path.write_text("".join(json.dumps(step) + "\n" for step in steps))
+    figure = plots.loss_curves(files, columns=2)
+    titles = [panel.get_title() for panel in figure.axes]
+    assert titles[:3] == ["pretrain", "warm-up", "empty"]
+    raw, smooth = figure.axes[0].lines
+    np.testing.assert_array_equal(raw.get_ydata(), [1 / i for i in range(1, 101)])
+    assert len(smooth.get_ydata()) == 99  # mean of 2 steps
+    assert not figure.axes[2].lines
+    figure.savefig(tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 10_000

@@ -64,13 +64,7 @@ class ParameterCounts:
     @property
     def total(self) -> int:
         """Parameters of the whole Flash model."""
-        return (
-            self.vit
-            + self.connector_4x
-            + self.language_model
-            + self.connector_16x
-            + self.vir
-        )
+        return self.vit + self.connector_4x + self.language_model + self.connector_16x + self.vir
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +97,7 @@ class ModelConfig:
             vit=_vit_parameters(self.vision),
             connector_4x=8 * d + (4 * d * h + h) + (h * h + h),
             language_model=_language_parameters(self.language),
-            connector_16x=32 * d
-            + (32 * d * h + 2 * h)
-            + (4 * h * h + 2 * h)
-            + (2 * h * h + h),
+            connector_16x=32 * d + (32 * d * h + 2 * h) + (4 * h * h + 2 * h) + (2 * h * h + h),
             vir=pooling + gating,
         )
 
@@ -114,13 +105,7 @@ class ModelConfig:
 def _vit_parameters(config: VisionConfig) -> int:
     d, f = config.hidden_size, config.ffn_hidden_size
     embeddings = d + (1 + config.num_patches) * d + (3 * config.patch_size**2 * d + d)
-    attention = (
-        3 * d * d
-        + d * d
-        + d
-        + (3 * d if config.qkv_bias else 0)
-        + (2 * d if config.qk_norm else 0)
-    )
+    attention = 3 * d * d + d * d + d + (3 * d if config.qkv_bias else 0) + (2 * d if config.qk_norm else 0)
     mlp = 2 * d * f + f + d
     norms = 2 * (2 * d if config.norm_type == "layer_norm" else d)
     return embeddings + config.num_layers * (attention + mlp + norms + 2 * d)
@@ -128,9 +113,7 @@ def _vit_parameters(config: VisionConfig) -> int:
 
 def _language_parameters(config: LanguageConfig) -> int:
     h, width = config.hidden_size, config.head_dim
-    attention = (
-        h * width * (2 * config.num_heads + 2 * config.num_query_groups) + 2 * width
-    )
+    attention = h * width * (2 * config.num_heads + 2 * config.num_query_groups) + 2 * width
     if config.num_experts is None:
         mlp = 3 * h * config.ffn_hidden_size
     else:
@@ -330,7 +313,5 @@ def get_model_config(name: str) -> ModelConfig:
         ConfigError: if there is no such model; names the nearest.
     """
     if name not in MODELS:
-        raise ConfigError(
-            f"unknown model size {name!r}{nearest(name, MODELS)} (known: {', '.join(MODELS)})"
-        )
+        raise ConfigError(f"unknown model size {name!r}{nearest(name, MODELS)} (known: {', '.join(MODELS)})")
     return MODELS[name]

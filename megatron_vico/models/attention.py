@@ -1,0 +1,350 @@
+"""core_attention modules for megatron-core on torch's scaled_dot_product_attention; they need no TransformerEngine.
+
+`TileAttention` serves the vision tower, `SDPACoreAttention` the language model. What the language model's layers need
+to know about a batch travels in an `AttentionLayout`, made once a forward pass and handed through mcore as its
+packed_seq_params.
+
+Shapes: T packed tokens, B samples, S tokens of a sample, A heads of queries, G heads of keys, E channels of a head.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_vico.errors import ConfigError
+
+_MOST_PADDING = 2.0
+"""Documents are padded to the longest of a pack, and attended in one call, up to this many times the real tokens."""
+
+
+class KVCache:
+    """Keys and values of the tokens that a batch of samples has seen, for generation.
+
+    Sample b's next token goes to slot `lengths[b]`; samples may differ in length.
+
+    Attributes:
+        lengths: [B] int64, tokens of each sample that are in the cache. The engine may overwrite it.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch: int,
+        max_len: int,
+        *,
+        num_query_groups: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (num_layers, batch, max_len, num_query_groups, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.max_len = max_len
+
+    def slots(self, num_tokens: int) -> Tensor:
+        """The slots [B, S] that the next `num_tokens` tokens of each sample go to."""
+        slots_BS: Tensor = self.lengths[:, None] + torch.arange(num_tokens, device=self.lengths.device)
+        assert int(slots_BS.max()) < self.max_len, f"{int(slots_BS.max()) + 1} tokens in a cache for {self.max_len}"
+        return slots_BS
+
+    def select(self, samples: Tensor) -> "KVCache":
+        """A cache of some of the samples, to drop those that have ended; `samples` is [B'] int64."""
+        part = object.__new__(KVCache)
+        part.keys, part.values = self.keys.index_select(1, samples), self.values.index_select(1, samples)
+        part.lengths, part.max_len = self.lengths.index_select(0, samples), self.max_len
+        return part
+
+
+@dataclass(kw_only=True)
+class AttentionLayout(PackedSeqParams):
+    """mcore's description of a packed batch, with what this project's attention works out once for all layers."""
+
+    cos: Tensor | None = None
+    """[T, 1, E/2] (packed) or [S, B, 1, E/2]: rotary position embedding, in the computing dtype."""
+
+    sin: Tensor | None = None
+
+    document_lens: tuple[int, ...] = ()
+    """Tokens of each packed document."""
+
+    gather_rows: Tensor | None = None
+    """[D * longest] int64: the packed row at each place of the padded batch (any row where it is padding)."""
+
+    padded_rows: Tensor | None = None
+    """[T] int64: the place in the padded batch of each packed row."""
+
+    cache: KVCache | None = None
+    slots_BS: Tensor | None = None
+    num_slots: int = 0
+    """Slots of the cache in use after this call."""
+
+
+class Rotary:
+    """cos and sin of the rotary position embedding, at given positions."""
+
+    def __init__(self, head_dim: int, theta: float) -> None:
+        self.head_dim, self.theta = head_dim, theta
+
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [..., 1, E/2] at `positions` [...] int64, worked out in float32."""
+        exponents = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32) / self.head_dim
+        angles = positions.float().unsqueeze(-1) / self.theta**exponents
+        return angles.cos().to(dtype).unsqueeze(-2), angles.sin().to(dtype).unsqueeze(-2)
+
+
+def packed_layout(cu_seqlens: Tensor, max_seqlen: int, *, rotary: Rotary, dtype: torch.dtype) -> AttentionLayout:
+    """The layout of packed documents, for all layers of one forward pass.
+
+    Args:
+        cu_seqlens: [D + 1] int32, where each document begins, and the end.
+        max_seqlen: tokens of the longest document.
+        rotary: the model's position embedding.
+        dtype: computing dtype.
+
+    Returns:
+        A layout whose positions begin at 0 in each document.
+    """
+    starts, lens = cu_seqlens[:-1].long(), (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    document_lens = tuple(lens.tolist())  # once a forward pass, not once a layer
+    num_tokens = sum(document_lens)
+    begins_T = starts.repeat_interleave(lens, output_size=num_tokens)
+    positions_T = torch.arange(num_tokens, device=starts.device) - begins_T
+    cos, sin = rotary(positions_T, dtype)
+    layout = AttentionLayout(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+        cos=cos,
+        sin=sin,
+        document_lens=document_lens,
+    )
+    num_documents = len(document_lens)
+    if num_tokens < num_documents * max_seqlen <= _MOST_PADDING * num_tokens:
+        places = starts[:, None] + torch.arange(max_seqlen, device=starts.device)
+        layout.gather_rows = places.clamp_(max=num_tokens - 1).flatten()
+        documents_T = torch.arange(num_documents, device=starts.device).repeat_interleave(lens, output_size=num_tokens)
+        layout.padded_rows = documents_T * max_seqlen + positions_T
+    return layout
+
+
+def batch_layout(positions_BS: Tensor, *, cache: KVCache | None, rotary: Rotary, dtype: torch.dtype) -> AttentionLayout:
+    """The layout of a batch of samples, right-padded or all of one length, for generation.
+
+    Args:
+        positions_BS: [B, S] int64, position of each token in its sample.
+        cache: what the samples have seen before; the new tokens are added to it. None, nothing.
+        rotary: the model's position embedding.
+        dtype: computing dtype.
+
+    Returns:
+        A layout for one forward pass.
+    """
+    cos, sin = rotary(positions_BS.transpose(0, 1), dtype)
+    layout = AttentionLayout(qkv_format="sbhd", cos=cos, sin=sin, cache=cache)
+    if cache is not None:
+        layout.slots_BS = cache.slots(positions_BS.size(1))
+        layout.num_slots = int(layout.slots_BS.max()) + 1
+    return layout
+
+
+class SDPACoreAttention(MegatronModule):
+    """Causal attention of the language model, within the documents of a pack or over a cache; does the rotation too.
+
+    Positions are rotated here and not by mcore, whose unfused rotation loops over documents, in every layer, and
+    takes as long as the rest of a small layer.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        *,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        assert attn_mask_type == AttnMaskType.causal
+        assert attention_type == "self"
+        if config.context_parallel_size > 1:
+            raise ConfigError(
+                f"--context-parallel-size {config.context_parallel_size} needs TransformerEngine's attention; "
+                "with --attention sdpa, or without a GPU, use 1"
+            )
+        self.layer = layer_number - 1
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [T, A, E] of packed documents, or [S, B, A, E] of a batch, not yet rotated.
+            key: [T, G, E] or [S, B, G, E].
+            value: as `key`.
+            attention_mask: must be None; the layout says it all.
+            attn_mask_type: unused, always causal.
+            attention_bias: must be None.
+            packed_seq_params: an AttentionLayout.
+
+        Returns:
+            [T, A * E] or [S, B, A * E].
+        """
+        assert attention_mask is None
+        assert attention_bias is None
+        layout = packed_seq_params
+        assert isinstance(layout, AttentionLayout)
+        assert layout.cos is not None
+        assert layout.sin is not None
+        query, key = _Rotate.apply(query, layout.cos, layout.sin), _Rotate.apply(key, layout.cos, layout.sin)
+        if layout.qkv_format == "sbhd":
+            return self._batch(query, key, value, layout)
+        if layout.gather_rows is not None:
+            return self._padded(query, key, value, layout)
+        if len(set(layout.document_lens)) == 1:
+            shape = (len(layout.document_lens), layout.document_lens[0], -1, query.size(-1))
+            return self._attend(query.view(shape), key.view(shape), value.reshape(shape)).flatten(0, 1).flatten(1)
+        lens = list(layout.document_lens)
+        documents = zip(query.split(lens), key.split(lens), value.split(lens), strict=True)
+        return torch.cat([self._attend(q[None], k[None], v[None])[0] for q, k, v in documents]).flatten(1)
+
+    def _padded(self, query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout) -> Tensor:
+        """All documents in one call, each padded at its end, where causality keeps the padding out of sight."""
+        shape = (len(layout.document_lens), layout.max_seqlen_q, -1, query.size(-1))
+        q, k, v = (_Pad.apply(x, layout.gather_rows, layout.padded_rows).view(shape) for x in (query, key, value))
+        padded = self._attend(q, k, v).flatten(0, 1).flatten(1)
+        unpadded: Tensor = _Unpad.apply(padded, layout.padded_rows)
+        return unpadded
+
+    def _batch(self, query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout) -> Tensor:
+        q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+        cache, slots_BS = layout.cache, layout.slots_BS
+        if cache is None or slots_BS is None:
+            return self._attend(q, k, v).transpose(0, 1).flatten(2)
+        keys, values = cache.keys[self.layer], cache.values[self.layer]
+        samples_B1 = torch.arange(slots_BS.size(0), device=slots_BS.device)[:, None]
+        keys[samples_B1, slots_BS], values[samples_B1, slots_BS] = k.to(keys.dtype), v.to(values.dtype)
+        if layout.num_slots == slots_BS.size(1):  # the first tokens of every sample
+            return self._attend(q, k, v).transpose(0, 1).flatten(2)
+        # Slots beyond a sample's own length hold padding or nothing; no query looks that far.
+        seen_BSK = torch.arange(layout.num_slots, device=slots_BS.device) <= slots_BS[:, :, None]
+        keys, values = keys[:, : layout.num_slots], values[:, : layout.num_slots]
+        return self._attend(q, keys, values, mask=seen_BSK[:, None]).transpose(0, 1).flatten(2)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """[B, S, A, E] from [B, S, A, E] and [B, K, G, E], causal where there is no mask."""
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=q.size(2) != k.size(2),
+        )
+        return out.transpose(1, 2)
+
+
+class TileAttention(MegatronModule):
+    """Attention between all patches of a tile, for a vision tower that keeps tiles first: [N, S, A, E]."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        *,
+        softmax_scale: float | None = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        assert attn_mask_type == AttnMaskType.no_mask
+        assert attention_type == "self"
+        self.scale = softmax_scale
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **unused: Any
+    ) -> Tensor:
+        """Attend; all of [N, S, A, E], the result [N, S, A * E]."""
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2)
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotary position embedding on halves; the backward pass is the rotation by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, sign=1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grads[0], cos, sin, sign=-1), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, sign: int) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    (x1, x2), (out1, out2) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(x1, cos, out=out1).addcmul_(x2, sin, value=-sign)
+    torch.mul(x2, cos, out=out2).addcmul_(x1, sin, value=sign)
+    return out
+
+
+class _Pad(torch.autograd.Function):
+    """Packed rows to padded rows.
+
+    Padding repeats real rows, and yet the backward pass only picks the real places: no gradient reaches padding,
+    because no query looks at it and `_Unpad` drops its own output.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gather_rows: Tensor, padded_rows: Tensor) -> Tensor:
+        ctx.save_for_backward(padded_rows)
+        return x.index_select(0, gather_rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (padded_rows,) = ctx.saved_tensors
+        return grads[0].index_select(0, padded_rows), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """Padded rows back to packed rows; autograd would add up their gradients row by row, which is many times slower."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, padded_rows: Tensor) -> Tensor:
+        ctx.save_for_backward(padded_rows)
+        ctx.num_rows = x.size(0)
+        return x.index_select(0, padded_rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (padded_rows,) = ctx.saved_tensors
+        grad = grads[0]
+        return grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy_(0, padded_rows, grad), None

@@ -1,0 +1,296 @@
+"""Builds the two modules of a model, and the megatron-core configurations they are built from.
+
+Two modules never share a TransformerConfig: mcore keeps schedule hooks and loss scales in it.
+"""
+
+import importlib.util
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_with_transformer_engine_submodules,
+    get_mlp_module_spec_for_backend,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.utils import get_pg_rank
+
+from megatron_vico.config.schema import ParallelOptions
+from megatron_vico.models.attention import SDPACoreAttention
+from megatron_vico.models.internvl import VisionEncoder
+from megatron_vico.models.language_model import LanguageModel, VocabularyHead
+from megatron_vico.models.layers import Layer
+from megatron_vico.models.norms import RMSNorm
+from megatron_vico.models.registry import ModelConfig
+
+_VOCAB_MULTIPLE = 128
+"""The vocabulary is padded to a multiple of this times the tensor-parallel size, as Megatron does by default."""
+
+
+def language_transformer_config(
+    model: ModelConfig, *, bf16: bool = False, parallel: ParallelOptions | None = None, **overrides: Any
+) -> TransformerConfig:
+    """mcore's configuration of a model's language model.
+
+    Args:
+        model: which model.
+        bf16: compute in bfloat16.
+        parallel: layout; None, one rank.
+        **overrides: fields of TransformerConfig that the user gave.
+
+    Returns:
+        A new TransformerConfig.
+    """
+    language = model.language
+    on_gpu = torch.cuda.is_available()
+    fields: dict[str, Any] = {
+        "num_layers": language.num_layers,
+        "hidden_size": language.hidden_size,
+        "ffn_hidden_size": language.ffn_hidden_size,
+        "num_attention_heads": language.num_heads,
+        "num_query_groups": language.num_query_groups,
+        "kv_channels": language.head_dim,
+        "layernorm_epsilon": language.norm_eps,
+        "normalization": "RMSNorm",
+        "qk_layernorm": True,
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "bias_activation_fusion": on_gpu,
+        "bias_dropout_fusion": on_gpu,
+        "apply_rope_fusion": on_gpu and transformer_engine_usable(),
+        "deallocate_pipeline_outputs": True,
+    }
+    if language.num_experts is not None:
+        fields |= {
+            "num_moe_experts": language.num_experts,
+            "moe_router_topk": language.moe_top_k,
+            "moe_ffn_hidden_size": language.moe_ffn_hidden_size,
+            # Softmax over the chosen experts' logits: the same as softmax, top-k, renormalise.
+            "moe_router_pre_softmax": False,
+            "moe_router_dtype": "fp32",
+            "moe_router_load_balancing_type": "none",
+        }
+    fields |= _common_fields(language.hidden_size, bf16=bf16) | _parallel_fields(model, parallel or ParallelOptions())
+    return TransformerConfig(**(fields | overrides))
+
+
+def vision_transformer_config(
+    model: ModelConfig, *, bf16: bool = False, drop_path_rate: float = 0.0, **overrides: Any
+) -> TransformerConfig:
+    """mcore's configuration of a model's vision tower; it is replicated, so it has no layout.
+
+    Args:
+        model: which model.
+        bf16: compute in bfloat16.
+        drop_path_rate: stochastic depth of the last layer, in [0, 1).
+        **overrides: fields of TransformerConfig.
+
+    Returns:
+        A new TransformerConfig, with the drop path rate as its attribute `drop_path_rate`.
+    """
+    vision = model.vision
+    fields: dict[str, Any] = {
+        "num_layers": vision.num_layers,
+        "hidden_size": vision.hidden_size,
+        "ffn_hidden_size": vision.ffn_hidden_size,
+        "num_attention_heads": vision.num_heads,
+        "kv_channels": vision.hidden_size // vision.num_heads,
+        "layernorm_epsilon": vision.norm_eps,
+        "normalization": "LayerNorm" if vision.norm_type == "layer_norm" else "RMSNorm",
+        "qk_layernorm": vision.qk_norm,
+        "add_bias_linear": True,
+        "add_qkv_bias": vision.qkv_bias,
+        "gated_linear_unit": False,
+        "activation_func": F.gelu,
+        "bias_activation_fusion": False,  # mcore's fused bias-GELU is the tanh form; InternViT has erf
+        "bias_dropout_fusion": False,
+    }
+    config = TransformerConfig(**(fields | _common_fields(vision.hidden_size, bf16=bf16) | overrides))
+    config.drop_path_rate = drop_path_rate  # type: ignore[attr-defined]
+    return config
+
+
+def build_vision_encoder(
+    model: ModelConfig, config: TransformerConfig, *, pg_collection: ProcessGroupCollection | None = None
+) -> VisionEncoder:
+    """A model's vision tower, connectors and router, with fresh weights.
+
+    Args:
+        model: which model.
+        config: from `vision_transformer_config`, used by no other module.
+        pg_collection: groups in which tensor, pipeline and context parallel have one rank; None, mcore's own.
+
+    Returns:
+        The encoder.
+    """
+    groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+    assert groups.tp.size() == 1, "the vision encoder is replicated: give it groups of one rank"
+    drop_path_rate = getattr(config, "drop_path_rate", 0.0)
+    return VisionEncoder(config, model=model, drop_path_rate=drop_path_rate, pg_collection=groups)
+
+
+def build_language_model(
+    model: ModelConfig,
+    config: TransformerConfig,
+    *,
+    pg_collection: ProcessGroupCollection | None = None,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    attention: Literal["auto", "sdpa"] = "auto",
+) -> LanguageModel:
+    """One pipeline chunk of a model's language model, with fresh weights.
+
+    Args:
+        model: which model.
+        config: from `language_transformer_config`, used by no other module.
+        pg_collection: process groups; None, mcore's own.
+        pre_process: whether the chunk has the embedding.
+        post_process: whether the chunk has the final norm and the head.
+        vp_stage: the chunk's place among the chunks of its rank, with interleaving.
+        attention: "auto" takes TransformerEngine's layers where there are CUDA and TransformerEngine; "sdpa", and
+            "auto" elsewhere, mcore's local layers with torch's attention.
+
+    Returns:
+        The chunk.
+    """
+    groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+    engine = attention == "auto" and transformer_engine_usable()
+    spec = _transformer_engine_layer(config) if engine else _local_layer(config)
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=get_pg_rank(groups.pp))
+    gpt = GPTModel(
+        config=config,
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm),
+        vocab_size=padded_vocab_size(model.language.vocab_size, config.tensor_model_parallel_size),
+        max_sequence_length=model.language.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope" if engine else "none",  # without TransformerEngine, attention.py rotates
+        rotary_base=int(model.language.rope_theta),
+        scatter_embedding_sequence_parallel=False,  # visual tokens are put in first
+        pg_collection=groups,
+        vp_stage=vp_stage,
+    )
+    if post_process:
+        gpt.output_layer = VocabularyHead(
+            config.hidden_size,
+            gpt.vocab_size,
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            tp_group=groups.tp,
+        )
+        gpt.setup_embeddings_and_output_layer()
+    return LanguageModel(gpt, language=model.language, layout="te" if engine else "sdpa")
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
+    """Rows of the embedding and of the head, over all tensor-parallel ranks."""
+    multiple = _VOCAB_MULTIPLE * tensor_parallel_size
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def transformer_engine_usable() -> bool:
+    """Whether there are both a CUDA device and an installed TransformerEngine."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def _common_fields(hidden_size: int, *, bf16: bool) -> dict[str, Any]:
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return {
+        "bf16": bf16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        # Megatron's 0.02 at a width of 1024; the toys are narrower and start from scratch.
+        "init_method_std": math.sqrt(2 / (5 * hidden_size)),
+        # Losses come with their weight in the global batch: gradients are summed, never averaged.
+        "calculate_per_token_loss": True,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+    }
+
+
+def _parallel_fields(model: ModelConfig, parallel: ParallelOptions) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        name: getattr(parallel, name)
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+            "expert_model_parallel_size",
+            "expert_tensor_parallel_size",
+            "sequence_parallel",
+            "recompute_granularity",
+            "recompute_method",
+            "recompute_num_layers",
+            "moe_token_dispatcher_type",
+        )
+    }
+    fields["variable_seq_lengths"] = True
+    if parallel.recompute_modules:
+        fields["recompute_modules"] = list(parallel.recompute_modules)
+    if parallel.num_layers_per_virtual_pipeline_stage is not None:
+        layers_per_stage = model.language.num_layers // parallel.pipeline_model_parallel_size
+        chunks = layers_per_stage // parallel.num_layers_per_virtual_pipeline_stage
+        fields["virtual_pipeline_model_parallel_size"] = chunks
+        # Batched sends and receives pair up wrongly at two stages, without an error.
+        fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    if parallel.moe_aux_loss_coeff and model.language.num_experts is not None:
+        fields["moe_router_load_balancing_type"] = "aux_loss"
+        fields["moe_aux_loss_coeff"] = parallel.moe_aux_loss_coeff
+    if parallel.fp8_format is not None:
+        fields |= {"fp8": parallel.fp8_format, "fp8_recipe": parallel.fp8_recipe}
+    return fields
+
+
+def _transformer_engine_layer(config: TransformerConfig) -> ModuleSpec:
+    submodules = get_gpt_layer_with_transformer_engine_submodules(
+        num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=True
+    )
+    return ModuleSpec(module=Layer, submodules=submodules)
+
+
+def _local_layer(config: TransformerConfig) -> ModuleSpec:
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=SDPACoreAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=RMSNorm,
+            k_layernorm=RMSNorm,
+        ),
+    )
+    # Checkpoints have TransformerEngine's names, so that one written on a CPU loads on a GPU and back. There the norm
+    # is part of the linear layer behind it, except that an MoE layer keeps its pre_mlp_layernorm (mcore's own map of
+    # its local layers renames that one too, wrongly).
+    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if config.num_moe_experts is None:
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    submodules = TransformerLayerSubmodules(
+        input_layernorm=RMSNorm,
+        self_attention=attention,
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=RMSNorm,
+        mlp=get_mlp_module_spec_for_backend(backend=LocalSpecProvider(), num_experts=config.num_moe_experts),
+        mlp_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map=names,
+    )
+    return ModuleSpec(module=Layer, submodules=submodules)

@@ -1,0 +1,133 @@
+"""InternViT, both kinds (300M and 6B), on megatron-core's TransformerBlock.
+
+Tiles stay first, [N, S, D] with S = 1 + P: nothing in mcore's layer but the core attention looks at the order of the
+first two dimensions, and this order keeps a tile's memory together.
+
+Shapes: N tiles, P patches of a tile, D channels.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from megatron_vico.models.attention import TileAttention
+from megatron_vico.models.layers import Layer, LayerScaleAdd
+from megatron_vico.models.norms import AllHeadsRMSNorm, LayerNorm, RMSNorm
+from megatron_vico.models.registry import VisionConfig
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution whose stride is its size, done as one matrix product."""
+
+    def __init__(self, *, patch_size: int, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        like = nn.Conv2d(3, hidden_size, patch_size, stride=patch_size, dtype=dtype)
+        self.patch_size = patch_size
+        self.weight, self.bias = like.weight, like.bias
+
+    def forward(self, tiles_N3SS: Tensor) -> Tensor:
+        """[N, 3, S, S] pixels to [N, P, D], row by row."""
+        num_tiles, _, height, width = tiles_N3SS.shape
+        size = self.patch_size
+        patches = tiles_N3SS.view(num_tiles, 3, height // size, size, width // size, size).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(patches.reshape(num_tiles, -1, 3 * size**2), self.weight.flatten(1), self.bias)
+
+
+class InternViT(MegatronModule):
+    """The vision tower: from normalised pixels to the last hidden state of each patch, without a final norm."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        vision: VisionConfig,
+        drop_path_rate: float,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config=config)
+        self.tp_group = pg_collection.tp
+        width, dtype = vision.hidden_size, config.params_dtype
+        self.class_token = nn.Parameter(torch.randn(1, 1, width, dtype=dtype) * config.init_method_std)
+        self.patch_embedding = PatchEmbedding(patch_size=vision.patch_size, hidden_size=width, dtype=dtype)
+        positions = torch.randn(1, 1 + vision.num_patches, width, dtype=dtype) * config.init_method_std
+        self.position_embedding = nn.Parameter(positions)
+        self.transformer = TransformerBlock(
+            config,
+            _block_spec(vision, drop_path_rate=drop_path_rate, dtype=dtype),
+            post_layer_norm=False,
+            pg_collection=pg_collection,
+        )
+
+    def forward(self, tiles_N3SS: Tensor) -> Tensor:
+        """Patch features of each tile.
+
+        Args:
+            tiles_N3SS: [N, 3, S, S], normalised pixels in the dtype of the weights.
+
+        Returns:
+            [N, P, D], the class token dropped.
+        """
+        patches_NPD = self.patch_embedding(tiles_N3SS)
+        class_N1D = self.class_token.expand(patches_NPD.size(0), -1, -1)
+        hidden = torch.cat([class_N1D, patches_NPD], dim=1) + self.position_embedding
+        features: Tensor = self.transformer(hidden_states=hidden, attention_mask=None)
+        return features[:, 1:]
+
+
+def _block_spec(vision: VisionConfig, *, drop_path_rate: float, dtype: torch.dtype) -> TransformerBlockSubmodules:
+    """One spec a layer: drop path grows linearly from 0 to its rate."""
+    norm = LayerNorm if vision.norm_type == "layer_norm" else RMSNorm
+    last = max(vision.num_layers - 1, 1)
+    layers = []
+    for index in range(vision.num_layers):
+        add = ModuleSpec(
+            module=LayerScaleAdd,
+            params={
+                "hidden_size": vision.hidden_size,
+                "init": vision.layer_scale_init,
+                "drop_path_rate": drop_path_rate * index / last,
+                "dtype": dtype,
+            },
+        )
+        attention = ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": AttnMaskType.no_mask},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=functools.partial(_qkv_linear, qkv_bias=vision.qkv_bias),
+                core_attention=TileAttention,
+                linear_proj=RowParallelLinear,
+                q_layernorm=AllHeadsRMSNorm if vision.qk_norm else None,
+                k_layernorm=AllHeadsRMSNorm if vision.qk_norm else None,
+            ),
+        )
+        submodules = TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=attention,
+            self_attn_bda=add,
+            pre_mlp_layernorm=norm,
+            mlp=functools.partial(
+                MLP.as_mlp_submodule,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ),
+            mlp_bda=add,
+        )
+        layers.append(ModuleSpec(module=Layer, submodules=submodules))
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=None)
+
+
+def _qkv_linear(*args: Any, qkv_bias: bool, bias: bool, **kwargs: Any) -> ColumnParallelLinear:
+    # InternViT-6B has biases everywhere but here, which mcore's config cannot say.
+    return ColumnParallelLinear(*args, bias=qkv_bias, **kwargs)

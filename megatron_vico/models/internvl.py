@@ -1,0 +1,88 @@
+"""The vision side of InternVL3.5-Flash: tower, both connectors and the router, from pixels to visual tokens.
+
+Shapes: N tiles, S pixels of a tile's side, P patches of a tile, D channels of the ViT, V visual tokens of all tiles,
+H channels of the language model.
+"""
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_vico.models.connector import Connector4x, Connector16x
+from megatron_vico.models.intern_vit import InternViT
+from megatron_vico.models.registry import ModelConfig
+from megatron_vico.models.vir import ViR
+
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class VisionEncoder(MegatronModule):
+    """Tower, connectors and router of one model; which connector a tile goes through is the plan's choice."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        model: ModelConfig,
+        drop_path_rate: float,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config=config)
+        self.tp_group = pg_collection.tp
+        self.model = model
+        vision_size, language_size = model.vision.hidden_size, model.language.hidden_size
+        dtype = config.params_dtype
+        self.vit = InternViT(config, vision=model.vision, drop_path_rate=drop_path_rate, pg_collection=pg_collection)
+        self.connector_4x = Connector4x(vision_size=vision_size, language_size=language_size).to(dtype)
+        self.connector_16x = Connector16x(vision_size=vision_size, language_size=language_size).to(dtype)
+        self.vir = ViR(hidden_size=vision_size, num_heads=model.vir_num_heads).to(dtype)
+
+    def normalise(self, tiles_uint8: Tensor) -> Tensor:
+        """Pixels 0..255, [N, 3, S, S], to ImageNet-normalised values in the dtype of the weights."""
+        mean, std = (torch.tensor(x, device=tiles_uint8.device).view(3, 1, 1) for x in (_IMAGENET_MEAN, _IMAGENET_STD))
+        pixels = tiles_uint8.to(torch.float32).div_(255.0).sub_(mean).div_(std)
+        return pixels.to(self.config.params_dtype)
+
+    def features(self, tiles_N3SS: Tensor) -> Tensor:
+        """ViT outputs of normalised tiles, [N, 3, S, S] to [N, P, D]; without a graph where gradients are off."""
+        features_NPD: Tensor = self.vit(tiles_N3SS)
+        return features_NPD if torch.is_grad_enabled() else features_NPD.detach()
+
+    def visual_tokens(self, features_NPD: Tensor, compressed_N: Tensor | None) -> Tensor:
+        """Visual tokens of all tiles under a plan.
+
+        Args:
+            features_NPD: [N, P, D], ViT outputs.
+            compressed_N: [N] bool, True = compressed; None: nothing is. A connector that no tile goes through is not
+                touched.
+
+        Returns:
+            [V, H]: the tiles' tokens in tile order, those of a tile together and row by row.
+        """
+        num_tiles = features_NPD.size(0)
+        assert compressed_N is None or compressed_N.shape == (num_tiles,), "one entry of the plan a tile"
+        num_compressed = 0 if compressed_N is None else int(compressed_N.sum())
+        if num_tiles == 0:
+            return features_NPD.new_zeros(0, self.model.language.hidden_size)
+        if compressed_N is None or num_compressed == 0:
+            return self.connector_4x(features_NPD).flatten(0, 1)
+        if num_compressed == num_tiles:
+            return self.connector_16x(features_NPD).flatten(0, 1)
+        kept, compressed = (~compressed_N).nonzero().squeeze(1), compressed_N.nonzero().squeeze(1)
+        tokens_kept = self.connector_4x(features_NPD[kept])
+        tokens_compressed = self.connector_16x(features_NPD[compressed])
+        per_kept, per_compressed = tokens_kept.size(1), tokens_compressed.size(1)
+        counts_N = torch.where(compressed_N, per_compressed, per_kept)
+        first_N = counts_N.cumsum(0) - counts_N
+        places = (
+            first_N[chosen, None] + torch.arange(count, device=chosen.device)
+            for chosen, count in ((kept, per_kept), (compressed, per_compressed))
+        )
+        num_tokens = len(kept) * per_kept + len(compressed) * per_compressed
+        tokens = tokens_kept.new_zeros(num_tokens, tokens_kept.size(-1))
+        for rows, part in zip(places, (tokens_kept, tokens_compressed), strict=True):
+            tokens = tokens.index_copy(0, rows.flatten(), part.flatten(0, 1))
+        return tokens

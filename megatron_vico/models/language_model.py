@@ -1,0 +1,211 @@
+"""The language model: an mcore GPTModel that takes visual tokens in and gives the hidden states of response rows out.
+
+The only file that knows GPTModel, which mcore will replace one day.
+
+Shapes: T packed tokens, V visual tokens, R response rows, B samples, S tokens of a sample, H channels.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_vico.models.attention import KVCache, Rotary, batch_layout, packed_layout
+from megatron_vico.models.registry import LanguageConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageInputs:
+    """One packed stream, as the language model takes it."""
+
+    token_ids_T: Tensor
+    """[T] int64; what stands at a visual position does not matter."""
+
+    visual_positions_V: Tensor
+    """[V] int64, where in the pack visual token v goes."""
+
+    cu_seqlens: Tensor
+    """[D + 1] int32, where each of the D documents begins, and the end."""
+
+    max_seqlen: int
+    """Tokens of the longest document."""
+
+    response_rows_R: Tensor
+    """[R] int64, the rows of the hidden states that are wanted."""
+
+
+class VocabularyHead(ColumnParallelLinear):
+    """The output layer, with logits accumulated and kept in float32.
+
+    A module of its own, so that the hook that gathers parameters for `overlap_param_gather` sees its weight used. It
+    does not sum the gradient of its input over tensor-parallel ranks: `LanguageModel.forward` does that for its rows.
+    """
+
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, None]:
+        """[..., H] to float32 [..., vocabulary of this rank]."""
+        assert weight is None, "InternVL3.5 does not tie embeddings"
+        return torch.nn.functional.linear(input_.float(), self.weight.float()), None
+
+
+class LanguageModel(MegatronModule):
+    """One pipeline chunk of Qwen3 or Qwen3-MoE; what DDP wraps and mcore's schedules call."""
+
+    def __init__(self, gpt: GPTModel, *, language: LanguageConfig, layout: str) -> None:
+        """Wrap a GPTModel.
+
+        Args:
+            gpt: built by `build_language_model`, with a VocabularyHead where it has an output layer.
+            language: its sizes.
+            layout: "sdpa" if its layers have this project's attention, "te" if they have TransformerEngine's.
+        """
+        super().__init__(config=gpt.config)
+        self.gpt = gpt
+        self.language = language
+        self.tp_group = gpt.pg_collection.tp
+        self.pre_process: bool = gpt.pre_process
+        self.post_process: bool = gpt.post_process
+        self.vp_stage: int | None = gpt.vp_stage
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = False
+        self.rotary = Rotary(language.head_dim, language.rope_theta) if layout == "sdpa" else None
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """For mcore's schedules; nothing is shared."""
+        weight: Tensor | None = self.gpt.shared_embedding_or_output_weight()
+        return weight
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """For mcore's schedules: the hidden states that the previous pipeline stage sent."""
+        self.gpt.set_input_tensor(input_tensor)
+
+    def forward(self, inputs: LanguageInputs, visual_tokens_VH: Tensor | None = None) -> Tensor:
+        """Run this chunk over a pack.
+
+        Args:
+            inputs: the pack.
+            visual_tokens_VH: [V, H], looked at by the first stage only.
+
+        Returns:
+            The wanted rows [R, H], after the final norm, on the last stage; elsewhere hidden states [s, 1, h]. Under
+            tensor parallelism each rank may hand back its own share of the rows' gradient: it is summed here.
+        """
+        embedded = self._embed_pack(inputs, visual_tokens_VH) if self.pre_process else None
+        output: Tensor = self.gpt(
+            None,
+            None,
+            None,
+            decoder_input=embedded,
+            packed_seq_params=self._layout(inputs),
+            output_processor=self._rows,
+            output_processor_context=inputs.response_rows_R,
+        )
+        return output
+
+    def response_logits(self, rows_RH: Tensor) -> Tensor:
+        """Logits [R, V] in float32 over the real vocabulary; [R, H] from `forward` or [..., H] from `forward_batch`."""
+        logits, _ = self.gpt.output_layer(rows_RH)
+        if self.tp_group.size() > 1:
+            logits = gather_from_tensor_model_parallel_region(logits, group=self.tp_group)
+        real: Tensor = logits[..., : self.language.vocab_size]
+        return real
+
+    def new_cache(self, batch: int, max_len: int) -> KVCache:
+        """An empty cache for `forward_batch`, for `batch` samples of at most `max_len` tokens."""
+        return KVCache(
+            len(self.gpt.decoder.layers),
+            batch,
+            max_len,
+            num_query_groups=self.language.num_query_groups // self.tp_group.size(),
+            head_dim=self.language.head_dim,
+            dtype=self.config.params_dtype,
+            device=self.gpt.embedding.word_embeddings.weight.device,
+        )
+
+    def forward_batch(
+        self,
+        token_ids_BS: Tensor,
+        position_ids_BS: Tensor,
+        visual_tokens_VH: Tensor | None = None,
+        visual_index: Tensor | None = None,
+        cache: KVCache | None = None,
+        *,
+        num_new_B: Tensor | None = None,
+    ) -> Tensor:
+        """Run the whole model over a batch, for generation: prefill with S tokens each, then decode with S = 1.
+
+        Args:
+            token_ids_BS: [B, S] int64, padded at the right where samples differ in length.
+            position_ids_BS: [B, S] int64, position of each token in its sample.
+            visual_tokens_VH: [V, H], or None where the batch has no new visual tokens.
+            visual_index: [V] int64, where each goes in the flattened [B * S].
+            cache: what the samples have seen before; the new tokens are added after each sample's `lengths`, which
+                grow by `num_new_B`.
+            num_new_B: [B] int64, tokens of each sample that are real; None: all S.
+
+        Returns:
+            Hidden states [B, S, H] after the final norm; meaningless at padding.
+        """
+        assert self.rotary is not None, "generation needs --attention sdpa"
+        assert self.pre_process
+        assert self.post_process
+        assert not self.config.sequence_parallel
+        batch, length = token_ids_BS.shape
+        hidden = self.gpt.embedding(token_ids_BS, None)  # [s, b, h]
+        if visual_tokens_VH is not None and visual_index is not None:
+            rows_V = visual_index % length * batch + visual_index // length
+            flat = hidden.flatten(0, 1).index_copy(0, rows_V, visual_tokens_VH.to(hidden.dtype))
+            hidden = flat.view(hidden.shape)
+        layout = batch_layout(position_ids_BS, cache=cache, rotary=self.rotary, dtype=hidden.dtype)
+        output: Tensor = self.gpt.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=layout)
+        if cache is not None:
+            cache.lengths = cache.lengths + (length if num_new_B is None else num_new_B)
+        return output.transpose(0, 1)
+
+    def _embed_pack(self, inputs: LanguageInputs, visual_tokens_VH: Tensor | None) -> Tensor:
+        hidden: Tensor = self.gpt.embedding(inputs.token_ids_T[None], None)  # [s, 1, h], whole on every rank
+        if visual_tokens_VH is not None and len(visual_tokens_VH):
+            tokens = visual_tokens_VH.unsqueeze(1).to(hidden.dtype)
+            hidden = hidden.index_copy(0, inputs.visual_positions_V, tokens)
+        if self.config.recompute_granularity == "full" and torch.is_grad_enabled() and not hidden.requires_grad:
+            # Under a frozen embedding and without images nothing would: mcore's checkpoint then drops the gradients
+            # of the layers' weights.
+            hidden.requires_grad_()
+        if self.config.sequence_parallel:
+            hidden = scatter_to_sequence_parallel_region(hidden, group=self.tp_group)
+        return hidden
+
+    def _layout(self, inputs: LanguageInputs) -> PackedSeqParams:
+        if self.rotary is not None:
+            return packed_layout(
+                inputs.cu_seqlens, inputs.max_seqlen, rotary=self.rotary, dtype=self.config.params_dtype
+            )
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=inputs.cu_seqlens,
+            cu_seqlens_kv=inputs.cu_seqlens,
+            max_seqlen_q=inputs.max_seqlen,
+            max_seqlen_kv=inputs.max_seqlen,
+        )
+
+    def _rows(self, *, hidden_states: Tensor, context: Tensor, **unused: Any) -> Tensor:
+        hidden = hidden_states
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
+        rows_RH = hidden[:, 0].index_select(0, context)
+        if self.tp_group.size() > 1 and not self.config.sequence_parallel:
+            rows_RH = copy_to_tensor_model_parallel_region(rows_RH, group=self.tp_group)
+        return rows_RH if torch.is_grad_enabled() else rows_RH.detach()

@@ -1,0 +1,104 @@
+"""ViR, the Visual Resolution Router: from the patches of a tile to two logits, compress or keep.
+
+The structure is that of the released Flash models, quirks included.
+Shapes: N tiles, P patches of a tile, D channels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+_DEAD = ("attn3", "attn4", "norm3", "norm4")
+
+
+class Pooling(nn.Module):
+    """One vector from any number of patches: a learned query attends four times.
+
+    The released forward pass uses attn2 and norm2 three times and never attn3, attn4, norm3 and norm4. Those are kept,
+    frozen, so that a checkpoint goes in and out without loss.
+    """
+
+    def __init__(self, *, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.query_token = nn.Parameter(torch.randn(1, hidden_size))
+        for index in range(1, 5):
+            setattr(self, f"attn{index}", nn.MultiheadAttention(hidden_size, num_heads, batch_first=True))
+            setattr(self, f"norm{index}", nn.LayerNorm(hidden_size))
+        for name in _DEAD:
+            getattr(self, name).requires_grad_(False)
+
+    def forward(self, features_NPD: Tensor) -> Tensor:
+        """[N, P, D] to [N, D]."""
+        out = self.query_token.expand(features_NPD.size(0), 1, -1)
+        for attention, norm in ((self.attn1, self.norm1), *(((self.attn2, self.norm2),) * 3)):
+            attended, _ = attention(out, features_NPD, features_NPD, need_weights=False)
+            out = norm(attended)
+        return out.squeeze(1)
+
+
+class Gating(nn.Module):
+    """Four residual blocks and a two-way head."""
+
+    def __init__(self, *, hidden_size: int, dropout: float) -> None:
+        super().__init__()
+        for index in range(1, 5):
+            block = nn.Sequential(
+                nn.Linear(hidden_size, 4 * hidden_size),
+                nn.GELU(),
+                nn.Dropout(dropout),
+                nn.Linear(4 * hidden_size, hidden_size),
+                nn.Dropout(dropout),
+                nn.LayerNorm(hidden_size),
+            )
+            setattr(self, f"block{index}", block)
+        self.gate = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, D] to [N, 2]."""
+        for block in (self.block1, self.block2, self.block3, self.block4):
+            x = x + block(x)
+        logits: Tensor = self.gate(x)
+        return logits
+
+
+class ViR(nn.Module):
+    """Eq. 4 of the ViCO paper up to the softmax: which tiles can be compressed.
+
+    Dropout (0.1 in the released module) is 0 by default, for the reason given at Connector16x.
+    """
+
+    def __init__(self, *, hidden_size: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.pooling = Pooling(hidden_size=hidden_size, num_heads=num_heads)
+        self.gating = Gating(hidden_size=hidden_size, dropout=dropout)
+
+    def forward(self, features_NPD: Tensor, tiles_per_image: Sequence[int] | None = None) -> Tensor:
+        """Logits of each tile, index 0 = compress.
+
+        Args:
+            features_NPD: [N, P, D], ViT outputs.
+            tiles_per_image: tiles of each image, in order, adding up to N: then the pooling runs over all patches of an
+                image, and every tile of it gets the image's logits (the image-level router of Table 3). None: one
+                decision a tile.
+
+        Returns:
+            [N, 2], in the dtype of the weights.
+        """
+        if tiles_per_image is None:
+            logits: Tensor = self.gating(self.pooling(features_NPD))
+            return logits
+        counts = list(tiles_per_image)
+        assert sum(counts) == features_NPD.size(0), f"{counts} tiles an image, {features_NPD.size(0)} tiles"
+        images = [image for image in features_NPD.split(counts) if len(image)]
+        if not images:
+            return features_NPD.new_zeros(0, 2)
+        pooled: list[Tensor] = [features_NPD] * len(images)
+        for count in sorted({len(image) for image in images}):  # images of one size in one call
+            same = [index for index, image in enumerate(images) if len(image) == count]
+            vectors = self.pooling(torch.stack([images[index].flatten(0, 1) for index in same]))
+            for index, vector in zip(same, vectors.unbind(), strict=True):
+                pooled[index] = vector
+        logits_per_image: Tensor = self.gating(torch.stack(pooled))
+        image_of_tile = torch.tensor([index for index, image in enumerate(images) for _ in image])
+        return logits_per_image[image_of_tile.to(logits_per_image.device)]

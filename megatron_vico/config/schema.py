@@ -271,7 +271,7 @@ class RunConfig:
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
 
     transformer_overrides: Overrides = Overrides()
-    """Fields of the language model's TransformerConfig; config/arguments.py `config_kwargs` gives them Megatron's types."""
+    """Fields of the language model's TransformerConfig; `config_kwargs` in config/arguments.py types them for it."""
 
     optimizer_overrides: Overrides = Overrides()
     """Fields of OptimizerConfig."""

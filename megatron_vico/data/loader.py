@@ -239,9 +239,10 @@ class Loader:
         *,
         encoder: SampleEncoder,
         builder: PackBuilder,
-        rank: int = 0,
-        num_ranks: int = 1,
+        dp_rank: int = 0,
+        dp_size: int = 1,
         start_step: int = 0,
+        end_step: int | None = None,
         num_workers: int = 0,
     ) -> None:
         """Check that the shards were indexed with this encoder.
@@ -250,29 +251,41 @@ class Loader:
             plan: the packs of each step.
             encoder: tokenises and tiles.
             builder: packs for the stage.
-            rank: data-parallel rank.
-            num_ranks: data-parallel size.
+            dp_rank: data-parallel rank.
+            dp_size: data-parallel size.
             start_step: steps consumed before.
+            end_step: step to stop before; None, never.
             num_workers: processes that prepare steps ahead; 0 prepares each step when it is asked for.
 
         Raises:
-            ConfigError: if the packs of a step do not divide over the ranks, or the index is of another tokenizer.
+            ConfigError: if the packs of a step do not divide over the ranks, or tokenizer, model and index differ.
         """
-        if plan.global_batch_size % num_ranks:
+        if plan.global_batch_size % dp_size:
             raise ConfigError(
-                f"--global-batch-size {plan.global_batch_size} is not a multiple of the {num_ranks} data-parallel "
+                f"--global-batch-size {plan.global_batch_size} is not a multiple of the {dp_size} data-parallel "
                 "ranks; choose one that is."
+            )
+        if builder.image_token_id != encoder.tokenizer.image_token_id:
+            raise ConfigError(
+                f"--tokenizer-model {encoder.tokenizer.source}: <IMG_CONTEXT> is {encoder.tokenizer.image_token_id}, "
+                f"but the model expects {builder.image_token_id}; use the tokenizer that belongs to the model."
             )
         for folder in plan.folders:
             folder.check_encoding(tokenizer=encoder.tokenizer, settings=encoder.settings)
         self.plan = plan
         self.consumed_steps = start_step
-        self._rank, self._num_ranks, self._num_workers = rank, num_ranks, num_workers
-        self._dataset = _StepDataset(plan, encoder=encoder, builder=builder, rank=rank, num_ranks=num_ranks)
+        self._end_step, self._num_workers = end_step, num_workers
+        self._dataset = _StepDataset(plan, encoder=encoder, builder=builder, dp_rank=dp_rank, dp_size=dp_size)
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
-        """Batches from step `consumed_steps` on, without end; `consumed_steps` counts what was handed out."""
+        """Batches from step `consumed_steps` on; `consumed_steps` counts what was handed out.
+
+        Raises:
+            SampleError: if a sample cannot be read; the same in a worker as without workers.
+        """
         for batches in self._steps():
+            if isinstance(batches, SampleError):
+                raise batches
             self.consumed_steps += 1
             yield batches
 
@@ -284,8 +297,8 @@ class Loader:
         """Go on after the step of `state`; affects iterators made afterwards."""
         self.consumed_steps = int(state["consumed_steps"])
 
-    def _steps(self) -> Iterator[list[PackedBatch]]:
-        steps = _Steps(self.plan, start=self.consumed_steps)
+    def _steps(self) -> Iterator[list[PackedBatch] | SampleError]:
+        steps = _Steps(self.plan, start=self.consumed_steps, end=self._end_step)
         if self._num_workers == 0:
             return (self._dataset[step] for step in steps)
         return iter(
@@ -303,29 +316,35 @@ class Loader:
 class _Steps(Sampler[StepPlan]):
     """Hands step plans to the workers, so that packing is done once, in the training process."""
 
-    def __init__(self, plan: PackPlan, *, start: int) -> None:
-        self._plan, self._start = plan, start
+    def __init__(self, plan: PackPlan, *, start: int, end: int | None) -> None:
+        self._plan, self._start, self._end = plan, start, end
 
     def __iter__(self) -> Iterator[StepPlan]:
         step = self._start
-        while True:
+        while self._end is None or step < self._end:
             yield self._plan.step(step)
             step += 1
 
 
-class _StepDataset(Dataset[list[PackedBatch]]):
-    """Step plan -> this rank's packed batches."""
+class _StepDataset(Dataset[list[PackedBatch] | SampleError]):
+    """Step plan -> this rank's packed batches, or what is wrong with them (torch would wrap an error in a worker)."""
 
     def __init__(
-        self, plan: PackPlan, *, encoder: SampleEncoder, builder: PackBuilder, rank: int, num_ranks: int
+        self, plan: PackPlan, *, encoder: SampleEncoder, builder: PackBuilder, dp_rank: int, dp_size: int
     ) -> None:
         self._locate: Callable[[int], tuple[ShardFolder, int]] = plan.locate
         self._encoder, self._builder = encoder, builder
-        self._rank, self._num_ranks = rank, num_ranks
+        self._dp_rank, self._dp_size = dp_rank, dp_size
 
-    def __getitem__(self, step: StepPlan) -> list[PackedBatch]:
+    def __getitem__(self, step: StepPlan) -> list[PackedBatch] | SampleError:
+        try:
+            return self._batches(step)
+        except SampleError as error:
+            return error
+
+    def _batches(self, step: StepPlan) -> list[PackedBatch]:
         batches = []
-        for pack in step.packs[self._rank :: self._num_ranks]:
+        for pack in step.packs[self._dp_rank :: self._dp_size]:
             samples = [self._encode(sample_id) for sample_id in pack.sample_ids]
             batches.append(self._builder.build(samples, pack=pack, samples_in_global_batch=step.num_samples))
         return batches
@@ -349,9 +368,10 @@ def make_loader(
     image_size: int,
     builder: PackBuilder,
     global_batch_size: int,
-    rank: int = 0,
-    num_ranks: int = 1,
+    dp_rank: int = 0,
+    dp_size: int = 1,
     start_step: int = 0,
+    end_step: int | None = None,
 ) -> Loader:
     """Open the folders of `options.data_path` and make a rank's loader.
 
@@ -361,9 +381,10 @@ def make_loader(
         image_size: side of a tile in px.
         builder: the stage's pack builder; its seed also seeds the order.
         global_batch_size: packs of a step over all ranks.
-        rank: data-parallel rank.
-        num_ranks: data-parallel size.
+        dp_rank: data-parallel rank.
+        dp_size: data-parallel size.
         start_step: steps consumed before.
+        end_step: step to stop before; None, never.
 
     Returns:
         The loader.
@@ -384,9 +405,10 @@ def make_loader(
         plan,
         encoder=SampleEncoder(tokenizer=tokenizer, settings=settings),
         builder=builder,
-        rank=rank,
-        num_ranks=num_ranks,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
         start_step=start_step,
+        end_step=end_step,
         num_workers=options.num_workers,
     )
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -11,7 +10,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vico.checkpoint import state
 from megatron_vico.config.schema import RunConfig
-from megatron_vico.data.loader import Loader, PackPlan
+from megatron_vico.data.loader import Loader, PackBuilder, make_loader
 from megatron_vico.data.tokenizer import load_tokenizer
 from megatron_vico.errors import ConfigError
 from megatron_vico.models.build import (
@@ -174,19 +173,24 @@ def _reference(cfg: RunConfig, model: ModelConfig, policy: Policy, groups: Group
 
 def _loader(cfg: RunConfig, model: ModelConfig, groups: Groups, start_step: int) -> Loader:
     assert cfg.data.tokenizer_model is not None, "config/validate.py asks for it"
-    plan = PackPlan(
-        [Path(folder) for folder in cfg.data.data_path],
-        cfg.data,
+    tokenizer = load_tokenizer(cfg.data.tokenizer_model)
+    builder = PackBuilder(
+        stage=cfg.stage.stage,
         seed=cfg.training.seed,
-        global_batch_size=cfg.training.global_batch_size,
+        tokens_kept=model.visual_tokens_per_tile,
+        tokens_compressed=model.compressed_tokens_per_tile,
+        image_token_id=model.image_token_id,
+        xi_sampler=cfg.stage.xi_sampler,
+        router_granularity=cfg.stage.router_granularity,
     )
-    return Loader(
-        plan,
-        tokenizer=load_tokenizer(cfg.data.tokenizer_model),
-        model=model,
-        stage=cfg.stage,
+    return make_loader(
+        cfg.data,
+        tokenizer=tokenizer,
+        image_size=model.vision.image_size,
+        builder=builder,
+        global_batch_size=cfg.training.global_batch_size,
         dp_rank=groups.dp_rank,
         dp_size=groups.dp_size,
         start_step=start_step,
-        train_iters=cfg.training.train_iters,
+        end_step=cfg.training.train_iters,
     )

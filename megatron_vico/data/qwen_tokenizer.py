@@ -1,0 +1,171 @@
+"""The exact InternVL3.5 tokenizer from a `qwen.tiktoken` file: Qwen's byte-level BPE and all added tokens.
+
+The file comes with the Apache-2.0 packages qwen-agent (qwen_agent/utils) and dashscope (dashscope/resources). A line
+is a token in base64 and its rank. Ranks are ids, and the merge that makes a token has the token's rank; which two
+tokens it merges is found by running BPE on the token with only the merges of lower rank.
+"""
+
+import base64
+import binascii
+import itertools
+import json
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+
+from megatron_vico.errors import ConfigError
+
+# Qwen2's and Qwen3's pre-tokeniser: how text is cut before BPE.
+PRE_TOKENIZER_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN3_SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+# Also added by Qwen3, but ordinary text to it: kept when special tokens are left out of decoded text.
+QWEN3_PLAIN_TOKENS = (
+    "<tool_call>",
+    "</tool_call>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+)
+INTERNVL_SPECIAL_TOKENS = (
+    "<img>",
+    "</img>",
+    "<IMG_CONTEXT>",
+    "<quad>",
+    "</quad>",
+    "<ref>",
+    "</ref>",
+    "<box>",
+    "</box>",
+)
+
+
+def read_tiktoken(path: str | Path) -> dict[bytes, int]:
+    """Ranks of a tiktoken file's tokens.
+
+    Raises:
+        ConfigError: if a line is not "base64 rank", or ranks are not 0, 1, 2, ...
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise ConfigError(f"{source}: no such file; expected qwen.tiktoken of the package qwen-agent or dashscope.")
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(source.read_bytes().splitlines(), start=1):
+        if not line:
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise ConfigError(f"{source}:{number}: expected 'base64 rank', found {line[:40]!r}.") from error
+    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([byte]) in ranks for byte in range(256)):
+        raise ConfigError(f"{source}: {len(ranks)} tokens, but ranks are not 0, 1, 2, ... or a byte is missing.")
+    return ranks
+
+
+def build_tokenizer(ranks: dict[bytes, int]) -> tokenizers.Tokenizer:
+    """A fast tokenizer with the ids of `ranks`, then Qwen3's 26 added tokens, then InternVL's 9.
+
+    Args:
+        ranks: of byte-level tokens, from `read_tiktoken`.
+
+    Returns:
+        The tokenizer; with Qwen's file, `<IMG_CONTEXT>` is 151671.
+    """
+    letters = _byte_letters()
+    vocabulary = {_spell(token, letters): rank for token, rank in ranks.items()}
+    merges = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        if len(token) > 1:
+            parts = _split_before(token, ranks)
+            if len(parts) == 2:  # a token that no merge can reach stays without one, as in tiktoken itself
+                merges.append((_spell(parts[0], letters), _spell(parts[1], letters)))
+    fast = tokenizers.Tokenizer(BPE(vocab=vocabulary, merges=merges, fuse_unk=False, byte_fallback=False))
+    fast.normalizer = normalizers.NFC()
+    fast.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRE_TOKENIZER_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    fast.decoder = decoders.ByteLevel()
+    # One by one, since the ids follow the order in which tokens are added.
+    for text in QWEN3_SPECIAL_TOKENS:
+        fast.add_special_tokens([AddedToken(text, normalized=False, special=True)])
+    for text in QWEN3_PLAIN_TOKENS:
+        fast.add_tokens([AddedToken(text, normalized=False, special=False)])
+    for text in INTERNVL_SPECIAL_TOKENS:
+        fast.add_special_tokens([AddedToken(text, normalized=False, special=True)])
+    return fast
+
+
+def write_tokenizer(fast: tokenizers.Tokenizer, folder: str | Path) -> None:
+    """Write a folder that transformers' AutoTokenizer and our `load_tokenizer` load."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    fast.save(str(target / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": None,
+        "additional_special_tokens": [*QWEN3_SPECIAL_TOKENS[1:], *INTERNVL_SPECIAL_TOKENS],
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 40960,
+    }
+    (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _split_before(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """What BPE makes of `token` with merges of lower rank only: two parts, if the token is reachable."""
+    limit = ranks[token]
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 1:
+        rank, place = min(
+            (ranks.get(left + right, limit), i) for i, (left, right) in enumerate(itertools.pairwise(parts))
+        )
+        if rank >= limit:
+            break
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+    return parts
+
+
+def _spell(token: bytes, letters: dict[int, str]) -> str:
+    return "".join(letters[byte] for byte in token)
+
+
+def _byte_letters() -> dict[int, str]:
+    """A printable letter for each byte, as byte-level BPE writes its vocabulary (GPT-2's convention).
+
+    Printable Latin-1 bytes stand for themselves; the others take the letters from U+0100 on, in order.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}

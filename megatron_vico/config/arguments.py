@@ -89,9 +89,8 @@ def to_yaml(config: RunConfig) -> str:
             _plain(dataclasses.asdict(getattr(config, section))), sort_keys=False, allow_unicode=True
         )
         blocks.append(f"# {(config_class.__doc__ or '').splitlines()[0]}\n{lines}")
-    names = {target: name for name, targets in megatron_flags.RENAMED.items() for target in targets}
     passed = {
-        names.get((section, field), field): value
+        megatron_flags.option_of(section, field): value
         for section in (megatron_flags.TRANSFORMER, megatron_flags.OPTIMIZER, megatron_flags.DDP)
         for field, value in getattr(config, section).items()
     }

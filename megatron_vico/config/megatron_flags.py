@@ -400,6 +400,24 @@ def refusal(name: str) -> str | None:
     return None if row is None else REFUSED[row]
 
 
+def option_of(section: str, field: str) -> str:
+    """The option that sets a field of megatron-core.
+
+    Args:
+        section: TRANSFORMER, OPTIMIZER or DDP.
+        field: of that config class.
+
+    Returns:
+        The key in a recipe.
+    """
+    return next((name for name, targets in RENAMED.items() if (section, field) in targets), field)
+
+
+def flag_of(section: str, field: str) -> str:
+    """As `option_of`, but as written on the command line."""
+    return "--" + option_of(section, field).replace("_", "-")
+
+
 @functools.cache
 def passed_on() -> dict[str, Option]:
     """The options that go to megatron-core's config classes unread, by name; imports megatron (seconds)."""

@@ -1,0 +1,362 @@
+"""Checks of a whole run before any process group, memory or GPU is taken: pure functions on a RunConfig."""
+
+import math
+from pathlib import Path
+
+from megatron_vico.config.layout import check_layout, data_parallel_size, layers_of_a_stage, num_microbatches
+from megatron_vico.config.megatron_flags import TRANSFORMER, flag_of
+from megatron_vico.config.schema import MODULES, Module, RunConfig, Stage, StageOptions
+from megatron_vico.errors import ConfigError, nearest
+from megatron_vico.models.registry import ModelConfig, get_model_config
+from megatron_vico.training import stages
+
+TRAINABLE: dict[Stage, tuple[Module, ...]] = {
+    "pretrain": ("vit", "connector_4x", "language_model"),
+    "warmup": ("connector_16x",),
+    "consistency": ("vit", "connector_4x", "connector_16x", "language_model"),
+    "router": ("vir",),
+}
+"""Modules that a stage's loss reaches and may move; --train-modules chooses among them."""
+
+RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mlp", "moe")
+
+
+def validate(cfg: RunConfig, world_size: int, *, check_files: bool = False) -> None:
+    """Raises if a run cannot work, or if one of its settings would have no effect.
+
+    Args:
+        cfg: the resolved run.
+        world_size: ranks it is meant for.
+        check_files: also ask for the data, tokenizer and checkpoints that the stage needs.
+
+    Raises:
+        ConfigError: saying what was found, what was expected and the fix.
+    """
+    model = get_model_config(cfg.model.model_size)
+    _check_ranges(cfg)
+    _check_stage(cfg)
+    _check_lr_mult(cfg.stage)
+    _check_data(cfg, model)
+    check_layout(cfg, model=model, world_size=world_size)
+    _check_recompute(cfg, model)
+    _check_optimizer(cfg)
+    _check_precision(cfg)
+    _check_passed_on(cfg, model)
+    _check_checkpoints(cfg)
+    if check_files:
+        _check_files(cfg)
+
+
+def remarks(cfg: RunConfig, world_size: int) -> list[str]:
+    """What is allowed but probably not meant; for a run that `validate` accepts.
+
+    Args:
+        cfg: the resolved run.
+        world_size: ranks it is meant for.
+
+    Returns:
+        One sentence each.
+    """
+    found = []
+    data_parallel = data_parallel_size(cfg.parallel, world_size)
+    microbatches, pipeline = num_microbatches(cfg, world_size), cfg.parallel.pipeline_model_parallel_size
+    if data_parallel * cfg.parallel.context_parallel_size == 1:
+        settings = {
+            "--use-distributed-optimizer": cfg.optimizer.use_distributed_optimizer,
+            "--overlap-grad-reduce": cfg.parallel.overlap_grad_reduce,
+            "--overlap-param-gather": cfg.parallel.overlap_param_gather,
+        }
+        idle = [flag for flag, on in settings.items() if on]
+        if idle:
+            found.append(f"{', '.join(idle)}: no effect with one data-parallel rank.")
+    if pipeline > 1 and microbatches < 2 * pipeline:
+        found.append(
+            f"{microbatches} microbatches on {pipeline} pipeline stages leave much of the pipeline empty; "
+            f"{2 * pipeline} or more are better."
+        )
+    if cfg.checkpoint.save is None:
+        found.append("--save is not set: no checkpoint, metrics or TensorBoard file will be written.")
+    return found
+
+
+def supported_now(cfg: RunConfig) -> None:
+    """Raises for layouts that are checked by `validate` but that the trainer cannot run yet.
+
+    Args:
+        cfg: the resolved run.
+
+    Raises:
+        ConfigError: naming the flags to leave out.
+    """
+    parallel = cfg.parallel
+    asked = {
+        "--tensor-model-parallel-size": parallel.tensor_model_parallel_size > 1,
+        "--pipeline-model-parallel-size": parallel.pipeline_model_parallel_size > 1,
+        "--context-parallel-size": parallel.context_parallel_size > 1,
+        "--expert-model-parallel-size": parallel.expert_model_parallel_size > 1,
+        "--expert-tensor-parallel-size": (parallel.expert_tensor_parallel_size or 1) > 1,
+        "--fp8-format": parallel.fp8_format is not None,
+    }
+    flags = [flag for flag, on in asked.items() if on]
+    if flags:
+        raise ConfigError(
+            f"{', '.join(flags)}: checked by `vico train --check`, but the trainer runs data parallel only, in fp32 or "
+            "bf16; leave out."
+        )
+
+
+def _check_ranges(cfg: RunConfig) -> None:
+    at_least = {
+        "--seq-length": (cfg.data.seq_length, 1),
+        "--max-tiles-per-pack": (cfg.data.max_tiles_per_pack, 1),
+        "--max-samples-per-pack": (cfg.data.max_samples_per_pack, 1),
+        "--packing-window": (cfg.data.packing_window, 1),
+        "--max-dynamic-patch": (cfg.data.max_dynamic_patch, 1),
+        "--num-workers": (cfg.data.num_workers, 0),
+        "--train-iters": (cfg.training.train_iters, 1),
+        "--global-batch-size": (cfg.training.global_batch_size, 1),
+        "--seed": (cfg.training.seed, 0),
+        "--log-interval": (cfg.training.log_interval, 1),
+        "--save-interval": (cfg.training.save_interval, 1),
+        "--exit-interval": (cfg.training.exit_interval, 1),
+        "--distributed-timeout-minutes": (cfg.training.distributed_timeout_minutes, 1),
+        "--ckpt-step": (cfg.checkpoint.ckpt_step, 0),
+        "--lr-warmup-iters": (cfg.optimizer.lr_warmup_iters, 0),
+        "--lr-decay-iters": (cfg.optimizer.lr_decay_iters, 1),
+        "--min-lr": (cfg.optimizer.min_lr, 0.0),
+        "--weight-decay": (cfg.optimizer.weight_decay, 0.0),
+        "--clip-grad": (cfg.optimizer.clip_grad, 0.0),
+        "--moe-aux-loss-coeff": (cfg.parallel.moe_aux_loss_coeff, 0.0),
+        "--router-window": (cfg.stage.router_window, 1),
+        "--recompute-num-layers": (cfg.parallel.recompute_num_layers, 1),
+    }
+    for flag, (value, least) in at_least.items():
+        # Written so that NaN fails too.
+        if value is not None and not (value >= least and math.isfinite(value)):
+            raise ConfigError(f"{flag} is {value}, expected {least} or more.")
+    for flag, value in (("--lr", cfg.optimizer.lr), ("--adam-eps", cfg.optimizer.adam_eps)):
+        if not (value > 0 and math.isfinite(value)):
+            raise ConfigError(f"{flag} is {value}, expected more than 0.")
+    below_one = {
+        "--drop-path-rate": cfg.model.drop_path_rate,
+        "--adam-beta1": cfg.optimizer.adam_beta1,
+        "--adam-beta2": cfg.optimizer.adam_beta2,
+    }
+    for flag, value in below_one.items():
+        if not 0.0 <= value < 1.0:
+            raise ConfigError(f"{flag} is {value}, expected a number in [0, 1).")
+    if not 0.0 <= cfg.stage.router_percentile <= 100.0:
+        raise ConfigError(f"--router-percentile is {cfg.stage.router_percentile}, expected a number in [0, 100].")
+    if not cfg.stage.router_eps >= 0.0:
+        raise ConfigError(f"--router-eps is {cfg.stage.router_eps}, expected 0 or more.")
+
+
+def _check_stage(cfg: RunConfig) -> None:
+    options, stage = cfg.stage, cfg.stage.stage
+    if options.train_modules is not None:
+        if not options.train_modules or len(set(options.train_modules)) < len(options.train_modules):
+            raise ConfigError(f"--train-modules is {options.train_modules}, expected one or more modules, each once.")
+        for module in options.train_modules:
+            if module not in TRAINABLE[stage]:
+                raise ConfigError(
+                    f"--train-modules {module}: stage {stage!r} can train {', '.join(TRAINABLE[stage])} only."
+                )
+    defaults = StageOptions()
+    for name, where in {
+        "xi_sampler": ("warmup", "consistency"),
+        "router_granularity": ("router",),
+        "router_window": ("router",),
+        "router_percentile": ("router",),
+        "router_eps": ("router",),
+        "reference_load": ("warmup", "consistency", "router"),
+    }.items():
+        if stage not in where and getattr(options, name) != getattr(defaults, name):
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} has no effect in stage {stage!r} (only in {', '.join(where)}); leave it out.")
+    trained = stages.train_modules(options)
+    if cfg.model.drop_path_rate and "vit" not in trained:
+        raise ConfigError(
+            f"--drop-path-rate {cfg.model.drop_path_rate} has no effect: the vision tower is frozen; leave it out, or "
+            f"{'train it: --train-modules vit ...' if 'vit' in TRAINABLE[stage] else 'use another stage'}."
+        )
+    if cfg.parallel.moe_aux_loss_coeff and "language_model" not in trained:
+        raise ConfigError("--moe-aux-loss-coeff has no effect: the language model is frozen; leave it out.")
+
+
+def _check_lr_mult(options: StageOptions) -> None:
+    trained = stages.train_modules(options)
+    seen = set()
+    for item in options.lr_mult:
+        module, equals, factor = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--lr-mult {item!r}: expected MODULE=FACTOR, such as connector_16x=3.")
+        if module not in MODULES:
+            raise ConfigError(
+                f"--lr-mult {item!r}: unknown module{nearest(module, MODULES)} (known: {', '.join(MODULES)})."
+            )
+        if module not in trained:
+            raise ConfigError(
+                f"--lr-mult {item!r} has no effect: {module} is frozen (trained: {', '.join(trained)}); leave it out, "
+                "or name it in --train-modules."
+            )
+        try:
+            value = float(factor)
+        except ValueError:
+            value = math.nan
+        if not (value > 0 and math.isfinite(value)):
+            raise ConfigError(f"--lr-mult {item!r}: the factor is {factor!r}, expected a number above 0.")
+        if module in seen:
+            raise ConfigError(f"--lr-mult names {module} twice; name it once.")
+        seen.add(module)
+
+
+def _check_data(cfg: RunConfig, model: ModelConfig) -> None:
+    data = cfg.data
+    thumbnail = int(data.use_thumbnail and data.max_dynamic_patch > 1)
+    tiles = data.max_dynamic_patch + thumbnail
+    if tiles > data.max_tiles_per_pack:
+        raise ConfigError(
+            f"--max-tiles-per-pack {data.max_tiles_per_pack} is less than the {tiles} tiles of one large image "
+            f"(--max-dynamic-patch {data.max_dynamic_patch} and {thumbnail} thumbnail); use {tiles} or more."
+        )
+    tokens = tiles * model.visual_tokens_per_tile
+    if tokens > data.seq_length:
+        raise ConfigError(
+            f"--seq-length {data.seq_length} is less than the {tokens} visual tokens of one large image ({tiles} tiles "
+            f"of {model.visual_tokens_per_tile}); use more, or --max-dynamic-patch "
+            f"{max(1, data.seq_length // model.visual_tokens_per_tile - 1)}."
+        )
+
+
+def _check_recompute(cfg: RunConfig, model: ModelConfig) -> None:
+    parallel, moe = cfg.parallel, model.language.num_experts is not None
+    granularity = parallel.recompute_granularity
+    if granularity is not None and cfg.stage.stage == "router":
+        raise ConfigError("--recompute-granularity has no effect in stage 'router': nothing of the policy is stored.")
+    if granularity != "full" and (parallel.recompute_method or parallel.recompute_num_layers):
+        raise ConfigError(
+            "--recompute-method and --recompute-num-layers belong to --recompute-granularity full, found "
+            f"{granularity}; leave them out, or use full."
+        )
+    if granularity == "full":
+        if parallel.recompute_method is None or parallel.recompute_num_layers is None:
+            raise ConfigError(
+                "--recompute-granularity full needs --recompute-method and --recompute-num-layers; "
+                "add --recompute-method uniform --recompute-num-layers 1."
+            )
+        layers = layers_of_a_stage(cfg, model.language) or model.language.num_layers
+        if parallel.recompute_num_layers > layers:
+            raise ConfigError(
+                f"--recompute-num-layers {parallel.recompute_num_layers} is more than the {layers} layers of a "
+                f"pipeline stage of {model.name}; use {layers} or fewer."
+            )
+    if granularity != "selective" and parallel.recompute_modules:
+        raise ConfigError(
+            f"--recompute-modules belongs to --recompute-granularity selective, found {granularity}; leave it out, or "
+            "use selective."
+        )
+    for module in parallel.recompute_modules:
+        if module not in RECOMPUTE_MODULES:
+            raise ConfigError(
+                f"--recompute-modules {module!r} is unknown{nearest(module, RECOMPUTE_MODULES)} "
+                f"(known: {', '.join(RECOMPUTE_MODULES)})."
+            )
+        if (module in ("moe", "moe_act") and not moe) or (module == "mlp" and moe):
+            fitting = "mlp" if not moe else "moe"
+            raise ConfigError(f"--recompute-modules {module} has no effect on {model.name}; use {fitting}.")
+
+
+def _check_optimizer(cfg: RunConfig) -> None:
+    optimizer, parallel, given = cfg.optimizer, cfg.parallel, cfg.optimizer_overrides
+    if optimizer.min_lr > optimizer.lr:
+        raise ConfigError(f"--min-lr {optimizer.min_lr} is more than --lr {optimizer.lr}; use at most --lr.")
+    decay = optimizer.lr_decay_iters or cfg.training.train_iters
+    if optimizer.lr_warmup_iters >= decay and optimizer.lr_warmup_iters:
+        raise ConfigError(
+            f"--lr-warmup-iters {optimizer.lr_warmup_iters} leaves nothing of the {decay} steps of decay; use fewer."
+        )
+    if parallel.overlap_param_gather and not (optimizer.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        raise ConfigError(
+            "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce; "
+            "add both, or leave it out."
+        )
+    if given.get("optimizer_cpu_offload") and not given.get("optimizer_offload_fraction"):
+        # Megatron's own flag defaults to 1.0, megatron-core's field to 0.0: without it nothing would move.
+        raise ConfigError(
+            "--optimizer-cpu-offload moves nothing without --optimizer-offload-fraction; add it (1.0: all)."
+        )
+    precision_aware = bool(given.get("use_precision_aware_optimizer"))
+    if precision_aware and not optimizer.use_distributed_optimizer:
+        raise ConfigError("--use-precision-aware-optimizer needs --use-distributed-optimizer; add it.")
+    for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
+        if given.get(name, "fp32") != "fp32" and not precision_aware:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} {given[name]} needs --use-precision-aware-optimizer; add it.")
+
+
+def _check_precision(cfg: RunConfig) -> None:
+    if cfg.parallel.fp8_format is None:
+        for name, value in cfg.transformer_overrides.items():
+            if "fp8" in name and value:
+                flag = flag_of(TRANSFORMER, name)
+                raise ConfigError(f"{flag} has no effect without --fp8-format; add it, or leave this out.")
+        return
+    if not cfg.training.bf16:
+        raise ConfigError(f"--fp8-format {cfg.parallel.fp8_format} needs --bf16 for all that is not FP8; add it.")
+    if cfg.model.attention == "sdpa":
+        raise ConfigError(
+            f"--fp8-format {cfg.parallel.fp8_format} needs TransformerEngine's layers, which --attention sdpa leaves "
+            "out; use --attention auto."
+        )
+
+
+def _check_passed_on(cfg: RunConfig, model: ModelConfig) -> None:
+    given = cfg.transformer_overrides
+    if model.language.num_experts is None:
+        for name in given:
+            if name.startswith("moe_"):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} has no effect: {model.name} has no experts; leave it out."
+                )
+    offload, modules = given.get("fine_grained_activation_offloading"), given.get("offload_modules")
+    if bool(offload) != bool(modules):
+        raise ConfigError(
+            "--fine-grained-activation-offloading and --offload-modules belong together; give both (such as "
+            "--offload-modules core_attn attn_proj) or neither."
+        )
+
+
+def _check_checkpoints(cfg: RunConfig) -> None:
+    files = cfg.checkpoint
+    if files.ckpt_step is not None and files.load is None:
+        raise ConfigError(f"--ckpt-step {files.ckpt_step} chooses a step of --load, which is not set; set it.")
+    if cfg.training.save_interval is not None and files.save is None:
+        raise ConfigError(f"--save-interval {cfg.training.save_interval} needs --save; set it to a folder.")
+
+
+def _check_files(cfg: RunConfig) -> None:
+    stage = cfg.stage.stage
+    if not cfg.data.data_path:
+        raise ConfigError("--data-path is not set: give one or more folders made by `vico shards make`.")
+    if cfg.data.tokenizer_model is None:
+        raise ConfigError("--tokenizer-model is not set: give a Hugging Face tokenizer folder or a .model file.")
+    if stages.needs_reference(cfg.stage) and not (cfg.checkpoint.pretrained_checkpoint or cfg.checkpoint.load):
+        raise ConfigError(
+            f"stage {stage!r} has nothing to start from: give --pretrained-checkpoint (made by `vico convert` or by "
+            "the stage before), or --load to resume."
+        )
+    if stage == "router" and cfg.stage.reference_load is None:
+        raise ConfigError(
+            "stage 'router' needs --reference-load: the checkpoint from before consistency training, which the policy "
+            "is compared with."
+        )
+    paths = {
+        "--tokenizer-model": (cfg.data.tokenizer_model,),
+        "--data-path": cfg.data.data_path,
+        "--pretrained-checkpoint": (cfg.checkpoint.pretrained_checkpoint,),
+        "--reference-load": (cfg.stage.reference_load,),
+    }
+    for flag, given in paths.items():
+        for path in given:
+            if path is not None and not Path(path).exists():
+                raise ConfigError(f"{flag} {path}: no such file or folder (looked from {Path.cwd()}).")

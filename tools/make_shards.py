@@ -1,0 +1,12 @@
+#!/usr/bin/env python3
+"""Writes a JSONL file and its images as WebDataset shards; the same as `vico shards make`.
+
+python tools/make_shards.py --jsonl train.jsonl --out shards --tokenizer-model tokenizer --model-size internvl3_5-1b
+"""
+
+import sys
+
+from megatron_vico.cli.shards import main
+
+if __name__ == "__main__":
+    main(["make", *sys.argv[1:]])

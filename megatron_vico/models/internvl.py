@@ -48,6 +48,8 @@ class VisionEncoder(MegatronModule):
 
     def features(self, tiles_N3SS: Tensor) -> Tensor:
         """ViT outputs of normalised tiles, [N, 3, S, S] to [N, P, D]; without a graph where gradients are off."""
+        if not len(tiles_N3SS):  # a batch of text only; mcore's attention cannot reshape an empty batch
+            return tiles_N3SS.new_zeros(0, self.model.vision.num_patches, self.model.vision.hidden_size)
         features_NPD: Tensor = self.vit(tiles_N3SS)
         return features_NPD if torch.is_grad_enabled() else features_NPD.detach()
 

@@ -1,0 +1,353 @@
+"""Answers conversations: tiles -> ViT -> router -> plan -> prompt -> greedy decoding with a KV cache, in batches.
+
+The only place where a compression plan can depend on what the tiles look like. Later questions of a conversation see
+the model's own earlier answers.
+
+Shapes: N tiles of a conversation, V visual tokens, B conversations of a batch, S tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_vico.data.conversation import IMAGE_TAG, encode_follow_up
+from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
+from megatron_vico.data.image_tokens import expand
+from megatron_vico.data.samples import ConversationSample, EncodedSample, IntArray
+from megatron_vico.data.tokenizer import Tokenizer
+from megatron_vico.errors import SampleError
+from megatron_vico.models.attention import KVCache
+from megatron_vico.models.internvl import VisionEncoder
+from megatron_vico.models.language_model import LanguageModel
+from megatron_vico.models.registry import ModelConfig
+from megatron_vico.vico.compression_plan import plan_all, plan_none
+from megatron_vico.vico.routing import compress_probability, flash_rule, paper_rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """How ViR's scores become a plan."""
+
+    rule: Literal["paper", "flash"] = "paper"
+    """paper: p_compress > 0.5; flash: the released models' rule, over all tiles of one conversation."""
+
+    granularity: Literal["tile", "image"] = "tile"
+    """What the router was trained to decide on."""
+
+    relative_threshold: float = 0.1
+    """Quantile of the flash rule."""
+
+    absolute_threshold: float = 0.5
+    """Least probability of the flash rule."""
+
+
+PlanSource = Literal["none", "all"] | Sequence[Tensor] | Routing
+"""Nothing or everything compressed, a given plan [N] bool for each conversation, or the router."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prompt:
+    """A conversation ready to be answered."""
+
+    first: EncodedSample
+    """Up to the first answer, with all tiles; one image token a tile."""
+
+    follow_ups: tuple[IntArray, ...] = ()
+    """Tokens between two answers, from the newline after `<|im_end|>` on; one entry per later question."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answers:
+    """What the model said, and what it saw."""
+
+    texts: tuple[str, ...]
+    """One per question."""
+
+    compressed_N: Tensor
+    """[N] bool, the plan that was used."""
+
+    probability_N: Tensor | None
+    """[N] float32, the router's p_compress; None where the plan did not come from the router."""
+
+    num_visual_tokens: int
+    """Visual tokens the language model was given, counted in the prompt."""
+
+
+class Engine:
+    """One model with its tokenizer, on one device."""
+
+    def __init__(
+        self,
+        *,
+        encoder: VisionEncoder,
+        language_model: LanguageModel,
+        tokenizer: Tokenizer,
+        model: ModelConfig,
+        settings: EncodingSettings,
+        batch_size: int = 64,
+    ) -> None:
+        """Put the model into evaluation mode.
+
+        Args:
+            encoder: vision tower, connectors and router.
+            language_model: a whole one (no pipeline), built with attention "sdpa".
+            tokenizer: of the model.
+            model: its sizes.
+            settings: tiling and tile tags, as in training.
+            batch_size: conversations answered together.
+        """
+        self.encoder = encoder.eval()
+        self.language_model = language_model.eval()
+        self.tokenizer = tokenizer
+        self.model = model
+        self.batch_size = batch_size
+        self._sample_encoder = SampleEncoder(tokenizer=tokenizer, settings=settings)
+        self._device = encoder.vit.class_token.device
+
+    def prompt(self, sample: ConversationSample) -> Prompt:
+        """Tile the images and encode the questions; answers that the conversation has are left out.
+
+        Args:
+            sample: a conversation with at least one question.
+
+        Returns:
+            The prompt.
+
+        Raises:
+            SampleError: if an image is broken, there is no question, or a later question has an image.
+        """
+        questions = [number for number, turn in enumerate(sample.turns) if turn.role == "human"]
+        if not questions:
+            raise SampleError(f"sample {sample.key!r}: no turn from 'human'; there is nothing to answer.")
+        later = [sample.turns[number].text for number in questions[1:]]
+        if any(IMAGE_TAG in text for text in later):
+            raise SampleError(
+                f"sample {sample.key!r}: an image comes after the first answer; put all {IMAGE_TAG} tags into the "
+                "first question."
+            )
+        first = replace(sample, turns=sample.turns[: questions[0] + 1])
+        return Prompt(
+            first=self._sample_encoder.encode_prompt(first),
+            follow_ups=tuple(encode_follow_up(text, tokenizer=self.tokenizer) for text in later),
+        )
+
+    def route(self, prompts: Sequence[Prompt], routing: Routing) -> list[tuple[Tensor, Tensor]]:
+        """Ask the router only.
+
+        Args:
+            prompts: conversations.
+            routing: how to decide.
+
+        Returns:
+            For each conversation the plan [N] bool and p_compress [N] float32.
+        """
+        routed = []
+        with torch.inference_mode():
+            for batch in _batches(prompts, self.batch_size):
+                routed += self._route(batch, self._features(batch), routing)
+        return routed
+
+    def answer(self, prompts: Sequence[Prompt], *, plan: PlanSource, max_new_tokens: int = 64) -> Iterator[Answers]:
+        """Answer every question of every conversation, greedily.
+
+        Args:
+            prompts: conversations, answered in batches in this order.
+            plan: which tiles are compressed.
+            max_new_tokens: longest answer, in tokens.
+
+        Yields:
+            The answers of one conversation after the other.
+
+        Raises:
+            SampleError: if a given plan has another number of tiles than its conversation.
+        """
+        start = 0
+        for batch in _batches(prompts, self.batch_size):
+            given = plan if isinstance(plan, str | Routing) else plan[start : start + len(batch)]
+            start += len(batch)
+            # Not kept on while the caller looks at an answer: inference mode would leak into its code.
+            with torch.inference_mode():
+                answers = self._answer_batch(batch, plan=given, max_new_tokens=max_new_tokens)
+            yield from answers
+
+    def _answer_batch(self, batch: Sequence[Prompt], *, plan: PlanSource, max_new_tokens: int) -> list[Answers]:
+        features_NPD = self._features(batch)
+        probabilities: list[Tensor] | list[None] = [None] * len(batch)
+        if isinstance(plan, Routing):
+            routed = self._route(batch, features_NPD, plan)
+            plans, probabilities = [pair[0] for pair in routed], [pair[1] for pair in routed]
+        elif isinstance(plan, str):
+            make = plan_all if plan == "all" else plan_none
+            plans = [make(prompt.first.num_tiles) for prompt in batch]
+        else:
+            plans = list(plan)
+        streams = [
+            expand(
+                prompt.first,
+                plan=each,
+                tokens_kept=self.model.visual_tokens_per_tile,
+                tokens_compressed=self.model.compressed_tokens_per_tile,
+                image_token_id=self.tokenizer.image_token_id,
+            )
+            for prompt, each in zip(batch, plans, strict=True)
+        ]
+        visual_tokens_VH = self.encoder.visual_tokens(features_NPD, torch.cat(plans).to(self._device))
+        num_turns = 1 + max(len(prompt.follow_ups) for prompt in batch)
+        decoder = _Decoder(
+            self.language_model,
+            batch=len(batch),
+            # Room for the padded segments of all turns, and for every answer with its end mark.
+            max_len=max(stream.token_ids.size for stream in streams)
+            + sum(_longest(batch, turn) for turn in range(num_turns - 1))
+            + num_turns * (max_new_tokens + 2),
+            tokenizer=self.tokenizer,
+            device=self._device,
+        )
+        positions = [stream.visual_positions for stream in streams]
+        tokens = decoder.say([stream.token_ids for stream in streams], max_new_tokens, visual_tokens_VH, positions)
+        said = [[ids] for ids in tokens]
+        for turn in range(num_turns - 1):
+            segments = [
+                prompt.follow_ups[turn] if turn < len(prompt.follow_ups) else np.empty(0, np.int64) for prompt in batch
+            ]
+            for answers, ids in zip(said, decoder.say(segments, max_new_tokens), strict=True):
+                answers.append(ids)
+        return [
+            Answers(
+                texts=tuple(self.tokenizer.decode(ids) for ids in answers[: 1 + len(prompt.follow_ups)]),
+                compressed_N=each,
+                probability_N=probability,
+                num_visual_tokens=stream.visual_positions.size,
+            )
+            for prompt, answers, each, probability, stream in zip(
+                batch, said, plans, probabilities, streams, strict=True
+            )
+        ]
+
+    def _features(self, batch: Sequence[Prompt]) -> Tensor:
+        tiles = torch.from_numpy(np.concatenate([prompt.first.tiles for prompt in batch])).to(self._device)
+        return self.encoder.features(self.encoder.normalise(tiles))
+
+    def _route(self, batch: Sequence[Prompt], features_NPD: Tensor, routing: Routing) -> list[tuple[Tensor, Tensor]]:
+        by_image = [count for prompt in batch for count in prompt.first.tiles_per_image]
+        logits_N2 = self.encoder.vir(features_NPD, by_image if routing.granularity == "image" else None).cpu()
+        routed = []
+        for logits in logits_N2.split([prompt.first.num_tiles for prompt in batch]):
+            if routing.rule == "paper":
+                compressed_N = paper_rule(logits)
+            else:
+                compressed_N = flash_rule(
+                    logits,
+                    relative_threshold=routing.relative_threshold,
+                    absolute_threshold=routing.absolute_threshold,
+                )
+            routed.append((compressed_N, compress_probability(logits)))
+        return routed
+
+
+class _Decoder:
+    """A batch of conversations in one KV cache; conversations may differ in length."""
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        *,
+        batch: int,
+        max_len: int,
+        tokenizer: Tokenizer,
+        device: torch.device,
+    ) -> None:
+        self._language_model = language_model
+        self._tokenizer = tokenizer
+        self._vocab_size = tokenizer.vocab_size  # counted anew at every look
+        self._cache: KVCache = language_model.new_cache(batch, max_len)
+        self._device = device
+        self._unseen: list[list[int]] = [[] for _ in range(batch)]
+        """Tokens said but not yet run through the model; they go before the next segment."""
+
+    def say(
+        self,
+        segments: Sequence[IntArray],
+        max_new_tokens: int,
+        visual_tokens_VH: Tensor | None = None,
+        visual_positions: Sequence[IntArray] = (),
+    ) -> list[list[int]]:
+        """Read one segment of each conversation and go on with an answer.
+
+        Args:
+            segments: ids of each conversation; an empty one ends the conversation.
+            max_new_tokens: longest answer.
+            visual_tokens_VH: [V, H] over all conversations, for the first segments.
+            visual_positions: where they go in each segment.
+
+        Returns:
+            Ids of each answer, without the end mark.
+        """
+        talks_B = torch.tensor([segment.size > 0 for segment in segments], device=self._device)
+        answers: list[list[int]] = [[] for _ in segments]
+        if not talks_B.any():
+            return answers
+        tokens = [
+            [*unseen, *segment.tolist()] if segment.size else []
+            for unseen, segment in zip(self._unseen, segments, strict=True)
+        ]
+        next_B = self._read(tokens, visual_tokens_VH, visual_positions)
+        for count in range(1, max_new_tokens + 1):
+            talks_B = talks_B & (next_B != self._tokenizer.eos_id)
+            for answer, token, talks in zip(answers, next_B.tolist(), talks_B.tolist(), strict=True):
+                if talks:
+                    answer.append(token)
+            if count == max_new_tokens or not talks_B.any():
+                break
+            # Conversations that are silent run along with padding, which their length does not count.
+            next_B = self._step(torch.where(talks_B, next_B, self._tokenizer.pad_id)[:, None], talks_B.long())
+        self._unseen = [
+            # An answer that was cut off has its last token left to run; every answer gets its end mark.
+            [*(answer[-1:] if cut_off else []), self._tokenizer.eos_id]
+            for answer, cut_off in zip(answers, talks_B.tolist(), strict=True)
+        ]
+        return answers
+
+    def _read(
+        self, tokens: list[list[int]], visual_tokens_VH: Tensor | None, visual_positions: Sequence[IntArray]
+    ) -> Tensor:
+        lens = [len(ids) for ids in tokens]
+        longest = max(lens)
+        token_ids_BS = torch.tensor([ids + [self._tokenizer.pad_id] * (longest - len(ids)) for ids in tokens])
+        index = None
+        if visual_tokens_VH is not None:
+            places = [row * longest + positions for row, positions in enumerate(visual_positions)]
+            index = torch.from_numpy(np.concatenate(places)).to(self._device)
+        return self._step(
+            token_ids_BS.to(self._device), torch.tensor(lens, device=self._device), visual_tokens_VH, index
+        )
+
+    def _step(
+        self,
+        token_ids_BS: Tensor,
+        num_new_B: Tensor,
+        visual_tokens_VH: Tensor | None = None,
+        visual_index: Tensor | None = None,
+    ) -> Tensor:
+        """Run new tokens; the most likely next token after the last real one of each conversation, [B] int64."""
+        position_ids_BS = self._cache.lengths[:, None] + torch.arange(token_ids_BS.size(1), device=self._device)
+        hidden_BSH = self._language_model.forward_batch(
+            token_ids_BS, position_ids_BS, visual_tokens_VH, visual_index, self._cache, num_new_B=num_new_B
+        )
+        last_B = (num_new_B - 1).clamp_min(0)
+        rows_BH = hidden_BSH[torch.arange(len(last_B), device=self._device), last_B]
+        # The model's vocabulary is larger than the tokenizer's (151,936 and 151,678): the rest has no text.
+        return self._language_model.response_logits(rows_BH)[:, : self._vocab_size].argmax(dim=-1)
+
+
+def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
+    for start in range(0, len(prompts), size):
+        yield prompts[start : start + size]
+
+
+def _longest(batch: Sequence[Prompt], turn: int) -> int:
+    return max(prompt.follow_ups[turn].size if turn < len(prompt.follow_ups) else 0 for prompt in batch)

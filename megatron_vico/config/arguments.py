@@ -113,23 +113,20 @@ def config_kwargs(overrides: Overrides, config_class: type) -> dict[str, Any]:
     return {name: _megatron_value(value, kinds[name], name) for name, value in overrides.items()}
 
 
-def help_text(*, prog: str, description: str) -> str:
+def help_text() -> str:
     """The help of every flag that `parse` takes; imports megatron.
-
-    Args:
-        prog: the command as typed.
-        description: what it does.
 
     Returns:
         Text for the terminal.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=description, add_help=False, allow_abbrev=False)
-    parser.usage = "%(prog)s [--recipe RECIPE.yaml] [flags]"
+    parser = argparse.ArgumentParser(prog="", usage=argparse.SUPPRESS, add_help=False)
+    group = parser.add_argument_group("recipe")
+    group.add_argument("--recipe", help="YAML file of options, with underscores; may `include` another")
     for section, config_class in _sections().items():
         group = parser.add_argument_group(f"{section} options", (config_class.__doc__ or "").splitlines()[0])
         for option in section_options(section, config_class).values():
             option.add_to(group)
-    group = parser.add_argument_group("Megatron options", "Passed on to megatron-core.")
+    group = parser.add_argument_group("Megatron's options", "Passed on to megatron-core's config classes.")
     for option in _passed_on().values():
         option.add_to(group)
     return parser.format_help()

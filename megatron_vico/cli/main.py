@@ -1,0 +1,66 @@
+"""`vico COMMAND ...`: finds the command's file, runs it, and prints a user's error as one line.
+
+Nothing heavy is imported here: megatron takes four seconds, and `vico --help` or `vico doctor` must not wait for it.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_vico.errors import CheckpointError, ConfigError, SampleError, nearest
+
+USER_ERROR = 2
+"""Exit status after an error that the user can mend; argparse uses the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command; the module of its name in this package has `main(arguments)`."""
+
+    summary: str
+
+    uses_megatron: bool
+    """Whether it imports megatron: then the CPU stand-in goes first where there is no GPU."""
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(summary="run one stage: pretrain, warmup, consistency or router", uses_megatron=True),
+    "shards": Command(summary="make, index and inspect WebDataset shards", uses_megatron=False),
+    "doctor": Command(summary="say what is installed and usable, and what falls back to what", uses_megatron=False),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the command line without the program's name; None, this process's own.
+
+    Returns:
+        Exit status: 0, or 2 after an error of the user's.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if words else USER_ERROR
+    name, *rest = words
+    if name not in COMMANDS:
+        print(f"vico: unknown command {name!r}{nearest(name, COMMANDS)}\n\n{_help()}", file=sys.stderr)
+        return USER_ERROR
+    if COMMANDS[name].uses_megatron:
+        from megatron_vico.parallel import cpu_stand_in
+
+        cpu_stand_in.install()
+    try:
+        status = importlib.import_module(f"megatron_vico.cli.{name}").main(rest)
+    except (ConfigError, SampleError, CheckpointError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return USER_ERROR
+    return status or 0
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: vico COMMAND ...", "", *lines, "", "`vico COMMAND --help` shows its flags."])

@@ -1,0 +1,89 @@
+"""`vico train`: resolve a run from recipe and flags, and print it, check it, or train it."""
+
+import argparse
+from collections.abc import Sequence
+
+from megatron_vico.config.arguments import help_text, parse, to_yaml
+from megatron_vico.config.layout import data_parallel_size, num_microbatches
+from megatron_vico.config.schema import RunConfig
+from megatron_vico.config.validate import remarks, supported_now, validate
+from megatron_vico.errors import ConfigError
+from megatron_vico.parallel.groups import launched_world_size
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Do what the command line asks for.
+
+    Args:
+        arguments: the words after `train`.
+
+    Raises:
+        ConfigError: if the run cannot work.
+    """
+    own = _own_flags()
+    given, rest = own.parse_known_args(arguments)
+    if given.help:
+        print(own.format_help())
+        print(help_text())
+        return
+    cfg = parse(rest)
+    world_size = given.world_size or launched_world_size()
+    if given.print_config:
+        print(to_yaml(cfg), end="")
+    if given.check:
+        validate(cfg, world_size, check_files=given.check == "files")
+        print(summary(cfg, world_size))
+    if given.check or given.print_config:
+        return
+    if given.world_size is not None:
+        raise ConfigError("--world-size belongs to --check; a run takes its ranks from the launcher (torchrun).")
+    from megatron_vico.training.trainer import train
+
+    train(cfg)
+
+
+def summary(cfg: RunConfig, world_size: int) -> str:
+    """What a checked run would do, in a few lines.
+
+    Args:
+        cfg: a run that `validate` accepts.
+        world_size: its ranks.
+
+    Returns:
+        Text for the terminal.
+    """
+    parallel = cfg.parallel
+    lines = [
+        f"OK: stage {cfg.stage.stage} of {cfg.model.model_size} on {world_size} ranks: "
+        f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x "
+        f"context {parallel.context_parallel_size} x data {data_parallel_size(parallel, world_size)}, "
+        f"expert {parallel.expert_model_parallel_size}; {num_microbatches(cfg, world_size)} microbatches of up to "
+        f"{cfg.data.seq_length} tokens a step, {cfg.training.train_iters} steps."
+    ]
+    lines += [f"note: {remark}" for remark in remarks(cfg, world_size)]
+    try:
+        supported_now(cfg)
+    except ConfigError as error:
+        lines.append(f"note: {error}")
+    return "\n".join(lines)
+
+
+def _own_flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vico train",
+        usage="%(prog)s [--recipe RECIPE.yaml] [flags]    (under torchrun: python -m megatron_vico train ...)",
+        description="Run one stage of training. What counts: default < recipe < command line.",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="show all flags, Megatron's too")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved run as a recipe, and stop")
+    parser.add_argument(
+        "--check",
+        nargs="?",
+        const="layout",
+        choices=("layout", "files"),
+        help="check the run without a GPU, and stop; `files` also asks for data and checkpoints",
+    )
+    parser.add_argument("--world-size", type=int, help="ranks to check for; unset, the launcher's")
+    return parser

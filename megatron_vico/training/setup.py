@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vico.checkpoint import state
+from megatron_vico.config.arguments import config_kwargs
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.data.loader import Loader, PackBuilder, make_loader
 from megatron_vico.data.tokenizer import load_tokenizer
@@ -87,7 +89,7 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
         bf16=cfg.training.bf16,
         lr_factors=lr_factors(cfg.stage),
         groups=groups,
-        overrides=cfg.optimizer_overrides,
+        overrides=config_kwargs(cfg.optimizer_overrides, OptimizerConfig),
     )
     scheduler = build_scheduler(optimizer, cfg.optimizer, cfg.training)
     window = RatioWindow(size=cfg.stage.router_window, percentile=cfg.stage.router_percentile)
@@ -121,7 +123,7 @@ def build_modules(cfg: RunConfig, model: ModelConfig, groups: Groups) -> tuple[V
     """An encoder and a language model with fresh weights, each with its own config, on this rank's device."""
     bf16 = cfg.training.bf16
     language_config = language_transformer_config(
-        model, bf16=bf16, parallel=cfg.parallel, **dict(cfg.transformer_overrides)
+        model, bf16=bf16, parallel=cfg.parallel, **config_kwargs(cfg.transformer_overrides, TransformerConfig)
     )
     vision_config = vision_transformer_config(model, bf16=bf16, drop_path_rate=cfg.model.drop_path_rate)
     language_model = build_language_model(
@@ -133,13 +135,14 @@ def build_modules(cfg: RunConfig, model: ModelConfig, groups: Groups) -> tuple[V
 
 
 def _ddp_config(cfg: RunConfig) -> DistributedDataParallelConfig:
-    return DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=cfg.optimizer.use_distributed_optimizer,
-        overlap_grad_reduce=cfg.parallel.overlap_grad_reduce,
-        overlap_param_gather=cfg.parallel.overlap_param_gather,
-        **dict(cfg.ddp_overrides),
-    )
+    fields = {
+        "grad_reduce_in_fp32": True,
+        "use_distributed_optimizer": cfg.optimizer.use_distributed_optimizer,
+        "overlap_grad_reduce": cfg.parallel.overlap_grad_reduce,
+        "overlap_param_gather": cfg.parallel.overlap_param_gather,
+    }
+    # --no-accumulate-allreduce-grads-in-fp32 takes the first back.
+    return DistributedDataParallelConfig(**(fields | config_kwargs(cfg.ddp_overrides, DistributedDataParallelConfig)))
 
 
 def _reference(cfg: RunConfig, model: ModelConfig, policy: Policy, groups: Groups) -> Reference:

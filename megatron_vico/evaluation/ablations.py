@@ -1,0 +1,109 @@
+"""The rows of Table 3 of the ViCO paper: which weights, and where each row's compression plan comes from.
+
+row              weights                                 plan
+vanilla          before consistency training             nothing compressed
+vanilla_vir      the same, and the warmed-up 16x         ViCO's final router decisions, replayed
+                 connector, which the original lacks
+all_compress     after consistency training              everything compressed
+random_compress  after consistency training              random, exactly as many tiles as ViCO compressed
+image_level      with the image-level router             that router's, per image
+vico             with the tile-level router              the router's, per tile
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_vico.evaluation.runner import Evaluation, EvaluationSample, evaluate
+from megatron_vico.evaluation.tables import TableRow
+from megatron_vico.inference.engine import Engine, Routing
+from megatron_vico.vico.compression_plan import generator, plan_random_exact
+
+Weights = Literal["vanilla", "warmed", "vico", "image_level"]
+
+ROWS = ("vanilla", "vanilla_vir", "all_compress", "random_compress", "image_level", "vico")
+
+
+def run_ablations(
+    engine_with: Callable[[Weights], Engine],
+    samples: Sequence[EvaluationSample],
+    *,
+    seed: int,
+    max_new_tokens: int = 64,
+) -> list[Evaluation]:
+    """Evaluate all rows.
+
+    Args:
+        engine_with: gives an engine with the named weights; it may be one engine whose weights change, since a row is
+            finished before the next weights are asked for. "vico" serves three rows: router training leaves all else
+            as consistency training made it.
+        samples: the questions.
+        seed: of the random row.
+        max_new_tokens: longest answer.
+
+    Returns:
+        One evaluation a row, in the order of ROWS.
+    """
+    engine = engine_with("vico")
+    prompts = [engine.prompt(sample.conversation) for sample in samples]
+
+    def run(row: str, plan: Literal["none", "all"] | Routing | Sequence[Tensor]) -> Evaluation:
+        return evaluate(engine, samples, row=row, plan=plan, prompts=prompts, max_new_tokens=max_new_tokens)
+
+    done = {"vico": run("vico", Routing())}
+    decisions = [answer.compressed_N for answer in done["vico"].answers]
+    done["random_compress"] = run("random_compress", random_plans(decisions, seed=seed))
+    done["all_compress"] = run("all_compress", "all")
+    engine = engine_with("image_level")
+    done["image_level"] = run("image_level", Routing(granularity="image"))
+    engine = engine_with("warmed")
+    done["vanilla_vir"] = run("vanilla_vir", decisions)
+    engine = engine_with("vanilla")
+    done["vanilla"] = run("vanilla", "none")
+    return [done[row] for row in ROWS]
+
+
+def random_plans(decisions: Sequence[Tensor], *, seed: int) -> list[Tensor]:
+    """Plans with exactly as many compressed tiles over the whole set, drawn without regard to content.
+
+    Args:
+        decisions: [N] bool of each conversation.
+        seed: of the draw.
+
+    Returns:
+        [N] bool of each conversation.
+    """
+    everything = torch.cat(list(decisions))
+    draw = generator(seed, 0, 0, "random_compress")
+    drawn = plan_random_exact(len(everything), int(everything.sum()), generator=draw)
+    return list(drawn.split([len(plan) for plan in decisions]))
+
+
+def table_rows(evaluations: Sequence[Evaluation]) -> list[TableRow]:
+    """The table: scores against the vanilla row's.
+
+    Args:
+        evaluations: of `run_ablations`.
+
+    Returns:
+        One row each, in the same order.
+    """
+    vanilla = next(each.result.score for each in evaluations if each.result.row == "vanilla")
+    return [
+        TableRow(
+            row=each.result.row,
+            score=each.result.score,
+            retention=each.result.score / vanilla if vanilla else 0.0,
+            compressed_tiles=each.result.compressed_tiles,
+            visual_token_reduction=each.result.visual_token_reduction,
+        )
+        for each in evaluations
+    ]
+
+
+def details(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """All figures of each row, for a JSON file beside the table."""
+    return [asdict(each.result) for each in evaluations]

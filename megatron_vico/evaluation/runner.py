@@ -1,0 +1,212 @@
+"""Runs a model over a set of questions under one compression plan, and counts what it saw and how it scored."""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_vico.data.samples import ConversationSample, Turn
+from megatron_vico.errors import SampleError, nearest
+from megatron_vico.evaluation.scorers import SCORERS
+from megatron_vico.inference.engine import Answers, Engine, PlanSource, Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question of a conversation; its text is in the conversation."""
+
+    answers: tuple[str, ...]
+    """Accepted answers."""
+
+    metric: str
+    """Name of a scorer."""
+
+    kind: str
+    """A group that gets a column of its own, such as what the question is about."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSample:
+    """A conversation and how its answers are scored."""
+
+    conversation: ConversationSample
+    questions: tuple[Question, ...]
+    """One for each `human` turn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowResult:
+    """What one row of the table comes from; fractions in [0, 1]."""
+
+    row: str
+    score: float
+    standard_error: float
+    """Of the score, over conversations: the questions of one image are not independent."""
+
+    score_by_kind: Mapping[str, float]
+    num_questions_by_kind: Mapping[str, int]
+    compressed_by_kind: Mapping[str, float]
+    """Share of tiles compressed by the kind of the question about them; empty unless there is a question per tile."""
+
+    num_tiles: int
+    num_compressed: int
+    num_visual_tokens: int
+    num_visual_tokens_uncompressed: int
+
+    @property
+    def compressed_tiles(self) -> float:
+        """Compressed tiles over all tiles."""
+        return self.num_compressed / max(self.num_tiles, 1)
+
+    @property
+    def visual_token_reduction(self) -> float:
+        """1 - visual tokens given / visual tokens without compression."""
+        return 1 - self.num_visual_tokens / max(self.num_visual_tokens_uncompressed, 1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluation:
+    """A row's figures and the answers behind them."""
+
+    result: RowResult
+    answers: tuple[Answers, ...]
+
+
+def read_evaluation_set(
+    jsonl: str | Path, *, image_root: str | Path, limit: int | None = None
+) -> list[EvaluationSample]:
+    """Read questions with their scoring: the official chat format with `metrics`, and optionally `kinds` and `answers`.
+
+    Args:
+        jsonl: one conversation a line. `metrics` names a scorer per question; `kinds` a group per question (default:
+            its metric); `answers` lists accepted answers per question (default: the `gpt` turn that follows it).
+        image_root: folder that image paths start from.
+        limit: read at most so many lines.
+
+    Returns:
+        The conversations in file order.
+
+    Raises:
+        SampleError: if a line is broken, an image is missing, or a list has another length than the questions.
+    """
+    samples: list[EvaluationSample] = []
+    with Path(jsonl).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if limit is not None and len(samples) >= limit:
+                break
+            if line.strip():
+                samples.append(_read_line(line, where=f"{jsonl}:{number}", image_root=Path(image_root)))
+    if not samples:
+        raise SampleError(f"{jsonl}: no conversation in it; expected one JSON object a line.")
+    return samples
+
+
+def _read_line(line: str, *, where: str, image_root: Path) -> EvaluationSample:
+    try:
+        record: dict[str, Any] = json.loads(line)
+        turns = tuple(Turn(turn["from"], turn["value"]) for turn in record["conversations"])
+        metrics = list(record["metrics"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise SampleError(f"{where}: broken line ({error!r}); expected 'conversations' and 'metrics'.") from error
+    names = record.get("image") or []
+    try:
+        images = tuple((image_root / name).read_bytes() for name in ([names] if isinstance(names, str) else names))
+    except OSError as error:
+        raise SampleError(
+            f"{where}: {error.filename}: {error.strerror}; restore the image or remove the line."
+        ) from error
+    num_questions = sum(turn.role == "human" for turn in turns)
+    answers = record.get("answers") or [[turn.text] for turn in turns if turn.role == "gpt"]
+    kinds = record.get("kinds") or metrics
+    for name, values in (("metrics", metrics), ("kinds", kinds), ("answers", answers)):
+        if len(values) != num_questions:
+            raise SampleError(f"{where}: {len(values)} {name} for {num_questions} questions; give one for each.")
+    for metric in metrics:
+        if metric not in SCORERS:
+            raise SampleError(f"{where}: unknown metric {metric!r}{nearest(metric, SCORERS)}.")
+    questions = tuple(
+        Question(answers=tuple(accepted), metric=metric, kind=kind)
+        for accepted, metric, kind in zip(answers, metrics, kinds, strict=True)
+    )
+    key = str(record.get("id", where))
+    return EvaluationSample(conversation=ConversationSample(key=key, turns=turns, images=images), questions=questions)
+
+
+def evaluate(
+    engine: Engine,
+    samples: Sequence[EvaluationSample],
+    *,
+    row: str,
+    plan: PlanSource,
+    prompts: Sequence[Prompt] | None = None,
+    max_new_tokens: int = 64,
+) -> Evaluation:
+    """Answer and score every question.
+
+    Args:
+        engine: the model.
+        samples: the questions.
+        row: name of the result; also shown beside the progress bar.
+        plan: which tiles are compressed.
+        prompts: of the samples, in order, where they are encoded already.
+        max_new_tokens: longest answer.
+
+    Returns:
+        Figures and answers.
+    """
+    prompts = prompts if prompts is not None else [engine.prompt(sample.conversation) for sample in samples]
+    found = engine.answer(prompts, plan=plan, max_new_tokens=max_new_tokens)
+    answers = tuple(tqdm(found, total=len(prompts), desc=f"{row:16}", mininterval=1.0))
+    tokens_per_tile = engine.model.visual_tokens_per_tile
+    return Evaluation(result=summarise(samples, answers, row=row, tokens_per_tile=tokens_per_tile), answers=answers)
+
+
+def summarise(
+    samples: Sequence[EvaluationSample], answers: Sequence[Answers], *, row: str, tokens_per_tile: int
+) -> RowResult:
+    """Score answers and count tiles and tokens.
+
+    Args:
+        samples: the questions.
+        answers: of the model, in the same order.
+        row: name of the result.
+        tokens_per_tile: visual tokens of a tile that is not compressed.
+
+    Returns:
+        The figures.
+    """
+    by_kind: dict[str, list[float]] = defaultdict(list)
+    compressed_by_kind: dict[str, list[bool]] = defaultdict(list)
+    means = []
+    for sample, answer in zip(samples, answers, strict=True):
+        scores = [
+            SCORERS[question.metric](text, question.answers)
+            for question, text in zip(sample.questions, answer.texts, strict=True)
+        ]
+        means.append(sum(scores) / len(scores))
+        for question, score in zip(sample.questions, scores, strict=True):
+            by_kind[question.kind].append(score)
+        if len(sample.questions) == len(answer.compressed_N):
+            for question, compressed in zip(sample.questions, answer.compressed_N.tolist(), strict=True):
+                compressed_by_kind[question.kind].append(compressed)
+    scores = [score for each in by_kind.values() for score in each]
+    mean = sum(means) / len(means)
+    variance = sum((each - mean) ** 2 for each in means) / max(len(means) - 1, 1)
+    num_tiles = sum(len(answer.compressed_N) for answer in answers)
+    return RowResult(
+        row=row,
+        score=sum(scores) / len(scores),
+        standard_error=math.sqrt(variance / len(means)),
+        score_by_kind={kind: sum(each) / len(each) for kind, each in sorted(by_kind.items())},
+        num_questions_by_kind={kind: len(each) for kind, each in sorted(by_kind.items())},
+        compressed_by_kind={kind: sum(each) / len(each) for kind, each in sorted(compressed_by_kind.items())},
+        num_tiles=num_tiles,
+        num_compressed=sum(int(answer.compressed_N.sum()) for answer in answers),
+        num_visual_tokens=sum(answer.num_visual_tokens for answer in answers),
+        num_visual_tokens_uncompressed=tokens_per_tile * num_tiles,
+    )

@@ -1,0 +1,75 @@
+"""Builds an engine and puts a checkpoint's weights into it, whichever of the two forms the checkpoint has."""
+
+from pathlib import Path
+
+from megatron_vico.checkpoint import convert, state
+from megatron_vico.data.encoding import EncodingSettings
+from megatron_vico.data.tokenizer import Tokenizer
+from megatron_vico.inference.engine import Engine
+from megatron_vico.models.build import (
+    build_language_model,
+    build_vision_encoder,
+    language_transformer_config,
+    vision_transformer_config,
+)
+from megatron_vico.models.registry import ModelConfig
+from megatron_vico.parallel.groups import Groups
+
+
+def build_engine(
+    model: ModelConfig,
+    *,
+    groups: Groups,
+    tokenizer: Tokenizer,
+    settings: EncodingSettings,
+    bf16: bool = False,
+    batch_size: int = 64,
+) -> Engine:
+    """An engine with fresh weights; `load_weights` fills it.
+
+    Args:
+        model: which model.
+        groups: process groups of one rank.
+        tokenizer: of the model.
+        settings: tiling and tile tags, as in training.
+        bf16: compute in bfloat16.
+        batch_size: conversations answered together.
+
+    Returns:
+        The engine, on the groups' device.
+    """
+    encoder = build_vision_encoder(
+        model, vision_transformer_config(model, bf16=bf16), pg_collection=groups.encoder
+    ).requires_grad_(False)
+    # mcore's local layers with torch's attention, also on a GPU: they are the ones that know the KV cache.
+    language_model = build_language_model(
+        model, language_transformer_config(model, bf16=bf16), pg_collection=groups.language, attention="sdpa"
+    ).requires_grad_(False)
+    dtype = language_model.config.params_dtype
+    return Engine(
+        encoder=encoder.to(groups.device, dtype),
+        language_model=language_model.to(groups.device, dtype),
+        tokenizer=tokenizer,
+        model=model,
+        settings=settings,
+        batch_size=batch_size,
+    )
+
+
+def load_weights(engine: Engine, source: str | Path) -> None:
+    """Put a checkpoint's weights into an engine.
+
+    Args:
+        engine: of the checkpoint's size.
+        source: a run's folder (its latest step), or a Hugging Face folder in any layout. What a layout does not hold
+            (connector_16x and ViR outside of flash) keeps the engine's weights.
+
+    Raises:
+        CheckpointError: if it is no checkpoint, broken, or of another size.
+    """
+    if state.has_checkpoint(source):
+        modules = {"encoder": engine.encoder, "language_model": engine.language_model}
+        state.load_weights(source, modules=modules, model_size=engine.model.name)
+        return
+    imported = convert.import_hf(source, model_size=engine.model.name)
+    convert.load_imported(imported, encoder=engine.encoder, language_model=engine.language_model)

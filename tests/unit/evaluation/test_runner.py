@@ -1,0 +1,170 @@
+"""Reading questions, scoring answers and the six rows, with an engine that plays back given answers."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_vico.data.samples import ConversationSample, Turn
+from megatron_vico.errors import SampleError
+from megatron_vico.evaluation.ablations import ROWS, details, random_plans, run_ablations, table_rows
+from megatron_vico.evaluation.runner import EvaluationSample, Question, evaluate, read_evaluation_set
+from megatron_vico.inference.engine import Answers, Routing
+
+LINE = {
+    "id": "a",
+    "image": "a.png",
+    "conversations": [
+        {"from": "human", "value": "<image>\nwhat?"},
+        {"from": "gpt", "value": "4712"},
+        {"from": "human", "value": "and?"},
+        {"from": "gpt", "value": "cat"},
+    ],
+    "metrics": ["anls", "exact"],
+    "kinds": ["dense", "photo"],
+}
+
+
+def write(tmp_path, *lines):
+    (tmp_path / "a.png").write_bytes(b"png")
+    path = tmp_path / "set.jsonl"
+    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_questions_are_read_with_their_scoring(tmp_path):
+    other = {**LINE, "answers": [["1", "one"], ["dog"]], "kinds": None}
+    samples = read_evaluation_set(write(tmp_path, LINE, "\n", other), image_root=tmp_path)
+    assert [sample.conversation.images for sample in samples] == [(b"png",)] * 2
+    assert samples[0].questions == (
+        Question(answers=("4712",), metric="anls", kind="dense"),
+        Question(answers=("cat",), metric="exact", kind="photo"),
+    )
+    assert samples[1].questions[0] == Question(answers=("1", "one"), metric="anls", kind="anls")
+    assert len(read_evaluation_set(tmp_path / "set.jsonl", image_root=tmp_path, limit=1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"conversations": [', r"set.jsonl:2: broken line"),
+        ({**LINE, "metrics": ["anls"]}, r"set.jsonl:2: 1 metrics for 2 questions"),
+        ({**LINE, "metrics": ["anls", "exakt"]}, r"unknown metric 'exakt'; did you mean 'exact'"),
+        ({**LINE, "image": "b.png"}, r"set.jsonl:2: .*b.png: No such file"),
+        ({key: value for key, value in LINE.items() if key != "metrics"}, r"set.jsonl:2: broken line.*'metrics'"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, line, message):
+    with pytest.raises(SampleError, match=message):
+        read_evaluation_set(write(tmp_path, LINE, line), image_root=tmp_path)
+
+
+def test_an_empty_set_is_refused(tmp_path):
+    with pytest.raises(SampleError, match="no conversation"):
+        read_evaluation_set(write(tmp_path, "\n"), image_root=tmp_path)
+
+
+class PlayedEngine:
+    """Answers as told; keeps what it was asked. Each conversation has two tiles of four tokens, one if compressed."""
+
+    def __init__(self, texts, router_plans):
+        self.texts = texts
+        self.router_plans = router_plans
+        self.model = SimpleNamespace(visual_tokens_per_tile=4)
+        self.weights = ""
+        self.asked = []
+
+    def prompt(self, sample):
+        return sample.key
+
+    def answer(self, prompts, *, plan, max_new_tokens):
+        self.asked.append((self.weights, plan))
+        for index, key in enumerate(prompts):
+            if isinstance(plan, str):
+                compressed = torch.full((2,), plan == "all")
+            elif isinstance(plan, Routing):
+                compressed = self.router_plans[plan.granularity][index]
+            else:
+                compressed = plan[index]
+            yield Answers(
+                texts=self.texts[key],
+                compressed_N=compressed,
+                probability_N=None,
+                num_visual_tokens=8 - 3 * int(compressed.sum()),
+            )
+
+
+@pytest.fixture
+def samples():
+    def sample(key):
+        turns = tuple(Turn("human", "what?") for _ in range(2))
+        questions = (
+            Question(answers=("4712",), metric="anls", kind="dense"),
+            Question(answers=("cat",), metric="exact", kind="photo"),
+        )
+        return EvaluationSample(conversation=ConversationSample(key=key, turns=turns), questions=questions)
+
+    return [sample(key) for key in "abcd"]
+
+
+@pytest.fixture
+def engine():
+    texts = {"a": ("4712", "cat"), "b": ("4711", "dog"), "c": ("4799", "cat"), "d": ("", "cat")}
+    tile = [torch.tensor(plan) for plan in ([False, True], [False, True], [True, True], [False, False])]
+    image = [torch.tensor(plan) for plan in ([True, True], [False, False], [True, True], [False, False])]
+    return PlayedEngine(texts, {"tile": tile, "image": image})
+
+
+def test_scores_and_counts(engine, samples):
+    result = evaluate(engine, samples, row="vico", plan=Routing()).result
+    means = torch.tensor([(1 + 1) / 2, (0.75 + 0) / 2, (0.5 + 1) / 2, (0 + 1) / 2], dtype=torch.float64)
+    assert result.score == pytest.approx(float(means.mean()))
+    assert result.standard_error == pytest.approx(float(means.std() / 2))
+    assert result.score_by_kind == {"dense": pytest.approx(2.25 / 4), "photo": pytest.approx(3 / 4)}
+    assert result.num_questions_by_kind == {"dense": 4, "photo": 4}
+    assert result.compressed_by_kind == {"dense": 1 / 4, "photo": 3 / 4}
+    assert result.compressed_tiles == 4 / 8
+    assert (result.num_visual_tokens, result.num_visual_tokens_uncompressed) == (32 - 12, 32)
+    assert result.visual_token_reduction == pytest.approx(12 / 32)
+
+
+def test_each_row_gets_its_weights_and_plan(engine, samples):
+    def engine_with(weights):
+        engine.weights = weights
+        return engine
+
+    evaluations = run_ablations(engine_with, samples, seed=3)
+    assert tuple(each.result.row for each in evaluations) == ROWS
+    asked = {
+        "vico": ("vico", Routing()),
+        "all_compress": ("vico", "all"),
+        "image_level": ("image_level", Routing(granularity="image")),
+        "vanilla": ("vanilla", "none"),
+    }
+    for expected in asked.values():
+        assert expected in engine.asked
+    plans = {weights: plan for weights, plan in engine.asked if isinstance(plan, list)}
+    assert sorted(plans) == ["vico", "warmed"]
+    # Vanilla + ViR replays ViCO's decisions; random has exactly as many, elsewhere.
+    assert torch.equal(torch.cat(plans["warmed"]), torch.cat(engine.router_plans["tile"]))
+    assert int(torch.cat(plans["vico"]).sum()) == int(torch.cat(engine.router_plans["tile"]).sum())
+    figures = {each.result.row: each.result for each in evaluations}
+    assert figures["random_compress"].compressed_tiles == figures["vico"].compressed_tiles
+    assert figures["vanilla"].visual_token_reduction == 0
+    assert figures["all_compress"].visual_token_reduction == 0.75
+    rows = table_rows(evaluations)
+    assert rows[0].retention == 1
+    assert [row.row for row in rows] == list(ROWS)
+    assert json.loads(json.dumps(details(evaluations)))[5]["compressed_by_kind"] == {"dense": 0.25, "photo": 0.75}
+
+
+def test_random_plans_have_exactly_as_many_compressed_tiles():
+    decisions = [torch.rand(1 + index % 5, generator=torch.Generator().manual_seed(index)) < 0.6 for index in range(50)]
+    drawn = random_plans(decisions, seed=0)
+    assert [len(plan) for plan in drawn] == [len(plan) for plan in decisions]
+    together = torch.cat(drawn)
+    assert int(together.sum()) == int(torch.cat(decisions).sum())
+    assert not torch.equal(together, torch.cat(decisions))
+    assert torch.equal(together, torch.cat(random_plans(decisions, seed=0)))
+    assert not torch.equal(together, torch.cat(random_plans(decisions, seed=1)))

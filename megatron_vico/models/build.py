@@ -28,6 +28,7 @@ from megatron.core.utils import get_pg_rank
 
 from megatron_vico.config.schema import ParallelOptions
 from megatron_vico.models.attention import SDPACoreAttention
+from megatron_vico.models.elementwise import SwiGLU
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel, VocabularyHead
 from megatron_vico.models.layers import Layer
@@ -68,6 +69,7 @@ def language_transformer_config(
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "bias_activation_fusion": on_gpu,
+        "use_te_activation_func": not on_gpu,  # mcore's name for "the layer spec brings the activation": SwiGLU below
         "bias_dropout_fusion": on_gpu,
         "apply_rope_fusion": on_gpu and transformer_engine_usable(),
         "deallocate_pipeline_outputs": True,
@@ -118,7 +120,7 @@ def vision_transformer_config(
         "bias_dropout_fusion": False,
     }
     config = TransformerConfig(**(fields | _common_fields(vision.hidden_size, bf16=bf16) | overrides))
-    config.drop_path_rate = drop_path_rate  # type: ignore[attr-defined]
+    config.drop_path_rate = drop_path_rate
     return config
 
 
@@ -266,6 +268,13 @@ def _transformer_engine_layer(config: TransformerConfig) -> ModuleSpec:
     return ModuleSpec(module=Layer, submodules=submodules)
 
 
+class _LocalBackend(LocalSpecProvider):
+    """mcore's local modules with this project's SwiGLU; mcore takes it where `use_te_activation_func` is set."""
+
+    def activation_func(self) -> type[SwiGLU]:
+        return SwiGLU
+
+
 def _local_layer(config: TransformerConfig) -> ModuleSpec:
     attention = ModuleSpec(
         module=SelfAttention,
@@ -289,7 +298,11 @@ def _local_layer(config: TransformerConfig) -> ModuleSpec:
         self_attention=attention,
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=RMSNorm,
-        mlp=get_mlp_module_spec_for_backend(backend=LocalSpecProvider(), num_experts=config.num_moe_experts),
+        mlp=get_mlp_module_spec_for_backend(
+            backend=_LocalBackend(),
+            num_experts=config.num_moe_experts,
+            use_te_activation_func=config.use_te_activation_func,
+        ),
         mlp_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map=names,
     )

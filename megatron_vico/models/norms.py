@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_vico.models.elementwise import rms_norm
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension; built the way mcore's layer specs build norms."""
@@ -20,7 +22,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise each vector of the last dimension."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):

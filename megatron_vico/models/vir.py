@@ -31,7 +31,8 @@ class Pooling(nn.Module):
     def forward(self, features_NPD: Tensor) -> Tensor:
         """[N, P, D] to [N, D]."""
         out = self.query_token.expand(features_NPD.size(0), 1, -1)
-        for attention, norm in ((self.attn1, self.norm1), *(((self.attn2, self.norm2),) * 3)):
+        for index in (1, 2, 2, 2):
+            attention, norm = self.get_submodule(f"attn{index}"), self.get_submodule(f"norm{index}")
             attended, _ = attention(out, features_NPD, features_NPD, need_weights=False)
             out = norm(attended)
         return out.squeeze(1)
@@ -56,8 +57,8 @@ class Gating(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, D] to [N, 2]."""
-        for block in (self.block1, self.block2, self.block3, self.block4):
-            x = x + block(x)
+        for index in range(1, 5):
+            x = x + self.get_submodule(f"block{index}")(x)
         logits: Tensor = self.gate(x)
         return logits
 

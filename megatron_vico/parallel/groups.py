@@ -1,6 +1,8 @@
 """Starts the process groups of a run: Megatron's for the language model, and those of the vision encoder."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -48,22 +50,26 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(options: ParallelOptions, *, seed: int, timeout_minutes: int) -> Groups:
-    """Start torch.distributed and Megatron's groups, from the launcher's environment or for one process.
+@contextmanager
+def started(options: ParallelOptions, *, seed: int, timeout_minutes: int) -> Iterator[Groups]:
+    """torch.distributed and Megatron's groups, from the launcher's environment or for one process.
+
+    Groups that a caller had started before are used and left running.
 
     Args:
         options: the layout; `config/validate.py` has checked that it fits the world size.
         seed: seeds initialisation and dropout, as Megatron does.
         timeout_minutes: how long a collective may wait before the run is ended.
 
-    Returns:
-        The groups of this rank.
+    Yields:
+        The groups of this rank; what was started here ends with the context.
     """
+    owned = not torch.distributed.is_initialized()
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    if not torch.distributed.is_initialized():
+    if owned:
         launched = "RANK" in os.environ
         torch.distributed.init_process_group(
             "nccl" if on_gpu else "gloo",
@@ -83,13 +89,12 @@ def start(options: ParallelOptions, *, seed: int, timeout_minutes: int) -> Group
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     language = ProcessGroupCollection.use_mpu_process_groups()
-    return Groups(language=language, encoder=_encoder_groups(), data_parallel=language.dp, device=device)
-
-
-def stop() -> None:
-    """End Megatron's groups and torch.distributed."""
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
+    try:
+        yield Groups(language=language, encoder=_encoder_groups(), data_parallel=language.dp, device=device)
+    finally:
+        if owned:
+            parallel_state.destroy_model_parallel()
+            torch.distributed.destroy_process_group()
 
 
 def _encoder_groups() -> ProcessGroupCollection:

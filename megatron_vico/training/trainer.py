@@ -30,15 +30,12 @@ def train(cfg: RunConfig) -> None:
         SampleError: if a sample cannot be used.
         CheckpointError: if a checkpoint cannot be read or written; the last good one still loads.
     """
-    validate(cfg, process_groups.launched_world_size())
+    validate(cfg, process_groups.launched_world_size(), check_files=True)
     supported_now(cfg)
-    groups = process_groups.start(
+    with process_groups.started(
         cfg.parallel, seed=cfg.training.seed, timeout_minutes=cfg.training.distributed_timeout_minutes
-    )
-    try:
+    ) as groups:
         _loop(set_up(cfg, groups))
-    finally:
-        process_groups.stop()
 
 
 def _loop(run: Run) -> None:
@@ -115,8 +112,7 @@ def _save(run: Run, iteration: int) -> None:
         scheduler=run.scheduler,
         trainer_state={"iteration": iteration, "router_window": run.window.state()},
         config_yaml=to_yaml(run.cfg),
-        model_size=run.model.name,
-        stage=run.cfg.stage.stage,
+        metadata=state.CheckpointMetadata(model_size=run.model.name, stage=run.cfg.stage.stage),
     )
 
 

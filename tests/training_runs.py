@@ -1,0 +1,68 @@
+"""Tiny runs of the real trainer for tests: shared data set, configurations of the four stages, figures of a run."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_vico.config.schema import RunConfig
+from megatron_vico.data.encoding import EncodingSettings
+from megatron_vico.data.shard_writer import make_shards
+from megatron_vico.data.tokenizer import load_tokenizer, train_sentencepiece
+from tests.toy_data import write_conversations
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyData:
+    """Where the shared tokenizer and shards are."""
+
+    tokenizer: Path
+    shards: Path
+
+
+def make_toy_data(folder: Path, *, num_samples: int = 48) -> ToyData:
+    """Tokenizer and shards of `tests/toy_data.py`."""
+    jsonl = write_conversations(folder / "raw", num_samples=num_samples)
+    words = [f"{line} {index}\n" for index, line in enumerate(jsonl.read_text().splitlines())]
+    tokenizer_path = train_sentencepiece(words * 3, model_prefix=folder / "tokenizer", vocab_size=400)
+    make_shards(
+        jsonl,
+        image_root=folder / "raw",
+        out_dir=folder / "shards",
+        tokenizer=load_tokenizer(tokenizer_path),
+        settings=EncodingSettings(image_size=32, max_dynamic_patch=4, use_thumbnail=True),
+    )
+    return ToyData(tokenizer=tokenizer_path, shards=folder / "shards")
+
+
+def toy_config(data: ToyData, stage: str, **options: Any) -> RunConfig:
+    """A run of the toy model; `options` are fields of any section, by name."""
+    fields: dict[str, Any] = {
+        "stage": stage,
+        "data_path": (str(data.shards),),
+        "tokenizer_model": str(data.tokenizer),
+        "seq_length": 600,
+        "max_tiles_per_pack": 40,
+        "max_samples_per_pack": 4,
+        "max_dynamic_patch": 4,
+        "num_workers": 0,
+        "train_iters": 10,
+        "global_batch_size": 2,
+        "lr": 1e-3,
+        "min_lr": 1e-5,
+        "adam_eps": 1e-5,
+        **options,
+    }
+    config = RunConfig()
+    for section in dataclasses.fields(RunConfig):
+        value = getattr(config, section.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            mine = {field.name: fields.pop(field.name) for field in dataclasses.fields(value) if field.name in fields}
+            config = dataclasses.replace(config, **{section.name: dataclasses.replace(value, **mine)})
+    assert not fields, f"no such options: {sorted(fields)}"
+    return config
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The JSON lines that a run wrote, one a step."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

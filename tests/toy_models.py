@@ -1,0 +1,69 @@
+"""Tiny models with random weights, and packs for them, that the model and parity tests share."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megatron_vico.models.build import (
+    build_language_model,
+    build_vision_encoder,
+    language_transformer_config,
+    vision_transformer_config,
+)
+from megatron_vico.models.internvl import VisionEncoder
+from megatron_vico.models.language_model import LanguageInputs, LanguageModel
+from megatron_vico.models.registry import ModelConfig
+
+
+def make_encoder(model: ModelConfig, *, seed: int = 0, drop_path_rate: float = 0.0) -> VisionEncoder:
+    """An encoder whose every parameter is random."""
+    encoder = build_vision_encoder(model, vision_transformer_config(model, drop_path_rate=drop_path_rate))
+    return randomise(encoder, seed=seed)
+
+
+def make_language_model(model: ModelConfig, *, seed: int = 1) -> LanguageModel:
+    """A language model whose every parameter is random."""
+    return randomise(build_language_model(model, language_transformer_config(model), attention="sdpa"), seed=seed)
+
+
+def randomise[M: nn.Module](module: M, *, seed: int) -> M:
+    """Give each parameter values of a size it has in a trained model, biases and norms too, so that none is a no-op."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, param in module.named_parameters():
+            noise = torch.randn(param.shape, generator=generator)
+            if param.dim() > 1:
+                param.copy_(noise / param.flatten(1).size(1) ** 0.5)
+            elif name.endswith((".weight", ".scale")):
+                param.copy_(1 + 0.2 * noise)
+            else:
+                param.copy_(0.2 * noise)
+    return module
+
+
+def random_tiles(model: ModelConfig, num_tiles: int, *, seed: int = 0) -> Tensor:
+    """[N, 3, S, S] uint8."""
+    size = model.vision.image_size
+    return torch.randint(
+        0, 256, (num_tiles, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def pack(
+    document_lens: Sequence[int],
+    *,
+    visual_positions: Sequence[int] = (),
+    response_rows: Sequence[int] | None = None,
+    seed: int = 0,
+) -> LanguageInputs:
+    """A pack of random tokens; by default every row is wanted."""
+    num_tokens = sum(document_lens)
+    generator = torch.Generator().manual_seed(seed)
+    return LanguageInputs(
+        token_ids_T=torch.randint(6, 512, (num_tokens,), generator=generator),
+        visual_positions_V=torch.tensor(visual_positions, dtype=torch.int64),
+        cu_seqlens=torch.tensor([0, *document_lens]).cumsum(0).int(),
+        max_seqlen=max(document_lens),
+        response_rows_R=torch.arange(num_tokens) if response_rows is None else torch.tensor(response_rows),
+    )

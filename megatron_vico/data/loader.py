@@ -6,7 +6,7 @@ the one before, so that an epoch may end inside a step: nothing is dropped, and 
 The only state is the number of consumed steps.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,6 +51,23 @@ class StepPlan:
         return sum(len(pack.sample_ids) for pack in self.packs)
 
 
+class FolderList:
+    """Several folders as one data set, numbered one after the other."""
+
+    def __init__(self, folders: Sequence[ShardFolder]) -> None:
+        """Args: folders: in order."""
+        self.folders = tuple(folders)
+        self._starts = np.cumsum([0] + [len(folder) for folder in folders])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def locate(self, sample_id: int) -> tuple[ShardFolder, int]:
+        """The folder of a sample, and its number there."""
+        folder = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
+        return self.folders[folder], sample_id - int(self._starts[folder])
+
+
 class PackPlan:
     """Which packs each step has; reads indexes only."""
 
@@ -76,15 +93,14 @@ class PackPlan:
             ConfigError: if there is no sample.
             SampleError: if a sample is larger than a pack; names it.
         """
-        self.folders = tuple(folders)
+        self.data = FolderList(folders)
         self.seed = seed
         self.global_batch_size = global_batch_size
         self.window = options.packing_window
         self.limits = PackLimits(
             capacity=options.seq_length, max_tiles=options.max_tiles_per_pack, max_samples=options.max_samples_per_pack
         )
-        self._starts = np.cumsum([0] + [len(folder) for folder in folders])
-        self.num_samples = int(self._starts[-1])
+        self.num_samples = len(self.data)
         if not self.num_samples:
             raise ConfigError("--data-path: no samples; give at least one folder of shards.")
         self.num_tiles: IntArray = np.concatenate([folder.num_tiles for folder in folders])
@@ -94,11 +110,6 @@ class PackPlan:
         self._packs: Iterator[Pack] = iter(())
         self._next_step = 0
         self._rewind()
-
-    def locate(self, sample_id: int) -> tuple[ShardFolder, int]:
-        """The folder of a sample, and its number there."""
-        folder = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
-        return self.folders[folder], sample_id - int(self._starts[folder])
 
     def epoch(self, epoch: int) -> Iterator[Pack]:
         """All packs of one epoch, packed window by window as they are taken."""
@@ -140,7 +151,7 @@ class PackPlan:
         too_large = (self.lengths > self.limits.capacity) | (self.num_tiles > self.limits.max_tiles)
         if too_large.any():
             worst = int(np.flatnonzero(too_large)[0])
-            folder, number = self.locate(worst)
+            folder, number = self.data.locate(worst)
             raise SampleError(
                 f"sample {folder.keys[number]!r} of {folder.path}: {self.lengths[worst]} tokens (uncompressed) and "
                 f"{self.num_tiles[worst]} tiles, but a pack holds {self.limits.capacity} and {self.limits.max_tiles} "
@@ -270,12 +281,12 @@ class Loader:
                 f"--tokenizer-model {encoder.tokenizer.source}: <IMG_CONTEXT> is {encoder.tokenizer.image_token_id}, "
                 f"but the model expects {builder.image_token_id}; use the tokenizer that belongs to the model."
             )
-        for folder in plan.folders:
+        for folder in plan.data.folders:
             folder.check_encoding(tokenizer=encoder.tokenizer, settings=encoder.settings)
         self.plan = plan
         self.consumed_steps = start_step
         self._end_step, self._num_workers = end_step, num_workers
-        self._dataset = _StepDataset(plan, encoder=encoder, builder=builder, dp_rank=dp_rank, dp_size=dp_size)
+        self._dataset = _StepDataset(plan.data, encoder=encoder, builder=builder, dp_rank=dp_rank, dp_size=dp_size)
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
         """Batches from step `consumed_steps` on; `consumed_steps` counts what was handed out.
@@ -330,9 +341,9 @@ class _StepDataset(Dataset[list[PackedBatch] | SampleError]):
     """Step plan -> this rank's packed batches, or what is wrong with them (torch would wrap an error in a worker)."""
 
     def __init__(
-        self, plan: PackPlan, *, encoder: SampleEncoder, builder: PackBuilder, dp_rank: int, dp_size: int
+        self, data: FolderList, *, encoder: SampleEncoder, builder: PackBuilder, dp_rank: int, dp_size: int
     ) -> None:
-        self._locate: Callable[[int], tuple[ShardFolder, int]] = plan.locate
+        self._data = data
         self._encoder, self._builder = encoder, builder
         self._dp_rank, self._dp_size = dp_rank, dp_size
 
@@ -350,7 +361,7 @@ class _StepDataset(Dataset[list[PackedBatch] | SampleError]):
         return batches
 
     def _encode(self, sample_id: int) -> EncodedSample:
-        folder, number = self._locate(sample_id)
+        folder, number = self._data.locate(sample_id)
         encoded = self._encoder.encode(folder.read(number))
         if encoded.token_ids.size != folder.num_tokens[number] or encoded.num_tiles != folder.num_tiles[number]:
             raise SampleError(

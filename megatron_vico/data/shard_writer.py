@@ -102,36 +102,16 @@ def make_shards(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     encoder = SampleEncoder(tokenizer=tokenizer, settings=settings)
-    skipped: list[str] = []
-    shards: list[ShardIndex] = []
-    shard: _OpenShard | None = None
-    for key, where, line in _lines(source, show_progress=options.show_progress):
-        try:
-            sample, suffixes = _read_line(line, key=key, where=where, image_root=Path(image_root))
-            encoded = _encode(encoder, sample, where)
-        except SampleError as error:
-            skipped.append(str(error))
-            if len(skipped) > options.max_skipped:
-                raise
-            continue
-        if shard is None:
-            path = partial / f"shard-{len(shards):06d}.tar"
-            # A fixed time stamp: the same input gives the same bytes, and so the same hash.
-            shard = _OpenShard(path=path, writer=webdataset.TarWriter(str(path), encoder=False, mtime=0.0))
-        _write_sample(shard, sample, suffixes)
-        shard.note(encoded)
-        if len(shard.keys) >= options.samples_per_shard or shard.num_bytes >= options.max_shard_bytes:
-            shards.append(_close(shard))
-            shard = None
-    if shard is not None:
-        shards.append(_close(shard))
-    if not shards:
-        raise SampleError(f"{source}: no sample in it; expected one JSON object a line.")
-    index = FolderIndex(
-        version=INDEX_VERSION, tokenizer=tokenizer.fingerprint, settings=settings, shards=shards, skipped=skipped
-    )
-    index.write(partial)
-    os.replace(partial, target)
+    try:
+        shards, skipped = _write_shards(source, partial, Path(image_root), encoder, options)
+        index = FolderIndex(
+            version=INDEX_VERSION, tokenizer=tokenizer.fingerprint, settings=settings, shards=shards, skipped=skipped
+        )
+        index.write(partial)
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return index
 
 
@@ -186,6 +166,38 @@ def index_shards(folder: str | Path, *, tokenizer: Tokenizer, settings: Encoding
     )
     index.write(path)
     return index
+
+
+def _write_shards(
+    source: Path, folder: Path, image_root: Path, encoder: SampleEncoder, options: WriterOptions
+) -> tuple[list[ShardIndex], list[str]]:
+    """Write tar files; returns their indexes, and a message for each sample left out."""
+    skipped: list[str] = []
+    shards: list[ShardIndex] = []
+    shard: _OpenShard | None = None
+    for key, where, line in _lines(source, show_progress=options.show_progress):
+        try:
+            sample, suffixes = _read_line(line, key=key, where=where, image_root=image_root)
+            encoded = _encode(encoder, sample, where)
+        except SampleError as error:
+            skipped.append(str(error))
+            if len(skipped) > options.max_skipped:
+                raise
+            continue
+        if shard is None:
+            path = folder / f"shard-{len(shards):06d}.tar"
+            # A fixed time stamp: the same input gives the same bytes, and so the same hash.
+            shard = _OpenShard(path=path, writer=webdataset.TarWriter(str(path), encoder=False, mtime=0.0))
+        _write_sample(shard, sample, suffixes)
+        shard.note(encoded)
+        if len(shard.keys) >= options.samples_per_shard or shard.num_bytes >= options.max_shard_bytes:
+            shards.append(_close(shard))
+            shard = None
+    if shard is not None:
+        shards.append(_close(shard))
+    if not shards:
+        raise SampleError(f"{source}: no sample in it that can be used; expected one JSON object a line.")
+    return shards, skipped
 
 
 def _lines(source: Path, *, show_progress: bool) -> Iterator[tuple[str, str, bytes]]:

@@ -197,10 +197,11 @@ class ShardFolder:
         key, members = listed.keys[local], listed.members[local]
         start = min(offset for offset, _ in members)
         end = max(offset + size for offset, size in members)
-        content = os.pread(self._file(shard), end - start, start)
+        file = self._file(shard)
+        content = os.pread(file, end - start, start)
         if len(content) != end - start:
             raise SampleError(
-                f"sample {key!r}: {self.path / listed.name} ends after {start + len(content)} bytes, but the sample "
+                f"sample {key!r}: {self.path / listed.name} ends after {os.fstat(file).st_size} bytes, but the sample "
                 f"ends at {end}; the file was cut short: copy it again."
             )
         parts = [content[offset - start : offset - start + size] for offset, size in members]

@@ -1,0 +1,101 @@
+"""What is trained, where images go, which conversations are refused; tests/parity holds ids to the official rule."""
+
+import numpy as np
+import pytest
+
+from megatron_vico.data.conversation import (
+    DEFAULT_SYSTEM_MESSAGE,
+    encode_conversation,
+    encode_follow_up,
+    encode_prompt,
+)
+from megatron_vico.data.samples import Turn
+from megatron_vico.errors import SampleError
+
+SYSTEM, ASK, ANSWER = Turn("system", "Be brief."), Turn("human", "<image>\nWhat?"), Turn("gpt", "red")
+
+
+def texts(turns, tokenizer, tiles_per_image=(2,), **options):
+    """(all text, trained text)."""
+    encoded = encode_conversation(turns, tiles_per_image=tiles_per_image, tokenizer=tokenizer, **options)
+    return tokenizer.decode(encoded.token_ids), tokenizer.decode(encoded.token_ids[encoded.is_response])
+
+
+def test_answers_and_their_end_mark_are_trained(tokenizer):
+    whole, trained = texts([SYSTEM, ASK, ANSWER, Turn("human", "Sure?"), Turn("gpt", "yes\n")], tokenizer)
+    assert whole == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\n<img><IMG_CONTEXT><IMG_CONTEXT></img>\nWhat?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"
+        "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nyes\n<|im_end|>\n"
+    )
+    assert trained == "red<|im_end|>yes\n<|im_end|>"
+
+
+def test_default_system_message_is_added(tokenizer):
+    whole, _ = texts([ASK, ANSWER], tokenizer)
+    assert whole.startswith(f"<|im_start|>system\n{DEFAULT_SYSTEM_MESSAGE}<|im_end|>\n")
+
+
+@pytest.mark.parametrize("question", ["What?", "<image>\n<image>\nWhat?"])
+def test_without_tags_images_come_before_the_first_question(tokenizer, question):
+    whole, _ = texts([SYSTEM, Turn("human", question), ANSWER], tokenizer, tiles_per_image=(1, 2))
+    assert "user\n<img><IMG_CONTEXT></img>\n<img><IMG_CONTEXT><IMG_CONTEXT></img>\nWhat?" in whole
+
+
+def test_tags_of_a_later_question_stay_there(tokenizer):
+    turns = [SYSTEM, Turn("human", "Hi"), ANSWER, Turn("human", "And <image>?"), ANSWER]
+    whole, _ = texts(turns, tokenizer, tiles_per_image=(1,))
+    assert "user\nHi<|im_end|>" in whole
+    assert "user\nAnd <img><IMG_CONTEXT></img>?<|im_end|>" in whole
+
+
+def test_numbered_tile_tags(tokenizer):
+    whole, _ = texts([SYSTEM, ASK, ANSWER], tokenizer, tile_tags="numbered")
+    assert "<img><tile_1><IMG_CONTEXT><tile_2><IMG_CONTEXT></img>\nWhat?" in whole
+
+
+def test_pretrain_text_is_trained_outside_images(tokenizer):
+    turns = [Turn("pretrain", "See <image> and rest")]
+    whole, trained = texts(turns, tokenizer, tile_tags="numbered")
+    assert whole == "See <img><tile_1><IMG_CONTEXT><tile_2><IMG_CONTEXT></img> and rest"
+    first = tokenizer.decode(tokenizer.encode(whole)[:1])  # nothing predicts the first token
+    assert first + trained == "See  and rest"
+
+
+def test_prompt_and_follow_up_join_into_the_trained_ids(tokenizer):
+    questions, answer = ("<image>\nWhat?", "Sure?"), "red"
+    trained = encode_conversation(
+        [SYSTEM, Turn("human", questions[0]), Turn("gpt", answer), Turn("human", questions[1]), Turn("gpt", "ok")],
+        tiles_per_image=(2,),
+        tokenizer=tokenizer,
+    )
+    prompt = encode_prompt([SYSTEM, Turn("human", questions[0])], tiles_per_image=(2,), tokenizer=tokenizer)
+    said = [*tokenizer.encode(answer), tokenizer.eos_id]
+    follow_up = encode_follow_up(questions[1], tokenizer=tokenizer)
+    joined = [*prompt.token_ids, *said, *follow_up, *tokenizer.encode("ok"), tokenizer.eos_id, *tokenizer.encode("\n")]
+    np.testing.assert_array_equal(joined, trained.token_ids)
+    assert not prompt.is_response.any()
+
+
+@pytest.mark.parametrize(
+    ("turns", "tiles_per_image", "message"),
+    [
+        ([ASK, ANSWER], (), "'k': 1 <image> tags but 0 images"),
+        ([Turn("human", "<image><image>"), ANSWER], (1,), "'k': 2 <image> tags but 1 images"),
+        ([ASK, ANSWER], (1, 1), "'k': 1 <image> tags but 2 images"),
+        ([ASK, Turn("gpt", " \n")], (1,), "'k': turn 2 is an empty answer"),
+        ([ASK], (1,), "'k': no answer"),
+        ([], (), "'k': the conversation is empty"),
+        ([ASK, SYSTEM, ANSWER], (1,), "'k': turn 2 is from 'system'"),
+        ([Turn("pretrain", "x"), ANSWER], (), "'k': a 'pretrain' turn among 2"),
+        ([Turn("human", "<IMG_CONTEXT>"), ANSWER], (), "'k': turn 1 contains <IMG_CONTEXT>"),
+    ],
+)
+def test_bad_conversations_are_refused_by_name(tokenizer, turns, tiles_per_image, message):
+    with pytest.raises(SampleError, match=message):
+        encode_conversation(turns, tiles_per_image=tiles_per_image, tokenizer=tokenizer, key="k")
+
+
+def test_a_prompt_ends_with_a_question(tokenizer):
+    with pytest.raises(SampleError, match="expected 'human'"):
+        encode_prompt([ASK, ANSWER], tiles_per_image=(1,), tokenizer=tokenizer)

@@ -1,0 +1,287 @@
+"""Batches against a naive assembly; the same data for any number of ranks, workers and restarts."""
+
+import dataclasses
+import itertools
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_vico.config.schema import DataOptions
+from megatron_vico.data.encoding import SampleEncoder
+from megatron_vico.data.image_tokens import expand
+from megatron_vico.data.loader import Loader, Pack, PackBuilder, PackPlan, make_loader
+from megatron_vico.data.samples import map_tensors
+from megatron_vico.data.webdataset import ShardFolder
+from megatron_vico.errors import ConfigError, SampleError
+from megatron_vico.vico import compression_plan
+from tests.unit.data.conftest import NUM_SAMPLES, SETTINGS
+
+BUILDER = PackBuilder(stage="consistency", seed=7, tokens_kept=4, tokens_compressed=1, image_token_id=5)
+GLOBAL_BATCH = 4
+
+
+@pytest.fixture(scope="module")
+def options(shards):
+    return DataOptions(
+        data_path=(str(shards),),
+        seq_length=400,
+        max_tiles_per_pack=20,
+        max_samples_per_pack=3,
+        packing_window=16,
+        max_dynamic_patch=4,
+        num_workers=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def load(options, tokenizer):
+    """loader(**overrides) of the options, of the builder's fields, or of make_loader's arguments."""
+
+    def make(**overrides):
+        data = {k: overrides.pop(k) for k in list(overrides) if k in {f.name for f in dataclasses.fields(DataOptions)}}
+        of_builder = {f.name for f in dataclasses.fields(PackBuilder)}
+        fields = {k: overrides.pop(k) for k in list(overrides) if k in of_builder}
+        return make_loader(
+            dataclasses.replace(options, **data),
+            tokenizer=tokenizer,
+            image_size=32,
+            builder=dataclasses.replace(BUILDER, **fields),
+            global_batch_size=overrides.pop("global_batch_size", GLOBAL_BATCH),
+            **overrides,
+        )
+
+    return make
+
+
+def take(loader, steps):
+    return list(itertools.islice(iter(loader), steps))
+
+
+def flat(batch):
+    """Everything in a batch as text, so that == compares it."""
+    return repr(map_tensors(batch, lambda tensor: (tensor.dtype, tensor.shape, tensor.numpy().tobytes())))
+
+
+def flat_steps(steps):
+    return [[flat(batch) for batch in batches] for batches in steps]
+
+
+@pytest.mark.parametrize("sampler", ["bernoulli", "exact-count"])
+def test_batch_equals_its_samples_one_by_one(load, shards, tokenizer, sampler):
+    folder, encoder = ShardFolder.open(shards), SampleEncoder(tokenizer=tokenizer, settings=SETTINGS)
+    loader = load(xi_sampler=sampler)
+    for step, batches in enumerate(take(loader, 3)):
+        plan = loader.plan.step(step)
+        for pack, batch in zip(plan.packs, batches, strict=True):
+            samples = [encoder.encode(folder.read(i)) for i in pack.sample_ids]
+            drawn = [
+                compression_plan.plan_fraction(
+                    sample.tiles_per_image,
+                    generator=compression_plan.generator(7, pack.epoch, i, "xi"),
+                    sampler=sampler,
+                )
+                for i, sample in zip(pack.sample_ids, samples, strict=True)
+            ]
+            assert batch.keys == tuple(sample.key for sample in samples)
+            assert batch.sample_ids.tolist() == list(pack.sample_ids)
+            assert batch.tiles_per_image == sum((sample.tiles_per_image for sample in samples), ())
+            assert batch.tiles_per_sample == tuple(len(sample.tiles) for sample in samples)
+            np.testing.assert_array_equal(batch.tiles, np.concatenate([sample.tiles for sample in samples]))
+            assert batch.labels.tolist() == [label for sample in samples for label in sample.labels]
+            expected_weights = [
+                1 / (len(sample.labels) * plan.num_samples) for sample in samples for _ in sample.labels
+            ]
+            np.testing.assert_allclose(batch.kl_weight, expected_weights, rtol=1e-7)  # float32 rounding: 6e-8
+            (policy,) = batch.policies
+            assert policy.compressed.tolist() == torch.cat(drawn).tolist()
+            for stream, plans in (
+                (batch.reference, [torch.zeros_like(each) for each in drawn]),
+                (policy.stream, drawn),
+            ):
+                parts = [
+                    expand(sample, plan=each, tokens_kept=4, tokens_compressed=1, image_token_id=5)
+                    for sample, each in zip(samples, plans, strict=True)
+                ]
+                assert stream.token_ids.tolist() == [token for part in parts for token in part.token_ids]
+                assert stream.token_ids[stream.response_rows + 1].tolist() == batch.labels.tolist()
+                assert len(stream.visual_positions) == int((stream.token_ids == 5).sum())
+                assert stream.cu_seqlens.tolist() == np.cumsum([0] + [part.token_ids.size for part in parts]).tolist()
+            starts = batch.reference.cu_seqlens[batch.sample_of_row.long()]
+            ends = batch.reference.cu_seqlens[batch.sample_of_row.long() + 1]
+            assert bool(((batch.reference.response_rows >= starts) & (batch.reference.response_rows < ends - 1)).all())
+
+
+def test_weights_of_a_global_batch_sum_to_one(load):
+    for batches in take(load(), 6):
+        total = sum(float(batch.kl_weight.double().sum()) for batch in batches)
+        assert total == pytest.approx(1.0, abs=1e-6)  # measured 3e-8
+    ranks = [take(load(dp_rank=rank, dp_size=2), 1)[0] for rank in range(2)]
+    assert sum(float(batch.kl_weight.sum()) for rank in ranks for batch in rank) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_each_epoch_has_every_sample_once_and_another_order(load):
+    plan = load().plan
+    epochs = [[i for pack in plan.epoch(epoch) for i in pack.sample_ids] for epoch in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(NUM_SAMPLES))
+    assert epochs[0] != epochs[1] != epochs[2]
+    packs = [pack for step in range(12) for pack in plan.step(step).packs]
+    expected = [pack for epoch in range(4) for pack in plan.epoch(epoch)]
+    assert packs == expected[: len(packs)]
+    assert {pack.epoch for pack in packs} >= {0, 1, 2}
+
+
+def test_plans_change_with_the_epoch_only(load):
+    loader = load()
+    seen = {}
+    for batches in take(loader, 20):
+        for pack, batch in zip(loader.plan.step(loader.consumed_steps - 1).packs, batches, strict=True):
+            for i, count, compressed in zip(
+                pack.sample_ids,
+                batch.tiles_per_sample,
+                torch.split(batch.policies[0].compressed, batch.tiles_per_sample),
+                strict=True,
+            ):
+                if count >= 3:
+                    seen.setdefault(i, []).append(tuple(compressed.tolist()))
+    assert sum(len(set(plans)) > 1 for plans in seen.values()) > len(seen) / 2
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "consistency", "router"])
+def test_two_ranks_together_have_the_batches_of_one(load, stage):
+    alone = flat_steps(take(load(stage=stage), 8))
+    first, second = (flat_steps(take(load(stage=stage, dp_rank=rank, dp_size=2), 8)) for rank in range(2))
+    for whole, even, odd in zip(alone, first, second, strict=True):
+        assert [even[0], odd[0], even[1], odd[1]] == whole
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_change_nothing(load, num_workers):
+    assert flat_steps(take(load(num_workers=num_workers), 7)) == flat_steps(take(load(), 7))
+
+
+def test_workers_can_be_started_without_fork(load):
+    """Python 3.14 and macOS pickle the data set for their workers; to start one takes seconds, so only that is done."""
+    loader = load()
+    plan = loader.plan.step(0)
+    again = pickle.loads(pickle.dumps(loader._dataset))
+    assert flat_steps([again[plan]]) == flat_steps([loader._dataset[plan]])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_loader_goes_on_where_it_stopped(load, num_workers):
+    whole = flat_steps(take(load(stage="router"), 14))
+    stopped = load(stage="router", num_workers=num_workers)
+    assert flat_steps(take(stopped, 9)) == whole[:9]
+    assert stopped.state_dict() == {"consumed_steps": 9}
+    resumed = load(stage="router", num_workers=num_workers, start_step=9)
+    assert flat_steps(take(resumed, 5)) == whole[9:]
+    again = load(stage="router")
+    again.load_state_dict(stopped.state_dict())
+    assert flat_steps(take(again, 2)) == whole[9:11]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_loader_ends_at_end_step(load, num_workers):
+    assert len(list(load(start_step=3, end_step=5, num_workers=num_workers))) == 2
+
+
+def test_pretrain_has_no_policy_stream(load):
+    assert all(batch.policies == () for batch in take(load(stage="pretrain"), 1)[0])
+
+
+@pytest.mark.parametrize("granularity", ["tile", "image"])
+def test_the_routers_question(load, granularity):
+    chosen = set()
+    for batches in take(load(stage="router", router_granularity=granularity), 10):
+        for batch in batches:
+            none, asked = batch.policies
+            assert not none.compressed.any()
+            assert none.stream.token_ids.tolist() == batch.reference.token_ids.tolist()
+            assert torch.nonzero(asked.compressed).flatten().tolist() == batch.router_tiles.tolist()
+            sample_of_tile = torch.repeat_interleave(
+                torch.arange(len(batch.keys)), torch.tensor(batch.tiles_per_sample)
+            )
+            assert batch.router_tile_sample.tolist() == sample_of_tile[batch.router_tiles].tolist()
+            # Each sample with images is asked about one tile or one image; one without is left out.
+            for local, count in enumerate(batch.tiles_per_sample):
+                tiles = batch.router_tiles[batch.router_tile_sample == local].tolist()
+                start = sum(batch.tiles_per_sample[:local])
+                if granularity == "tile":
+                    assert len(tiles) == min(count, 1)
+                    chosen.update((count, tile - start) for tile in tiles)
+                elif count:
+                    ends = np.cumsum((0, *batch.tiles_per_image)).tolist()
+                    assert any(tiles == list(range(a, b)) for a, b in itertools.pairwise(ends))
+                else:
+                    assert not tiles
+    if granularity == "tile":
+        assert {tile for count, tile in chosen if count == 5} == {0, 1, 2, 3, 4}
+
+
+def test_a_pack_without_images(load, shards, tokenizer):
+    folder, encoder = ShardFolder.open(shards), SampleEncoder(tokenizer=tokenizer, settings=SETTINGS)
+    text_only = [int(i) for i in np.flatnonzero(folder.num_tiles == 0)[:2]]
+    samples = [encoder.encode(folder.read(i)) for i in text_only]
+    for stage in ("pretrain", "consistency", "router"):
+        builder = dataclasses.replace(BUILDER, stage=stage)
+        pack = Pack(epoch=0, sample_ids=tuple(text_only))
+        batch = builder.build(samples, pack=pack, samples_in_global_batch=2)
+        assert batch.tiles.shape == (0, 3, 32, 32)
+        assert batch.router_tiles.dtype == batch.router_tile_sample.dtype == torch.int64
+        assert all(view.compressed.shape == (0,) for view in batch.policies)
+
+
+def test_batches_move_to_a_device_whole(load):
+    batch = take(load(stage="router"), 1)[0][0]
+    moved = batch.to("meta")
+    assert moved.tiles.device.type == moved.policies[1].stream.cu_seqlens.device.type == "meta"
+    assert (moved.keys, moved.tiles_per_image) == (batch.keys, batch.tiles_per_image)
+
+
+def test_two_folders_are_one_data_set(load, shards):
+    plan = load(data_path=(str(shards), str(shards))).plan
+    assert plan.num_samples == 2 * NUM_SAMPLES
+    folder, number = plan.data.locate(NUM_SAMPLES + 3)
+    assert folder is plan.data.folders[1]
+    assert number == 3
+
+
+def test_a_sample_larger_than_a_pack_is_named(load):
+    with pytest.raises(SampleError, match=r"'conversations-\d+' of .* but a pack holds 60 and 20 .*--seq-length"):
+        load(seq_length=60)
+    with pytest.raises(SampleError, match=r"\d tiles, but a pack holds 400 and 3"):
+        load(max_tiles_per_pack=3)
+
+
+def test_options_that_do_not_fit_are_refused(load, options, shards, tokenizer):
+    with pytest.raises(ConfigError, match="--global-batch-size 4 is not a multiple of the 3"):
+        load(dp_size=3)
+    with pytest.raises(ConfigError, match="indexed with EncodingSettings"):
+        load(max_dynamic_patch=2)
+    with pytest.raises(ConfigError, match="<IMG_CONTEXT> is 5, but the model expects 151671"):
+        load(image_token_id=151671)
+    with pytest.raises(ConfigError, match="no samples"):
+        load(data_path=())
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_broken_shard_is_named_also_from_a_worker(load, shards, tmp_path, num_workers, tokenizer):
+    copy = shutil.copytree(shards, tmp_path / "shards")
+    loader = load(data_path=(str(copy),), num_workers=num_workers)
+    for path in copy.glob("*.tar"):
+        path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(SampleError, match=r"^sample 'conversations-\d+': .* ends after 2000 bytes"):
+        take(loader, 20)
+
+
+def test_a_shard_that_differs_from_its_index_is_refused(options, shards, tokenizer):
+    folder = ShardFolder.open(shards)
+    folder.num_tokens[:] += 1
+    plan = PackPlan([folder], options=options, tokens_kept=4, seed=7, global_batch_size=1)
+    loader = Loader(plan, encoder=SampleEncoder(tokenizer=tokenizer, settings=SETTINGS), builder=BUILDER)
+    with pytest.raises(SampleError, match=r"tokens and \d tiles, but the index"):
+        take(loader, 1)

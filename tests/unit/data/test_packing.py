@@ -1,0 +1,76 @@
+"""No sample lost, split or repeated, within the limits; the order depends on seed and epoch only."""
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_vico.data.packing import LARGE, MAX_CARRIES, PackLimits, global_order, pack
+from megatron_vico.errors import SampleError
+
+LIMITS = PackLimits(capacity=100, max_tiles=12, max_samples=7)
+SIZES = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 12)), max_size=120)
+
+
+def pack_sizes(sizes, *, limits=LIMITS, window=16):
+    return pack([length for length, _ in sizes], tiles=[tiles for _, tiles in sizes], limits=limits, window=window)
+
+
+@settings(max_examples=200, deadline=None)
+@given(SIZES, st.sampled_from([1, 5, 16, 1000]))
+def test_every_sample_is_in_exactly_one_pack_within_the_limits(sizes, window):
+    packs = pack_sizes(sizes, window=window)
+    assert sorted(i for members in packs for i in members) == list(range(len(sizes)))
+    for members in packs:
+        assert sum(sizes[i][0] for i in members) <= LIMITS.capacity
+        assert sum(sizes[i][1] for i in members) <= LIMITS.max_tiles
+        assert 1 <= len(members) <= LIMITS.max_samples
+    assert packs == pack_sizes(sizes, window=window)
+
+
+@settings(max_examples=100, deadline=None)
+@given(SIZES, st.integers(1, 16))
+def test_no_sample_waits_longer_than_its_carries(sizes, window):
+    """A sample is emitted at the latest MAX_CARRIES windows after its own: no pack mixes windows further apart."""
+    for members in pack_sizes(sizes, window=window):
+        windows = [i // window for i in members]
+        assert max(windows) - min(windows) <= MAX_CARRIES
+
+
+def test_packs_are_nearly_full_on_a_real_mixture():
+    rng = random.Random(0)
+    tiles = [rng.choice([0, 0, rng.randint(1, 13), rng.randint(1, 13), rng.randint(4, 32)]) for _ in range(8000)]
+    lengths = [256 * count + rng.randint(50, 1500) for count in tiles]
+    packs = pack(lengths, tiles=tiles, limits=PackLimits(capacity=32768, max_tiles=128), window=512)
+    fill = sum(lengths) / (len(packs) * 32768)
+    assert fill > 0.99  # measured 0.9986; next-fit gives about 0.89
+
+
+def test_small_samples_stay_in_the_global_order():
+    """Else packs of a toy task, where all samples are small, would be sorted by length and so by content."""
+    lengths = [10 + i % 2 for i in range(64)]
+    assert max(lengths) < 8 * 100 * LARGE
+    packs = pack(lengths, tiles=[1] * 64, limits=PackLimits(capacity=1000, max_tiles=100, max_samples=8), window=32)
+    assert packs == [tuple(range(start, start + 8)) for start in range(0, 64, 8)]
+
+
+@pytest.mark.parametrize("too_large", [(101, 1), (1, 13)])
+def test_a_sample_larger_than_a_pack_is_refused(too_large):
+    with pytest.raises(SampleError, match=r"sample 1 of the stream: .* but a pack holds 100 tokens and 12 tiles"):
+        pack_sizes([(5, 1), too_large])
+
+
+def test_no_samples_no_packs():
+    assert pack_sizes([]) == []
+
+
+def test_global_order_is_a_permutation_of_seed_and_epoch():
+    first = global_order(1000, seed=1, epoch=0)
+    assert sorted(first) == list(range(1000))
+    np.testing.assert_array_equal(first, global_order(1000, seed=1, epoch=0))
+    assert (first != global_order(1000, seed=1, epoch=1)).mean() > 0.9
+    assert (first != global_order(1000, seed=2, epoch=0)).mean() > 0.9
+    # Held fixed: a change would silently reorder the data of every resumed run.
+    assert global_order(8, seed=1234, epoch=0).tolist() == [5, 4, 1, 0, 7, 6, 2, 3]

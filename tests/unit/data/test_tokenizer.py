@@ -1,0 +1,97 @@
+"""Fixed ids, exact text, and the same ids from the files that transformers loads."""
+
+import pickle
+import random
+
+import pytest
+from transformers import AutoTokenizer
+
+from megatron_vico.data.tokenizer import SPECIAL_STRINGS, load_tokenizer, train_sentencepiece
+from megatron_vico.errors import ConfigError
+
+ALPHABET = [*"abcdeghilnorstuw AW?.\n\t-012345", "  ", "\u00e9", "\u4f60", "\U0001f600", "\u00a0", "\r", "\x01"]
+LOOKALIKES = ["<unk>", "<0x41>", "<s>", "<tile_1>", "<tile_11>", "<tile_99>", "\u2581", "<img", *SPECIAL_STRINGS]
+
+
+def random_texts(count, *, seed=0):
+    rng = random.Random(seed)
+    words = ["What", "colour", "red", "and", "green", "aaaa", "aaa", "------", "words", " "]
+    for index in range(count):
+        source = (ALPHABET, ALPHABET + LOOKALIKES, words)[index % 3]
+        yield "".join(rng.choices(source, k=rng.randint(0, 40)))
+
+
+def test_ids_of_special_strings_are_fixed(tokenizer, tmp_path):
+    expected = ["<|endoftext|>", "<unk>", "<|im_start|>", "<|im_end|>", "<img>", "<IMG_CONTEXT>", "</img>", "\n"]
+    other = load_tokenizer(train_sentencepiece(["something else 99"], model_prefix=tmp_path / "x", vocab_size=300))
+    for each in (tokenizer, other):
+        assert each.tokens()[:8] == expected
+        assert each.tokens()[8:21] == [f"<tile_{i}>" for i in range(1, 14)]
+        assert (each.image_token_id, each.eos_id, each.pad_id) == (5, 3, 0)
+    assert tokenizer.fingerprint != other.fingerprint
+
+
+def test_text_comes_back_exactly(tokenizer):
+    for text in random_texts(600):
+        if "\u2581" not in text:  # SentencePiece's own sign for a space
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_digits_are_single_tokens(tokenizer):
+    assert len(tokenizer.encode("345")) == 3
+
+
+def test_decode_can_leave_special_tokens_out(tokenizer):
+    ids = tokenizer.encode("<|im_start|>red\n<IMG_CONTEXT><|im_end|>")
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "red\n"
+
+
+def test_saved_files_give_the_same_ids_in_transformers(tokenizer, tmp_path):
+    tokenizer.save_to(tmp_path)
+    transformers_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    fast = load_tokenizer(tmp_path)
+    for index, text in enumerate(random_texts(6000)):
+        ids = tokenizer.encode(text)
+        assert fast.encode(text) == ids, repr(text)
+        assert fast.decode(ids) == tokenizer.decode(ids)
+        if index % 20 == 0:
+            assert transformers_tokenizer(text).input_ids == ids, repr(text)
+            assert transformers_tokenizer.decode(ids) == tokenizer.decode(ids)
+    assert fast.fingerprint == tokenizer.fingerprint
+    assert fast.tokens() == tokenizer.tokens()
+    assert (transformers_tokenizer.eos_token_id, transformers_tokenizer.pad_token_id) == (3, 0)
+
+
+def test_a_saved_folder_saves_again(tokenizer, tmp_path):
+    tokenizer.save_to(tmp_path / "a")
+    load_tokenizer(tmp_path / "a").save_to(tmp_path / "b")
+    assert load_tokenizer(tmp_path / "b").fingerprint == tokenizer.fingerprint
+    assert AutoTokenizer.from_pretrained(tmp_path / "b").eos_token == "<|im_end|>"
+
+
+def test_pickled_tokenizers_give_the_same_ids(tokenizer, tmp_path):
+    tokenizer.save_to(tmp_path)
+    for each in (tokenizer, load_tokenizer(tmp_path)):
+        again = pickle.loads(pickle.dumps(each))
+        assert again.encode("red and\n<IMG_CONTEXT>") == each.encode("red and\n<IMG_CONTEXT>")
+
+
+def test_missing_path_names_it_and_the_fix(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere.*build_tokenizer"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+def test_tokenizer_without_image_token_is_refused(tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+
+    vocab = {letter: i for i, letter in enumerate("<|>/_imgIMGCONTEXTendoftextrat")}
+    Tokenizer(BPE(vocab=vocab, merges=[])).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ConfigError, match="expected 1"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("vocab_size", [100, 4097])
+def test_vocabulary_sizes_out_of_range(vocab_size, tmp_path):
+    with pytest.raises(ConfigError, match="vocab_size"):
+        train_sentencepiece(["a"], model_prefix=tmp_path / "x", vocab_size=vocab_size)

@@ -41,11 +41,11 @@ def parse(argv: Sequence[str]) -> RunConfig:
     """
     given, rest = _recipe_parser().parse_known_args(argv)
     values = load_recipe(given.recipe) if given.recipe is not None else {}
-    own, rest = _parser_of(own_options().values()).parse_known_args(rest)
+    own, rest = _own_parser().parse_known_args(rest)
     flags = vars(own)
     if rest:
         _check_names([word.split("=", 1)[0] for word in rest if word.startswith("--")], origin="command line")
-        passed, rest = _parser_of(_passed_on().values()).parse_known_args(rest)
+        passed, rest = _passed_on_parser().parse_known_args(rest)
         flags |= vars(passed)
     if rest:
         raise ConfigError(f"command line: {' '.join(rest)!r} belongs to no flag")
@@ -161,6 +161,16 @@ def _recipe_parser() -> argparse.ArgumentParser:
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe")
     return parser
+
+
+@functools.cache
+def _own_parser() -> argparse.ArgumentParser:
+    return _parser_of(own_options().values())
+
+
+@functools.cache
+def _passed_on_parser() -> argparse.ArgumentParser:
+    return _parser_of(_passed_on().values())
 
 
 def _parser_of(options: Iterable[Option]) -> argparse.ArgumentParser:

@@ -93,10 +93,10 @@ def _check_experts(parallel: ParallelOptions, model: ModelConfig) -> None:
     experts, expert_tensor = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
     if language.num_experts is None:
         if experts > 1 or expert_tensor is not None:
-            raise ConfigError(
-                f"--expert-model-parallel-size {experts} and --expert-tensor-parallel-size {expert_tensor}: "
-                f"{model.name} has no experts; leave both out."
-            )
+            flag = f"--expert-model-parallel-size {experts}"
+            if experts == 1:
+                flag = f"--expert-tensor-parallel-size {expert_tensor}"
+            raise ConfigError(f"{flag} has no effect: {model.name} has no experts; leave it out.")
         if parallel.moe_aux_loss_coeff:
             raise ConfigError(f"--moe-aux-loss-coeff has no effect: {model.name} has no experts; leave it out.")
         return

@@ -65,5 +65,5 @@ def pack(
         visual_positions_V=torch.tensor(visual_positions, dtype=torch.int64),
         cu_seqlens=torch.tensor([0, *document_lens]).cumsum(0).int(),
         max_seqlen=max(document_lens),
-        response_rows_R=torch.arange(num_tokens) if response_rows is None else torch.tensor(response_rows),
+        response_rows_R=torch.tensor(range(num_tokens) if response_rows is None else response_rows, dtype=torch.int64),
     )

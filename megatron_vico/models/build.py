@@ -225,6 +225,7 @@ def _common_fields(hidden_size: int, *, bf16: bool) -> dict[str, Any]:
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
+        "cuda_graph_modules": [],  # mcore warns about its own default
     }
 
 

@@ -1,0 +1,104 @@
+"""Evaluate the demo's models on its held-out images: the six rows of Table 3, and the pictures.
+
+Run: python examples/quickstart/evaluate.py --run runs/demo    (after the training stages and the export)
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from megatron_vico.parallel import cpu_stand_in
+
+STAGE_TITLES = {
+    "pretrain": "pretrain",
+    "warmup": "warm-up",
+    "consistency": "consistency",
+    "router": "router (tile)",
+    "router_image": "router (image)",
+}
+MAX_NEW_TOKENS = 8
+NUM_PICTURED = 12
+
+
+def main() -> None:
+    """Write results.json, details.json, table.md, routing.png and loss.png into the run's folder."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the demo's run")
+    parser.add_argument("--split", choices=("val", "test"), default="test", help="which images")
+    parser.add_argument("--seed", type=int, default=1234, help="of the random row")
+    args = parser.parse_args()
+    cpu_stand_in.install()
+    evaluate(args.run, split=args.split, seed=args.seed)
+
+
+def evaluate(run: Path, *, split: str, seed: int) -> None:
+    """Do what `main` says.
+
+    Args:
+        run: folder with data/, tokenizer/, the stages' checkpoints and flash/.
+        split: which images.
+        seed: of the random row.
+    """
+    # megatron must not be imported before the stand-in is installed.
+    import torch
+
+    from megatron_vico.config.schema import ParallelOptions
+    from megatron_vico.data.encoding import EncodingSettings
+    from megatron_vico.data.tokenizer import load_tokenizer
+    from megatron_vico.evaluation import plots, tables
+    from megatron_vico.evaluation.ablations import Weights, details, run_ablations, table_rows
+    from megatron_vico.evaluation.runner import read_evaluation_set
+    from megatron_vico.inference.engine import Engine
+    from megatron_vico.inference.loading import build_engine, load_weights
+    from megatron_vico.models.registry import get_model_config
+    from megatron_vico.parallel import groups as process_groups
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    groups = process_groups.start(ParallelOptions(), seed=seed, timeout_minutes=10)
+    # The tokenizer travels with the export; the one that trained the model has the same ids.
+    engine = build_engine(
+        get_model_config("toy"),
+        groups=groups,
+        tokenizer=load_tokenizer(run / "flash"),
+        settings=EncodingSettings(image_size=32, max_dynamic_patch=4, use_thumbnail=False, tile_tags="numbered"),
+        batch_size=128,
+    )
+    folders: dict[Weights, str] = {
+        "vanilla": "pretrain",
+        "warmed": "warmup",
+        "image_level": "router_image",
+        "vico": "flash",
+    }
+
+    def engine_with(weights: Weights) -> Engine:
+        load_weights(engine, run / folders[weights])
+        return engine
+
+    samples = read_evaluation_set(run / "data" / f"{split}.jsonl", image_root=run / "data")
+    evaluations = run_ablations(engine_with, samples, seed=seed, max_new_tokens=MAX_NEW_TOKENS)
+    rows = table_rows(evaluations)
+    tables.write_json(details(evaluations), run / "details.json")
+    (run / "table.md").write_text(tables.as_markdown(rows) + "\n", encoding="utf-8")
+    vico = next(each for each in evaluations if each.result.row == "vico")
+    # The first images of the set, whatever they show.
+    pictured = [
+        plots.RoutedImage(
+            tiles=engine.prompt(sample.conversation).first.tiles,
+            columns=2,
+            compressed=answer.compressed_N.tolist(),
+            probability=[] if answer.probability_N is None else answer.probability_N.tolist(),
+        )
+        for sample, answer in zip(samples[:NUM_PICTURED], vico.answers, strict=False)
+    ]
+    plots.routing_picture(pictured).save(run / "routing.png")
+    metrics = {title: run / stage / "metrics.jsonl" for stage, title in STAGE_TITLES.items()}
+    plots.loss_curves(metrics).savefig(run / "loss.png", dpi=110)
+    # Last: whoever finds the results finds all else too.
+    tables.write_results(rows, run / "results.json")
+    process_groups.stop()
+    print(f"\n{len(samples)} {split} images, {sum(vico.result.num_questions_by_kind.values())} questions\n")
+    print(tables.as_text(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""The whole method at toy size on the CPU: data, tokenizer, shards, five training stages, Flash export, evaluation.
+
+Run: python examples/quickstart/run.py            (make demo; at most 20 minutes on 2 cores)
+     python examples/quickstart/run.py --quick    (make demo-quick; 3 minutes, mechanics and not quality)
+     python examples/quickstart/run.py --resume   (go on where an interrupted run stopped)
+
+Every step is a command that can be run by itself; the driver prints it.
+"""
+
+import argparse
+import io
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+TILING = ("--max-dynamic-patch", "4", "--no-use-thumbnail", "--tile-tags", "numbered")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A training stage: its recipe has the same name."""
+
+    name: str
+    start: str | None
+    """Stage whose checkpoint it starts from."""
+
+    quick_iters: int
+    """Steps under --quick: enough for losses to fall and for the router to see that tiles differ."""
+
+    reference: str | None = None
+    """Stage whose checkpoint is the frozen reference, where that is not `start`."""
+
+
+STAGES = (
+    Stage(name="pretrain", start=None, quick_iters=60),
+    Stage(name="warmup", start="pretrain", quick_iters=12),
+    Stage(name="consistency", start="warmup", quick_iters=30),
+    Stage(name="router", start="consistency", quick_iters=20, reference="pretrain"),
+    Stage(name="router_image", start="consistency", quick_iters=20, reference="pretrain"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One line of the demo's progress."""
+
+    name: str
+    command: Sequence[str]
+    outputs: tuple[str, ...]
+    """What it makes in the run's folder, besides its log; removed before a run that does not resume."""
+
+    shows: str
+    """What a line of its output holds to be worth showing; all lines go to the log."""
+
+
+def steps(run: Path, *, quick: bool, processes: int, seed: int) -> list[Step]:
+    """The demo's steps in order.
+
+    Args:
+        run: folder that everything goes to.
+        quick: a tenth of the data, few training steps.
+        processes: data-parallel ranks of the training stages.
+        seed: of data, initialisation, order and plans.
+
+    Returns:
+        The steps.
+    """
+    tokenizer = run / "tokenizer" / "demo.model"
+    make_data = _command(HERE / "make_data.py", "--out", run / "data", "--seed", seed, *(["--quick"] if quick else []))
+    make_tokenizer = _command(HERE / "make_tokenizer.py", "--text", run / "data" / "text.txt", "--out", tokenizer)
+    make_shards = _command("-m", "megatron_vico", "shards", "make", "--jsonl", run / "data" / "train.jsonl")
+    make_shards += ["--out", f"{run / 'shards'}", "--tokenizer-model", f"{tokenizer}", "--model-size", "toy", *TILING]
+    export = _command(
+        ROOT / "tools" / "checkpoint" / "convert.py", "--input", run / "router", "--output", run / "flash"
+    )
+    export += ["--layout", "flash", "--tokenizer-model", f"{tokenizer}"]
+    evaluate = _command(HERE / "evaluate.py", "--run", run, "--seed", seed)
+    results = ("results.json", "details.json", "table.md", "routing.png", "loss.png")
+    return [
+        Step(name="data", command=make_data, outputs=("data",), shows="images;"),
+        Step(name="tokenizer", command=make_tokenizer, outputs=("tokenizer",), shows="pieces"),
+        Step(name="shards", command=make_shards, outputs=("shards",), shows="samples in"),
+        *(_train(stage, run, quick=quick, processes=processes, seed=seed, tokenizer=tokenizer) for stage in STAGES),
+        Step(name="export", command=export, outputs=("flash",), shows="flash"),
+        Step(name="evaluation", command=evaluate, outputs=results, shows=" test images"),
+    ]
+
+
+def _train(stage: Stage, run: Path, *, quick: bool, processes: int, seed: int, tokenizer: Path) -> Step:
+    command = _command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes)
+    command += ["-m", "megatron_vico", "train", "--recipe", f"{HERE / 'recipes' / stage.name}.yaml"]
+    command += ["--seed", f"{seed}", "--data-path", f"{run / 'shards'}", "--tokenizer-model", f"{tokenizer}"]
+    command += ["--save", f"{run / stage.name}", "--load", f"{run / stage.name}"]
+    if stage.start is not None:
+        command += ["--pretrained-checkpoint", f"{run / stage.start}"]
+    if stage.reference is not None:
+        command += ["--reference-load", f"{run / stage.reference}"]
+    if quick:
+        command += ["--train-iters", f"{stage.quick_iters}", "--lr-warmup-iters", "5", "--log-interval", "10"]
+    return Step(name=stage.name, command=command, outputs=(stage.name,), shows="] iteration ")
+
+
+def _command(*words: object) -> list[str]:
+    return [sys.executable, *(str(word) for word in words)]
+
+
+def main() -> int:
+    """Run all steps, then show the table and where everything is.
+
+    Returns:
+        Exit status: that of the step that failed, or 0.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the data and few steps: mechanics only")
+    parser.add_argument("--resume", action="store_true", help="keep what an interrupted run has finished")
+    parser.add_argument("--out", type=Path, help="folder to write to; unset, runs/demo or runs/demo-quick")
+    parser.add_argument("--processes", type=int, default=2, help="training processes; losses do not depend on it")
+    parser.add_argument("--seed", type=int, default=1234, help="of data, initialisation, order and plans")
+    args = parser.parse_args()
+    run = (args.out or ROOT / "runs" / ("demo-quick" if args.quick else "demo")).resolve()
+    all_steps = steps(run, quick=args.quick, processes=args.processes, seed=args.seed)
+    (run / "logs").mkdir(parents=True, exist_ok=True)
+    if not args.resume:
+        for step in all_steps:
+            _forget(step, run)
+    started = time.perf_counter()
+    times = []
+    for number, step in enumerate(all_steps, start=1):
+        title = f"[{number}/{len(all_steps)}] {step.name}"
+        if _done_mark(step, run).exists():
+            print(f"{title}: done already", flush=True)
+            continue
+        print(f"\n{title}\n$ {shlex.join(step.command)}", flush=True)
+        began = time.perf_counter()
+        status = execute(step, run)
+        if status:
+            print(f"\nstep {step.name!r} failed with status {status}; its log: {run / 'logs' / step.name}.log")
+            print("Mend the cause and go on with: python examples/quickstart/run.py --resume", flush=True)
+            return status
+        _done_mark(step, run).touch()
+        times.append((step.name, time.perf_counter() - began))
+        print(f"{step.name}: {times[-1][1]:.0f} s, {time.perf_counter() - started:.0f} s in all", flush=True)
+    print("\n" + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in times))
+    _report(run)
+    return 0
+
+
+def execute(step: Step, run: Path) -> int:
+    """Run one step's command; its output goes to its log, and what is worth showing to the terminal.
+
+    Args:
+        step: what to run.
+        run: the run's folder.
+
+    Returns:
+        The command's exit status.
+    """
+    # No GPU: the demo is the same on every machine. One thread a process: two would fight over the two cores.
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    tail: list[str] = []
+    with open(run / "logs" / f"{step.name}.log", "w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            step.command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        assert process.stdout is not None
+        # newline="": a progress bar's carriage return ends a line too, and is told from a line feed.
+        for line in io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline=""):
+            is_bar = "%|" in line
+            if not is_bar or "100%|" in line:
+                log.write(line.rstrip() + "\n")
+                tail = [*tail[-29:], line.rstrip()]
+            _show(line.strip(), is_bar=is_bar, wanted=step.shows in line)
+        status = process.wait()
+    if status:
+        print("\n".join(tail), flush=True)
+    return status
+
+
+def _show(line: str, *, is_bar: bool, wanted: bool) -> None:
+    if is_bar and sys.stdout.isatty():
+        print(f"\r  {line}\033[K", end="\n" if "100%|" in line else "", flush=True)
+    elif wanted or (is_bar and "100%|" in line):
+        print(f"  {line}", flush=True)
+
+
+def _report(run: Path) -> None:
+    from megatron_vico.evaluation import tables
+
+    print("\n" + tables.as_text(tables.read_results(run / "results.json")) + "\n")
+    for name, what in (
+        ("results.json", "the table"),
+        ("details.json", "scores and compression by kind of tile"),
+        ("routing.png", "which tiles the router compresses"),
+        ("loss.png", "losses of the five stages"),
+        ("flash", "the exported InternVL3.5-Flash checkpoint"),
+    ):
+        print(f"{run / name}  {what}")
+
+
+def _done_mark(step: Step, run: Path) -> Path:
+    return run / "logs" / f"{step.name}.done"
+
+
+def _forget(step: Step, run: Path) -> None:
+    _done_mark(step, run).unlink(missing_ok=True)
+    for name in step.outputs:
+        path = run / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import torch
 from torch.optim.adamw import adamw
+from torch.utils import _device as torch_device
 
 _FACTORIES = (
     *("empty", "zeros", "ones", "full", "tensor", "arange", "eye", "rand", "randn", "randint", "randperm", "linspace"),
@@ -119,6 +120,9 @@ def _factory(create: Callable[..., Any]) -> Callable[..., Any]:
 
 def _redirect_tensors() -> None:
     tensor: Any = torch.Tensor
+    # torch finds out once which functions `with torch.device(...)` reaches; it must find the real ones, or transformers
+    # leaves the buffers of a model that it builds on "meta" without values.
+    torch_device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _factory(getattr(torch, name)))
     for name in _TENSOR_FACTORIES:

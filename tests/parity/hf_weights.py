@@ -1,0 +1,146 @@
+"""The same model in transformers: configuration and weights of an InternVLForConditionalGeneration made from ours.
+
+Written apart from checkpoint/, so that the parity test and the converter cannot share a mistake.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen3Config, Qwen3MoeConfig
+
+from megatron_vico.models.internvl import VisionEncoder
+from megatron_vico.models.language_model import LanguageModel
+from megatron_vico.models.registry import LanguageConfig, ModelConfig
+
+
+def transformers_config(model: ModelConfig) -> InternVLConfig:
+    """transformers' configuration of the model."""
+    vision, language = model.vision, model.language
+    return InternVLConfig(
+        vision_config={
+            "hidden_size": vision.hidden_size,
+            "num_hidden_layers": vision.num_layers,
+            "num_attention_heads": vision.num_heads,
+            "intermediate_size": vision.ffn_hidden_size,
+            "image_size": [vision.image_size] * 2,
+            "patch_size": [vision.patch_size] * 2,
+            "attention_bias": vision.qkv_bias,
+            "use_qk_norm": vision.qk_norm,
+            "norm_type": vision.norm_type,
+            "layer_norm_eps": vision.norm_eps,
+            "hidden_act": "gelu",
+            "use_absolute_position_embeddings": True,
+        },
+        text_config=_text_config(language),
+        image_token_id=model.image_token_id,
+        image_seq_length=model.visual_tokens_per_tile,
+        downsample_ratio=0.5,
+        tie_word_embeddings=False,
+    )
+
+
+def transformers_model(encoder: VisionEncoder, language_model: LanguageModel) -> InternVLForConditionalGeneration:
+    """transformers' model with our weights; every one of its parameters is set, or this raises."""
+    model = encoder.model
+    theirs = InternVLForConditionalGeneration(transformers_config(model)).eval()
+    weights = dict(_vision_weights(encoder)) | dict(_language_weights(language_model))
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not missing, missing
+    assert not unexpected, unexpected
+    return theirs
+
+
+def _text_config(language: LanguageConfig) -> Qwen3Config | Qwen3MoeConfig:
+    common = {
+        "hidden_size": language.hidden_size,
+        "num_hidden_layers": language.num_layers,
+        "num_attention_heads": language.num_heads,
+        "num_key_value_heads": language.num_query_groups,
+        "head_dim": language.head_dim,
+        "intermediate_size": language.ffn_hidden_size,
+        "vocab_size": language.vocab_size,
+        "rope_parameters": {"rope_type": "default", "rope_theta": language.rope_theta},
+        "rms_norm_eps": language.norm_eps,
+        "max_position_embeddings": language.max_position_embeddings,
+        "tie_word_embeddings": False,
+    }
+    if language.num_experts is None:
+        return Qwen3Config(**common)
+    return Qwen3MoeConfig(
+        **common,
+        num_experts=language.num_experts,
+        num_experts_per_tok=language.moe_top_k,
+        moe_intermediate_size=language.moe_ffn_hidden_size,
+        norm_topk_prob=True,
+    )
+
+
+def _split_qkv(weight: Tensor, *, groups: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values out of mcore's fused rows: for each group its queries, its key, its value."""
+    per_group = heads // groups
+    rows = weight.view(groups, per_group + 2, -1, *weight.shape[1:])
+    parts = (rows[:, :per_group], rows[:, per_group], rows[:, per_group + 1])
+    query, key, value = (part.reshape(-1, *weight.shape[1:]) for part in parts)
+    return query, key, value
+
+
+def _vision_weights(encoder: VisionEncoder) -> Iterator[tuple[str, Tensor]]:
+    tower, vit = "model.vision_tower.", dict(encoder.vit.named_parameters())
+    yield tower + "embeddings.cls_token", vit["class_token"]
+    yield tower + "embeddings.position_embeddings", vit["position_embedding"]
+    for kind in ("weight", "bias"):
+        yield f"{tower}embeddings.patch_embeddings.projection.{kind}", vit[f"patch_embedding.{kind}"]
+        for theirs, ours in (("layer_norm", "norm"), ("linear_1", "linear_1"), ("linear_2", "linear_2")):
+            yield f"model.multi_modal_projector.{theirs}.{kind}", encoder.connector_4x.get_parameter(f"{ours}.{kind}")
+    names = {
+        "input_layernorm": "layernorm_before",
+        "pre_mlp_layernorm": "layernorm_after",
+        "self_attention.linear_proj": "attention.projection_layer",
+        "self_attention.q_layernorm": "attention.q_norm",
+        "self_attention.k_layernorm": "attention.k_norm",
+        "mlp.linear_fc1": "mlp.fc1",
+        "mlp.linear_fc2": "mlp.fc2",
+    }
+    heads = encoder.model.vision.num_heads
+    for index, layer in enumerate(encoder.vit.transformer.layers):
+        prefix = f"{tower}encoder.layer.{index}."
+        for name, param in layer.named_parameters():
+            module, _, kind = name.rpartition(".")
+            if module == "self_attention.linear_qkv":
+                for part, value in zip("qkv", _split_qkv(param, groups=heads, heads=heads), strict=True):
+                    yield f"{prefix}attention.{part}_proj.{kind}", value
+            elif kind == "scale":
+                yield prefix + {"self_attn_bda": "lambda_1", "mlp_bda": "lambda_2"}[module], param
+            else:
+                yield f"{prefix}{names[module]}.{kind}", param
+
+
+def _language_weights(language_model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
+    language, gpt = language_model.language, language_model.gpt
+    yield "model.language_model.embed_tokens.weight", gpt.embedding.word_embeddings.weight
+    yield "model.language_model.norm.weight", gpt.decoder.final_layernorm.weight
+    yield "lm_head.weight", gpt.output_layer.weight
+    for index, layer in enumerate(gpt.decoder.layers):
+        prefix, params = f"model.language_model.layers.{index}.", dict(layer.named_parameters())
+        yield prefix + "input_layernorm.weight", params["input_layernorm.weight"]
+        yield prefix + "post_attention_layernorm.weight", params["pre_mlp_layernorm.weight"]
+        qkv = params["self_attention.linear_qkv.weight"]
+        for part, value in zip(
+            "qkv", _split_qkv(qkv, groups=language.num_query_groups, heads=language.num_heads), strict=True
+        ):
+            yield f"{prefix}self_attn.{part}_proj.weight", value
+        yield prefix + "self_attn.o_proj.weight", params["self_attention.linear_proj.weight"]
+        yield prefix + "self_attn.q_norm.weight", params["self_attention.q_layernorm.weight"]
+        yield prefix + "self_attn.k_norm.weight", params["self_attention.k_layernorm.weight"]
+        if language.num_experts is None:
+            gate, up = params["mlp.linear_fc1.weight"].chunk(2)
+            yield prefix + "mlp.gate_proj.weight", gate
+            yield prefix + "mlp.up_proj.weight", up
+            yield prefix + "mlp.down_proj.weight", params["mlp.linear_fc2.weight"]
+        else:
+            experts = [f"mlp.experts.local_experts.{expert}." for expert in range(language.num_experts)]
+            yield prefix + "mlp.gate.weight", params["mlp.router.weight"]
+            fused = [torch.stack([params[f"{name}linear_fc{i}.weight"] for name in experts]) for i in (1, 2)]
+            yield prefix + "mlp.experts.gate_up_proj", fused[0]
+            yield prefix + "mlp.experts.down_proj", fused[1]

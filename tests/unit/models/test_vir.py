@@ -1,0 +1,51 @@
+"""The image-level variant, and the parts of ViR that no gradient reaches."""
+
+import pytest
+import torch
+
+from megatron_vico.models.vir import ViR
+from tests.toy_models import randomise
+
+
+@pytest.fixture
+def vir() -> ViR:
+    return randomise(ViR(hidden_size=24, num_heads=4), seed=0)
+
+
+@pytest.mark.parametrize("tiles_per_image", [(2, 1, 3, 1), (0, 7), (1,) * 7, (7, 0, 0), (3, 0, 3, 1)])
+def test_every_tile_gets_the_logits_of_its_image(vir: ViR, tiles_per_image: tuple[int, ...]) -> None:
+    features = torch.randn(7, 16, 24, generator=torch.Generator().manual_seed(1))
+    logits = vir(features, tiles_per_image)
+    assert logits.shape == (7, 2)
+    start = 0
+    for count in tiles_per_image:
+        if count:
+            patches = features[start : start + count].reshape(1, count * 16, 24)
+            expected = vir.gating(vir.pooling(patches)).expand(count, 2)
+            torch.testing.assert_close(logits[start : start + count], expected, rtol=0, atol=1e-5)  # measured 5e-7
+        start += count
+
+
+def test_one_tile_an_image_is_the_tile_level_router(vir: ViR) -> None:
+    features = torch.randn(5, 16, 24)
+    torch.testing.assert_close(vir(features, [1] * 5), vir(features), rtol=0, atol=1e-6)
+
+
+def test_no_tiles(vir: ViR) -> None:
+    assert vir(torch.zeros(0, 16, 24)).shape == (0, 2)
+    assert vir(torch.zeros(0, 16, 24), []).shape == (0, 2)
+    assert vir(torch.zeros(0, 16, 24), [0, 0]).shape == (0, 2)
+
+
+def test_wrong_counts_are_refused(vir: ViR) -> None:
+    with pytest.raises(AssertionError, match=r"\[2, 2\] tiles an image, 5 tiles"):
+        vir(torch.zeros(5, 16, 24), [2, 2])
+
+
+def test_dead_parameters_are_stored_frozen_and_all_others_are_trained(vir: ViR) -> None:
+    vir(torch.randn(3, 16, 24)).square().sum().backward()
+    dead = {name for name, param in vir.named_parameters() if param.grad is None}
+    assert {name.rsplit(".", 1)[0].removesuffix(".out_proj") for name in dead} == {
+        f"pooling.{kind}{index}" for kind in ("attn", "norm") for index in (3, 4)
+    }
+    assert all(param.requires_grad != (name in dead) for name, param in vir.named_parameters())

@@ -1,0 +1,400 @@
+"""Training checkpoints: weights, optimizer and the loop's own state through megatron-core's dist_checkpointing.
+
+    SAVE/latest_checkpointed_iteration.txt   the newest finished step, written last
+    SAVE/iter_0000100/                       megatron-core's torch_dist files, checkpoint.json, config.yaml
+
+A step's folder has the suffix .incomplete until every rank has written its part, so what an interrupted save leaves
+behind is never taken for a checkpoint, and the one before it stays the latest. Only parameter names and global shapes
+are stored, so a checkpoint loads under another layout, with or without the distributed optimizer's shards.
+"""
+
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
+from torch.distributed.checkpoint import CheckpointException
+
+from megatron_vico.checkpoint.hf_io import INCOMPLETE_SUFFIX, read_json, write_json
+from megatron_vico.errors import CheckpointError
+
+LATEST_FILE = "latest_checkpointed_iteration.txt"
+
+_METADATA_FILE, _CONFIG_FILE = "checkpoint.json", "config.yaml"
+_FORMAT_VERSION = 1
+
+# What megatron-core's parts are asked for: optimizer state under parameter names and in their shapes, which every
+# layout and both optimizers can read, at the price of gathering it once over the data-parallel ranks.
+_SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+    "singleton_local_shards": False,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointMetadata:
+    """What a checkpoint is, for people and for the checks before it is read."""
+
+    model_size: str
+    """Name in models/registry.py."""
+
+    stage: str
+    """The stage that wrote it, or `converted`."""
+
+    has_optimizer: bool = False
+    """Whether training can resume from it; filled in when it is saved."""
+
+    iteration: int = 0
+    """Optimizer steps of the stage; filled in when it is saved."""
+
+    format_version: int = _FORMAT_VERSION
+
+
+def save_checkpoint(
+    directory: str | Path,
+    iteration: int,
+    *,
+    modules: Mapping[str, MegatronModule],
+    metadata: CheckpointMetadata,
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: OptimizerParamScheduler | None = None,
+    trainer_state: dict[str, Any] | None = None,
+    config_yaml: str = "",
+) -> Path:
+    """Write a checkpoint and make it the latest; called by every rank.
+
+    Args:
+        directory: of the run; the step gets a folder in it.
+        iteration: optimizer steps done.
+        modules: by name, outside of DDP; the name is the prefix of the module's tensors.
+        metadata: what this is.
+        optimizer: of these modules; unset, weights only.
+        scheduler: of the learning rate.
+        trainer_state: the loop's own, equal on every rank: numbers, strings, tensors, and lists and dicts of them.
+        config_yaml: the resolved configuration, stored beside it.
+
+    Returns:
+        The step's folder.
+
+    Raises:
+        CheckpointError: if the disk is full or cannot be written; names the last good checkpoint.
+    """
+    root = Path(directory)
+    target = iteration_folder(root, iteration)
+    unfinished = target.with_name(target.name + INCOMPLETE_SUFFIX)
+    facts = CheckpointMetadata(
+        model_size=metadata.model_size, stage=metadata.stage, has_optimizer=optimizer is not None, iteration=iteration
+    )
+
+    def begin() -> None:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+
+    def finish() -> None:
+        write_json(unfinished / _METADATA_FILE, asdict(facts))
+        (unfinished / _CONFIG_FILE).write_text(config_yaml, encoding="utf-8")
+        _replace_folder(unfinished, target)
+        _write_durably(root / LATEST_FILE, f"{iteration}\n")
+
+    try:
+        _on_main_rank(begin)
+        state = _sharded_state(modules, optimizer, is_loading=False)
+        state["scheduler"] = scheduler.state_dict() if scheduler is not None else {}
+        state["trainer_state"] = trainer_state or {}
+        # Every rank reaches the collectives inside: a rank whose write failed reports it through them.
+        dist_checkpointing.save(state, str(unfinished))
+        _on_main_rank(finish)
+    except (OSError, CheckpointingException, CheckpointException) as error:
+        if torch.distributed.get_rank() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise CheckpointError(f"could not save {target}: {_cause(error)}; {_last_good(root)}") from error
+    return target
+
+
+def load_checkpoint(
+    directory: str | Path,
+    *,
+    modules: Mapping[str, MegatronModule],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    model_size: str,
+    iteration: int | None = None,
+) -> dict[str, Any]:
+    """Put a checkpoint's weights, optimizer and scheduler state back in place, to resume; called by every rank.
+
+    Args:
+        directory: of the run.
+        modules: as in `save_checkpoint`; of the same size, in any layout.
+        optimizer: of these modules.
+        scheduler: of the learning rate.
+        model_size: name of the modules' size, compared with the checkpoint's.
+        iteration: which step; unset, the latest.
+
+    Returns:
+        The trainer_state that was saved with it.
+
+    Raises:
+        CheckpointError: if it is no checkpoint, of another size, or lacks what is asked for.
+    """
+    folder = find_iteration(directory, iteration)
+    metadata = _checked_metadata(folder, model_size)
+    if not metadata.has_optimizer:
+        raise CheckpointError(
+            f"{folder} holds weights only, so training cannot resume from it; give it as --pretrained-checkpoint."
+        )
+    loaded = _load(folder, modules, optimizer)
+    try:
+        with torch.no_grad():  # in fp32 the distributed optimizer copies into views of leaf parameters
+            optimizer.load_state_dict(loaded["optimizer"])
+        scheduler.load_state_dict(loaded["scheduler"])
+    except (KeyError, ValueError, RuntimeError, AssertionError) as error:
+        raise CheckpointError(
+            f"{folder}: the optimizer's state does not fit this run's: {_cause(error)}; resume with the stage and the "
+            "trained modules it was saved with, or give it as --pretrained-checkpoint to start from its weights."
+        ) from error
+    trainer_state: dict[str, Any] = loaded["trainer_state"]
+    return trainer_state
+
+
+def load_weights(
+    directory: str | Path, *, modules: Mapping[str, MegatronModule], model_size: str, iteration: int | None = None
+) -> CheckpointMetadata:
+    """Load weights only, to start another stage or to evaluate; called by every rank, before an optimizer is built.
+
+    Args:
+        directory: of the run.
+        modules: as in `save_checkpoint`; may be fewer than were saved.
+        model_size: name of the modules' size.
+        iteration: which step; unset, the latest.
+
+    Returns:
+        What the checkpoint is.
+
+    Raises:
+        CheckpointError: if it is no checkpoint, of another size, or lacks a tensor.
+    """
+    folder = find_iteration(directory, iteration)
+    metadata = _checked_metadata(folder, model_size)
+    _load(folder, modules, None)
+    return metadata
+
+
+def has_checkpoint(directory: str | Path) -> bool:
+    """Whether a folder holds a run that can be resumed, rather than nothing yet."""
+    return latest_iteration(directory) is not None
+
+
+def read_metadata(directory: str | Path, iteration: int | None = None) -> CheckpointMetadata:
+    """What a checkpoint is, without reading its tensors.
+
+    Args:
+        directory: of the run.
+        iteration: which step; unset, the latest.
+
+    Returns:
+        Its metadata.
+
+    Raises:
+        CheckpointError: if it is no checkpoint of this project.
+    """
+    path = find_iteration(directory, iteration) / _METADATA_FILE
+    contents = read_json(path)
+    if contents.get("format_version") != _FORMAT_VERSION:
+        found = contents.get("format_version")
+        raise CheckpointError(f"{path}: format version {found}, this program reads {_FORMAT_VERSION}.")
+    try:
+        return CheckpointMetadata(**contents)
+    except TypeError as error:
+        raise CheckpointError(f"{path} is not a checkpoint's metadata: {error}.") from error
+
+
+def weight_dtypes(
+    directory: str | Path, *, modules: Iterable[str], iteration: int | None = None
+) -> frozenset[torch.dtype]:
+    """The number formats a checkpoint's weights are stored in.
+
+    Args:
+        directory: of the run.
+        modules: names of the modules looked at.
+        iteration: which step; unset, the latest.
+
+    Returns:
+        The formats.
+    """
+    prefixes = tuple(f"{name}." for name in modules)
+    stored = _stored_tensors(find_iteration(directory, iteration))
+    return frozenset(each.dtype for key, each in stored.items() if key.startswith(prefixes))
+
+
+def iteration_folder(directory: str | Path, iteration: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return Path(directory) / f"iter_{iteration:07d}"
+
+
+def latest_iteration(directory: str | Path) -> int | None:
+    """The newest finished step of a run; None before the first.
+
+    Raises:
+        CheckpointError: if the pointer file holds no number.
+    """
+    path = Path(directory) / LATEST_FILE
+    if not path.exists():
+        return None
+    text = path.read_text(encoding="utf-8").strip()
+    if not text.isdecimal():
+        raise CheckpointError(f"{path} holds {text[:40]!r}, expected a step; write that of a finished folder into it.")
+    return int(text)
+
+
+def find_iteration(directory: str | Path, iteration: int | None = None) -> Path:
+    """The folder of a step, of the latest where none is given; CheckpointError where there is none."""
+    root = Path(directory)
+    if not root.is_dir():
+        raise CheckpointError(f"{root}: no such folder; give the folder of --save of a former run.")
+    step = latest_iteration(root) if iteration is None else iteration
+    if step is None:
+        raise CheckpointError(f"{root} is not a checkpoint folder: it has no {LATEST_FILE}.")
+    folder = iteration_folder(root, step)
+    if not (folder / _METADATA_FILE).is_file():
+        finished = [each.parent.name for each in sorted(root.glob(f"iter_*/{_METADATA_FILE}"))]
+        finished = [name for name in finished if not name.endswith(INCOMPLETE_SUFFIX)]
+        raise CheckpointError(f"{folder} is no finished checkpoint; finished here: {', '.join(finished) or 'none'}.")
+    return folder
+
+
+def _checked_metadata(folder: Path, model_size: str) -> CheckpointMetadata:
+    metadata = read_metadata(folder.parent, int(folder.name.removeprefix("iter_")))
+    if metadata.model_size != model_size:
+        raise CheckpointError(f"{folder} is of {metadata.model_size}, this run is of {model_size}; set --model-size.")
+    return metadata
+
+
+def _sharded_state(
+    modules: Mapping[str, MegatronModule], optimizer: MegatronOptimizer | None, *, is_loading: bool
+) -> dict[str, Any]:
+    """The state as dist_checkpointing wants it; modules apart, for each has data-parallel groups of its own."""
+    weights: dict[str, Any] = {}
+    for name, module in modules.items():
+        weights[name] = module.sharded_state_dict(
+            prefix=f"{name}.", metadata={**_SHARDING, "dp_cp_group": _data_parallel_group(module)}
+        )
+    state: dict[str, Any] = {"modules": weights}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(_SHARDING))
+    return state
+
+
+def _data_parallel_group(module: MegatronModule) -> torch.distributed.ProcessGroup:
+    for part in module.modules():
+        groups = getattr(part, "pg_collection", None)
+        if groups is not None:
+            return groups.dp_cp
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def _load(folder: Path, modules: Mapping[str, MegatronModule], optimizer: MegatronOptimizer | None) -> dict[str, Any]:
+    state = _sharded_state(modules, optimizer, is_loading=True)
+    _check_tensors(folder, state, modules)
+    try:
+        loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+    except (OSError, CheckpointingException, CheckpointException, RuntimeError) as error:
+        raise CheckpointError(f"could not read {folder}: {_cause(error)}.") from error
+    for name, module in modules.items():
+        prefix = f"{name}."
+        module.load_state_dict({key.removeprefix(prefix): each for key, each in loaded["modules"][name].items()})
+    return loaded
+
+
+def _check_tensors(folder: Path, state: dict[str, Any], modules: Iterable[str]) -> None:
+    """Compare names and global shapes before anything is read, so that the error can list them."""
+    stored = _stored_tensors(folder)
+    asked = {part.key: part for each in nested_values(state) for part in _tensors_of(each)}
+    absent = sorted(asked.keys() - stored.keys())
+    unknown = sorted(
+        key for key in stored.keys() - asked.keys() if key.startswith(tuple(f"{name}." for name in modules))
+    )
+    if absent or unknown:
+        raise CheckpointError(f"{folder} does not fit the model: it lacks {absent}, and has {unknown} beyond it.")
+    for key, part in asked.items():
+        found, expected = tuple(stored[key].global_shape), tuple(part.global_shape)
+        # A vocabulary padded to another number of ranks is allowed to differ: megatron-core takes what both have.
+        if found != expected and not part.allow_shape_mismatch:
+            raise CheckpointError(f"{folder}: {key} is {found}, the model's is {expected}.")
+
+
+def _stored_tensors(folder: Path) -> dict[str, ShardedTensor]:
+    try:
+        stored: dict[str, ShardedTensor] = dist_checkpointing.load_tensors_metadata(str(folder))
+    except (OSError, CheckpointingException, CheckpointException, pickle.UnpicklingError, EOFError) as error:
+        raise CheckpointError(f"{folder} is not a readable checkpoint: {_cause(error)}.") from error
+    return stored
+
+
+def _tensors_of(value: Any) -> list[ShardedTensor]:
+    if isinstance(value, ShardedTensor):
+        return [value]
+    if isinstance(value, dist_checkpointing.mapping.ShardedTensorFactory):
+        return [each for each in nested_values(value.build()) if isinstance(each, ShardedTensor)]
+    return []
+
+
+def _on_main_rank(action: Callable[[], None]) -> None:
+    """Do something with files once; if it fails, every rank raises, so that none waits for the others."""
+    failure: list[str | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            failure = [str(error)]
+    torch.distributed.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise OSError(failure[0])
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    # A step may be written twice (a resumed run); the old folder goes only when the new one is whole.
+    old = target.with_name(target.name + ".old" + INCOMPLETE_SUFFIX)
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(source, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_durably(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + INCOMPLETE_SUFFIX)
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def _cause(error: BaseException) -> str:
+    failures = getattr(error, "failures", None)
+    if failures:  # torch's CheckpointException: rank -> (exception, traceback)
+        return "; ".join(f"rank {rank}: {wrapped[0]}" for rank, wrapped in failures.items())
+    return str(error) or type(error).__name__
+
+
+def _last_good(root: Path) -> str:
+    try:
+        step = latest_iteration(root)
+    except CheckpointError:
+        step = None
+    if step is None:
+        return "there is no earlier checkpoint of this run."
+    return f"the last good checkpoint is {iteration_folder(root, step)}; free some space and resume from it."

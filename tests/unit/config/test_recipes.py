@@ -1,0 +1,95 @@
+"""Every recipe of the released sizes resolves, fits the GPUs it names, and prints a run that is the same again."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_vico.config.arguments import load_recipe, parse, to_yaml
+from megatron_vico.config.validate import remarks, validate
+from megatron_vico.models.registry import MODELS
+
+RECIPES = Path(__file__).parents[3] / "examples" / "recipes"
+SIZES = [name for name in MODELS if name.startswith("internvl3_5-")]
+STAGES = ("warmup", "consistency", "router")
+ALL = [(size, stage) for size in SIZES for stage in STAGES]
+
+
+def path_of(size: str, stage: str) -> Path:
+    return RECIPES / size.replace("-", "_") / f"{stage}.yaml"
+
+
+def num_gpus(path: Path) -> int:
+    named = re.match(r"# For (\d+) GPUs \((\d+) nodes? of 8 H200\)", path.read_text())
+    assert named is not None, f"{path}: the first line says for how many GPUs"
+    assert int(named[1]) == 8 * int(named[2])
+    return int(named[1])
+
+
+def test_eight_sizes_three_stages_and_no_other_file() -> None:
+    assert len(SIZES) == 8
+    assert set(RECIPES.rglob("*/*.yaml")) == {path_of(size, stage) for size, stage in ALL}
+
+
+@pytest.mark.parametrize(("size", "stage"), ALL)
+def test_recipe(size: str, stage: str, tmp_path: Path) -> None:
+    path = path_of(size, stage)
+    config = parse(["--recipe", str(path)])
+    assert (config.model.model_size, config.stage.stage) == (size, stage)
+    validate(config, num_gpus(path))
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config))
+    assert parse(["--recipe", str(tmp_path / "resolved.yaml")]) == config
+
+
+@pytest.mark.parametrize(("size", "stage"), ALL)
+def test_stages_follow_each_other(size: str, stage: str) -> None:
+    config = parse(["--recipe", str(path_of(size, stage))])
+    before = {"warmup": "", "consistency": "-warmup", "router": "-consistency"}[stage]
+    assert config.checkpoint.pretrained_checkpoint == f"checkpoints/{size}{before}"
+    assert config.checkpoint.save == config.checkpoint.load == f"checkpoints/{size}-{stage}"
+    assert config.stage.reference_load == (f"checkpoints/{size}" if stage == "router" else None)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_settings_of_the_paper(size: str) -> None:
+    consistency = parse(["--recipe", str(path_of(size, "consistency"))])
+    assert (consistency.data.seq_length, consistency.training.global_batch_size) == (32768, 256)
+    optimizer = consistency.optimizer
+    assert (optimizer.lr, optimizer.min_lr, optimizer.lr_decay_style) == (4e-6, 1e-7, "cosine")
+    router = parse(["--recipe", str(path_of(size, "router"))])
+    assert (router.training.global_batch_size, router.stage.router_percentile) == (8, 60.0)
+    assert router.stage.train_modules in (None, ("vir",))
+
+
+def test_only_the_router_of_241b_has_less_than_a_full_pipeline() -> None:
+    thin = [(size, stage) for size, stage in ALL if remarks_of(size, stage)]
+    assert thin == [("internvl3_5-241b-a28b", "router")]
+
+
+def remarks_of(size: str, stage: str) -> list[str]:
+    path = path_of(size, stage)
+    return remarks(parse(["--recipe", str(path)]), num_gpus(path))
+
+
+def test_recipes_list_only_what_differs_from_their_base() -> None:
+    for size, stage in ALL:
+        own = [
+            line.partition(":")[0]
+            for line in path_of(size, stage).read_text().splitlines()
+            if ":" in line and line[0] != "#"
+        ]
+        base = load_recipe(RECIPES / f"base_{stage}.yaml")
+        assert not base.keys() & set(own), path_of(size, stage)
+
+
+@pytest.mark.parametrize(("size", "stage"), ALL)
+def test_megatron_accepts_the_layout(size: str, stage: str) -> None:
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_vico.config.arguments import config_kwargs
+    from megatron_vico.models.build import language_transformer_config
+
+    config = parse(["--recipe", str(path_of(size, stage))])
+    passed = config_kwargs(config.transformer_overrides, TransformerConfig)
+    built = language_transformer_config(MODELS[size], bf16=True, parallel=config.parallel, **passed)
+    assert built.pipeline_model_parallel_size == config.parallel.pipeline_model_parallel_size

@@ -1,10 +1,12 @@
-"""Fixtures shared by all tests: the CPU stand-in and a world of one process."""
+"""Fixtures shared by all tests: the CPU stand-in, a world of one process, a data set and a model to start from."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 from megatron_vico.parallel import cpu_stand_in
+from tests.training_runs import ToyData, make_toy_data, toy_config
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 cpu_stand_in.install()
@@ -21,3 +23,19 @@ def single_process_groups() -> None:
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
         parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> ToyData:
+    """Tokenizer and shards of a few pictures."""
+    return make_toy_data(tmp_path_factory.mktemp("toy_data"))
+
+
+@pytest.fixture(scope="session")
+def base_checkpoint(tmp_path_factory: pytest.TempPathFactory, toy_data: ToyData, single_process_groups: None) -> Path:
+    """A toy model that was pretrained for two steps, for the stages that start from one."""
+    from megatron_vico.training.trainer import train
+
+    folder = tmp_path_factory.mktemp("base")
+    train(toy_config(toy_data, "pretrain", train_iters=2, save=str(folder)))
+    return folder

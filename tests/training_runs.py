@@ -3,13 +3,17 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.data.encoding import EncodingSettings
 from megatron_vico.data.shard_writer import make_shards
 from megatron_vico.data.tokenizer import load_tokenizer, train_sentencepiece
 from tests.toy_data import write_conversations
+
+if TYPE_CHECKING:
+    from megatron_vico.models.internvl import VisionEncoder
+    from megatron_vico.models.language_model import LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,3 +70,17 @@ def toy_config(data: ToyData, stage: str, **options: Any) -> RunConfig:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The JSON lines that a run wrote, one a step."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights_of(cfg: RunConfig, folder: Path, iteration: int | None = None) -> tuple["VisionEncoder", "LanguageModel"]:
+    """Encoder and language model of a toy run's checkpoint."""
+    from megatron_vico.checkpoint import state
+    from megatron_vico.models.registry import get_model_config
+    from megatron_vico.parallel.groups import started
+    from megatron_vico.training.setup import build_modules
+
+    with started(cfg.parallel, seed=1, timeout_minutes=1) as groups:
+        encoder, language_model = build_modules(cfg, get_model_config("toy"), groups)
+        modules = {"language_model": language_model, "encoder": encoder}
+        state.load_weights(folder, modules=modules, model_size="toy", iteration=iteration)
+    return encoder, language_model

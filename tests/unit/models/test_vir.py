@@ -22,13 +22,13 @@ def test_every_tile_gets_the_logits_of_its_image(vir: ViR, tiles_per_image: tupl
         if count:
             patches = features[start : start + count].reshape(1, count * 16, 24)
             expected = vir.gating(vir.pooling(patches)).expand(count, 2)
-            torch.testing.assert_close(logits[start : start + count], expected, rtol=0, atol=1e-5)  # measured 5e-7
+            torch.testing.assert_close(logits[start : start + count], expected, rtol=0, atol=1e-5)  # measured 1.2e-6
         start += count
 
 
 def test_one_tile_an_image_is_the_tile_level_router(vir: ViR) -> None:
     features = torch.randn(5, 16, 24)
-    torch.testing.assert_close(vir(features, [1] * 5), vir(features), rtol=0, atol=1e-6)
+    torch.testing.assert_close(vir(features, [1] * 5), vir(features), rtol=0, atol=1e-6)  # measured 0
 
 
 def test_no_tiles(vir: ViR) -> None:

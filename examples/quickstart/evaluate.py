@@ -6,8 +6,12 @@ Run: python examples/quickstart/evaluate.py --run runs/demo    (after the traini
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_vico.parallel import cpu_stand_in
+
+if TYPE_CHECKING:
+    from megatron_vico.parallel.groups import Groups
 
 STAGE_TITLES = {
     "pretrain": "pretrain",
@@ -27,22 +31,26 @@ def main() -> None:
     parser.add_argument("--split", choices=("val", "test"), default="test", help="which images")
     parser.add_argument("--seed", type=int, default=1234, help="of the random row")
     args = parser.parse_args()
-    cpu_stand_in.install()
-    evaluate(args.run, split=args.split, seed=args.seed)
-
-
-def evaluate(run: Path, *, split: str, seed: int) -> None:
-    """Do what `main` says.
-
-    Args:
-        run: folder with data/, tokenizer/, the stages' checkpoints and flash/.
-        split: which images.
-        seed: of the random row.
-    """
-    # megatron must not be imported before the stand-in is installed.
+    cpu_stand_in.install()  # before megatron is imported, which the functions below do
     import torch
 
     from megatron_vico.config.schema import ParallelOptions
+    from megatron_vico.parallel import groups as process_groups
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    with process_groups.started(ParallelOptions(), seed=args.seed, timeout_minutes=10) as groups:
+        evaluate(args.run, groups=groups, split=args.split, seed=args.seed)
+
+
+def evaluate(run: Path, *, groups: "Groups", split: str, seed: int) -> None:
+    """Do what `main` says.
+
+    Args:
+        run: folder with data/, the stages' checkpoints and flash/.
+        groups: process groups of one rank.
+        split: which images.
+        seed: of the random row.
+    """
     from megatron_vico.data.encoding import EncodingSettings
     from megatron_vico.data.tokenizer import load_tokenizer
     from megatron_vico.evaluation import plots, tables
@@ -51,10 +59,7 @@ def evaluate(run: Path, *, split: str, seed: int) -> None:
     from megatron_vico.inference.engine import Engine
     from megatron_vico.inference.loading import build_engine, load_weights
     from megatron_vico.models.registry import get_model_config
-    from megatron_vico.parallel import groups as process_groups
 
-    torch.set_num_threads(os.cpu_count() or 1)
-    groups = process_groups.start(ParallelOptions(), seed=seed, timeout_minutes=10)
     # The tokenizer travels with the export; the one that trained the model has the same ids.
     engine = build_engine(
         get_model_config("toy"),
@@ -95,7 +100,6 @@ def evaluate(run: Path, *, split: str, seed: int) -> None:
     plots.loss_curves(metrics).savefig(run / "loss.png", dpi=110)
     # Last: whoever finds the results finds all else too.
     tables.write_results(rows, run / "results.json")
-    process_groups.stop()
     print(f"\n{len(samples)} {split} images, {sum(vico.result.num_questions_by_kind.values())} questions\n")
     print(tables.as_text(rows))
 

@@ -61,6 +61,9 @@ class Step:
     shows: str
     """What a line of its output holds to be worth showing; all lines go to the log."""
 
+    goes_on: bool = False
+    """Whether it can go on from what an interrupted run has left; else that is removed first."""
+
 
 def steps(run: Path, *, quick: bool, processes: int, seed: int) -> list[Step]:
     """The demo's steps in order.
@@ -106,7 +109,7 @@ def _train(stage: Stage, run: Path, *, quick: bool, processes: int, seed: int, t
         command += ["--reference-load", f"{run / stage.reference}"]
     if quick:
         command += ["--train-iters", f"{stage.quick_iters}", "--lr-warmup-iters", "5", "--log-interval", "10"]
-    return Step(name=stage.name, command=command, outputs=(stage.name,), shows="] iteration ")
+    return Step(name=stage.name, command=command, outputs=(stage.name,), shows="] iteration ", goes_on=True)
 
 
 def _command(*words: object) -> list[str]:
@@ -140,6 +143,8 @@ def main() -> int:
             print(f"{title}: done already", flush=True)
             continue
         print(f"\n{title}\n$ {shlex.join(step.command)}", flush=True)
+        if not step.goes_on:
+            _forget(step, run)
         began = time.perf_counter()
         status = execute(step, run)
         if status:

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from megatron_vico.checkpoint import convert, state
+from megatron_vico.checkpoint.hf_config import layout_of, model_of
+from megatron_vico.checkpoint.hf_io import read_json
 from megatron_vico.data.encoding import EncodingSettings
 from megatron_vico.data.tokenizer import Tokenizer
 from megatron_vico.inference.engine import Engine
@@ -73,3 +75,22 @@ def load_weights(engine: Engine, source: str | Path) -> None:
         return
     imported = convert.import_hf(source, model_size=engine.model.name)
     convert.load_imported(imported, encoder=engine.encoder, language_model=engine.language_model)
+
+
+def model_size_of(source: str | Path) -> str:
+    """The size of a checkpoint, by name.
+
+    Args:
+        source: a run's folder, or a Hugging Face folder in any layout.
+
+    Returns:
+        A name of models/registry.py.
+
+    Raises:
+        CheckpointError: if it is no checkpoint, or of no known size.
+    """
+    if state.has_checkpoint(source):
+        return state.read_metadata(source).model_size
+    path = Path(source) / "config.json"
+    config = read_json(path)
+    return model_of(config, layout=layout_of(config, path=str(path)), path=str(path)).name

@@ -1,0 +1,77 @@
+"""Both forms of a checkpoint give the engine the same weights, and the size is found from the files."""
+
+import pytest
+import torch
+
+from megatron_vico.checkpoint import convert, state
+from megatron_vico.config.schema import ParallelOptions
+from megatron_vico.data.encoding import EncodingSettings
+from megatron_vico.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_vico.errors import CheckpointError
+from megatron_vico.inference.loading import build_engine, load_weights, model_size_of
+from megatron_vico.models.registry import get_model_config
+from megatron_vico.parallel import groups as process_groups
+
+
+@pytest.fixture(scope="module")
+def make_engine(single_process_groups, tmp_path_factory):
+    path = train_sentencepiece(
+        ["some text to learn from"] * 20, model_prefix=tmp_path_factory.mktemp("t") / "t", vocab_size=300
+    )
+    tokenizer = load_tokenizer(path)
+    settings = EncodingSettings(image_size=32, max_dynamic_patch=4)
+    with process_groups.started(ParallelOptions(), seed=0, timeout_minutes=1) as groups:
+
+        def make(size="toy", *, seed):
+            torch.manual_seed(seed)
+            return build_engine(get_model_config(size), groups=groups, tokenizer=tokenizer, settings=settings)
+
+        yield make
+
+
+def tensors_of(engine):
+    return convert.canonical_state({"encoder": engine.encoder, "language_model": engine.language_model})
+
+
+def save(engine, folder):
+    state.save_checkpoint(
+        folder,
+        7,
+        modules={"encoder": engine.encoder, "language_model": engine.language_model},
+        metadata=state.CheckpointMetadata(model_size=engine.model.name, stage="router"),
+    )
+
+
+def export(engine, folder):
+    convert.export_hf(
+        folder,
+        encoder=engine.encoder,
+        language_model=engine.language_model,
+        model=engine.model,
+        layout="flash",
+        tokenizer=engine.tokenizer,
+    )
+
+
+@pytest.mark.parametrize("write", [save, export])
+def test_weights_come_back_bit_for_bit(make_engine, tmp_path, write):
+    engine, other = make_engine(seed=1), make_engine(seed=2)
+    write(engine, tmp_path / "checkpoint")
+    assert model_size_of(tmp_path / "checkpoint") == "toy"
+    assert not torch.equal(engine.encoder.vit.class_token, other.encoder.vit.class_token)
+    load_weights(other, tmp_path / "checkpoint")
+    expected = tensors_of(engine)
+    for name, tensor in tensors_of(other).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("write", [save, export])
+def test_another_size_is_refused(make_engine, tmp_path, write):
+    write(make_engine("toy-6b", seed=0), tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError, match=r"toy-6b.* toy"):
+        load_weights(make_engine(seed=0), tmp_path / "checkpoint")
+
+
+def test_a_folder_without_checkpoint_is_named(make_engine, tmp_path):
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        load_weights(make_engine(seed=0), tmp_path)

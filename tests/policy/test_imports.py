@@ -1,0 +1,97 @@
+"""Imports go one way: a part of the package may use those before it, never those after it."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[2] / "megatron_vico"
+
+# What each part may import of the package. config has two levels: the schema is plain data, and what reads flags and
+# checks runs knows models and stages.
+LEVELS: dict[str, int] = {
+    "errors": 0,
+    "vico": 0,
+    "config.schema": 0,
+    "config": 3,
+    "data": 1,
+    "parallel": 1,
+    "models": 1,
+    "checkpoint": 2,
+    "inference": 2,
+    "training": 3,
+    "evaluation": 3,
+    "planning": 3,
+    "cli": 4,
+    "__main__": 5,
+}
+# On one level or below, and still kept apart.
+FORBIDDEN = {("models", "data"), ("vico", "config.schema"), ("vico", "errors")}
+MEGATRON_FREE = ("vico", "data")
+
+
+def files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(module: str) -> str:
+    """`megatron_vico.config.schema` -> config.schema; `megatron_vico.data.tiling` -> data."""
+    below = module.removeprefix("megatron_vico").strip(".")
+    return "config.schema" if below.startswith("config.schema") else below.split(".")[0]
+
+
+def module_of(path: Path) -> str:
+    return ".".join(("megatron_vico", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_imports_go_one_way() -> None:
+    wrong = []
+    for path in files():
+        here = part_of(module_of(path))
+        for module in imports(path):
+            there = part_of(module) if module.startswith("megatron_vico.") else here
+            if there == here or module == "megatron_vico.__version__":
+                continue
+            assert {here, there} <= LEVELS.keys(), f"{path}: {module}: give the part a level in this test"
+            if LEVELS[there] > LEVELS[here] or (here, there) in FORBIDDEN:
+                wrong.append(f"{module_of(path)} imports {module}")
+    assert wrong == []
+
+
+def test_data_and_equations_need_no_megatron() -> None:
+    paths = [path for path in files() if part_of(module_of(path)) in MEGATRON_FREE]
+    assert len(paths) > 8
+    assert [path for path in paths for module in imports(path) if module.split(".")[0] == "megatron"] == []
+
+
+def test_equations_import_torch_only() -> None:
+    for path in sorted((PACKAGE / "vico").glob("*.py")):
+        roots = {module.split(".")[0] for module in imports(path)}
+        assert roots - {"torch", "megatron_vico"} <= sys.stdlib_module_names, path
+
+
+def test_nothing_imports_the_commands() -> None:
+    for path in files():
+        if part_of(module_of(path)) not in ("cli", "__main__"):
+            assert not [module for module in imports(path) if module.startswith("megatron_vico.cli")], path
+
+
+def test_the_cpu_stand_in_is_installed_by_entry_points_only() -> None:
+    callers = [module_of(path) for path in files() if "cpu_stand_in.install(" in path.read_text()]
+    assert all(part_of(module) == "cli" for module in callers)
+    assert callers
+
+
+def test_the_walk_sees_imports_inside_functions() -> None:
+    assert "megatron_vico.training.trainer.train" in set(imports(PACKAGE / "cli" / "train.py"))

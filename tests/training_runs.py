@@ -1,8 +1,11 @@
 """Tiny runs of the real trainer for tests: shared data set, configurations of the four stages, figures of a run."""
 
 import dataclasses
+import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from megatron_vico.config.schema import RunConfig
@@ -84,3 +87,14 @@ def weights_of(cfg: RunConfig, folder: Path, iteration: int | None = None) -> tu
         modules = {"language_model": language_model, "encoder": encoder}
         state.load_weights(folder, modules=modules, model_size="toy", iteration=iteration)
     return encoder, language_model
+
+
+def load_tool(name: str) -> ModuleType:
+    """A script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module

@@ -60,7 +60,7 @@ def _loop(run: Run) -> None:
         run.optimizer.zero_grad()
         sums = _step(run, packs)
         run.policy.finish_grad_sync()
-        learning_rate = max(group["lr"] for group in run.optimizer.param_groups)
+        learning_rate = run.scheduler.get_lr({})  # that of --lr; modules may have multiples of it
         _, grad_norm, _ = run.optimizer.step()
         run.scheduler.step(increment=1)
         iteration += 1

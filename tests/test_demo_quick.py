@@ -1,0 +1,79 @@
+"""The demo's mechanics: the quick run from pictures to a routed, exported and evaluated model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from megatron_vico.vico.compression_plan import plan_none
+
+ROOT = Path(__file__).parents[1]
+ROWS = ("vanilla", "vanilla_vir", "all_compress", "random_compress", "image_level", "vico")
+STAGES = ("pretrain", "warmup", "consistency", "router", "router_image")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples/quickstart/run.py"), "--quick", "--out", str(folder)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    assert "routing.png" in done.stdout
+    return folder
+
+
+def losses(run: Path, stage: str) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_the_table_has_its_rows_and_their_figures_fit_together(run: Path) -> None:
+    rows = json.loads((run / "results.json").read_text())
+    assert [row["row"] for row in rows] == list(ROWS)
+    assert all(set(row) == {"row", "score", "retention", "compressed_tiles", "visual_token_reduction"} for row in rows)
+    table = {row["row"]: row for row in rows}
+    assert table["vanilla"]["compressed_tiles"] == float(plan_none(4).float().mean())
+    assert table["vanilla"]["retention"] == 1.0
+    assert table["all_compress"]["compressed_tiles"] == 1.0
+    assert table["random_compress"]["compressed_tiles"] == table["vico"]["compressed_tiles"]
+    assert table["vanilla_vir"]["compressed_tiles"] == table["vico"]["compressed_tiles"]
+    for row in rows:
+        # Three of a compressed tile's four visual tokens go.
+        assert row["visual_token_reduction"] == pytest.approx(0.75 * row["compressed_tiles"])
+
+
+@pytest.mark.slow
+def test_every_stage_learns_and_reports(run: Path) -> None:
+    for stage in ("pretrain", "consistency"):
+        found = losses(run, stage)
+        assert sum(found[-5:]) < 0.8 * sum(found[:5]), (stage, found)
+    for stage in STAGES:
+        assert (run / stage / "latest_checkpointed_iteration.txt").exists()
+        assert (run / stage / "config.yaml").exists() or list((run / stage).glob("iter_*/config.yaml"))
+        assert list((run / stage / "tensorboard").iterdir())
+
+
+@pytest.mark.slow
+def test_the_export_has_router_and_second_connector(run: Path) -> None:
+    config = json.loads((run / "flash" / "config.json").read_text())
+    assert config["flash_mode"] is True
+    keys: set[str] = set()
+    for path in (run / "flash").glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            keys |= set(file.keys())
+    assert {"mlp2.7.weight", "gating.gate.1.weight", "pooling_before_gating.attn4.in_proj_weight"} <= keys
+
+
+@pytest.mark.slow
+def test_the_pictures_are_there(run: Path) -> None:
+    for name in ("routing.png", "loss.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")

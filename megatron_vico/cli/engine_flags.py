@@ -1,0 +1,104 @@
+"""The flags that `generate` and `evaluate` share: a checkpoint, its tokenizer and tiling, and where plans come from."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_vico.config.schema import DataOptions
+
+if TYPE_CHECKING:
+    from megatron_vico.inference.engine import Engine, PlanSource
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare them.
+
+    Args:
+        parser: of the command.
+    """
+    defaults = DataOptions()
+    model = parser.add_argument_group("model")
+    model.add_argument("--load", type=Path, required=True, help="a run's folder, or a Hugging Face folder")
+    model.add_argument("--tokenizer-model", type=Path, help="tokenizer folder or .model file; unset, the one in --load")
+    model.add_argument("--bf16", action="store_true", help="compute in bfloat16, not fp32")
+    model.add_argument("--batch-size", type=int, default=16, help="conversations answered together")
+    model.add_argument("--max-new-tokens", type=int, default=64, help="longest answer")
+    model.add_argument("--max-dynamic-patch", type=int, default=defaults.max_dynamic_patch, help="most tiles an image")
+    model.add_argument("--use-thumbnail", action=argparse.BooleanOptionalAction, default=defaults.use_thumbnail)
+    model.add_argument("--tile-tags", choices=("none", "numbered"), default=defaults.tile_tags)
+    plan = parser.add_argument_group("compression")
+    plan.add_argument("--plan", choices=("vir", "none", "all"), default="vir", help="which tiles get the 16x connector")
+    plan.add_argument("--router-granularity", choices=("tile", "image"), default="tile", help="as ViR was trained")
+    plan.add_argument(
+        "--router-rule",
+        choices=("paper", "flash"),
+        default="paper",
+        help="paper: p > 0.5; flash: the released models' quantile and threshold, over one conversation",
+    )
+    plan.add_argument("--flash-relative-threshold", type=float, default=0.1, help="quantile of the flash rule")
+    plan.add_argument("--flash-absolute-threshold", type=float, default=0.5, help="least p of the flash rule")
+
+
+@contextmanager
+def open_engine(options: argparse.Namespace) -> Iterator["Engine"]:
+    """An engine with a checkpoint's weights.
+
+    Args:
+        options: parsed flags of `add_engine_flags`.
+
+    Yields:
+        The engine; its process groups end with the context.
+
+    Raises:
+        CheckpointError: if --load is no checkpoint.
+        ConfigError: if there is no tokenizer.
+    """
+    from megatron_vico.config.schema import ParallelOptions
+    from megatron_vico.data.encoding import EncodingSettings
+    from megatron_vico.data.tokenizer import load_tokenizer
+    from megatron_vico.inference.loading import build_engine, load_weights, model_size_of
+    from megatron_vico.models.registry import get_model_config
+    from megatron_vico.parallel import groups as process_groups
+
+    model = get_model_config(model_size_of(options.load))
+    tokenizer = load_tokenizer(options.tokenizer_model or options.load)
+    settings = EncodingSettings(
+        image_size=model.vision.image_size,
+        max_dynamic_patch=options.max_dynamic_patch,
+        use_thumbnail=options.use_thumbnail,
+        tile_tags=options.tile_tags,
+    )
+    with process_groups.started(ParallelOptions(), seed=0, timeout_minutes=10) as groups:
+        engine = build_engine(
+            model,
+            groups=groups,
+            tokenizer=tokenizer,
+            settings=settings,
+            bf16=options.bf16,
+            batch_size=options.batch_size,
+        )
+        load_weights(engine, options.load)
+        yield engine
+
+
+def plan_source(options: argparse.Namespace) -> "PlanSource":
+    """Where the plans of a command come from.
+
+    Args:
+        options: parsed flags of `add_engine_flags`.
+
+    Returns:
+        What the engine takes as `plan`.
+    """
+    from megatron_vico.inference.engine import Routing
+
+    if options.plan == "none" or options.plan == "all":
+        return "none" if options.plan == "none" else "all"
+    return Routing(
+        rule=options.router_rule,
+        granularity=options.router_granularity,
+        relative_threshold=options.flash_relative_threshold,
+        absolute_threshold=options.flash_absolute_threshold,
+    )

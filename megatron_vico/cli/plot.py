@@ -1,0 +1,57 @@
+"""`vico plot loss | table`: loss curves of runs, and the ablation table, from the files that runs leave behind."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_vico.errors import ConfigError
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Draw or print.
+
+    Args:
+        arguments: the words after `plot`.
+
+    Raises:
+        ConfigError: if a file is not there or not what it should be.
+    """
+    parser = argparse.ArgumentParser(prog="vico plot", description=__doc__)
+    actions = parser.add_subparsers(dest="action", required=True)
+    loss = actions.add_parser("loss", help="one panel a run: every step in light, a running mean in dark")
+    loss.add_argument("runs", nargs="+", metavar="TITLE=FOLDER", help="a run's --save folder, or its metrics.jsonl")
+    loss.add_argument("--output", type=Path, required=True, help="picture to write; its ending says the format")
+    table = actions.add_parser("table", help="print a results.json")
+    table.add_argument("results", type=Path)
+    table.add_argument("--format", choices=("text", "markdown"), default="text")
+    options = parser.parse_args(arguments)
+    if options.action == "table":
+        _table(options.results, markdown=options.format == "markdown")
+        return
+    from megatron_vico.evaluation.plots import loss_curves
+
+    files = dict(_metrics_file(word) for word in options.runs)
+    loss_curves(files).savefig(options.output, dpi=110)
+    print(options.output)
+
+
+def _table(path: Path, *, markdown: bool) -> None:
+    from megatron_vico.evaluation.tables import as_markdown, as_text, read_results
+
+    try:
+        rows = read_results(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; give the results.json of an evaluation.") from error
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ConfigError(f"{path}: not a results.json ({error}).") from error
+    print(as_markdown(rows) if markdown else as_text(rows))
+
+
+def _metrics_file(word: str) -> tuple[str, Path]:
+    title, equals, place = word.rpartition("=")
+    path = Path(place)
+    file = path / "metrics.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(f"{file}: no such file; give TITLE=FOLDER with the --save folder of a run.")
+    return (title if equals else path.name or place), file

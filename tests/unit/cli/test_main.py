@@ -1,0 +1,83 @@
+"""The dispatch: which command is found, what an error looks like, and that nothing heavy is imported for help."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_vico.cli.main import COMMANDS, main
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_each_command_has_a_module_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in COMMANDS:
+        assert callable(importlib.import_module(f"megatron_vico.cli.{name}").main)
+        if name == "train":
+            assert main([name, "--help"]) == 0  # its flags come from several parsers
+        else:
+            with pytest.raises(SystemExit) as stop:
+                main([name, "--help"])
+            assert stop.value.code == 0
+        assert f"vico {name}" in capsys.readouterr().out
+
+
+def test_each_module_is_a_command() -> None:
+    shared = {"__init__", "main", "engine_flags"}
+    modules = {path.stem for path in (ROOT / "megatron_vico" / "cli").glob("*.py")} - shared
+    assert modules == set(COMMANDS)
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text and command.summary in text for name, command in COMMANDS.items())
+
+
+def test_no_command_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert main(["trian"]) == 2
+    assert "unknown command 'trian'; did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_a_users_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for words, message in (
+        (["train", "--lrr", "3"], "ConfigError: command line: unknown option --lrr; did you mean '--lr'?"),
+        (["train", "--recipe", "no/such.yaml"], "ConfigError: no/such.yaml: cannot read the recipe"),
+        (["checkpoint", str(tmp_path)], f"CheckpointError: {tmp_path} is not a checkpoint folder"),
+        (["generate", "--load", str(tmp_path), "--prompt", "?"], "CheckpointError: "),
+        (["generate", "--load", "x", "--prompt", "?", "--image", "gone.jpg"], "SampleError: gone.jpg: No such file"),
+        (["plot", "table", "gone.json"], "ConfigError: gone.json: No such file"),
+        (["plot", "loss", "a=gone", "--output", "x.png"], "ConfigError: gone: no such file"),
+    ):
+        assert main(words) == 2, words
+        error = capsys.readouterr().err
+        assert error.startswith(message), error
+        assert error.count("\n") == 1
+
+
+def test_module_form_and_light_help() -> None:
+    code = (
+        "import sys, runpy; sys.argv = ['vico', '--help']\n"
+        "try: runpy.run_module('megatron_vico', run_name='__main__')\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "assert 'torch' not in sys.modules and 'megatron' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage: vico COMMAND" in done.stdout
+
+
+def test_doctor_needs_no_megatron() -> None:
+    code = (
+        "import sys; from megatron_vico.cli.main import main; status = main(['doctor'])\n"
+        "assert 'megatron.core' not in sys.modules; sys.exit(status)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in ("torch", "megatron-core", "CUDA", "NCCL", "gloo", "transformer-engine", "flash-attn", "apex"):
+        assert f" {name} " in done.stdout

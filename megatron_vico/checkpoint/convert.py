@@ -291,9 +291,9 @@ def _hf_to_megatron(source: Path, output: Path, *, model_size: str | None, dtype
     with process_groups.started(ParallelOptions(), seed=seed, timeout_minutes=10) as groups:
         modules = _fresh_modules(imported.model, wanted, groups)
         load_imported(imported, **modules)
-        tokenizer = output / TOKENIZER_FOLDER
-        tokenizer.mkdir(parents=True)
-        hf_io.copy_files(source, tokenizer, _CARRIED_FILES)
+        if any((source / name).exists() for name in _CARRIED_FILES):
+            (output / TOKENIZER_FOLDER).mkdir(parents=True, exist_ok=True)
+            hf_io.copy_files(source, output / TOKENIZER_FOLDER, _CARRIED_FILES)
         metadata = state.CheckpointMetadata(model_size=imported.model.name, stage="converted")
         state.save_checkpoint(output, 0, modules=modules, metadata=metadata)
 

@@ -4,14 +4,17 @@
     SAVE/iter_0000100/                       megatron-core's torch_dist files, checkpoint.json, config.yaml
 
 A step's folder has the suffix .incomplete until every rank has written its part, so what an interrupted save leaves
-behind is never taken for a checkpoint, and the one before it stays the latest. Only parameter names and global shapes
-are stored, so a checkpoint loads under another layout, with or without the distributed optimizer's shards.
+behind is never taken for a checkpoint, and the one before it stays the latest. Tensors are stored under parameter names
+and in global shapes, those of the optimizer too, so that they do not depend on the number of ranks.
 """
 
+import contextlib
+import logging
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +38,8 @@ LATEST_FILE = "latest_checkpointed_iteration.txt"
 _METADATA_FILE, _CONFIG_FILE = "checkpoint.json", "config.yaml"
 _FORMAT_VERSION = 1
 
-# What megatron-core's parts are asked for: optimizer state under parameter names and in their shapes, which every
-# layout and both optimizers can read, at the price of gathering it once over the data-parallel ranks.
+# What megatron-core's parts are asked for: the distributed optimizer's state under parameter names and in their shapes,
+# which every layout can read, at the price of gathering it over the data-parallel ranks at each save.
 _SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
@@ -115,7 +118,8 @@ def save_checkpoint(
         state["scheduler"] = scheduler.state_dict() if scheduler is not None else {}
         state["trainer_state"] = trainer_state or {}
         # Every rank reaches the collectives inside: a rank whose write failed reports it through them.
-        dist_checkpointing.save(state, str(unfinished))
+        with _quiet():
+            dist_checkpointing.save(state, str(unfinished))
         _on_main_rank(finish)
     except (OSError, CheckpointingException, CheckpointException) as error:
         if torch.distributed.get_rank() == 0:
@@ -162,8 +166,9 @@ def load_checkpoint(
         scheduler.load_state_dict(loaded["scheduler"])
     except (KeyError, ValueError, RuntimeError, AssertionError) as error:
         raise CheckpointError(
-            f"{folder}: the optimizer's state does not fit this run's: {_cause(error)}; resume with the stage and the "
-            "trained modules it was saved with, or give it as --pretrained-checkpoint to start from its weights."
+            f"{folder}: the optimizer's state does not fit this run's: {_cause(error)}; resume with the stage, the "
+            "trained modules, the learning rates and the optimizer it was saved with, or give it as "
+            "--pretrained-checkpoint to start from its weights."
         ) from error
     trainer_state: dict[str, Any] = loaded["trainer_state"]
     return trainer_state
@@ -309,7 +314,8 @@ def _load(folder: Path, modules: Mapping[str, MegatronModule], optimizer: Megatr
     state = _sharded_state(modules, optimizer, is_loading=True)
     _check_tensors(folder, state, modules)
     try:
-        loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+        with _quiet():
+            loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
     except (OSError, CheckpointingException, CheckpointException, RuntimeError) as error:
         raise CheckpointError(f"could not read {folder}: {_cause(error)}.") from error
     for name, module in modules.items():
@@ -337,7 +343,8 @@ def _check_tensors(folder: Path, state: dict[str, Any], modules: Iterable[str]) 
 
 def _stored_tensors(folder: Path) -> dict[str, ShardedTensor]:
     try:
-        stored: dict[str, ShardedTensor] = dist_checkpointing.load_tensors_metadata(str(folder))
+        with _quiet():
+            stored: dict[str, ShardedTensor] = dist_checkpointing.load_tensors_metadata(str(folder))
     except (OSError, CheckpointingException, CheckpointException, pickle.UnpicklingError, EOFError) as error:
         raise CheckpointError(f"{folder} is not a readable checkpoint: {_cause(error)}.") from error
     return stored
@@ -362,6 +369,20 @@ def _on_main_rank(action: Callable[[], None]) -> None:
     torch.distributed.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
         raise OSError(failure[0])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep megatron-core's and torch's notes about each other's deprecated parts, which no user can act on, to them."""
+    logger = logging.getLogger("megatron.core.dist_checkpointing.strategies.torch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"torch\.distributed\.")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _replace_folder(source: Path, target: Path) -> None:

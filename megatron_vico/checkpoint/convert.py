@@ -114,7 +114,7 @@ def import_hf(directory: str | Path, *, model_size: str | None = None) -> Import
     folder = hf_io.open_folder(directory)
     path = folder.path / "config.json"
     config = hf_io.read_json(path)
-    layout = layout_of(config, path=str(path))
+    layout = layout_of(config, path=str(path), tensors=folder.tensors.keys())
     model = model_of(config, layout=layout, path=str(path), expected=model_size)
     rows = list(entries(model, layout=layout, padded_vocab_size=padded_vocab_size(model.language.vocab_size, 1)))
     expected = {name for row in rows for name in row.files}

@@ -1,5 +1,6 @@
 """The JSON files beside an InternVL3.5 checkpoint's weights: written for a model, and read to find which it is."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,23 +132,24 @@ def preprocessor_json(model: ModelConfig, *, layout: Layout, options: ExportOpti
     }
 
 
-def layout_of(config: Json, *, path: str) -> Layout:
-    """The layout that a config.json announces.
+def layout_of(config: Json, *, path: str, tensors: Collection[str] = ()) -> Layout:
+    """The layout of a checkpoint.
 
     Args:
-        config: its contents.
+        config: contents of its config.json.
         path: of the file, for the error.
+        tensors: names of its tensors; with them, a Flash model whose flash_mode was switched off is known as one.
 
     Returns:
-        The layout; whether the tensors agree is checked against the table when they are read.
+        The layout; whether all tensors agree is checked against the table when they are read.
 
     Raises:
         CheckpointError: if it is no InternVL checkpoint, or announces two layouts at once.
     """
-    model_type, flash = config.get("model_type"), bool(config.get("flash_mode"))
+    model_type, flash = config.get("model_type"), bool(config.get("flash_mode")) or "mlp2.0.weight" in tensors
     if model_type == "internvl" and flash:
         raise CheckpointError(
-            f"{path}: model_type 'internvl' (transformers' own layout) has no Flash form, but flash_mode is set; "
+            f"{path}: model_type 'internvl' (transformers' own layout) has no Flash form, but this claims to be one; "
             "remove flash_mode, or use the remote-code Flash checkpoint (model_type 'internvl_chat')."
         )
     if model_type == "internvl":

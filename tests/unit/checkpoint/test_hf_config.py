@@ -139,4 +139,9 @@ def test_layouts_that_contradict_themselves() -> None:
         layout_of(config_of("toy", "hf") | {"flash_mode": True}, path="config.json")
     with pytest.raises(CheckpointError, match="'llava'"):
         layout_of({"model_type": "llava"}, path="config.json")
-    assert layout_of(config_of("toy", "flash") | {"flash_mode": False}, path="config.json") == "internvl"
+
+
+def test_flash_models_that_are_switched_off_are_still_flash() -> None:
+    config = config_of("toy", "flash") | {"flash_mode": False}
+    assert layout_of(config, path="config.json") == "internvl"
+    assert layout_of(config, path="config.json", tensors=("mlp1.0.weight", "mlp2.0.weight")) == "flash"

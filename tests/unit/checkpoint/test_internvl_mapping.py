@@ -104,13 +104,11 @@ def test_file_names_are_the_published_ones(name: str, layout: Layout) -> None:
 def test_counts_are_the_released_ones(name: str) -> None:
     model = get_model_config(name)
     for layout, expected in zip(("internvl", "hf", "flash"), (RELEASED[name][0], *RELEASED[name]), strict=True):
-        rows = list(entries(model, layout=layout))
-        assert sum(math.prod(row.shape) for row in rows if row.files) == expected
+        rows = [row for row in entries(model, layout=layout) if row.files]
+        assert sum(math.prod(row.shape) for row in rows) == expected
         if model.language.num_experts is None:
-            files = (
-                each for row in rows if row.files for each in row.kind.to_hf(torch.empty(row.shape, device="meta"))
-            )
-            assert sum(each.numel() for each in files) == expected
+            files = [row.kind.to_hf(torch.empty(row.shape, device="meta")) for row in rows]
+            assert sum(each.numel() for parts in files for each in parts) == expected
 
 
 @pytest.mark.parametrize("name", ["toy", "toy-6b", "toy-moe"])

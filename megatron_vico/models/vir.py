@@ -12,6 +12,11 @@ from torch import Tensor, nn
 _DEAD = ("attn3", "attn4", "norm3", "norm4")
 
 
+def is_dead(name: str) -> bool:
+    """Whether a parameter of ViR, by its name there, is stored in released checkpoints and used by nothing."""
+    return not set(_DEAD).isdisjoint(name.split("."))
+
+
 class Pooling(nn.Module):
     """One vector from any number of patches: a learned query attends four times.
 

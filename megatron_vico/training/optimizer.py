@@ -64,12 +64,12 @@ def build_optimizer(
     if policy.encoder_ddp is not None:
         patterns = {f"*{name}.*": factor for name, factor in lr_factors.items() if name != "language_model"}
         parts.append((policy.encoder_ddp, groups.encoder, patterns))
-    chained = []
-    for module, module_groups, patterns in parts:
+    chained: list[MegatronOptimizer] = []
+    for module, module_groups, factors in parts:
         built = get_megatron_optimizer(
             config,
             [module],
-            config_overrides={**get_standard_config_overrides(config), **_rates(patterns, options)},
+            config_overrides={**get_standard_config_overrides(config), **_rates(factors, options)},
             use_gloo_process_groups=False,
             pg_collection=module_groups,
         )

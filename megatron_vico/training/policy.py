@@ -11,10 +11,8 @@ from torch import nn
 from megatron_vico.config.schema import Module
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel
+from megatron_vico.models.vir import is_dead
 from megatron_vico.parallel.groups import Groups
-
-DEAD_VIR_PARAMETERS = ("attn3", "attn4", "norm3", "norm4")
-"""Stored in released Flash checkpoints and used by nothing; they stay frozen, or weight decay would change them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +58,8 @@ def parameters_of(module: Module, encoder: VisionEncoder, language_model: Langua
     """Parameters of one of the five modules that are trained or frozen as a whole; ViR's dead ones left out."""
     owner: nn.Module = language_model if module == "language_model" else getattr(encoder, module)
     for name, param in owner.named_parameters():
-        if module != "vir" or not any(dead in name.split(".") for dead in DEAD_VIR_PARAMETERS):
+        # Frozen for good: with a gradient buffer of their own, weight decay would change them.
+        if module != "vir" or not is_dead(name):
             yield param
 
 

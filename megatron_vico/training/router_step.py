@@ -65,7 +65,7 @@ def router_step(
     logits_M2 = torch.cat([_ask(policy, pack, each) for pack, each in zip(packs, features, strict=True)])
     loss = F.cross_entropy(logits_M2.float(), label_M, reduction="sum") / max(num_questions, 1)
     if loss.requires_grad:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     router = RouterSums(
         questions=torch.tensor(float(len(label_M))),
         labelled_compress=(label_M == COMPRESS).sum().float(),

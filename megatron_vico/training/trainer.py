@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -9,11 +10,13 @@ import torch
 
 from megatron_vico.checkpoint import state
 from megatron_vico.config.arguments import to_yaml
-from megatron_vico.config.schema import RunConfig
+from megatron_vico.config.schema import MODULES, RunConfig
 from megatron_vico.config.validate import supported_now, validate
+from megatron_vico.data.samples import PackedBatch
 from megatron_vico.parallel import groups as process_groups
 from megatron_vico.training.consistency_step import consistency_step, pretrain_step
 from megatron_vico.training.metrics import MetricsLogger, StepFigures, StepSums, check_finite
+from megatron_vico.training.policy import parameters_of
 from megatron_vico.training.router_step import router_step
 from megatron_vico.training.setup import Run, set_up
 from megatron_vico.training.stages import STAGES
@@ -48,6 +51,8 @@ def _loop(run: Run) -> None:
         resume_at=run.iteration,
         is_main=groups.is_main,
     )
+    if groups.is_main:
+        _announce(run)
     stop = _StopSignal()
     run.policy.train_mode()
     iteration = run.iteration
@@ -87,7 +92,27 @@ def _loop(run: Run) -> None:
     logger.close()
 
 
-def _step(run: Run, packs: list) -> StepSums:  # type: ignore[type-arg]
+def _announce(run: Run) -> None:
+    """Say what is about to run, and leave its configuration beside its results."""
+    cfg, policy = run.cfg, run.policy
+    counts = {
+        name: sum(param.numel() for param in parameters_of(name, policy.encoder, policy.language_model))
+        for name in MODULES
+    }
+    trained = ", ".join(f"{name} {counts[name]:,}" for name in MODULES if name in policy.trained)
+    print(
+        f"stage {cfg.stage.stage} of {run.model.name}: {cfg.training.train_iters} steps from step {run.iteration}, "
+        f"{cfg.training.global_batch_size} packs a step on {run.groups.dp_size} data-parallel ranks; "
+        f"trained parameters: {trained}; frozen: {sum(counts.values()) - sum(counts[n] for n in policy.trained):,}",
+        flush=True,
+    )
+    if cfg.checkpoint.save is not None:
+        folder = Path(cfg.checkpoint.save)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(cfg))
+
+
+def _step(run: Run, packs: Sequence[PackedBatch]) -> StepSums:
     loss = STAGES[run.cfg.stage.stage].loss
     if loss == "cross_entropy":
         return pretrain_step(run.policy, packs, groups=run.groups)

@@ -4,7 +4,6 @@ Run: python examples/quickstart/evaluate.py --run runs/demo    (after the traini
 """
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +24,7 @@ NUM_PICTURED = 12
 
 
 def main() -> None:
-    """Write results.json, details.json, table.md, routing.png and loss.png into the run's folder."""
+    """Write results.json, details.json, table.txt and .md, routing.png and loss.png into the run's folder."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the demo's run")
     parser.add_argument("--split", choices=("val", "test"), default="test", help="which images")
@@ -37,7 +36,7 @@ def main() -> None:
     from megatron_vico.config.schema import ParallelOptions
     from megatron_vico.parallel import groups as process_groups
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(2)  # more threads only get in each other's way at this size
     with process_groups.started(ParallelOptions(), seed=args.seed, timeout_minutes=10) as groups:
         evaluate(args.run, groups=groups, split=args.split, seed=args.seed)
 
@@ -83,6 +82,9 @@ def evaluate(run: Path, *, groups: "Groups", split: str, seed: int) -> None:
     evaluations = run_ablations(engine_with, samples, seed=seed, max_new_tokens=MAX_NEW_TOKENS)
     rows = table_rows(evaluations)
     tables.write_json(details(evaluations), run / "details.json")
+    counts = f"{len(samples)} {split} images, {sum(evaluations[0].result.num_questions_by_kind.values())} questions"
+    text = f"{counts}\n\n{tables.as_text(rows)}\n"
+    (run / "table.txt").write_text(text, encoding="utf-8")
     (run / "table.md").write_text(tables.as_markdown(rows) + "\n", encoding="utf-8")
     vico = next(each for each in evaluations if each.result.row == "vico")
     # The first images of the set, whatever they show.
@@ -100,8 +102,7 @@ def evaluate(run: Path, *, groups: "Groups", split: str, seed: int) -> None:
     plots.loss_curves(metrics).savefig(run / "loss.png", dpi=110)
     # Last: whoever finds the results finds all else too.
     tables.write_results(rows, run / "results.json")
-    print(f"\n{len(samples)} {split} images, {sum(vico.result.num_questions_by_kind.values())} questions\n")
-    print(tables.as_text(rows))
+    print(f"\n{text}")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def steps(run: Path, *, quick: bool, processes: int, seed: int) -> list[Step]:
     export = _command("-m", "megatron_vico", "convert", "--input", run / "router", "--output", run / "flash")
     export += ["--layout", "flash", "--tokenizer-model", f"{tokenizer}", *TILING[:3]]
     evaluate = _command(HERE / "evaluate.py", "--run", run, "--seed", seed)
-    results = ("results.json", "details.json", "table.md", "routing.png", "loss.png")
+    results = ("results.json", "details.json", "table.txt", "table.md", "routing.png", "loss.png")
     return [
         Step(name="data", command=make_data, outputs=("data",), shows="images;"),
         Step(name="tokenizer", command=make_tokenizer, outputs=("tokenizer",), shows="pieces"),
@@ -147,7 +147,8 @@ def main() -> int:
         status = execute(step, run)
         if status:
             print(f"\nstep {step.name!r} failed with status {status}; its log: {run / 'logs' / step.name}.log")
-            print("Mend the cause and go on with: python examples/quickstart/run.py --resume", flush=True)
+            words = [word for word in sys.argv if word != "--resume"]
+            print(f"Mend the cause and go on with: python {shlex.join(words)} --resume", flush=True)
             return status
         _done_mark(step, run).touch()
         times.append((step.name, time.perf_counter() - began))
@@ -171,6 +172,7 @@ def execute(step: Step, run: Path) -> int:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     tail: list[str] = []
+    full_bar = ""
     with open(run / "logs" / f"{step.name}.log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(
             step.command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -178,30 +180,29 @@ def execute(step: Step, run: Path) -> int:
         assert process.stdout is not None
         # newline="": a progress bar's carriage return ends a line too, and is told from a line feed.
         for line in io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline=""):
-            is_bar = "%|" in line
-            if not is_bar or "100%|" in line:
-                log.write(line.rstrip() + "\n")
-                tail = [*tail[-29:], line.rstrip()]
-            _show(line.strip(), is_bar=is_bar, wanted=step.shows in line)
+            text = line.strip()
+            title, bar, _ = text.partition("%|")
+            if bar and sys.stdout.isatty():
+                print(f"\r  {text}\033[K", end="", flush=True)
+            if not text or (bar and (not title.endswith("100") or title == full_bar)):
+                continue  # of a progress bar the log gets only the end, once
+            full_bar = title if bar else full_bar
+            log.write(text + "\n")
+            tail = [*tail[-29:], text]
+            if step.shows in text or (bar and not sys.stdout.isatty()):
+                print(f"  {text}", flush=True)
+            elif bar:
+                print(flush=True)
         status = process.wait()
     if status:
         print("\n".join(tail), flush=True)
     return status
 
 
-def _show(line: str, *, is_bar: bool, wanted: bool) -> None:
-    if is_bar and sys.stdout.isatty():
-        print(f"\r  {line}\033[K", end="\n" if "100%|" in line else "", flush=True)
-    elif wanted or (is_bar and "100%|" in line):
-        print(f"  {line}", flush=True)
-
-
 def _report(run: Path) -> None:
-    from megatron_vico.evaluation import tables
-
-    print("\n" + tables.as_text(tables.read_results(run / "results.json")) + "\n")
+    print("\n" + (run / "table.txt").read_text(encoding="utf-8"))
     for name, what in (
-        ("results.json", "the table"),
+        ("results.json", "the table, as fractions"),
         ("details.json", "scores and compression by kind of tile"),
         ("routing.png", "which tiles the router compresses"),
         ("loss.png", "losses of the five stages"),

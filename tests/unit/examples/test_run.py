@@ -57,10 +57,10 @@ def step(name, code, **fields):
 
 def test_output_goes_to_the_log_and_what_matters_to_the_terminal(tmp_path, capsys):
     (tmp_path / "logs").mkdir()
-    code = r"print('quiet'); print('show this'); print('\rbar: 10%|#', end=''); print('\rbar: 100%|#', end='')"
+    code = r"print('quiet'); print('show this'); print('\rbar: 10%|#\rbar: 100%|# 1s\rbar: 100%|# 2s')"
     assert run.execute(step("talk", code), tmp_path) == 0
-    assert capsys.readouterr().out.split("\n") == ["  show this", "  bar: 100%|#", ""]
-    assert (tmp_path / "logs" / "talk.log").read_text().split("\n") == ["quiet", "show this", "", "bar: 100%|#", ""]
+    assert capsys.readouterr().out.split("\n") == ["  show this", "  bar: 100%|# 1s", ""]
+    assert (tmp_path / "logs" / "talk.log").read_text().split("\n") == ["quiet", "show this", "bar: 100%|# 1s", ""]
 
 
 def call_main(monkeypatch, tmp_path, steps, *flags):

@@ -1,0 +1,63 @@
+"""Recomputation, number formats and the head of the language model."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_vico.config.schema import ParallelOptions
+from megatron_vico.models.build import build_language_model, language_transformer_config, padded_vocab_size
+from megatron_vico.models.language_model import LanguageModel
+from megatron_vico.models.registry import get_model_config
+from tests.toy_models import pack, randomise
+
+
+def make(name: str, *, bf16: bool = False, **parallel: Any) -> LanguageModel:
+    model = get_model_config(name)
+    config = language_transformer_config(model, bf16=bf16, parallel=ParallelOptions(**parallel))
+    return randomise(build_language_model(model, config, attention="sdpa"), seed=0).train()
+
+
+def gradients(model: LanguageModel) -> dict[str, Tensor]:
+    """Gradients of a text-only pack under a frozen embedding: the case in which recomputation can lose them."""
+    model.gpt.embedding.requires_grad_(False)
+    logits = model.response_logits(model(pack((9, 12, 7)), torch.zeros(0, model.language.hidden_size)))
+    (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+    return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["toy", "toy-moe"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        {"recompute_granularity": "selective", "recompute_modules": ("core_attn",)},
+    ],
+    ids=["full", "core_attn"],
+)
+def test_recomputation_changes_no_gradient(name: str, options: dict[str, Any], single_process_groups: None) -> None:
+    expected, grads = gradients(make(name)), gradients(make(name, **options))
+    assert grads.keys() == expected.keys()
+    assert "gpt.decoder.layers.0.self_attention.linear_qkv.weight" in grads
+    for key, grad in grads.items():
+        torch.testing.assert_close(grad, expected[key], rtol=0, atol=0)
+
+
+def test_bf16_has_float32_logits_near_the_float32_model(single_process_groups: None) -> None:
+    inputs = pack((9, 12, 7))
+    with torch.no_grad():
+        reference, model = make("toy"), make("toy", bf16=True)
+        logits, expected = model.response_logits(model(inputs)), reference.response_logits(reference(inputs))
+    assert model.gpt.output_layer.weight.dtype == torch.bfloat16
+    assert logits.dtype == torch.float32
+    # The product is accumulated in float32: almost no logit is a bfloat16 number.
+    assert (logits == logits.bfloat16().float()).float().mean() < 0.05
+    assert ((logits - expected).norm() / expected.norm()).item() < 0.02  # measured 0.014
+
+
+def test_vocabulary_is_padded_as_megatron_does() -> None:
+    assert padded_vocab_size(151936, 1) == 151936
+    assert padded_vocab_size(151936, 2) == 152064
+    assert padded_vocab_size(151936, 8) == 152576
+    assert padded_vocab_size(500, 1) == 512

@@ -31,12 +31,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1234, help="of the random row")
     args = parser.parse_args()
     cpu_stand_in.install()  # before megatron is imported, which the functions below do
-    import torch
-
     from megatron_vico.config.schema import ParallelOptions
     from megatron_vico.parallel import groups as process_groups
 
-    torch.set_num_threads(2)  # more threads only get in each other's way at this size
     with process_groups.started(ParallelOptions(), seed=args.seed, timeout_minutes=10) as groups:
         evaluate(args.run, groups=groups, split=args.split, seed=args.seed)
 

@@ -30,7 +30,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_vico.checkpoint.hf_io import INCOMPLETE_SUFFIX, read_json, write_json
+from megatron_vico.checkpoint.hf_io import INCOMPLETE_SUFFIX, listed, read_json, write_json
 from megatron_vico.errors import CheckpointError
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
@@ -328,12 +328,13 @@ def _check_tensors(folder: Path, state: dict[str, Any], modules: Iterable[str]) 
     """Compare names and global shapes before anything is read, so that the error can list them."""
     stored = _stored_tensors(folder)
     asked = {part.key: part for each in nested_values(state) for part in _tensors_of(each)}
-    absent = sorted(asked.keys() - stored.keys())
-    unknown = sorted(
-        key for key in stored.keys() - asked.keys() if key.startswith(tuple(f"{name}." for name in modules))
-    )
+    absent = asked.keys() - stored.keys()
+    prefixes = tuple(f"{name}." for name in modules)
+    unknown = {key for key in stored.keys() - asked.keys() if key.startswith(prefixes)}
     if absent or unknown:
-        raise CheckpointError(f"{folder} does not fit the model: it lacks {absent}, and has {unknown} beyond it.")
+        raise CheckpointError(
+            f"{folder} does not fit the model: it lacks {listed(absent)}; it has, beyond the model, {listed(unknown)}."
+        )
     for key, part in asked.items():
         found, expected = tuple(stored[key].global_shape), tuple(part.global_shape)
         # A vocabulary padded to another number of ranks is allowed to differ: megatron-core takes what both have.
@@ -418,4 +419,6 @@ def _last_good(root: Path) -> str:
         step = None
     if step is None:
         return "there is no earlier checkpoint of this run."
-    return f"the last good checkpoint is {iteration_folder(root, step)}; free some space and resume from it."
+    # megatron-core's error does not say that a disk was full; the space left does.
+    free = f"{shutil.disk_usage(root).free / 1e9:.1f} GB are free there"
+    return f"{free}; the last good checkpoint is {iteration_folder(root, step)}, from which the run can be resumed."

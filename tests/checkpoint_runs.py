@@ -1,0 +1,144 @@
+"""A model with optimizer and scheduler that steps on made-up gradients, for the tests of training checkpoints."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_vico.checkpoint import state
+from megatron_vico.checkpoint.convert import canonical_state
+from megatron_vico.models.build import (
+    build_language_model,
+    build_vision_encoder,
+    language_transformer_config,
+    vision_transformer_config,
+)
+from megatron_vico.models.registry import get_model_config
+from megatron_vico.parallel.groups import Groups
+
+FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What a training checkpoint is made of."""
+
+    size: str
+    modules: Mapping[str, MegatronModule]
+    wrapped: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+    def step(self, number: int) -> None:
+        """One optimizer step; the gradients depend on the rank, and DDP sums them."""
+        generator = torch.Generator().manual_seed(1000 * number + torch.distributed.get_rank())
+        for module in self.wrapped:
+            module.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        for module in self.wrapped:
+            for param in module.parameters():
+                if param.requires_grad:
+                    param.main_grad.copy_(torch.randn(param.shape, generator=generator))
+            module.finish_grad_sync()
+        self.optimizer.step()
+        self.scheduler.step(increment=1)
+
+    def save(self, folder: Path, iteration: int, trainer_state: dict[str, Any] | None = None) -> Path:
+        """Write a checkpoint with everything in it."""
+        return state.save_checkpoint(
+            folder,
+            iteration,
+            modules=self.modules,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            trainer_state=trainer_state,
+            config_yaml="a: 1\n",
+            metadata=state.CheckpointMetadata(model_size=self.size, stage="consistency"),
+        )
+
+    def load(self, folder: Path, iteration: int | None = None) -> dict[str, Any]:
+        """Resume."""
+        return state.load_checkpoint(
+            folder,
+            modules=self.modules,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            model_size=self.size,
+            iteration=iteration,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies of all weights, under the table's names."""
+        return {name: tensor.clone() for name, tensor in canonical_state(self.modules).items()}
+
+
+def make_training(
+    size: str, *, groups: Groups, seed: int, dtype: str = "fp32", optimizer: str = "replicated", frozen: str = ""
+) -> Training:
+    """A toy model in training.
+
+    Args:
+        size: name of the model.
+        groups: process groups.
+        seed: of the weights.
+        dtype: fp32 or bf16.
+        optimizer: `replicated`, or `sharded` over the data-parallel ranks.
+        frozen: name of a module that gets no optimizer.
+
+    Returns:
+        It, before its first step.
+    """
+    torch.manual_seed(seed)
+    model, bf16, sharded = get_model_config(size), dtype == "bf16", optimizer == "sharded"
+    encoder = build_vision_encoder(model, vision_transformer_config(model, bf16=bf16), pg_collection=groups.encoder)
+    language_model = build_language_model(
+        model, language_transformer_config(model, bf16=bf16), pg_collection=groups.language, attention="sdpa"
+    )
+    modules = {"language_model": language_model.to(FORMATS[dtype]), "encoder": encoder.to(FORMATS[dtype])}
+    options = OptimizerConfig(
+        optimizer="adam",
+        lr=1e-2,
+        min_lr=1e-4,
+        weight_decay=0.1,
+        clip_grad=1.0,
+        bf16=bf16,
+        params_dtype=FORMATS[dtype],
+        use_distributed_optimizer=sharded,
+    )
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=sharded)
+    wrapped, chained = [], []
+    for name, module in modules.items():
+        if name == frozen:
+            module.requires_grad_(False)
+            continue
+        group = groups.encoder if name == "encoder" else groups.language
+        wrapped.append(DistributedDataParallel(module.config, ddp, module, pg_collection=group))
+        wrapped[-1].broadcast_params()
+        built = get_megatron_optimizer(options, wrapped[-1:], use_gloo_process_groups=False, pg_collection=group)
+        chained += getattr(built, "chained_optimizers", [built])
+    joined = ChainedOptimizer(chained)
+    return Training(size=size, modules=modules, wrapped=wrapped, optimizer=joined, scheduler=_scheduler(joined))
+
+
+def _scheduler(optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=1e-2,
+        min_lr=1e-4,
+        lr_warmup_steps=3,
+        lr_decay_steps=20,
+        lr_decay_style="cosine",
+        start_wd=0.1,
+        end_wd=0.1,
+        wd_incr_steps=20,
+        wd_incr_style="constant",
+    )

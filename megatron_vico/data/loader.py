@@ -8,13 +8,14 @@ The only state is the number of consumed steps.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_vico.config.schema import DataOptions, Stage
+from megatron_vico.data import parcel
 from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
 from megatron_vico.data.image_tokens import expand_pack
 from megatron_vico.data.packing import PackLimits, global_order, iter_packs
@@ -312,16 +313,15 @@ class Loader:
         steps = _Steps(self.plan, start=self.consumed_steps, end=self._end_step)
         if self._num_workers == 0:
             return (self._dataset[step] for step in steps)
-        return iter(
-            DataLoader(
-                self._dataset,
-                sampler=steps,
-                batch_size=None,
-                num_workers=self._num_workers,
-                prefetch_factor=PREFETCH_STEPS,
-                collate_fn=_as_it_is,
-            )
+        parcels = DataLoader(
+            self._dataset,
+            sampler=steps,
+            batch_size=None,
+            num_workers=self._num_workers,
+            prefetch_factor=PREFETCH_STEPS,
+            collate_fn=_parcel,  # runs in the worker
         )
+        return (sent if isinstance(sent, SampleError) else parcel.unwrap(sent) for sent in parcels)
 
 
 class _Steps(Sampler[StepPlan]):
@@ -424,5 +424,5 @@ def make_loader(
     )
 
 
-def _as_it_is(batches: Any) -> Any:
-    return batches
+def _parcel(batches: list[PackedBatch] | SampleError) -> parcel.Parcel | SampleError:
+    return batches if isinstance(batches, SampleError) else parcel.wrap(batches)

@@ -8,6 +8,7 @@ Shape letters: L tokens of a sample before expansion, S tokens of a sample after
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -173,14 +174,15 @@ class PackedBatch:
         return map_tensors(self, lambda tensor: tensor.pin_memory())
 
 
-def map_tensors[T](value: T, function: Any) -> T:
-    """`value` with `function` applied to every tensor in its (nested) dataclasses and tuples."""
+def map_tensors[T](value: T, function: Callable[[Any], Any], *, leaf: type = Tensor) -> T:
+    """`value` with `function` applied to every tensor (or other `leaf`) in its nested dataclasses, lists and tuples."""
     mapped: Any = value
-    if isinstance(value, Tensor):
+    if isinstance(value, leaf):
         mapped = function(value)
-    elif isinstance(value, tuple):
-        mapped = tuple(map_tensors(item, function) for item in value)
+    elif isinstance(value, (tuple, list)):
+        mapped = type(value)(map_tensors(item, function, leaf=leaf) for item in value)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: map_tensors(getattr(value, field.name), function) for field in dataclasses.fields(value)}
+        names = [field.name for field in dataclasses.fields(value)]
+        fields = {name: map_tensors(getattr(value, name), function, leaf=leaf) for name in names}
         mapped = dataclasses.replace(value, **fields)
     return mapped

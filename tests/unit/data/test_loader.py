@@ -166,6 +166,16 @@ def test_workers_can_be_started_without_fork(load):
     assert flat_steps([again[plan]]) == flat_steps([loader._dataset[plan]])
 
 
+def test_batches_come_from_a_worker_in_one_piece_of_memory(load):
+    """Not one shared file a tensor: a process may have about a thousand open."""
+    batches = take(load(num_workers=1, stage="router"), 1)[0]
+    assert len(batches) == GLOBAL_BATCH
+    storages = set()
+    for batch in batches:
+        map_tensors(batch, lambda tensor: storages.add(tensor.untyped_storage().data_ptr()))
+    assert len(storages) == 1
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_resumed_loader_goes_on_where_it_stopped(load, num_workers):
     whole = flat_steps(take(load(stage="router"), 14))

@@ -4,7 +4,7 @@
     python benchmarks/loader.py --out runs/loader.json
 
 The demo's kind: a 64x64 px PNG, 4 tiles of 32 px, 4 questions and answers, packs of 32 samples. Full size: a 1344x896
-px JPEG, 6 tiles of 448 px and the thumbnail, one question. Data are made in a temporary folder. CPU time, not wall time:
+px JPEG, 6 tiles of 448 px and the thumbnail, one question. Data are made in a temporary folder. Wall time is not used:
 other work on the machine does not count.
 """
 

@@ -84,7 +84,7 @@ def save_checkpoint(
         iteration: optimizer steps done.
         modules: by name, outside of DDP; the name is the prefix of the module's tensors.
         metadata: what this is.
-        optimizer: of these modules; unset, weights only.
+        optimizer: of these modules, after at least one step (before it there is no state); unset, weights only.
         scheduler: of the learning rate.
         trainer_state: the loop's own, equal on every rank: numbers, strings, tensors, and lists and dicts of them.
         config_yaml: the resolved configuration, stored beside it.

@@ -48,7 +48,7 @@ def test_transformers_loads_the_export_with_equal_logits(
     tokens = encoder.visual_tokens(encoder.features(pixels), None)
     found = language_model.response_logits(language_model(inputs, tokens))
     assert expected.abs().max() > 1
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)  # measured: at most 4e-6
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)  # measured: at most 6e-6
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=" and ".join)

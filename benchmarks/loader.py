@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from megatron_vico.config.schema import STAGES, DataOptions, Stage
-from megatron_vico.data.encoding import EncodingSettings
+from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
 from megatron_vico.data.loader import PackBuilder, make_loader
 from megatron_vico.data.shard_writer import WriterOptions, make_shards
 from megatron_vico.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
@@ -112,7 +112,9 @@ def measure(case: Case, *, stage: Stage, shards: Path, tokenizer: Tokenizer, num
         tokens_compressed=case.tokens_compressed,
         image_token_id=tokenizer.image_token_id,
     )
-    loader = make_loader(data, tokenizer=tokenizer, image_size=case.image_size, builder=builder, global_batch_size=1)
+    settings = EncodingSettings.from_options(data, image_size=case.image_size)
+    encoder = SampleEncoder(tokenizer=tokenizer, settings=settings)
+    loader = make_loader(data, encoder=encoder, builder=builder, global_batch_size=1)
     steps = iter(loader)
     next(steps)
     seen, tiles, start = 0, 0, time.process_time()

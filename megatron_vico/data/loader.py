@@ -16,11 +16,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_vico.config.schema import DataOptions, Stage
 from megatron_vico.data import parcel
-from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
+from megatron_vico.data.encoding import SampleEncoder
 from megatron_vico.data.image_tokens import expand_pack
 from megatron_vico.data.packing import PackLimits, global_order, iter_packs
 from megatron_vico.data.samples import EncodedSample, IntArray, PackedBatch, PolicyView
-from megatron_vico.data.tokenizer import Tokenizer
 from megatron_vico.data.webdataset import ShardFolder
 from megatron_vico.errors import ConfigError, SampleError
 from megatron_vico.vico import compression_plan
@@ -375,8 +374,7 @@ class _StepDataset(Dataset[list[PackedBatch] | SampleError]):
 def make_loader(
     options: DataOptions,
     *,
-    tokenizer: Tokenizer,
-    image_size: int,
+    encoder: SampleEncoder,
     builder: PackBuilder,
     global_batch_size: int,
     dp_rank: int = 0,
@@ -387,9 +385,8 @@ def make_loader(
     """Open the folders of `options.data_path` and make a rank's loader.
 
     Args:
-        options: shards, tiling, packing, workers.
-        tokenizer: the one the shards were indexed with.
-        image_size: side of a tile in px.
+        options: shards, packing, workers.
+        encoder: tokenizer and tiling, those that the shards were indexed with.
         builder: the stage's pack builder; its seed also seeds the order.
         global_batch_size: packs of a step over all ranks.
         dp_rank: data-parallel rank.
@@ -411,10 +408,9 @@ def make_loader(
         seed=builder.seed,
         global_batch_size=global_batch_size,
     )
-    settings = EncodingSettings.from_options(options, image_size=image_size)
     return Loader(
         plan,
-        encoder=SampleEncoder(tokenizer=tokenizer, settings=settings),
+        encoder=encoder,
         builder=builder,
         dp_rank=dp_rank,
         dp_size=dp_size,

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_vico.checkpoint import state
 from megatron_vico.config.arguments import config_kwargs
 from megatron_vico.config.schema import RunConfig
+from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
 from megatron_vico.data.loader import Loader, PackBuilder, make_loader
 from megatron_vico.data.tokenizer import load_tokenizer
 from megatron_vico.errors import ConfigError
@@ -177,6 +178,7 @@ def _reference(cfg: RunConfig, model: ModelConfig, policy: Policy, groups: Group
 def _loader(cfg: RunConfig, model: ModelConfig, groups: Groups, start_step: int) -> Loader:
     assert cfg.data.tokenizer_model is not None, "config/validate.py asks for it"
     tokenizer = load_tokenizer(cfg.data.tokenizer_model)
+    settings = EncodingSettings.from_options(cfg.data, image_size=model.vision.image_size)
     builder = PackBuilder(
         stage=cfg.stage.stage,
         seed=cfg.training.seed,
@@ -188,8 +190,7 @@ def _loader(cfg: RunConfig, model: ModelConfig, groups: Groups, start_step: int)
     )
     return make_loader(
         cfg.data,
-        tokenizer=tokenizer,
-        image_size=model.vision.image_size,
+        encoder=SampleEncoder(tokenizer=tokenizer, settings=settings),
         builder=builder,
         global_batch_size=cfg.training.global_batch_size,
         dp_rank=groups.dp_rank,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_vico.config.schema import DataOptions
-from megatron_vico.data.encoding import SampleEncoder
+from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
 from megatron_vico.data.image_tokens import expand
 from megatron_vico.data.loader import Loader, Pack, PackBuilder, PackPlan, make_loader
 from megatron_vico.data.samples import map_tensors
@@ -44,10 +44,11 @@ def load(options, tokenizer):
         data = {k: overrides.pop(k) for k in list(overrides) if k in {f.name for f in dataclasses.fields(DataOptions)}}
         of_builder = {f.name for f in dataclasses.fields(PackBuilder)}
         fields = {k: overrides.pop(k) for k in list(overrides) if k in of_builder}
+        changed = dataclasses.replace(options, **data)
+        settings = EncodingSettings.from_options(changed, image_size=32)
         return make_loader(
-            dataclasses.replace(options, **data),
-            tokenizer=tokenizer,
-            image_size=32,
+            changed,
+            encoder=SampleEncoder(tokenizer=tokenizer, settings=settings),
             builder=dataclasses.replace(BUILDER, **fields),
             global_batch_size=overrides.pop("global_batch_size", GLOBAL_BATCH),
             **overrides,

@@ -329,7 +329,7 @@ def _fresh_modules(model: ModelConfig, dtype: torch.dtype, groups: process_group
     language_model = build_language_model(
         model, language_transformer_config(model, bf16=bf16), pg_collection=groups.language, attention="sdpa"
     )
-    return {"encoder": encoder.to(dtype), "language_model": language_model.to(dtype)}
+    return {"encoder": encoder.to(groups.device, dtype), "language_model": language_model.to(groups.device, dtype)}
 
 
 def _widest(formats: Iterable[torch.dtype]) -> torch.dtype:

@@ -146,7 +146,7 @@ def _draw_loss(panel: Axes, metrics: Mapping[str, npt.NDArray[np.float64]], *, t
     if (loss > 0).all():
         panel.set_yscale("log")
     panel.plot(steps, loss, color="tab:blue", alpha=0.3, linewidth=0.8)
-    window = max(1, len(loss) // 40)
+    window = max(1, len(loss) // 20)
     smooth = np.convolve(loss, np.full(window, 1 / window), mode="valid")
     panel.plot(steps[window - 1 :], smooth, color="tab:blue", linewidth=1.6)
     panel.text(0.97, 0.95, f"end: {smooth[-1]:.3g}", ha="right", va="top", transform=panel.transAxes)

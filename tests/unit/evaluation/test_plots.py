@@ -74,7 +74,7 @@ def test_loss_curves_draw_each_file(tmp_path):
     assert titles[:3] == ["pretrain", "warm-up", "empty"]
     raw, smooth = figure.axes[0].lines
     np.testing.assert_array_equal(raw.get_ydata(), [1 / i for i in range(1, 101)])
-    assert len(smooth.get_ydata()) == 99  # mean of 2 steps
+    assert len(smooth.get_ydata()) == 96  # mean of 5 steps
     assert not figure.axes[2].lines
     figure.savefig(tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 10_000

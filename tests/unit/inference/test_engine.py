@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from megatron.core import tensor_parallel
 from PIL import Image
 
 from megatron_vico.data.encoding import EncodingSettings
@@ -29,6 +30,8 @@ SHAPES = [(64, 64), (32, 32), (96, 32), None, (32, 64)]
 
 @pytest.fixture(scope="module")
 def engine(single_process_groups, tmp_path_factory):
+    # Weights come from megatron-core's own random state, which other tests move.
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)
     torch.manual_seed(0)
     path = train_sentencepiece(
         ["What is it? And now? Yes, no, two tiles. user assistant system"] * 50,

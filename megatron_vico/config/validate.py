@@ -96,12 +96,15 @@ def supported_now(cfg: RunConfig) -> None:
         "--expert-model-parallel-size": parallel.expert_model_parallel_size > 1,
         "--expert-tensor-parallel-size": (parallel.expert_tensor_parallel_size or 1) > 1,
         "--fp8-format": parallel.fp8_format is not None,
+        # The encoder's gradients arrive pack by pack, after the schedule: its reduction cannot overlap yet.
+        "--overlap-grad-reduce": parallel.overlap_grad_reduce,
+        "--overlap-param-gather": parallel.overlap_param_gather,
     }
     flags = [flag for flag, on in asked.items() if on]
     if flags:
         raise ConfigError(
             f"{', '.join(flags)}: checked by `vico train --check`, but the trainer runs data parallel only, in fp32 or "
-            "bf16; leave out."
+            "bf16 and without overlap; leave out."
         )
 
 

@@ -63,7 +63,7 @@ def runs(toy_data: ToyData, base_checkpoint: Path, tmp_path_factory: pytest.Temp
 def test_two_ranks_equal_one_process(
     stage: str, kind: str, runs: Path, toy_data: ToyData, base_checkpoint: Path
 ) -> None:
-    """Measured over three steps: losses 3e-7, gradient norms 2e-6, weights 5e-7 of the norm of each tensor."""
+    """Measured over three steps: losses 8e-8, gradient norms 3e-6, weights 5e-6 of the norm of each tensor."""
     one, other = read_metrics(runs / f"one_{stage}"), read_metrics(runs / f"{kind}_{stage}")
     assert len(one) == len(other) == STEPS
     for mine, theirs in zip(other, one, strict=True):
@@ -81,7 +81,7 @@ def test_two_ranks_equal_one_process(
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(runs: Path) -> None:
-    """Measured: 2e-6 for losses and gradient norms."""
+    """One process begins, two end. Measured: losses 7e-8, gradient norms 0."""
     for mine, theirs in zip(read_metrics(runs / "moved"), read_metrics(runs / "one_router"), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)

@@ -184,7 +184,15 @@ def test_each_stage_trains_by_default_what_it_may_train() -> None:
 
 def test_the_trainer_refuses_layouts_it_cannot_run_yet() -> None:
     supported_now(parse(["--use-distributed-optimizer"]))
-    for words in (f"{TP} 2", f"{PP} 2", "--context-parallel-size 2", f"{M30} {EP} 2", "--bf16 --fp8-format e4m3"):
+    for words in (
+        f"{TP} 2",
+        f"{PP} 2",
+        "--context-parallel-size 2",
+        f"{M30} {EP} 2",
+        "--bf16 --fp8-format e4m3",
+        "--use-distributed-optimizer --overlap-grad-reduce",
+        "--use-distributed-optimizer --overlap-param-gather",
+    ):
         with pytest.raises(ConfigError, match="the trainer runs data parallel only"):
             supported_now(parse(words.split()))
 

@@ -28,10 +28,10 @@ def test_fraction_has_a_uniform_share_for_each_image(sampler: str) -> None:
     share = counts / counts.sum()
     if sampler == "bernoulli":
         # The share of k compressed tiles of 4, integrated over xi ~ U[0, 1], is 1/5 for every k.
-        # Measured deviation 0.012; three standard errors are 0.019.
+        # Measured deviation 0.011; three standard errors are 0.020.
         assert (share - 0.2).abs().max() < 0.019
     else:
-        # round(4 xi): ends get half as much. Measured deviation 0.010.
+        # round(4 xi): ends get half as much. Measured deviation 0.008.
         assert (share - torch.tensor([0.125, 0.25, 0.25, 0.25, 0.125])).abs().max() < 0.021
 
 
@@ -39,7 +39,7 @@ def test_images_of_a_sample_draw_their_own_share() -> None:
     plans = [cp.plan_fraction((20, 20), generator=cp.generator(0, 0, s, "xi")) for s in range(200)]
     first = torch.stack([plan[:20].float().mean() for plan in plans])
     second = torch.stack([plan[20:].float().mean() for plan in plans])
-    assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.2  # measured 0.03
+    assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.2  # measured 0.04
 
 
 def test_no_tiles() -> None:
@@ -49,7 +49,7 @@ def test_no_tiles() -> None:
 def test_one_tile_is_uniform() -> None:
     picks = torch.stack([cp.plan_one_tile(5, generator=cp.generator(0, 0, s, "tile")) for s in range(2000)])
     assert (picks.sum(dim=1) == 1).all()
-    assert (picks.float().mean(dim=0) - 0.2).abs().max() < 0.03  # measured 0.012
+    assert (picks.float().mean(dim=0) - 0.2).abs().max() < 0.03  # measured 0.018
 
 
 def test_one_image_compresses_all_its_tiles_and_no_other() -> None:

@@ -49,7 +49,7 @@ def test_sixty_percent_of_new_ratios_fall_below_the_sixtieth_percentile() -> Non
     window = RatioWindow(size=2048, percentile=60)
     window.push(torch.rand(2048))
     compress = (labels_from_ratios(torch.rand(5000), window.threshold()) == 0).float().mean()
-    assert abs(compress - 0.6) < 0.02  # measured 0.006
+    assert abs(compress - 0.6) < 0.02  # measured 0.001
 
 
 def test_empty_window_is_an_error() -> None:

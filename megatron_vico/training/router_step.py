@@ -47,14 +47,10 @@ def router_step(
     ]
     reference_inputs = [language_inputs(pack.reference, device) for pack in packs]
     reference_rows = reference.response_rows(reference_inputs, reference_tokens, groups=groups.language)
-    reference_logits = [reference.language_model.response_logits(rows_RH) for rows_RH in reference_rows]
-
-    kl_none, kl_one = (
-        _sample_kl(policy, packs, features, reference_logits, view=view, groups=groups) for view in (0, 1)
-    )
+    rows_none, rows_one = (_policy_rows(policy, packs, features, view=view, groups=groups) for view in (0, 1))
     ratios = [
-        loss_ratio(one[asked_samples(pack)], none[asked_samples(pack)], eps=eps)
-        for pack, none, one in zip(packs, kl_none, kl_one, strict=True)
+        _loss_ratios(policy, reference, pack, rows=(theirs, none, one), eps=eps)
+        for pack, theirs, none, one in zip(packs, reference_rows, rows_none, rows_one, strict=True)
     ]
     # Every rank takes part, also one without a single image, and adds the same ratios in the same order.
     ratio_M = torch.cat(ratios)
@@ -82,32 +78,40 @@ def asked_samples(pack: PackedBatch) -> Tensor:
     return pack.router_tile_sample.unique_consecutive()
 
 
-@torch.no_grad()
-def _sample_kl(
-    policy: Policy,
-    packs: Sequence[PackedBatch],
-    features: Sequence[Tensor],
-    reference_logits: Sequence[Tensor],
-    *,
-    view: int,
-    groups: Groups,
+def _policy_rows(
+    policy: Policy, packs: Sequence[PackedBatch], features: Sequence[Tensor], *, view: int, groups: Groups
 ) -> list[Tensor]:
-    """L_ViCO of each sample under one of the two plans, [D] a pack."""
+    """The policy's response rows [R, H] under one of the two plans, a tensor a pack."""
     device = groups.device
-    tokens = [
-        policy.encoder.visual_tokens(each, pack.policies[view].compressed.to(device))
-        for pack, each in zip(packs, features, strict=True)
-    ]
+    with torch.no_grad():
+        tokens = [
+            policy.encoder.visual_tokens(each, pack.policies[view].compressed.to(device))
+            for pack, each in zip(packs, features, strict=True)
+        ]
     inputs = [language_inputs(pack.policies[view].stream, device) for pack in packs]
-    rows = forward_pass(policy.language_model, inputs, tokens, groups=groups.language)
-    return [
+    return forward_pass(policy.language_model, inputs, tokens, groups=groups.language)
+
+
+@torch.no_grad()
+def _loss_ratios(
+    policy: Policy, reference: Reference, pack: PackedBatch, *, rows: tuple[Tensor, Tensor, Tensor], eps: float
+) -> Tensor:
+    """r of Eq. 2 for the pack's questions, [M]; rows: of the reference, and of the policy under both plans, [R, H].
+
+    Logits live for one pack at a time: those of 4,096 rows take 2.5 GB.
+    """
+    reference_logits_RV = reference.language_model.response_logits(rows[0])
+    asked_M = asked_samples(pack).to(rows[0].device)
+    sample_of_row_R = pack.sample_of_row.to(rows[0].device)
+    none_M, one_M = (
         sample_means(
-            forward_kl(reference, policy.language_model.response_logits(rows_RH)),
-            pack.sample_of_row.to(device),
+            forward_kl(reference_logits_RV, policy.language_model.response_logits(rows_RH)),
+            sample_of_row_R,
             len(pack.keys),
-        )
-        for pack, rows_RH, reference in zip(packs, rows, reference_logits, strict=True)
-    ]
+        )[asked_M]
+        for rows_RH in rows[1:]
+    )
+    return loss_ratio(one_M, none_M, eps=eps)
 
 
 def _ask(policy: Policy, pack: PackedBatch, features_NPD: Tensor) -> Tensor:

@@ -4,7 +4,11 @@
 to know about a batch travels in an `AttentionLayout`, made once a forward pass and handed through mcore as its
 packed_seq_params.
 
-Shapes: T packed tokens, B samples, S tokens of a sample, A heads of queries, G heads of keys, E channels of a head.
+Under context parallelism (`parallel/zigzag.py` has the layout) keys and values of the whole pack are gathered in every
+layer: simple, and equal to one rank. TransformerEngine, on a GPU, sends them round a ring instead.
+
+Shapes: T packed tokens (of this rank), B samples, S tokens of a sample, A heads of queries, G heads of keys, E channels
+of a head, W packed tokens of all context-parallel ranks.
 """
 
 import math
@@ -15,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_vico.errors import ConfigError
+from megatron_vico.parallel.zigzag import zigzag_positions
 
 _MOST_PADDING = 2.0
 """Documents are padded to the longest of a pack, and attended in one call, up to this many times the real tokens."""
@@ -66,6 +71,37 @@ class KVCache:
         return part
 
 
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Consecutive tokens of one document that a context-parallel rank holds, and what they see."""
+
+    document: int
+    num_keys: int
+    """Tokens of the document up to the last of the chunk."""
+
+    mask: Tensor | None
+    """[tokens of the chunk, num_keys] bool, true where a query sees a key; None if the chunk begins the document."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextShare:
+    """A context-parallel rank's part of a pack."""
+
+    positions_T: Tensor
+    """[T] int64, where in the whole pack each of this rank's tokens is."""
+
+    gathered_rows_W: Tensor
+    """[W] int64: for each token of the whole pack, its row in what is gathered from the ranks in their order."""
+
+    pack_rows_W: Tensor
+    """[W] int64, the inverse: for each gathered row, its place in the whole pack."""
+
+    chunks: tuple[Chunk, ...]
+    """In the order in which this rank holds them: two of each document."""
+
+    chunk_lens: tuple[int, ...]
+
+
 @dataclass(kw_only=True)
 class AttentionLayout(PackedSeqParams):
     """mcore's description of a packed batch, with what this project's attention works out once for all layers."""
@@ -76,7 +112,10 @@ class AttentionLayout(PackedSeqParams):
     sin: Tensor | None = None
 
     document_lens: tuple[int, ...] = ()
-    """Tokens of each packed document."""
+    """Tokens of each packed document, on all context-parallel ranks together."""
+
+    context: ContextShare | None = None
+    """This rank's part of the pack; None where it holds all of it."""
 
     gather_rows: Tensor | None = None
     """[D * longest] int64: the packed row at each place of the padded batch (any row where it is padding)."""
@@ -103,23 +142,38 @@ class Rotary:
         return angles.cos().to(dtype).unsqueeze(-2), angles.sin().to(dtype).unsqueeze(-2)
 
 
-def packed_layout(cu_seqlens: Tensor, max_seqlen: int, *, rotary: Rotary, dtype: torch.dtype) -> AttentionLayout:
+def packed_layout(
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    rotary: Rotary,
+    dtype: torch.dtype,
+    cp_group: torch.distributed.ProcessGroup | None = None,
+) -> AttentionLayout:
     """The layout of packed documents, for all layers of one forward pass.
 
     Args:
-        cu_seqlens: [D + 1] int32, where each document begins, and the end.
+        cu_seqlens: [D + 1] int32, where each document of the whole pack begins, and the end.
         max_seqlen: tokens of the longest document.
         rotary: the model's position embedding.
         dtype: computing dtype.
+        cp_group: the ranks that share the pack, as `zigzag_positions` says; None or one rank, it is not shared.
 
     Returns:
         A layout whose positions begin at 0 in each document.
+
+    Raises:
+        ValueError: if the pack is shared and a document is not a multiple of 2 * ranks long.
     """
     starts, lens = cu_seqlens[:-1].long(), (cu_seqlens[1:] - cu_seqlens[:-1]).long()
     document_lens = tuple(lens.tolist())  # once a forward pass, not once a layer
     num_tokens = sum(document_lens)
     begins_T = starts.repeat_interleave(lens, output_size=num_tokens)
     positions_T = torch.arange(num_tokens, device=starts.device) - begins_T
+    context = None
+    if cp_group is not None and cp_group.size() > 1:
+        context = context_share(document_lens, cp_size=cp_group.size(), cp_rank=cp_group.rank(), device=starts.device)
+        positions_T = positions_T.index_select(0, context.positions_T)
     cos, sin = rotary(positions_T, dtype)
     layout = AttentionLayout(
         qkv_format="thd",
@@ -130,7 +184,10 @@ def packed_layout(cu_seqlens: Tensor, max_seqlen: int, *, rotary: Rotary, dtype:
         cos=cos,
         sin=sin,
         document_lens=document_lens,
+        context=context,
     )
+    if context is not None:
+        return layout
     num_documents = len(document_lens)
     if num_tokens < num_documents * max_seqlen <= _MOST_PADDING * num_tokens:
         places = starts[:, None] + torch.arange(max_seqlen, device=starts.device)
@@ -138,6 +195,32 @@ def packed_layout(cu_seqlens: Tensor, max_seqlen: int, *, rotary: Rotary, dtype:
         documents_T = torch.arange(num_documents, device=starts.device).repeat_interleave(lens, output_size=num_tokens)
         layout.padded_rows = documents_T * max_seqlen + positions_T
     return layout
+
+
+def context_share(document_lens: tuple[int, ...], *, cp_size: int, cp_rank: int, device: torch.device) -> ContextShare:
+    """What `cp_rank` of `cp_size` ranks holds of a pack of documents, and what each part of it sees.
+
+    Lengths are in tokens. The masks of a document of n tokens take about n^2 / (2 * cp_size) bytes; documents of equal
+    length share theirs.
+    """
+    ranks = [zigzag_positions(document_lens, cp_size=cp_size, cp_rank=rank) for rank in range(cp_size)]
+    pack_rows_W = torch.cat(ranks)
+    chunks, chunk_lens, masks = [], [], dict[tuple[int, int], Tensor]()
+    for document, length in enumerate(document_lens):
+        chunk_len = length // (2 * cp_size)
+        for place in (cp_rank, 2 * cp_size - 1 - cp_rank):
+            size = (chunk_len, (place + 1) * chunk_len)
+            if place and size not in masks:
+                masks[size] = torch.ones(size, dtype=torch.bool, device=device).tril(place * chunk_len)
+            chunks.append(Chunk(document=document, num_keys=size[1], mask=masks.get(size)))
+            chunk_lens.append(chunk_len)
+    return ContextShare(
+        positions_T=ranks[cp_rank].to(device),
+        gathered_rows_W=pack_rows_W.argsort().to(device),
+        pack_rows_W=pack_rows_W.to(device),
+        chunks=tuple(chunks),
+        chunk_lens=tuple(chunk_lens),
+    )
 
 
 def batch_layout(positions_BS: Tensor, *, cache: KVCache | None, rotary: Rotary, dtype: torch.dtype) -> AttentionLayout:
@@ -181,11 +264,12 @@ class SDPACoreAttention(MegatronModule):
         super().__init__(config=config)
         assert attn_mask_type == AttnMaskType.causal
         assert attention_type == "self"
-        if config.context_parallel_size > 1:
-            raise ConfigError(
-                f"--context-parallel-size {config.context_parallel_size} needs TransformerEngine's attention; "
-                "with --attention sdpa, or without a GPU, use 1"
-            )
+        self.cp_group = pg_collection.cp if pg_collection is not None else None
+        cp_size = 1 if self.cp_group is None else self.cp_group.size()
+        assert cp_size == config.context_parallel_size, (
+            f"a context-parallel group of {cp_size} ranks, and a configuration for {config.context_parallel_size}"
+        )
+        self.cp_size = cp_size
         self.layer = layer_number - 1
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
@@ -202,7 +286,8 @@ class SDPACoreAttention(MegatronModule):
         """Attend.
 
         Args:
-            query: [T, A, E] of packed documents, or [S, B, A, E] of a batch, not yet rotated.
+            query: [T, A, E] of packed documents, or [S, B, A, E] of a batch, not yet rotated. Under context parallelism
+                this rank's tokens only.
             key: [T, G, E] or [S, B, G, E].
             value: as `key`.
             attention_mask: must be None; the layout says it all.
@@ -219,9 +304,14 @@ class SDPACoreAttention(MegatronModule):
         assert isinstance(layout, AttentionLayout)
         assert layout.cos is not None
         assert layout.sin is not None
+        assert (self.cp_size > 1) == (layout.context is not None), (
+            "packed_layout needs the model's context-parallel group; generation works without context parallelism only"
+        )
         query, key = _Rotate.apply(query, layout.cos, layout.sin), _Rotate.apply(key, layout.cos, layout.sin)
         if layout.qkv_format == "sbhd":
             return self._batch(query, key, value, layout)
+        if layout.context is not None:
+            return self._shared(query, key, value, layout.document_lens, context=layout.context)
         if layout.gather_rows is not None:
             return self._padded(query, key, value, layout)
         if len(set(layout.document_lens)) == 1:
@@ -234,10 +324,28 @@ class SDPACoreAttention(MegatronModule):
     def _padded(self, query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout) -> Tensor:
         """All documents in one call, each padded at its end, where causality keeps the padding out of sight."""
         shape = (len(layout.document_lens), layout.max_seqlen_q, -1, query.size(-1))
-        q, k, v = (_Pad.apply(x, layout.gather_rows, layout.padded_rows).view(shape) for x in (query, key, value))
+        q, k, v = (_TakeRows.apply(x, layout.gather_rows, layout.padded_rows).view(shape) for x in (query, key, value))
         padded = self._attend(q, k, v).flatten(0, 1).flatten(1)
         unpadded: Tensor = _Unpad.apply(padded, layout.padded_rows)
         return unpadded
+
+    def _shared(
+        self, query: Tensor, key: Tensor, value: Tensor, document_lens: tuple[int, ...], *, context: ContextShare
+    ) -> Tensor:
+        """This rank's queries against the keys and values of all context-parallel ranks, chunk by chunk.
+
+        Memory and time are quadratic in the longest document, and each layer keeps the keys and values of the whole
+        pack for the backward pass. Ran on CPUs only.
+        """
+        # Backward, each rank gets back the sum over ranks of its own tokens' gradients.
+        gathered = gather_from_sequence_parallel_region(torch.cat((key, value), dim=1), group=self.cp_group)
+        pack = _TakeRows.apply(gathered, context.gathered_rows_W, context.pack_rows_W)
+        documents = pack.split(list(document_lens))
+        outputs = []
+        for chunk, q in zip(context.chunks, query.split(list(context.chunk_lens)), strict=True):
+            k, v = documents[chunk.document][: chunk.num_keys].chunk(2, dim=1)
+            outputs.append(self._attend(q[None], k[None], v[None], mask=chunk.mask)[0])
+        return torch.cat(outputs).flatten(1)
 
     def _batch(self, query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout) -> Tensor:
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
@@ -316,26 +424,26 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, sign: int) -> Tensor:
     return out
 
 
-class _Pad(torch.autograd.Function):
-    """Packed rows to padded rows.
+class _TakeRows(torch.autograd.Function):
+    """Rows in another order, or padded; autograd would add up their gradients row by row, which is many times slower.
 
     Padding repeats real rows, and yet the backward pass only picks the real places: no gradient reaches padding,
     because no query looks at it and `_Unpad` drops its own output.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gather_rows: Tensor, padded_rows: Tensor) -> Tensor:
-        ctx.save_for_backward(padded_rows)
-        return x.index_select(0, gather_rows)
+    def forward(ctx: Any, x: Tensor, rows: Tensor, inverse_rows: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_rows)
+        return x.index_select(0, rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (padded_rows,) = ctx.saved_tensors
-        return grads[0].index_select(0, padded_rows), None, None
+        (inverse_rows,) = ctx.saved_tensors
+        return grads[0].index_select(0, inverse_rows), None, None
 
 
 class _Unpad(torch.autograd.Function):
-    """Padded rows back to packed rows; autograd would add up their gradients row by row, which is many times slower."""
+    """Padded rows back to packed rows; like `_TakeRows`, but the padding is left out."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, padded_rows: Tensor) -> Tensor:

@@ -191,7 +191,11 @@ class LanguageModel(MegatronModule):
     def _layout(self, inputs: LanguageInputs) -> PackedSeqParams:
         if self.rotary is not None:
             return packed_layout(
-                inputs.cu_seqlens, inputs.max_seqlen, rotary=self.rotary, dtype=self.config.params_dtype
+                inputs.cu_seqlens,
+                inputs.max_seqlen,
+                rotary=self.rotary,
+                dtype=self.config.params_dtype,
+                cp_group=self.gpt.pg_collection.cp,
             )
         return PackedSeqParams(
             qkv_format="thd",

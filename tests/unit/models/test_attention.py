@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_vico.models.attention import Rotary, _Rotate, packed_layout
+from megatron_vico.models.attention import Rotary, _Rotate, context_share, packed_layout
 from megatron_vico.models.language_model import LanguageInputs, LanguageModel
 from megatron_vico.models.registry import get_model_config
 from tests.toy_models import make_language_model, pack
@@ -72,6 +72,45 @@ def test_a_document_does_not_see_its_neighbour(single_process_groups: None) -> N
     after = model(replace(inputs, token_ids_T=changed))
     assert torch.equal(before[9:], after[9:])
     assert not torch.allclose(before[:9], after[:9], atol=0.1)
+
+
+@pytest.mark.parametrize("cp_size", [2, 4])
+def test_shares_of_a_pack_see_all_of_it_that_is_due(cp_size: int) -> None:
+    """Each rank's chunks against the dense causal mask of the pack, and the way back from gathered rows."""
+    lens = (8, 24, 8, 16)
+    documents = torch.arange(len(lens)).repeat_interleave(torch.tensor(lens))
+    due = (documents[:, None] == documents) & torch.ones(sum(lens), sum(lens), dtype=torch.bool).tril()
+    ranks = [context_share(lens, cp_size=cp_size, cp_rank=rank, device=due.device) for rank in range(cp_size)]
+    for share in ranks:
+        seen = torch.zeros(sum(lens) // cp_size, sum(lens), dtype=torch.bool)
+        ends = torch.tensor(share.chunk_lens).cumsum(0).tolist()
+        for chunk, length, end in zip(share.chunks, share.chunk_lens, ends, strict=True):
+            mask = torch.ones(length, length, dtype=torch.bool).tril() if chunk.mask is None else chunk.mask
+            start = sum(lens[: chunk.document])
+            seen[end - length : end, start : start + chunk.num_keys] = mask
+        assert torch.equal(seen, due[share.positions_T])
+        gathered = torch.cat([each.positions_T for each in ranks])
+        assert torch.equal(gathered[share.gathered_rows_W], torch.arange(sum(lens)))
+        assert torch.equal(gathered, share.pack_rows_W)
+    assert ranks[1].chunks[0].mask is ranks[1].chunks[4].mask  # documents of equal length share theirs
+
+
+def test_a_share_is_rotated_by_its_own_positions(single_process_groups: None) -> None:
+    class Third:
+        """The third of four context-parallel ranks."""
+
+        size = staticmethod(lambda: 4)
+        rank = staticmethod(lambda: 2)
+
+    cu_seqlens = torch.tensor([0, 16, 24], dtype=torch.int32)
+    whole, share = (
+        packed_layout(cu_seqlens, 16, rotary=Rotary(32, 1e4), dtype=torch.float32, cp_group=group)
+        for group in (None, Third())
+    )
+    assert whole.context is None
+    assert whole.cos is not None
+    assert share.cos is not None
+    assert torch.equal(share.cos, whole.cos[[4, 5, 10, 11, 18, 21]])
 
 
 def test_only_the_wanted_rows_come_back_in_the_order_asked(single_process_groups: None) -> None:

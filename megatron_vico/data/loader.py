@@ -181,7 +181,7 @@ class PackBuilder:
     tokens_kept: int
     tokens_compressed: int
     image_token_id: int
-    xi_sampler: Literal["bernoulli", "exact-count"] = "bernoulli"
+    xi_sampler: Literal["stratified", "bernoulli", "exact-count"] = "stratified"
     router_granularity: Literal["tile", "image"] = "tile"
     cost: PackCost = EQUAL_COST
     """What a pack of the stage costs, by which `make_loader` spreads the packs over data-parallel ranks."""
@@ -231,6 +231,11 @@ class PackBuilder:
             return ()
         if self.stage == "router":
             return (np.zeros_like(question), question)
+        if self.xi_sampler == "stratified":
+            # A sample comes once an epoch, so the first one names the pack; no other pack draws from this stream.
+            random = compression_plan.generator(self.seed, pack.epoch, pack.sample_ids[0], "xi-of-pack")
+            images = [count for sample in samples for count in sample.tiles_per_image]
+            return (compression_plan.plan_stratified(images, generator=random).numpy(),)
         plans = []
         for sample, sample_id in zip(samples, pack.sample_ids, strict=True):
             random = compression_plan.generator(self.seed, pack.epoch, sample_id, "xi")

@@ -47,8 +47,10 @@ class StageOptions:
     """Checkpoint of the frozen reference; unset, --pretrained-checkpoint. The router stage must name it: there the
     reference is the model from before consistency training."""
 
-    xi_sampler: Literal["bernoulli", "exact-count"] = "bernoulli"
-    """How tiles are drawn from an image's share xi ~ U[0, 1]: each with probability xi, or exactly round(xi * N)."""
+    xi_sampler: Literal["stratified", "bernoulli", "exact-count"] = "stratified"
+    """How an image's share xi ~ U[0, 1] of compressed tiles is drawn: one stratum of [0, 1) for each image of a pack,
+    so that packs have policy streams of like length (stratified), or for each image alone, and then each tile with
+    probability xi (bernoulli) or exactly round(xi * N) tiles (exact-count)."""
 
     router_granularity: Literal["tile", "image"] = "tile"
     """What ViR decides on: each tile (ViCO), or all tiles of an image together (the image-level row of Table 3)."""

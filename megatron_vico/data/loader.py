@@ -1,9 +1,9 @@
 """From shards to packed batches: which packs a step has, what is in a pack, and the iterator that a rank trains from.
 
 The packs of a step are a pure function of (shards, options, seed, step): the same for every rank, worker count and
-restart. Rank r of n data-parallel ranks takes packs r, r + n, ... of each step. The packs of one epoch follow those of
-the one before, so that an epoch may end inside a step: nothing is dropped, and each sample comes once an epoch.
-The only state is the number of consumed steps.
+restart. Data-parallel ranks share the packs of a step by their estimated cost (data/balance.py), as many for each. The
+packs of one epoch follow those of the one before, so that an epoch may end inside a step: nothing is dropped, and each
+sample comes once an epoch. The only state is the number of consumed steps.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_vico.config.schema import DataOptions, Stage
 from megatron_vico.data import parcel
+from megatron_vico.data.balance import EQUAL_COST, PackCost, assign
 from megatron_vico.data.encoding import SampleEncoder
 from megatron_vico.data.image_tokens import expand_pack
 from megatron_vico.data.packing import PackLimits, global_order, iter_packs
@@ -44,6 +45,9 @@ class StepPlan:
 
     step: int
     packs: tuple[Pack, ...]
+
+    costs: tuple[float, ...]
+    """Estimated FLOPs of each pack."""
 
     @property
     def num_samples(self) -> int:
@@ -79,6 +83,7 @@ class PackPlan:
         tokens_kept: int,
         seed: int,
         global_batch_size: int,
+        cost: PackCost = EQUAL_COST,
     ) -> None:
         """Check that every sample fits into a pack.
 
@@ -88,6 +93,7 @@ class PackPlan:
             tokens_kept: visual tokens of a tile that is not compressed.
             seed: the run's seed.
             global_batch_size: packs of a step.
+            cost: what a pack costs the rank that gets it.
 
         Raises:
             ConfigError: if there is no sample.
@@ -96,6 +102,7 @@ class PackPlan:
         self.data = FolderList(folders)
         self.seed = seed
         self.global_batch_size = global_batch_size
+        self.cost = cost
         self.window = options.packing_window
         self.limits = PackLimits(
             capacity=options.seq_length, max_tiles=options.max_tiles_per_pack, max_samples=options.max_samples_per_pack
@@ -131,7 +138,12 @@ class PackPlan:
             self._rewind()
         while self._next_step < step:
             self._take()
-        return StepPlan(step=step, packs=self._take())
+        packs = self._take()
+        return StepPlan(step=step, packs=packs, costs=tuple(self._flops(pack) for pack in packs))
+
+    def _flops(self, pack: Pack) -> float:
+        ids = list(pack.sample_ids)
+        return self.cost.flops(self.lengths[ids].tolist(), tiles=self.num_tiles[ids].tolist())
 
     def _take(self) -> tuple[Pack, ...]:
         self._next_step += 1
@@ -169,8 +181,10 @@ class PackBuilder:
     tokens_kept: int
     tokens_compressed: int
     image_token_id: int
-    xi_sampler: Literal["bernoulli", "exact-count"] = "bernoulli"
+    xi_sampler: Literal["stratified", "bernoulli", "exact-count"] = "stratified"
     router_granularity: Literal["tile", "image"] = "tile"
+    cost: PackCost = EQUAL_COST
+    """What a pack of the stage costs, by which `make_loader` spreads the packs over data-parallel ranks."""
 
     def build(self, samples: Sequence[EncodedSample], *, pack: Pack, samples_in_global_batch: int) -> PackedBatch:
         """Pack samples: tiles, reference stream, and the stage's policy streams.
@@ -217,6 +231,11 @@ class PackBuilder:
             return ()
         if self.stage == "router":
             return (np.zeros_like(question), question)
+        if self.xi_sampler == "stratified":
+            # A sample comes once an epoch, so the first one names the pack; no other pack draws from this stream.
+            random = compression_plan.generator(self.seed, pack.epoch, pack.sample_ids[0], "xi-of-pack")
+            images = [count for sample in samples for count in sample.tiles_per_image]
+            return (compression_plan.plan_stratified(images, generator=random).numpy(),)
         plans = []
         for sample, sample_id in zip(samples, pack.sample_ids, strict=True):
             random = compression_plan.generator(self.seed, pack.epoch, sample_id, "xi")
@@ -354,7 +373,9 @@ class _StepDataset(Dataset[list[PackedBatch] | SampleError]):
 
     def _batches(self, step: StepPlan) -> list[PackedBatch]:
         batches = []
-        for pack in step.packs[self._dp_rank :: self._dp_size]:
+        # The same on every rank: it follows from the index alone.
+        mine = assign(step.costs, num_ranks=self._dp_size)[self._dp_rank]
+        for pack in (step.packs[number] for number in mine):
             samples = [self._encode(sample_id) for sample_id in pack.sample_ids]
             batches.append(self._builder.build(samples, pack=pack, samples_in_global_batch=step.num_samples))
         return batches
@@ -407,6 +428,7 @@ def make_loader(
         tokens_kept=builder.tokens_kept,
         seed=builder.seed,
         global_batch_size=global_batch_size,
+        cost=builder.cost,
     )
     return Loader(
         plan,

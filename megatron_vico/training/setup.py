@@ -26,6 +26,7 @@ from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel
 from megatron_vico.models.registry import ModelConfig, get_model_config
 from megatron_vico.parallel.groups import Groups
+from megatron_vico.training.flops import pack_cost
 from megatron_vico.training.optimizer import build_optimizer, build_scheduler
 from megatron_vico.training.policy import Policy, wrap
 from megatron_vico.training.reference import Reference, share_equal_modules
@@ -187,6 +188,7 @@ def _loader(cfg: RunConfig, model: ModelConfig, groups: Groups, start_step: int)
         image_token_id=model.image_token_id,
         xi_sampler=cfg.stage.xi_sampler,
         router_granularity=cfg.stage.router_granularity,
+        cost=pack_cost(model, cfg.stage),
     )
     return make_loader(
         cfg.data,

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_vico.config.schema import DataOptions
+from megatron_vico.data.balance import PackCost, assign
 from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
 from megatron_vico.data.image_tokens import expand
 from megatron_vico.data.loader import Loader, Pack, PackBuilder, PackPlan, make_loader
@@ -21,6 +22,9 @@ from tests.unit.data.conftest import NUM_SAMPLES, SETTINGS
 
 BUILDER = PackBuilder(stage="consistency", seed=7, tokens_kept=4, tokens_compressed=1, image_token_id=5)
 GLOBAL_BATCH = 4
+COST = PackCost(
+    per_token=20.0, per_token_squared=0.5, per_tile=300.0, full_passes=1.0, compressed_passes=3.0, saved_per_tile=1.5
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,21 @@ def load(options, tokenizer):
     return make
 
 
+def naive_plans(sampler, samples, pack):
+    """The plan of each sample, from the streams that belong to it or to its pack."""
+    if sampler == "stratified":
+        images = [count for sample in samples for count in sample.tiles_per_image]
+        stream = compression_plan.generator(7, pack.epoch, pack.sample_ids[0], "xi-of-pack")
+        whole = compression_plan.plan_stratified(images, generator=stream)
+        return torch.split(whole, [sample.num_tiles for sample in samples])
+    return [
+        compression_plan.plan_fraction(
+            sample.tiles_per_image, generator=compression_plan.generator(7, pack.epoch, i, "xi"), sampler=sampler
+        )
+        for i, sample in zip(pack.sample_ids, samples, strict=True)
+    ]
+
+
 def take(loader, steps):
     return list(itertools.islice(iter(loader), steps))
 
@@ -70,7 +89,7 @@ def flat_steps(steps):
     return [[flat(batch) for batch in batches] for batches in steps]
 
 
-@pytest.mark.parametrize("sampler", ["bernoulli", "exact-count"])
+@pytest.mark.parametrize("sampler", ["stratified", "bernoulli", "exact-count"])
 def test_batch_equals_its_samples_one_by_one(load, shards, tokenizer, sampler):
     folder, encoder = ShardFolder.open(shards), SampleEncoder(tokenizer=tokenizer, settings=SETTINGS)
     loader = load(xi_sampler=sampler)
@@ -78,14 +97,7 @@ def test_batch_equals_its_samples_one_by_one(load, shards, tokenizer, sampler):
         plan = loader.plan.step(step)
         for pack, batch in zip(plan.packs, batches, strict=True):
             samples = [encoder.encode(folder.read(i)) for i in pack.sample_ids]
-            drawn = [
-                compression_plan.plan_fraction(
-                    sample.tiles_per_image,
-                    generator=compression_plan.generator(7, pack.epoch, i, "xi"),
-                    sampler=sampler,
-                )
-                for i, sample in zip(pack.sample_ids, samples, strict=True)
-            ]
+            drawn = naive_plans(sampler, samples, pack)
             assert batch.keys == tuple(sample.key for sample in samples)
             assert batch.sample_ids.tolist() == list(pack.sample_ids)
             assert batch.tiles_per_image == sum((sample.tiles_per_image for sample in samples), ())
@@ -148,15 +160,72 @@ def test_each_epoch_draws_new_plans(load):
 
 @pytest.mark.parametrize("stage", ["pretrain", "consistency", "router"])
 def test_two_ranks_together_have_the_batches_of_one(load, stage):
+    """Packs that cost the same are dealt one after the other."""
     alone = flat_steps(take(load(stage=stage), 8))
     first, second = (flat_steps(take(load(stage=stage, dp_rank=rank, dp_size=2), 8)) for rank in range(2))
     for whole, even, odd in zip(alone, first, second, strict=True):
         assert [even[0], odd[0], even[1], odd[1]] == whole
 
 
+@pytest.mark.parametrize("dp_size", [2, 4])
+def test_ranks_share_the_packs_of_a_step_by_cost(load, dp_size):
+    loader = load(cost=COST)
+    alone = flat_steps(take(loader, 8))
+    ranks = [flat_steps(take(load(cost=COST, dp_rank=rank, dp_size=dp_size), 8)) for rank in range(dp_size)]
+    moved = 0
+    for step, whole in enumerate(alone):
+        packs = loader.plan.step(step).packs
+        costs = [naive_cost(loader.plan, pack) for pack in packs]
+        np.testing.assert_allclose(loader.plan.step(step).costs, costs, rtol=1e-12)  # measured 0
+        assignment = assign(loader.plan.step(step).costs, num_ranks=dp_size)
+        for rank, numbers in zip(ranks, assignment, strict=True):
+            assert rank[step] == [whole[number] for number in numbers]
+        assert sorted(batch for rank in ranks for batch in rank[step]) == sorted(whole)
+        moved += assignment != tuple(tuple(range(rank, GLOBAL_BATCH, dp_size)) for rank in range(dp_size))
+    assert moved > 0 or dp_size == GLOBAL_BATCH  # one pack a rank has nothing to balance
+
+
+def naive_cost(plan, pack):
+    cost = 0.0
+    for i in pack.sample_ids:
+        full = int(plan.lengths[i])
+        compressed = full - 1.5 * int(plan.num_tiles[i])
+        cost += 20.0 * full + 0.5 * full**2 + 3 * (20.0 * compressed + 0.5 * compressed**2)
+        cost += 300.0 * int(plan.num_tiles[i])
+    return cost
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_batches(load):
+    """One rank takes three steps, four take the next three: each step has the packs that it has without a change."""
+    whole = flat_steps(take(load(cost=COST), 6))
+    ranks = [flat_steps(take(load(cost=COST, dp_rank=rank, dp_size=4, start_step=3), 3)) for rank in range(4)]
+    for step in range(3):
+        assert sorted(batch for rank in ranks for batch in rank[step]) == sorted(whole[3 + step])
+
+
+def test_a_packs_shares_depend_on_nothing_but_the_pack(load, shards, tokenizer):
+    """Samples without images in between draw nothing; another epoch or pack draws anew."""
+    folder, encoder = ShardFolder.open(shards), SampleEncoder(tokenizer=tokenizer, settings=SETTINGS)
+    text = int(np.flatnonzero(folder.num_tiles == 0)[0])
+    images = [int(i) for i in np.flatnonzero(folder.num_tiles >= 3)[:3]]
+
+    def plan(ids, epoch=0):
+        samples = [encoder.encode(folder.read(i)) for i in ids]
+        pack = Pack(epoch=epoch, sample_ids=tuple(ids))
+        return BUILDER.build(samples, pack=pack, samples_in_global_batch=4).policies[0].compressed.tolist()
+
+    alone = plan(images)
+    assert plan(images) == alone
+    assert plan([images[0], text, images[1], text, images[2]]) == alone
+    assert plan(images, epoch=1) != alone
+    assert plan(images[::-1]) != alone
+
+
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_workers_change_nothing(load, num_workers):
     assert flat_steps(take(load(num_workers=num_workers), 7)) == flat_steps(take(load(), 7))
+    rank = {"cost": COST, "dp_rank": 1, "dp_size": 2}
+    assert flat_steps(take(load(**rank, num_workers=num_workers), 7)) == flat_steps(take(load(**rank), 7))
 
 
 def test_workers_can_be_started_without_fork(load):

@@ -181,6 +181,7 @@ def test_splitting_packs_changes_nothing(toy_data: ToyData, base_checkpoint: Pat
             global_batch_size=batch,
             packing_window=8,
             seq_length=2000,
+            xi_sampler="bernoulli",  # belongs to each sample; the shares of `stratified` belong to the pack
         )
         move_away(run)
         packs = next(iter(run.loader))

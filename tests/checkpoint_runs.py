@@ -1,6 +1,6 @@
 """A model with optimizer and scheduler that steps on made-up gradients, for the tests of training checkpoints."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,15 @@ from torch import Tensor
 
 from megatron_vico.checkpoint import state
 from megatron_vico.checkpoint.convert import canonical_state
+from megatron_vico.config.schema import ParallelOptions
 from megatron_vico.models.build import (
     build_language_model,
     build_vision_encoder,
     language_transformer_config,
     vision_transformer_config,
 )
-from megatron_vico.models.registry import get_model_config
+from megatron_vico.models.language_model import LanguageModel
+from megatron_vico.models.registry import ModelConfig, get_model_config
 from megatron_vico.parallel.groups import Groups
 
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -32,7 +34,8 @@ class Training:
     """What a training checkpoint is made of."""
 
     size: str
-    modules: Mapping[str, MegatronModule]
+    modules: Mapping[str, Sequence[MegatronModule]]
+    """By name, the chunks of this rank."""
     wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
@@ -76,56 +79,94 @@ class Training:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Copies of all weights, under the table's names."""
-        return {name: tensor.clone() for name, tensor in canonical_state(self.modules).items()}
+        """Copies of all weights, under the table's names, where this rank has all of them."""
+        whole = {name: chunks[0] for name, chunks in self.modules.items()}
+        return {name: tensor.clone() for name, tensor in canonical_state(whole).items()}
 
 
 def make_training(
-    size: str, *, groups: Groups, seed: int, dtype: str = "fp32", optimizer: str = "replicated", frozen: str = ""
+    size: str | ModelConfig,
+    *,
+    groups: Groups,
+    seed: int,
+    dtype: str = "fp32",
+    optimizer: str = "replicated",
+    frozen: str = "",
+    parallel: ParallelOptions | None = None,
+    clip_grad: float = 1.0,
 ) -> Training:
     """A toy model in training.
 
     Args:
-        size: name of the model.
+        size: the model, or its name.
         groups: process groups.
         seed: of the weights.
         dtype: fp32 or bf16.
         optimizer: `replicated`, or `sharded` over the data-parallel ranks.
         frozen: name of a module that gets no optimizer.
+        parallel: the layout of the groups; None, one rank a replica.
+        clip_grad: norm that gradients are clipped to; 0, they are not.
 
     Returns:
         It, before its first step.
     """
     torch.manual_seed(seed)
-    model, bf16, sharded = get_model_config(size), dtype == "bf16", optimizer == "sharded"
+    model = get_model_config(size) if isinstance(size, str) else size
+    bf16, sharded = dtype == "bf16", optimizer == "sharded"
     encoder = build_vision_encoder(model, vision_transformer_config(model, bf16=bf16), pg_collection=groups.encoder)
-    language_model = build_language_model(
-        model, language_transformer_config(model, bf16=bf16), pg_collection=groups.language, attention="sdpa"
-    )
-    modules = {"language_model": language_model.to(FORMATS[dtype]), "encoder": encoder.to(FORMATS[dtype])}
+    modules: dict[str, Sequence[MegatronModule]] = {
+        "language_model": [
+            chunk.to(FORMATS[dtype])
+            for chunk in _language_chunks(model, groups, parallel or ParallelOptions(), bf16=bf16)
+        ],
+        "encoder": [encoder.to(FORMATS[dtype])],
+    }
     options = OptimizerConfig(
         optimizer="adam",
         lr=1e-2,
         min_lr=1e-4,
         weight_decay=0.1,
-        clip_grad=1.0,
+        clip_grad=clip_grad,
         bf16=bf16,
         params_dtype=FORMATS[dtype],
         use_distributed_optimizer=sharded,
     )
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=sharded)
     wrapped, chained = [], []
-    for name, module in modules.items():
+    for name, chunks in modules.items():
         if name == frozen:
-            module.requires_grad_(False)
+            for chunk in chunks:
+                chunk.requires_grad_(False)
             continue
         group = groups.encoder if name == "encoder" else groups.language
-        wrapped.append(DistributedDataParallel(module.config, ddp, module, pg_collection=group))
-        wrapped[-1].broadcast_params()
-        built = get_megatron_optimizer(options, wrapped[-1:], use_gloo_process_groups=False, pg_collection=group)
+        own = [DistributedDataParallel(chunk.config, ddp, chunk, pg_collection=group) for chunk in chunks]
+        for chunk in own:
+            chunk.broadcast_params()
+        built = get_megatron_optimizer(options, own, use_gloo_process_groups=False, pg_collection=group)
         chained += getattr(built, "chained_optimizers", [built])
+        wrapped += own
     joined = ChainedOptimizer(chained)
-    return Training(size=size, modules=modules, wrapped=wrapped, optimizer=joined, scheduler=_scheduler(joined))
+    return Training(size=model.name, modules=modules, wrapped=wrapped, optimizer=joined, scheduler=_scheduler(joined))
+
+
+def _language_chunks(
+    model: ModelConfig, groups: Groups, parallel: ParallelOptions, *, bf16: bool
+) -> list[LanguageModel]:
+    stage, num_stages = groups.language.pp.rank(), groups.language.pp.size()
+    config = language_transformer_config(model, bf16=bf16, parallel=parallel)
+    num_chunks = config.virtual_pipeline_model_parallel_size or 1
+    return [
+        build_language_model(
+            model,
+            config,
+            pg_collection=groups.language,
+            attention="sdpa",
+            pre_process=stage == 0 and index == 0,
+            post_process=stage == num_stages - 1 and index == num_chunks - 1,
+            vp_stage=index if num_chunks > 1 else None,
+        )
+        for index in range(num_chunks)
+    ]
 
 
 def _scheduler(optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -5,7 +5,7 @@
 
 A step's folder has the suffix .incomplete until every rank has written its part, so what an interrupted save leaves
 behind is never taken for a checkpoint, and the one before it stays the latest. Tensors are stored under parameter names
-and in global shapes, those of the optimizer too, so that they do not depend on the number of ranks.
+and in global shapes, those of the optimizer too, so that every layout reads what any other wrote.
 """
 
 import contextlib
@@ -14,13 +14,13 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -34,6 +34,9 @@ from megatron_vico.checkpoint.hf_io import INCOMPLETE_SUFFIX, listed, read_json,
 from megatron_vico.errors import CheckpointError
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
+
+Modules = Mapping[str, MegatronModule | Sequence[MegatronModule]]
+"""By name, outside of DDP: a module, or the chunks of it that a pipeline rank has, in the order of the layers."""
 
 _METADATA_FILE, _CONFIG_FILE = "checkpoint.json", "config.yaml"
 _FORMAT_VERSION = 1
@@ -63,6 +66,9 @@ class CheckpointMetadata:
     iteration: int = 0
     """Optimizer steps of the stage; filled in when it is saved."""
 
+    layout: str = ""
+    """Parallel sizes it was saved under, to be read by people: any layout can load it; filled in when it is saved."""
+
     format_version: int = _FORMAT_VERSION
 
 
@@ -70,7 +76,7 @@ def save_checkpoint(
     directory: str | Path,
     iteration: int,
     *,
-    modules: Mapping[str, MegatronModule],
+    modules: Modules,
     metadata: CheckpointMetadata,
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
@@ -82,7 +88,7 @@ def save_checkpoint(
     Args:
         directory: of the run; the step gets a folder in it.
         iteration: optimizer steps done.
-        modules: by name, outside of DDP; the name is the prefix of the module's tensors.
+        modules: what is saved; a module's name is the prefix of its tensors.
         metadata: what this is.
         optimizer: of these modules, after at least one step (before it there is no state); unset, weights only.
         scheduler: of the learning rate.
@@ -98,8 +104,8 @@ def save_checkpoint(
     root = Path(directory)
     target = iteration_folder(root, iteration)
     unfinished = target.with_name(target.name + INCOMPLETE_SUFFIX)
-    facts = CheckpointMetadata(
-        model_size=metadata.model_size, stage=metadata.stage, has_optimizer=optimizer is not None, iteration=iteration
+    facts = replace(
+        metadata, has_optimizer=optimizer is not None, iteration=iteration, layout=_describe_layout(modules)
     )
 
     def begin() -> None:
@@ -131,7 +137,7 @@ def save_checkpoint(
 def load_checkpoint(
     directory: str | Path,
     *,
-    modules: Mapping[str, MegatronModule],
+    modules: Modules,
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     model_size: str,
@@ -166,16 +172,16 @@ def load_checkpoint(
         scheduler.load_state_dict(loaded["scheduler"])
     except (KeyError, ValueError, RuntimeError, AssertionError) as error:
         raise CheckpointError(
-            f"{folder}: the optimizer's state does not fit this run's: {_cause(error)}; resume with the stage, the "
-            "trained modules, the learning rates and the optimizer it was saved with, or give it as "
-            "--pretrained-checkpoint to start from its weights."
+            f"{folder}, saved under {metadata.layout or 'an unknown layout'}: the optimizer's state does not fit this "
+            f"run's: {_cause(error)}; resume with the stage, the trained modules, the learning rates and the optimizer "
+            "it was saved with, or give it as --pretrained-checkpoint to start from its weights."
         ) from error
     trainer_state: dict[str, Any] = loaded["trainer_state"]
     return trainer_state
 
 
 def load_weights(
-    directory: str | Path, *, modules: Mapping[str, MegatronModule], model_size: str, iteration: int | None = None
+    directory: str | Path, *, modules: Modules, model_size: str, iteration: int | None = None
 ) -> CheckpointMetadata:
     """Load weights only, to start another stage or to evaluate; called by every rank, before an optimizer is built.
 
@@ -287,15 +293,35 @@ def _checked_metadata(folder: Path, model_size: str) -> CheckpointMetadata:
     return metadata
 
 
-def _sharded_state(
-    modules: Mapping[str, MegatronModule], optimizer: MegatronOptimizer | None, *, is_loading: bool
-) -> dict[str, Any]:
+def _chunks(module: MegatronModule | Sequence[MegatronModule]) -> Sequence[MegatronModule]:
+    return module if isinstance(module, Sequence) else [module]
+
+
+def _describe_layout(modules: Modules) -> str:
+    configs = [chunk.config for module in modules.values() for chunk in _chunks(module)]
+    sizes = {
+        "tensor parallel": [config.tensor_model_parallel_size for config in configs],
+        "pipeline parallel": [config.pipeline_model_parallel_size for config in configs],
+        "virtual pipeline": [config.virtual_pipeline_model_parallel_size or 1 for config in configs],
+        "context parallel": [config.context_parallel_size for config in configs],
+        "expert parallel": [config.expert_model_parallel_size for config in configs],
+        "expert tensor parallel": [config.expert_tensor_parallel_size or 1 for config in configs],
+    }
+    split = [f"{name} {max(each)}" for name, each in sizes.items() if max(each) > 1]
+    return ", ".join([f"{torch.distributed.get_world_size()} ranks", *split])
+
+
+def _sharded_state(modules: Modules, optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
     """The state as dist_checkpointing wants it; modules apart, for each has data-parallel groups of its own."""
-    weights: dict[str, Any] = {}
+    weights: dict[str, dict[int, Any]] = {}
     for name, module in modules.items():
-        weights[name] = module.sharded_state_dict(
-            prefix=f"{name}.", metadata={**_SHARDING, "dp_cp_group": _data_parallel_group(module)}
-        )
+        # Dicts, not lists: megatron-core joins this with what the saving rank had, which may be other chunks.
+        weights[name] = {
+            index: chunk.sharded_state_dict(
+                prefix=f"{name}.", metadata={**_SHARDING, "dp_cp_group": _data_parallel_group(chunk)}
+            )
+            for index, chunk in enumerate(_chunks(module))
+        }
     state: dict[str, Any] = {"modules": weights}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(_SHARDING))
@@ -303,14 +329,11 @@ def _sharded_state(
 
 
 def _data_parallel_group(module: MegatronModule) -> torch.distributed.ProcessGroup:
-    for part in module.modules():
-        groups = getattr(part, "pg_collection", None)
-        if groups is not None:
-            return groups.dp_cp
-    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+    found = (getattr(part, "pg_collection", None) for part in module.modules())
+    return next(groups for groups in found if groups is not None).dp_cp
 
 
-def _load(folder: Path, modules: Mapping[str, MegatronModule], optimizer: MegatronOptimizer | None) -> dict[str, Any]:
+def _load(folder: Path, modules: Modules, optimizer: MegatronOptimizer | None) -> dict[str, Any]:
     state = _sharded_state(modules, optimizer, is_loading=True)
     _check_tensors(folder, state, modules)
     try:
@@ -320,14 +343,20 @@ def _load(folder: Path, modules: Mapping[str, MegatronModule], optimizer: Megatr
         raise CheckpointError(f"could not read {folder}: {_cause(error)}.") from error
     for name, module in modules.items():
         prefix = f"{name}."
-        module.load_state_dict({key.removeprefix(prefix): each for key, each in loaded["modules"][name].items()})
+        for index, chunk in enumerate(_chunks(module)):
+            weights = loaded["modules"][name][index]
+            chunk.load_state_dict({key.removeprefix(prefix): each for key, each in weights.items()})
     return loaded
 
 
 def _check_tensors(folder: Path, state: dict[str, Any], modules: Iterable[str]) -> None:
     """Compare names and global shapes before anything is read, so that the error can list them."""
     stored = _stored_tensors(folder)
-    asked = {part.key: part for each in nested_values(state) for part in _tensors_of(each)}
+    own = {part.key: part.without_data() for each in nested_values(state) for part in _tensors_of(each)}
+    # Of all ranks, for a pipeline stage has a part of the names; and so that all ranks come to the same verdict.
+    everyones: list[dict[str, ShardedTensor]] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyones, own)
+    asked = {key: part for parts in everyones for key, part in parts.items()}
     absent = asked.keys() - stored.keys()
     prefixes = tuple(f"{name}." for name in modules)
     unknown = {key for key in stored.keys() - asked.keys() if key.startswith(prefixes)}
@@ -337,7 +366,8 @@ def _check_tensors(folder: Path, state: dict[str, Any], modules: Iterable[str]) 
         )
     for key, part in asked.items():
         found, expected = tuple(stored[key].global_shape), tuple(part.global_shape)
-        # A vocabulary padded to another number of ranks is allowed to differ: megatron-core takes what both have.
+        # A vocabulary padded to another number of ranks is allowed to differ: megatron-core takes what both have, and
+        # zeros beyond.
         if found != expected and not part.allow_shape_mismatch:
             raise CheckpointError(f"{folder}: {key} is {found}, the model's is {expected}.")
 

@@ -196,6 +196,11 @@ def build_language_model(
             tp_group=groups.tp,
         )
         gpt.setup_embeddings_and_output_layer()
+    for name, param in gpt.named_parameters():
+        if ".experts." in name:
+            # Megatron's mark of what has gradient buffers and an optimizer of its own. It sets it at EP > 1 only, and
+            # with another number of optimizers a checkpoint of EP 1 would not load there.
+            param.allreduce = False
     return LanguageModel(gpt, language=model.language, layout="te" if engine else "sdpa")
 
 

@@ -1,0 +1,74 @@
+"""A training checkpoint saved under any layout resumes under any other: weights, moments, masters and step count."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_vico.checkpoint import state
+from tests.distributed.layouts_checkpoint import CASES
+
+ROOT = Path(__file__).parents[2]
+PAIRS = [(case, layout) for case in CASES for layout in case.loaded_under]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What tests/distributed/run_layouts_checkpoint.py wrote with four ranks."""
+    path = tmp_path_factory.mktemp("layouts")
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    done = subprocess.run(
+        [*command, str(ROOT / "tests/distributed/run_layouts_checkpoint.py"), str(path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return path
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
+    """What each rank wrote."""
+    return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
+
+
+@pytest.mark.parametrize(("case", "layout"), PAIRS, ids=lambda each: getattr(each, "name", each))
+def test_the_next_step_is_that_of_the_uninterrupted_run(case: Any, layout: str, found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert rank[case.name][layout]["weights"] == 0.0  # every layout, bit for bit
+        assert rank[case.name][layout]["norm"] < 1e-6  # measured 2e-8: the order of the sum
+
+
+def test_without_the_optimizers_state_the_steps_differ(found: list[dict[str, Any]]) -> None:
+    """That the test above can fail."""
+    for rank in found:
+        assert rank["without optimizer"]["before"] == 0.0
+        assert rank["without optimizer"]["after"] > 1e-2
+
+
+def test_what_does_not_fit_is_refused_on_every_rank(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        told = rank["refusals"]
+        assert "is of toy-6b, this run is of toy; set --model-size" in told["another size"]
+        assert "linear_fc1.layer_norm_weight is (4, 48), the model's is (8, 48)" in told["more layers"]
+        assert (
+            "saved under 4 ranks, tensor parallel 2, pipeline parallel 2: the optimizer's state does not fit"
+            in (told["another optimizer"])
+        )
+        assert "--pretrained-checkpoint" in told["another optimizer"]
+        assert told == found[0]["refusals"]
+
+
+def test_a_checkpoint_says_what_it_was_saved_under(folder: Path) -> None:
+    layouts = {case.saved_under: state.read_metadata(folder / case.name).layout for case in CASES}
+    assert layouts["dp4"] == "4 ranks"
+    assert layouts["pp2-vpp2"] == "4 ranks, pipeline parallel 2, virtual pipeline 2"
+    assert layouts["ep2-tp2"] == "4 ranks, tensor parallel 2, expert parallel 2, expert tensor parallel 2"

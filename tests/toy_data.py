@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,15 @@ from PIL import Image
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 210), "grey": (128, 128, 128)}
 
 
-def write_conversations(folder: Path, *, num_samples: int, seed: int = 0) -> Path:
+def write_conversations(
+    folder: Path, *, num_samples: int, seed: int = 0, images_per_sample: Sequence[int] = (1, 1, 2, 0)
+) -> Path:
     """Images and a JSONL file in the official chat format; returns the JSONL's path, images lie beside it."""
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for index in range(num_samples):
-        num_images = (1, 1, 2, 0)[index % 4]
+        num_images = images_per_sample[index % len(images_per_sample)]
         names, words = [], []
         for image in range(num_images):
             size = rng.choice([(32, 32), (64, 64), (96, 32), (64, 32)])

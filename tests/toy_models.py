@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from megatron_vico.data.samples import PackedStream
 from megatron_vico.models.build import (
     build_language_model,
     build_vision_encoder,
@@ -14,6 +15,7 @@ from megatron_vico.models.build import (
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageInputs, LanguageModel
 from megatron_vico.models.registry import ModelConfig
+from megatron_vico.parallel.streams import StreamCut, language_inputs
 
 
 def make_encoder(model: ModelConfig, *, seed: int = 0, drop_path_rate: float = 0.0) -> VisionEncoder:
@@ -56,14 +58,16 @@ def pack(
     visual_positions: Sequence[int] = (),
     response_rows: Sequence[int] | None = None,
     seed: int = 0,
+    cut: StreamCut | None = None,
 ) -> LanguageInputs:
-    """A pack of random tokens; by default every row is wanted."""
+    """A pack of random tokens; by default every row is wanted, and the pack is whole."""
     num_tokens = sum(document_lens)
     generator = torch.Generator().manual_seed(seed)
-    return LanguageInputs(
-        token_ids_T=torch.randint(6, 512, (num_tokens,), generator=generator),
-        visual_positions_V=torch.tensor(visual_positions, dtype=torch.int64),
+    stream = PackedStream(
+        token_ids=torch.randint(6, 512, (num_tokens,), generator=generator),
+        visual_positions=torch.tensor(visual_positions, dtype=torch.int64),
         cu_seqlens=torch.tensor([0, *document_lens]).cumsum(0).int(),
         max_seqlen=max(document_lens),
-        response_rows_R=torch.tensor(range(num_tokens) if response_rows is None else response_rows, dtype=torch.int64),
+        response_rows=torch.tensor(range(num_tokens) if response_rows is None else response_rows, dtype=torch.int64),
     )
+    return language_inputs(stream, cut or StreamCut(), torch.device("cpu"))

@@ -32,9 +32,14 @@ def make_toy_data(folder: Path, *, num_samples: int = 48) -> ToyData:
     jsonl = write_conversations(folder / "raw", num_samples=num_samples)
     words = [f"{line} {index}\n" for index, line in enumerate(jsonl.read_text().splitlines())]
     tokenizer_path = train_sentencepiece(words * 3, model_prefix=folder / "tokenizer", vocab_size=400)
+    return make_toy_shards(folder, jsonl, tokenizer_path)
+
+
+def make_toy_shards(folder: Path, jsonl: Path, tokenizer_path: Path) -> ToyData:
+    """Shards of conversations whose images lie beside them."""
     make_shards(
         jsonl,
-        image_root=folder / "raw",
+        image_root=jsonl.parent,
         out_dir=folder / "shards",
         tokenizer=load_tokenizer(tokenizer_path),
         settings=EncodingSettings(image_size=32, max_dynamic_patch=4, use_thumbnail=True),
@@ -80,13 +85,12 @@ def weights_of(cfg: RunConfig, folder: Path, iteration: int | None = None) -> tu
     from megatron_vico.checkpoint import state
     from megatron_vico.models.registry import get_model_config
     from megatron_vico.parallel.groups import started
-    from megatron_vico.training.setup import build_modules
+    from megatron_vico.training.setup import build_modules, named_modules
 
     with started(cfg.parallel, seed=1, timeout_minutes=1) as groups:
-        encoder, language_model = build_modules(cfg, get_model_config("toy"), groups)
-        modules = {"language_model": language_model, "encoder": encoder}
-        state.load_weights(folder, modules=modules, model_size="toy", iteration=iteration)
-    return encoder, language_model
+        encoder, chunks = build_modules(cfg, get_model_config("toy"), groups)
+        state.load_weights(folder, modules=named_modules(encoder, chunks), model_size="toy", iteration=iteration)
+    return encoder, chunks[0]
 
 
 def load_tool(name: str) -> ModuleType:

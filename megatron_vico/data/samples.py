@@ -165,6 +165,11 @@ class PackedBatch:
     router_tile_sample: Tensor
     """[M] int64, local index of the sample each router tile belongs to."""
 
+    @property
+    def num_tiles(self) -> int:
+        """N, also where the tiles themselves are elsewhere (parallel/batch.py)."""
+        return sum(self.tiles_per_sample)
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedBatch":
         """The same batch with every tensor on `device`."""
         return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))

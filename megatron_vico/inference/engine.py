@@ -195,7 +195,7 @@ class Engine:
             )
             for prompt, each in zip(batch, plans, strict=True)
         ]
-        visual_tokens_VH = self.encoder.visual_tokens(features_NPD, torch.cat(plans).to(self._device))
+        visual_tokens_VH = self.encoder.visual_tokens(features_NPD, torch.cat(plans).cpu())
         num_turns = 1 + max(len(prompt.follow_ups) for prompt in batch)
         decoder = _Decoder(
             self.language_model,

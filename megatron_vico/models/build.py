@@ -5,6 +5,7 @@ Two modules never share a TransformerConfig: mcore keeps schedule hooks and loss
 
 import importlib.util
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -84,7 +85,8 @@ def language_transformer_config(
             "moe_router_dtype": "fp32",
             "moe_router_load_balancing_type": "none",
         }
-    fields |= _common_fields(language.hidden_size, bf16=bf16) | _parallel_fields(model, parallel or ParallelOptions())
+    fields |= _common_fields(language.hidden_size, bf16=bf16)
+    fields |= _parallel_fields(model, parallel or ParallelOptions(), overrides)
     return TransformerConfig(**(fields | overrides))
 
 
@@ -152,6 +154,7 @@ def build_language_model(
     post_process: bool = True,
     vp_stage: int | None = None,
     attention: Literal["auto", "sdpa"] = "auto",
+    head_chunk_rows: int = 1024,
 ) -> LanguageModel:
     """One pipeline chunk of a model's language model, with fresh weights.
 
@@ -164,6 +167,7 @@ def build_language_model(
         vp_stage: the chunk's place among the chunks of its rank, with interleaving.
         attention: "auto" takes TransformerEngine's layers where there are CUDA and TransformerEngine; "sdpa", and
             "auto" elsewhere, mcore's local layers with torch's attention.
+        head_chunk_rows: rows whose logits exist at once when a loss is taken.
 
     Returns:
         The chunk.
@@ -201,7 +205,45 @@ def build_language_model(
             # Megatron's mark of what has gradient buffers and an optimizer of its own. It sets it at EP > 1 only, and
             # with another number of optimizers a checkpoint of EP 1 would not load there.
             param.allreduce = False
-    return LanguageModel(gpt, language=model.language, layout="te" if engine else "sdpa")
+    layout = "te" if engine else "sdpa"
+    return LanguageModel(gpt, language=model.language, layout=layout, head_chunk_rows=head_chunk_rows)
+
+
+def build_language_chunks(
+    model: ModelConfig,
+    config: TransformerConfig,
+    *,
+    pg_collection: ProcessGroupCollection,
+    attention: Literal["auto", "sdpa"] = "auto",
+    head_chunk_rows: int = 1024,
+) -> tuple[LanguageModel, ...]:
+    """A pipeline rank's chunks of a model's language model: one, or with the interleaved schedule several.
+
+    Args:
+        model: which model.
+        config: from `language_transformer_config`, used by no other module; it says into how many chunks.
+        pg_collection: process groups.
+        attention: as in `build_language_model`.
+        head_chunk_rows: as in `build_language_model`.
+
+    Returns:
+        The chunks in the order of their layers.
+    """
+    stage, num_stages = pg_collection.pp.rank(), pg_collection.pp.size()
+    num_chunks = config.virtual_pipeline_model_parallel_size
+    return tuple(
+        build_language_model(
+            model,
+            config,
+            pg_collection=pg_collection,
+            pre_process=stage == 0 and chunk == 0,
+            post_process=stage == num_stages - 1 and chunk == (num_chunks or 1) - 1,
+            vp_stage=None if num_chunks is None else chunk,
+            attention=attention,
+            head_chunk_rows=head_chunk_rows,
+        )
+        for chunk in range(num_chunks or 1)
+    )
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
@@ -234,7 +276,7 @@ def _common_fields(hidden_size: int, *, bf16: bool) -> dict[str, Any]:
     }
 
 
-def _parallel_fields(model: ModelConfig, parallel: ParallelOptions) -> dict[str, Any]:
+def _parallel_fields(model: ModelConfig, parallel: ParallelOptions, overrides: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {
         name: getattr(parallel, name)
         for name in (
@@ -254,7 +296,8 @@ def _parallel_fields(model: ModelConfig, parallel: ParallelOptions) -> dict[str,
     if parallel.recompute_modules:
         fields["recompute_modules"] = list(parallel.recompute_modules)
     if parallel.num_layers_per_virtual_pipeline_stage is not None:
-        layers_per_stage = model.language.num_layers // parallel.pipeline_model_parallel_size
+        counted = sum(bool(overrides.get(f"account_for_{part}_in_pipeline_split")) for part in ("embedding", "loss"))
+        layers_per_stage = (model.language.num_layers + counted) // parallel.pipeline_model_parallel_size
         chunks = layers_per_stage // parallel.num_layers_per_virtual_pipeline_stage
         fields["virtual_pipeline_model_parallel_size"] = chunks
         # Batched sends and receives pair up wrongly at two stages, without an error.

@@ -58,8 +58,8 @@ class VisionEncoder(MegatronModule):
 
         Args:
             features_NPD: [N, P, D], ViT outputs.
-            compressed_N: [N] bool, True = compressed; None: nothing is. A connector that no tile goes through is not
-                touched.
+            compressed_N: [N] bool, on the CPU, True = compressed; None: nothing is. A connector that no tile goes
+                through is not touched.
 
         Returns:
             [V, H]: the tiles' tokens in tile order, those of a tile together and row by row.
@@ -74,17 +74,17 @@ class VisionEncoder(MegatronModule):
         if num_compressed == num_tiles:
             return self.connector_16x(features_NPD).flatten(0, 1)
         kept, compressed = (~compressed_N).nonzero().squeeze(1), compressed_N.nonzero().squeeze(1)
-        tokens_kept = self.connector_4x(features_NPD[kept])
-        tokens_compressed = self.connector_16x(features_NPD[compressed])
-        per_kept, per_compressed = tokens_kept.size(1), tokens_compressed.size(1)
-        counts_N = torch.where(compressed_N, per_compressed, per_kept)
+        device = features_NPD.device
+        tokens_kept = self.connector_4x(features_NPD[kept.to(device)])
+        tokens_compressed = self.connector_16x(features_NPD[compressed.to(device)])
+        counts_N = self.tokens_per_tile(compressed_N)
         first_N = counts_N.cumsum(0) - counts_N
-        places = (
-            first_N[chosen, None] + torch.arange(count, device=chosen.device)
-            for chosen, count in ((kept, per_kept), (compressed, per_compressed))
-        )
-        num_tokens = len(kept) * per_kept + len(compressed) * per_compressed
-        tokens = tokens_kept.new_zeros(num_tokens, tokens_kept.size(-1))
-        for rows, part in zip(places, (tokens_kept, tokens_compressed), strict=True):
-            tokens = tokens.index_copy(0, rows.flatten(), part.flatten(0, 1))
+        tokens = tokens_kept.new_zeros(int(counts_N.sum()), tokens_kept.size(-1))
+        for chosen, part in ((kept, tokens_kept), (compressed, tokens_compressed)):
+            rows = first_N[chosen, None] + torch.arange(part.size(1))
+            tokens = tokens.index_copy(0, rows.flatten().to(device), part.flatten(0, 1))
         return tokens
+
+    def tokens_per_tile(self, compressed_N: Tensor) -> Tensor:
+        """Visual tokens of each tile under a plan, [N] int64."""
+        return torch.where(compressed_N, self.model.compressed_tokens_per_tile, self.model.visual_tokens_per_tile)

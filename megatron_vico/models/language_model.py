@@ -5,6 +5,7 @@ The only file that knows GPTModel, which mcore will replace one day.
 Shapes: T packed tokens, V visual tokens, R response rows, B samples, S tokens of a sample, H channels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,26 +25,38 @@ from torch import Tensor
 
 from megatron_vico.models.attention import KVCache, Rotary, batch_layout, packed_layout
 from megatron_vico.models.registry import LanguageConfig
+from megatron_vico.parallel.fused_cross_entropy import cross_entropy_loss
+from megatron_vico.parallel.fused_head import VocabularyShard
+from megatron_vico.parallel.fused_kl import kl_loss, kl_rows
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LanguageInputs:
-    """One packed stream, as the language model takes it."""
+    """One rank's part of a packed stream; made by parallel/streams.py, which knows the layout."""
 
     token_ids_T: Tensor
-    """[T] int64; what stands at a visual position does not matter."""
+    """[T] int64, the tokens of this context-parallel rank; what stands at a visual position does not matter."""
 
     visual_positions_V: Tensor
-    """[V] int64, where in the pack visual token v goes."""
+    """[V] int64, where among these tokens the rank's visual tokens go."""
+
+    visual_index_V: Tensor | None = None
+    """[V] int64, which of the pack's visual tokens they are; None: all of them, in order."""
 
     cu_seqlens: Tensor
-    """[D + 1] int32, where each of the D documents begins, and the end."""
+    """[D + 1] int32, where each of the D documents of the whole pack begins, and the end."""
 
     max_seqlen: int
     """Tokens of the longest document."""
 
     response_rows_R: Tensor
-    """[R] int64, the rows of the hidden states that are wanted."""
+    """[R] int64, the rows that this rank picks from the hidden states it holds."""
+
+    gathered_rows_R: Tensor | None = None
+    """[R'] int64, the rows wanted here among those that all ranks picked; None: a rank picks what it wants."""
+
+    shard_len: int
+    """Hidden states that this rank holds between layers: T, over the sequence-parallel ranks."""
 
 
 class VocabularyHead(ColumnParallelLinear):
@@ -54,28 +67,38 @@ class VocabularyHead(ColumnParallelLinear):
     """
 
     def forward(
-        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+        *,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, None]:
-        """[..., H] to float32 [..., vocabulary of this rank]."""
+        """[..., H] to float32 [..., vocabulary of this rank]; or, with `loss`, what that makes of rows and weight."""
         assert weight is None, "InternVL3.5 does not tie embeddings"
+        if loss is not None:
+            return loss(input_, self.weight), None
         return torch.nn.functional.linear(input_.float(), self.weight.float()), None
 
 
 class LanguageModel(MegatronModule):
     """One pipeline chunk of Qwen3 or Qwen3-MoE; what DDP wraps and mcore's schedules call."""
 
-    def __init__(self, gpt: GPTModel, *, language: LanguageConfig, layout: str) -> None:
+    def __init__(self, gpt: GPTModel, *, language: LanguageConfig, layout: str, head_chunk_rows: int = 1024) -> None:
         """Wrap a GPTModel.
 
         Args:
             gpt: built by `build_language_model`, with a VocabularyHead where it has an output layer.
             language: its sizes.
             layout: "sdpa" if its layers have this project's attention, "te" if they have TransformerEngine's.
+            head_chunk_rows: rows whose logits exist at once when a loss is taken.
         """
         super().__init__(config=gpt.config)
         self.gpt = gpt
         self.language = language
         self.tp_group = gpt.pg_collection.tp
+        self.cp_group = gpt.pg_collection.cp
+        self.shard = VocabularyShard(group=self.tp_group, vocab_size=language.vocab_size, chunk_rows=head_chunk_rows)
         self.pre_process: bool = gpt.pre_process
         self.post_process: bool = gpt.post_process
         self.vp_stage: int | None = gpt.vp_stage
@@ -97,11 +120,11 @@ class LanguageModel(MegatronModule):
 
         Args:
             inputs: the pack.
-            visual_tokens_VH: [V, H], looked at by the first stage only.
+            visual_tokens_VH: [V, H], all of the pack's, looked at by the first stage only.
 
         Returns:
             The wanted rows [R, H], after the final norm, on the last stage; elsewhere hidden states [s, 1, h]. Under
-            tensor parallelism each rank may hand back its own share of the rows' gradient: it is summed here.
+            tensor parallelism each rank hands back its own share of the rows' gradient: it is summed here.
         """
         embedded = self._embed_pack(inputs, visual_tokens_VH) if self.pre_process else None
         output: Tensor = self.gpt(
@@ -111,7 +134,7 @@ class LanguageModel(MegatronModule):
             decoder_input=embedded,
             packed_seq_params=self._layout(inputs),
             output_processor=self._rows,
-            output_processor_context=inputs.response_rows_R,
+            output_processor_context=inputs,
         )
         return output
 
@@ -122,6 +145,70 @@ class LanguageModel(MegatronModule):
             logits = gather_from_tensor_model_parallel_region(logits, group=self.tp_group)
         real: Tensor = logits[..., : self.language.vocab_size]
         return real
+
+    def consistency_loss(
+        self, rows_RH: Tensor, row_weight_R: Tensor, *, reference: "LanguageModel", reference_rows_RH: Tensor
+    ) -> Tensor:
+        """Eq. 1 over the rows of one pack, weighted and summed.
+
+        Args:
+            rows_RH: [R, H] from `forward` of this model.
+            row_weight_R: [R] float32.
+            reference: the frozen model.
+            reference_rows_RH: [R, H], the same response tokens, from `forward` of the reference.
+
+        Returns:
+            Scalar float32, the same on all tensor-parallel ranks. See parallel/fused_kl.py for its gradients.
+        """
+
+        def loss(rows_RH: Tensor, weight_VH: Tensor) -> Tensor:
+            return kl_loss(
+                rows_RH,
+                policy_weight_VH=weight_VH,
+                reference_rows_RH=reference_rows_RH,
+                reference_weight_VH=reference.head_weight,
+                row_weight_R=row_weight_R,
+                shard=self.shard,
+            )
+
+        value: Tensor = self.gpt.output_layer(rows_RH, loss=loss)[0]
+        return value
+
+    def consistency_rows(self, rows_RH: Tensor, *, reference: "LanguageModel", reference_rows_RH: Tensor) -> Tensor:
+        """KL(reference || this model) of each row, [R] float32, without a gradient; arguments as `consistency_loss`."""
+        return kl_rows(
+            rows_RH,
+            policy_weight_VH=self.head_weight,
+            reference_rows_RH=reference_rows_RH,
+            reference_weight_VH=reference.head_weight,
+            shard=self.shard,
+        )
+
+    def cross_entropy(self, rows_RH: Tensor, labels_R: Tensor, row_weight_R: Tensor) -> Tensor:
+        """Next-token cross-entropy over the rows of one pack, weighted and summed; a float32 scalar.
+
+        Args:
+            rows_RH: [R, H] from `forward`.
+            labels_R: [R] int64.
+            row_weight_R: [R] float32.
+
+        Returns:
+            Scalar float32, the same on all tensor-parallel ranks.
+        """
+
+        def loss(rows_RH: Tensor, weight_VH: Tensor) -> Tensor:
+            return cross_entropy_loss(
+                rows_RH, weight_VH=weight_VH, labels_R=labels_R, row_weight_R=row_weight_R, shard=self.shard
+            )
+
+        value: Tensor = self.gpt.output_layer(rows_RH, loss=loss)[0]
+        return value
+
+    @property
+    def head_weight(self) -> Tensor:
+        """This rank's shard of the vocabulary head [V / tensor ranks, H]; the chunk must be the last one."""
+        weight: Tensor = self.gpt.output_layer.weight
+        return weight
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
         """An empty cache for `forward_batch`, for `batch` samples of at most `max_len` tokens."""
@@ -177,9 +264,10 @@ class LanguageModel(MegatronModule):
 
     def _embed_pack(self, inputs: LanguageInputs, visual_tokens_VH: Tensor | None) -> Tensor:
         hidden: Tensor = self.gpt.embedding(inputs.token_ids_T[None], None)  # [s, 1, h], whole on every rank
-        if visual_tokens_VH is not None and len(visual_tokens_VH):
-            tokens = visual_tokens_VH.unsqueeze(1).to(hidden.dtype)
-            hidden = hidden.index_copy(0, inputs.visual_positions_V, tokens)
+        if visual_tokens_VH is not None and len(inputs.visual_positions_V):
+            if inputs.visual_index_V is not None:
+                visual_tokens_VH = visual_tokens_VH.index_select(0, inputs.visual_index_V)
+            hidden = hidden.index_copy(0, inputs.visual_positions_V, visual_tokens_VH.unsqueeze(1).to(hidden.dtype))
         if self.config.recompute_granularity == "full" and torch.is_grad_enabled() and not hidden.requires_grad:
             # Under a frozen embedding and without images nothing would: mcore's checkpoint then drops the gradients
             # of the layers' weights.
@@ -195,7 +283,7 @@ class LanguageModel(MegatronModule):
                 inputs.max_seqlen,
                 rotary=self.rotary,
                 dtype=self.config.params_dtype,
-                cp_group=self.gpt.pg_collection.cp,
+                cp_group=self.cp_group,
             )
         return PackedSeqParams(
             qkv_format="thd",
@@ -205,11 +293,19 @@ class LanguageModel(MegatronModule):
             max_seqlen_kv=inputs.max_seqlen,
         )
 
-    def _rows(self, *, hidden_states: Tensor, context: Tensor, **unused: Any) -> Tensor:
-        hidden = hidden_states
+    def _rows(self, *, hidden_states: Tensor, context: LanguageInputs, **unused: Any) -> Tensor:
+        """Wanted rows, in response order.
+
+        Of the gradient of a row each tensor-parallel rank has the part that belongs to its share of the vocabulary;
+        all gathers below sum over ranks in their backward pass.
+        """
+        rows_RH = hidden_states[:, 0].index_select(0, context.response_rows_R)
         if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
-        rows_RH = hidden[:, 0].index_select(0, context)
-        if self.tp_group.size() > 1 and not self.config.sequence_parallel:
+            rows_RH = gather_from_sequence_parallel_region(rows_RH, group=self.tp_group)
+        elif self.tp_group.size() > 1:
             rows_RH = copy_to_tensor_model_parallel_region(rows_RH, group=self.tp_group)
+        if self.cp_group.size() > 1:
+            rows_RH = gather_from_sequence_parallel_region(rows_RH, group=self.cp_group)
+        if context.gathered_rows_R is not None:
+            rows_RH = rows_RH.index_select(0, context.gathered_rows_R)
         return rows_RH if torch.is_grad_enabled() else rows_RH.detach()

@@ -193,7 +193,8 @@ _TOY = ModelConfig(
     image_token_id=5,
 )
 # The 6B kind of tower: RMSNorm, norm of queries and keys, no qkv bias, an odd number of heads. Its language model has
-# grouped queries and a head_dim that is not hidden_size / num_heads, as half of the real sizes do.
+# grouped queries and a head_dim that is not hidden_size / num_heads, as half of the real sizes do; and, as that of
+# toy-moe, four layers for four pipeline stages.
 _TOY_6B = ModelConfig(
     name="toy-6b",
     vision=VisionConfig(
@@ -209,7 +210,7 @@ _TOY_6B = ModelConfig(
     ),
     language=LanguageConfig(
         hidden_size=48,
-        num_layers=2,
+        num_layers=4,
         num_heads=4,
         num_query_groups=2,
         head_dim=16,
@@ -235,7 +236,7 @@ _TOY_MOE = ModelConfig(
     ),
     language=LanguageConfig(
         hidden_size=48,
-        num_layers=2,
+        num_layers=4,
         num_heads=4,
         num_query_groups=2,
         head_dim=16,

@@ -199,6 +199,35 @@ def _redirect_collectives() -> None:
         return all_to_all(output, tensor, plain(output_split_sizes), plain(input_split_sizes), *args, **kwargs)
 
     torch.distributed.all_to_all_single = all_to_all_single  # type: ignore[assignment]
+    _allow_unequal_parts()
+
+
+def _allow_unequal_parts() -> None:
+    # NCCL gathers and scatters parts of unequal lengths, which experts over tensor-parallel ranks have; gloo does not.
+    all_gather, reduce_scatter = torch.distributed.all_gather, torch.distributed.reduce_scatter
+
+    def unequal_all_gather(outputs: list[Any], tensor: Any, group: Any = None, **kwargs: Any) -> Any:
+        if len({each.shape for each in outputs}) == 1:
+            return all_gather(outputs, tensor, group=group, **kwargs)
+        padded = tensor.new_zeros(max(len(each) for each in outputs), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        gathered = [torch.empty_like(padded) for _ in outputs]
+        all_gather(gathered, padded, group=group)
+        for output, part in zip(outputs, gathered, strict=True):
+            output.copy_(part[: len(output)])
+        return None
+
+    def unequal_reduce_scatter(output: Any, inputs: list[Any], group: Any = None, **kwargs: Any) -> Any:
+        if len({each.shape for each in inputs}) == 1:
+            return reduce_scatter(output, inputs, group=group, **kwargs)
+        assert not kwargs
+        whole = torch.cat(inputs)
+        torch.distributed.all_reduce(whole, group=group)
+        output.copy_(whole.split([len(each) for each in inputs])[torch.distributed.get_rank(group)])
+        return None
+
+    torch.distributed.all_gather = unequal_all_gather  # type: ignore[assignment]
+    torch.distributed.reduce_scatter = unequal_reduce_scatter  # type: ignore[assignment]
 
 
 def _install_adam() -> None:

@@ -23,26 +23,47 @@ class Groups:
     encoder: ProcessGroupCollection
     """Groups of the vision encoder: data-parallel over all ranks (it is never split), all else of one rank."""
 
-    data_parallel: torch.distributed.ProcessGroup
-    """Ranks that read different packs."""
+    replica: torch.distributed.ProcessGroup
+    """Ranks that share one model replica (tensor x context x pipeline) and so work on the same packs; tensor ranks
+    are neighbours in it, and the ranks of the first pipeline stage come first."""
 
     device: torch.device
     """Where this rank computes."""
 
     @property
+    def data_parallel(self) -> torch.distributed.ProcessGroup:
+        """Ranks in the same place of replicas that read different packs."""
+        return self.language.dp
+
+    @property
     def dp_rank(self) -> int:
-        """This rank's place among those that read different packs."""
+        """This replica's place among those that read different packs."""
         return self.data_parallel.rank()
 
     @property
     def dp_size(self) -> int:
-        """How many ranks read different packs."""
+        """How many replicas read different packs."""
         return self.data_parallel.size()
 
     @property
     def is_main(self) -> bool:
         """Whether this rank prints and writes."""
         return torch.distributed.get_rank() == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank embeds tokens."""
+        return self.language.pp.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank has response rows and a vocabulary head."""
+        return self.language.pp.rank() == self.language.pp.size() - 1
+
+    @property
+    def counts_loss(self) -> bool:
+        """Whether this rank's loss enters the sum over all ranks: the others have none, or the same one."""
+        return self.is_last_stage and self.language.tp.rank() == 0
 
 
 def launched_world_size() -> int:
@@ -86,15 +107,39 @@ def started(options: ParallelOptions, *, seed: int, timeout_minutes: int) -> Ite
             expert_model_parallel_size=options.expert_model_parallel_size,
             expert_tensor_parallel_size=options.expert_tensor_parallel_size,
         )
-    torch.manual_seed(seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    language = ProcessGroupCollection.use_mpu_process_groups()
     try:
-        yield Groups(language=language, encoder=_encoder_groups(), data_parallel=language.dp, device=device)
+        yield current_groups(seed=seed, device=device)
     finally:
         if owned:
             parallel_state.destroy_model_parallel()
             torch.distributed.destroy_process_group()
+
+
+def current_groups(*, seed: int, device: torch.device) -> Groups:
+    """The groups of the layout that megatron-core has been initialised with; called by every rank.
+
+    Args:
+        seed: seeds initialisation and dropout, as Megatron does.
+        device: where this rank computes.
+
+    Returns:
+        Them, and the project's own beside them.
+    """
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    language = ProcessGroupCollection.use_mpu_process_groups()
+    return Groups(language=language, encoder=_encoder_groups(), replica=_replica_group(language), device=device)
+
+
+def _replica_group(language: ProcessGroupCollection) -> torch.distributed.ProcessGroup:
+    """megatron-core has no group of all ranks of a replica; its rank order is tensor, context, data, pipeline."""
+    tensor, context, data, pipeline = (getattr(language, name).size() for name in ("tp", "cp", "dp", "pp"))
+    ranks = torch.arange(tensor * context * data * pipeline).view(pipeline, data, context, tensor)
+    place = tuple(getattr(language, name).rank() for name in ("pp", "dp", "cp", "tp"))
+    assert int(ranks[place]) == torch.distributed.get_rank(), "megatron-core orders its ranks in another way"
+    # Every rank makes every group, as torch asks for.
+    groups = [torch.distributed.new_group(ranks[:, index].flatten().tolist()) for index in range(data)]
+    return groups[place[1]]
 
 
 def _encoder_groups() -> ProcessGroupCollection:

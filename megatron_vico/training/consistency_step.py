@@ -5,89 +5,125 @@ No barrier, collective over all ranks or `.item()` stands between the reference 
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_vico.data.samples import PackedBatch
+from megatron_vico.models.language_model import LanguageInputs
+from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.parallel.groups import Groups
+from megatron_vico.parallel.streams import language_inputs, row_share
 from megatron_vico.training.metrics import StepSums, sums_of
-from megatron_vico.training.passes import (
-    VisualTokens,
-    cut,
-    encoder_backward,
-    language_inputs,
-    tile_features,
-    training_pass,
-)
+from megatron_vico.training.passes import LanguagePass, LossFunction, training_pass
 from megatron_vico.training.policy import Policy
 from megatron_vico.training.reference import Reference
-from megatron_vico.vico.consistency import forward_kl, weighted_sum
+from megatron_vico.training.trace import StepTrace
+from megatron_vico.training.vision import VisualTokens, tile_features, visual_tokens
 
 
-def consistency_step(policy: Policy, reference: Reference, packs: Sequence[PackedBatch], *, groups: Groups) -> StepSums:
-    """Gradients of Eq. 1 over this rank's packs of one optimizer step.
+def consistency_step(
+    policy: Policy, reference: Reference, batch: StepBatch, *, groups: Groups, trace: StepTrace | None = None
+) -> StepSums:
+    """Gradients of Eq. 1 over the packs of one optimizer step; called by every rank.
 
     Args:
         policy: the model that is trained; its gradients are zero when this is called.
         reference: the frozen model.
-        packs: this rank's packs, each with one policy view whose plan has a share xi ~ U[0, 1] of each image's tiles
-            compressed.
+        batch: this replica's packs, each with one policy view whose plan has a share xi ~ U[0, 1] of each image's
+            tiles compressed.
         groups: process groups.
+        trace: records who does what when.
 
     Returns:
         This rank's share of the loss and of the figures that are logged; nothing is synchronised.
     """
-    device = groups.device
-    policy_tokens: list[VisualTokens] = []
-    reference_tokens: list[Tensor] = []
-    for pack in packs:
-        features_NPD = tile_features(policy.encoder, pack.tiles, device, trained="vit" in policy.trained)
-        reference_tokens.append(reference.visual_tokens(pack.tiles, features_NPD, device))
-        compressed_N = pack.policies[0].compressed.to(device)
-        policy_tokens.append(cut(policy.encoder.visual_tokens(features_NPD, compressed_N)))
+    device, packs = groups.device, batch.packs
+    # All that goes to the device goes before the passes: nothing between them waits for it.
+    reference_inputs = [language_inputs(pack.reference, policy.stream_cut, device) for pack in packs]
+    policy_inputs = [language_inputs(pack.policies[0].stream, policy.stream_cut, device) for pack in packs]
+    weights = _row_weights(batch, groups)
+    policy.weigh_balancing_loss(policy_inputs, groups)
 
-    reference_inputs = [language_inputs(pack.reference, device) for pack in packs]
-    reference_rows = reference.response_rows(reference_inputs, reference_tokens, groups=groups.language)
-    del reference_tokens
+    features_NPD = tile_features(policy.encoder, batch, device, chunk_tiles=policy.chunk_tiles)
+    reference_tokens = reference.visual_tokens(batch, features_NPD, groups)
+    tokens = visual_tokens(
+        policy.encoder,
+        features_NPD,
+        batch,
+        [pack.policies[0].compressed for pack in packs],
+        trained=policy.trains_encoder,
+        groups=groups,
+    )
+
+    reference_rows = reference.response_rows(reference_inputs, reference_tokens, groups=groups, trace=trace)
+    del reference_tokens, reference_inputs
 
     def loss(index: int, rows_RH: Tensor) -> Tensor:
-        with torch.no_grad():
-            reference_logits_RV = reference.language_model.response_logits(reference_rows[index])
-        policy_logits_RV = policy.language_model.response_logits(rows_RH)
-        return weighted_sum(forward_kl(reference_logits_RV, policy_logits_RV), packs[index].kl_weight.to(device))
+        theirs_RH, reference_rows[index] = reference_rows[index], None  # freed as the policy advances
+        assert theirs_RH is not None
+        return policy.head.consistency_loss(
+            rows_RH, weights[index], reference=reference.head, reference_rows_RH=theirs_RH
+        )
 
-    policy_inputs = [language_inputs(pack.policies[0].stream, device) for pack in packs]
-    total = training_pass(policy.schedule_model, policy_inputs, policy_tokens, loss, groups=groups.language)
-    encoder_backward(policy_tokens)
-    return sums_of(packs, loss=total)
+    return _train(policy, batch, loss, inputs=policy_inputs, tokens=tokens, groups=groups, trace=trace)
 
 
-def pretrain_step(policy: Policy, packs: Sequence[PackedBatch], *, groups: Groups) -> StepSums:
-    """Gradients of next-token cross-entropy over this rank's packs: how a model is made that ViCO can start from.
+def pretrain_step(policy: Policy, batch: StepBatch, *, groups: Groups, trace: StepTrace | None = None) -> StepSums:
+    """Gradients of next-token cross-entropy: how a model is made that ViCO can start from; called by every rank.
 
     Each sample counts the same, as in Eq. 1: the mean over its response tokens, then over samples.
 
     Args:
         policy: the model that is trained; its gradients are zero when this is called.
-        packs: this rank's packs, without policy views; nothing is compressed.
+        batch: this replica's packs, without policy views; nothing is compressed.
         groups: process groups.
+        trace: records who does what when.
 
     Returns:
         As `consistency_step`.
     """
     device = groups.device
-    tokens: list[VisualTokens] = []
-    for pack in packs:
-        features_NPD = tile_features(policy.encoder, pack.tiles, device, trained="vit" in policy.trained)
-        tokens.append(cut(policy.encoder.visual_tokens(features_NPD, None)))
+    inputs = [language_inputs(pack.reference, policy.stream_cut, device) for pack in batch.packs]
+    weights = _row_weights(batch, groups)
+    labels = [_my_rows(pack.labels, groups).to(device, non_blocking=True) for pack in batch.packs]
+    policy.weigh_balancing_loss(inputs, groups)
+    features_NPD = tile_features(policy.encoder, batch, device, chunk_tiles=policy.chunk_tiles)
+    tokens = visual_tokens(policy.encoder, features_NPD, batch, None, trained=policy.trains_encoder, groups=groups)
 
     def loss(index: int, rows_RH: Tensor) -> Tensor:
-        logits_RV = policy.language_model.response_logits(rows_RH)
-        losses_R = F.cross_entropy(logits_RV, packs[index].labels.to(device), reduction="none")
-        return weighted_sum(losses_R, packs[index].kl_weight.to(device))
+        return policy.head.cross_entropy(rows_RH, labels[index], weights[index])
 
-    inputs = [language_inputs(pack.reference, device) for pack in packs]
-    total = training_pass(policy.schedule_model, inputs, tokens, loss, groups=groups.language)
-    encoder_backward(tokens)
-    return sums_of(packs, loss=total)
+    return _train(policy, batch, loss, inputs=inputs, tokens=tokens, groups=groups, trace=trace)
+
+
+def _train(
+    policy: Policy,
+    batch: StepBatch,
+    loss: LossFunction,
+    *,
+    inputs: Sequence[LanguageInputs],
+    tokens: VisualTokens,
+    groups: Groups,
+    trace: StepTrace | None,
+) -> StepSums:
+    """Policy pass and encoder backward."""
+    run = LanguagePass(
+        name="policy",
+        chunks=policy.schedule_chunks,
+        inputs=inputs,
+        tokens=tokens,
+        groups=groups.language,
+        trace=trace,
+    )
+    total = training_pass(run, loss)
+    if policy.trains_encoder:
+        tokens.backward()
+    return sums_of(batch.packs, groups=groups, loss=total)
+
+
+def _row_weights(batch: StepBatch, groups: Groups) -> list[Tensor]:
+    """Weights of the response rows that this context-parallel rank works on, a tensor a pack."""
+    return [_my_rows(pack.kl_weight, groups).to(groups.device, non_blocking=True) for pack in batch.packs]
+
+
+def _my_rows(values_R: Tensor, groups: Groups) -> Tensor:
+    context = groups.language.cp
+    return values_R[row_share(len(values_R), size=context.size(), rank=context.rank())]

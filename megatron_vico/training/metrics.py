@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from megatron_vico.data.samples import PackedBatch
+from megatron_vico.parallel.groups import Groups
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouterSums:
-    """What a router step counts on one rank; every field is a float32 scalar that adds up over ranks."""
+    """What a router step counts on one rank, about its own tiles; float32 scalars that add up over ranks."""
 
     questions: Tensor
     labelled_compress: Tensor
@@ -26,7 +27,7 @@ class RouterSums:
     correct: Tensor
     log_ratio: Tensor
     threshold: Tensor
-    """tau of Eq. 3, divided by the number of data-parallel ranks so that the sum is tau."""
+    """tau of Eq. 3, divided by the number of ranks so that the sum is tau."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,22 +46,28 @@ class StepSums:
     router: RouterSums | None = None
 
 
-def sums_of(packs: Sequence[PackedBatch], *, loss: Tensor, router: RouterSums | None = None) -> StepSums:
-    """Count a rank's packs; the last policy view is the one whose compression is reported.
+def sums_of(
+    packs: Sequence[PackedBatch], *, groups: Groups, loss: Tensor, router: RouterSums | None = None
+) -> StepSums:
+    """Count a replica's packs, on its first rank; the last policy view is the one whose compression is reported.
 
     Args:
-        packs: this rank's packs of the step.
-        loss: this rank's share of the loss.
+        packs: the replica's packs of the step.
+        groups: process groups.
+        loss: this rank's share of the loss; tensor-parallel ranks have the same, of which one counts.
         router: figures of a router step.
 
     Returns:
         The rank's sums; all counts come from tensors on the CPU, so nothing waits for a device.
     """
+    loss = loss.detach().float()
+    if groups.replica.rank() != 0:
+        packs = ()
     views = [pack.policies[-1] if pack.policies else None for pack in packs]
     return StepSums(
-        loss=loss.detach().float(),
+        loss=loss if groups.counts_loss or router is not None else torch.zeros_like(loss),
         samples=sum(len(pack.keys) for pack in packs),
-        tiles=sum(len(pack.tiles) for pack in packs),
+        tiles=sum(pack.num_tiles for pack in packs),
         compressed_tiles=sum(int(view.compressed.sum()) for view in views if view is not None),
         reference_tokens=sum(len(pack.reference.token_ids) for pack in packs),
         policy_tokens=sum(
@@ -106,9 +113,8 @@ class StepFigures:
         grad_norm: float,
         learning_rate: float,
         step_time_s: float,
-        group: torch.distributed.ProcessGroup,
     ) -> Self:
-        """Add the sums of all data-parallel ranks, in one collective, and turn them into figures."""
+        """Add the sums of all ranks, in one collective, and turn them into figures."""
         counts = [sums.samples, sums.tiles, sums.compressed_tiles, sums.reference_tokens, sums.policy_tokens]
         router = [] if sums.router is None else [getattr(sums.router, f.name) for f in dataclasses.fields(RouterSums)]
         values = torch.stack(
@@ -119,7 +125,7 @@ class StepFigures:
                 *(value.to(sums.loss.device).double() for value in router),
             ]
         )
-        torch.distributed.all_reduce(values, group=group)
+        torch.distributed.all_reduce(values)
         loss, samples, tiles, compressed, reference_tokens, policy_tokens, response_tokens, *rest = values.tolist()
         return cls(
             iteration=iteration,

@@ -58,17 +58,17 @@ def build_optimizer(
         use_distributed_optimizer=options.use_distributed_optimizer,
         **overrides,
     )
-    parts: list[tuple[DistributedDataParallel, ProcessGroupCollection, Mapping[str, float]]] = []
-    if policy.language_ddp is not None:
-        parts.append((policy.language_ddp, groups.language, {"*": lr_factors.get("language_model", 1.0)}))
+    parts: list[tuple[list[DistributedDataParallel], ProcessGroupCollection, Mapping[str, float]]] = []
+    if policy.language_ddp:
+        parts.append((list(policy.language_ddp), groups.language, {"*": lr_factors.get("language_model", 1.0)}))
     if policy.encoder_ddp is not None:
         patterns = {f"*{name}.*": factor for name, factor in lr_factors.items() if name != "language_model"}
-        parts.append((policy.encoder_ddp, groups.encoder, patterns))
+        parts.append(([policy.encoder_ddp], groups.encoder, patterns))
     chained: list[MegatronOptimizer] = []
-    for module, module_groups, factors in parts:
+    for chunks, module_groups, factors in parts:
         built = get_megatron_optimizer(
             config,
-            [module],
+            chunks,
             config_overrides={**get_standard_config_overrides(config), **_rates(factors, options)},
             use_gloo_process_groups=False,
             pg_collection=module_groups,

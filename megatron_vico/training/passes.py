@@ -1,7 +1,8 @@
-"""The phases every step is made of: encode tiles, run the language model over all packs, carry gradients back.
+"""The two middle phases of a step: the language model over all packs, forward only, or forward and backward.
 
-One step runs them in order over all packs of the step: encode, reference pass, policy pass, encoder backward. Visual
-tokens enter the language model as leaf tensors, so that the two backward passes are separate.
+Both run megatron-core's schedules (1F1B, interleaved, or none without a pipeline) with lengths that differ from pack
+to pack and are known beforehand. Nothing here synchronises ranks, so the first stages begin with the next pass while
+the last ones still finish this one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,115 +12,65 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
+from torch import Tensor, nn
 
-from megatron_vico.data.samples import PackedStream
-from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageInputs
+from megatron_vico.parallel.known_shapes import KnownShapes
+from megatron_vico.training.trace import StepTrace
+from megatron_vico.training.vision import VisualTokens
 
 LossFunction = Callable[[int, Tensor], Tensor]
 """From a pack's place in the step and its response rows [R, H] to its loss, a scalar."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisualTokens:
-    """The visual tokens of one pack, cut from the encoder's graph."""
+class LanguagePass:
+    """What one run of a schedule works on."""
 
-    outputs_VH: Tensor
-    """[V, H], what the encoder made; holds its graph where something in it is trained."""
+    name: str
+    """For traces: reference or policy."""
 
-    leaf_VH: Tensor
-    """[V, H], what the language model sees; its gradient is the one of `outputs_VH`."""
+    chunks: Sequence[nn.Module]
+    """This rank's pipeline chunks, wrapped in DDP where they are trained."""
 
+    inputs: Sequence[LanguageInputs]
+    """One entry a pack."""
 
-def language_inputs(stream: PackedStream, device: torch.device) -> LanguageInputs:
-    """A packed stream as the language model takes it, on the device it computes on."""
-    return LanguageInputs(
-        token_ids_T=stream.token_ids.to(device, non_blocking=True),
-        visual_positions_V=stream.visual_positions.to(device, non_blocking=True),
-        cu_seqlens=stream.cu_seqlens.to(device, non_blocking=True),
-        max_seqlen=stream.max_seqlen,
-        response_rows_R=stream.response_rows.to(device, non_blocking=True),
-    )
-
-
-def tile_features(encoder: VisionEncoder, tiles: Tensor, device: torch.device, *, trained: bool) -> Tensor:
-    """ViT outputs of a pack's tiles.
-
-    Args:
-        encoder: the vision encoder.
-        tiles: [N, 3, S, S] uint8, on the CPU.
-        device: where to compute.
-        trained: whether the ViT gets gradients; if not, nothing is kept for a backward pass.
-
-    Returns:
-        [N, P, D], patch features without the class token.
-    """
-    with torch.set_grad_enabled(trained):
-        return encoder.features(encoder.normalise(tiles.to(device, non_blocking=True)))
-
-
-def cut(outputs_VH: Tensor) -> VisualTokens:
-    """Cut visual tokens from the encoder's graph; the leaf asks for a gradient even where the encoder is frozen."""
-    return VisualTokens(outputs_VH=outputs_VH, leaf_VH=outputs_VH.detach().clone().requires_grad_())
-
-
-def encoder_backward(tokens: Sequence[VisualTokens]) -> None:
-    """Carry the gradients that the language model left on the leaves back through connectors and ViT."""
-    pairs = [(each.outputs_VH, each.leaf_VH.grad) for each in tokens if each.outputs_VH.requires_grad]
-    for outputs_VH, grad_VH in pairs:
-        torch.autograd.backward(outputs_VH, grad_VH)
+    tokens: VisualTokens
+    groups: ProcessGroupCollection
+    trace: StepTrace | None = None
 
 
 @torch.no_grad()
-def forward_pass(
-    model: torch.nn.Module,
-    inputs: Sequence[LanguageInputs],
-    visual_tokens: Sequence[Tensor],
-    *,
-    groups: ProcessGroupCollection,
-) -> list[Tensor]:
+def forward_pass(run: LanguagePass) -> list[Tensor]:
     """A forward-only schedule over all packs of the step.
 
     Args:
-        model: a frozen language model.
-        inputs: one entry a pack.
-        visual_tokens: [V, H] a pack.
-        groups: the model's process groups.
+        run: of a frozen model.
 
     Returns:
         Response rows [R, H] a pack, in order, on the last pipeline stage; elsewhere an empty list.
     """
 
-    def step(batches: Iterator[int], chunk: torch.nn.Module) -> tuple[Tensor, None]:
+    def step(batches: Iterator[int], chunk: nn.Module) -> tuple[Tensor, None]:
         index = next(batches)
-        return chunk(inputs[index], visual_tokens[index]), None
+        return _forward(run, chunk, index), None
 
-    return _schedule(step, model, len(inputs), groups, forward_only=True)
+    return _schedule(step, run, forward_only=True)
 
 
-def training_pass(
-    model: torch.nn.Module,
-    inputs: Sequence[LanguageInputs],
-    visual_tokens: Sequence[VisualTokens],
-    loss: LossFunction,
-    *,
-    groups: ProcessGroupCollection,
-) -> Tensor:
-    """Forward and backward over all packs of the step; gradients end in the model and on the leaves.
+def training_pass(run: LanguagePass, loss: LossFunction) -> Tensor:
+    """Forward and backward over all packs of the step; gradients end in the model and on the visual tokens.
 
     Args:
-        model: the policy's language model (wrapped in DDP where it is trained).
-        inputs: one entry a pack.
-        visual_tokens: one entry a pack.
+        run: of the policy.
         loss: loss of one pack, already weighted for the whole global batch: gradients are summed, never averaged.
-        groups: the model's process groups.
 
     Returns:
-        This rank's share of the loss, a float32 scalar.
+        This rank's share of the loss, a float32 scalar; 0 on all but the last pipeline stage.
     """
 
-    def step(batches: Iterator[int], chunk: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    def step(batches: Iterator[int], chunk: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
         index = next(batches)
 
         def loss_function(rows_RH: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -127,29 +78,40 @@ def training_pass(
             # Three values: mcore then divides by neither microbatches nor tokens (calculate_per_token_loss).
             return value, torch.zeros([], dtype=torch.int), {"loss": value.detach().clone()}
 
-        return chunk(inputs[index], visual_tokens[index].leaf_VH), loss_function
+        return _forward(run, chunk, index), loss_function
 
-    reduced = _schedule(step, model, len(inputs), groups, forward_only=False)
+    reduced = _schedule(step, run, forward_only=False)
+    if not reduced:
+        return torch.zeros((), device=run.inputs[0].token_ids_T.device)
     return torch.stack([each["loss"] for each in reduced]).sum()
 
 
-def _schedule(
-    step: Callable[..., Any],
-    model: torch.nn.Module,
-    num_packs: int,
-    groups: ProcessGroupCollection,
-    *,
-    forward_only: bool,
-) -> list[Any]:
-    run = get_forward_backward_func(pp_size=groups.pp.size(), vp_size=None)
-    outputs: list[Any] = run(
+def _forward(run: LanguagePass, chunk: nn.Module, index: int) -> Tensor:
+    if run.trace is None:
+        output: Tensor = chunk(run.inputs[index], run.tokens.of(index))
+        return output
+    with run.trace.forward(run.name, index, getattr(chunk, "vp_stage", None) or 0) as span:
+        return span.until_backward(chunk(run.inputs[index], run.tokens.of(index)))
+
+
+def _schedule(step: Callable[..., Any], run: LanguagePass, *, forward_only: bool) -> list[Any]:
+    num_packs, groups = len(run.inputs), run.groups
+    interleaved = len(run.chunks) > 1
+    schedule = get_forward_backward_func(pp_size=groups.pp.size(), vp_size=len(run.chunks) if interleaved else None)
+    shard_lens = [each.shard_len for each in run.inputs]
+    communicator = KnownShapes(groups.pp, run.chunks[0].config, shard_lens) if groups.pp.size() > 1 else None
+    outputs: list[Any] = schedule(
         forward_step_func=step,
-        data_iterator=iter(range(num_packs)),
-        model=[model],
+        # Each chunk goes through all packs.
+        data_iterator=[iter(range(num_packs)) for _ in run.chunks] if interleaved else iter(range(num_packs)),
+        model=list(run.chunks),
         num_microbatches=num_packs,
         seq_length=1,  # unused: lengths differ from pack to pack
         micro_batch_size=1,
         forward_only=forward_only,
+        p2p_communicator=communicator,
         pg_collection=groups,
     )
+    if communicator is not None:
+        communicator.check_finished(forward_only=forward_only)
     return outputs

@@ -1,6 +1,7 @@
 """The model that is trained: encoder and language model, what of them is frozen, and their DDP wrappers."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,30 +11,50 @@ from torch import nn
 
 from megatron_vico.config.schema import Module
 from megatron_vico.models.internvl import VisionEncoder
-from megatron_vico.models.language_model import LanguageModel
+from megatron_vico.models.language_model import LanguageInputs, LanguageModel
 from megatron_vico.models.vir import is_dead
 from megatron_vico.parallel.groups import Groups
+from megatron_vico.parallel.streams import StreamCut
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """Encoder and language model; the DDP wrapper of a module is absent where all of it is frozen."""
+    """Encoder and language model of this rank; the DDP wrapper of a module is absent where all of it is frozen."""
 
     encoder: VisionEncoder
-    language_model: LanguageModel
+    language_chunks: tuple[LanguageModel, ...]
+    """This rank's pipeline chunks, in the order of their layers."""
+
     trained: frozenset[Module]
     encoder_ddp: DistributedDataParallel | None
-    language_ddp: DistributedDataParallel | None
+    language_ddp: tuple[DistributedDataParallel, ...]
+    """One wrapper a chunk, or none."""
+
+    stream_cut: StreamCut
+    """How packed streams are padded and cut for the language model; the reference has the same layout."""
+
+    chunk_tiles: int
+    """Tiles that go through the ViT at once."""
 
     @property
-    def schedule_model(self) -> nn.Module:
+    def head(self) -> LanguageModel:
+        """The chunk with the vocabulary head, on the last pipeline stage."""
+        return self.language_chunks[-1]
+
+    @property
+    def schedule_chunks(self) -> Sequence[nn.Module]:
         """The language model as mcore's schedules take it."""
-        return self.language_ddp if self.language_ddp is not None else self.language_model
+        return self.language_ddp or self.language_chunks
+
+    @property
+    def trains_encoder(self) -> bool:
+        """Whether anything on the vision side gets gradients."""
+        return self.encoder_ddp is not None
 
     @property
     def ddp_modules(self) -> list[DistributedDataParallel]:
         """What has gradients: language model first, then encoder."""
-        return [module for module in (self.language_ddp, self.encoder_ddp) if module is not None]
+        return [*self.language_ddp, *([self.encoder_ddp] if self.encoder_ddp is not None else [])]
 
     def zero_grad(self) -> None:
         """Zero the gradient buffers; the optimizer's own `zero_grad` must be called as well."""
@@ -41,81 +62,142 @@ class Policy:
             module.zero_grad_buffer()
 
     def finish_grad_sync(self) -> None:
-        """Reduce the encoder's gradients; the language model's are reduced by the schedule, when it has one."""
+        """Reduce the encoder's gradients; the language model's are reduced by the schedule, when it has one.
+
+        Every rank comes here, also one whose tiles were none.
+        """
         if self.encoder_ddp is not None:
             self.encoder_ddp.finish_grad_sync()
+
+    def finish_param_sync(self) -> None:
+        """Wait for parameters that are still being gathered; before anything but a training step reads weights."""
+        for module in self.language_ddp:
+            if module.ddp_config.overlap_param_gather:
+                module.start_param_sync(force_sync=True)
 
     def train_mode(self) -> None:
         """Training behaviour (drop path) in what is trained, inference behaviour in what is frozen."""
         self.encoder.eval()
-        self.language_model.train("language_model" in self.trained)
+        for chunk in self.language_chunks:
+            chunk.train("language_model" in self.trained)
         for name in ("vit", "connector_4x", "connector_16x", "vir"):
             if name in self.trained:
                 getattr(self.encoder, name).train()
 
+    def weigh_balancing_loss(self, inputs: Sequence[LanguageInputs], groups: Groups) -> None:
+        """Tell mcore what the expert-balancing loss of a pack counts: its share of the step's tokens.
 
-def parameters_of(module: Module, encoder: VisionEncoder, language_model: LanguageModel) -> Iterator[nn.Parameter]:
+        mcore multiplies it by the pack's tokens, expecting that all gradients are divided by the step's tokens in the
+        end; here losses come with their weight, and so must this one. Called by every rank before the passes.
+        """
+        config = self.head.config
+        if not self.language_ddp or config.moe_router_load_balancing_type == "none":
+            return
+        ranks = self.stream_cut.context_size * self.stream_cut.sequence_size
+        tokens = torch.tensor(float(sum(each.shard_len for each in inputs) * ranks), device=groups.device)
+        torch.distributed.all_reduce(tokens, group=groups.data_parallel)
+        scale = 1 / tokens
+        config.moe_grad_scale_func = lambda: scale
+
+
+def parameters_of(
+    module: Module, encoder: VisionEncoder, language_chunks: Sequence[LanguageModel]
+) -> Iterator[nn.Parameter]:
     """Parameters of one of the five modules that are trained or frozen as a whole; ViR's dead ones left out."""
-    owner: nn.Module = language_model if module == "language_model" else getattr(encoder, module)
-    for name, param in owner.named_parameters():
-        # Frozen for good: with a gradient buffer of their own, weight decay would change them.
-        if module != "vir" or not is_dead(name):
-            yield param
+    owners: Sequence[nn.Module] = language_chunks if module == "language_model" else [getattr(encoder, module)]
+    for owner in owners:
+        for name, param in owner.named_parameters():
+            # Frozen for good: with a gradient buffer of their own, weight decay would change them.
+            if module != "vir" or not is_dead(name):
+                yield param
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyOptions:
+    """How the policy is trained."""
+
+    trained: frozenset[Module]
+    """Modules that get gradients."""
+
+    ddp_config: DistributedDataParallelConfig
+    """Megatron's DDP options, for the language model; the encoder has the same without overlap."""
+
+    stream_cut: StreamCut
+    chunk_tiles: int
+    freeze_moe_router: bool = False
+    """Keep the expert router's weights as they are."""
 
 
 def wrap(
-    encoder: VisionEncoder,
-    language_model: LanguageModel,
-    *,
-    trained: frozenset[Module],
-    ddp_config: DistributedDataParallelConfig,
-    groups: Groups,
+    encoder: VisionEncoder, language_chunks: tuple[LanguageModel, ...], options: PolicyOptions, *, groups: Groups
 ) -> Policy:
     """Freeze what is not trained and put the rest under Megatron's DDP.
 
     Args:
         encoder: the vision encoder.
-        language_model: the language model.
-        trained: modules that get gradients.
-        ddp_config: Megatron's DDP options.
+        language_chunks: this rank's chunks of the language model.
+        options: what is trained, and how.
         groups: process groups.
 
     Returns:
         The policy. Gradients of both wrappers are plain sums over ranks: the loss weights already hold every mean.
     """
     encoder.requires_grad_(False)
-    language_model.requires_grad_(False)
-    for module in trained:
-        for param in parameters_of(module, encoder, language_model):
+    for chunk in language_chunks:
+        chunk.requires_grad_(False)
+    for module in options.trained:
+        for param in parameters_of(module, encoder, language_chunks):
             param.requires_grad_()
+    if options.freeze_moe_router:
+        for chunk in language_chunks:
+            for name, param in chunk.named_parameters():
+                if ".mlp.router." in name:
+                    param.requires_grad_(False)
+    # The encoder's gradients arrive after the schedule, and on a rank without tiles not at all: nothing to overlap.
+    encoder_config = dataclasses.replace(options.ddp_config, overlap_grad_reduce=False, overlap_param_gather=False)
+    trains_encoder = bool(options.trained - {"language_model"})
     return Policy(
         encoder=encoder,
-        language_model=language_model,
-        trained=trained,
-        encoder_ddp=_ddp(encoder, ddp_config, groups.encoder) if trained - {"language_model"} else None,
-        language_ddp=_language_ddp(language_model, ddp_config, groups) if "language_model" in trained else None,
+        language_chunks=language_chunks,
+        trained=options.trained,
+        encoder_ddp=_ddp(encoder, encoder_config, groups.encoder) if trains_encoder else None,
+        language_ddp=_language_ddp(language_chunks, options, groups) if "language_model" in options.trained else (),
+        stream_cut=options.stream_cut,
+        chunk_tiles=options.chunk_tiles,
     )
 
 
 def _language_ddp(
-    model: LanguageModel, ddp_config: DistributedDataParallelConfig, groups: Groups
-) -> DistributedDataParallel:
-    wrapped = _ddp(model, ddp_config, groups.language)
+    chunks: Sequence[LanguageModel], options: PolicyOptions, groups: Groups
+) -> tuple[DistributedDataParallel, ...]:
+    config = chunks[0].config
+    # As Megatron does: the communication of later chunks overlaps with other chunks' work without small buckets.
+    wrapped = tuple(
+        _ddp(chunk, options.ddp_config, groups.language, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    )
 
     def finalize(model: list[nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: object) -> None:
         # Without a token count: mcore would divide by it, and our weights are global already.
         finalize_model_grads(model, None, **kwargs)
 
-    model.config.finalize_model_grads_func = finalize
-    if ddp_config.overlap_grad_reduce:
-        model.config.no_sync_func = wrapped.no_sync
+    config.finalize_model_grads_func = finalize
+    if options.ddp_config.overlap_grad_reduce:
+        no_syncs = [each.no_sync for each in wrapped]
+        config.no_sync_func = no_syncs if len(wrapped) > 1 else no_syncs[0]
     return wrapped
 
 
 def _ddp(
-    module: VisionEncoder | LanguageModel, ddp_config: DistributedDataParallelConfig, groups: ProcessGroupCollection
+    module: VisionEncoder | LanguageModel,
+    ddp_config: DistributedDataParallelConfig,
+    groups: ProcessGroupCollection,
+    *,
+    disable_bucketing: bool = False,
 ) -> DistributedDataParallel:
     assert module.config.calculate_per_token_loss, "DDP would average gradients that are to be summed"
-    wrapped = DistributedDataParallel(module.config, ddp_config, module, pg_collection=groups)
+    wrapped = DistributedDataParallel(
+        module.config, ddp_config, module, disable_bucketing=disable_bucketing, pg_collection=groups
+    )
     wrapped.broadcast_params()
     return wrapped

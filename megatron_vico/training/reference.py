@@ -2,52 +2,100 @@
 
 Only its response rows [R, H] leave it, never logits. What the policy keeps frozen and bitwise equal is shared with it
 instead of held twice: the ViT in the usual stages, everything but the 16x connector in the warm-up.
+
+A step asks a reference for three things: the visual tokens it wants embedded, its response rows, and, for the KL head,
+its last chunk with the vocabulary head. A reference that lives in another layout or on other ranks comes behind the
+same three.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageInputs, LanguageModel
-from megatron_vico.training.passes import forward_pass, tile_features
+from megatron_vico.parallel.batch import StepBatch
+from megatron_vico.parallel.groups import Groups
+from megatron_vico.training.offload import HostOffload
+from megatron_vico.training.passes import LanguagePass, forward_pass
+from megatron_vico.training.trace import StepTrace
+from megatron_vico.training.vision import VisualTokens, tile_features, visual_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """A frozen encoder and language model, in no DDP wrapper, optimizer or checkpoint."""
+    """A frozen encoder and language model in the policy's layout; in no DDP wrapper, optimizer or checkpoint."""
 
     encoder: VisionEncoder
-    language_model: LanguageModel
+    language_chunks: tuple[LanguageModel, ...]
 
     shares_vit: bool
     """Whether its ViT is the policy's, so that one ViT pass over the tiles serves both."""
 
-    def visual_tokens(self, tiles: Tensor, policy_features_NPD: Tensor, device: torch.device) -> Tensor:
-        """Visual tokens of a pack with nothing compressed.
+    chunk_tiles: int
+    """Tiles that go through its ViT at once."""
+
+    offload: HostOffload | None = None
+    """Where its weights are between two passes, if not on the device."""
+
+    @property
+    def head(self) -> LanguageModel:
+        """The chunk with the vocabulary head, on the last pipeline stage."""
+        return self.language_chunks[-1]
+
+    def visual_tokens(self, batch: StepBatch, policy_features_NPD: Tensor, groups: Groups) -> VisualTokens:
+        """Visual tokens of a step with nothing compressed; called by every rank of the replica.
 
         Args:
-            tiles: [N, 3, S, S] uint8, on the CPU.
+            batch: the step.
             policy_features_NPD: the policy's ViT outputs, used instead of a second pass where the ViT is shared.
-            device: where to compute.
+            groups: process groups.
 
         Returns:
-            [V, H], without a graph.
+            The tokens, where they are embedded.
         """
-        with torch.no_grad():
-            features_NPD = policy_features_NPD.detach()
-            if not self.shares_vit:
-                features_NPD = tile_features(self.encoder, tiles, device, trained=False)
-            return self.encoder.visual_tokens(features_NPD, None)
+        features_NPD = policy_features_NPD
+        if not self.shares_vit:
+            features_NPD = tile_features(self.encoder, batch, groups.device, chunk_tiles=self.chunk_tiles)
+        return visual_tokens(self.encoder, features_NPD, batch, None, trained=False, groups=groups)
 
     def response_rows(
-        self, inputs: Sequence[LanguageInputs], visual_tokens: Sequence[Tensor], *, groups: ProcessGroupCollection
-    ) -> list[Tensor]:
-        """Hidden states [R, H] that predict each response token, one tensor a pack."""
-        return forward_pass(self.language_model, inputs, visual_tokens, groups=groups)
+        self,
+        inputs: Sequence[LanguageInputs],
+        tokens: VisualTokens,
+        *,
+        groups: Groups,
+        trace: StepTrace | None = None,
+    ) -> list[Tensor | None]:
+        """The reference pass.
+
+        Args:
+            inputs: the uncompressed stream of each pack.
+            tokens: from `visual_tokens`.
+            groups: process groups.
+            trace: records who does what when.
+
+        Returns:
+            Hidden states [R, H] that predict each response token, one tensor a pack, on the last pipeline stage;
+            elsewhere an empty list.
+        """
+        if self.offload is not None:
+            self.offload.fetch()
+        rows = forward_pass(
+            LanguagePass(
+                name="reference",
+                chunks=self.language_chunks,
+                inputs=inputs,
+                tokens=tokens,
+                groups=groups.language,
+                trace=trace,
+            )
+        )
+        if self.offload is not None:
+            self.offload.release()
+        return list(rows)
 
 
 def share_equal_modules(reference: nn.Module, policy: nn.Module, names: Sequence[str]) -> tuple[str, ...]:

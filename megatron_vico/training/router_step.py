@@ -1,18 +1,27 @@
-"""One step of router training (Eq. 2-4): three forward passes label the one tile that ViR is asked about."""
+"""One step of router training (Eq. 2-4): three forward passes label the one tile that ViR is asked about.
+
+The last pipeline stage finds the loss ratios, every rank learns those of all replicas and finds the same threshold, and
+the rank that encoded a tile asks ViR about it.
+"""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_vico.data.samples import PackedBatch
+from megatron_vico.models.language_model import LanguageInputs
+from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.parallel.groups import Groups
+from megatron_vico.parallel.streams import language_inputs, row_share
 from megatron_vico.training.metrics import RouterSums, StepSums, sums_of
-from megatron_vico.training.passes import forward_pass, language_inputs, tile_features
+from megatron_vico.training.passes import LanguagePass, forward_pass
 from megatron_vico.training.policy import Policy
 from megatron_vico.training.reference import Reference
-from megatron_vico.vico.consistency import forward_kl
+from megatron_vico.training.trace import StepTrace
+from megatron_vico.training.vision import VisualTokens, tile_features, visual_tokens
 from megatron_vico.vico.router_targets import RatioWindow, labels_from_ratios, loss_ratio, sample_means
 from megatron_vico.vico.routing import COMPRESS
 
@@ -21,111 +30,172 @@ def router_step(
     policy: Policy,
     reference: Reference,
     window: RatioWindow,
-    packs: Sequence[PackedBatch],
+    batch: StepBatch,
     *,
     eps: float,
     groups: Groups,
+    trace: StepTrace | None = None,
 ) -> StepSums:
-    """Gradients of ViR's cross-entropy over this rank's packs of one optimizer step.
+    """Gradients of ViR's cross-entropy over the packs of one optimizer step; called by every rank.
 
     Args:
         policy: the model after consistency training; only its ViR is trained.
         reference: the model from before it, which never sees a compressed tile.
         window: past loss ratios, the same on every rank; this step's are added.
-        packs: this rank's packs with two policy views each: nothing compressed, and one tile (or one image) of each
-            sample compressed, named by `router_tiles`.
+        batch: this replica's packs with two policy views each: nothing compressed, and one tile (or one image) of each
+            sample compressed, named by `router_tiles`. The tiles of such an image are all on one rank.
         eps: of Eq. 2, nats.
         groups: process groups.
+        trace: records who does what when.
 
     Returns:
         This rank's share of the loss and of the figures that are logged.
     """
-    device = groups.device
-    features = [tile_features(policy.encoder, pack.tiles, device, trained=False) for pack in packs]
-    reference_tokens = [
-        reference.visual_tokens(pack.tiles, each, device) for pack, each in zip(packs, features, strict=True)
+    device, packs = groups.device, batch.packs
+    reference_inputs = [language_inputs(pack.reference, policy.stream_cut, device) for pack in packs]
+    views = [[pack.policies[view] for pack in packs] for view in (0, 1)]
+    view_inputs = [[language_inputs(each.stream, policy.stream_cut, device) for each in view] for view in views]
+    features_NPD = tile_features(policy.encoder, batch, device, chunk_tiles=policy.chunk_tiles)
+    reference_tokens = reference.visual_tokens(batch, features_NPD, groups)
+    view_tokens = [
+        visual_tokens(
+            policy.encoder, features_NPD, batch, [each.compressed for each in view], trained=False, groups=groups
+        )
+        for view in views
     ]
-    reference_inputs = [language_inputs(pack.reference, device) for pack in packs]
-    reference_rows = reference.response_rows(reference_inputs, reference_tokens, groups=groups.language)
-    rows_none, rows_one = (_policy_rows(policy, packs, features, view=view, groups=groups) for view in (0, 1))
-    ratios = [
-        _loss_ratios(policy, reference, pack, rows=(theirs, none, one), eps=eps)
-        for pack, theirs, none, one in zip(packs, reference_rows, rows_none, rows_one, strict=True)
-    ]
+    reference_rows = reference.response_rows(reference_inputs, reference_tokens, groups=groups, trace=trace)
+    rows_none, rows_one = (
+        _policy_rows(policy, inputs, tokens, groups=groups, trace=trace)
+        for inputs, tokens in zip(view_inputs, view_tokens, strict=True)
+    )
+    rows = (reference_rows, rows_none, rows_one)
+    ratio_M = _loss_ratios(policy, reference, packs, rows=rows, eps=eps, groups=groups)
     # Every rank takes part, also one without a single image, and adds the same ratios in the same order.
-    ratio_M = torch.cat(ratios)
     all_ratios, num_questions = _gather(ratio_M, groups)
     window.push(all_ratios)
     threshold = window.threshold().to(device)
+    mine_M, logits_M2 = _ask(policy, batch, features_NPD)
+    ratio_M = ratio_M[mine_M.to(device)]
     label_M = labels_from_ratios(ratio_M, threshold)
-    logits_M2 = torch.cat([_ask(policy, pack, each) for pack, each in zip(packs, features, strict=True)])
     loss = F.cross_entropy(logits_M2.float(), label_M, reduction="sum") / max(num_questions, 1)
     if loss.requires_grad:
         loss.backward()
+    predicted_M = logits_M2.argmax(dim=-1)
     router = RouterSums(
         questions=torch.tensor(float(len(label_M))),
         labelled_compress=(label_M == COMPRESS).sum().float(),
-        predicted_compress=(logits_M2.argmax(dim=-1) == COMPRESS).sum().float(),
-        correct=(logits_M2.argmax(dim=-1) == label_M).sum().float(),
+        predicted_compress=(predicted_M == COMPRESS).sum().float(),
+        correct=(predicted_M == label_M).sum().float(),
         log_ratio=ratio_M.log().sum(),
-        threshold=threshold / groups.dp_size,
+        threshold=threshold / torch.distributed.get_world_size(),
     )
-    return sums_of(packs, loss=loss.detach(), router=router)
-
-
-def asked_samples(pack: PackedBatch) -> Tensor:
-    """The pack's samples that the router is asked about, [M] int64, ascending; text-only samples are not."""
-    return pack.router_tile_sample.unique_consecutive()
+    return sums_of(packs, groups=groups, loss=loss, router=router)
 
 
 def _policy_rows(
-    policy: Policy, packs: Sequence[PackedBatch], features: Sequence[Tensor], *, view: int, groups: Groups
+    policy: Policy,
+    inputs: Sequence[LanguageInputs],
+    tokens: VisualTokens,
+    *,
+    groups: Groups,
+    trace: StepTrace | None,
 ) -> list[Tensor]:
-    """The policy's response rows [R, H] under one of the two plans, a tensor a pack."""
-    device = groups.device
-    with torch.no_grad():
-        tokens = [
-            policy.encoder.visual_tokens(each, pack.policies[view].compressed.to(device))
-            for pack, each in zip(packs, features, strict=True)
-        ]
-    inputs = [language_inputs(pack.policies[view].stream, device) for pack in packs]
-    return forward_pass(policy.language_model, inputs, tokens, groups=groups.language)
+    """The policy's response rows [R, H] under one of the two plans, a tensor a pack, on the last stage."""
+    return forward_pass(
+        LanguagePass(
+            name="policy",
+            chunks=policy.language_chunks,
+            inputs=inputs,
+            tokens=tokens,
+            groups=groups.language,
+            trace=trace,
+        )
+    )
 
 
 @torch.no_grad()
 def _loss_ratios(
-    policy: Policy, reference: Reference, pack: PackedBatch, *, rows: tuple[Tensor, Tensor, Tensor], eps: float
+    policy: Policy,
+    reference: Reference,
+    packs: Sequence[PackedBatch],
+    *,
+    rows: tuple[Sequence[Tensor | None], Sequence[Tensor], Sequence[Tensor]],
+    eps: float,
+    groups: Groups,
 ) -> Tensor:
-    """r of Eq. 2 for the pack's questions, [M]; rows: of the reference, and of the policy under both plans, [R, H].
+    """r of Eq. 2 for all questions of the replica's packs, [M], on every rank of the replica.
 
-    Logits live for one pack at a time: those of 4,096 rows take 2.5 GB.
+    Args: rows: of the reference, and of the policy under both plans, [R, H] a pack, on the last pipeline stage.
     """
-    reference_logits_RV = reference.language_model.response_logits(rows[0])
-    asked_M = asked_samples(pack).to(rows[0].device)
-    sample_of_row_R = pack.sample_of_row.to(rows[0].device)
-    none_M, one_M = (
-        sample_means(
-            forward_kl(reference_logits_RV, policy.language_model.response_logits(rows_RH)),
-            sample_of_row_R,
-            len(pack.keys),
-        )[asked_M]
-        for rows_RH in rows[1:]
-    )
-    return loss_ratio(one_M, none_M, eps=eps)
+    ratio_M = torch.zeros(sum(len(_asked_samples(pack)) for pack in packs), device=groups.device)
+    if groups.is_last_stage:
+        values = [_kl_of_packs(policy, reference, packs, rows=(rows[0], each), groups=groups) for each in rows[1:]]
+        none_M, one_M = (_asked_means(packs, each, groups) for each in values)
+        ratio_M = loss_ratio(one_M, none_M, eps=eps)
+    # From one rank to all of the replica, so that no two differ in a last digit: labels and threshold depend on it.
+    last = groups.replica.size() - groups.language.tp.size() * groups.language.cp.size()
+    torch.distributed.broadcast(ratio_M, group=groups.replica, group_src=last)
+    return ratio_M
 
 
-def _ask(policy: Policy, pack: PackedBatch, features_NPD: Tensor) -> Tensor:
-    """ViR's logits [M, 2] for the compressed tile (or image) of each sample."""
-    tiles_M = torch.bincount(pack.router_tile_sample, minlength=len(pack.keys))
-    counts = tiles_M[tiles_M > 0].tolist()  # on the CPU, where packs are made
-    if not counts:
-        return features_NPD.new_zeros(0, 2)
-    asked_NPD = features_NPD[pack.router_tiles.to(features_NPD.device)]
+def _kl_of_packs(
+    policy: Policy,
+    reference: Reference,
+    packs: Sequence[PackedBatch],
+    *,
+    rows: tuple[Sequence[Tensor | None], Sequence[Tensor]],
+    groups: Groups,
+) -> Tensor:
+    """KL of every response row of all packs, [R] in pack order, put together over context-parallel ranks."""
+    context = groups.language.cp
+    lens = [len(pack.labels) for pack in packs]
+    kl_R = torch.zeros(sum(lens), device=groups.device)
+    for of_pack, theirs_RH, mine_RH in zip(kl_R.split(lens), *rows, strict=True):
+        assert theirs_RH is not None
+        share = row_share(len(of_pack), size=context.size(), rank=context.rank())
+        of_pack[share] = policy.head.consistency_rows(mine_RH, reference=reference.head, reference_rows_RH=theirs_RH)
+    if context.size() > 1:
+        torch.distributed.all_reduce(kl_R, group=context)
+    return kl_R
+
+
+def _asked_means(packs: Sequence[PackedBatch], kl_R: Tensor, groups: Groups) -> Tensor:
+    """L_ViCO of each sample that the router is asked about, [M] in pack order."""
+    means = []
+    for pack, of_pack in zip(packs, kl_R.split([len(pack.labels) for pack in packs]), strict=True):
+        sample_of_row_R = pack.sample_of_row.to(groups.device)
+        asked_M = _asked_samples(pack).to(groups.device)
+        means.append(sample_means(of_pack, sample_of_row_R, len(pack.keys))[asked_M])
+    return torch.cat(means)
+
+
+def _asked_samples(pack: PackedBatch) -> Tensor:
+    """The pack's samples that the router is asked about, [M] int64, ascending; text-only samples are not."""
+    return pack.router_tile_sample.unique_consecutive()
+
+
+def _ask(policy: Policy, batch: StepBatch, features_NPD: Tensor) -> tuple[Tensor, Tensor]:
+    """ViR's logits for the questions about this rank's tiles.
+
+    Returns:
+        Which questions of the replica they are, [M'] int64 on the CPU; and the logits [M', 2].
+    """
+    counts_M = torch.cat([pack.router_tile_sample.unique_consecutive(return_counts=True)[1] for pack in batch.packs])
+    first_tiles = accumulate((pack.num_tiles for pack in batch.packs[:-1]), initial=0)
+    tiles = torch.cat([pack.router_tiles + first for pack, first in zip(batch.packs, first_tiles, strict=True)])
+    question = torch.arange(len(counts_M)).repeat_interleave(counts_M)
+    mine = (tiles >= batch.share.mine.start) & (tiles < batch.share.mine.stop)
+    mine_M = question[mine].unique_consecutive()
+    if not len(mine_M):
+        return mine_M, features_NPD.new_zeros(0, 2)
+    asked_NPD = features_NPD[(tiles[mine] - batch.share.mine.start).to(features_NPD.device)]
+    counts = counts_M[mine_M].tolist()  # on the CPU, where packs are made
+    assert sum(counts) == len(asked_NPD), "the tiles of a question are on one rank"
     if max(counts) == 1:
-        return policy.encoder.vir(asked_NPD)
+        return mine_M, policy.encoder.vir(asked_NPD)
     first = torch.tensor([0, *counts[:-1]]).cumsum(0).to(features_NPD.device)
     logits: Tensor = policy.encoder.vir(asked_NPD, counts)
-    return logits[first]
+    return mine_M, logits[first]
 
 
 def _gather(ratio_M: Tensor, groups: Groups) -> tuple[Tensor, int]:

@@ -1,12 +1,14 @@
 """Builds everything a run needs, in the order that each part needs the one before it."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vico.checkpoint import state
@@ -17,7 +19,7 @@ from megatron_vico.data.loader import Loader, PackBuilder, make_loader
 from megatron_vico.data.tokenizer import load_tokenizer
 from megatron_vico.errors import ConfigError
 from megatron_vico.models.build import (
-    build_language_model,
+    build_language_chunks,
     build_vision_encoder,
     language_transformer_config,
     vision_transformer_config,
@@ -25,10 +27,13 @@ from megatron_vico.models.build import (
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel
 from megatron_vico.models.registry import ModelConfig, get_model_config
+from megatron_vico.parallel.batch import SharedBatches
 from megatron_vico.parallel.groups import Groups
+from megatron_vico.parallel.streams import FP8_ALIGNMENT, StreamCut
 from megatron_vico.training.flops import pack_cost
+from megatron_vico.training.offload import HostOffload
 from megatron_vico.training.optimizer import build_optimizer, build_scheduler
-from megatron_vico.training.policy import Policy, wrap
+from megatron_vico.training.policy import Policy, PolicyOptions, wrap
 from megatron_vico.training.reference import Reference, share_equal_modules
 from megatron_vico.training.stages import lr_factors, needs_reference, train_modules
 from megatron_vico.vico.router_targets import RatioWindow
@@ -46,9 +51,33 @@ class Run:
     window: RatioWindow
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    loader: Loader
+    loader: Loader | None
+    """Reads the replica's packs, on its first rank; the others get them from there."""
+
     iteration: int
     """Optimizer steps already done when the run starts."""
+
+    @property
+    def modules(self) -> dict[str, MegatronModule | Sequence[MegatronModule]]:
+        """What a checkpoint holds, by name."""
+        return named_modules(self.policy.encoder, self.policy.language_chunks)
+
+    def batches(self) -> SharedBatches:
+        """The steps that are left, spread over the ranks of the replica; every rank iterates."""
+        options = self.cfg.stage
+        return SharedBatches(
+            self.loader,
+            num_steps=self.cfg.training.train_iters - self.iteration,
+            groups=self.groups,
+            whole_images=options.stage == "router" and options.router_granularity == "image",
+        )
+
+
+def named_modules(
+    encoder: VisionEncoder, language_chunks: Sequence[LanguageModel]
+) -> dict[str, MegatronModule | Sequence[MegatronModule]]:
+    """The modules of a model under the names that checkpoints have for them."""
+    return {"language_model": language_chunks, "encoder": encoder}
 
 
 def set_up(cfg: RunConfig, groups: Groups) -> Run:
@@ -73,18 +102,11 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
             f"stage {cfg.stage.stage!r} has nothing to start from: give --pretrained-checkpoint, "
             f"or --load with a checkpoint in it (found --load {cfg.checkpoint.load})"
         )
-    encoder, language_model = build_modules(cfg, model, groups)
+    encoder, language_chunks = build_modules(cfg, model, groups)
+    modules = named_modules(encoder, language_chunks)
     if resume is None and start_from is not None:
-        state.load_weights(
-            start_from, modules={"language_model": language_model, "encoder": encoder}, model_size=model.name
-        )
-    policy = wrap(
-        encoder,
-        language_model,
-        trained=frozenset(train_modules(cfg.stage)),
-        ddp_config=_ddp_config(cfg),
-        groups=groups,
-    )
+        state.load_weights(start_from, modules=modules, model_size=model.name)
+    policy = wrap(encoder, language_chunks, _policy_options(cfg, groups), groups=groups)
     optimizer = build_optimizer(
         policy,
         cfg.optimizer,
@@ -99,7 +121,7 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
     if resume is not None:
         restored = state.load_checkpoint(
             resume,
-            modules={"language_model": language_model, "encoder": encoder},
+            modules=modules,
             optimizer=optimizer,
             scheduler=scheduler,
             model_size=model.name,
@@ -116,24 +138,45 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
         window=window,
         optimizer=optimizer,
         scheduler=scheduler,
-        loader=_loader(cfg, model, groups, iteration),
+        loader=_loader(cfg, model, groups, iteration) if groups.replica.rank() == 0 else None,
         iteration=iteration,
     )
 
 
-def build_modules(cfg: RunConfig, model: ModelConfig, groups: Groups) -> tuple[VisionEncoder, LanguageModel]:
-    """An encoder and a language model with fresh weights, each with its own config, on this rank's device."""
+def build_modules(
+    cfg: RunConfig, model: ModelConfig, groups: Groups
+) -> tuple[VisionEncoder, tuple[LanguageModel, ...]]:
+    """An encoder and a language model (this rank's chunks) with fresh weights, each with its own config."""
     bf16 = cfg.training.bf16
     language_config = language_transformer_config(
         model, bf16=bf16, parallel=cfg.parallel, **config_kwargs(cfg.transformer_overrides, TransformerConfig)
     )
     vision_config = vision_transformer_config(model, bf16=bf16, drop_path_rate=cfg.model.drop_path_rate)
-    language_model = build_language_model(
-        model, language_config, pg_collection=groups.language, attention=cfg.model.attention
+    language_chunks = build_language_chunks(
+        model,
+        language_config,
+        pg_collection=groups.language,
+        attention=cfg.model.attention,
+        head_chunk_rows=cfg.stage.kl_chunk_rows,
     )
     encoder = build_vision_encoder(model, vision_config, pg_collection=groups.encoder)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    return encoder.to(groups.device, dtype), language_model.to(groups.device, dtype)
+    return encoder.to(groups.device, dtype), tuple(chunk.to(groups.device, dtype) for chunk in language_chunks)
+
+
+def _policy_options(cfg: RunConfig, groups: Groups) -> PolicyOptions:
+    fp8 = cfg.parallel.fp8_format is not None
+    return PolicyOptions(
+        trained=frozenset(train_modules(cfg.stage)),
+        ddp_config=_ddp_config(cfg),
+        stream_cut=StreamCut.of(
+            groups,
+            sequence_parallel=cfg.parallel.sequence_parallel,
+            alignment=FP8_ALIGNMENT[cfg.parallel.fp8_recipe] if fp8 else 1,
+        ),
+        chunk_tiles=cfg.model.encoder_chunk_tiles,
+        freeze_moe_router=cfg.stage.freeze_moe_router,
+    )
 
 
 def _ddp_config(cfg: RunConfig) -> DistributedDataParallelConfig:
@@ -163,17 +206,36 @@ def _reference(cfg: RunConfig, model: ModelConfig, policy: Policy, groups: Group
             recompute_method=None,
             recompute_num_layers=None,
             recompute_modules=(),
+            moe_aux_loss_coeff=0.0,
         ),
         model=dataclasses.replace(cfg.model, drop_path_rate=0.0),
     )
-    encoder, language_model = build_modules(frozen, model, groups)
-    state.load_weights(source, modules={"language_model": language_model, "encoder": encoder}, model_size=model.name)
-    for module in (encoder, language_model):
-        module.requires_grad_(False).eval()
+    encoder, language_chunks = build_modules(frozen, model, groups)
+    state.load_weights(source, modules=named_modules(encoder, language_chunks), model_size=model.name)
+    encoder.requires_grad_(False).eval()
+    for chunk in language_chunks:
+        chunk.requires_grad_(False).eval()
     shared = share_equal_modules(encoder, policy.encoder, ("vit", "connector_4x", "connector_16x", "vir"))
     if "language_model" not in policy.trained:
-        shared += share_equal_modules(language_model, policy.language_model, ("gpt",))
-    return Reference(encoder=encoder, language_model=language_model, shares_vit="vit" in shared)
+        for mine, theirs in zip(language_chunks, policy.language_chunks, strict=True):
+            share_equal_modules(mine, theirs, ("gpt",))
+    return Reference(
+        encoder=encoder,
+        language_chunks=language_chunks,
+        shares_vit="vit" in shared,
+        chunk_tiles=cfg.model.encoder_chunk_tiles,
+        offload=_offload(language_chunks, policy, groups) if cfg.stage.reference_offload == "host" else None,
+    )
+
+
+def _offload(chunks: Sequence[LanguageModel], policy: Policy, groups: Groups) -> HostOffload:
+    """Everything of the reference's language model but its head, which the policy pass needs, and what is shared."""
+    kept = {id(param) for chunk in policy.language_chunks for param in chunk.parameters()}
+    if groups.is_last_stage:
+        kept.add(id(chunks[-1].head_weight))
+    return HostOffload(
+        (param for chunk in chunks for param in chunk.parameters() if id(param) not in kept), groups.device
+    )
 
 
 def _loader(cfg: RunConfig, model: ModelConfig, groups: Groups, start_step: int) -> Loader:

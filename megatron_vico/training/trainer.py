@@ -1,8 +1,8 @@
 """THE loop: packs in, one optimizer step after another, log lines and checkpoints out."""
 
+import dataclasses
 import signal
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -12,11 +12,10 @@ from megatron_vico.checkpoint import state
 from megatron_vico.config.arguments import to_yaml
 from megatron_vico.config.schema import MODULES, RunConfig
 from megatron_vico.config.validate import supported_now, validate
-from megatron_vico.data.samples import PackedBatch
 from megatron_vico.parallel import groups as process_groups
+from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.training.consistency_step import consistency_step, pretrain_step
 from megatron_vico.training.metrics import MetricsLogger, StepFigures, StepSums, check_finite
-from megatron_vico.training.policy import parameters_of
 from megatron_vico.training.router_step import router_step
 from megatron_vico.training.setup import Run, set_up
 from megatron_vico.training.stages import STAGES
@@ -57,26 +56,20 @@ def _loop(run: Run) -> None:
     run.policy.train_mode()
     iteration = run.iteration
     started = time.perf_counter()
-    for packs in run.loader:
+    for batch in run.batches():
         # Dropped paths depend on seed, step and rank alone, so a resumed run drops the same ones.
-        torch.manual_seed(cfg.training.seed + 1_000_003 * iteration + groups.dp_rank)
-        run.policy.zero_grad()
-        # Not the same thing: mcore's fp32 optimizer leaves param.grad aliased to the buffer that was just zeroed.
-        run.optimizer.zero_grad()
-        sums = _step(run, packs)
-        run.policy.finish_grad_sync()
+        torch.manual_seed(cfg.training.seed + 1_000_003 * iteration + torch.distributed.get_rank())
+        sums = compute_gradients(run, batch)
         learning_rate = run.scheduler.get_lr({})  # that of --lr; modules may have multiples of it
-        _, grad_norm, _ = run.optimizer.step()
-        run.scheduler.step(increment=1)
+        grad_norm = update_weights(run)
         iteration += 1
         now = time.perf_counter()
         figures = StepFigures.reduce(
             sums,
             iteration=iteration,
-            grad_norm=float(grad_norm or 0.0),
+            grad_norm=grad_norm,
             learning_rate=learning_rate,
             step_time_s=now - started,
-            group=groups.data_parallel,
         )
         started = now
         check_finite(figures)
@@ -95,10 +88,7 @@ def _loop(run: Run) -> None:
 def _announce(run: Run) -> None:
     """Say what is about to run, and leave its configuration beside its results."""
     cfg, policy = run.cfg, run.policy
-    counts = {
-        name: sum(param.numel() for param in parameters_of(name, policy.encoder, policy.language_model))
-        for name in MODULES
-    }
+    counts = dataclasses.asdict(run.model.parameter_counts())  # of the whole model, however it is split
     trained = ", ".join(f"{name} {counts[name]:,}" for name in MODULES if name in policy.trained)
     print(
         f"stage {cfg.stage.stage} of {run.model.name}: {cfg.training.train_iters} steps from step {run.iteration}, "
@@ -112,14 +102,39 @@ def _announce(run: Run) -> None:
         (folder / "config.yaml").write_text(to_yaml(cfg))
 
 
-def _step(run: Run, packs: Sequence[PackedBatch]) -> StepSums:
+def compute_gradients(run: Run, batch: StepBatch) -> StepSums:
+    """Gradients of one step, reduced over ranks; called by every rank.
+
+    Args:
+        run: the run.
+        batch: this rank's view of the step.
+
+    Returns:
+        This rank's sums.
+    """
+    run.policy.zero_grad()
+    # Not the same thing: mcore's fp32 optimizer leaves param.grad aliased to the buffer that was just zeroed.
+    run.optimizer.zero_grad()
+    sums = _step(run, batch)
+    run.policy.finish_grad_sync()
+    return sums
+
+
+def update_weights(run: Run) -> float:
+    """One optimizer step; called by every rank. Returns the gradient norm before clipping."""
+    _, grad_norm, _ = run.optimizer.step()
+    run.scheduler.step(increment=1)
+    return float(grad_norm or 0.0)
+
+
+def _step(run: Run, batch: StepBatch) -> StepSums:
     loss = STAGES[run.cfg.stage.stage].loss
     if loss == "cross_entropy":
-        return pretrain_step(run.policy, packs, groups=run.groups)
+        return pretrain_step(run.policy, batch, groups=run.groups)
     assert run.reference is not None
     if loss == "consistency":
-        return consistency_step(run.policy, run.reference, packs, groups=run.groups)
-    return router_step(run.policy, run.reference, run.window, packs, eps=run.cfg.stage.router_eps, groups=run.groups)
+        return consistency_step(run.policy, run.reference, batch, groups=run.groups)
+    return router_step(run.policy, run.reference, run.window, batch, eps=run.cfg.stage.router_eps, groups=run.groups)
 
 
 def _due(iteration: int, interval: int | None) -> bool:
@@ -129,10 +144,11 @@ def _due(iteration: int, interval: int | None) -> bool:
 def _save(run: Run, iteration: int) -> None:
     if run.cfg.checkpoint.save is None:
         return
+    run.policy.finish_param_sync()
     state.save_checkpoint(
         run.cfg.checkpoint.save,
         iteration,
-        modules={"language_model": run.policy.language_model, "encoder": run.policy.encoder},
+        modules=run.modules,
         optimizer=run.optimizer,
         scheduler=run.scheduler,
         trainer_state={"iteration": iteration, "router_window": run.window.state()},

@@ -53,12 +53,15 @@ class Problem:
         places = torch.full((sum(LENS),), -1)
         places[mine_T] = torch.arange(len(mine_T))
         places_V = places[self.inputs.visual_positions_V]
+        shard_len = len(mine_T) // (model.tp_group.size() if model.config.sequence_parallel else 1)
         share = LanguageInputs(
             token_ids_T=self.inputs.token_ids_T[mine_T],
             visual_positions_V=places_V[places_V >= 0],
             cu_seqlens=self.inputs.cu_seqlens,
             max_seqlen=self.inputs.max_seqlen,
-            response_rows_R=torch.arange(len(mine_T)),
+            response_rows_R=torch.arange(shard_len),
+            gathered_rows_R=torch.arange(len(mine_T)) + len(mine_T) * model.cp_group.rank(),
+            shard_len=shard_len,
         )
         leaf = self.visual_tokens.clone().requires_grad_()
         rows = model(share, leaf[places_V >= 0])

@@ -17,6 +17,7 @@ from megatron_vico.models.build import build_language_model, language_transforme
 from megatron_vico.models.language_model import LanguageModel  # noqa: E402
 from megatron_vico.models.registry import ModelConfig, get_model_config  # noqa: E402
 from megatron_vico.parallel.groups import Groups, started  # noqa: E402
+from megatron_vico.parallel.streams import StreamCut  # noqa: E402
 from tests.toy_models import pack, randomise  # noqa: E402
 
 LENS = (9, 12, 7, 12)
@@ -32,12 +33,12 @@ def shard(full: Tensor, param: torch.nn.Parameter, *, name: str, rank: int) -> T
     return full.chunk(2, dim=dim)[rank]
 
 
-def run(model: LanguageModel) -> tuple[Tensor, Tensor]:
+def run(model: LanguageModel, cut: StreamCut) -> tuple[Tensor, Tensor]:
     """Logits and the gradient of the visual tokens; the weights' gradients stay on the model."""
     width = model.language.hidden_size
     generator = torch.Generator().manual_seed(2)
     leaf = torch.randn(3, width, generator=generator).requires_grad_()
-    inputs = pack(LENS, visual_positions=[1, 10, 30], response_rows=range(2, 39, 3))
+    inputs = pack(LENS, visual_positions=[1, 10, 30], response_rows=range(2, 39, 3), cut=cut)
     logits = model.response_logits(model(inputs, leaf))
     (logits * torch.randn(logits.shape, generator=generator)).sum().backward()
     assert leaf.grad is not None
@@ -55,8 +56,8 @@ def errors(model: ModelConfig, groups: Groups, *, sequence_parallel: bool) -> tu
     with torch.no_grad():
         for name, param in split.named_parameters():
             param.copy_(shard(whole[name], param, name=name, rank=rank))
-    expected, expected_leaf = run(twin)
-    logits, leaf = run(split)
+    expected, expected_leaf = run(twin, StreamCut())
+    logits, leaf = run(split, StreamCut.of(groups, sequence_parallel=sequence_parallel))
     worst = 0.0
     for name, param in split.named_parameters():
         grad, expected_grad = param.grad, whole[name].grad

@@ -55,6 +55,7 @@ def test_logits_equal_transformers(kind: str, single_process_groups: None) -> No
         cu_seqlens=torch.tensor([0, *(len(each) for each in samples)]).cumsum(0).int(),
         max_seqlen=max(len(each) for each in samples),
         response_rows_R=torch.arange(len(token_ids)),
+        shard_len=len(token_ids),
     )
     rows = language_model(inputs, encoder.visual_tokens(encoder.features(pixels), None))
     logits = language_model.response_logits(rows)

@@ -93,6 +93,7 @@ def naive_answers(engine, prompt, plan):
                 cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
                 max_seqlen=len(ids),
                 response_rows_R=torch.tensor([len(ids) - 1]),
+                shard_len=len(ids),
             )
             with torch.no_grad():
                 logits = engine.language_model.response_logits(engine.language_model(inputs, visual))

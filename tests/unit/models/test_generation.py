@@ -28,6 +28,7 @@ def packed_rows(model: LanguageModel, visual_tokens: Tensor) -> list[Tensor]:
         cu_seqlens=torch.tensor([0, 11, 16, 24], dtype=torch.int32),
         max_seqlen=11,
         response_rows_R=torch.arange(24),
+        shard_len=24,
     )
     return list(model(inputs, visual_tokens).split(list(LENS)))
 

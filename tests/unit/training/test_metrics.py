@@ -54,9 +54,7 @@ def test_reduce_counts_fractions(single_process_groups: None) -> None:
         response_tokens=90,
         router=router,
     )
-    figures = StepFigures.reduce(
-        sums, iteration=3, grad_norm=0.1, learning_rate=1e-4, step_time_s=2.0, group=torch.distributed.group.WORLD
-    )
+    figures = StepFigures.reduce(sums, iteration=3, grad_norm=0.1, learning_rate=1e-4, step_time_s=2.0)
     assert figures.compressed_tiles == 0.25
     assert figures.visual_token_reduction == pytest.approx(0.3)
     assert figures.router_accuracy == 0.75

@@ -13,9 +13,10 @@ from megatron_vico.config.schema import RunConfig
 from megatron_vico.data.samples import PackedBatch
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel
+from megatron_vico.parallel.batch import share_step
 from megatron_vico.parallel.groups import Groups, started
+from megatron_vico.parallel.streams import StreamCut, language_inputs
 from megatron_vico.training.consistency_step import consistency_step, pretrain_step
-from megatron_vico.training.passes import language_inputs
 from megatron_vico.training.router_step import router_step
 from megatron_vico.training.setup import Run, set_up
 from tests.training_runs import ToyData, toy_config
@@ -34,11 +35,16 @@ def start_run(data: ToyData, stage: str, base: Path, groups: Groups, **options: 
     return set_up(toy_config(data, stage, **source, **options), groups)
 
 
+def next_packs(run: Run) -> list[PackedBatch]:
+    assert run.loader is not None
+    return next(iter(run.loader))
+
+
 def move_away(run: Run) -> None:
     """Make the policy differ from the reference, as it does after some training."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for module in (run.policy.language_model, run.policy.encoder.connector_4x, run.policy.encoder.connector_16x):
+        for module in (run.policy.head, run.policy.encoder.connector_4x, run.policy.encoder.connector_16x):
             for param in module.parameters():
                 if param.requires_grad:
                     param += 0.02 * torch.randn(param.shape, generator=generator)
@@ -49,7 +55,7 @@ def naive_loss(encoder: VisionEncoder, language_model: LanguageModel, pack: Pack
     stream = pack.reference if view is None else pack.policies[view].stream
     plan = None if view is None else pack.policies[view].compressed
     tokens = encoder.visual_tokens(encoder.features(encoder.normalise(pack.tiles)), plan)
-    rows = language_model(language_inputs(stream, CPU), tokens)
+    rows = language_model(language_inputs(stream, StreamCut(), CPU), tokens)
     weight = language_model.gpt.output_layer.weight[: language_model.language.vocab_size]
     return rows.double() @ weight.double().T
 
@@ -61,7 +67,7 @@ def naive_kl(reference: Tensor, policy: Tensor) -> Tensor:
 
 def main_grads(run: Run) -> dict[str, Tensor]:
     """Gradients as the optimizer will see them, by parameter name."""
-    modules = {"language_model": run.policy.language_model, "encoder": run.policy.encoder}
+    modules = {"language_model": run.policy.head, "encoder": run.policy.encoder}
     return {
         f"{prefix}.{name}": param.main_grad.clone()
         for prefix, module in modules.items()
@@ -78,7 +84,7 @@ def assert_gradients_equal(run: Run, loss: Tensor, *, tolerance: float) -> None:
     """Compare what the step left in `main_grad` with autograd's gradients of `loss`."""
     ours = main_grads(run)
     named = {
-        **{f"language_model.{name}": param for name, param in run.policy.language_model.named_parameters()},
+        **{f"language_model.{name}": param for name, param in run.policy.head.named_parameters()},
         **{f"encoder.{name}": param for name, param in run.policy.encoder.named_parameters()},
     }
     params = [named[name] for name in ours]
@@ -109,23 +115,23 @@ def test_loss_and_every_gradient_equal_plain_autograd(
     """Two packs of unequal lengths, some with text only. Measured: loss 3e-7, worst gradient 7e-7."""
     run = start_run(toy_data, stage, base_checkpoint, groups, train_modules=modules)
     move_away(run)
-    packs = next(iter(run.loader))
+    packs = next_packs(run)
     assert len(packs) == 2
     run.policy.train_mode()
     run.policy.zero_grad()
     policy = run.policy
     if stage == "pretrain":
-        sums = pretrain_step(policy, packs, groups=groups)
-        logits = [naive_loss(policy.encoder, policy.language_model, pack, view=None) for pack in packs]
+        sums = pretrain_step(policy, share_step(packs, groups=groups), groups=groups)
+        logits = [naive_loss(policy.encoder, policy.head, pack, view=None) for pack in packs]
         rows = [F.cross_entropy(each, pack.labels, reduction="none") for each, pack in zip(logits, packs, strict=True)]
     else:
         assert run.reference is not None
-        sums = consistency_step(policy, run.reference, packs, groups=groups)
+        sums = consistency_step(policy, run.reference, share_step(packs, groups=groups), groups=groups)
         rows = []
         for pack in packs:
             with torch.no_grad():
-                target = naive_loss(run.reference.encoder, run.reference.language_model, pack, view=None)
-            rows.append(naive_kl(target, naive_loss(policy.encoder, policy.language_model, pack, view=0)))
+                target = naive_loss(run.reference.encoder, run.reference.head, pack, view=None)
+            rows.append(naive_kl(target, naive_loss(policy.encoder, policy.head, pack, view=0)))
     loss = sum((each * pack.kl_weight).sum() for each, pack in zip(rows, packs, strict=True))
     assert isinstance(loss, Tensor)
     assert float(sums.loss) == pytest.approx(float(loss), rel=2e-6)
@@ -134,7 +140,7 @@ def test_loss_and_every_gradient_equal_plain_autograd(
 
 def test_weights_are_means_over_tokens_then_samples(toy_data: ToyData, base_checkpoint: Path, groups: Groups) -> None:
     run = start_run(toy_data, "consistency", base_checkpoint, groups)
-    packs = next(iter(run.loader))
+    packs = next_packs(run)
     num_samples = sum(len(pack.keys) for pack in packs)
     for pack in packs:
         for sample in range(len(pack.keys)):
@@ -158,12 +164,12 @@ def test_equal_policy_and_reference_without_compression_give_exactly_zero(
                 ),
             ),
         )
-        for pack in next(iter(run.loader))
+        for pack in next_packs(run)
     ]
     run.policy.train_mode()
     run.policy.zero_grad()
     assert run.reference is not None
-    sums = consistency_step(run.policy, run.reference, packs, groups=groups)
+    sums = consistency_step(run.policy, run.reference, share_step(packs, groups=groups), groups=groups)
     assert float(sums.loss) == 0.0
     assert all(float(grad.abs().max()) == 0.0 for grad in main_grads(run).values())
 
@@ -184,12 +190,12 @@ def test_splitting_packs_changes_nothing(toy_data: ToyData, base_checkpoint: Pat
             xi_sampler="bernoulli",  # belongs to each sample; the shares of `stratified` belong to the pack
         )
         move_away(run)
-        packs = next(iter(run.loader))
+        packs = next_packs(run)
         assert len(packs) == batch
         run.policy.train_mode()
         run.policy.zero_grad()
         assert run.reference is not None
-        sums = consistency_step(run.policy, run.reference, packs, groups=groups)
+        sums = consistency_step(run.policy, run.reference, share_step(packs, groups=groups), groups=groups)
         found.append((sorted(key for pack in packs for key in pack.keys), float(sums.loss), main_grads(run)))
     (keys, loss, grads), (other_keys, other_loss, other_grads) = found
     assert keys == other_keys
@@ -206,21 +212,22 @@ def test_router_labels_and_gradients_equal_the_plain_computation(
     run = start_run(toy_data, "router", base_checkpoint, groups, router_granularity=granularity)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for param in run.policy.language_model.parameters():
+        for param in run.policy.head.parameters():
             param += 0.02 * torch.randn(param.shape, generator=generator)
-    packs = next(iter(run.loader))
+    packs = next_packs(run)
     run.policy.train_mode()
     run.policy.zero_grad()
     assert run.reference is not None
     eps = run.cfg.stage.router_eps
-    sums = router_step(run.policy, run.reference, run.window, packs, eps=eps, groups=groups)
+    batch = share_step(packs, groups=groups, whole_images=granularity == "image")
+    sums = router_step(run.policy, run.reference, run.window, batch, eps=eps, groups=groups)
 
     ratios, logits = [], []
     policy, reference = run.policy, run.reference
     for pack in packs:
         with torch.no_grad():
-            target = naive_loss(reference.encoder, reference.language_model, pack, view=None)
-            views = [naive_loss(policy.encoder, policy.language_model, pack, view=view) for view in (0, 1)]
+            target = naive_loss(reference.encoder, reference.head, pack, view=None)
+            views = [naive_loss(policy.encoder, policy.head, pack, view=view) for view in (0, 1)]
             none, one = (naive_kl(target, each) for each in views)
             features = policy.encoder.features(policy.encoder.normalise(pack.tiles))
         assert int(pack.policies[0].compressed.sum()) == 0
@@ -260,7 +267,7 @@ def test_a_frozen_vit_is_shared_and_a_trained_one_is_not(
     assert trained.reference.encoder.vit is not trained.policy.encoder.vit
     warmup = start_run(toy_data, "warmup", base_checkpoint, groups)
     assert warmup.reference is not None
-    assert warmup.reference.language_model.gpt is warmup.policy.language_model.gpt
+    assert warmup.reference.head.gpt is warmup.policy.head.gpt
 
 
 def test_rates_per_module_reach_the_optimizer(toy_data: ToyData, base_checkpoint: Path, groups: Groups) -> None:
@@ -273,7 +280,7 @@ def test_rates_per_module_reach_the_optimizer(toy_data: ToyData, base_checkpoint
         rates[round(group["max_lr"], 9)] = rates.get(round(group["max_lr"], 9), 0) + count
     encoder = run.policy.encoder
     assert rates == {
-        0.0005: sum(param.numel() for param in run.policy.language_model.parameters()),
+        0.0005: sum(param.numel() for param in run.policy.head.parameters()),
         0.001: sum(param.numel() for param in encoder.connector_4x.parameters()),
         0.003: sum(param.numel() for param in encoder.connector_16x.parameters()),
     }

@@ -1,0 +1,181 @@
+"""A packed stream as one rank takes it: padded to what the layout needs, cut over context and sequence ranks.
+
+Everything here is integer arithmetic on the CPU, done once a pack. The ranks of a replica hold the same pack, so each
+also knows what the others hold: no length and no row has to be asked for.
+
+Shapes: T tokens of a pack, D documents (samples) of it, V visual tokens, R response rows.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from megatron_vico.data.samples import PackedStream
+from megatron_vico.models.language_model import LanguageInputs
+from megatron_vico.parallel.groups import Groups
+from megatron_vico.parallel.zigzag import zigzag_positions
+
+FP8_ALIGNMENT = {"tensorwise": 16, "blockwise": 128}
+"""Tokens of a rank's shard must be a multiple of this under FP8: a weight's gradient is a product over tokens, and
+TransformerEngine quantises them in such blocks."""
+
+_PAD_ID = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamCut:
+    """How packed streams are padded and cut over the ranks of a model replica, and which part is this rank's."""
+
+    context_size: int = 1
+    """Ranks that share each document: rank r of n takes chunks r and 2n - 1 - r of the document's 2n."""
+
+    context_rank: int = 0
+
+    sequence_size: int = 1
+    """Tensor-parallel ranks that share the hidden states of a context rank; 1 without sequence parallelism."""
+
+    sequence_rank: int = 0
+
+    alignment: int = 1
+    """What the tokens of one rank's share must be a multiple of; see `FP8_ALIGNMENT`."""
+
+    @classmethod
+    def of(cls, groups: Groups, *, sequence_parallel: bool, alignment: int = 1) -> "StreamCut":
+        """The cut of a layout.
+
+        Args:
+            groups: process groups.
+            sequence_parallel: whether hidden states are sharded over the tensor-parallel ranks.
+            alignment: tokens of a share must be a multiple of this.
+
+        Returns:
+            This rank's cut.
+        """
+        language = groups.language
+        return cls(
+            context_size=language.cp.size(),
+            context_rank=language.cp.rank(),
+            sequence_size=language.tp.size() if sequence_parallel else 1,
+            sequence_rank=language.tp.rank() if sequence_parallel else 0,
+            alignment=alignment,
+        )
+
+    @property
+    def document_multiple(self) -> int:
+        """What a document's length must be a multiple of: two chunks a context rank."""
+        return 2 * self.context_size if self.context_size > 1 else 1
+
+    @property
+    def pack_multiple(self) -> int:
+        """What a pack's length must be a multiple of."""
+        return self.document_multiple * self.sequence_size * self.alignment
+
+
+def pad_stream(stream: PackedStream, cut: StreamCut) -> PackedStream:
+    """Pad a stream to what a layout needs.
+
+    Each document is padded at its own end (causality keeps that out of sight), and the pack by one document more, of
+    padding only. Padding is no response and gets no visual token, so it has no loss.
+
+    Args:
+        stream: packed documents.
+        cut: the layout.
+
+    Returns:
+        The stream with `document_multiple` and `pack_multiple` fulfilled; `stream` itself if it fulfils them already.
+    """
+    lens_D = stream.cu_seqlens.diff().long()
+    each = cut.document_multiple
+    padded_D = (lens_D + each - 1) // each * each
+    num_tokens = int(padded_D.sum())
+    tail = -num_tokens % cut.pack_multiple
+    if tail == 0 and num_tokens == len(stream.token_ids):
+        return stream
+    starts_D = padded_D.cumsum(0) - padded_D
+    shift_D = starts_D - stream.cu_seqlens[:-1].long()
+    shift_T = shift_D.repeat_interleave(lens_D)
+    ids = torch.full((num_tokens + tail,), _PAD_ID, dtype=stream.token_ids.dtype)
+    ids[torch.arange(len(stream.token_ids)) + shift_T] = stream.token_ids
+    ends = [*(starts_D + padded_D).tolist(), *([num_tokens + tail] if tail else [])]
+    return PackedStream(
+        token_ids=ids,
+        cu_seqlens=torch.tensor([0, *ends], dtype=torch.int32),
+        max_seqlen=max(end - start for start, end in pairwise([0, *ends])),
+        visual_positions=stream.visual_positions + shift_T[stream.visual_positions],
+        response_rows=stream.response_rows + shift_T[stream.response_rows],
+    )
+
+
+def language_inputs(stream: PackedStream, cut: StreamCut, device: torch.device) -> LanguageInputs:
+    """This rank's part of a packed stream, on the device it computes on.
+
+    Args:
+        stream: not padded yet, on the CPU.
+        cut: the layout.
+        device: where to compute.
+
+    Returns:
+        What the language model takes.
+    """
+    padded = pad_stream(stream, cut)
+    local_T, where_T = _places(padded, cut)
+    places_V = where_T[padded.visual_positions]
+    local_len = len(local_T)
+    mine_V = (places_V // local_len == cut.context_rank).nonzero().squeeze(1)
+    rows, gathered = _response_rows(where_T[padded.response_rows], local_len, cut)
+
+    def sent(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    return LanguageInputs(
+        token_ids_T=sent(padded.token_ids[local_T]),
+        visual_positions_V=sent(places_V[mine_V] % local_len),
+        visual_index_V=sent(mine_V) if cut.context_size > 1 else None,
+        cu_seqlens=sent(padded.cu_seqlens),
+        max_seqlen=padded.max_seqlen,
+        response_rows_R=sent(rows),
+        gathered_rows_R=None if gathered is None else sent(gathered),
+        shard_len=local_len // cut.sequence_size,
+    )
+
+
+def row_share(num_rows: int, *, size: int, rank: int) -> slice:
+    """The response rows of a pack that a context rank works on: an equal run of both streams, in response order."""
+    return slice(num_rows * rank // size, num_rows * (rank + 1) // size)
+
+
+def _places(padded: PackedStream, cut: StreamCut) -> tuple[Tensor, Tensor]:
+    """Positions that this context rank holds, in its order; and for each position, rank * local length + place."""
+    if cut.context_size == 1:
+        every_T = torch.arange(len(padded.token_ids))
+        return every_T, every_T
+    lens = padded.cu_seqlens.diff().tolist()
+    held = [zigzag_positions(lens, cp_size=cut.context_size, cp_rank=rank) for rank in range(cut.context_size)]
+    where_T = torch.empty(len(padded.token_ids), dtype=torch.int64)
+    where_T[torch.cat(held)] = torch.arange(len(padded.token_ids))
+    return held[cut.context_rank], where_T
+
+
+def _response_rows(places_R: Tensor, local_len: int, cut: StreamCut) -> tuple[Tensor, Tensor | None]:
+    """Rows that this rank picks from its shard, and where the rows it needs lie once all ranks' picks are gathered.
+
+    Only picked rows travel, padded to the largest number that one rank has; gathered over sequence ranks first, then
+    over context ranks.
+    """
+    num_shards = cut.context_size * cut.sequence_size
+    if num_shards == 1:
+        return places_R, None
+    shard_len = local_len // cut.sequence_size
+    shard_R, offset_R = places_R // shard_len, places_R % shard_len
+    counts = torch.bincount(shard_R, minlength=num_shards)
+    longest = max(int(counts.max()), 1)  # one row at least, so that every rank takes part in the gather's backward
+    order_R = shard_R.argsort(stable=True)
+    within_R = torch.empty_like(order_R)
+    within_R[order_R] = torch.arange(len(order_R)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    picked = torch.zeros(longest, dtype=torch.int64)
+    mine_R = shard_R == cut.context_rank * cut.sequence_size + cut.sequence_rank
+    picked[within_R[mine_R]] = offset_R[mine_R]
+    share = row_share(len(places_R), size=cut.context_size, rank=cut.context_rank)
+    return picked, (shard_R * longest + within_R)[share]

@@ -1,0 +1,128 @@
+"""Runs cases under their layouts and compares each with its one-process twin; started by torchrun from the tests.
+
+Usage: run_steps.py FOLDER, with FOLDER/cases-N.pkl for N ranks and FOLDER/TRUTH/STEP.pt. Writes FOLDER/found-N.json.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_vico.parallel import cpu_stand_in
+
+cpu_stand_in.install()
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from megatron_vico.parallel.groups import Groups  # noqa: E402
+from tests.distributed.cached_layouts import CachedLayouts  # noqa: E402
+from tests.distributed.step_records import STEPS, Case, Recorded, record  # noqa: E402
+
+FIGURES = ("loss", "grad_norm", "router_threshold", "router_accuracy", "samples", "tiles", "response_tokens")
+
+
+def write_truth(case: Case, groups: Groups, folder: Path) -> None:
+    """Run a case in one process and keep all of it."""
+    folder.mkdir(parents=True)
+    for number, step in enumerate(record(case, groups)):
+        names = [part.name for part in step.parts]
+        whole = {
+            "figures": {name: getattr(step.figures, name) for name in FIGURES},
+            "grads": dict(zip(names, (_real(part, grad) for part, grad in _pairs(step, step.grads)), strict=True)),
+            "params": dict(zip(names, (_real(part, each) for part, each in _pairs(step, step.params)), strict=True)),
+        }
+        torch.save(whole, folder / f"{number}.pt")
+
+
+def compare(case: Case, groups: Groups, folder: Path) -> list[dict[str, Any]]:
+    """Largest relative errors of each step over all ranks: of figures, gradients and parameters, with their names."""
+    steps = []
+    with _broken_rows() if case.broken else contextlib.nullcontext():
+        for number, step in enumerate(record(case, groups)):
+            truth = torch.load(folder / case.truth / f"{number}.pt", mmap=True)
+            mine: dict[str, Any] = {
+                name: _relative(getattr(step.figures, name), truth["figures"][name]) for name in FIGURES
+            }
+            for kind, values in (("grads", step.grads), ("params", step.params)):
+                errors = [
+                    (_error(part, value, truth[kind][part.name]), part.name) for part, value in _pairs(step, values)
+                ]
+                mine[kind] = max(errors)
+            steps.append(mine)
+    assert len(steps) == STEPS
+    everyones: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyones, steps)
+    return [{key: max(rank[number][key] for rank in everyones) for key in steps[0]} for number in range(STEPS)]
+
+
+def _pairs(step: Recorded, values: tuple[Any, ...]) -> Iterator[tuple[Any, Any]]:
+    return zip(step.parts, values, strict=True)
+
+
+def _real(part: Any, value: Tensor | None) -> Tensor | None:
+    return None if value is None else value[: part.num_rows].clone()
+
+
+def _error(part: Any, value: Tensor | None, truth: Tensor | None) -> float:
+    """Norm of the difference over that of the whole tensor, so that a part that is small by chance weighs little."""
+    if value is None or truth is None:
+        assert value is truth, f"{part.name} is trained on one side only"
+        return 0.0
+    expected = part.cut(truth)
+    if float(truth.norm()) == 0.0:
+        return float(value.norm())
+    if part.num_rows is not None:
+        rows = min(max(part.num_rows - part.index * len(value), 0), len(value))  # padding is nobody's
+        value, expected = value[:rows], expected[:rows]
+    assert torch.isfinite(value).all(), part.name
+    return float((value.double() - expected.double()).norm() / truth.double().norm())
+
+
+def _relative(value: float | None, truth: float | None) -> float:
+    if value is None or truth is None:
+        assert value is truth
+        return 0.0
+    return abs(value - truth) / max(abs(truth), 1e-12)
+
+
+@contextlib.contextmanager
+def _broken_rows() -> Iterator[None]:
+    """The model without the sum over tensor-parallel ranks of the gradient of its response rows."""
+    from megatron_vico.models import language_model
+
+    right = language_model.copy_to_tensor_model_parallel_region
+    language_model.copy_to_tensor_model_parallel_region = lambda rows, group: rows
+    try:
+        yield
+    finally:
+        language_model.copy_to_tensor_model_parallel_region = right
+
+
+def main() -> None:
+    """Run the cases of this number of ranks with one set of process groups a layout."""
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    torch.distributed.init_process_group("gloo")
+    world = torch.distributed.get_world_size()
+    cases: list[Case] = pickle.loads((folder / f"cases-{world}.pkl").read_bytes())
+    layouts = CachedLayouts()
+    found = {}
+    for case in cases:
+        started = time.perf_counter()
+        found[case.name] = compare(case, layouts.switch_to(case.cfg.parallel), folder)
+        if torch.distributed.get_rank() == 0:
+            print(f"{case.name}: {time.perf_counter() - started:.1f} s, {found[case.name][-1]}", flush=True)
+    if torch.distributed.get_rank() == 0:
+        (folder / f"found-{world}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
+    os._exit(0)  # dozens of process groups take a minute to close
+
+
+if __name__ == "__main__":
+    main()

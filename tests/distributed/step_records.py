@@ -1,0 +1,134 @@
+"""Three steps of a run as data to compare: losses, norms, and every gradient and parameter under its global name."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+
+from megatron_vico.checkpoint import state
+from megatron_vico.config.schema import RunConfig
+from megatron_vico.data.samples import PackedBatch, PackedStream
+from megatron_vico.models.registry import get_model_config
+from megatron_vico.parallel.batch import SharedBatches
+from megatron_vico.parallel.groups import Groups
+from megatron_vico.training.metrics import StepFigures
+from megatron_vico.training.setup import Run, build_modules, named_modules, set_up
+from megatron_vico.training.trainer import compute_gradients, update_weights
+from tests.distributed.global_weights import Part, parts_of
+
+STEPS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run: a stage of a model under a layout, compared with the same run of one process."""
+
+    name: str
+    cfg: RunConfig
+    truth: str
+    """Which one-process run it is compared with."""
+
+    empty_pack: int | None = None
+    """Pack of each step whose response rows are taken away."""
+
+    broken: bool = False
+    """A negative control: the gradient of rows is not summed over tensor-parallel ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """One step on one rank."""
+
+    figures: StepFigures
+    parts: tuple[Part, ...]
+    grads: tuple[Tensor | None, ...]
+    """None where the weight is frozen."""
+
+    params: tuple[Tensor, ...]
+
+
+def record(case: Case, groups: Groups) -> Iterator[Recorded]:
+    """Run the steps; called by every rank."""
+    run = set_up(case.cfg, groups)
+    run.policy.train_mode()
+    modules = {"language_model": run.policy.language_chunks, "encoder": [run.policy.encoder]}
+    batches = run.batches()
+    if run.loader is not None and case.empty_pack is not None:
+        batches = SharedBatches(_emptied(run, case.empty_pack), num_steps=STEPS, groups=groups)
+    for number, batch in enumerate(batches):
+        sums = compute_gradients(run, batch)
+        grads = {param: grad for ddp in run.policy.ddp_modules for param, grad in _main_grads(ddp)}
+        norm = update_weights(run)
+        run.policy.finish_param_sync()
+        parts = tuple(parts_of(modules, groups))
+        yield Recorded(
+            figures=StepFigures.reduce(sums, iteration=number, grad_norm=norm, learning_rate=0.0, step_time_s=0.0),
+            parts=parts,
+            grads=tuple(grads.get(part.param) for part in parts),
+            params=tuple(part.param.detach().clone() for part in parts),
+        )
+
+
+def save_models(folder: Path, model_size: str, cfg: RunConfig, groups: Groups) -> None:
+    """A policy with every weight random, and a reference not far from it, as two checkpoints of one process."""
+    from tests.toy_models import randomise
+
+    model = get_model_config(model_size)
+    encoder, chunks = build_modules(cfg, model, groups)
+    generator = torch.Generator().manual_seed(3)
+    for index, module in enumerate((encoder, *chunks)):
+        randomise(module, seed=index)
+    for name in ("reference", "policy"):
+        state.save_checkpoint(
+            folder / name,
+            0,
+            modules=named_modules(encoder, chunks),
+            metadata=state.CheckpointMetadata(model_size=model_size, stage="pretrain"),
+        )
+        with torch.no_grad():
+            for chunk in chunks:
+                for param in chunk.parameters():
+                    param += 0.02 * torch.randn(param.shape, generator=generator)
+
+
+def _main_grads(ddp: DistributedDataParallel) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
+    """The reduced gradient of every parameter; of a distributed optimizer's, each rank has a shard."""
+    for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers):
+        whole = buffer.grad_data.clone()
+        if ddp.ddp_config.use_distributed_optimizer:
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                start = bucket.offset
+                shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                shards = [torch.empty_like(shard) for _ in range(group.size())]
+                torch.distributed.all_gather(shards, shard, group=group)
+                whole[start : start + bucket.grad_data.numel()] = torch.cat(shards)
+        for param in buffer.params:
+            start, end, _ = buffer.param_index_map[param]
+            yield param, whole[start:end].view(param.shape)
+
+
+def _emptied(run: Run, index: int) -> Iterator[Sequence[PackedBatch]]:
+    assert run.loader is not None
+    for packs in run.loader:
+        changed = list(packs)
+        changed[index] = _without_rows(changed[index])
+        yield changed
+
+
+def _without_rows(pack: PackedBatch) -> PackedBatch:
+    def no_rows(stream: PackedStream) -> PackedStream:
+        return dataclasses.replace(stream, response_rows=stream.response_rows[:0])
+
+    return dataclasses.replace(
+        pack,
+        sample_of_row=pack.sample_of_row[:0],
+        labels=pack.labels[:0],
+        kl_weight=pack.kl_weight[:0],
+        reference=no_rows(pack.reference),
+        policies=tuple(dataclasses.replace(view, stream=no_rows(view.stream)) for view in pack.policies),
+    )

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import dist_checkpointing
@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint import CheckpointException
@@ -69,6 +70,9 @@ class CheckpointMetadata:
     layout: str = ""
     """Parallel sizes it was saved under, to be read by people: any layout can load it; filled in when it is saved."""
 
+    optimizer: Literal["replicated", "distributed"] | None = None
+    """Kind of its optimizer; None where it has none or was saved before this was noted. Filled in when it is saved."""
+
     format_version: int = _FORMAT_VERSION
 
 
@@ -105,7 +109,11 @@ def save_checkpoint(
     target = iteration_folder(root, iteration)
     unfinished = target.with_name(target.name + INCOMPLETE_SUFFIX)
     facts = replace(
-        metadata, has_optimizer=optimizer is not None, iteration=iteration, layout=_describe_layout(modules)
+        metadata,
+        has_optimizer=optimizer is not None,
+        iteration=iteration,
+        layout=_describe_layout(modules),
+        optimizer=None if optimizer is None else _kind(optimizer),
     )
 
     def begin() -> None:
@@ -164,6 +172,12 @@ def load_checkpoint(
     if not metadata.has_optimizer:
         raise CheckpointError(
             f"{folder} holds weights only, so training cannot resume from it; give it as --pretrained-checkpoint."
+        )
+    if metadata.optimizer not in (None, _kind(optimizer)):
+        raise CheckpointError(
+            f"{folder} has the state of a {metadata.optimizer} optimizer, this run's is {_kind(optimizer)}; resume "
+            "with --use-distributed-optimizer as it was saved, or give it as --pretrained-checkpoint to start from its "
+            "weights."
         )
     loaded = _load(folder, modules, optimizer)
     try:
@@ -299,16 +313,24 @@ def _chunks(module: MegatronModule | Sequence[MegatronModule]) -> Sequence[Megat
 
 def _describe_layout(modules: Modules) -> str:
     configs = [chunk.config for module in modules.values() for chunk in _chunks(module)]
+    world_size = torch.distributed.get_world_size()
     sizes = {
         "tensor parallel": [config.tensor_model_parallel_size for config in configs],
         "pipeline parallel": [config.pipeline_model_parallel_size for config in configs],
         "virtual pipeline": [config.virtual_pipeline_model_parallel_size or 1 for config in configs],
         "context parallel": [config.context_parallel_size for config in configs],
         "expert parallel": [config.expert_model_parallel_size for config in configs],
-        "expert tensor parallel": [config.expert_tensor_parallel_size or 1 for config in configs],
+        "expert tensor parallel": [
+            config.expert_tensor_parallel_size or 1 if config.num_moe_experts else 1 for config in configs
+        ],
     }
     split = [f"{name} {max(each)}" for name, each in sizes.items() if max(each) > 1]
-    return ", ".join([f"{torch.distributed.get_world_size()} ranks", *split])
+    return ", ".join([f"{world_size} ranks" if world_size > 1 else "1 rank", *split])
+
+
+def _kind(optimizer: MegatronOptimizer) -> Literal["replicated", "distributed"]:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return "distributed" if any(isinstance(part, DistributedOptimizer) for part in parts) else "replicated"
 
 
 def _sharded_state(modules: Modules, optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:

@@ -95,7 +95,14 @@ def test_what_is_in_a_folder(groups: Groups, tmp_path: Path) -> None:
     assert folder == tmp_path / "iter_0000012"
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "12\n"
     assert (folder / "config.yaml").read_text() == "a: 1\n"
-    expected = state.CheckpointMetadata(model_size="toy-6b", stage="consistency", has_optimizer=True, iteration=12)
+    expected = state.CheckpointMetadata(
+        model_size="toy-6b",
+        stage="consistency",
+        has_optimizer=True,
+        iteration=12,
+        layout="1 rank",
+        optimizer="replicated",
+    )
     assert state.read_metadata(tmp_path) == expected
     assert state.weight_dtypes(tmp_path, modules=["encoder"]) == {torch.float32}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000012", "latest_checkpointed_iteration.txt"]
@@ -132,9 +139,31 @@ def test_another_optimizer_cannot_resume(groups: Groups, tmp_path: Path) -> None
         other = make_training("toy-6b", groups=groups, seed=1, **kind)
         other.step(0)
         other.save(tmp_path, number)
-        message = "lacks optimizer" if "frozen" in kind else "the optimizer's state does not fit"
+        message = "lacks optimizer" if "frozen" in kind else "of a distributed optimizer, this run's is replicated"
         with pytest.raises(CheckpointError, match=message):
             one.load(tmp_path)
+
+
+def test_metadata_from_before_layout_and_optimizer_were_noted(groups: Groups, tmp_path: Path) -> None:
+    one, other = (make_training("toy-6b", groups=groups, seed=seed) for seed in (1, 2))
+    one.step(0)
+    path = one.save(tmp_path, 1) / "checkpoint.json"
+    contents = read_json(path)
+    del contents["layout"], contents["optimizer"]
+    write_json(path, contents)
+    other.load(tmp_path)
+    assert_same(one, other)
+    sharded = make_training("toy-6b", groups=groups, seed=2, optimizer="sharded")
+    with pytest.raises(CheckpointError, match=r"lacks optimizer\.state\.param"):
+        sharded.load(tmp_path)
+
+
+def test_chunks_are_stored_as_the_whole_module_is(groups: Groups, tmp_path: Path) -> None:
+    one, other = (make_training("toy-6b", groups=groups, seed=seed) for seed in (1, 2))
+    one.save(tmp_path, 1)
+    whole = {name: chunks[0] for name, chunks in other.modules.items()}
+    state.load_weights(tmp_path, modules=whole, model_size="toy-6b")
+    assert_same(one, other)
 
 
 def test_another_size_is_refused(groups: Groups, tmp_path: Path) -> None:

@@ -17,12 +17,11 @@ from megatron_vico.checkpoint import state
 from megatron_vico.checkpoint.convert import canonical_state
 from megatron_vico.config.schema import ParallelOptions
 from megatron_vico.models.build import (
-    build_language_model,
+    build_language_chunks,
     build_vision_encoder,
     language_transformer_config,
     vision_transformer_config,
 )
-from megatron_vico.models.language_model import LanguageModel
 from megatron_vico.models.registry import ModelConfig, get_model_config
 from megatron_vico.parallel.groups import Groups
 
@@ -114,11 +113,14 @@ def make_training(
     model = get_model_config(size) if isinstance(size, str) else size
     bf16, sharded = dtype == "bf16", optimizer == "sharded"
     encoder = build_vision_encoder(model, vision_transformer_config(model, bf16=bf16), pg_collection=groups.encoder)
+    chunks = build_language_chunks(
+        model,
+        language_transformer_config(model, bf16=bf16, parallel=parallel),
+        pg_collection=groups.language,
+        attention="sdpa",
+    )
     modules: dict[str, Sequence[MegatronModule]] = {
-        "language_model": [
-            chunk.to(FORMATS[dtype])
-            for chunk in _language_chunks(model, groups, parallel or ParallelOptions(), bf16=bf16)
-        ],
+        "language_model": [chunk.to(FORMATS[dtype]) for chunk in chunks],
         "encoder": [encoder.to(FORMATS[dtype])],
     }
     options = OptimizerConfig(
@@ -133,13 +135,13 @@ def make_training(
     )
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=sharded)
     wrapped, chained = [], []
-    for name, chunks in modules.items():
+    for name, parts in modules.items():
         if name == frozen:
-            for chunk in chunks:
+            for chunk in parts:
                 chunk.requires_grad_(False)
             continue
         group = groups.encoder if name == "encoder" else groups.language
-        own = [DistributedDataParallel(chunk.config, ddp, chunk, pg_collection=group) for chunk in chunks]
+        own = [DistributedDataParallel(chunk.config, ddp, chunk, pg_collection=group) for chunk in parts]
         for chunk in own:
             chunk.broadcast_params()
         built = get_megatron_optimizer(options, own, use_gloo_process_groups=False, pg_collection=group)
@@ -147,26 +149,6 @@ def make_training(
         wrapped += own
     joined = ChainedOptimizer(chained)
     return Training(size=model.name, modules=modules, wrapped=wrapped, optimizer=joined, scheduler=_scheduler(joined))
-
-
-def _language_chunks(
-    model: ModelConfig, groups: Groups, parallel: ParallelOptions, *, bf16: bool
-) -> list[LanguageModel]:
-    stage, num_stages = groups.language.pp.rank(), groups.language.pp.size()
-    config = language_transformer_config(model, bf16=bf16, parallel=parallel)
-    num_chunks = config.virtual_pipeline_model_parallel_size or 1
-    return [
-        build_language_model(
-            model,
-            config,
-            pg_collection=groups.language,
-            attention="sdpa",
-            pre_process=stage == 0 and index == 0,
-            post_process=stage == num_stages - 1 and index == num_chunks - 1,
-            vp_stage=index if num_chunks > 1 else None,
-        )
-        for index in range(num_chunks)
-    ]
 
 
 def _scheduler(optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

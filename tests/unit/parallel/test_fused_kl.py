@@ -180,6 +180,19 @@ def test_rows_equal_the_one_process_twin(mean_kl: float, tolerance: float) -> No
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)
 
 
+@pytest.mark.parametrize(("mean_kl", "tolerance"), [(1e-2, 2e-6), (1e-4, 1e-5), (1e-6, 1e-4), (1e-8, 1e-3)])
+def test_tiny_values(mean_kl: float, tolerance: float) -> None:
+    """Eq. 2 divides two. Against float64 from the same float32 logits. Measured: 7e-7, 9e-7, 1.7e-5, 1.8e-4."""
+    heads = make_heads(9, 16, 20_000, mean_kl=mean_kl)
+    shard = VocabularyShard(group=None, vocab_size=20_000)
+    found = kl_rows(heads.policy_rows_RH, **without_weight(heads), shard=shard)
+    with torch.no_grad():
+        log_p = (heads.policy_rows_RH @ heads.policy_weight_VH.T).double().log_softmax(-1)
+        log_q = (heads.reference_rows_RH @ heads.reference_weight_VH.T).double().log_softmax(-1)
+        expected = (log_q.exp() * (log_q - log_p)).sum(-1)
+    assert float((found / expected - 1).abs().max()) < tolerance
+
+
 def test_far_rows() -> None:
     """Logits that differ by hundreds: the near forms overflow and must not be looked at.
 

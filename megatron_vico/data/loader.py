@@ -186,13 +186,16 @@ class PackBuilder:
     cost: PackCost = EQUAL_COST
     """What a pack of the stage costs, by which `make_loader` spreads the packs over data-parallel ranks."""
 
-    def build(self, samples: Sequence[EncodedSample], *, pack: Pack, samples_in_global_batch: int) -> PackedBatch:
+    def build(
+        self, samples: Sequence[EncodedSample], *, pack: Pack, samples_in_global_batch: int, position: int = 0
+    ) -> PackedBatch:
         """Pack samples: tiles, reference stream, and the stage's policy streams.
 
         Args:
             samples: encoded, in the order of `pack.sample_ids`.
             pack: their indices and epoch, which seed the compression plans.
             samples_in_global_batch: samples of the whole step, over all ranks and microbatches.
+            position: the pack's place in the step.
 
         Returns:
             The batch, on the CPU.
@@ -202,6 +205,7 @@ class PackBuilder:
         question, router_tile_sample = self._router_question(samples, pack)
         plans = self._plans(samples, pack, question)
         return PackedBatch(
+            position=position,
             keys=tuple(sample.key for sample in samples),
             sample_ids=torch.tensor(pack.sample_ids, dtype=torch.int64),
             tiles=torch.from_numpy(np.concatenate([sample.tiles for sample in samples])),
@@ -374,10 +378,12 @@ class _StepDataset(Dataset[list[PackedBatch] | SampleError]):
     def _batches(self, step: StepPlan) -> list[PackedBatch]:
         batches = []
         # The same on every rank: it follows from the index alone.
-        mine = assign(step.costs, num_ranks=self._dp_size)[self._dp_rank]
-        for pack in (step.packs[number] for number in mine):
+        for number in assign(step.costs, num_ranks=self._dp_size)[self._dp_rank]:
+            pack = step.packs[number]
             samples = [self._encode(sample_id) for sample_id in pack.sample_ids]
-            batches.append(self._builder.build(samples, pack=pack, samples_in_global_batch=step.num_samples))
+            batches.append(
+                self._builder.build(samples, pack=pack, samples_in_global_batch=step.num_samples, position=number)
+            )
         return batches
 
     def _encode(self, sample_id: int) -> EncodedSample:

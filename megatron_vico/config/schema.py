@@ -29,6 +29,9 @@ class ModelOptions:
     attention: Literal["auto", "sdpa"] = "auto"
     """Attention of the language model: TransformerEngine where there is a GPU (auto), or torch's own (sdpa)."""
 
+    encoder_chunk_tiles: int = 16
+    """Tiles the vision tower works on at once; a trained tower is recomputed chunk by chunk in the backward pass."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageOptions:
@@ -46,6 +49,15 @@ class StageOptions:
     reference_load: str | None = None
     """Checkpoint of the frozen reference; unset, --pretrained-checkpoint. The router stage must name it: there the
     reference is the model from before consistency training."""
+
+    reference_offload: Literal["none", "host"] = "none"
+    """Where the frozen reference's weights are kept while the policy runs: on the GPU (none), or in host memory."""
+
+    freeze_moe_router: bool = False
+    """Keep the weights of the expert router as they are while the rest of the language model is trained."""
+
+    kl_chunk_rows: int = 1024
+    """Rows of the KL head worked on at once: fewer take less memory, more read the vocabulary's weights less often."""
 
     xi_sampler: Literal["bernoulli", "exact-count"] = "bernoulli"
     """How tiles are drawn from an image's share xi ~ U[0, 1]: each with probability xi, or exactly round(xi * N)."""
@@ -196,7 +208,7 @@ class ParallelOptions:
     """Stages the layers of the language model are cut into."""
 
     num_layers_per_virtual_pipeline_stage: int | None = None
-    """Layers of one chunk of the interleaved schedule; unset, no interleaving."""
+    """Layers of one chunk of the interleaved schedule, in a middle stage; unset, no interleaving."""
 
     context_parallel_size: int = 1
     """Ranks that share each sequence."""

@@ -5,6 +5,7 @@ Two modules never share a TransformerConfig: mcore keeps schedule hooks and loss
 
 import importlib.util
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -33,6 +34,7 @@ from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel, VocabularyHead
 from megatron_vico.models.layers import Layer
 from megatron_vico.models.norms import RMSNorm
+from megatron_vico.models.pipeline_split import virtual_stages
 from megatron_vico.models.registry import ModelConfig
 
 _VOCAB_MULTIPLE = 128
@@ -84,7 +86,8 @@ def language_transformer_config(
             "moe_router_dtype": "fp32",
             "moe_router_load_balancing_type": "none",
         }
-    fields |= _common_fields(language.hidden_size, bf16=bf16) | _parallel_fields(model, parallel or ParallelOptions())
+    fields |= _common_fields(language.hidden_size, bf16=bf16)
+    fields |= _parallel_fields(model, parallel or ParallelOptions(), overrides)
     return TransformerConfig(**(fields | overrides))
 
 
@@ -229,7 +232,7 @@ def _common_fields(hidden_size: int, *, bf16: bool) -> dict[str, Any]:
     }
 
 
-def _parallel_fields(model: ModelConfig, parallel: ParallelOptions) -> dict[str, Any]:
+def _parallel_fields(model: ModelConfig, parallel: ParallelOptions, overrides: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {
         name: getattr(parallel, name)
         for name in (
@@ -248,9 +251,8 @@ def _parallel_fields(model: ModelConfig, parallel: ParallelOptions) -> dict[str,
     fields["variable_seq_lengths"] = True
     if parallel.recompute_modules:
         fields["recompute_modules"] = list(parallel.recompute_modules)
-    if parallel.num_layers_per_virtual_pipeline_stage is not None:
-        layers_per_stage = model.language.num_layers // parallel.pipeline_model_parallel_size
-        chunks = layers_per_stage // parallel.num_layers_per_virtual_pipeline_stage
+    chunks = virtual_stages(model.language.num_layers, parallel, overrides)
+    if chunks is not None:
         fields["virtual_pipeline_model_parallel_size"] = chunks
         # Batched sends and receives pair up wrongly at two stages, without an error.
         fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}

@@ -6,6 +6,7 @@ packs of one epoch follow those of the one before, so that an epoch may end insi
 sample comes once an epoch. The only state is the number of consumed steps.
 """
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -342,8 +343,18 @@ class Loader:
             num_workers=self._num_workers,
             prefetch_factor=PREFETCH_STEPS,
             collate_fn=_parcel,  # runs in the worker
+            worker_init_fn=_outlive_stop_signal,
         )
         return (sent if isinstance(sent, SampleError) else parcel.unwrap(sent) for sent in parcels)
+
+
+def _outlive_stop_signal(worker: int) -> None:
+    """SIGTERM asks the training process for a last checkpoint; schedulers send it to every process of a job.
+
+    A worker that died of it would end the training process with an error before the checkpoint is written. Workers end
+    when the training process tells them to, or is gone.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Steps(Sampler[StepPlan]):

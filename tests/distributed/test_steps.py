@@ -27,7 +27,7 @@ from tests.training_runs import ToyData, make_toy_shards, toy_config
 ROOT = Path(__file__).parents[2]
 PACKS = 8
 
-# Options of a case; names that are no option of a run: drop_rows and text_only (see `case_of`), bucket_size, broken.
+# Options of a case; names that are no option of a run, see `_case`: drop_rows, text_only, bucket_size, split, broken.
 Options = dict[str, Any]
 TP2: Options = {"tensor_model_parallel_size": 2}
 SP: Options = {"sequence_parallel": True}
@@ -44,10 +44,18 @@ FULL: Options = {"recompute_granularity": "full", "recompute_method": "uniform",
 CORE: Options = {"recompute_granularity": "selective", "recompute_modules": ("core_attn",)}
 EXPERTS: Options = {"recompute_granularity": "selective", "recompute_modules": ("moe",)}
 
+# As the recipe of 241B-A28B: embedding and loss count as a layer each. With chunks of one, the first and the last chunk
+# have no layer at all.
+COUNTED: Options = {
+    "split": (("account_for_embedding_in_pipeline_split", True), ("account_for_loss_in_pipeline_split", True))
+}
+UNEVEN: Options = {"split": (("pipeline_model_parallel_layout", "Et|tttL"),)}
+
 # What changes the mathematics and so has a one-process twin of its own.
 ALL: Options = {"train_modules": ("vit", "connector_4x", "connector_16x", "language_model")}
 NO_ROWS: Options = {"drop_rows": 1}
 TEXT: Options = {"text_only": True}
+# Not with sequence or context parallelism: megatron-core counts padding, which one process does not have.
 BALANCE: Options = {"moe_aux_loss_coeff": 0.01}
 FROZEN_ROUTER: Options = {"freeze_moe_router": True}
 IMAGE: Options = {"router_granularity": "image"}
@@ -79,6 +87,8 @@ TWO: dict[str, tuple[str, str, Options]] = {
     "pp2 vpp2, warmup": (DENSE, "warmup", PP2 | VPP2),
     "pp2 vpp2, pretrain": (DENSE, "pretrain", PP2 | VPP2),
     "pp2 vpp2, router": (DENSE, "router", PP2 | VPP2),
+    "pp2 vpp3, embedding and loss counted": (DENSE, "consistency", PP2 | VPP2 | COUNTED),
+    "pp2, uneven layout": (DENSE, "consistency", PP2 | UNEVEN),
     "cp2": (DENSE, "consistency", CP2),
     "cp2, a pack without rows": (DENSE, "consistency", CP2 | NO_ROWS),
     "cp2, vit trained": (DENSE, "consistency", CP2 | ALL),
@@ -93,6 +103,7 @@ TWO: dict[str, tuple[str, str, Options]] = {
     "dp2, router": (DENSE, "router", {}),
     "dp2, image router": (DENSE, "router", IMAGE),
     "moe tp2 sp": (MOE, "consistency", TP2 | SP),
+    "moe tp2 sp etp1": (MOE, "consistency", TP2 | SP | ETP1),
     "moe ep2": (MOE, "consistency", EP2),
     "moe ep2 distributed optimizer": (MOE, "consistency", EP2 | DIST),
     "moe ep2 overlap": (MOE, "consistency", EP2 | OVERLAP),
@@ -129,7 +140,6 @@ FOUR: dict[str, tuple[str, str, Options]] = {
     "pp2 dp2, router": (DENSE, "router", PP2),
     "dp4 distributed optimizer": (DENSE, "consistency", DIST),
     "moe ep2 tp2 sp": (MOE, "consistency", EP2 | TP2 | SP),
-    "moe ep2 tp2 sp, balancing loss": (MOE, "consistency", EP2 | TP2 | SP | BALANCE),
     "moe ep2 pp2": (MOE, "consistency", EP2 | PP2),
     "moe ep2 pp2 vpp2 overlap": (MOE, "consistency", EP2 | PP2 | VPP2 | OVERLAP),
     "moe ep2 pp2 vpp2, router": (MOE, "router", EP2 | PP2 | VPP2),
@@ -158,6 +168,7 @@ def _case(
     options = dict(options)
     empty_pack, broken = options.pop("drop_rows", None), options.pop("broken", False)
     buckets, text_only = options.pop("bucket_size", None), options.pop("text_only", False)
+    split = options.pop("split", ())
     reference = {} if stage == "pretrain" else {"reference_load": str(models / model / "reference")}
     cfg = toy_config(
         data[text_only],
@@ -175,6 +186,7 @@ def _case(
     )
     if buckets is not None:
         cfg = dataclasses.replace(cfg, ddp_overrides=Overrides((("bucket_size", buckets),)))
+    cfg = dataclasses.replace(cfg, transformer_overrides=Overrides(split))
     return Case(name=name, cfg=cfg, truth=truth, empty_pack=empty_pack, broken=broken)
 
 

@@ -242,6 +242,14 @@ def test_a_layout_equals_one_process(name: str, found: dict[str, list[dict[str, 
         assert step["params"][0] < 1e-5, step["params"]
 
 
+@pytest.mark.parametrize("world", list(CASES))
+def test_a_broken_sample_is_an_error_on_every_rank_of_its_replica(
+    world: int, found: dict[str, list[dict[str, Any]]]
+) -> None:
+    expected = [f"sample 'broken' of replica {rank % (world // 2)}" for rank in range(world)]
+    assert found[f"told-{world}"] == expected
+
+
 def test_a_wrong_gradient_is_seen_though_the_loss_is_right(found: dict[str, list[dict[str, Any]]]) -> None:
     """What one public system does: the right loss, and rows whose gradient is one rank's share."""
     first = found[next(iter(BROKEN))][0]

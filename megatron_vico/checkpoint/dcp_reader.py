@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata as Chunk
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 from megatron_vico.checkpoint.internvl_mapping import canonical_name
@@ -42,7 +43,7 @@ class DcpTensor:
     """Without those dimensions; an embedding's and the head's rows are padded as they were when it was saved."""
 
     dtype: torch.dtype
-    chunks: tuple[ChunkStorageMetadata, ...]
+    chunks: tuple[Chunk, ...]
     """What it was cut into, in the coordinates of the key's tensor."""
 
     @property
@@ -148,9 +149,9 @@ def _tensors_of(key: str, stored: TensorStorageMetadata, folder: Path) -> Iterat
         )
 
 
-def _chunks_by_place(chunks: Sequence[ChunkStorageMetadata], num_leading: int) -> dict[Place, list[ChunkStorageMetadata]]:
-    # Once for all: with 94 layers of 128 experts, searching a key's chunks for each of its tensors takes hours.
-    found: dict[Place, list[ChunkStorageMetadata]] = {}
+def _chunks_by_place(chunks: Sequence[Chunk], num_leading: int) -> dict[Place, list[Chunk]]:
+    # Once for all: to search a key's chunks for each of its tensors is 3e8 steps with 94 layers of 128 experts.
+    found: dict[Place, list[Chunk]] = {}
     for chunk in chunks:
         spans = [
             range(start, start + length)
@@ -176,7 +177,7 @@ def _unstacked(key: str, place: Place) -> str:
     return name.replace(_STACKED_EXPERTS, f".mlp.experts.local_experts.{expert[0]}.") if expert else name
 
 
-def _read_item(key: str, chunk: ChunkStorageMetadata, place: Place) -> ReadItem:
+def _read_item(key: str, chunk: Chunk, place: Place) -> ReadItem:
     num_leading = len(place)
     return ReadItem(
         type=LoadItemType.TENSOR,

@@ -47,6 +47,12 @@ def test_the_next_step_is_that_of_the_uninterrupted_run(case: Any, layout: str, 
         assert rank[case.name][layout]["norm"] < 1e-6  # measured 2e-8: the order of the sum
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_reading_needs_no_layout(case: Any, found: list[dict[str, Any]]) -> None:
+    """What tools read, one tensor after the other: dcp_reader.py."""
+    assert all(rank[case.name]["read without a layout"]["weights"] == 0.0 for rank in found)
+
+
 def test_without_the_optimizers_state_the_steps_differ(found: list[dict[str, Any]]) -> None:
     """That the test above can fail."""
     for rank in found:

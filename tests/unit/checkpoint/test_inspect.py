@@ -183,6 +183,7 @@ def test_every_kind_of_difference(folder: Folder, tmp_path: Path) -> None:
         "extra.weight": "only in the second",
     }
     rounded = found["encoder.connector_16x.linear_1.weight"]
+    assert rounded.relative_norm is not None
     assert 0 < rounded.relative_norm < 2**-8  # half a unit of bfloat16's last place; measured 0.0017
     assert rounded.first == "float32 [96, 640]"
     assert rounded.second == "bfloat16 [96, 640]"

@@ -1,4 +1,4 @@
-"""Packs of random samples with given shares of tiles and text: real plans and streams, without shards or a tokenizer."""
+"""Packs of random samples of given lengths: real plans and streams, without shards or a tokenizer."""
 
 from dataclasses import dataclass
 

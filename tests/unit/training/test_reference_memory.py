@@ -96,7 +96,7 @@ def measured(num_packs: int, groups: Groups, *, graph: bool = False) -> PassByte
 
 
 def test_nothing_is_kept_but_the_response_rows(groups: Groups) -> None:
-    """Measured: 16,384 bytes a pack, to the byte; the peak is 2,216,708 bytes at 2 packs and grows by the rows alone."""
+    """Measured: 16,384 bytes a pack, to the byte; the peak, 2,216,708 at 2 packs, grows by the rows alone."""
     few, many = measured(2, groups), measured(8, groups)
     assert (few.kept, many.kept) == (2 * ROWS_BYTES, 8 * ROWS_BYTES)
     assert (few.rows, many.rows) == (few.kept, many.kept)

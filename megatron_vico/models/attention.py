@@ -30,6 +30,11 @@ from megatron_vico.parallel.zigzag import zigzag_positions
 _MOST_PADDING = 2.0
 """Documents are padded to the longest of a pack, and attended in one call, up to this many times the real tokens."""
 
+_MOST_WASTED_PAIRS = 2048
+"""And on a CPU only while that adds no more pairs of tokens a document, in the mean. One core takes about 0.06 ms for a
+call of its own, forward and backward, and as long for 2,000 pairs under 4 heads: 32 documents of 30 to 46 tokens take
+5.8 ms padded and 6.8 apart, 4 of 272 to 576 tokens 65 padded and 31 apart."""
+
 
 class KVCache:
     """Keys and values of the tokens that a batch of samples has seen, for generation.
@@ -189,12 +194,21 @@ def packed_layout(
     if context is not None:
         return layout
     num_documents = len(document_lens)
-    if num_tokens < num_documents * max_seqlen <= _MOST_PADDING * num_tokens:
+    if _padding_pays(document_lens, max_seqlen, device=starts.device):
         places = starts[:, None] + torch.arange(max_seqlen, device=starts.device)
         layout.gather_rows = places.clamp_(max=num_tokens - 1).flatten()
         documents_T = torch.arange(num_documents, device=starts.device).repeat_interleave(lens, output_size=num_tokens)
         layout.padded_rows = documents_T * max_seqlen + positions_T
     return layout
+
+
+def _padding_pays(document_lens: tuple[int, ...], max_seqlen: int, *, device: torch.device) -> bool:
+    """Whether documents of unequal lengths are attended faster in one padded call than each in its own."""
+    num_tokens, padded = sum(document_lens), len(document_lens) * max_seqlen
+    if not num_tokens < padded <= _MOST_PADDING * num_tokens:
+        return False
+    wasted_pairs = padded * max_seqlen - sum(length**2 for length in document_lens)
+    return device.type != "cpu" or wasted_pairs <= _MOST_WASTED_PAIRS * len(document_lens)
 
 
 def context_share(document_lens: tuple[int, ...], *, cp_size: int, cp_rank: int, device: torch.device) -> ContextShare:

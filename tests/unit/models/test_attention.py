@@ -12,8 +12,15 @@ from megatron_vico.models.language_model import LanguageInputs, LanguageModel
 from megatron_vico.models.registry import get_model_config
 from tests.toy_models import make_language_model, pack
 
-# Documents of nearly equal length are padded and attended together, very unequal ones one by one, equal ones viewed.
-PACKS = {"padded": (9, 12, 7, 12), "looped": (40, 3, 5, 1), "equal": (8, 8, 8), "single": (17,)}
+# Short documents of nearly equal length are padded and attended together, long or very unequal ones one by one, equal
+# ones viewed.
+PACKS = {
+    "padded": (9, 12, 7, 12),
+    "looped": (40, 3, 5, 1),
+    "long": (130, 60, 100, 90),
+    "equal": (8, 8, 8),
+    "single": (17,),
+}
 
 
 def documents_apart(model: LanguageModel, inputs: LanguageInputs, visual_tokens: Tensor) -> Tensor:

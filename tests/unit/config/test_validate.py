@@ -46,6 +46,7 @@ GOOD = [
     ("--optimizer-cpu-offload --optimizer-offload-fraction 1.0", 1),
     ("--fine-grained-activation-offloading --offload-modules core_attn", 1),
     ("--save x --save-interval 10", 1),
+    ("--save x --train-iters 3 --trace-step 3", 1),
     ("--clip-grad 0 --weight-decay 0 --num-workers 0 --drop-path-rate 0", 1),
 ]
 
@@ -136,6 +137,9 @@ BAD = [
     # Checkpoints.
     ("--ckpt-step 3", 1, "chooses a step of --load"),
     ("--save-interval 3", 1, "--save-interval 3 needs --save"),
+    ("--trace-step 3", 1, "--trace-step 3 needs --save"),
+    ("--save x --trace-step 0", 1, "--trace-step is 0, expected 1 or more"),
+    ("--save x --train-iters 3 --trace-step 4", 1, "--trace-step 4 is never reached: --train-iters is 3"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Pictures: which tiles the router compresses (Figures 3-5 of the ViCO paper), losses of training, a trace of one step."""
+"""Pictures: which tiles the router compresses (Figures 3-5 of the ViCO paper), losses of training, a step's trace."""
 
 import json
 import math

@@ -5,11 +5,11 @@
     python benchmarks/kl_head.py --shapes 8192x4096x151936 32768x4096x151936 --dtype bf16
 
 One pass is the loss, the gradient of the policy's rows and that of its head: ours adds the latter to a float32
-`main_grad`, as training does, the others return it. Peak memory is what a pass allocates above its inputs; the gradients
-are part of it and have a column of their own. Ratios are to ours in the same run. "-" stands for what did not fit into
-memory or is not installed; more than `--skip-above` GB by estimate is not tried. On the CPU time is CPU time of one core,
-so that other work on the machine does not count, and memory is counted from what torch allocates, without the scratch
-memory inside an operator.
+`main_grad`, as training does, the others return it. Peak memory is what a pass allocates above its inputs; the
+gradients are part of it and have a column of their own. Ratios are to ours in the same run. "-" stands for what did not
+fit into memory or is not installed; more than `--skip-above` GB by estimate is not tried. On the CPU, time is CPU time
+of one core, so that other work on the machine does not count, and memory is counted from what torch allocates, without
+the scratch memory inside an operator.
 
 The textbook formula is the one that the tests compare with. Liger's `LigerFusedLinearJSD(jsd_beta=0)` is KL(teacher ||
 student) as a mean over rows; it needs a GPU. Neither it nor any GPU row has been run by the authors of this file.
@@ -18,7 +18,6 @@ student) as a mean over rows; it needs a GPU. Neither it nor any GPU row has bee
 import argparse
 import importlib.util
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -53,7 +52,7 @@ class Measured:
     device: str
     dtype: str
     time_s: float | None
-    """Median over the passes; None: not run."""
+    """Least over the passes; None: not run."""
 
     peak_bytes: int | None
     """Above the inputs, gradients included."""
@@ -88,7 +87,7 @@ def one_pass(step: Callable[[Heads], Tensor], heads: Heads) -> None:
 
 
 def seconds(step: Callable[[Heads], Tensor], heads: Heads, repeats: int) -> float:
-    """Median time of a pass after one that warms up; on the CPU, time of the process."""
+    """Least time of a pass, after one that warms up; on the CPU, time of the process."""
     on_gpu = heads.policy_rows_RH.is_cuda
     clock = time.perf_counter if on_gpu else time.process_time
     times = []
@@ -100,7 +99,7 @@ def seconds(step: Callable[[Heads], Tensor], heads: Heads, repeats: int) -> floa
         if on_gpu:
             torch.cuda.synchronize()
         times.append(clock() - start)
-    return statistics.median(times[1:])
+    return min(times[1:])
 
 
 def peak_bytes(step: Callable[[Heads], Tensor], heads: Heads) -> int:
@@ -194,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if on_gpu else "cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), help="fp32 on the CPU, bf16 on a GPU")
     parser.add_argument("--chunk-rows", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=3, help="passes to take the median of")
+    parser.add_argument("--repeats", type=int, default=3, help="passes to take the fastest of")
     parser.add_argument("--skip-above", type=float, help="GB; 8 on the CPU, 75 on a GPU")
     parser.add_argument("--json", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)

@@ -8,10 +8,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_vico.errors import CheckpointError, ConfigError, SampleError, nearest
+from megatron_vico.cli.rank_failure import USER_ERRORS, end_rank, is_one_of_many
+from megatron_vico.errors import nearest
 
 USER_ERROR = 2
 """Exit status after an error that the user can mend; argparse uses the same."""
+
+FAILURE = 1
+"""Exit status of a rank after any other error; Python uses the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; None, this process's own.
 
     Returns:
-        Exit status: 0, or 2 after an error of the user's.
+        Exit status: 0, or 2 after an error of the user's. One of several ranks does not return from an error; it ends.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
@@ -59,9 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cpu_stand_in.install()
     try:
         status = importlib.import_module(f"megatron_vico.cli.{name}").main(rest)
-    except (ConfigError, SampleError, CheckpointError) as error:
+    except USER_ERRORS as error:
+        if is_one_of_many():
+            end_rank(error, status=USER_ERROR)
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return USER_ERROR
+    except Exception as error:
+        if is_one_of_many():
+            end_rank(error, status=FAILURE)
+        raise
     return status or 0
 
 

@@ -4,10 +4,11 @@ import argparse
 from collections.abc import Sequence
 
 from megatron_vico.config.arguments import help_text, parse, to_yaml
-from megatron_vico.config.layout import data_parallel_size, num_microbatches
+from megatron_vico.config.layout import data_parallel_size, num_microbatches, virtual_stages
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.validate import remarks, supported_now, validate
 from megatron_vico.errors import ConfigError
+from megatron_vico.models.registry import get_model_config
 from megatron_vico.parallel.groups import launched_world_size
 
 
@@ -52,12 +53,17 @@ def summary(cfg: RunConfig, world_size: int) -> str:
     Returns:
         Text for the terminal.
     """
-    parallel = cfg.parallel
+    parallel, language = cfg.parallel, get_model_config(cfg.model.model_size).language
+    chunks = virtual_stages(cfg, language)
+    extras = [f"{chunks} chunks a stage"] if chunks is not None else []
+    if language.num_experts is not None:
+        width = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+        extras.append(f"expert {parallel.expert_model_parallel_size} x expert tensor {width}")
     lines = [
         f"OK: stage {cfg.stage.stage} of {cfg.model.model_size} on {world_size} ranks: "
         f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x "
-        f"context {parallel.context_parallel_size} x data {data_parallel_size(parallel, world_size)}, "
-        f"expert {parallel.expert_model_parallel_size}; {num_microbatches(cfg, world_size)} microbatches of up to "
+        f"context {parallel.context_parallel_size} x data {data_parallel_size(parallel, world_size)}"
+        f"{''.join(f', {extra}' for extra in extras)}; {num_microbatches(cfg, world_size)} microbatches of up to "
         f"{cfg.data.seq_length} tokens a step, {cfg.training.train_iters} steps."
     ]
     lines += [f"note: {remark}" for remark in remarks(cfg, world_size)]

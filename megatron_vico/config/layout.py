@@ -1,17 +1,69 @@
-"""Whether a layout fits a model and a number of ranks; megatron-core asserts the same, but late and without advice."""
+"""Whether a layout fits a model and a number of ranks; megatron-core asserts the same, but late and without advice.
+
+Every offer in a message was itself put through these checks, so that following it does not lead to the next error.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from megatron_vico.config.megatron_flags import TRANSFORMER, flag_of
 from megatron_vico.config.schema import ParallelOptions, RunConfig
 from megatron_vico.errors import ConfigError
+from megatron_vico.models import pipeline_split
+from megatron_vico.models.pipeline_split import EMBEDDING, LAYOUT, LOSS, SPLIT_FIELDS
 from megatron_vico.models.registry import LanguageConfig, ModelConfig
 
-_LAYOUT_FIELDS = (
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "pipeline_model_parallel_layout",
-)
+WORLD, BATCH = "world_size", "global_batch_size"
+TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
+EP, ETP, CHUNK = "expert_model_parallel_size", "expert_tensor_parallel_size", "num_layers_per_virtual_pipeline_stage"
+_SIZES = (TP, PP, CHUNK, CP, EP, ETP)
+_GROUP = "microbatch_group_size_per_vp_stage"
+_MOST_OFFERS = 4
+_MOST_TRIED = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Problem:
+    """Why a layout cannot work, and what to change."""
+
+    text: str
+    """What was found and what was expected, without an end."""
+
+    change: tuple[str, ...] = ()
+    """Settings of which other values are tried, one at a time; those that work are offered."""
+
+    advice: str = ""
+    """What else would help."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """A run seen as a layout."""
+
+    cfg: RunConfig
+    model: ModelConfig
+    world_size: int
+
+    @property
+    def parallel(self) -> ParallelOptions:
+        return self.cfg.parallel
+
+    def value(self, name: str) -> int | None:
+        """One of `_SIZES`, WORLD or BATCH."""
+        if name == WORLD:
+            return self.world_size
+        found = self.cfg.training.global_batch_size if name == BATCH else getattr(self.parallel, name)
+        return found if found is None else int(found)
+
+    def replaced(self, name: str, value: int) -> "_Layout":
+        """The same run with another value of one of them."""
+        if name == WORLD:
+            return dataclasses.replace(self, world_size=value)
+        section = "training" if name == BATCH else "parallel"
+        changed = dataclasses.replace(getattr(self.cfg, section), **{name: value})
+        return dataclasses.replace(self, cfg=dataclasses.replace(self.cfg, **{section: changed}))
 
 
 def check_layout(cfg: RunConfig, *, model: ModelConfig, world_size: int) -> None:
@@ -25,12 +77,12 @@ def check_layout(cfg: RunConfig, *, model: ModelConfig, world_size: int) -> None
     Raises:
         ConfigError: naming both numbers and the nearest that work.
     """
-    _check_sizes(cfg.parallel, world_size)
-    _check_tensor(cfg.parallel, model)
-    _check_experts(cfg.parallel, model)
-    _check_pipeline(cfg, model)
-    _check_world(cfg.parallel, world_size)
-    _check_batch(cfg, data_parallel_size(cfg.parallel, world_size))
+    layout = _Layout(cfg=cfg, model=model, world_size=world_size)
+    # What does not fit the model is said first, and mended without regard to the ranks.
+    for checks in (_MODEL_CHECKS, _MODEL_CHECKS + _RANK_CHECKS):
+        problem = _first_problem(layout, checks)
+        if problem is not None:
+            raise ConfigError(problem.text + _advice(layout, problem, checks) + ".")
 
 
 def data_parallel_size(parallel: ParallelOptions, world_size: int) -> int:
@@ -45,156 +97,298 @@ def num_microbatches(cfg: RunConfig, world_size: int) -> int:
 
 def layers_of_a_stage(cfg: RunConfig, language: LanguageConfig) -> int:
     """Layers of a middle pipeline stage, embedding and loss counted where they are told to count; 0 if not whole."""
-    given = cfg.transformer_overrides
-    ends = [given.get("num_layers_in_first_pipeline_stage"), given.get("num_layers_in_last_pipeline_stage")]
-    fixed = [int(layers) for layers in ends if isinstance(layers, int)]
-    counted = sum(bool(given.get(f"account_for_{part}_in_pipeline_split", False)) for part in ("embedding", "loss"))
-    stages = cfg.parallel.pipeline_model_parallel_size - len(fixed)
-    layers = language.num_layers + counted - sum(fixed)
-    return layers // stages if stages > 0 and layers > 0 and layers % stages == 0 else 0
+    return pipeline_split.layers_of_a_stage(
+        language.num_layers, stages=cfg.parallel.pipeline_model_parallel_size, given=cfg.transformer_overrides
+    )
 
 
-def _check_sizes(parallel: ParallelOptions, world_size: int) -> None:
-    sizes = {
-        "the world size": world_size,
-        "--tensor-model-parallel-size": parallel.tensor_model_parallel_size,
-        "--pipeline-model-parallel-size": parallel.pipeline_model_parallel_size,
-        "--context-parallel-size": parallel.context_parallel_size,
-        "--expert-model-parallel-size": parallel.expert_model_parallel_size,
-        "--expert-tensor-parallel-size": parallel.expert_tensor_parallel_size,
-        "--num-layers-per-virtual-pipeline-stage": parallel.num_layers_per_virtual_pipeline_stage,
-    }
-    for name, size in sizes.items():
+def virtual_stages(cfg: RunConfig, language: LanguageConfig) -> int | None:
+    """Chunks of each pipeline stage in the interleaved schedule; None without interleaving."""
+    return pipeline_split.virtual_stages(language.num_layers, cfg.parallel, cfg.transformer_overrides)
+
+
+def _size_problem(layout: _Layout) -> _Problem | None:
+    for name in (WORLD, *_SIZES):
+        size = layout.value(name)
         if size is not None and size < 1:
-            raise ConfigError(f"{name} is {size}, expected 1 or more")
+            return _Problem(text=f"{_shown(name)} is {size}, expected 1 or more")
+    return None
 
 
-def _check_tensor(parallel: ParallelOptions, model: ModelConfig) -> None:
-    tensor, language = parallel.tensor_model_parallel_size, model.language
+def _tensor_problem(layout: _Layout) -> _Problem | None:
+    parallel, model, language = layout.parallel, layout.model, layout.model.language
+    tensor = parallel.tensor_model_parallel_size
     for name in ("num_query_groups", "num_heads", "ffn_hidden_size"):
         if getattr(language, name) % tensor:
-            raise ConfigError(
-                f"--tensor-model-parallel-size {tensor} does not divide {name} {getattr(language, name)} of "
-                f"{model.name}; use {_either(_divisors(language.num_query_groups))}."
-            )
+            found = f"does not divide {name} {getattr(language, name)} of {model.name}"
+            return _Problem(text=f"{_shown(TP)} {tensor} {found}", change=(TP,))
     if parallel.sequence_parallel and tensor == 1:
-        raise ConfigError(
-            "--sequence-parallel shards over the tensor-parallel ranks, and --tensor-model-parallel-size is 1; "
-            "leave it out, or use 2 or more."
+        return _Problem(
+            text=f"--sequence-parallel shards over the tensor-parallel ranks, and {_shown(TP)} is 1",
+            advice="leave it out, or use 2 or more",
         )
     if language.num_experts is not None and tensor > 1 and not parallel.sequence_parallel:
-        raise ConfigError(
-            f"--tensor-model-parallel-size {tensor} with the experts of {model.name} needs --sequence-parallel; add it."
+        return _Problem(
+            text=f"{_shown(TP)} {tensor} with the experts of {model.name} needs --sequence-parallel", advice="add it"
         )
+    return None
 
 
-def _check_experts(parallel: ParallelOptions, model: ModelConfig) -> None:
-    language = model.language
+def _expert_problem(layout: _Layout) -> _Problem | None:
+    parallel, model, language = layout.parallel, layout.model, layout.model.language
     experts, expert_tensor = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
     if language.num_experts is None:
-        if experts > 1 or expert_tensor is not None:
-            flag = f"--expert-model-parallel-size {experts}"
-            if experts == 1:
-                flag = f"--expert-tensor-parallel-size {expert_tensor}"
-            raise ConfigError(f"{flag} has no effect: {model.name} has no experts; leave it out.")
-        if parallel.moe_aux_loss_coeff:
-            raise ConfigError(f"--moe-aux-loss-coeff has no effect: {model.name} has no experts; leave it out.")
-        return
+        idle = {
+            f"{_shown(EP)} {experts}": experts > 1,
+            f"{_shown(ETP)} {expert_tensor}": expert_tensor is not None,
+            "--moe-aux-loss-coeff": bool(parallel.moe_aux_loss_coeff),
+        }
+        for flag, given in idle.items():
+            if given:
+                return _Problem(text=f"{flag} has no effect: {model.name} has no experts", advice="leave it out")
+        return None
     if language.num_experts % experts:
-        raise ConfigError(
-            f"--expert-model-parallel-size {experts} does not divide the {language.num_experts} experts of "
-            f"{model.name}; use {_either(_divisors(language.num_experts))}."
-        )
+        found = f"does not divide the {language.num_experts} experts of {model.name}"
+        return _Problem(text=f"{_shown(EP)} {experts} {found}", change=(EP,))
     assert language.moe_ffn_hidden_size is not None
-    if expert_tensor is not None and language.moe_ffn_hidden_size % expert_tensor:
-        raise ConfigError(
-            f"--expert-tensor-parallel-size {expert_tensor} does not divide moe_ffn_hidden_size "
-            f"{language.moe_ffn_hidden_size} of {model.name}; use 1 (best with experts this small)."
+    width = expert_tensor or parallel.tensor_model_parallel_size
+    if language.moe_ffn_hidden_size % width:
+        unset = "" if expert_tensor is not None else f" (unset, so {_shown(TP)})"
+        return _Problem(
+            text=f"{_shown(ETP)} {width}{unset} does not divide moe_ffn_hidden_size {language.moe_ffn_hidden_size} of "
+            f"{model.name}",
+            change=(ETP,),
         )
+    return None
 
 
-def _check_pipeline(cfg: RunConfig, model: ModelConfig) -> None:
-    stages, chunk = cfg.parallel.pipeline_model_parallel_size, cfg.parallel.num_layers_per_virtual_pipeline_stage
-    given = [flag_of(TRANSFORMER, name) for name in _LAYOUT_FIELDS if name in cfg.transformer_overrides]
+def _pipeline_problem(layout: _Layout) -> _Problem | None:
+    stages, chunk = layout.parallel.pipeline_model_parallel_size, layout.value(CHUNK)
+    overrides, name = layout.cfg.transformer_overrides, layout.model.name
+    given = [flag_of(TRANSFORMER, field) for field in SPLIT_FIELDS if field in overrides]
     if stages == 1:
-        if chunk is not None or given:
-            flag = "--num-layers-per-virtual-pipeline-stage" if chunk is not None else given[0]
-            raise ConfigError(f"{flag} has no effect: --pipeline-model-parallel-size is 1; leave it out.")
-        return
-    if "--pipeline-model-parallel-layout" in given:
-        # megatron-core reads and checks the layout string itself; it says all that the other flags say.
+        idle = [_shown(CHUNK)] * (chunk is not None) + given
+        if idle:
+            return _Problem(text=f"{idle[0]} has no effect: {_shown(PP)} is 1", advice="leave it out")
+        return None
+    if LAYOUT in overrides:
         if chunk is not None or len(given) > 1:
-            raise ConfigError(
-                "--pipeline-model-parallel-layout names the layers of every stage: leave out "
-                "--num-layers-per-virtual-pipeline-stage, --decoder-*-pipeline-num-layers and --account-for-*."
+            return _Problem(
+                text="--pipeline-model-parallel-layout names the layers of every stage",
+                advice=f"leave out {_shown(CHUNK)}, --decoder-*-pipeline-num-layers and --account-for-*",
             )
-        return
-    layers = layers_of_a_stage(cfg, model.language)
+        virtual_stages(layout.cfg, layout.model.language)  # reads and checks the string
+        return None
+    fixed = pipeline_split.fixed_stages(overrides)
+    empty = [flag_of(TRANSFORMER, field) for field, layers in fixed.items() if layers < 1]
+    if empty:
+        return _Problem(text=f"{empty[0]} is less than 1", advice="leave it out, or use 1 or more")
+    if fixed and (overrides.get(EMBEDDING) or overrides.get(LOSS)):
+        return _Problem(
+            text=f"{', '.join(given)} are two ways to make stages uneven, and megatron-core takes one",
+            advice="use --decoder-*-pipeline-num-layers or --account-for-*",
+        )
+    layers = layers_of_a_stage(layout.cfg, layout.model.language)
     if not layers:
-        raise ConfigError(
-            f"the {model.language.num_layers} layers of {model.name} cannot be shared equally by "
-            f"--pipeline-model-parallel-size {stages} (with {', '.join(given) or 'no uneven stages'}); "
-            + _pipeline_advice(model.language.num_layers, stages)
+        return _Problem(
+            text=f"the {layout.model.language.num_layers} layers of {name} cannot be shared equally by {_shown(PP)} "
+            f"{stages} (with {', '.join(given) or 'no uneven stages'})",
+            change=(PP,),
+            advice=_uneven_advice(layout.model.language.num_layers, stages),
         )
-    if chunk is not None and layers % chunk:
-        raise ConfigError(
-            f"--num-layers-per-virtual-pipeline-stage {chunk} does not divide the {layers} layers of a pipeline stage; "
-            f"use {_either(_divisors(layers)[:-1] or [1])}."
-        )
+    return _chunk_problem(layout, layers) if chunk is not None else None
 
 
-def _pipeline_advice(layers: int, stages: int) -> str:
-    """Pipeline sizes near the wanted one, and uneven splits that would make the wanted one work."""
-    whole = [size for size in _divisors(layers) if size > 1]
-    nearest = sorted(sorted(whole, key=lambda size: abs(size - stages))[:3])
-    advice = [f"use {_either(nearest)}"] if nearest else []
+def _chunk_problem(layout: _Layout, layers: int) -> _Problem | None:
+    """What hinders the interleaved schedule, given the layers of a middle stage."""
+    chunk = layout.value(CHUNK)
+    assert chunk is not None
+    change = (CHUNK,) if layers > 1 else ()
+    if layers % chunk:
+        return _Problem(
+            text=f"{_shown(CHUNK)} {chunk} does not divide the {layers} layers of a pipeline stage", change=change
+        )
+    if layers == chunk:
+        return _Problem(
+            text=f"{_shown(CHUNK)} {chunk} is all layers of a pipeline stage, so that nothing interleaves",
+            change=change,
+            advice="leave it out",
+        )
+    for field, fixed in pipeline_split.fixed_stages(layout.cfg.transformer_overrides).items():
+        if fixed % (layers // chunk):
+            return _Problem(
+                text=f"{_shown(CHUNK)} {chunk} cuts the {layers} layers of a stage into {layers // chunk} chunks, and "
+                f" {flag_of(TRANSFORMER, field)} {fixed} cannot be cut into as many",
+                change=(CHUNK,),
+            )
+    return None
+
+
+def _uneven_advice(layers: int, stages: int) -> str:
+    """Uneven splits that would make the wanted number of stages work."""
     if (layers + 2) % stages == 0:
-        advice.append(
-            "or count embedding and loss as layers: --account-for-embedding-in-pipeline-split "
-            "--account-for-loss-in-pipeline-split"
+        flags = "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split"
+        return f"count embedding and loss as layers: {flags}"
+    if (layers + 1) % stages == 0:
+        return "count the loss as a layer: --account-for-loss-in-pipeline-split"
+    return "use --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers"
+
+
+def _context_problem(layout: _Layout) -> _Problem | None:
+    parallel, seq_length = layout.parallel, layout.cfg.data.seq_length
+    kind = layout.cfg.transformer_overrides.get("cp_comm_type")
+    if parallel.context_parallel_size == 1:
+        if kind is not None:
+            return _Problem(text=f"--cp-comm-type has no effect: {_shown(CP)} is 1", advice="leave it out")
+        return None
+    if kind not in (None, "p2p"):
+        return _Problem(
+            text=f"--cp-comm-type {kind}: packed documents are exchanged in a ring only",
+            advice="use p2p, or leave it out",
         )
-    elif (layers + 1) % stages == 0:
-        advice.append("or count the loss as a layer: --account-for-loss-in-pipeline-split")
-    return ", ".join(advice or ["use --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers"]) + "."
+    unit = 2 * parallel.context_parallel_size
+    if unit > seq_length:
+        return _Problem(
+            text=f"{_shown(CP)} {parallel.context_parallel_size} pads every document to a multiple of {unit} tokens, "
+            f"more than --seq-length {seq_length}",
+            change=(CP,),
+        )
+    return None
 
 
-def _check_world(parallel: ParallelOptions, world_size: int) -> None:
+def _world_problem(layout: _Layout) -> _Problem | None:
+    parallel, world_size = layout.parallel, layout.world_size
     replica = _replica_size(parallel)
     if world_size % replica:
-        raise ConfigError(
-            f"world size {world_size} is not a multiple of {_product(parallel)} = {replica} ranks; "
-            f"use {_either(_multiples(world_size, replica))} ranks, or smaller parallel sizes."
+        return _Problem(
+            text=f"world size {world_size} is not a multiple of {_product(parallel)} = {replica} ranks",
+            change=(WORLD, TP, PP, CP),
         )
-    experts = parallel.expert_model_parallel_size
-    width = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
-    needed = experts * width * parallel.pipeline_model_parallel_size
-    if experts > 1 and world_size % needed:
-        raise ConfigError(
-            f"world size {world_size} is not a multiple of --expert-model-parallel-size {experts} x "
-            f"--expert-tensor-parallel-size {width} x --pipeline-model-parallel-size "
-            f"{parallel.pipeline_model_parallel_size} = {needed}; use {_either(_multiples(world_size, needed))} ranks."
+    width, needed = _expert_width(parallel), _expert_size(parallel)
+    if layout.model.language.num_experts is not None and world_size % needed:
+        return _Problem(
+            text=f"world size {world_size} is not a multiple of {_shown(EP)} {parallel.expert_model_parallel_size} x "
+            f"{_shown(ETP)} {width} x {_shown(PP)} {parallel.pipeline_model_parallel_size} = {needed}",
+            change=(WORLD, EP, ETP),
         )
+    return None
 
 
-def _check_batch(cfg: RunConfig, data_parallel: int) -> None:
-    batch, stages = cfg.training.global_batch_size, cfg.parallel.pipeline_model_parallel_size
+def _batch_problem(layout: _Layout) -> _Problem | None:
+    batch, data_parallel = layout.cfg.training.global_batch_size, data_parallel_size(layout.parallel, layout.world_size)
     if batch % data_parallel:
-        raise ConfigError(
-            f"--global-batch-size {batch} is not a multiple of the data-parallel size {data_parallel} "
-            f"(the ranks over {_product(cfg.parallel)}); use {_either(_multiples(batch, data_parallel))}."
+        return _Problem(
+            text=f"--global-batch-size {batch} is not a multiple of the data-parallel size {data_parallel} "
+            f"({layout.world_size} ranks over {_product(layout.parallel)})",
+            change=(BATCH, WORLD),
         )
-    microbatches = batch // data_parallel
-    if cfg.parallel.num_layers_per_virtual_pipeline_stage is not None and microbatches % stages:
-        raise ConfigError(
-            f"--num-layers-per-virtual-pipeline-stage runs microbatches in groups of "
-            f"--pipeline-model-parallel-size {stages}, and there are {microbatches} (--global-batch-size {batch} over "
-            f"{data_parallel} data-parallel ranks); use --global-batch-size "
-            f"{_either(_multiples(batch, stages * data_parallel))}, or no interleaving."
+    return _interleaving_problem(layout, microbatches=batch // data_parallel)
+
+
+def _interleaving_problem(layout: _Layout, *, microbatches: int) -> _Problem | None:
+    stages, given = layout.parallel.pipeline_model_parallel_size, layout.cfg.transformer_overrides.get(_GROUP)
+    if virtual_stages(layout.cfg, layout.model.language) is None:
+        if given is not None:
+            flag = flag_of(TRANSFORMER, _GROUP)
+            return _Problem(text=f"{flag} has no effect without interleaving ({_shown(CHUNK)})", advice="leave it out")
+        return None
+    group = given if isinstance(given, int) else stages
+    flag = _shown(PP) if given is None else flag_of(TRANSFORMER, _GROUP)
+    if group < stages:
+        return _Problem(text=f"{flag} {group} is less than {_shown(PP)} {stages}", advice=f"use {stages} or more")
+    if group > microbatches or 0 < microbatches % group < stages:
+        data_parallel = data_parallel_size(layout.parallel, layout.world_size)
+        return _Problem(
+            text=f"the interleaved schedule runs microbatches in groups of {flag} {group}, and there are "
+            f"{microbatches} (--global-batch-size {layout.cfg.training.global_batch_size} over {data_parallel} "
+            "data-parallel ranks)",
+            change=(BATCH, WORLD),
+            advice="do without interleaving",
         )
+    return None
+
+
+_Check = Callable[[_Layout], _Problem | None]
+_MODEL_CHECKS: tuple[_Check, ...] = (
+    _size_problem,
+    _tensor_problem,
+    _expert_problem,
+    _pipeline_problem,
+    _context_problem,
+)
+_RANK_CHECKS: tuple[_Check, ...] = (_world_problem, _batch_problem)
+
+
+def _first_problem(layout: _Layout, checks: Iterable[_Check]) -> _Problem | None:
+    return next((found for check in checks if (found := check(layout)) is not None), None)
+
+
+def _advice(layout: _Layout, problem: _Problem, checks: tuple[_Check, ...]) -> str:
+    """What to do about a problem, beginning with its separator."""
+    offers = []
+    for name in problem.change:
+        values = _nearest_that_work(layout, name, checks)
+        if values and name == WORLD:
+            offers.append(f"{_either(values)} ranks")
+        elif values:
+            offers.append(_either(values) if len(problem.change) == 1 else f"{_shown(name)} {_either(values)}")
+    parts = [f"use {', or '.join(offers)}"] if offers else []
+    if problem.advice:
+        parts.append(f"or {problem.advice}" if offers else problem.advice)
+    elif problem.change and not offers:
+        parts.append("no other value of one of these works: use smaller parallel sizes")
+    return f"; {', '.join(parts)}" if parts else ""
+
+
+def _nearest_that_work(layout: _Layout, name: str, checks: tuple[_Check, ...]) -> list[int]:
+    """Values of one setting with which all else works: of sizes the nearest few, of ranks and packs the neighbours."""
+
+    def works(value: int) -> bool:
+        try:
+            return _first_problem(layout.replaced(name, value), checks) is None
+        except ConfigError:  # of a layout string
+            return False
+
+    given = layout.value(name)
+    wanted = 1 if given is None else given
+    if name not in (WORLD, BATCH):
+        found = [value for value in range(1, _limit(layout, name) + 1) if value != given and works(value)]
+        return sorted(sorted(found, key=lambda value: abs(value - wanted))[:_MOST_OFFERS])
+    unit = data_parallel_size(layout.parallel, layout.world_size) if name == BATCH else _replica_size(layout.parallel)
+    if name == WORLD and layout.model.language.num_experts is not None:
+        unit = math.lcm(unit, _expert_size(layout.parallel))
+    # More data-parallel ranks than packs cannot work; of packs, a few groups of microbatches are far enough.
+    most = layout.cfg.training.global_batch_size * unit if name == WORLD else wanted + _MOST_TRIED * unit
+    below = range(wanted // unit * unit, 0, -unit)
+    above = range((wanted // unit + 1) * unit, most + 1, unit)
+    near = [next((value for value in values if value != wanted and works(value)), None) for values in (below, above)]
+    return [value for value in near if value is not None]
+
+
+def _limit(layout: _Layout, name: str) -> int:
+    """The largest value of a size that can make sense."""
+    language = layout.model.language
+    most = {
+        TP: language.num_query_groups,
+        PP: language.num_layers + 2,
+        CHUNK: language.num_layers,
+        CP: layout.world_size,
+        EP: language.num_experts or 1,
+        ETP: language.num_query_groups,
+    }
+    return most[name]
 
 
 def _replica_size(parallel: ParallelOptions) -> int:
     return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+
+
+def _expert_width(parallel: ParallelOptions) -> int:
+    return parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+
+
+def _expert_size(parallel: ParallelOptions) -> int:
+    return parallel.expert_model_parallel_size * _expert_width(parallel) * parallel.pipeline_model_parallel_size
 
 
 def _product(parallel: ParallelOptions) -> str:
@@ -204,13 +398,8 @@ def _product(parallel: ParallelOptions) -> str:
     )
 
 
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def _multiples(number: int, unit: int) -> list[int]:
-    """The multiples of `unit` just below and above `number`."""
-    return [size for size in (number // unit * unit, (number // unit + 1) * unit) if size]
+def _shown(name: str) -> str:
+    return "the world size" if name == WORLD else "--" + name.replace("_", "-")
 
 
 def _either(values: list[int]) -> str:

@@ -155,7 +155,7 @@ REFUSED: Mapping[str, str] = {
     "overlap_p2p_communication": "set by the layout: the interleaved schedule gives wrong gradients without it",
     "use_ring_exchange_p2p": "needs a PyTorch built for it; point-to-point communication is set by the layout",
     "virtual_pipeline_model_parallel_size": "use --num-layers-per-virtual-pipeline-stage",
-    "num_virtual_stages_per_pipeline_rank": "use --num-layers-per-virtual-pipeline-stage",
+    "num_virtual_stages_per_pipeline_rank": "use --num-layers-per-virtual-pipeline-stage, uneven stages too",
     "model_parallel_size": "use --tensor-model-parallel-size",
     "average_in_collective": _TRAINER,
     "ddp_average_in_collective": _TRAINER,

@@ -57,7 +57,7 @@ class StageOptions:
     """Keep the weights of the expert router as they are while the rest of the language model is trained."""
 
     kl_chunk_rows: int = 1024
-    """Rows of the KL head worked on at once: fewer take less memory, more read the vocabulary's weights less often."""
+    """Rows whose logits exist at once in a loss: fewer take less memory, more read the head's weights less often."""
 
     xi_sampler: Literal["stratified", "bernoulli", "exact-count"] = "stratified"
     """How an image's share xi ~ U[0, 1] of compressed tiles is drawn: one stratum of [0, 1) for each image of a pack,
@@ -214,7 +214,7 @@ class ParallelOptions:
     """Stages the layers of the language model are cut into."""
 
     num_layers_per_virtual_pipeline_stage: int | None = None
-    """Layers of one chunk of the interleaved schedule; unset, no interleaving."""
+    """Layers of one chunk of the interleaved schedule, in a middle stage; unset, no interleaving."""
 
     context_parallel_size: int = 1
     """Ranks that share each sequence."""

@@ -3,7 +3,13 @@
 import math
 from pathlib import Path
 
-from megatron_vico.config.layout import check_layout, data_parallel_size, layers_of_a_stage, num_microbatches
+from megatron_vico.config.layout import (
+    check_layout,
+    data_parallel_size,
+    layers_of_a_stage,
+    num_microbatches,
+    virtual_stages,
+)
 from megatron_vico.config.megatron_flags import TRANSFORMER, flag_of
 from megatron_vico.config.schema import MODULES, Module, RunConfig, Stage, StageOptions
 from megatron_vico.errors import ConfigError, nearest
@@ -35,6 +41,7 @@ def validate(cfg: RunConfig, world_size: int, *, check_files: bool = False) -> N
     model = get_model_config(cfg.model.model_size)
     _check_ranges(cfg)
     _check_stage(cfg)
+    _check_frozen(cfg, model)
     _check_lr_mult(cfg.stage)
     _check_data(cfg, model)
     check_layout(cfg, model=model, world_size=world_size)
@@ -58,17 +65,26 @@ def remarks(cfg: RunConfig, world_size: int) -> list[str]:
         One sentence each.
     """
     found = []
-    data_parallel = data_parallel_size(cfg.parallel, world_size)
+    data_parallel, context = data_parallel_size(cfg.parallel, world_size), cfg.parallel.context_parallel_size
     microbatches, pipeline = num_microbatches(cfg, world_size), cfg.parallel.pipeline_model_parallel_size
-    if data_parallel * cfg.parallel.context_parallel_size == 1:
+    if data_parallel * context == 1:
+        # The encoder is data-parallel over all ranks, so its optimizer state is sharded even then.
+        encoder_is_sharded = world_size > 1 and set(stages.train_modules(cfg.stage)) != {"language_model"}
         settings = {
-            "--use-distributed-optimizer": cfg.optimizer.use_distributed_optimizer,
+            "--use-distributed-optimizer": cfg.optimizer.use_distributed_optimizer and not encoder_is_sharded,
             "--overlap-grad-reduce": cfg.parallel.overlap_grad_reduce,
             "--overlap-param-gather": cfg.parallel.overlap_param_gather,
         }
         idle = [flag for flag, on in settings.items() if on]
         if idle:
             found.append(f"{', '.join(idle)}: no effect with one data-parallel rank.")
+    if context > 1:
+        found.append(
+            f"each document is padded to a multiple of {2 * context} tokens (2 x --context-parallel-size), so that a "
+            f"pack can be longer than --seq-length by up to {2 * context - 1} tokens a document."
+        )
+    if cfg.stage.freeze_moe_router and cfg.parallel.moe_aux_loss_coeff:
+        found.append("--freeze-moe-router: the load-balancing loss can only act on the layers before each router.")
     if pipeline > 1 and microbatches < 2 * pipeline:
         found.append(
             f"{microbatches} microbatches on {pipeline} pipeline stages leave much of the pipeline empty; "
@@ -80,32 +96,37 @@ def remarks(cfg: RunConfig, world_size: int) -> list[str]:
 
 
 def supported_now(cfg: RunConfig) -> None:
-    """Raises for layouts that are checked by `validate` but that the trainer cannot run yet.
+    """Raises for what `validate` accepts and the trainer or megatron-core would refuse once it runs; imports megatron.
 
     Args:
-        cfg: the resolved run.
+        cfg: a run that `validate` accepts.
 
     Raises:
-        ConfigError: naming the flags to leave out.
+        ConfigError: naming the flag to leave out, or with megatron-core's own words.
     """
-    parallel = cfg.parallel
-    asked = {
-        "--tensor-model-parallel-size": parallel.tensor_model_parallel_size > 1,
-        "--pipeline-model-parallel-size": parallel.pipeline_model_parallel_size > 1,
-        "--context-parallel-size": parallel.context_parallel_size > 1,
-        "--expert-model-parallel-size": parallel.expert_model_parallel_size > 1,
-        "--expert-tensor-parallel-size": (parallel.expert_tensor_parallel_size or 1) > 1,
-        "--fp8-format": parallel.fp8_format is not None,
-        # The encoder's gradients arrive pack by pack, after the schedule: its reduction cannot overlap yet.
-        "--overlap-grad-reduce": parallel.overlap_grad_reduce,
-        "--overlap-param-gather": parallel.overlap_param_gather,
-    }
-    flags = [flag for flag, on in asked.items() if on]
-    if flags:
+    if cfg.parallel.fp8_format is not None:
         raise ConfigError(
-            f"{', '.join(flags)}: checked by `vico train --check`, but the trainer runs data parallel only, in fp32 or "
-            "bf16 and without overlap; leave out."
+            f"--fp8-format {cfg.parallel.fp8_format}: checked by `vico train --check`, but not trained with until "
+            "the KL between an FP8 and a bf16 reference has been measured on a GPU; leave it out."
         )
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_vico.config.arguments import config_kwargs
+    from megatron_vico.models.build import language_transformer_config
+
+    try:
+        language_transformer_config(
+            get_model_config(cfg.model.model_size),
+            bf16=cfg.training.bf16,
+            parallel=cfg.parallel,
+            **config_kwargs(cfg.transformer_overrides, TransformerConfig),
+        )
+        OptimizerConfig(**config_kwargs(cfg.optimizer_overrides, OptimizerConfig))
+        DistributedDataParallelConfig(**config_kwargs(cfg.ddp_overrides, DistributedDataParallelConfig))
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"megatron-core refuses these flags: {' '.join(str(error).split())}") from error
 
 
 def _check_ranges(cfg: RunConfig) -> None:
@@ -133,6 +154,8 @@ def _check_ranges(cfg: RunConfig) -> None:
         "--moe-aux-loss-coeff": (cfg.parallel.moe_aux_loss_coeff, 0.0),
         "--router-window": (cfg.stage.router_window, 1),
         "--recompute-num-layers": (cfg.parallel.recompute_num_layers, 1),
+        "--encoder-chunk-tiles": (cfg.model.encoder_chunk_tiles, 1),
+        "--kl-chunk-rows": (cfg.stage.kl_chunk_rows, 1),
     }
     for flag, (value, least) in at_least.items():
         # Written so that NaN fails too.
@@ -173,6 +196,7 @@ def _check_stage(cfg: RunConfig) -> None:
         "router_percentile": ("router",),
         "router_eps": ("router",),
         "reference_load": ("warmup", "consistency", "router"),
+        "reference_offload": ("warmup", "consistency", "router"),
     }.items():
         if stage not in where and getattr(options, name) != getattr(defaults, name):
             flag = "--" + name.replace("_", "-")
@@ -183,8 +207,29 @@ def _check_stage(cfg: RunConfig) -> None:
             f"--drop-path-rate {cfg.model.drop_path_rate} has no effect: the vision tower is frozen; leave it out, or "
             f"{'train it: --train-modules vit ...' if 'vit' in TRAINABLE[stage] else 'use another stage'}."
         )
-    if cfg.parallel.moe_aux_loss_coeff and "language_model" not in trained:
-        raise ConfigError("--moe-aux-loss-coeff has no effect: the language model is frozen; leave it out.")
+
+
+def _check_frozen(cfg: RunConfig, model: ModelConfig) -> None:
+    """Settings of the language model's training, where it is not trained."""
+    options, trained = cfg.stage, "language_model" in stages.train_modules(cfg.stage)
+    settings = {
+        "--moe-aux-loss-coeff": bool(cfg.parallel.moe_aux_loss_coeff),
+        "--freeze-moe-router": options.freeze_moe_router,
+        # The encoder's gradients arrive after the schedule, when there is nothing left to overlap with.
+        "--overlap-grad-reduce": cfg.parallel.overlap_grad_reduce,
+        "--overlap-param-gather": cfg.parallel.overlap_param_gather,
+    }
+    for flag, given in settings.items():
+        if given and not trained:
+            raise ConfigError(f"{flag} has no effect: the language model is frozen; leave it out.")
+    if options.freeze_moe_router and model.language.num_experts is None:
+        raise ConfigError(f"--freeze-moe-router has no effect: {model.name} has no experts; leave it out.")
+    own = options.reference_load not in (None, cfg.checkpoint.pretrained_checkpoint)
+    if options.reference_offload != "none" and options.stage != "router" and not trained and not own:
+        raise ConfigError(
+            f"--reference-offload {options.reference_offload} has no effect: the language model is frozen, so that "
+            "policy and reference share its weights; leave it out."
+        )
 
 
 def _check_lr_mult(options: StageOptions) -> None:
@@ -248,11 +293,13 @@ def _check_recompute(cfg: RunConfig, model: ModelConfig) -> None:
                 "--recompute-granularity full needs --recompute-method and --recompute-num-layers; "
                 "add --recompute-method uniform --recompute-num-layers 1."
             )
-        layers = layers_of_a_stage(cfg, model.language) or model.language.num_layers
+        chunks = virtual_stages(cfg, model.language) or 1
+        layers = (layers_of_a_stage(cfg, model.language) or model.language.num_layers) // chunks
         if parallel.recompute_num_layers > layers:
+            part = "pipeline stage" if chunks == 1 else f"chunk of a pipeline stage ({chunks} chunks a stage)"
             raise ConfigError(
                 f"--recompute-num-layers {parallel.recompute_num_layers} is more than the {layers} layers of a "
-                f"pipeline stage of {model.name}; use {layers} or fewer."
+                f"{part} of {model.name}; use {layers} or fewer."
             )
     if granularity != "selective" and parallel.recompute_modules:
         raise ConfigError(
@@ -268,6 +315,8 @@ def _check_recompute(cfg: RunConfig, model: ModelConfig) -> None:
         if (module in ("moe", "moe_act") and not moe) or (module == "mlp" and moe):
             fitting = "mlp" if not moe else "moe"
             raise ConfigError(f"--recompute-modules {module} has no effect on {model.name}; use {fitting}.")
+    if "moe_act" in parallel.recompute_modules and not cfg.transformer_overrides.get("moe_grouped_gemm"):
+        raise ConfigError("--recompute-modules moe_act needs --moe-grouped-gemm; add it, or use moe.")
 
 
 def _check_optimizer(cfg: RunConfig) -> None:

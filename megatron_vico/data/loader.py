@@ -6,6 +6,7 @@ packs of one epoch follow those of the one before, so that an epoch may end insi
 sample comes once an epoch. The only state is the number of consumed steps.
 """
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -186,13 +187,16 @@ class PackBuilder:
     cost: PackCost = EQUAL_COST
     """What a pack of the stage costs, by which `make_loader` spreads the packs over data-parallel ranks."""
 
-    def build(self, samples: Sequence[EncodedSample], *, pack: Pack, samples_in_global_batch: int) -> PackedBatch:
+    def build(
+        self, samples: Sequence[EncodedSample], *, pack: Pack, samples_in_global_batch: int, position: int = 0
+    ) -> PackedBatch:
         """Pack samples: tiles, reference stream, and the stage's policy streams.
 
         Args:
             samples: encoded, in the order of `pack.sample_ids`.
             pack: their indices and epoch, which seed the compression plans.
             samples_in_global_batch: samples of the whole step, over all ranks and microbatches.
+            position: the pack's place in the step.
 
         Returns:
             The batch, on the CPU.
@@ -202,6 +206,7 @@ class PackBuilder:
         question, router_tile_sample = self._router_question(samples, pack)
         plans = self._plans(samples, pack, question)
         return PackedBatch(
+            position=position,
             keys=tuple(sample.key for sample in samples),
             sample_ids=torch.tensor(pack.sample_ids, dtype=torch.int64),
             tiles=torch.from_numpy(np.concatenate([sample.tiles for sample in samples])),
@@ -338,8 +343,18 @@ class Loader:
             num_workers=self._num_workers,
             prefetch_factor=PREFETCH_STEPS,
             collate_fn=_parcel,  # runs in the worker
+            worker_init_fn=_outlive_stop_signal,
         )
         return (sent if isinstance(sent, SampleError) else parcel.unwrap(sent) for sent in parcels)
+
+
+def _outlive_stop_signal(worker: int) -> None:
+    """SIGTERM asks the training process for a last checkpoint; schedulers send it to every process of a job.
+
+    A worker that died of it would end the training process with an error before the checkpoint is written. Workers end
+    when the training process tells them to, or is gone.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Steps(Sampler[StepPlan]):
@@ -374,10 +389,12 @@ class _StepDataset(Dataset[list[PackedBatch] | SampleError]):
     def _batches(self, step: StepPlan) -> list[PackedBatch]:
         batches = []
         # The same on every rank: it follows from the index alone.
-        mine = assign(step.costs, num_ranks=self._dp_size)[self._dp_rank]
-        for pack in (step.packs[number] for number in mine):
+        for number in assign(step.costs, num_ranks=self._dp_size)[self._dp_rank]:
+            pack = step.packs[number]
             samples = [self._encode(sample_id) for sample_id in pack.sample_ids]
-            batches.append(self._builder.build(samples, pack=pack, samples_in_global_batch=step.num_samples))
+            batches.append(
+                self._builder.build(samples, pack=pack, samples_in_global_batch=step.num_samples, position=number)
+            )
         return batches
 
     def _encode(self, sample_id: int) -> EncodedSample:

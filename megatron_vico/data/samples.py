@@ -159,6 +159,9 @@ class PackedBatch:
     policies: tuple[PolicyView, ...]
     """pretrain: none; warmup and consistency: one; router: nothing compressed, then the router's question."""
 
+    position: int = 0
+    """The pack's place among those of its step, over all ranks."""
+
     router_tiles: Tensor
     """[M] int64, tiles compressed in the router's question."""
 

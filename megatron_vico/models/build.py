@@ -34,6 +34,7 @@ from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel, VocabularyHead
 from megatron_vico.models.layers import Layer
 from megatron_vico.models.norms import RMSNorm
+from megatron_vico.models.pipeline_split import virtual_stages
 from megatron_vico.models.registry import ModelConfig
 
 _VOCAB_MULTIPLE = 128
@@ -295,10 +296,8 @@ def _parallel_fields(model: ModelConfig, parallel: ParallelOptions, overrides: M
     fields["variable_seq_lengths"] = True
     if parallel.recompute_modules:
         fields["recompute_modules"] = list(parallel.recompute_modules)
-    if parallel.num_layers_per_virtual_pipeline_stage is not None:
-        counted = sum(bool(overrides.get(f"account_for_{part}_in_pipeline_split")) for part in ("embedding", "loss"))
-        layers_per_stage = (model.language.num_layers + counted) // parallel.pipeline_model_parallel_size
-        chunks = layers_per_stage // parallel.num_layers_per_virtual_pipeline_stage
+    chunks = virtual_stages(model.language.num_layers, parallel, overrides)
+    if chunks is not None:
         fields["virtual_pipeline_model_parallel_size"] = chunks
         # Batched sends and receives pair up wrongly at two stages, without an error.
         fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}

@@ -83,7 +83,7 @@ def started(options: ParallelOptions, *, seed: int, timeout_minutes: int) -> Ite
         timeout_minutes: how long a collective may wait before the run is ended.
 
     Yields:
-        The groups of this rank; what was started here ends with the context.
+        The groups of this rank; what was started here ends with the context, unless that ends with an error.
     """
     owned = not torch.distributed.is_initialized()
     on_gpu = torch.cuda.is_available()
@@ -106,13 +106,13 @@ def started(options: ParallelOptions, *, seed: int, timeout_minutes: int) -> Ite
             context_parallel_size=options.context_parallel_size,
             expert_model_parallel_size=options.expert_model_parallel_size,
             expert_tensor_parallel_size=options.expert_tensor_parallel_size,
+            distributed_timeout_minutes=timeout_minutes,
         )
-    try:
-        yield current_groups(seed=seed, device=device)
-    finally:
-        if owned:
-            parallel_state.destroy_model_parallel()
-            torch.distributed.destroy_process_group()
+    yield current_groups(seed=seed, device=device)
+    # Not after an error: closing NCCL's groups may wait for ranks that never come, and the process ends anyway.
+    if owned:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
 
 
 def current_groups(*, seed: int, device: torch.device) -> Groups:

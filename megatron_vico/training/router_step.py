@@ -77,13 +77,13 @@ def router_step(
     rows = (reference_rows, rows_none, rows_one)
     ratio_M = _loss_ratios(policy, reference, packs, rows=rows, eps=eps, groups=groups)
     # Every rank takes part, also one without a single image, and adds the same ratios in the same order.
-    all_ratios, num_questions = _gather(ratio_M, groups)
+    all_ratios = _gather(ratio_M, packs, groups)
     window.push(all_ratios)
     threshold = window.threshold().to(device)
     mine_M, logits_M2 = _ask(policy, batch, features_NPD)
     ratio_M = ratio_M[mine_M.to(device)]
     label_M = labels_from_ratios(ratio_M, threshold)
-    loss = F.cross_entropy(logits_M2.float(), label_M, reduction="sum") / max(num_questions, 1)
+    loss = F.cross_entropy(logits_M2.float(), label_M, reduction="sum") / max(len(all_ratios), 1)
     if loss.requires_grad:
         loss.backward()
     predicted_M = logits_M2.argmax(dim=-1)
@@ -205,16 +205,20 @@ def _ask(policy: Policy, batch: StepBatch, features_NPD: Tensor) -> tuple[Tensor
     return mine_M, logits[first]
 
 
-def _gather(ratio_M: Tensor, groups: Groups) -> tuple[Tensor, int]:
-    """The ratios of all data-parallel ranks in rank order, and how many there are."""
+def _gather(ratio_M: Tensor, packs: Sequence[PackedBatch], groups: Groups) -> Tensor:
+    """The ratios of all replicas in the order of the step's packs: a window that is full drops the same ones for every
+    number of data-parallel ranks."""
     if groups.dp_size == 1:
-        return ratio_M, len(ratio_M)
-    mine = torch.tensor([len(ratio_M)], device=ratio_M.device)
-    counts = [torch.empty_like(mine) for _ in range(groups.dp_size)]
-    torch.distributed.all_gather(counts, mine, group=groups.data_parallel)
-    sizes = [int(count) for count in counts]
-    padded = torch.zeros(max(sizes), device=ratio_M.device)
-    padded[: len(ratio_M)] = ratio_M
+        return ratio_M
+    positions = [torch.full((len(_asked_samples(pack)),), float(pack.position)) for pack in packs]
+    mine = torch.stack([ratio_M, torch.cat(positions).to(ratio_M.device)], dim=1)
+    count = torch.tensor([len(mine)], device=ratio_M.device)
+    counts = [torch.empty_like(count) for _ in range(groups.dp_size)]
+    torch.distributed.all_gather(counts, count, group=groups.data_parallel)
+    sizes = [int(each) for each in counts]
+    padded = mine.new_zeros(max(sizes), 2)
+    padded[: len(mine)] = mine
     gathered = [torch.empty_like(padded) for _ in sizes]
     torch.distributed.all_gather(gathered, padded, group=groups.data_parallel)
-    return torch.cat([each[:size] for each, size in zip(gathered, sizes, strict=True)]), sum(sizes)
+    ratios, order = torch.cat([each[:size] for each, size in zip(gathered, sizes, strict=True)]).unbind(dim=1)
+    return ratios[order.argsort(stable=True)]

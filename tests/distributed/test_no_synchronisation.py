@@ -6,10 +6,7 @@ with the policy: with anything between the passes that synchronises the ranks, i
 """
 
 import dataclasses
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +16,11 @@ import pytest
 from megatron_vico.config.schema import Overrides, ParallelOptions, RunConfig
 from megatron_vico.config.validate import validate
 from megatron_vico.parallel.groups import started
+from tests.distributed.launch import launch
 from tests.distributed.recorder import Event, RankRecord
 from tests.distributed.step_records import save_models
 from tests.training_runs import ToyData, toy_config
 
-ROOT = Path(__file__).parents[2]
 WORLD = 4
 PP4 = {"pipeline_model_parallel_size": 4}
 PP2_VPP2_DP2 = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
@@ -47,17 +44,7 @@ def records(toy_data: ToyData, single_process_groups: None, tmp_path_factory: py
     cases["barrier"] = (make(PP4), "barrier", 5.0)
     cases |= {f"{name}, shapes": (make(options), "shape exchange", 60.0) for name, options in LAYOUTS.items()}
     (folder / "cases.pkl").write_bytes(pickle.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests/distributed/trace_ranks.py"), str(folder)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    launch("trace_ranks.py", folder, num_processes=WORLD)
     return {
         name: [pickle.loads((folder / name / f"{rank}.pkl").read_bytes()) for rank in range(WORLD)] for name in cases
     }

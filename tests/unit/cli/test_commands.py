@@ -132,8 +132,10 @@ def test_check_needs_neither_gpu_nor_ranks(capsys: pytest.CaptureFixture[str]) -
     assert main([*words, "--world-size", "32"]) == 0
     shown = capsys.readouterr().out
     assert "OK: stage consistency of internvl3_5-8b on 32 ranks: tensor 2 x pipeline 1 x context 1 x data 16" in shown
-    assert "the trainer runs data parallel only" in shown
+    assert "the trainer" not in shown
     assert main([*words, "--world-size", "31"]) == 2
-    assert "use 30 or 32 ranks" in capsys.readouterr().err
+    assert "use 16 or 32 ranks" in capsys.readouterr().err
+    assert main([*words, "--world-size", "32", "--bf16", "--fp8-format", "hybrid"]) == 0
+    assert "note: --fp8-format hybrid: checked by `vico train --check`, but not trained" in capsys.readouterr().out
     assert main(["train", "--check", "files"]) == 2
     assert "--data-path is not set" in capsys.readouterr().err

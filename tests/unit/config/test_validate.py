@@ -47,6 +47,12 @@ GOOD = [
     ("--fine-grained-activation-offloading --offload-modules core_attn", 1),
     ("--save x --save-interval 10", 1),
     ("--save x --train-iters 3 --trace-step 3", 1),
+    ("--reference-offload host --kl-chunk-rows 1 --encoder-chunk-tiles 1", 1),
+    ("--stage warmup --reference-offload host --reference-load other --pretrained-checkpoint one", 1),
+    ("--stage router --reference-offload host", 1),
+    (f"{M30} --freeze-moe-router", 1),
+    (f"{M30} --recompute-granularity selective --recompute-modules moe_act --moe-grouped-gemm", 1),
+    ("--stage router --use-distributed-optimizer", 2),
     ("--clip-grad 0 --weight-decay 0 --num-workers 0 --drop-path-rate 0", 1),
 ]
 
@@ -57,7 +63,7 @@ BAD = [
     (
         f"{M30} {TP} 8 --sequence-parallel",
         8,
-        "does not divide num_query_groups 4 of internvl3_5-30b-a3b; use 1, 2 or 4.",
+        "does not divide num_query_groups 4 of internvl3_5-30b-a3b; use 2 or 4.",
     ),
     (f"{M30} {TP} 2", 2, "with the experts of internvl3_5-30b-a3b needs --sequence-parallel"),
     ("--sequence-parallel", 1, f"{TP} is 1; leave it out"),
@@ -65,7 +71,7 @@ BAD = [
     (f"{M8} --expert-tensor-parallel-size 1", 1, "--expert-tensor-parallel-size 1 has no effect"),
     (f"{M8} --moe-aux-loss-coeff 0.1", 1, "--moe-aux-loss-coeff has no effect: internvl3_5-8b has no experts"),
     (f"{M8} --moe-z-loss-coeff 0.1", 1, "--moe-z-loss-coeff has no effect: internvl3_5-8b has no experts"),
-    (f"{M30} {EP} 3", 3, "does not divide the 128 experts of internvl3_5-30b-a3b; use 1, 2, 4, 8,"),
+    (f"{M30} {EP} 3", 3, "does not divide the 128 experts of internvl3_5-30b-a3b; use 1, 2, 4 or 8."),
     (f"{M30} --expert-tensor-parallel-size 5", 5, "does not divide moe_ffn_hidden_size 768"),
     (f"{M8} {PP} 5", 5, "the 36 layers of internvl3_5-8b cannot be shared equally by --pipeline-model-parallel-size 5"),
     (f"{M241} {PP} 8", 8, "or count embedding and loss as layers: --account-for-embedding-in-pipeline-split"),
@@ -83,8 +89,8 @@ BAD = [
     (f"{M8} {PP} 4", 2, "use 4 ranks"),
     (f"{M30} {EP} 8", 4, f"world size 4 is not a multiple of {EP} 8"),
     ("--global-batch-size 250", 16, "--global-batch-size 250 is not a multiple of the data-parallel size 16"),
-    ("--global-batch-size 250", 16, "use 240 or 256."),
-    (f"{M8} {PP} 4 {VPP} 3 --global-batch-size 6", 4, "use --global-batch-size 4 or 8, or no interleaving."),
+    ("--global-batch-size 250", 16, "use --global-batch-size 240 or 256, or 10 or 25 ranks."),
+    (f"{M8} {PP} 4 {VPP} 3 --global-batch-size 6", 4, "use --global-batch-size 4 or 8, or do without interleaving."),
     # Stage.
     ("--stage router --train-modules vit", 1, "--train-modules vit: stage 'router' can train vir only"),
     ("--stage warmup --train-modules connector_4x", 1, "stage 'warmup' can train connector_16x only"),
@@ -99,6 +105,19 @@ BAD = [
     ("--router-percentile 101 --stage router", 1, "--router-percentile is 101.0, expected a number in [0, 100]"),
     ("--router-eps -1 --stage router", 1, "--router-eps is -1.0"),
     ("--drop-path-rate 1", 1, "--drop-path-rate is 1.0, expected a number in [0, 1)"),
+    ("--stage pretrain --reference-offload host", 1, "--reference-offload has no effect in stage 'pretrain'"),
+    ("--stage warmup --reference-offload host", 1, "policy and reference share its weights"),
+    ("--train-modules vit --reference-offload host", 1, "policy and reference share its weights"),
+    ("--kl-chunk-rows 0", 1, "--kl-chunk-rows is 0, expected 1 or more"),
+    ("--encoder-chunk-tiles 0", 1, "--encoder-chunk-tiles is 0, expected 1 or more"),
+    ("--freeze-moe-router", 1, "--freeze-moe-router has no effect: toy has no experts"),
+    (f"{M30} --stage router --freeze-moe-router", 1, "has no effect: the language model is frozen"),
+    ("--stage warmup --overlap-grad-reduce", 2, "--overlap-grad-reduce has no effect: the language model is frozen"),
+    (
+        "--stage router --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+        2,
+        "has no effect: the language model is frozen",
+    ),
     # --lr-mult.
     ("--lr-mult connector_16x", 1, "expected MODULE=FACTOR"),
     ("--lr-mult connector_8x=2", 1, "unknown module; did you mean 'connector_"),
@@ -118,6 +137,8 @@ BAD = [
     ("--recompute-granularity selective --recompute-modules core_atn", 1, "did you mean 'core_attn'?"),
     (f"{M8} --recompute-granularity selective --recompute-modules moe", 1, "has no effect on internvl3_5-8b; use mlp"),
     (f"{M30} --recompute-granularity selective --recompute-modules mlp", 1, "use moe"),
+    (f"{M30} --recompute-granularity selective --recompute-modules moe_act", 1, "needs --moe-grouped-gemm"),
+    (f"{M8} {PP} 4 {VPP} 3 {FULL} 4", 4, "more than the 3 layers of a chunk of a pipeline stage (3 chunks a stage)"),
     (f"--stage router {FULL} 1", 1, "--recompute-granularity has no effect in stage 'router'"),
     # Optimizer and number formats.
     ("--lr 0", 1, "--lr is 0.0, expected more than 0"),
@@ -157,15 +178,14 @@ def test_bad_runs(words: str, world_size: int, message: str) -> None:
 
 @pytest.mark.parametrize("size", [name for name in MODELS if name.startswith("internvl")])
 def test_tensor_and_pipeline_sizes_that_are_offered_do_work(size: str) -> None:
-    for flag, wanted in ((TP, 3), (PP, 11)):
-        words = ["--model-size", size, flag]
+    for flag, wanted, extra in ((TP, 3, ["--sequence-parallel"]), (PP, 11, [])):
+        words = ["--model-size", size, *extra, flag]
         with pytest.raises(ConfigError) as error:
-            validate(parse([*words, str(wanted), *(["--sequence-parallel"] if flag == TP else [])]), wanted)
+            validate(parse([*words, str(wanted)]), wanted)
         offered = re.search(r"use ([\d, or]+)[.,]", str(error.value))
         assert offered is not None
         for number in re.findall(r"\d+", offered[1]):
-            extra = ["--sequence-parallel"] if flag == TP and number != "1" else []
-            validate(parse([*words, number, *extra, "--global-batch-size", number]), int(number))
+            validate(parse([*words, number, "--global-batch-size", number]), int(number))
 
 
 def test_uneven_pipeline_stages() -> None:
@@ -186,19 +206,22 @@ def test_each_stage_trains_by_default_what_it_may_train() -> None:
         assert set(spec.train_modules) <= set(TRAINABLE[stage])
 
 
-def test_the_trainer_refuses_layouts_it_cannot_run_yet() -> None:
-    supported_now(parse(["--use-distributed-optimizer"]))
+def test_the_trainer_takes_every_layout_and_no_fp8_yet() -> None:
     for words in (
-        f"{TP} 2",
-        f"{PP} 2",
-        "--context-parallel-size 2",
-        f"{M30} {EP} 2",
-        "--bf16 --fp8-format e4m3",
-        "--use-distributed-optimizer --overlap-grad-reduce",
-        "--use-distributed-optimizer --overlap-param-gather",
+        f"{M8} {TP} 2 --sequence-parallel {PP} 2 {VPP} 3 --context-parallel-size 2",
+        f"{M30} {EP} 2 --freeze-moe-router",
+        f"--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather {FULL} 1",
     ):
-        with pytest.raises(ConfigError, match="the trainer runs data parallel only"):
-            supported_now(parse(words.split()))
+        supported_now(parse(words.split()))
+    with pytest.raises(ConfigError, match="not trained with until the KL between an FP8 and a bf16 reference"):
+        supported_now(parse("--bf16 --fp8-format e4m3".split()))
+
+
+def test_what_megatron_core_would_refuse_is_refused_before_it_runs() -> None:
+    cfg = parse(f"{M8} {TP} 2 --sequence-parallel {FULL} 1 --distribute-saved-activations".split())
+    validate(cfg, 2)
+    with pytest.raises(ConfigError, match="megatron-core refuses these flags: distribute_saved_activations"):
+        supported_now(cfg)
 
 
 def test_remarks() -> None:
@@ -207,6 +230,12 @@ def test_remarks() -> None:
 
     assert found("--use-distributed-optimizer", 2) == ""
     assert "no effect with one data-parallel rank" in found("--use-distributed-optimizer", 1)
+    # The encoder is data-parallel over tensor-parallel ranks too.
+    assert found(f"{M8} {TP} 2 --use-distributed-optimizer", 2) == ""
+    assert "--overlap-grad-reduce: no effect" in found(f"{M8} {TP} 2 --overlap-grad-reduce", 2)
+    assert "no effect" in found(f"{M8} {TP} 2 --use-distributed-optimizer --train-modules language_model", 2)
+    assert "padded to a multiple of 8 tokens" in found(f"{M8} --context-parallel-size 4", 4)
+    assert "each router" in found(f"{M30} --freeze-moe-router --moe-aux-loss-coeff 0.1", 2)
     assert "8 microbatches on 8 pipeline stages" in found(f"{PP} 8 --global-batch-size 8", 8)
     assert "no checkpoint" in " ".join(remarks(parse([]), 1))
 

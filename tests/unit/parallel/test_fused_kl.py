@@ -180,6 +180,29 @@ def test_rows_equal_the_one_process_twin(mean_kl: float, tolerance: float) -> No
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)
 
 
+@pytest.mark.parametrize(("mean_kl", "tolerance"), [(1e-2, 5e-6), (1e-4, 1e-5), (1e-6, 1e-4), (1e-8, 1e-3)])
+def test_exact_logits(mean_kl: float, tolerance: float) -> None:
+    """Heads of identity: rows are logits, no product rounds. Eq. 2 divides two such values.
+
+    Measured: values 1.2e-7, 1.9e-7, 4e-7, 4e-5; gradients 8e-7, then 4e-7. From two log-sum-exps instead of the near
+    form the gradient would be off by 1.3e-6, 6e-6, 1e-4, 4e-4.
+    """
+    rows = make_heads(9, 1000, 1, mean_kl=mean_kl, logit_std=1.0)
+    heads = replace(
+        rows,
+        policy_rows_RH=(3 * rows.policy_rows_RH.detach()).requires_grad_(),
+        reference_rows_RH=3 * rows.reference_rows_RH,
+        policy_weight_VH=torch.eye(1000).requires_grad_(),
+        reference_weight_VH=torch.eye(1000),
+        vocab_size=1000,
+    )
+    loss = ours(heads)
+    loss.backward()
+    errors = errors_against_float64(heads, loss)
+    assert errors[0] < tolerance
+    assert errors[1] < 2e-6
+
+
 def test_far_rows() -> None:
     """Logits that differ by hundreds: the near forms overflow and must not be looked at.
 
@@ -240,6 +263,29 @@ def test_main_grad_takes_what_would_be_returned_and_accumulates(num_rows: int) -
         assert weight.grad_added_to_main_grad
         assert len(fired) == calls, "DDP's hook hangs on a gradient, of which there was none"
         assert weight.grad.shape == weight.shape
+
+
+@pytest.mark.parametrize("num_rows", [0, 6])
+def test_megatrons_ddp_takes_the_gradient(num_rows: int, single_process_groups: None) -> None:
+    """Its hook adds nothing of the gradient that stands in, and finds its bucket complete, with no rows too."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer import TransformerConfig
+
+    plain, heads = make_heads(num_rows, 16, 50, mean_kl=0.1), make_heads(num_rows, 16, 50, mean_kl=0.1)
+    ours(plain).backward()
+    module = torch.nn.Module()
+    weight: Any = torch.nn.Parameter(heads.policy_weight_VH.detach())
+    module.weight = weight
+    ddp = DistributedDataParallel(
+        TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=1, calculate_per_token_loss=True),
+        DistributedDataParallelConfig(overlap_grad_reduce=True, grad_reduce_in_fp32=True),
+        module,
+    )
+    for _ in range(3):
+        ddp.zero_grad_buffer()
+        ours(replace(heads, policy_weight_VH=weight)).backward()
+        ddp.finish_grad_sync()
+        assert torch.equal(weight.main_grad, grad_of(plain.policy_weight_VH))
 
 
 def test_the_gradient_that_is_added_all_the_same_is_zero() -> None:

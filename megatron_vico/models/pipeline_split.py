@@ -1,0 +1,88 @@
+"""How the layers of a language model are cut into pipeline stages, and those into chunks of the interleaved schedule.
+
+No torch here, as in registry.py; a layout string is the one thing that is left to megatron-core, which defines it.
+"""
+
+from collections.abc import Mapping
+
+from megatron_vico.config.schema import ParallelOptions
+from megatron_vico.errors import ConfigError
+
+FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
+EMBEDDING, LOSS = "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"
+LAYOUT = "pipeline_model_parallel_layout"
+SPLIT_FIELDS = (EMBEDDING, LOSS, FIRST, LAST, LAYOUT)
+"""Fields of megatron-core's TransformerConfig that make stages uneven."""
+
+
+def fixed_stages(given: Mapping[str, object]) -> dict[str, int]:
+    """The stages whose number of layers is given.
+
+    Args:
+        given: fields of TransformerConfig that the user set.
+
+    Returns:
+        FIRST, LAST, both or neither -> layers.
+    """
+    return {name: layers for name in (FIRST, LAST) if isinstance(layers := given.get(name), int)}
+
+
+def layers_of_a_stage(num_layers: int, *, stages: int, given: Mapping[str, object]) -> int:
+    """Layers of a middle pipeline stage, as megatron-core splits them when there is no layout string.
+
+    Args:
+        num_layers: of the language model.
+        stages: pipeline stages.
+        given: fields of TransformerConfig that the user set.
+
+    Returns:
+        Layers, with embedding and loss counted where they are told to count; of the first stage where its number and
+        the last one's are given and nothing is between them; 0 if the layers cannot be shared so.
+    """
+    fixed = fixed_stages(given)
+    layers = num_layers + sum(bool(given.get(name, False)) for name in (EMBEDDING, LOSS)) - sum(fixed.values())
+    middle = stages - len(fixed)
+    if middle == 0 and layers == 0:
+        return fixed[FIRST]
+    return layers // middle if middle > 0 and layers > 0 and layers % middle == 0 else 0
+
+
+def virtual_stages(num_layers: int, parallel: ParallelOptions, given: Mapping[str, object]) -> int | None:
+    """Chunks that each pipeline stage has in the interleaved schedule.
+
+    Args:
+        num_layers: of the language model.
+        parallel: the layout; `config/layout.py` has checked it.
+        given: fields of TransformerConfig that the user set.
+
+    Returns:
+        Chunks, or None without interleaving.
+
+    Raises:
+        ConfigError: if a layout string is given that megatron-core cannot read.
+    """
+    stages = parallel.pipeline_model_parallel_size
+    layout = given.get(LAYOUT)
+    if isinstance(layout, str):
+        chunks = _chunks_of_layout(layout, stages=stages, num_layers=num_layers)
+        return chunks if chunks > 1 else None
+    if parallel.num_layers_per_virtual_pipeline_stage is None:
+        return None
+    layers = layers_of_a_stage(num_layers, stages=stages, given=given)
+    return layers // parallel.num_layers_per_virtual_pipeline_stage
+
+
+def _chunks_of_layout(layout: str, *, stages: int, num_layers: int) -> int:
+    # Only here: the import takes seconds, and few runs have a layout string.
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    try:
+        parsed = PipelineParallelLayerLayout(layout, stages)
+        parsed.validate_layer_layout(num_layers=num_layers, mtp_num_layers=None)
+    except (AssertionError, IndexError, NotImplementedError) as error:
+        raise ConfigError(
+            f"--pipeline-model-parallel-layout {layout!r} does not lay {num_layers} layers out on {stages} pipeline "
+            f"stages ({' '.join(str(error).split())}); write one part a stage (or chunk), in order, separated by |, "
+            f"with E, {num_layers} times t, and L, such as E{'t' * 2}|t*{max(num_layers - 2, 1)}L."
+        ) from error
+    return int(parsed.virtual_pipeline_model_parallel_size)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A picture of who does what when in one step of consistency training on four pipeline stages, from recorded timestamps.
+"""A picture of who does what when in one step of consistency training on four pipeline stages, as recorded.
 
 Run: python tools/trace_pipeline.py --output docs/images/pp4_step.png
 
@@ -14,6 +14,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from megatron_vico.training.trace import trace_file
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "examples" / "quickstart"
@@ -51,10 +53,12 @@ def commands(folder: Path, picture: Path, *, step: int) -> Iterator[list[str]]:
     yield [
         *(*launch, *vico[1:], *train, "--recipe", str(DEMO / "recipes" / "consistency.yaml")),
         *("--pretrained-checkpoint", str(start), "--save", str(run), "--load", "none", "--train-iters", str(step)),
-        *("--pipeline-model-parallel-size", str(STAGES), "--global-batch-size", str(2 * STAGES)),
+        *("--pipeline-model-parallel-size", str(STAGES), "--global-batch-size", "8"),
         *("--trace-step", str(step)),
     ]
-    yield [*vico, "plot", "trace", str(run / "trace" / f"step_{step:07d}"), "--output", str(picture)]
+    title = f"A step of consistency training, 8 packs on {STAGES} pipeline stages ({os.cpu_count()} CPU cores)"
+    trace = trace_file(str(run), step, rank=0).parent
+    yield [*vico, "plot", "trace", str(trace), "--title", title, "--output", str(picture)]
 
 
 def main() -> None:

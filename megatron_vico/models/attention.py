@@ -149,7 +149,7 @@ class Rotary:
 
 def packed_layout(
     cu_seqlens: Tensor,
-    max_seqlen: int,
+    document_lens: tuple[int, ...],
     *,
     rotary: Rotary,
     dtype: torch.dtype,
@@ -159,7 +159,7 @@ def packed_layout(
 
     Args:
         cu_seqlens: [D + 1] int32, where each document of the whole pack begins, and the end.
-        max_seqlen: tokens of the longest document.
+        document_lens: the same as lengths, on the host: nothing is read back from the device.
         rotary: the model's position embedding.
         dtype: computing dtype.
         cp_group: the ranks that share the pack, as `zigzag_positions` says; None or one rank, it is not shared.
@@ -171,8 +171,7 @@ def packed_layout(
         ValueError: if the pack is shared and a document is not a multiple of 2 * ranks long.
     """
     starts, lens = cu_seqlens[:-1].long(), (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    document_lens = tuple(lens.tolist())  # once a forward pass, not once a layer
-    num_tokens = sum(document_lens)
+    num_tokens, max_seqlen = sum(document_lens), max(document_lens)
     begins_T = starts.repeat_interleave(lens, output_size=num_tokens)
     positions_T = torch.arange(num_tokens, device=starts.device) - begins_T
     context = None
@@ -229,9 +228,9 @@ def context_share(document_lens: tuple[int, ...], *, cp_size: int, cp_rank: int,
             chunks.append(Chunk(document=document, num_keys=size[1], mask=masks.get(size)))
             chunk_lens.append(chunk_len)
     return ContextShare(
-        positions_T=ranks[cp_rank].to(device),
-        gathered_rows_W=pack_rows_W.argsort().to(device),
-        pack_rows_W=pack_rows_W.to(device),
+        positions_T=ranks[cp_rank].to(device, non_blocking=True),
+        gathered_rows_W=pack_rows_W.argsort().to(device, non_blocking=True),
+        pack_rows_W=pack_rows_W.to(device, non_blocking=True),
         chunks=tuple(chunks),
         chunk_lens=tuple(chunk_lens),
     )

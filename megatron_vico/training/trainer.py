@@ -33,15 +33,16 @@ def train(cfg: RunConfig) -> None:
         SampleError: if a sample cannot be used.
         CheckpointError: if a checkpoint cannot be read or written; the last good one still loads.
     """
+    stop = _StopSignal()  # first: a signal while the weights are loaded must not be lost
     validate(cfg, process_groups.launched_world_size(), check_files=True)
     supported_now(cfg)
     with process_groups.started(
         cfg.parallel, seed=cfg.training.seed, timeout_minutes=cfg.training.distributed_timeout_minutes
     ) as groups:
-        _loop(set_up(cfg, groups))
+        _loop(set_up(cfg, groups), stop)
 
 
-def _loop(run: Run) -> None:
+def _loop(run: Run, stop: "_StopSignal") -> None:
     cfg, groups = run.cfg, run.groups
     logger = MetricsLogger(
         save=Path(cfg.checkpoint.save) if cfg.checkpoint.save else None,
@@ -53,7 +54,6 @@ def _loop(run: Run) -> None:
     )
     if groups.is_main:
         _announce(run)
-    stop = _StopSignal()
     run.policy.train_mode()
     iteration = run.iteration
     started = time.perf_counter()

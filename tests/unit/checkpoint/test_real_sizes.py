@@ -1,4 +1,4 @@
-"""Every real size in every layout: all file tensors with their shapes, both ways, against modules and published figures.
+"""Every real size in every layout: all file tensors and their shapes, against modules and published figures.
 
 Nothing here has memory: modules and file tensors are on the meta device. What is expected is written down anew from the
 published configurations, formulas and key lists rather than taken from the registry or the mapping table.

@@ -48,7 +48,7 @@ def test_a_users_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture[st
     for words, message in (
         (["train", "--lrr", "3"], "ConfigError: command line: unknown option --lrr; did you mean '--lr'?"),
         (["train", "--recipe", "no/such.yaml"], "ConfigError: no/such.yaml: cannot read the recipe"),
-        (["checkpoint", str(tmp_path)], f"CheckpointError: {tmp_path} is not a checkpoint folder"),
+        (["checkpoint", str(tmp_path)], f"CheckpointError: {tmp_path} is no checkpoint"),
         (["generate", "--load", str(tmp_path), "--prompt", "?"], "CheckpointError: "),
         (["generate", "--load", "x", "--prompt", "?", "--image", "gone.jpg"], "SampleError: gone.jpg: No such file"),
         (["plot", "table", "gone.json"], "ConfigError: gone.json: No such file"),

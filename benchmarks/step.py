@@ -192,7 +192,8 @@ def build_run(cfg: RunConfig, model: ModelConfig, groups: Groups) -> setup.Run:
     if needs_reference(cfg.stage):
         frozen_encoder, frozen_chunks = setup.build_modules(setup.reference_config(cfg), model, groups)
         frozen: list[torch.nn.Module] = [frozen_encoder, *frozen_chunks]
-        for mine, theirs in zip(frozen, [encoder, *chunks], strict=True):
+        trained: list[torch.nn.Module] = [encoder, *chunks]
+        for mine, theirs in zip(frozen, trained, strict=True):
             mine.load_state_dict(theirs.state_dict())
         reference = setup.freeze_reference(frozen_encoder, frozen_chunks, policy, cfg=cfg, groups=groups)
         assert reference.shares_vit == ("vit" not in policy.trained)

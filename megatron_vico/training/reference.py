@@ -96,6 +96,9 @@ class Reference:
                 trace=trace,
             )
         )
+        for chunk in self.language_chunks:
+            # megatron-core would keep the hidden states that the previous stage sent last.
+            chunk.set_input_tensor(None)
         if self.offload is not None:
             self.offload.release()
         return list(rows)

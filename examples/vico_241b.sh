@@ -97,8 +97,9 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING=3
 export OMP_NUM_THREADS=1
 
 launch() { # STAGE
-    # A rank that dies ends its node's torchrun, which takes at most 30 s to end the node's other ranks; then
-    # --kill-on-bad-exit ends the other nodes, whose ranks wait in collectives and know nothing.
+    # A rank that dies ends its node's torchrun, which gives the node's other ranks 30 s; then --kill-on-bad-exit ends
+    # the other nodes, whose ranks may wait in collectives and know nothing: SIGTERM, and SIGKILL after SLURM's KillWait
+    # (30 s unless the cluster says otherwise). So it takes about a minute where nobody notices, seconds where they do.
     # --cpu-bind=none: one task a node, but its 8 ranks and their loaders need all cores.
     # The agents ignore SIGTERM (an ignored signal stays so across exec): one that obeyed would give its ranks 30 s to
     # save, and kill them. The trainer sets a handler of its own, so SLURM's signal reaches it all the same.

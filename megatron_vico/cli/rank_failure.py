@@ -39,6 +39,9 @@ def end_rank(error: Exception, *, status: int) -> NoReturn:
         time.sleep(PEER_GRACE_S)
     if isinstance(error, USER_ERRORS):
         lines = [f"{type(error).__name__}: {error}"]
+    elif _is_of_a_collective(error):
+        # Every other rank fails so; 50 lines from each would bury the cause. torchrun's summary has them.
+        lines = traceback.format_exception_only(error)[0].splitlines()[:1]
     else:
         lines = "".join(traceback.format_exception(error)).splitlines()
     rank = os.environ.get("RANK", "?")

@@ -41,6 +41,8 @@ def test_a_rank_that_dies_ends_the_other_with_the_cause(
     root_cause = done.stderr.split("Root Cause (first observed failure):")[1]
     assert "rank      : 1 (local_rank: 1)" in root_cause
     assert "rank      : 0" not in root_cause
+    # The one that waited says so in a line, and the cause stays in sight.
+    assert len([line for line in done.stderr.splitlines() if line.startswith("rank 0: ")]) <= 1, done.stderr[-6000:]
     if how == "raise":
         assert "ArithmeticError: the cause of it all" in root_cause
 

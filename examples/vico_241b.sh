@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # ViCO training of InternVL3.5-241B-A28B on a SLURM cluster: 16 nodes of 8 H200 for warm-up and consistency training,
 # 2 of them for the router. torchrun on each node, started by srun. It has run toys on a SLURM of two virtual nodes of
-# one machine, on CPUs: three stages, a SIGTERM and the requeue after it, a killed rank. It has not seen GPUs yet.
+# one machine, on CPUs: three stages; SIGTERM, the time limit and preemption with the requeue after them; a killed rank;
+# layouts and paths that cannot work. It has not seen GPUs or a real cluster yet.
 #
 #   CHECK=1 examples/vico_241b.sh                       are the layouts right? needs neither SLURM nor a GPU
 #   sbatch examples/vico_241b.sh                        all three stages, one after the other

@@ -24,6 +24,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -31,6 +32,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_vico.checkpoint.extra_state import leave_out_unstored, load_state
 from megatron_vico.checkpoint.hf_io import INCOMPLETE_SUFFIX, listed, read_json, write_json
 from megatron_vico.errors import CheckpointError
 
@@ -260,8 +262,9 @@ def weight_dtypes(
         The formats.
     """
     prefixes = tuple(f"{name}." for name in modules)
-    stored = _stored_tensors(find_iteration(directory, iteration))
-    return frozenset(each.dtype for key, each in stored.items() if key.startswith(prefixes))
+    stored = _stored(find_iteration(directory, iteration))
+    tensors = {key: each for key, each in stored.items() if isinstance(each, ShardedTensor)}
+    return frozenset(each.dtype for key, each in tensors.items() if key.startswith(prefixes))
 
 
 def iteration_folder(directory: str | Path, iteration: int) -> Path:
@@ -357,7 +360,11 @@ def _data_parallel_group(module: MegatronModule) -> torch.distributed.ProcessGro
 
 def _load(folder: Path, modules: Modules, optimizer: MegatronOptimizer | None) -> dict[str, Any]:
     state = _sharded_state(modules, optimizer, is_loading=True)
-    _check_tensors(folder, state, modules)
+    stored = _stored(folder)
+    _check_tensors(folder, state, modules, stored)
+    for chunks in state["modules"].values():
+        for weights in chunks.values():
+            leave_out_unstored(weights, stored=stored)
     try:
         with _quiet():
             loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
@@ -367,13 +374,13 @@ def _load(folder: Path, modules: Modules, optimizer: MegatronOptimizer | None) -
         prefix = f"{name}."
         for index, chunk in enumerate(_chunks(module)):
             weights = loaded["modules"][name][index]
-            chunk.load_state_dict({key.removeprefix(prefix): each for key, each in weights.items()})
+            load_state(chunk, {key.removeprefix(prefix): each for key, each in weights.items()})
     return loaded
 
 
-def _check_tensors(folder: Path, state: dict[str, Any], modules: Iterable[str]) -> None:
+def _check_tensors(folder: Path, state: dict[str, Any], modules: Iterable[str], stored: dict[str, Any]) -> None:
     """Compare names and global shapes before anything is read, so that the error can list them."""
-    stored = _stored_tensors(folder)
+    stored = {key: each for key, each in stored.items() if isinstance(each, ShardedTensor)}
     own = {part.key: part.without_data() for each in nested_values(state) for part in _tensors_of(each)}
     # Of all ranks, for a pipeline stage has a part of the names; and so that all ranks come to the same verdict.
     everyones: list[dict[str, ShardedTensor]] = [{}] * torch.distributed.get_world_size()
@@ -394,10 +401,11 @@ def _check_tensors(folder: Path, state: dict[str, Any], modules: Iterable[str]) 
             raise CheckpointError(f"{folder}: {key} is {found}, the model's is {expected}.")
 
 
-def _stored_tensors(folder: Path) -> dict[str, ShardedTensor]:
+def _stored(folder: Path) -> dict[str, Any]:
+    """Tensors by key, objects by unique key."""
     try:
         with _quiet():
-            stored: dict[str, ShardedTensor] = dist_checkpointing.load_tensors_metadata(str(folder))
+            stored: dict[str, Any] = load_sharded_metadata(str(folder))
     except (OSError, CheckpointingException, CheckpointException, pickle.UnpicklingError, EOFError) as error:
         raise CheckpointError(f"{folder} is not a readable checkpoint: {_cause(error)}.") from error
     return stored

@@ -1,29 +1,27 @@
 """The names in mcore's checkpoints: TransformerEngine's, also where the layers are mcore's own."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_vico.checkpoint import state
+from megatron_vico.checkpoint.convert import convert, export_hf
+from megatron_vico.checkpoint.extra_state import load_state
 from megatron_vico.models.registry import get_model_config
+from tests.te_stand_in import SIZES
 from tests.toy_models import make_encoder, make_language_model
 
-ATTENTION = {
-    "self_attention.linear_qkv.layer_norm_weight",
-    "self_attention.linear_qkv.weight",
-    "self_attention.q_layernorm.weight",
-    "self_attention.k_layernorm.weight",
-    "self_attention.linear_proj.weight",
-}
-DENSE = {"mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"}
-# A layer with experts keeps its norm apart under TransformerEngine too.
-EXPERTS = {
-    "pre_mlp_layernorm.weight",
-    "mlp.router.weight",
-    "mlp.experts.experts.linear_fc1.weight",
-    "mlp.experts.experts.linear_fc2.weight",
-}
+ROOT = Path(__file__).parents[3]
+GOLDEN = ROOT / "tests" / "golden"
 
 
 def tensor_names(module: torch.nn.Module) -> set[str]:
@@ -35,17 +33,82 @@ def tensor_names(module: torch.nn.Module) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize(("name", "mlp"), [("toy", DENSE), ("toy-moe", EXPERTS)])
-def test_language_model_has_the_names_of_transformer_engine(
-    name: str, mlp: set[str], single_process_groups: None
-) -> None:
-    names = tensor_names(make_language_model(get_model_config(name)))
-    layers = {f"gpt.decoder.layers.{key}" for key in ATTENTION | mlp}
-    assert names == layers | {
-        "gpt.embedding.word_embeddings.weight",
-        "gpt.decoder.final_layernorm.weight",
-        "gpt.output_layer.weight",
-    }
+def golden_keys(kind: str) -> set[str]:
+    """`weight KEY` and `extra KEY` of a language model under the TransformerEngine spec."""
+    lines = (GOLDEN / f"te_keys_{kind}.txt").read_text().splitlines()
+    return {line for line in lines if line and not line.startswith("#")}
+
+
+def stored_keys(folder: Path) -> set[str]:
+    """As `golden_keys`, of a checkpoint on the disk."""
+    found = FileSystemReader(folder / "iter_0000000").read_metadata().state_dict_metadata
+    own = {key.removeprefix("language_model.").split("/")[0]: each for key, each in found.items() if "gpt." in key}
+    return {f"{'weight' if isinstance(each, TensorStorageMetadata) else 'extra'} {key}" for key, each in own.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, single_process_groups: None) -> Path:
+    """Checkpoints of the local spec, and what TransformerEngine's layers make of them (tests/te_stand_in.py)."""
+    root = tmp_path_factory.mktemp("names")
+    for size in set(SIZES.values()):
+        module = make_language_model(get_model_config(size))
+        metadata = state.CheckpointMetadata(model_size=size, stage="pretrain")
+        state.save_checkpoint(root / size, 0, modules={"language_model": module}, metadata=metadata)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.te_stand_in", str(root)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return root
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_a_checkpoint_of_the_local_spec_has_the_keys_of_transformer_engine(kind: str, folder: Path) -> None:
+    expected, found = golden_keys(kind), stored_keys(folder / SIZES[kind])
+    # All weights, and of the extra state what linear layers have: megatron-core's own norms have none, and loading does
+    # not ask for what a checkpoint lacks.
+    assert expected - found == {key for key in expected if key.startswith("extra ") and "layernorm." in key}
+    assert found - expected == set()
+
+
+@pytest.mark.parametrize("size", ["toy", "toy-moe"])
+def test_a_conversion_writes_the_keys_that_training_does(size: str, folder: Path) -> None:
+    model, files = get_model_config(size), folder / f"{size}-hf"
+    export_hf(
+        files, encoder=make_encoder(model), language_model=make_language_model(model), model=model, layout="internvl"
+    )
+    convert(files, output=folder / f"{size}-converted", layout="megatron")
+    assert stored_keys(folder / f"{size}-converted") == stored_keys(folder / size)
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_the_golden_keys_are_those_of_the_transformer_engine_spec(kind: str, folder: Path) -> None:
+    expected = golden_keys(kind.split("-")[0])
+    assert set(json.loads((folder / "keys.json").read_text())[kind]) == expected
+    assert stored_keys(folder / f"te-{kind}") == expected
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_weights_go_to_transformer_engine_and_back(kind: str, folder: Path) -> None:
+    """A checkpoint of a CPU into the layers of a GPU, and what those save into the layers of a CPU, bit for bit."""
+    size = SIZES[kind]
+    module = make_language_model(get_model_config(size), seed=9)
+    state.load_weights(folder / f"te-{kind}", modules={"language_model": module}, model_size=size)
+    expected = dict(make_language_model(get_model_config(size)).named_parameters())
+    found = dict(module.named_parameters())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_only_extra_state_may_be_absent() -> None:
+    module = torch.nn.Linear(2, 2)
+    with pytest.raises(AssertionError, match=r"do not fit: \['bias', 'other'\]"):
+        load_state(module, {"weight": module.weight, "other": module.weight, "norm._extra_state": None})
 
 
 def test_encoder_names(single_process_groups: None) -> None:

@@ -148,7 +148,9 @@ def _tensors_of(key: str, stored: TensorStorageMetadata, folder: Path) -> Iterat
         )
 
 
-def _chunks_by_place(chunks: Sequence[ChunkStorageMetadata], num_leading: int) -> dict[Place, list[ChunkStorageMetadata]]:
+def _chunks_by_place(
+    chunks: Sequence[ChunkStorageMetadata], num_leading: int
+) -> dict[Place, list[ChunkStorageMetadata]]:
     # Once for all: with 94 layers of 128 experts, searching a key's chunks for each of its tensors takes hours.
     found: dict[Place, list[ChunkStorageMetadata]] = {}
     for chunk in chunks:

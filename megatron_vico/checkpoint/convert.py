@@ -72,6 +72,9 @@ class ConversionOptions:
     tensor_parallel_size: int = 1
     """Pads the vocabulary of a Megatron output, as a model of this tensor-parallel size has it; others load it too."""
 
+    max_shard_bytes: int = hf_io.MAX_SHARD_BYTES
+    """Size above which a new file begins, in either form; processes share a Hugging Face output file by file."""
+
     verify: Literal["no", "bits"] = "no"
     """Whether the output is read back and compared with the input, every bit of every tensor."""
 
@@ -255,7 +258,7 @@ def _opened(source: str | Path | Source, layout: Layout | Literal["megatron"], o
 
 
 def _write_hf(folder: Path, source: Source, *, layout: Layout, options: ConversionOptions, ranks: Ranks) -> None:
-    shards = ranks.agree(lambda: shards_of(source, layout))
+    shards = ranks.agree(lambda: shards_of(source, layout, max_shard_bytes=options.max_shard_bytes))
     sizes = [shard.num_bytes for shard in shards]
     ranks.on_main(lambda: _check_space(folder, sum(sizes)))
     with _progress("writing", sizes, options=options, ranks=ranks) as written:
@@ -281,7 +284,14 @@ def _write_megatron(folder: Path, source: Source, *, options: ConversionOptions,
     ranks.on_main(lambda: _check_space(folder, sum(sizes)))
     ranks.on_main(target.mkdir)
     with _progress("writing", sizes, options=options, ranks=ranks) as written:
-        write_dcp(target, source, padded_vocab_size=padded, ranks=ranks, written=written)
+        write_dcp(
+            target,
+            source,
+            padded_vocab_size=padded,
+            ranks=ranks,
+            written=written,
+            max_file_bytes=options.max_shard_bytes,
+        )
     tokenizer = load_tokenizer(options.tokenizer_model) if options.tokenizer_model is not None else None
 
     def finish() -> None:

@@ -61,7 +61,13 @@ class _Part:
 
 
 def write_dcp(
-    folder: Path, source: Source, *, padded_vocab_size: int, ranks: Ranks, written: Callable[[int], object]
+    folder: Path,
+    source: Source,
+    *,
+    padded_vocab_size: int,
+    ranks: Ranks,
+    written: Callable[[int], object],
+    max_file_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write all of a model's weights; called by every rank, which share the work.
 
@@ -71,6 +77,7 @@ def write_dcp(
         padded_vocab_size: rows of embedding and head.
         ranks: the processes.
         written: called with the bytes of each tensor that this rank has written.
+        max_file_bytes: size at which a rank begins a new file.
 
     Raises:
         CheckpointException: torch's, on all ranks, if one could not read or write.
@@ -79,7 +86,7 @@ def write_dcp(
     own = ranks.share(sizes_of(source, padded_vocab_size=padded_vocab_size))
     planner = _LazyPlanner(source, rows, own=own, is_main=ranks.is_main)
     with _quiet():
-        dcp.save({}, storage_writer=_Writer(folder, written), planner=planner, no_dist=ranks.size == 1)
+        dcp.save({}, storage_writer=_Writer(folder, written, max_file_bytes), planner=planner, no_dist=ranks.size == 1)
     ranks.on_main(lambda: save_config(CheckpointingConfig("torch_dist", 1), str(folder)))
 
 
@@ -176,13 +183,14 @@ class _LazyPlanner(SavePlanner):
 class _Writer(FileSystemWriter):
     """torch's writer, but each item is made, written and dropped before the next; torch keeps a file's tensors."""
 
-    def __init__(self, path: Path, written: Callable[[int], object]) -> None:
+    def __init__(self, path: Path, written: Callable[[int], object], max_file_bytes: int) -> None:
         super().__init__(path)
         self._path = path
         self._written = written
+        self._max_file_bytes = max_file_bytes
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's items in the order of the plan, in files of about the size of a safetensors shard."""
+        """Write this rank's items in the order of the plan, in files of about the largest size asked for."""
         results: list[WriteResult] = []
         items = deque(plan.items)
         number = 0
@@ -190,7 +198,7 @@ class _Writer(FileSystemWriter):
             name = f"{plan.storage_data.prefix}{number}{DEFAULT_SUFFIX}"
             number += 1
             with (self._path / name).open("wb") as stream:
-                while items and stream.tell() < MAX_SHARD_BYTES:
+                while items and stream.tell() < self._max_file_bytes:
                     results.append(self._write(items.popleft(), planner, stream, name))
                 stream.flush()
                 os.fsync(stream.fileno())

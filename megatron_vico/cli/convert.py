@@ -55,6 +55,7 @@ def main(arguments: Sequence[str]) -> None:
             export=_export_options(given),
             seed=given.seed,
             tensor_parallel_size=given.tensor_model_parallel_size or 1,
+            max_shard_bytes=given.max_shard_bytes,
             verify="bits" if given.verify else "no",
             progress="bar",
         ),
@@ -80,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer-model", type=Path, help="to put beside the weights; unset, the input's")
     seed_help = "of connector_16x and ViR where the input of --to megatron has none"
     parser.add_argument("--seed", type=int, default=ConversionOptions().seed, help=seed_help)
+    shard_help = "size above which a new file begins; processes share a Hugging Face output file by file"
+    parser.add_argument("--max-shard-bytes", type=int, default=ConversionOptions().max_shard_bytes, help=shard_help)
     parser.add_argument("--verify", action="store_true", help="read the output back and compare every bit of it")
     padding_help = "with --to megatron: pad the vocabulary as for this size; runs of other sizes load it all the same"
     parser.add_argument("--tensor-model-parallel-size", type=int, metavar="N", help=padding_help)
@@ -101,6 +104,8 @@ def _check(given: argparse.Namespace) -> None:
         raise ConfigError("--from megatron --to megatron converts nothing; a run of any layout loads the checkpoint.")
     if given.tensor_model_parallel_size is not None and given.tensor_model_parallel_size < 1:
         raise ConfigError(f"--tensor-model-parallel-size {given.tensor_model_parallel_size}: expected 1 or more.")
+    if given.max_shard_bytes < 1:
+        raise ConfigError(f"--max-shard-bytes {given.max_shard_bytes}: expected 1 or more; 5000000000 is usual.")
 
 
 def _export_options(given: argparse.Namespace) -> "ExportOptions | None":

@@ -119,12 +119,12 @@ def test_files_to_megatron_and_back(size: str, layout: Layout, exported: Export,
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("num_experts", [None, 5])
+@pytest.mark.parametrize(("base", "num_experts"), [("toy", None), ("toy-6b", None), ("toy-moe", 5)])
 @pytest.mark.usefixtures("single_process_groups")
 def test_numbers_that_divide_by_nothing(
-    num_experts: int | None, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: str, num_experts: int | None, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = "toy-moe" if num_experts else "toy-6b"
+    """Both kinds of vision tower, dense and with experts."""
     model = add_model(monkeypatch, "odd", base, num_experts=num_experts)
     encoder, language_model = modules_of(model, seed=0)
     assert language_model.gpt.vocab_size > model.language.vocab_size  # padded

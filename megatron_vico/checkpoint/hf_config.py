@@ -132,6 +132,22 @@ def preprocessor_json(model: ModelConfig, *, layout: Layout, options: ExportOpti
     }
 
 
+def options_of(config: Json) -> ExportOptions:
+    """What a checkpoint says beyond its weights, so that it can be said again in another layout.
+
+    Args:
+        config: contents of its config.json, in any layout.
+
+    Returns:
+        The options; defaults for what its layout does not say.
+    """
+    names = ("flash_relative_threshold", "flash_absolute_threshold", "max_dynamic_patch", "use_thumbnail", "template")
+    said = {name: config[name] for name in names if config.get(name) is not None}
+    language = config.get("llm_config") or config.get("text_config") or {}
+    said |= {name: language[name] for name in ("eos_token_id", "pad_token_id") if isinstance(language.get(name), int)}
+    return ExportOptions(**said)
+
+
 def layout_of(config: Json, *, path: str, tensors: Collection[str] = ()) -> Layout:
     """The layout of a checkpoint.
 
@@ -147,6 +163,13 @@ def layout_of(config: Json, *, path: str, tensors: Collection[str] = ()) -> Layo
         CheckpointError: if it is no InternVL checkpoint, or announces two layouts at once.
     """
     model_type, flash = config.get("model_type"), bool(config.get("flash_mode")) or "mlp2.0.weight" in tensors
+    native = any(name.startswith("vision_tower.") for name in tensors)
+    if native and model_type != "internvl":
+        raise CheckpointError(
+            f"{path}: model_type {model_type!r} is that of the remote-code layouts (internvl, flash), but the tensors "
+            "have the names of transformers' own layout (hf), such as vision_tower.*; use the config.json that came "
+            "with these weights."
+        )
     if model_type == "internvl" and flash:
         raise CheckpointError(
             f"{path}: model_type 'internvl' (transformers' own layout) has no Flash form, but this claims to be one; "

@@ -19,6 +19,7 @@ from megatron_vico.checkpoint.hf_config import (
     preprocessor_json,
 )
 from megatron_vico.checkpoint.internvl_mapping import Entry, Layout, canonical_name, entries
+from megatron_vico.checkpoint.remote_code_files import write_remote_code
 from megatron_vico.config.schema import ParallelOptions
 from megatron_vico.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_vico.errors import CheckpointError
@@ -255,6 +256,8 @@ def _write_model(
     hf_io.write_folder(folder, tensors=files)
     dtype = hf_io.dtype_name(next(iter(tensors.values())))
     hf_io.write_json(folder / "config.json", model_json(model, layout=layout, dtype=dtype, options=options))
+    if layout != "hf":
+        write_remote_code(folder)
     for name, contents in (
         ("generation_config.json", generation_json(options)),
         ("preprocessor_config.json", preprocessor_json(model, layout=layout, options=options)),

@@ -31,6 +31,7 @@ def main(arguments: Sequence[str]) -> None:
     exported = parser.add_argument_group("what an exported config says")
     exported.add_argument("--flash-relative-threshold", type=float, default=defaults.flash_relative_threshold)
     exported.add_argument("--flash-absolute-threshold", type=float, default=defaults.flash_absolute_threshold)
+    exported.add_argument("--flash-decision-rule", choices=("paper", "flash"), default=defaults.flash_decision_rule)
     exported.add_argument("--max-dynamic-patch", type=int, default=defaults.max_dynamic_patch)
     exported.add_argument("--use-thumbnail", action=argparse.BooleanOptionalAction, default=defaults.use_thumbnail)
     options = parser.parse_args(arguments)
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str]) -> None:
         options=ExportOptions(
             flash_relative_threshold=options.flash_relative_threshold,
             flash_absolute_threshold=options.flash_absolute_threshold,
+            flash_decision_rule=options.flash_decision_rule,
             max_dynamic_patch=options.max_dynamic_patch,
             use_thumbnail=options.use_thumbnail,
         ),

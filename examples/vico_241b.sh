@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # ViCO training of InternVL3.5-241B-A28B on a SLURM cluster: 16 nodes of 8 H200 for warm-up and consistency training,
-# 2 of them for the router. torchrun on each node, started by srun. Never run on a cluster; CHECK=1 and the tests are
-# what it has been through.
+# 2 of them for the router. torchrun on each node, started by srun. It has run toys on a SLURM of two virtual nodes of
+# one machine, on CPUs: three stages, a SIGTERM and the requeue after it, a killed rank. It has not seen GPUs yet.
 #
 #   CHECK=1 examples/vico_241b.sh                       are the layouts right? needs neither SLURM nor a GPU
 #   sbatch examples/vico_241b.sh                        all three stages, one after the other
@@ -17,6 +17,8 @@
 #   DATA        folder of WebDataset shards made by `vico shards make`              (needed, but not for CHECK=1)
 #   TOKENIZER   tokenizer folder of an InternVL3.5 checkpoint                       (needed, but not for CHECK=1)
 #   PYTHON      the interpreter that has megatron_vico and TransformerEngine        (.venv/bin/python)
+#   RECIPES     folder of warmup.yaml, consistency.yaml and router.yaml              (those of 241B-A28B)
+#   GPUS_PER_NODE  ranks a node; other than 8, also `sbatch --gpus-per-node=N`         (8)
 #   NODES       nodes of warm-up and consistency training                           (what SLURM gave; else 16)
 #   ROUTER_NODES  nodes of the router stage                                         (2)
 #   PORT        of the rendezvous on the first node                                 (29500)
@@ -38,10 +40,10 @@
 
 set -euo pipefail
 
-GPUS_PER_NODE=8
 # SLURM runs a copy of this file, so the repository is where the job was submitted.
 ROOT=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
-RECIPES=examples/recipes/internvl3_5_241b_a28b
+RECIPES=${RECIPES:-examples/recipes/internvl3_5_241b_a28b}
+GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
 NODES=${NODES:-${SLURM_JOB_NUM_NODES:-16}}
 ROUTER_NODES=${ROUTER_NODES:-2}
@@ -66,13 +68,14 @@ nodes_of() { # STAGE
 }
 
 vico() { # STAGE WORD...: `vico train` with the stage's recipe and the user's flags
-    "$PYTHON" -W ignore -m megatron_vico train --recipe "$RECIPES/$1.yaml" ${flags[@]+"${flags[@]}"} "${@:2}"
+    "$PYTHON" -W ignore -m megatron_vico train --recipe "$RECIPES/$1.yaml" "${@:2}" ${flags[@]+"${flags[@]}"}
 }
 
-# A layout that cannot work ends the job here, before 128 processes are started.
-for stage in "${stages[@]}"; do
-    vico "$stage" --check --world-size "$(($(nodes_of "$stage") * GPUS_PER_NODE))"
-done
+check() { # STAGE layout|files WORD...: an error ends the job here with one line, before 128 processes say it each
+    vico "$1" --check "$2" --world-size "$(($(nodes_of "$1") * GPUS_PER_NODE))" "${@:3}"
+}
+
+for stage in "${stages[@]}"; do check "$stage" layout; done
 if [[ $CHECK == 1 ]]; then exit 0; fi
 
 : "${SLURM_JOB_ID:?not inside a SLURM job: submit with sbatch, or set CHECK=1 to check the layouts}"
@@ -99,11 +102,10 @@ launch() { # STAGE
     # --cpu-bind=none: one task a node, but its 8 ranks and their loaders need all cores.
     # The agents ignore SIGTERM (an ignored signal stays so across exec): one that obeyed would give its ranks 30 s to
     # save, and kill them. The trainer sets a handler of its own, so SLURM's signal reaches it all the same.
-    # shellcheck disable=SC2016 # the inner shell expands its own arguments
+    # shellcheck disable=SC2016 # the inner shell expands its own arguments, and SLURM_NODEID, which differs per node
     srun --nodes="$(nodes_of "$1")" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
-        bash -c 'trap "" TERM; exec "$@"' torchrun-without-sigterm \
-        "$PYTHON" -m torch.distributed.run --nnodes="$(nodes_of "$1")" --nproc-per-node="$GPUS_PER_NODE" \
-        --rdzv-backend=c10d --rdzv-endpoint="$head_node:$PORT" --rdzv-id="$SLURM_JOB_ID-$1" \
+        bash -c 'trap "" TERM; exec "$0" -m torch.distributed.run --node-rank="$SLURM_NODEID" "$@"' "$PYTHON" \
+        --nnodes="$(nodes_of "$1")" --nproc-per-node="$GPUS_PER_NODE" --master-addr="$head_node" --master-port="$PORT" \
         --signals-to-handle=SIGINT,SIGHUP,SIGQUIT \
         -m megatron_vico train --recipe "$RECIPES/$1.yaml" --data-path "$DATA" --tokenizer-model "$TOKENIZER" \
         ${flags[@]+"${flags[@]}"}
@@ -114,13 +116,17 @@ is_done() { # STAGE: whether its last checkpoint is the one of its last step
     config=$(vico "$1" --print-config)
     folder=$(sed -n 's/^save: //p' <<<"$config")
     wanted=$(sed -n 's/^train_iters: //p' <<<"$config")
-    [[ -d $folder ]] || return 1
+    [[ -e $folder/latest_checkpointed_iteration.txt ]] || return 1
     found=$("$PYTHON" -W ignore -m megatron_vico checkpoint "$folder" | sed -n 's/^ *iteration: //p')
     [[ $found == "$wanted" ]]
 }
 
 for stage in "${stages[@]}"; do
-    if is_done "$stage"; then continue; fi
+    if is_done "$stage"; then
+        echo "vico_241b.sh: $stage is done already" >&2
+        continue
+    fi
+    check "$stage" files --data-path "$DATA" --tokenizer-model "$TOKENIZER" >/dev/null
     launch "$stage" # its failure is the job's: no requeue, the cause is in the log
     if ! is_done "$stage"; then
         echo "vico_241b.sh: $stage was told to stop and has saved; the job goes back in line" >&2

@@ -2,6 +2,7 @@
 
 import weakref
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ class PeakBytes(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = 0
         self.calls: Counter[str] = Counter()
-        self._known = {tensor.untyped_storage()._cdata for tensor in inputs}
+        self._known: set[int] = set()
+        self._ignore(inputs)
 
     @property
     def products(self) -> int:
@@ -30,13 +32,21 @@ class PeakBytes(TorchDispatchMode):
         return sum(self.calls[name] for name in PRODUCTS)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._known |= {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if _is_plain(leaf)}
+        self._ignore(leaf for leaf in tree_leaves((args, kwargs)) if _is_plain(leaf))
         result = func(*args, **(kwargs or {}))
         self.calls[func.overloadpacket.__name__] += 1
         for leaf in tree_leaves(result):
             if _is_plain(leaf):
                 self._count(leaf.untyped_storage())
         return result
+
+    def _ignore(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known:
+                self._known.add(storage._cdata)
+                # What is made at the same address later on counts.
+                weakref.finalize(storage, self._known.discard, storage._cdata)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, num_bytes = storage._cdata, storage.nbytes()

@@ -4,7 +4,9 @@ Nothing heavy is imported here: megatron takes four seconds, and `vico --help` o
 """
 
 import importlib
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"vico: unknown command {name!r}{nearest(name, COMMANDS)}\n\n{_help()}", file=sys.stderr)
         return USER_ERROR
+    _leave_warnings_to_rank_0()
     if COMMANDS[name].uses_megatron:
         from megatron_vico.parallel import cpu_stand_in
 
@@ -73,6 +76,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             end_rank(error, status=FAILURE)
         raise
     return status or 0
+
+
+def _leave_warnings_to_rank_0() -> None:
+    """Libraries' warnings are the same on every rank: 128 times each, they would bury what one rank has to say.
+
+    Python's -W and PYTHONWARNINGS win.
+    """
+    if is_one_of_many() and os.environ.get("RANK") != "0" and not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 def _help() -> str:

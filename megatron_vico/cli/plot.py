@@ -1,4 +1,4 @@
-"""`vico plot loss | table`: loss curves of runs, and the ablation table, from the files that runs leave behind."""
+"""`vico plot loss | trace | table`: loss curves, one step's trace and the ablation table, from the files of runs."""
 
 import argparse
 import json
@@ -22,12 +22,19 @@ def main(arguments: Sequence[str]) -> None:
     loss = actions.add_parser("loss", help="one panel a run: every step in light, a running mean in dark")
     loss.add_argument("runs", nargs="+", metavar="TITLE=FOLDER", help="a run's --save folder, or its metrics.jsonl")
     loss.add_argument("--output", type=Path, required=True, help="picture to write; its ending says the format")
+    trace = actions.add_parser("trace", help="who did what when in one step: a row a rank")
+    trace.add_argument("folder", type=Path, help="what --trace-step N wrote: <save>/trace/step_N")
+    trace.add_argument("--title", default="", help="line above the picture")
+    trace.add_argument("--output", type=Path, required=True, help="picture to write; its ending says the format")
     table = actions.add_parser("table", help="print a results.json")
     table.add_argument("results", type=Path)
     table.add_argument("--format", choices=("text", "markdown"), default="text")
     options = parser.parse_args(arguments)
     if options.action == "table":
         _table(options.results, markdown=options.format == "markdown")
+        return
+    if options.action == "trace":
+        _trace(options.folder, options.output, title=options.title)
         return
     from megatron_vico.evaluation.plots import loss_curves
 
@@ -46,6 +53,16 @@ def _table(path: Path, *, markdown: bool) -> None:
     except (json.JSONDecodeError, TypeError) as error:
         raise ConfigError(f"{path}: not a results.json ({error}).") from error
     print(as_markdown(rows) if markdown else as_text(rows))
+
+
+def _trace(folder: Path, output: Path, *, title: str) -> None:
+    from megatron_vico.evaluation.plots import read_trace, trace_picture
+
+    boxes = read_trace(folder)
+    if not boxes:
+        raise ConfigError(f"{folder}: no rank_*.json; give <save>/trace/step_N of a run with --trace-step N.")
+    trace_picture(boxes, title=title).savefig(output, dpi=110)
+    print(output)
 
 
 def _metrics_file(word: str) -> tuple[str, Path]:

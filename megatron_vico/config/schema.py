@@ -137,6 +137,10 @@ class TrainingOptions:
     exit_interval: int | None = None
     """Stop, with a checkpoint, when the step count is a multiple of this."""
 
+    trace_step: int | None = None
+    """Optimizer step whose forward and backward passes are recorded to <save>/trace, a file a rank in Chrome's trace
+    format; `vico plot trace` draws them. Unset, none."""
+
     distributed_timeout_minutes: int = 10
     """Minutes a collective may wait before the run is ended."""
 

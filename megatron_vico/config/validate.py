@@ -143,6 +143,7 @@ def _check_ranges(cfg: RunConfig) -> None:
         "--log-interval": (cfg.training.log_interval, 1),
         "--save-interval": (cfg.training.save_interval, 1),
         "--exit-interval": (cfg.training.exit_interval, 1),
+        "--trace-step": (cfg.training.trace_step, 1),
         "--distributed-timeout-minutes": (cfg.training.distributed_timeout_minutes, 1),
         "--ckpt-step": (cfg.checkpoint.ckpt_step, 0),
         "--lr-warmup-iters": (cfg.optimizer.lr_warmup_iters, 0),
@@ -384,6 +385,13 @@ def _check_checkpoints(cfg: RunConfig) -> None:
         raise ConfigError(f"--ckpt-step {files.ckpt_step} chooses a step of --load, which is not set; set it.")
     if cfg.training.save_interval is not None and files.save is None:
         raise ConfigError(f"--save-interval {cfg.training.save_interval} needs --save; set it to a folder.")
+    step = cfg.training.trace_step
+    if step is not None and files.save is None:
+        raise ConfigError(f"--trace-step {step} needs --save; set it to a folder.")
+    if step is not None and step > cfg.training.train_iters:
+        raise ConfigError(
+            f"--trace-step {step} is never reached: --train-iters is {cfg.training.train_iters}; use at most that."
+        )
 
 
 def _check_files(cfg: RunConfig) -> None:

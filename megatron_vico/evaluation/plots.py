@@ -1,4 +1,4 @@
-"""Pictures: which tiles the router compresses (Figures 3-5 of the ViCO paper), and the losses of training."""
+"""Pictures: which tiles the router compresses (Figures 3-5 of the ViCO paper), losses of training, a step's trace."""
 
 import json
 import math
@@ -150,3 +150,126 @@ def _draw_loss(panel: Axes, metrics: Mapping[str, npt.NDArray[np.float64]], *, t
     smooth = np.convolve(loss, np.full(window, 1 / window), mode="valid")
     panel.plot(steps[window - 1 :], smooth, color="tab:blue", linewidth=1.6)
     panel.text(0.97, 0.95, f"end: {smooth[-1]:.3g}", ha="right", va="top", transform=panel.transAxes)
+
+
+_COLOURS = {
+    ("reference", "forward"): ("tab:blue", "reference forward"),
+    ("policy", "forward"): ("moccasin", "policy forward"),
+    ("policy", "loss"): ("gold", "policy head and loss"),
+    ("policy", "backward"): ("tab:orange", "policy backward"),
+}
+_OTHER_PHASES = ("gainsboro", "encode tiles, deliver tokens, encoder backward, optimizer")
+_CHARACTER_INCHES = 0.085
+"""Width of a digit in a box."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceBox:
+    """What a rank did from one moment to another."""
+
+    rank: int
+    model: str
+    """reference, policy, policy (none), policy (one), or the name of a phase."""
+
+    kind: str
+    """forward, loss, backward or phase."""
+
+    microbatch: int | None
+    chunk: int | None
+    start_ms: float
+    """From the first moment of the step on any rank."""
+
+    end_ms: float
+
+
+def read_trace(folder: Path) -> list[TraceBox]:
+    """The files that the ranks of a run wrote for one step (training/trace.py).
+
+    Args:
+        folder: with rank_0000.json and so on.
+
+    Returns:
+        Boxes, in order of their beginnings; none if the folder has no such file.
+    """
+    events = [
+        event
+        for file in sorted(folder.glob("rank_*.json"))
+        for event in json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
+    ]
+    origin_us = min((event["ts"] for event in events), default=0.0)
+    boxes = [
+        TraceBox(
+            **{key: event["args"][key] for key in ("rank", "model", "kind", "microbatch", "chunk")},
+            start_ms=(event["ts"] - origin_us) / 1000,
+            end_ms=(event["ts"] + event["dur"] - origin_us) / 1000,
+        )
+        for event in events
+    ]
+    return sorted(boxes, key=lambda box: box.start_ms)
+
+
+def trace_picture(boxes: Sequence[TraceBox], *, title: str = "") -> Figure:
+    """Who does what when in one step: a row a rank, a colour for each kind of work, the microbatch in each box.
+
+    Two lines mark the moments between which reference and policy overlap: the first policy forward pass on any rank
+    begins, the last reference forward pass on any rank ends.
+
+    Args:
+        boxes: from `read_trace`; not empty.
+        title: of the picture.
+
+    Returns:
+        A figure to save.
+    """
+    ranks = sorted({box.rank for box in boxes})
+    figure = Figure(figsize=(14, 1.6 + 0.5 * len(ranks)), layout="constrained")
+    axes = figure.add_subplot()
+    end_ms = max(box.end_ms for box in boxes)
+    labels: set[str] = set()
+    num_chunks = 1 + max((box.chunk for box in boxes if box.chunk is not None), default=0)
+    for box in boxes:
+        colour, label = _COLOURS.get((box.model.split()[0], box.kind), _OTHER_PHASES)
+        row, length_ms = ranks.index(box.rank), box.end_ms - box.start_ms
+        axes.barh(
+            row,
+            length_ms,
+            left=box.start_ms,
+            height=0.8,
+            color=colour,
+            edgecolor="black",
+            linewidth=0.4,
+            label=label if label not in labels else "_",
+        )
+        labels.add(label)
+        text = _box_text(box, num_chunks)
+        if len(text) * _CHARACTER_INCHES < 13 * length_ms / end_ms:
+            ink = "white" if box.model == "reference" else "black"
+            axes.text(box.start_ms + length_ms / 2, row, text, ha="center", va="center", fontsize=8, color=ink)
+    axes.set_yticks(range(len(ranks)), [f"rank {rank}" for rank in ranks])
+    axes.set_ylim(len(ranks) - 0.5, -1.1)
+    axes.set_xlim(0, end_ms)
+    axes.set_xlabel("ms")
+    axes.set_title(title)
+    _mark_overlap(axes, boxes)
+    figure.legend(loc="outside lower center", ncols=len(labels), fontsize=9)
+    return figure
+
+
+def _box_text(box: TraceBox, num_chunks: int) -> str:
+    """The microbatch, and a letter for the chunk where a rank has several; nothing for other phases."""
+    if box.microbatch is None or box.kind == "loss":
+        return ""
+    return str(box.microbatch) + (chr(ord("a") + (box.chunk or 0)) if num_chunks > 1 else "")
+
+
+def _mark_overlap(axes: Axes, boxes: Sequence[TraceBox]) -> None:
+    begins = [box.start_ms for box in boxes if box.model.startswith("policy") and box.kind == "forward"]
+    ends = [box.end_ms for box in boxes if box.model == "reference"]
+    if not begins or not ends:
+        return
+    for at_ms, text, side in (
+        (min(begins), "first policy forward begins ", "right"),
+        (max(ends), " last reference forward ends", "left"),
+    ):
+        axes.axvline(at_ms, color="crimson", linewidth=1.2, linestyle="--")
+        axes.text(at_ms, -0.75, text, ha=side, va="center", fontsize=9, color="crimson")

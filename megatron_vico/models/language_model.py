@@ -46,8 +46,8 @@ class LanguageInputs:
     cu_seqlens: Tensor
     """[D + 1] int32, where each of the D documents of the whole pack begins, and the end."""
 
-    max_seqlen: int
-    """Tokens of the longest document."""
+    document_lens: tuple[int, ...]
+    """Tokens of each document, padding included: what `cu_seqlens` says, known without asking the device."""
 
     response_rows_R: Tensor
     """[R] int64, the rows that this rank picks from the hidden states it holds."""
@@ -280,7 +280,7 @@ class LanguageModel(MegatronModule):
         if self.rotary is not None:
             return packed_layout(
                 inputs.cu_seqlens,
-                inputs.max_seqlen,
+                inputs.document_lens,
                 rotary=self.rotary,
                 dtype=self.config.params_dtype,
                 cp_group=self.cp_group,
@@ -289,8 +289,8 @@ class LanguageModel(MegatronModule):
             qkv_format="thd",
             cu_seqlens_q=inputs.cu_seqlens,
             cu_seqlens_kv=inputs.cu_seqlens,
-            max_seqlen_q=inputs.max_seqlen,
-            max_seqlen_kv=inputs.max_seqlen,
+            max_seqlen_q=max(inputs.document_lens),
+            max_seqlen_kv=max(inputs.document_lens),
         )
 
     def _rows(self, *, hidden_states: Tensor, context: LanguageInputs, **unused: Any) -> Tensor:

@@ -134,7 +134,7 @@ def language_inputs(stream: PackedStream, cut: StreamCut, device: torch.device) 
         visual_positions_V=sent(places_V[mine_V] % local_len),
         visual_index_V=sent(mine_V) if cut.context_size > 1 else None,
         cu_seqlens=sent(padded.cu_seqlens),
-        max_seqlen=padded.max_seqlen,
+        document_lens=tuple(padded.cu_seqlens.diff().tolist()),
         response_rows_R=sent(rows),
         gathered_rows_R=None if gathered is None else sent(gathered),
         shard_len=local_len // cut.sequence_size,

@@ -42,8 +42,8 @@ def consistency_step(
     weights = _row_weights(batch, groups)
     policy.weigh_balancing_loss(policy_inputs, groups)
 
-    features_NPD = tile_features(policy.encoder, batch, device, chunk_tiles=policy.chunk_tiles)
-    reference_tokens = reference.visual_tokens(batch, features_NPD, groups)
+    features_NPD = tile_features(policy.encoder, batch, device, chunk_tiles=policy.chunk_tiles, trace=trace)
+    reference_tokens = reference.visual_tokens(batch, features_NPD, groups, trace=trace)
     tokens = visual_tokens(
         policy.encoder,
         features_NPD,
@@ -51,6 +51,7 @@ def consistency_step(
         [pack.policies[0].compressed for pack in packs],
         trained=policy.trains_encoder,
         groups=groups,
+        trace=trace,
     )
 
     reference_rows = reference.response_rows(reference_inputs, reference_tokens, groups=groups, trace=trace)
@@ -85,8 +86,10 @@ def pretrain_step(policy: Policy, batch: StepBatch, *, groups: Groups, trace: St
     weights = _row_weights(batch, groups)
     labels = [_my_rows(pack.labels, groups).to(device, non_blocking=True) for pack in batch.packs]
     policy.weigh_balancing_loss(inputs, groups)
-    features_NPD = tile_features(policy.encoder, batch, device, chunk_tiles=policy.chunk_tiles)
-    tokens = visual_tokens(policy.encoder, features_NPD, batch, None, trained=policy.trains_encoder, groups=groups)
+    features_NPD = tile_features(policy.encoder, batch, device, chunk_tiles=policy.chunk_tiles, trace=trace)
+    tokens = visual_tokens(
+        policy.encoder, features_NPD, batch, None, trained=policy.trains_encoder, groups=groups, trace=trace
+    )
 
     def loss(index: int, rows_RH: Tensor) -> Tensor:
         return policy.head.cross_entropy(rows_RH, labels[index], weights[index])

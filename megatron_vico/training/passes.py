@@ -6,6 +6,7 @@ the last ones still finish this one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from megatron_vico.models.language_model import LanguageInputs
 from megatron_vico.parallel.known_shapes import KnownShapes
-from megatron_vico.training.trace import StepTrace
+from megatron_vico.training.trace import Kind, Span, StepTrace
 from megatron_vico.training.vision import VisualTokens
 
 LossFunction = Callable[[int, Tensor], Tensor]
@@ -28,7 +29,7 @@ class LanguagePass:
     """What one run of a schedule works on."""
 
     name: str
-    """For traces: reference or policy."""
+    """For traces: reference or policy, and in the router stage under which plan."""
 
     chunks: Sequence[nn.Module]
     """This rank's pipeline chunks, wrapped in DDP where they are trained."""
@@ -74,7 +75,8 @@ def training_pass(run: LanguagePass, loss: LossFunction) -> Tensor:
         index = next(batches)
 
         def loss_function(rows_RH: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            value = loss(index, rows_RH)
+            with _span(run, "loss", index, chunk):
+                value = loss(index, rows_RH)
             # Three values: mcore then divides by neither microbatches nor tokens (calculate_per_token_loss).
             return value, torch.zeros([], dtype=torch.int), {"loss": value.detach().clone()}
 
@@ -87,11 +89,17 @@ def training_pass(run: LanguagePass, loss: LossFunction) -> Tensor:
 
 
 def _forward(run: LanguagePass, chunk: nn.Module, index: int) -> Tensor:
-    if run.trace is None:
+    with _span(run, "forward", index, chunk) as span:
         output: Tensor = chunk(run.inputs[index], run.tokens.of(index))
-        return output
-    with run.trace.forward(run.name, index, getattr(chunk, "vp_stage", None) or 0) as span:
-        return span.until_backward(chunk(run.inputs[index], run.tokens.of(index)))
+    if run.trace is not None and span is not None:
+        run.trace.await_backward(span, output)
+    return output
+
+
+def _span(run: LanguagePass, kind: Kind, index: int, chunk: nn.Module) -> AbstractContextManager[Span | None]:
+    if run.trace is None:
+        return nullcontext()
+    return run.trace.span(run.name, kind, index, list(run.chunks).index(chunk))
 
 
 def _schedule(step: Callable[..., Any], run: LanguagePass, *, forward_only: bool) -> list[Any]:

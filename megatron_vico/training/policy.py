@@ -94,7 +94,8 @@ class Policy:
         if not self.language_ddp or config.moe_router_load_balancing_type == "none":
             return
         ranks = self.stream_cut.context_size * self.stream_cut.sequence_size
-        tokens = torch.tensor(float(sum(each.shard_len for each in inputs) * ranks), device=groups.device)
+        # One element, not a scalar: mcore copies it into what the reference's schedule has set, which has this shape.
+        tokens = torch.tensor([float(sum(each.shard_len for each in inputs) * ranks)], device=groups.device)
         torch.distributed.all_reduce(tokens, group=groups.data_parallel)
         scale = 1 / tokens
         config.moe_grad_scale_func = lambda: scale

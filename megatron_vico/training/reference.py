@@ -45,21 +45,24 @@ class Reference:
         """The chunk with the vocabulary head, on the last pipeline stage."""
         return self.language_chunks[-1]
 
-    def visual_tokens(self, batch: StepBatch, policy_features_NPD: Tensor, groups: Groups) -> VisualTokens:
+    def visual_tokens(
+        self, batch: StepBatch, policy_features_NPD: Tensor, groups: Groups, *, trace: StepTrace | None = None
+    ) -> VisualTokens:
         """Visual tokens of a step with nothing compressed; called by every rank of the replica.
 
         Args:
             batch: the step.
             policy_features_NPD: the policy's ViT outputs, used instead of a second pass where the ViT is shared.
             groups: process groups.
+            trace: records who does what when.
 
         Returns:
             The tokens, where they are embedded.
         """
         features_NPD = policy_features_NPD
         if not self.shares_vit:
-            features_NPD = tile_features(self.encoder, batch, groups.device, chunk_tiles=self.chunk_tiles)
-        return visual_tokens(self.encoder, features_NPD, batch, None, trained=False, groups=groups)
+            features_NPD = tile_features(self.encoder, batch, groups.device, chunk_tiles=self.chunk_tiles, trace=trace)
+        return visual_tokens(self.encoder, features_NPD, batch, None, trained=False, groups=groups, trace=trace)
 
     def response_rows(
         self,

@@ -55,18 +55,24 @@ def router_step(
     reference_inputs = [language_inputs(pack.reference, policy.stream_cut, device) for pack in packs]
     views = [[pack.policies[view] for pack in packs] for view in (0, 1)]
     view_inputs = [[language_inputs(each.stream, policy.stream_cut, device) for each in view] for view in views]
-    features_NPD = tile_features(policy.encoder, batch, device, chunk_tiles=policy.chunk_tiles)
-    reference_tokens = reference.visual_tokens(batch, features_NPD, groups)
+    features_NPD = tile_features(policy.encoder, batch, device, chunk_tiles=policy.chunk_tiles, trace=trace)
+    reference_tokens = reference.visual_tokens(batch, features_NPD, groups, trace=trace)
     view_tokens = [
         visual_tokens(
-            policy.encoder, features_NPD, batch, [each.compressed for each in view], trained=False, groups=groups
+            policy.encoder,
+            features_NPD,
+            batch,
+            [each.compressed for each in view],
+            trained=False,
+            groups=groups,
+            trace=trace,
         )
         for view in views
     ]
     reference_rows = reference.response_rows(reference_inputs, reference_tokens, groups=groups, trace=trace)
     rows_none, rows_one = (
-        _policy_rows(policy, inputs, tokens, groups=groups, trace=trace)
-        for inputs, tokens in zip(view_inputs, view_tokens, strict=True)
+        _policy_rows(policy, inputs, tokens, name=f"policy ({plan})", groups=groups, trace=trace)
+        for plan, inputs, tokens in zip(("none", "one"), view_inputs, view_tokens, strict=True)
     )
     rows = (reference_rows, rows_none, rows_one)
     ratio_M = _loss_ratios(policy, reference, packs, rows=rows, eps=eps, groups=groups)
@@ -97,13 +103,14 @@ def _policy_rows(
     inputs: Sequence[LanguageInputs],
     tokens: VisualTokens,
     *,
+    name: str,
     groups: Groups,
     trace: StepTrace | None,
 ) -> list[Tensor]:
     """The policy's response rows [R, H] under one of the two plans, a tensor a pack, on the last stage."""
     return forward_pass(
         LanguagePass(
-            name="policy",
+            name=name,
             chunks=policy.language_chunks,
             inputs=inputs,
             tokens=tokens,

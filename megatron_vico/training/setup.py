@@ -106,7 +106,7 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
     modules = named_modules(encoder, language_chunks)
     if resume is None and start_from is not None:
         state.load_weights(start_from, modules=modules, model_size=model.name)
-    policy = wrap(encoder, language_chunks, _policy_options(cfg, groups), groups=groups)
+    policy = wrap(encoder, language_chunks, policy_options(cfg, groups), groups=groups)
     optimizer = build_optimizer(
         policy,
         cfg.optimizer,
@@ -164,7 +164,8 @@ def build_modules(
     return encoder.to(groups.device, dtype), tuple(chunk.to(groups.device, dtype) for chunk in language_chunks)
 
 
-def _policy_options(cfg: RunConfig, groups: Groups) -> PolicyOptions:
+def policy_options(cfg: RunConfig, groups: Groups) -> PolicyOptions:
+    """What of the policy is trained, and how, in a run."""
     fp8 = cfg.parallel.fp8_format is not None
     return PolicyOptions(
         trained=frozenset(train_modules(cfg.stage)),
@@ -197,8 +198,14 @@ def _reference(cfg: RunConfig, model: ModelConfig, policy: Policy, groups: Group
             f"stage {cfg.stage.stage!r} resumes from {cfg.checkpoint.load} but does not know its frozen reference: "
             "give --reference-load, or the --pretrained-checkpoint that the stage began with"
         )
-    # The reference has no backward pass: it neither recomputes nor overlaps anything.
-    frozen = dataclasses.replace(
+    encoder, language_chunks = build_modules(reference_config(cfg), model, groups)
+    state.load_weights(source, modules=named_modules(encoder, language_chunks), model_size=model.name)
+    return freeze_reference(encoder, language_chunks, policy, cfg=cfg, groups=groups)
+
+
+def reference_config(cfg: RunConfig) -> RunConfig:
+    """A run's configuration as its reference is built from: nothing in it has a backward pass."""
+    return dataclasses.replace(
         cfg,
         parallel=dataclasses.replace(
             cfg.parallel,
@@ -210,8 +217,28 @@ def _reference(cfg: RunConfig, model: ModelConfig, policy: Policy, groups: Group
         ),
         model=dataclasses.replace(cfg.model, drop_path_rate=0.0),
     )
-    encoder, language_chunks = build_modules(frozen, model, groups)
-    state.load_weights(source, modules=named_modules(encoder, language_chunks), model_size=model.name)
+
+
+def freeze_reference(
+    encoder: VisionEncoder,
+    language_chunks: tuple[LanguageModel, ...],
+    policy: Policy,
+    *,
+    cfg: RunConfig,
+    groups: Groups,
+) -> Reference:
+    """The reference from modules that have their weights.
+
+    Args:
+        encoder: built from `reference_config`, as are the chunks.
+        language_chunks: this rank's chunks of the language model.
+        policy: with what it keeps frozen and bitwise equal the reference shares memory.
+        cfg: the run's configuration.
+        groups: process groups.
+
+    Returns:
+        The reference, all of it frozen, its weights in the host's memory if the run asks for that.
+    """
     encoder.requires_grad_(False).eval()
     for chunk in language_chunks:
         chunk.requires_grad_(False).eval()

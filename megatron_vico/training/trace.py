@@ -17,24 +17,34 @@ from torch import Tensor
 Instant = Any
 """A wall-clock time in seconds, or on a GPU an event on its stream, which has a time once the stream got there."""
 
+Kind = Literal["forward", "loss", "backward", "phase"]
+"""A chunk's forward pass, the head and loss behind the last chunk, a backward pass, or a part of the step that is not
+about one pack."""
+
 
 @dataclass(kw_only=True)
 class Span:
     """One piece of work on one rank."""
 
     name: str
-    """reference or policy."""
+    """A pass (reference, policy) or a phase."""
 
-    kind: Literal["forward", "backward"]
-    microbatch: int
-    chunk: int
+    kind: Kind
+    microbatch: int | None = None
+    chunk: int | None = None
+    """Pipeline chunk of this rank, in the order of its layers."""
+
     start: Instant = None
     end: Instant = None
 
 
 @dataclass(kw_only=True)
 class StepTrace:
-    """The spans of one step on one rank."""
+    """The spans of one step on one rank.
+
+    Times are wall-clock times, so that the ranks of a machine share one clock. On a GPU they are those of events, taken
+    without waiting for them (never run there).
+    """
 
     spans: list[Span] = field(default_factory=list)
     _origin: Instant = None
@@ -46,12 +56,33 @@ class StepTrace:
         self._origin_s, self._origin = time.time(), self._now()
 
     @contextmanager
-    def forward(self, name: str, microbatch: int, chunk: int) -> Iterator["_OpenSpan"]:
-        """Record the forward pass of one pack through one chunk, and the backward pass that may follow."""
-        span = Span(name=name, kind="forward", microbatch=microbatch, chunk=chunk, start=self._now())
+    def span(self, name: str, kind: Kind, microbatch: int | None = None, chunk: int | None = None) -> Iterator[Span]:
+        """Record what is done within the context."""
+        span = Span(name=name, kind=kind, microbatch=microbatch, chunk=chunk, start=self._now())
         self.spans.append(span)
-        yield _OpenSpan(self, span)
+        yield span
         span.end = self._now()
+
+    def await_backward(self, forward: Span, output: Tensor) -> None:
+        """Record the backward pass of a chunk's forward pass, if it will have one.
+
+        Args:
+            forward: the forward pass.
+            output: what it returned; megatron-core may free its data in between.
+        """
+
+        def begins(grad: Tensor) -> None:
+            back = Span(name=forward.name, kind="backward", microbatch=forward.microbatch, chunk=forward.chunk)
+            back.start = self._now()
+            self.spans.append(back)
+
+            def ends() -> None:
+                back.end = self._now()
+
+            torch.autograd.Variable._execution_engine.queue_callback(ends)
+
+        if output.requires_grad and torch.is_grad_enabled():
+            output.register_hook(begins)
 
     def write(self, path: Path, *, rank: int) -> None:
         """Write the spans as JSON; waits for the device.
@@ -62,7 +93,7 @@ class StepTrace:
         """
         events = [
             {
-                "name": f"{span.name} {span.kind} {span.microbatch}",
+                "name": " ".join(str(part) for part in (span.name, span.kind, span.microbatch) if part is not None),
                 "cat": f"{span.name},{span.kind}",
                 "ph": "X",
                 "pid": rank,
@@ -96,28 +127,16 @@ class StepTrace:
         return self._origin_s + float(self._origin.elapsed_time(instant)) / 1000
 
 
-@dataclass(frozen=True)
-class _OpenSpan:
-    trace: StepTrace
-    span: Span
+@contextmanager
+def phase(trace: StepTrace | None, name: str) -> Iterator[None]:
+    """Record a part of the step that is not about one pack; without a trace, nothing."""
+    if trace is None:
+        yield
+        return
+    with trace.span(name, "phase"):
+        yield
 
-    def until_backward(self, output: Tensor) -> Tensor:
-        """The output, with a hook that records its backward pass; megatron-core may free its data in between."""
-        if output.requires_grad and torch.is_grad_enabled():
-            output.register_hook(self._backward_begins)
-        return output
 
-    def _backward_begins(self, grad: Tensor) -> None:
-        back = Span(
-            name=self.span.name,
-            kind="backward",
-            microbatch=self.span.microbatch,
-            chunk=self.span.chunk,
-            start=self.trace._now(),
-        )
-        self.trace.spans.append(back)
-
-        def ends() -> None:
-            back.end = self.trace._now()
-
-        torch.autograd.Variable._execution_engine.queue_callback(ends)
+def trace_file(save: str, iteration: int, rank: int) -> Path:
+    """Where the trace of a step goes; `iteration` counts from 1."""
+    return Path(save) / "trace" / f"step_{iteration:07d}" / f"rank_{rank:04d}.json"

@@ -19,6 +19,7 @@ from megatron_vico.training.metrics import MetricsLogger, StepFigures, StepSums,
 from megatron_vico.training.router_step import router_step
 from megatron_vico.training.setup import Run, set_up
 from megatron_vico.training.stages import STAGES
+from megatron_vico.training.trace import StepTrace, phase, trace_file
 
 
 def train(cfg: RunConfig) -> None:
@@ -32,15 +33,16 @@ def train(cfg: RunConfig) -> None:
         SampleError: if a sample cannot be used.
         CheckpointError: if a checkpoint cannot be read or written; the last good one still loads.
     """
+    stop = _StopSignal()  # first: a signal while the weights are loaded must not be lost
     validate(cfg, process_groups.launched_world_size(), check_files=True)
     supported_now(cfg)
     with process_groups.started(
         cfg.parallel, seed=cfg.training.seed, timeout_minutes=cfg.training.distributed_timeout_minutes
     ) as groups:
-        _loop(set_up(cfg, groups))
+        _loop(set_up(cfg, groups), stop)
 
 
-def _loop(run: Run) -> None:
+def _loop(run: Run, stop: "_StopSignal") -> None:
     cfg, groups = run.cfg, run.groups
     logger = MetricsLogger(
         save=Path(cfg.checkpoint.save) if cfg.checkpoint.save else None,
@@ -52,17 +54,18 @@ def _loop(run: Run) -> None:
     )
     if groups.is_main:
         _announce(run)
-    stop = _StopSignal()
     run.policy.train_mode()
     iteration = run.iteration
     started = time.perf_counter()
     for batch in run.batches():
         # Dropped paths depend on seed, step and rank alone, so a resumed run drops the same ones.
         torch.manual_seed(cfg.training.seed + 1_000_003 * iteration + torch.distributed.get_rank())
-        sums = compute_gradients(run, batch)
-        learning_rate = run.scheduler.get_lr({})  # that of --lr; modules may have multiples of it
-        grad_norm = update_weights(run)
         iteration += 1
+        trace = StepTrace() if iteration == cfg.training.trace_step else None
+        sums = compute_gradients(run, batch, trace=trace)
+        learning_rate = run.scheduler.get_lr({})  # that of --lr; modules may have multiples of it
+        with phase(trace, "optimizer"):
+            grad_norm = update_weights(run)
         now = time.perf_counter()
         figures = StepFigures.reduce(
             sums,
@@ -74,6 +77,11 @@ def _loop(run: Run) -> None:
         started = now
         check_finite(figures)
         logger.log(figures)
+        if trace is not None:
+            assert cfg.checkpoint.save is not None, "config/validate.py asks for it"
+            rank = torch.distributed.get_rank()
+            trace.write(trace_file(cfg.checkpoint.save, iteration, rank), rank=rank)
+            started = time.perf_counter()
         ending = (
             stop.agreed(groups) or iteration == cfg.training.train_iters or _due(iteration, cfg.training.exit_interval)
         )
@@ -96,18 +104,21 @@ def _announce(run: Run) -> None:
         f"trained parameters: {trained}; frozen: {sum(counts.values()) - sum(counts[n] for n in policy.trained):,}",
         flush=True,
     )
+    if cfg.training.trace_step is not None and cfg.training.trace_step <= run.iteration:
+        print(f"--trace-step {cfg.training.trace_step} is past: nothing will be recorded", flush=True)
     if cfg.checkpoint.save is not None:
         folder = Path(cfg.checkpoint.save)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(cfg))
 
 
-def compute_gradients(run: Run, batch: StepBatch) -> StepSums:
+def compute_gradients(run: Run, batch: StepBatch, *, trace: StepTrace | None = None) -> StepSums:
     """Gradients of one step, reduced over ranks; called by every rank.
 
     Args:
         run: the run.
         batch: this rank's view of the step.
+        trace: records who does what when.
 
     Returns:
         This rank's sums.
@@ -115,7 +126,7 @@ def compute_gradients(run: Run, batch: StepBatch) -> StepSums:
     run.policy.zero_grad()
     # Not the same thing: mcore's fp32 optimizer leaves param.grad aliased to the buffer that was just zeroed.
     run.optimizer.zero_grad()
-    sums = _step(run, batch)
+    sums = _step(run, batch, trace)
     run.policy.finish_grad_sync()
     return sums
 
@@ -127,14 +138,22 @@ def update_weights(run: Run) -> float:
     return float(grad_norm or 0.0)
 
 
-def _step(run: Run, batch: StepBatch) -> StepSums:
+def _step(run: Run, batch: StepBatch, trace: StepTrace | None) -> StepSums:
     loss = STAGES[run.cfg.stage.stage].loss
     if loss == "cross_entropy":
-        return pretrain_step(run.policy, batch, groups=run.groups)
+        return pretrain_step(run.policy, batch, groups=run.groups, trace=trace)
     assert run.reference is not None
     if loss == "consistency":
-        return consistency_step(run.policy, run.reference, batch, groups=run.groups)
-    return router_step(run.policy, run.reference, run.window, batch, eps=run.cfg.stage.router_eps, groups=run.groups)
+        return consistency_step(run.policy, run.reference, batch, groups=run.groups, trace=trace)
+    return router_step(
+        run.policy,
+        run.reference,
+        run.window,
+        batch,
+        eps=run.cfg.stage.router_eps,
+        groups=run.groups,
+        trace=trace,
+    )
 
 
 def _due(iteration: int, interval: int | None) -> bool:

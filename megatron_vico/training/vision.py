@@ -16,9 +16,17 @@ from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.parallel.tile_parallel import TokenExchange
+from megatron_vico.training.trace import StepTrace, phase
 
 
-def tile_features(encoder: VisionEncoder, batch: StepBatch, device: torch.device, *, chunk_tiles: int) -> Tensor:
+def tile_features(
+    encoder: VisionEncoder,
+    batch: StepBatch,
+    device: torch.device,
+    *,
+    chunk_tiles: int,
+    trace: StepTrace | None = None,
+) -> Tensor:
     """ViT outputs of this rank's tiles, a chunk at a time.
 
     Args:
@@ -27,6 +35,7 @@ def tile_features(encoder: VisionEncoder, batch: StepBatch, device: torch.device
         batch: the step.
         device: where to compute.
         chunk_tiles: tiles of a chunk.
+        trace: records who does what when.
 
     Returns:
         [N, P, D], patch features without the class token.
@@ -36,27 +45,32 @@ def tile_features(encoder: VisionEncoder, batch: StepBatch, device: torch.device
         return encoder.features(encoder.normalise(tiles_N3SS))
 
     trained = any(param.requires_grad for param in encoder.vit.parameters())
-    chunks = [chunk.to(device, non_blocking=True) for chunk in batch.tiles.split(chunk_tiles)]
-    if not trained:
-        with torch.no_grad():
-            return torch.cat([features(chunk) for chunk in chunks])
-    # Also keeps the random state, so that a chunk that is computed again drops the same paths.
-    return torch.cat([checkpoint(features, chunk, use_reentrant=False) for chunk in chunks])
+    with phase(trace, "encode"):
+        chunks = [chunk.to(device, non_blocking=True) for chunk in batch.tiles.split(chunk_tiles)]
+        if not trained:
+            with torch.no_grad():
+                return torch.cat([features(chunk) for chunk in chunks])
+        # Also keeps the random state, so that a chunk that is computed again drops the same paths.
+        return torch.cat([checkpoint(features, chunk, use_reentrant=False) for chunk in chunks])
 
 
 class VisualTokens:
     """Visual tokens of all packs of a step under one plan each, cut from the encoder's graph."""
 
-    def __init__(self, outputs_VH: Tensor, exchange: TokenExchange, *, trained: bool) -> None:
+    def __init__(
+        self, outputs_VH: Tensor, exchange: TokenExchange, *, trained: bool, trace: StepTrace | None = None
+    ) -> None:
         """Deliver tokens; called by every rank of the replica.
 
         Args:
             outputs_VH: [V, H], what the encoder made of this rank's tiles; holds its graph where it is trained.
             exchange: the way to the ranks that embed tokens.
             trained: whether gradients are wanted.
+            trace: records who does what when.
         """
-        self._outputs_VH, self._exchange = outputs_VH, exchange
-        delivered = exchange.deliver(outputs_VH.detach())
+        self._outputs_VH, self._exchange, self._trace = outputs_VH, exchange, trace
+        with phase(trace, "deliver tokens"):
+            delivered = exchange.deliver(outputs_VH.detach())
         self._grad_VH: Tensor | None = None
         self.leaves: Sequence[Tensor] | None = None
         """[V, H] a pack, what the language model sees, on the first pipeline stage; elsewhere None."""
@@ -77,9 +91,11 @@ class VisualTokens:
 
     def backward(self) -> None:
         """Carry the gradients that the language model left back through connectors and ViT; every rank calls it."""
-        grad_VH = self._exchange.give_back(self._grad_VH, like=self._outputs_VH)
-        if self._outputs_VH.requires_grad:
-            torch.autograd.backward(self._outputs_VH, grad_VH)
+        with phase(self._trace, "return gradients"):
+            grad_VH = self._exchange.give_back(self._grad_VH, like=self._outputs_VH)
+        with phase(self._trace, "encoder backward"):
+            if self._outputs_VH.requires_grad:
+                torch.autograd.backward(self._outputs_VH, grad_VH)
 
 
 def visual_tokens(
@@ -90,6 +106,7 @@ def visual_tokens(
     *,
     trained: bool,
     groups: Groups,
+    trace: StepTrace | None = None,
 ) -> VisualTokens:
     """Encode a step's tiles under a plan for each pack; called by every rank of the replica.
 
@@ -100,6 +117,7 @@ def visual_tokens(
         plans: [N] bool a pack, on the CPU, True = compressed; None: nothing is.
         trained: whether gradients will be carried back.
         groups: process groups.
+        trace: records who does what when.
 
     Returns:
         The tokens, where they are embedded.
@@ -107,7 +125,7 @@ def visual_tokens(
     if plans is None:
         plans = [torch.zeros(pack.num_tiles, dtype=torch.bool) for pack in batch.packs]
     mine_N = torch.cat(list(plans))[batch.share.mine]
-    with torch.set_grad_enabled(trained):
+    with phase(trace, "encode"), torch.set_grad_enabled(trained):
         outputs_VH = encoder.visual_tokens(features_NPD if trained else features_NPD.detach(), mine_N)
     exchange = TokenExchange([encoder.tokens_per_tile(plan) for plan in plans], batch.share, groups)
-    return VisualTokens(outputs_VH, exchange, trained=trained)
+    return VisualTokens(outputs_VH, exchange, trained=trained, trace=trace)

@@ -58,7 +58,7 @@ class Problem:
             token_ids_T=self.inputs.token_ids_T[mine_T],
             visual_positions_V=places_V[places_V >= 0],
             cu_seqlens=self.inputs.cu_seqlens,
-            max_seqlen=self.inputs.max_seqlen,
+            document_lens=LENS,
             response_rows_R=torch.arange(shard_len),
             gathered_rows_R=torch.arange(len(mine_T)) + len(mine_T) * model.cp_group.rank(),
             shard_len=shard_len,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_vico.checkpoint import state
+from megatron_vico.checkpoint.dcp_reader import DcpFolder, open_dcp
 from megatron_vico.config.schema import ParallelOptions
 from megatron_vico.errors import CheckpointError
 from megatron_vico.models.registry import ModelConfig, get_model_config
@@ -104,10 +105,11 @@ class Runner:
         one, groups = self.make(case, case.saved_under, seed=1)
         for number in (1, 2):
             step(one, groups, number)
-        one.save(self.folder / case.name, 2, {"iteration": 2})
+        saved = one.save(self.folder / case.name, 2, {"iteration": 2})
+        stored = read_difference(open_dcp(saved), gather_weights(one.modules, groups))
         norm = step(one, groups, 3)
         whole = gather_weights(one.modules, groups)
-        found = {}
+        found = {"read without a layout": {"weights": stored}}
         for layout in case.loaded_under:
             other, groups = self.make(case, layout, seed=2)
             assert other.load(self.folder / case.name) == {"iteration": 2}
@@ -187,6 +189,12 @@ def step(training: Training, groups: Groups, number: int) -> float:
     _, norm, _ = training.optimizer.step()
     training.scheduler.step(increment=1)
     return float(norm)
+
+
+def read_difference(folder: DcpFolder, whole: dict[str, Tensor]) -> float:
+    """As `difference`, between weights and what a step's folder holds of them, read one by one."""
+    names = [name for name in folder.tensors if not name.startswith("optimizer.")]
+    return difference(whole, {name: folder.read(name)[: len(whole[name])] for name in names})
 
 
 def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:

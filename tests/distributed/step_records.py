@@ -48,7 +48,8 @@ class Recorded:
     grads: tuple[Tensor | None, ...]
     """None where the weight is frozen."""
 
-    params: tuple[Tensor, ...]
+    params: tuple[Tensor | None, ...]
+    """None where they are still being gathered."""
 
 
 def record(case: Case, groups: Groups) -> Iterator[Recorded]:
@@ -63,13 +64,17 @@ def record(case: Case, groups: Groups) -> Iterator[Recorded]:
         sums = compute_gradients(run, batch)
         grads = {param: grad for ddp in run.policy.ddp_modules for param, grad in _main_grads(ddp)}
         norm = update_weights(run)
-        run.policy.finish_param_sync()
         parts = tuple(parts_of(modules, groups))
+        # Parameters that are gathered in the next forward pass are looked at after the last step only: waiting for them
+        # earlier would hide a forward pass that does not.
+        whole = not case.cfg.parallel.overlap_param_gather or number == STEPS - 1
+        if whole:
+            run.policy.finish_param_sync()
         yield Recorded(
             figures=StepFigures.reduce(sums, iteration=number, grad_norm=norm, learning_rate=0.0, step_time_s=0.0),
             parts=parts,
             grads=tuple(grads.get(part.param) for part in parts),
-            params=tuple(part.param.detach().clone() for part in parts),
+            params=tuple(part.param.detach().clone() if whole else None for part in parts),
         )
 
 

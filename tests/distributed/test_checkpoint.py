@@ -1,8 +1,5 @@
 """Training checkpoints of two data-parallel ranks: exact resume, also by one process, and a disk that is full."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +10,8 @@ from megatron_vico.checkpoint import state
 from megatron_vico.config.schema import ParallelOptions
 from megatron_vico.parallel.groups import started
 from tests.checkpoint_runs import make_training
+from tests.distributed.launch import launch
 
-ROOT = Path(__file__).parents[2]
 KINDS = [(optimizer, dtype) for optimizer in ("replicated", "sharded") for dtype in ("fp32", "bf16")]
 
 
@@ -22,17 +19,7 @@ KINDS = [(optimizer, dtype) for optimizer in ("replicated", "sharded") for dtype
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What tests/distributed/run_checkpoint.py wrote with two ranks."""
     path = tmp_path_factory.mktemp("checkpoints")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests/distributed/run_checkpoint.py"), str(path)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    launch("run_checkpoint.py", path, num_processes=2)
     return path
 
 

@@ -1,8 +1,5 @@
 """A training checkpoint saved under any layout resumes under any other: weights, moments, masters and step count."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +7,9 @@ import pytest
 import torch
 
 from megatron_vico.checkpoint import state
+from tests.distributed.launch import launch
 from tests.distributed.layouts_checkpoint import CASES
 
-ROOT = Path(__file__).parents[2]
 PAIRS = [(case, layout) for case in CASES for layout in case.loaded_under]
 
 
@@ -20,17 +17,7 @@ PAIRS = [(case, layout) for case in CASES for layout in case.loaded_under]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What tests/distributed/run_layouts_checkpoint.py wrote with four ranks."""
     path = tmp_path_factory.mktemp("layouts")
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests/distributed/run_layouts_checkpoint.py"), str(path)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    launch("run_layouts_checkpoint.py", path, num_processes=4, timeout_s=900)
     return path
 
 
@@ -45,6 +32,12 @@ def test_the_next_step_is_that_of_the_uninterrupted_run(case: Any, layout: str, 
     for rank in found:
         assert rank[case.name][layout]["weights"] == 0.0  # every layout, bit for bit
         assert rank[case.name][layout]["norm"] < 1e-6  # measured 2e-8: the order of the sum
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_reading_needs_no_layout(case: Any, found: list[dict[str, Any]]) -> None:
+    """What tools read, one tensor after the other: dcp_reader.py."""
+    assert all(rank[case.name]["read without a layout"]["weights"] == 0.0 for rank in found)
 
 
 def test_without_the_optimizers_state_the_steps_differ(found: list[dict[str, Any]]) -> None:

@@ -1,29 +1,13 @@
 """The language model split over context-parallel ranks equals the whole one: outputs and every gradient."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from tests.distributed.launch import launch
 
-ROOT = Path(__file__).parents[2]
 DENSE = ("toy", "toy-6b")
 
 
 def test_context_parallel_ranks_equal_one_process_also_under_tensor_parallelism() -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"),
-            str(ROOT / "tests/distributed/context_parallel_ranks.py"),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    lines = [line.split() for line in done.stdout.splitlines()]
+    printed = launch("context_parallel_ranks.py", num_processes=4)
+    lines = [line.split() for line in printed.splitlines()]
     errors = {tuple(line[1:3]): line[3:] for line in lines if line[:1] == ["ERRORS"]}
     recomputed = {line[1]: line[3:] for line in lines if line[:1] == ["RECOMPUTE"]}
     controls = {line[1]: line[3:] for line in lines if line[:1] == ["CONTROL"]}

@@ -1,10 +1,7 @@
 """Two data-parallel ranks against one process: losses, gradient norms and weights over three steps, all stages."""
 
 import dataclasses
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +9,9 @@ import pytest
 
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.training.trainer import train
+from tests.distributed.launch import launch
 from tests.training_runs import ToyData, read_metrics, toy_config, weights_of
 
-ROOT = Path(__file__).parents[2]
 STAGES = ("pretrain", "warmup", "consistency", "router")
 STEPS = 3
 
@@ -22,22 +19,6 @@ STEPS = 3
 def config_of(data: ToyData, base: Path, stage: str, save: Path, **options: Any) -> RunConfig:
     source = {} if stage == "pretrain" else {"pretrained_checkpoint": str(base), "reference_load": str(base)}
     return toy_config(data, stage, **source, train_iters=STEPS, global_batch_size=4, save=str(save), **options)
-
-
-def launch(configs: list[RunConfig], folder: Path, *, num_processes: int) -> None:
-    """Run the configurations under torchrun; raises with the output if a rank fails."""
-    (folder / "configs.pkl").write_bytes(pickle.dumps(configs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests/distributed/run_stages.py"), str(folder / "configs.pkl")],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +35,8 @@ def runs(toy_data: ToyData, base_checkpoint: Path, tmp_path_factory: pytest.Temp
     # A run that one process begins and two end.
     moved = config_of(toy_data, base_checkpoint, "router", folder / "moved", load=str(folder / "moved"))
     train(dataclasses.replace(moved, training=dataclasses.replace(moved.training, exit_interval=2)))
-    launch([*two, moved], folder, num_processes=2)
+    (folder / "configs.pkl").write_bytes(pickle.dumps([*two, moved]))
+    launch("run_stages.py", folder / "configs.pkl", num_processes=2)
     return folder
 
 

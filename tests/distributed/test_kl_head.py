@@ -1,15 +1,12 @@
 """The fused heads split over two and four ranks equal the whole ones: value, gradients, padding and collectives."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.distributed.launch import launch
+
 CASES = [(loss, tp, rows) for tp in (2, 4) for loss in ("kl", "cross_entropy", "rows_only") for rows in (10, 8, 1, 0)]
 CHUNK = 4
 
@@ -17,18 +14,8 @@ CHUNK = 4
 @pytest.fixture(scope="module")
 def found() -> dict[tuple[str, int, int], dict[str, Any]]:
     """What tests/distributed/kl_head_ranks.py printed, by case."""
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests/distributed/kl_head_ranks.py")],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    printed = launch("kl_head_ranks.py", num_processes=4)
+    lines = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     return {(line["loss_of"], line["tp"], line["num_rows"]): line for line in lines}
 
 

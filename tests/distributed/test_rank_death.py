@@ -1,16 +1,13 @@
 """A rank that dies ends the others, with the cause; a rank that is told to stop ends all of them with a checkpoint."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_vico.checkpoint import state
+from tests.distributed.launch import start
 from tests.training_runs import ToyData
-
-ROOT = Path(__file__).parents[2]
 
 # A collective waits 10 minutes (--distributed-timeout-minutes): a rank that hangs is not over in time.
 LIMIT_S = 120
@@ -23,16 +20,7 @@ def launch(how: str, data: ToyData, save: Path) -> subprocess.CompletedProcess[s
         --seq-length 600 --max-tiles-per-pack 40 --max-samples-per-pack 4 --max-dynamic-patch 4 --global-batch-size 2
         --num-workers 1
     """.split()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run(
-        [*command, str(ROOT / "tests/distributed/run_failing_rank.py"), how, *flags],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=LIMIT_S,
-        check=False,
-    )
+    return start("run_failing_rank.py", how, *flags, num_processes=2, timeout_s=LIMIT_S)
 
 
 @pytest.mark.parametrize(

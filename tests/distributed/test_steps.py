@@ -6,10 +6,7 @@ lengths of their own, there are more packs than pipeline stages, and some packs 
 
 import dataclasses
 import json
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,12 +16,12 @@ import pytest
 from megatron_vico.config.schema import Overrides, ParallelOptions
 from megatron_vico.config.validate import validate
 from megatron_vico.parallel.groups import started
+from tests.distributed.launch import launch
 from tests.distributed.run_steps import write_truth
 from tests.distributed.step_records import STEPS, Case, save_models
 from tests.toy_data import write_conversations
 from tests.training_runs import ToyData, make_toy_shards, toy_config
 
-ROOT = Path(__file__).parents[2]
 PACKS = 8
 
 # Options of a case; names that are no option of a run, see `_case`: drop_rows, text_only, bucket_size, split, broken.
@@ -224,18 +221,8 @@ def found(
 
 
 def _launch(folder: Path, world: int) -> dict[str, list[dict[str, Any]]]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests/distributed/run_steps.py"), str(folder)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=600,
-        check=False,
-    )
-    print(done.stdout)  # the errors and seconds of each case: pytest -s
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    # pytest -s shows the errors and seconds of each case.
+    print(launch("run_steps.py", folder, num_processes=world, timeout_s=600))
     found: dict[str, list[dict[str, Any]]] = json.loads((folder / f"found-{world}.json").read_text())
     return found
 

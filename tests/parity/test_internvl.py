@@ -53,7 +53,7 @@ def test_logits_equal_transformers(kind: str, single_process_groups: None) -> No
         token_ids_T=token_ids,
         visual_positions_V=(token_ids == model.image_token_id).nonzero()[:, 0],
         cu_seqlens=torch.tensor([0, *(len(each) for each in samples)]).cumsum(0).int(),
-        max_seqlen=max(len(each) for each in samples),
+        document_lens=tuple(len(each) for each in samples),
         response_rows_R=torch.arange(len(token_ids)),
         shard_len=len(token_ids),
     )

@@ -1,7 +1,6 @@
-"""The table against the published key lists and parameter counts, and against the real modules."""
+"""The table against the published key lists, and against the real modules."""
 
 import itertools
-import math
 import re
 
 import pytest
@@ -11,18 +10,6 @@ from megatron_vico.checkpoint.convert import canonical_state
 from megatron_vico.checkpoint.internvl_mapping import LAYOUTS, Layout, canonical_name, entries, table
 from megatron_vico.models.registry import MODELS, get_model_config
 from tests.toy_models import make_encoder, make_language_model
-
-# Parameters of released checkpoints: without and with the Flash modules.
-RELEASED = {
-    "internvl3_5-1b": (1_060_897_792, 1_151_171_586),
-    "internvl3_5-2b": (2_348_347_392, 2_491_055_106),
-    "internvl3_5-4b": (4_732_489_216, 4_906_132_482),
-    "internvl3_5-8b": (8_528_318_464, 8_813_642_754),
-    "internvl3_5-14b": (15_119_523_840, 15_495_030_786),
-    "internvl3_5-38b": (38_390_405_504, 39_563_810_306),
-    "internvl3_5-30b-a3b": (30_848_730_112, 30_991_437_826),
-    "internvl3_5-241b-a28b": (240_699_370_368, 241_711_289_346),
-}
 
 VIT_REMOTE = """
 vision_model.embeddings.class_embedding vision_model.embeddings.position_embedding
@@ -98,17 +85,6 @@ def test_file_names_are_the_published_ones(name: str, layout: Layout) -> None:
     names = [name for row in entries(model, layout=layout) for name in row.files]
     assert len(names) == len(set(names))
     assert {re.sub(r"(layers?|experts)\.\d+\.", r"\1.N.", name) for name in names} == expand(expected)
-
-
-@pytest.mark.parametrize("name", RELEASED)
-def test_counts_are_the_released_ones(name: str) -> None:
-    model = get_model_config(name)
-    for layout, expected in zip(("internvl", "hf", "flash"), (RELEASED[name][0], *RELEASED[name]), strict=True):
-        rows = [row for row in entries(model, layout=layout) if row.files]
-        assert sum(math.prod(row.shape) for row in rows) == expected
-        if model.language.num_experts is None:
-            files = [row.kind.to_hf(torch.empty(row.shape, device="meta")) for row in rows]
-            assert sum(each.numel() for parts in files for each in parts) == expected
 
 
 @pytest.mark.parametrize("name", ["toy", "toy-6b", "toy-moe"])

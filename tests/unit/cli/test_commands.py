@@ -107,6 +107,17 @@ def test_plot(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "| ViCO |" in capsys.readouterr().out
 
 
+def test_plot_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plot", "trace", str(tmp_path), "--output", str(tmp_path / "step.png")]
+    assert main(words) == 2
+    assert "no rank_*.json; give <save>/trace/step_N of a run with --trace-step N" in capsys.readouterr().err
+    args = {"model": "policy", "kind": "forward", "microbatch": 0, "chunk": 0, "rank": 0}
+    events = [{"ts": 0.0, "dur": 9.0, "args": args}]
+    (tmp_path / "rank_0000.json").write_text(json.dumps({"traceEvents": events}))
+    assert main(words) == 0
+    assert Image.open(tmp_path / "step.png").width > 100
+
+
 def test_print_config_is_a_recipe_of_the_same_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model-size", "internvl3_5-8b", "--lr", "1e-5", "--no-rope-fusion"]
     assert main(["train", *words, "--print-config"]) == 0

@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def test_a_users_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture[st
     for words, message in (
         (["train", "--lrr", "3"], "ConfigError: command line: unknown option --lrr; did you mean '--lr'?"),
         (["train", "--recipe", "no/such.yaml"], "ConfigError: no/such.yaml: cannot read the recipe"),
-        (["checkpoint", str(tmp_path)], f"CheckpointError: {tmp_path} is not a checkpoint folder"),
+        (["checkpoint", str(tmp_path)], f"CheckpointError: {tmp_path} is no checkpoint"),
         (["generate", "--load", str(tmp_path), "--prompt", "?"], "CheckpointError: "),
         (["generate", "--load", "x", "--prompt", "?", "--image", "gone.jpg"], "SampleError: gone.jpg: No such file"),
         (["plot", "table", "gone.json"], "ConfigError: gone.json: No such file"),
@@ -57,6 +58,23 @@ def test_a_users_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture[st
         error = capsys.readouterr().err
         assert error.startswith(message), error
         assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("rank", "options", "heard"), [("0", [], True), ("1", [], False), ("1", ["default"], True), (None, [], True)]
+)
+def test_libraries_warn_on_one_rank(
+    rank: str | None, options: list[str], heard: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if rank is not None:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(sys, "warnoptions", options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert main(["doctor"]) == 0
+        warnings.warn("from a library", stacklevel=1)
+    assert ("from a library" in [str(each.message) for each in caught]) == heard
 
 
 def test_module_form_and_light_help() -> None:

@@ -46,6 +46,7 @@ GOOD = [
     ("--optimizer-cpu-offload --optimizer-offload-fraction 1.0", 1),
     ("--fine-grained-activation-offloading --offload-modules core_attn", 1),
     ("--save x --save-interval 10", 1),
+    ("--save x --train-iters 3 --trace-step 3", 1),
     ("--reference-offload host --kl-chunk-rows 1 --encoder-chunk-tiles 1", 1),
     ("--stage warmup --reference-offload host --reference-load other --pretrained-checkpoint one", 1),
     ("--stage router --reference-offload host", 1),
@@ -157,6 +158,9 @@ BAD = [
     # Checkpoints.
     ("--ckpt-step 3", 1, "chooses a step of --load"),
     ("--save-interval 3", 1, "--save-interval 3 needs --save"),
+    ("--trace-step 3", 1, "--trace-step 3 needs --save"),
+    ("--save x --trace-step 0", 1, "--trace-step is 0, expected 1 or more"),
+    ("--save x --train-iters 3 --trace-step 4", 1, "--trace-step 4 is never reached: --train-iters is 3"),
 ]
 
 

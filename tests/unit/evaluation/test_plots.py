@@ -78,3 +78,64 @@ def test_loss_curves_draw_each_file(tmp_path):
     assert not figure.axes[2].lines
     figure.savefig(tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 10_000
+
+
+def make_box(rank, model, kind, start_ms, end_ms, *, microbatch=None, chunk=None):
+    return plots.TraceBox(
+        rank=rank, model=model, kind=kind, microbatch=microbatch, chunk=chunk, start_ms=start_ms, end_ms=end_ms
+    )
+
+
+def two_ranks():
+    return [
+        make_box(0, "encode", "phase", 0, 5),
+        make_box(0, "reference", "forward", 10, 20, microbatch=0, chunk=0),
+        make_box(1, "reference", "forward", 20, 40, microbatch=0, chunk=0),
+        make_box(0, "policy", "forward", 25, 35, microbatch=0, chunk=0),
+        make_box(1, "policy", "forward", 40, 40.5, microbatch=7, chunk=0),
+        make_box(1, "policy", "loss", 50, 60, microbatch=7, chunk=0),
+        make_box(1, "policy", "backward", 60, 100, microbatch=7, chunk=0),
+    ]
+
+
+def test_a_trace_is_read_from_the_files_of_all_ranks(tmp_path):
+    for rank, start_us in ((0, 5e9 + 2000), (1, 5e9)):
+        args = {"model": "policy", "kind": "forward", "microbatch": rank, "chunk": 0, "rank": rank}
+        events = [{"ts": start_us, "dur": 500.0, "args": args}]
+        (tmp_path / f"rank_{rank:04d}.json").write_text(json.dumps({"traceEvents": events}))
+    assert plots.read_trace(tmp_path) == [
+        make_box(1, "policy", "forward", 0.0, 0.5, microbatch=1, chunk=0),
+        make_box(0, "policy", "forward", 2.0, 2.5, microbatch=0, chunk=0),
+    ]
+    assert plots.read_trace(tmp_path / "nowhere") == []
+
+
+def test_a_trace_picture_has_a_box_for_each_span(tmp_path):
+    boxes = two_ranks()
+    figure = plots.trace_picture(boxes, title="a step")
+    (axes,) = figure.axes
+    drawn = [(patch.get_y() + 0.4, patch.get_x(), patch.get_x() + patch.get_width()) for patch in axes.patches]
+    assert drawn == [(box.rank, box.start_ms, box.end_ms) for box in boxes]
+    colours = {(box.model, box.kind): patch.get_facecolor() for box, patch in zip(boxes, axes.patches, strict=True)}
+    assert len(set(colours.values())) == len(colours) == 5
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["rank 0", "rank 1"]
+    figure.savefig(tmp_path / "trace.png")
+    assert (tmp_path / "trace.png").stat().st_size > 10_000
+
+
+def test_a_trace_picture_marks_where_reference_and_policy_overlap():
+    (axes,) = plots.trace_picture(two_ranks()).axes
+    assert [line.get_xdata()[0] for line in axes.lines] == [25, 40]
+    (axes,) = plots.trace_picture([box for box in two_ranks() if box.model != "reference"]).axes
+    assert not axes.lines
+
+
+def test_microbatches_are_named_where_there_is_room():
+    (axes,) = plots.trace_picture(two_ranks()).axes
+    shown = [text.get_text() for text in axes.texts if text.get_text()]
+    assert shown[:4] == ["0", "0", "0", "7"]  # that of 0.5 ms has none
+    assert len(shown) == 6  # and two for the lines
+
+    chunks = [make_box(0, "policy (one)", "forward", index, index + 1, microbatch=3, chunk=index) for index in (0, 1)]
+    (axes,) = plots.trace_picture(chunks).axes
+    assert [text.get_text() for text in axes.texts] == ["3a", "3b"]

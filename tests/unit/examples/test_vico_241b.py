@@ -61,8 +61,8 @@ def test_unknown_stages_are_refused() -> None:
     assert "unknown stage 'pretrain', expected warmup, consistency, router" in done.stderr
 
 
-def run_in_job(folder: Path, *words: str) -> list[str]:
-    """The script in a job of two nodes; what it called of SLURM."""
+def run_in_job(folder: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """The script in a job of two nodes, and what it called of SLURM."""
     for name in ("srun", "scontrol"):
         (folder / name).write_text(RECORDER)
         (folder / name).chmod(0o755)
@@ -71,15 +71,17 @@ def run_in_job(folder: Path, *words: str) -> list[str]:
         *words,
         PATH=f"{folder}:{os.environ['PATH']}",
         CALLS=str(folder / "calls"),
-        **{"SLURM_JOB_ID": "11", "SLURM_JOB_NODELIST": "node-[07-08]", "DATA": "/shards", "TOKENIZER": "/tokenizer"},
+        **{"SLURM_JOB_ID": "11", "SLURM_JOB_NODELIST": "node-[07-08]", "DATA": str(folder), "TOKENIZER": str(folder)},
     )
-    assert done.returncode == 0, done.stderr
-    return (folder / "calls").read_text().splitlines()
+    return done, (folder / "calls").read_text().splitlines()
 
 
 @pytest.mark.slow
 def test_what_it_starts(tmp_path: Path) -> None:
-    calls = run_in_job(tmp_path, "router", "--", "--lr", "2e-4", "--save", str(tmp_path / "router"))
+    here = str(tmp_path)
+    flags = ["--lr", "2e-4", "--save", here, "--pretrained-checkpoint", here, "--reference-load", here]
+    done, calls = run_in_job(tmp_path, "router", "--", *flags)
+    assert done.returncode == 0, done.stderr
     # Nothing was trained, as if the run had been told to stop: the job goes back in line.
     assert calls[-3:] == ["scontrol", "requeue", "11"]
     command = calls[:-3]
@@ -87,20 +89,36 @@ def test_what_it_starts(tmp_path: Path) -> None:
     assert {"--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"} <= set(command)
     from torch.distributed.run import parse_args
 
-    launched = parse_args(command[command.index("torch.distributed.run") + 1 :])
+    # The words that srun's shell would start on the second node.
+    shell = command[command.index("bash") :]
+    assert shell[3] == sys.executable
+    shell[3] = "echo"
+    words = subprocess.check_output(shell, text=True, env={**os.environ, "SLURM_NODEID": "1"}).split()
+    launched = parse_args(words[words.index("torch.distributed.run") + 1 :])
     assert (launched.nnodes, launched.nproc_per_node, launched.max_restarts) == ("2", "8", 0)
-    assert (launched.rdzv_backend, launched.rdzv_endpoint) == ("c10d", "node-07:29500")
+    assert (launched.rdzv_backend, launched.master_addr, launched.master_port) == ("static", "node-07", 29500)
+    assert launched.node_rank == 1
     assert "SIGTERM" not in launched.signals_to_handle.split(",")
     assert (launched.module, launched.training_script) == (True, "megatron_vico")
     assert launched.training_script_args == [
         *("train", "--recipe", "examples/recipes/internvl3_5_241b_a28b/router.yaml"),
-        *("--data-path", "/shards", "--tokenizer-model", "/tokenizer"),
-        *("--lr", "2e-4", "--save", str(tmp_path / "router")),
+        *("--data-path", here, "--tokenizer-model", here),
+        *flags,
     ]
+
+
+@pytest.mark.slow
+def test_a_missing_file_is_named_once_before_the_ranks_are_started(tmp_path: Path) -> None:
+    done, calls = run_in_job(tmp_path, "router", "--", "--pretrained-checkpoint", "gone", "--save", str(tmp_path))
+    assert done.returncode == 2
+    assert calls == []
+    assert done.stderr.count("ConfigError: --pretrained-checkpoint gone: no such file or folder") == 1
 
 
 @pytest.mark.slow
 def test_a_stage_that_is_done_is_skipped(base_checkpoint: Path, tmp_path: Path) -> None:
     """The checkpoint is another stage's; only its step counts, of which the router's recipe is told to have two."""
     flags = ["--lr-warmup-iters", "0", "--train-iters", "2", "--save", str(base_checkpoint)]
-    assert run_in_job(tmp_path, "router", "--", *flags) == []
+    done, calls = run_in_job(tmp_path, "router", "--", *flags)
+    assert (done.returncode, calls) == (0, []), done.stderr
+    assert "router is done already" in done.stderr

@@ -91,7 +91,7 @@ def naive_answers(engine, prompt, plan):
                 token_ids_T=torch.tensor(ids),
                 visual_positions_V=torch.from_numpy(stream.visual_positions),
                 cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
-                max_seqlen=len(ids),
+                document_lens=(len(ids),),
                 response_rows_R=torch.tensor([len(ids) - 1]),
                 shard_len=len(ids),
             )

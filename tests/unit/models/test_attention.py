@@ -12,8 +12,15 @@ from megatron_vico.models.language_model import LanguageInputs, LanguageModel
 from megatron_vico.models.registry import get_model_config
 from tests.toy_models import make_language_model, pack
 
-# Documents of nearly equal length are padded and attended together, very unequal ones one by one, equal ones viewed.
-PACKS = {"padded": (9, 12, 7, 12), "looped": (40, 3, 5, 1), "equal": (8, 8, 8), "single": (17,)}
+# Short documents of nearly equal length are padded and attended together, long or very unequal ones one by one, equal
+# ones viewed.
+PACKS = {
+    "padded": (9, 12, 7, 12),
+    "looped": (40, 3, 5, 1),
+    "long": (130, 60, 100, 90),
+    "equal": (8, 8, 8),
+    "single": (17,),
+}
 
 
 def documents_apart(model: LanguageModel, inputs: LanguageInputs, visual_tokens: Tensor) -> Tensor:
@@ -26,7 +33,7 @@ def documents_apart(model: LanguageModel, inputs: LanguageInputs, visual_tokens:
             token_ids_T=inputs.token_ids_T[start:end],
             visual_positions_V=inputs.visual_positions_V[inside] - start,
             cu_seqlens=torch.tensor([0, end - start], dtype=torch.int32),
-            max_seqlen=end - start,
+            document_lens=(end - start,),
             response_rows_R=torch.arange(end - start),
             shard_len=end - start,
         )
@@ -39,7 +46,7 @@ def documents_apart(model: LanguageModel, inputs: LanguageInputs, visual_tokens:
 def test_packed_equals_documents_apart(name: str, kind: str, single_process_groups: None) -> None:
     model = make_language_model(get_model_config(name))
     inputs = pack(PACKS[kind], visual_positions=[1, 2, 9, 13, 14])
-    layout = packed_layout(inputs.cu_seqlens, inputs.max_seqlen, rotary=Rotary(32, 1e4), dtype=torch.float32)
+    layout = packed_layout(inputs.cu_seqlens, inputs.document_lens, rotary=Rotary(32, 1e4), dtype=torch.float32)
     assert (layout.gather_rows is not None) == (kind == "padded")
 
     generator = torch.Generator().manual_seed(3)
@@ -105,7 +112,7 @@ def test_a_share_is_rotated_by_its_own_positions(single_process_groups: None) ->
 
     cu_seqlens = torch.tensor([0, 16, 24], dtype=torch.int32)
     whole, share = (
-        packed_layout(cu_seqlens, 16, rotary=Rotary(32, 1e4), dtype=torch.float32, cp_group=group)
+        packed_layout(cu_seqlens, (16, 8), rotary=Rotary(32, 1e4), dtype=torch.float32, cp_group=group)
         for group in (None, Third())
     )
     assert whole.context is None

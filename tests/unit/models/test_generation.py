@@ -26,7 +26,7 @@ def packed_rows(model: LanguageModel, visual_tokens: Tensor) -> list[Tensor]:
             [start + place for start, places in zip(starts, VISUAL, strict=True) for place in places]
         ),
         cu_seqlens=torch.tensor([0, 11, 16, 24], dtype=torch.int32),
-        max_seqlen=11,
+        document_lens=LENS,
         response_rows_R=torch.arange(24),
         shard_len=24,
     )

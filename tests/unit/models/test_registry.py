@@ -1,13 +1,11 @@
 """Sizes against the published parameter counts, by formula and by building every size without memory."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 from megatron_vico.errors import ConfigError
 from megatron_vico.models.registry import MODELS, ModelConfig, get_model_config
+from tests.meta_models import NoMemory, build_without_memory
 
 # ViT, connector_4x, language model, connector_16x, ViR of the released InternVL3.5-Flash checkpoints. The totals of
 # the 1B, 8B and 2B-Flash checkpoints as published (bytes on disk) agree with these.
@@ -23,33 +21,9 @@ PUBLISHED = {
 }
 
 
-class NoMemory(TorchFunctionMode):
-    """Every new tensor goes to the meta device, also one that names its device."""
-
-    FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "arange", "tensor")
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if getattr(func, "__name__", "") in self.FACTORIES:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
-
-
 def built_counts(model: ModelConfig) -> tuple[int, ...]:
-    from megatron_vico.models.build import (
-        build_language_model,
-        build_vision_encoder,
-        language_transformer_config,
-        vision_transformer_config,
-    )
-
-    with NoMemory():
-        encoder = build_vision_encoder(model, vision_transformer_config(model, perform_initialization=False))
-        language_model = build_language_model(
-            model, language_transformer_config(model, perform_initialization=False), attention="sdpa"
-        )
+    encoder, language_model = build_without_memory(model)
     modules = (encoder.vit, encoder.connector_4x, language_model, encoder.connector_16x, encoder.vir)
-    assert all(param.is_meta for module in modules for param in module.parameters())
     return tuple(sum(param.numel() for param in module.parameters()) for module in modules)
 
 

@@ -91,17 +91,18 @@ def test_every_stage_learns(toy_data: ToyData, base_checkpoint: Path, tmp_path: 
         assert sum(losses[-3:]) < 0.9 * sum(losses[:3]), (stage, losses)
 
 
+@pytest.mark.parametrize("during", ["set_up", "_step"])  # while the weights are loaded, and in the first step
 def test_sigterm_ends_the_run_with_a_checkpoint(
-    toy_data: ToyData, base_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    during: str, toy_data: ToyData, base_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = trainer._step
+    function = getattr(trainer, during)
 
-    def step_then_signal(*args: Any) -> Any:
+    def with_signal(*args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
-        return step(*args)
+        return function(*args)
 
-    monkeypatch.setattr(trainer, "_step", step_then_signal)
-    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(trainer, during, with_signal)
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as under a launcher that ignores it
     try:
         train(stage_config(toy_data, "warmup", base_checkpoint, train_iters=9, save=str(tmp_path)))
     finally:

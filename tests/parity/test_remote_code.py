@@ -219,7 +219,7 @@ def test_logits_equal_our_own_models(exported: Exported, layout: str) -> None:
         token_ids_T=token_ids,
         visual_positions_V=(token_ids == 5).nonzero()[:, 0],
         cu_seqlens=torch.tensor([0, *(len(each) for each in ours)]).cumsum(0).int(),
-        max_seqlen=max(len(each) for each in ours),
+        document_lens=tuple(len(each) for each in ours),
         response_rows_R=torch.arange(len(token_ids)),
         shard_len=len(token_ids),
     )
@@ -263,6 +263,23 @@ def test_generated_tokens_are_the_engines(exported: Exported, rule: str) -> None
     assert [answer.texts for answer in kept] != [answer.texts for answer in answers]
     everything = torch.cat([answer.compressed_N for answer in answers])
     assert 0 < int(everything.sum()) < len(everything)
+
+
+def test_switched_off_nothing_is_compressed_and_nothing_is_lost(exported: Exported, tmp_path: Path) -> None:
+    theirs = load(exported.flash, flash_mode=False)
+    prompts = [exported.engine.prompt(conversation(index, num_questions=1)) for index in range(len(IMAGES))]
+    answers = exported.engine.answer(prompts, plan="none", max_new_tokens=MAX_NEW_TOKENS)
+    for prompt, expected in zip(prompts, answers, strict=True):
+        pixels = exported.engine.encoder.normalise(torch.from_numpy(prompt.first.tiles))
+        ids = torch.tensor([uncompressed_ids(exported, prompt)])
+        (said,) = theirs.generate(pixels, ids, **generation(exported)).tolist()
+        assert exported.tokenizer.decode([token for token in said if token != exported.tokenizer.eos_id]) == (
+            expected.texts[0]
+        )
+        assert not theirs.compressed_tiles.any()
+    theirs.save_pretrained(tmp_path / "saved")
+    saved, original = hf_io.open_folder(tmp_path / "saved"), hf_io.open_folder(exported.flash)
+    assert saved.tensors.keys() == original.tensors.keys()
 
 
 def test_the_rules_differ_and_flash_is_the_default(exported: Exported, tmp_path: Path) -> None:
@@ -340,6 +357,22 @@ def test_tiles_have_the_pixels_of_training(size: tuple[int, int], single_process
         expected = tiling.tile(image, image_size=32, max_dynamic_patch=max_num, use_thumbnail=use_thumbnail)
         found = load_image(image, image_size=32, max_num=max_num, use_thumbnail=use_thumbnail)
         assert torch.equal(found, encoder.normalise(torch.from_numpy(expected)))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "P", "1", "CMYK"])
+def test_files_are_read_as_in_training(mode: str, tmp_path: Path) -> None:
+    from megatron_vico.checkpoint.remote_code.image_tiles import load_image
+
+    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees, which training ignores
+    Image.open(io.BytesIO(png(70, 40, seed=0))).convert("RGBA").convert(mode).save(path, exif=exif)
+    assert Image.open(path).getexif()[0x0112] == 6
+    decoded = tiling.decode_image(path.read_bytes(), key="c", number=0)
+    for source in (path, str(path), Image.open(path)):
+        found = load_image(source, image_size=32, max_num=6)
+        assert torch.equal(found, load_image(decoded, image_size=32, max_num=6))
+    assert len(found) == 3  # two columns and the thumbnail: 70 x 40, not 40 x 70
 
 
 def test_the_grid_is_that_of_training() -> None:

@@ -36,7 +36,7 @@ _CHAT_FIELDS: dict[str, Any] = {
     "max_dynamic_patch": 12,
     "img_context_token_id": 151671,
     "tie_word_embeddings": False,
-    "flash_mode": False,
+    "flash_mode": None,
     "flash_relative_threshold": None,
     "flash_absolute_threshold": None,
     "flash_decision_rule": "flash",
@@ -67,7 +67,11 @@ class InternVisionConfig(PretrainedConfig):
 
 
 class InternVLChatConfig(PretrainedConfig):
-    """The whole model: tower, connectors, router (where `flash_mode` is true) and language model."""
+    """The whole model: tower, connectors, router and language model.
+
+    `flash_mode` is true for Flash models, false for one that is to compress nothing, and unset for plain InternVL3.5,
+    which has neither router nor 64-token connector: as lmdeploy reads it.
+    """
 
     model_type = "internvl_chat"
     sub_configs = {"vision_config": InternVisionConfig, "llm_config": AutoConfig}  # noqa: RUF012 (transformers' form)

@@ -5,7 +5,8 @@
     answer = model.chat(tokenizer, model.load_image("page.png"), "What is the total?", {"max_new_tokens": 64})
     model.compressed_tiles  # the tiles that the router gave 64 visual tokens instead of 256
 
-With `flash_mode` in config.json a router (ViR) decides for each tile; without it, this is plain InternVL3.5.
+With `flash_mode` in config.json a router (ViR) decides for each tile; without it, this is plain InternVL3.5. Where it
+is false, router and mlp2 are there, so that no weight is lost, and nothing is compressed unless a plan says so.
 Module names are those of the released checkpoints.
 Shapes: B conversations, S tokens, N tiles, P patches of a tile, Q visual tokens of a tile, V visual tokens of all
 tiles, D channels of the vision tower, H of the language model. From megatron_vico, Apache-2.0.
@@ -104,7 +105,7 @@ class InternVLChatModel(PreTrainedModel):
         self.mlp1 = nn.Sequential(
             nn.LayerNorm(shuffled), nn.Linear(shuffled, language), nn.GELU(), nn.Linear(language, language)
         )
-        if config.flash_mode:
+        if config.flash_mode is not None:
             self.mlp2 = nn.Sequential(
                 nn.LayerNorm(4 * shuffled),
                 nn.Linear(4 * shuffled, 2 * language),
@@ -336,7 +337,7 @@ class InternVLChatModel(PreTrainedModel):
         given_N = given_N.to(features_NPD.device, torch.bool)
         if given_N.shape != (len(features_NPD),):
             raise ValueError(f"compressed has shape {tuple(given_N.shape)}, expected [{len(features_NPD)}].")
-        if given_N.any() and not self.config.flash_mode:
+        if given_N.any() and self.config.flash_mode is None:
             raise ValueError("compressed asks for 64-token tiles, which a model without flash_mode does not have.")
         return given_N
 

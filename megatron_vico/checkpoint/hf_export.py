@@ -20,6 +20,7 @@ from megatron_vico.checkpoint.hf_config import (
 from megatron_vico.checkpoint.hf_io import Group, Shard, TensorForm
 from megatron_vico.checkpoint.internvl_mapping import Layout, entries
 from megatron_vico.checkpoint.ranks import Ranks
+from megatron_vico.checkpoint.remote_code_files import write_remote_code
 from megatron_vico.checkpoint.sources import Source, check_names, file_shapes
 from megatron_vico.data.tokenizer import Tokenizer
 from megatron_vico.models.registry import ModelConfig
@@ -127,6 +128,8 @@ def write_companions(
         hf_io.copy_files(carried_from, folder, _PREPROCESSORS)
     written = model_json(model, layout=layout, dtype=hf_io.dtype_name(dtype), options=chosen)
     hf_io.write_json(folder / "config.json", written)
+    if layout != "hf":  # that one is transformers' own
+        write_remote_code(folder)
     for name, contents in (
         (_GENERATION, generation_json(chosen)),
         (_PREPROCESSORS[0], preprocessor_json(model, layout=layout, options=chosen)),

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from megatron_vico.checkpoint.hf_config import ExportOptions
 
 _ANY_LAYOUT_LOADS = ("pipeline_model_parallel_size", "expert_model_parallel_size")
-_EXPORTED = ("flash_relative_threshold", "flash_absolute_threshold", "max_dynamic_patch", "use_thumbnail")
+_EXPORTED = (
+    *("flash_relative_threshold", "flash_absolute_threshold", "flash_decision_rule"),
+    *("max_dynamic_patch", "use_thumbnail"),
+)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -92,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     exported = parser.add_argument_group("what an exported config says; unset, what the input's says")
     exported.add_argument("--flash-relative-threshold", type=float)
     exported.add_argument("--flash-absolute-threshold", type=float)
+    exported.add_argument("--flash-decision-rule", choices=("paper", "flash"))
     exported.add_argument("--max-dynamic-patch", type=int)
     exported.add_argument("--use-thumbnail", action=argparse.BooleanOptionalAction)
     return parser

@@ -89,6 +89,7 @@ def test_remote_code_needs_nothing_of_ours() -> None:
     paths = [path for path in REMOTE_CODE.glob("*.py") if path.name != "__init__.py"]
     own = {path.stem for path in paths}
     assert len(own) > 1
+    assert (REMOTE_CODE / "__init__.py").exists()  # so that an installation has the folder
     for path in paths:
         roots = {module.split(".")[0] for module in imports(path)}
         assert roots - {"torch", "transformers", "PIL"} - own <= sys.stdlib_module_names, path

@@ -5,7 +5,9 @@ more than one tile, the whole image at the size of one tile (the thumbnail) foll
 From megatron_vico, Apache-2.0.
 """
 
+import io
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ def load_image(
     """Tiles of one image.
 
     Args:
-        image: path of a file, or a PIL image. Transparency is dropped and EXIF rotation ignored, as in training.
+        image: path of a file, or a PIL image. Decoded as in training: transparency is dropped, and rotation by EXIF is
+            left to Pillow, which ignores it but in TIFF files.
         image_size: side S of a tile, in px.
         min_num: fewest tiles.
         max_num: most tiles, thumbnail not counted.
@@ -32,7 +35,8 @@ def load_image(
     from PIL import Image
 
     if isinstance(image, str | os.PathLike):
-        with Image.open(image) as opened:
+        # From memory, as training reads it: Pillow turns some TIFF files by their EXIF tag, but not when it maps a file.
+        with Image.open(io.BytesIO(Path(image).read_bytes())) as opened:
             image = opened.convert("RGB")
     image = image.convert("RGB")
     columns, rows = choose_grid(*image.size, image_size=image_size, min_num=min_num, max_num=max_num)

@@ -274,8 +274,9 @@ def test_switched_off_nothing_is_compressed_and_nothing_is_lost(exported: Export
         pixels = exported.engine.encoder.normalise(torch.from_numpy(prompt.first.tiles))
         ids = torch.tensor([uncompressed_ids(exported, prompt)])
         (said,) = theirs.generate(pixels, ids, **generation(exported)).tolist()
-        assert exported.tokenizer.decode([token for token in said if token != exported.tokenizer.eos_id]) == (
-            expected.texts[0]
+        assert (
+            exported.tokenizer.decode([token for token in said if token != exported.tokenizer.eos_id])
+            == (expected.texts[0])
         )
         assert not theirs.compressed_tiles.any()
     theirs.save_pretrained(tmp_path / "saved")

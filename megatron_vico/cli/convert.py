@@ -1,4 +1,4 @@
-"""`vico convert`: a checkpoint between Megatron's form and Hugging Face's layouts (internvl, hf, flash).
+"""`vico convert`: a checkpoint between Megatron's form and Hugging Face's layouts, or two parts to Megatron's form.
 
 Peak host memory is a few tensors, whatever the model's size. Under torchrun the processes share the work.
 """
@@ -15,6 +15,7 @@ from megatron_vico.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from megatron_vico.checkpoint.hf_config import ExportOptions
+    from megatron_vico.checkpoint.sources import Source
 
 _ANY_LAYOUT_LOADS = ("pipeline_model_parallel_size", "expert_model_parallel_size")
 _EXPORTED = (
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
 
     given = _parser().parse_args(arguments)
     _check(given)
-    if is_megatron(given.input) != (given.source == "megatron"):
+    if given.source != "parts" and is_megatron(given.input) != (given.source == "megatron"):
         found = "megatron" if is_megatron(given.input) else "hf"
         raise CheckpointError(f"{given.input} is no {given.source} checkpoint; if it is one at all, --from {found}.")
     is_main = os.environ.get("RANK", "0") == "0"
@@ -47,12 +48,12 @@ def main(arguments: Sequence[str]) -> None:
             flag = f"--{name.replace('_', '-')}"
             print(f"note: {flag} has no effect: runs of every layout load a Megatron checkpoint.", file=sys.stderr)
     written = convert(
-        given.input,
+        _joined(given) if given.source == "parts" else given.input,
         output=given.output,
         layout="megatron" if given.target == "megatron" else given.layout,
         options=ConversionOptions(
             input_layout=given.layout if given.target == "megatron" else None,
-            model_size=given.model_size,
+            model_size=given.model_size if given.source != "parts" else None,
             dtype=given.dtype,
             tokenizer_model=given.tokenizer_model,
             export=_export_options(given),
@@ -73,16 +74,19 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(prog="vico convert", description=__doc__)
     forms = ("hf", "megatron")
-    parser.add_argument("--from", dest="source", choices=forms, required=True, help="form of the input")
+    from_help = "form of the input; parts: a vision tower and a language model apart, before a first pretraining"
+    parser.add_argument("--from", dest="source", choices=(*forms, "parts"), required=True, help=from_help)
     parser.add_argument("--to", dest="target", choices=forms, required=True, help="form of the output")
-    parser.add_argument("--input", type=Path, required=True, help="a Hugging Face folder, or a run's (its latest step)")
+    parser.add_argument("--input", type=Path, help="a Hugging Face folder, or a run's (its latest step)")
+    parser.add_argument("--vit", type=Path, help="with --from parts: folder of an InternViT")
+    parser.add_argument("--llm", type=Path, help="with --from parts: folder of a Qwen3 or Qwen3-MoE")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     layout_help = "of the output; with --to megatron: refuse an input in any other (unset, it is found)"
     parser.add_argument("--layout", choices=get_args(Layout), help=layout_help)
     parser.add_argument("--model-size", help="refuse any other; unset, the one the input says it is")
     parser.add_argument("--dtype", choices=get_args(DTypeName), help="of the weights; unset, each tensor keeps its own")
     parser.add_argument("--tokenizer-model", type=Path, help="to put beside the weights; unset, the input's")
-    seed_help = "of connector_16x and ViR where the input of --to megatron has none"
+    seed_help = "of connectors and ViR where the input of --to megatron has none"
     parser.add_argument("--seed", type=int, default=ConversionOptions().seed, help=seed_help)
     shard_help = "size above which a new file begins; processes share a Hugging Face output file by file"
     parser.add_argument("--max-shard-bytes", type=int, default=ConversionOptions().max_shard_bytes, help=shard_help)
@@ -101,7 +105,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _joined(given: argparse.Namespace) -> "Source":
+    """A tower and a language model as one source without connectors."""
+    from megatron_vico.checkpoint.initial import CONNECTOR_4X
+    from megatron_vico.checkpoint.parts import open_parts
+    from megatron_vico.checkpoint.sources import files_source
+
+    parts = open_parts(given.vit, given.llm, model_size=given.model_size)
+    return files_source(parts, model=parts.model, layout=parts.layout, without=(CONNECTOR_4X,))
+
+
 def _check(given: argparse.Namespace) -> None:
+    joins = given.source == "parts"
+    named = {name for name in ("input", "vit", "llm") if getattr(given, name) is not None}
+    if named != ({"vit", "llm"} if joins else {"input"}):
+        needed = "--vit and --llm" if joins else "--input"
+        raise ConfigError(f"--from {given.source} takes {needed}, and no other input.")
+    if joins and (given.target != "megatron" or given.layout is not None):
+        raise ConfigError("--from parts makes a Megatron checkpoint to pretrain from: --to megatron, without --layout.")
     if given.target == "hf" and given.layout is None:
         raise ConfigError("--to hf needs --layout: internvl, hf or flash.")
     if given.source == given.target == "megatron":

@@ -91,7 +91,8 @@ class Policy:
         end; here losses come with their weight, and so must this one. Called by every rank before the passes.
         """
         config = self.head.config
-        if not self.language_ddp or config.moe_router_load_balancing_type == "none":
+        balances = config.num_moe_experts is not None and config.moe_router_load_balancing_type != "none"
+        if not self.language_ddp or not balances:
             return
         ranks = self.stream_cut.context_size * self.stream_cut.sequence_size
         # One element, not a scalar: mcore copies it into what the reference's schedule has set, which has this shape.

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_vico.checkpoint import hf_io, state
-from megatron_vico.checkpoint.dcp_writer import sizes_of, write_dcp
+from megatron_vico.checkpoint.dcp_writer import check_formats, sizes_of, write_dcp
 from megatron_vico.checkpoint.hf_config import ExportOptions
 from megatron_vico.checkpoint.hf_export import carry_companions, shards_of, write_companions, write_weights
 from megatron_vico.checkpoint.initial import CONNECTOR_16X_AND_VIR
@@ -254,7 +254,11 @@ def _opened(source: str | Path | Source, layout: Layout | Literal["megatron"], o
             f"{source.where} has no connector_16x and no ViR, so it is no Flash model yet; convert it to Megatron's "
             "form, train it, and export that."
         )
-    return source if options.dtype is None else cast(source, hf_io.as_dtype(options.dtype))
+    if options.dtype is not None:
+        source = cast(source, hf_io.as_dtype(options.dtype))
+    if layout == "megatron":
+        check_formats(source)
+    return source
 
 
 def _write_hf(folder: Path, source: Source, *, layout: Layout, options: ConversionOptions, ranks: Ranks) -> None:

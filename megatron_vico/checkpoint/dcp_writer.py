@@ -27,11 +27,13 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWr
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megatron_vico.checkpoint import hf_io
 from megatron_vico.checkpoint.hf_io import MAX_SHARD_BYTES, TensorForm
 from megatron_vico.checkpoint.internvl_mapping import Entry, entries
 from megatron_vico.checkpoint.mappings import GatedMLP, PaddedVocabulary
 from megatron_vico.checkpoint.ranks import Ranks
 from megatron_vico.checkpoint.sources import Source
+from megatron_vico.errors import CheckpointError
 from megatron_vico.models.registry import ModelConfig
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -96,6 +98,22 @@ def sizes_of(source: Source, *, padded_vocab_size: int) -> list[int]:
         TensorForm(shape=row.shape, dtype=source.forms[row.megatron].dtype).num_bytes
         for row in entries(source.model, layout="flash", padded_vocab_size=padded_vocab_size)
     ]
+
+
+def check_formats(source: Source) -> None:
+    """CheckpointError if layers, or experts, that are one tensor in a Megatron checkpoint differ in format.
+
+    The checkpoint notes one format a tensor, in which the others would be read: a loss that nobody sees.
+    """
+    first: dict[str, str] = {}
+    for row in entries(source.model, layout="flash"):
+        other = first.setdefault(_place(row, source.model).key, row.megatron)
+        formats = [hf_io.dtype_name(source.forms[name].dtype) for name in (other, row.megatron)]
+        if formats[0] != formats[1]:
+            raise CheckpointError(
+                f"{source.where}: {other} is {formats[0]}, {row.megatron} is {formats[1]}; a Megatron checkpoint keeps "
+                "all layers of a weight in one format: give --dtype (fp32 loses nothing)."
+            )
 
 
 class _LazyPlanner(SavePlanner):

@@ -17,13 +17,15 @@ def main() -> None:
 
     from megatron_vico.checkpoint import state
     from megatron_vico.checkpoint.convert import ConversionOptions, convert
+    from megatron_vico.models.registry import MODELS
     from tests.checkpoint_runs import make_training
     from tests.distributed.cached_layouts import CachedLayouts
     from tests.distributed.layouts_checkpoint import LAYOUTS
-    from tests.distributed.test_streamed_checkpoint import LOADED_UNDER, MAX_SHARD_BYTES
+    from tests.distributed.test_streamed_checkpoint import LOADED_UNDER, MAX_SHARD_BYTES, odd_models
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
+    MODELS.update(odd_models())
     folder = Path(sys.argv[1])
     layouts = CachedLayouts()
     for size, names in LOADED_UNDER.items():
@@ -40,6 +42,7 @@ def main() -> None:
             state.load_weights(megatron, modules=modules, model_size=size)
             metadata = state.CheckpointMetadata(model_size=size, stage="pretrain")
             state.save_checkpoint(folder / f"{size}-{name}", 1, modules=modules, metadata=metadata)
+    convert(folder / "base", output=folder / "start", layout="megatron")
     torch.distributed.destroy_process_group()
 
 

@@ -115,11 +115,18 @@ def test_mixed_formats_survive(flash: Make, tmp_path: Path) -> None:
     }
     hf_io.write_folder(source, tensors=tensors.items())
     shutil.copyfile(flash("toy-6b") / "config.json", source / "config.json")
-    # Not by way of Megatron's form, where a parameter of all layers is one tensor of one format.
     convert(source, output=tmp_path / "hf", layout="flash", options=replace(SMALL, verify="bits"))
     found = read_all(tmp_path / "hf")
     assert found.keys() == tensors.keys()
     assert all(same_bits(found[name], tensor) for name, tensor in tensors.items())
+    # Megatron's form has one tensor for a weight of all layers, and so one format: nothing is rounded unasked.
+    names = r"layers\.0\.[\w.]+ is float32, [\w.]+layers\.1\.[\w.]+ is bfloat16"
+    with pytest.raises(CheckpointError, match=rf"{names}; .* give --dtype \(fp32 loses nothing\)"):
+        convert(source, output=tmp_path / "megatron", layout="megatron")
+    convert(source, output=tmp_path / "megatron", layout="megatron", options=ConversionOptions(dtype="fp32"))
+    convert(tmp_path / "megatron", output=tmp_path / "back", layout="flash")
+    back = read_all(tmp_path / "back")
+    assert all(torch.equal(back[name], tensor.float()) for name, tensor in tensors.items())
 
 
 def test_holds_a_tensor_at_a_time(flash: Make, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from megatron_vico.checkpoint.internvl_mapping import Entry, entries
 from megatron_vico.checkpoint.mappings import GatedMLP, PaddedVocabulary
 from megatron_vico.checkpoint.ranks import Ranks
 from megatron_vico.checkpoint.sources import Source
+from megatron_vico.checkpoint.write_behind import WriteBehind
 from megatron_vico.errors import CheckpointError
 from megatron_vico.models.registry import ModelConfig
 
@@ -157,9 +159,9 @@ class _LazyPlanner(SavePlanner):
         assert write_item.index.offset is not None
         part = self._parts[write_item.index.fqn, tuple(write_item.index.offset)]
         rows = self._whole(part.name)[part.first_row : part.first_row + part.num_rows]
-        # torch.save stores all of the memory that a view belongs to.
-        own = rows.clone() if rows.untyped_storage().nbytes() != rows.nbytes else rows
-        return own.detach().contiguous().view(write_item.tensor_data.chunk.sizes)
+        # torch.save stores all of the memory that a view belongs to: by way of numpy, these rows are all of it.
+        memory = rows.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy()
+        return torch.from_numpy(memory).view(rows.dtype).view(write_item.tensor_data.chunk.sizes)
 
     def _whole(self, name: str) -> Tensor:
         if self._latest is None or self._latest[0] != name:
@@ -199,7 +201,7 @@ class _LazyPlanner(SavePlanner):
 
 
 class _Writer(FileSystemWriter):
-    """torch's writer, but each item is made, written and dropped before the next; torch keeps a file's tensors."""
+    """torch's writer, but an item is written while the next is made, and dropped; torch keeps a file's tensors."""
 
     def __init__(self, path: Path, written: Callable[[int], object], max_file_bytes: int) -> None:
         super().__init__(path)
@@ -215,25 +217,33 @@ class _Writer(FileSystemWriter):
         while items:
             name = f"{plan.storage_data.prefix}{number}{DEFAULT_SUFFIX}"
             number += 1
+            num_bytes = 0
             with (self._path / name).open("wb") as stream:
-                while items and stream.tell() < self._max_file_bytes:
-                    results.append(self._write(items.popleft(), planner, stream, name))
+                with WriteBehind() as behind:
+                    while items and num_bytes < self._max_file_bytes:
+                        item = items.popleft()
+                        data = planner.resolve_data(item)
+                        num_bytes += data.nbytes if isinstance(data, Tensor) else data.getbuffer().nbytes
+                        behind(partial(self._write, item, data, stream, name, results))
+                        del data  # the thread has it: or two would wait beside the one that is made
                 stream.flush()
                 os.fsync(stream.fileno())
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
 
-    def _write(self, item: WriteItem, planner: SavePlanner, stream: Any, file: str) -> WriteResult:
+    def _write(
+        self, item: WriteItem, data: Tensor | io.BytesIO, stream: Any, file: str, results: list[WriteResult]
+    ) -> None:
         start = stream.tell()
-        data = planner.resolve_data(item)
         if isinstance(data, Tensor):
             torch.save(data, stream)
             self._written(data.nbytes)
         else:
             stream.write(data.getbuffer())
         length = stream.tell() - start
-        return WriteResult(index=item.index, size_in_bytes=length, storage_data=_StorageInfo(file, start, length))
+        place = _StorageInfo(file, start, length)
+        results.append(WriteResult(index=item.index, size_in_bytes=length, storage_data=place))
 
 
 def _place(row: Entry, model: ModelConfig) -> _Place:

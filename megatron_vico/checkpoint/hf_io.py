@@ -8,13 +8,15 @@ import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from megatron_vico.checkpoint.ranks import FAILURES, Ranks, cause_of
+from megatron_vico.checkpoint.write_behind import WriteBehind
 from megatron_vico.errors import CheckpointError
 
 INCOMPLETE_SUFFIX = ".incomplete"
@@ -193,7 +195,7 @@ def plan_shards(groups: Iterable[Group], *, max_shard_bytes: int = MAX_SHARD_BYT
 def write_shard(
     folder: Path, shard: Shard, *, make: Callable[[Group], Sequence[Tensor]], written: Callable[[int], object]
 ) -> None:
-    """Write one file; holds no more than one group's tensors at a time.
+    """Write one file; holds no more than two groups' tensors at a time, one written while the next is made.
 
     The safetensors library writes only what is in memory whole; the format is a length, a JSON header and the bytes.
 
@@ -213,11 +215,9 @@ def write_shard(
     text += b" " * (-len(text) % 8)
     with (folder / shard.file).open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
-        for group in shard.groups:
-            for (name, form), tensor in zip(group.items(), make(group), strict=True):
-                assert (tuple(tensor.shape), tensor.dtype) == (form.shape, form.dtype), name
-                stream.write(memoryview(_bytes_of(tensor.detach().to("cpu").contiguous()).numpy()))
-            written(sum(form.num_bytes for form in group.values()))
+        with WriteBehind() as behind:
+            for group in shard.groups:
+                behind(partial(_write_group, stream, group, make(group), written))
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -363,6 +363,13 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
 
 def _bytes_of(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
+
+
+def _write_group(stream: IO[bytes], group: Group, tensors: Sequence[Tensor], written: Callable[[int], object]) -> None:
+    for (name, form), tensor in zip(group.items(), tensors, strict=True):
+        assert (tuple(tensor.shape), tensor.dtype) == (form.shape, form.dtype), name
+        stream.write(memoryview(_bytes_of(tensor.detach().to("cpu").contiguous()).numpy()))
+    written(sum(form.num_bytes for form in group.values()))
 
 
 def _item_size(group: Group) -> int:

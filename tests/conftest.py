@@ -4,12 +4,16 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from megatron_vico.parallel import cpu_stand_in
 from tests.training_runs import ToyData, make_toy_data, toy_config
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 cpu_stand_in.install()
+# No test is about time: on a busy machine an example may take longer than hypothesis allows by default.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

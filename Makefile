@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 PYTHON ?= $(shell for python in python3 python3.12 python3.13; do \
 	if $$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then echo $$python; break; fi; done)
 
-.PHONY: help venv test test-slow lint demo demo-quick clean
+.PHONY: help venv test test-slow test-large lint demo demo-quick clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test: $(STAMP)  ## every test that needs no GPU
 
 test-slow: $(STAMP)  ## only the tests marked slow (`make test` runs them too)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+test-large: $(STAMP)  ## convert 8 GB both ways: memory, and speed against a copy (needs 40 GB of disk)
+	OMP_NUM_THREADS=1 VICO_TEST_GB=8 $(BIN)/python -m pytest tests/test_large_conversion.py
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -83,7 +83,17 @@ def steps(run: Path, *, quick: bool, processes: int, seed: int) -> list[Step]:
     make_shards = _command("-m", "megatron_vico", "shards", "make", "--jsonl", run / "data" / "train.jsonl")
     make_shards += ["--out", f"{run / 'shards'}", "--tokenizer-model", f"{tokenizer}", "--model-size", "toy", *TILING]
     export = _command("-m", "megatron_vico", "convert", "--input", run / "router", "--output", run / "flash")
-    export += ["--layout", "flash", "--tokenizer-model", f"{tokenizer}", *TILING[:3]]
+    export += [
+        "--from",
+        "megatron",
+        "--to",
+        "hf",
+        "--layout",
+        "flash",
+        "--tokenizer-model",
+        f"{tokenizer}",
+        *TILING[:3],
+    ]
     evaluate = _command(HERE / "evaluate.py", "--run", run, "--seed", seed)
     results = ("results.json", "details.json", "table.txt", "table.md", "routing.png", "loss.png")
     return [

@@ -2,9 +2,10 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from megatron_vico.checkpoint.internvl_mapping import Layout
+from megatron_vico.checkpoint.remote_code_files import AUTO_MAP
 from megatron_vico.errors import CheckpointError, ConfigError
 from megatron_vico.models.registry import MODELS, LanguageConfig, ModelConfig, VisionConfig, get_model_config
 
@@ -22,6 +23,9 @@ class ExportOptions:
 
     flash_absolute_threshold: float = 0.5
     """Least probability of "compress"; 0.5 is the paper's rule."""
+
+    flash_decision_rule: Literal["paper", "flash"] = "flash"
+    """What the exported model code does: paper, p > 0.5; flash, both thresholds, as released models and servers do."""
 
     max_dynamic_patch: int = 12
     """Most tiles of one image, thumbnail not counted."""
@@ -70,11 +74,14 @@ def model_json(model: ModelConfig, *, layout: Layout, dtype: str, options: Expor
         }
     config: Json = {
         "architectures": ["InternVLChatModel"],
+        "auto_map": dict(AUTO_MAP),
         "model_type": "internvl_chat",
         "torch_dtype": dtype,
         "downsample_ratio": 0.5,
         "dynamic_image_size": True,
         "force_image_size": model.vision.image_size,
+        # Not a released field: the released code asks the tokenizer.
+        "img_context_token_id": model.image_token_id,
         "max_dynamic_patch": options.max_dynamic_patch,
         "min_dynamic_patch": 1,
         "pad2square": False,
@@ -92,7 +99,9 @@ def model_json(model: ModelConfig, *, layout: Layout, dtype: str, options: Expor
         config["flash_mode"] = True
         config["flash_relative_threshold"] = options.flash_relative_threshold
         config["flash_absolute_threshold"] = options.flash_absolute_threshold
-        # Not a released field: the released models' code has 16 heads built in, which toys cannot have.
+        # Not released fields: the released code knows the flash rule only, and has 16 heads built in, which toys cannot
+        # have.
+        config["flash_decision_rule"] = options.flash_decision_rule
         config["vir_num_heads"] = model.vir_num_heads
     return config
 
@@ -132,6 +141,25 @@ def preprocessor_json(model: ModelConfig, *, layout: Layout, options: ExportOpti
     }
 
 
+def options_of(config: Json) -> ExportOptions:
+    """What a checkpoint says beyond its weights, so that it can be said again in another layout.
+
+    Args:
+        config: contents of its config.json, in any layout.
+
+    Returns:
+        The options; defaults for what its layout does not say.
+    """
+    names = (
+        *("flash_relative_threshold", "flash_absolute_threshold", "flash_decision_rule"),
+        *("max_dynamic_patch", "use_thumbnail", "template"),
+    )
+    said = {name: config[name] for name in names if config.get(name) is not None}
+    language = config.get("llm_config") or config.get("text_config") or {}
+    said |= {name: language[name] for name in ("eos_token_id", "pad_token_id") if isinstance(language.get(name), int)}
+    return ExportOptions(**said)
+
+
 def layout_of(config: Json, *, path: str, tensors: Collection[str] = ()) -> Layout:
     """The layout of a checkpoint.
 
@@ -147,6 +175,13 @@ def layout_of(config: Json, *, path: str, tensors: Collection[str] = ()) -> Layo
         CheckpointError: if it is no InternVL checkpoint, or announces two layouts at once.
     """
     model_type, flash = config.get("model_type"), bool(config.get("flash_mode")) or "mlp2.0.weight" in tensors
+    native = any(name.startswith("vision_tower.") for name in tensors)
+    if native and model_type != "internvl":
+        raise CheckpointError(
+            f"{path}: model_type {model_type!r} is that of the remote-code layouts (internvl, flash), but the tensors "
+            "have the names of transformers' own layout (hf), such as vision_tower.*; use the config.json that came "
+            "with these weights."
+        )
     if model_type == "internvl" and flash:
         raise CheckpointError(
             f"{path}: model_type 'internvl' (transformers' own layout) has no Flash form, but this claims to be one; "

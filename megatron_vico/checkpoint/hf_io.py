@@ -6,16 +6,17 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_vico.checkpoint.ranks import FAILURES, Ranks, cause_of
+from megatron_vico.checkpoint.write_behind import WriteBehind
 from megatron_vico.errors import CheckpointError
 
 INCOMPLETE_SUFFIX = ".incomplete"
@@ -31,7 +32,21 @@ TOKENIZER_FILES = (
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +57,44 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str
     """safetensors' name, such as BF16."""
+
+    start: int
+    """Where its bytes begin in the file."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Its format."""
+        return _DTYPES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorForm:
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+Group = dict[str, TensorForm]
+"""Tensors that are made from one another and so written together, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A safetensors file that is to be written."""
+
+    file: str
+    groups: tuple[Group, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its tensors."""
+        return sum(form.num_bytes for group in self.groups for form in group.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +113,21 @@ class SafetensorsFolder:
         Returns:
             It, as stored.
         """
-        file = self.tensors[name].file
-        with _readable(file), safe_open(file, framework="pt") as opened:
-            return opened.get_tensor(name)
+        stored = self.tensors[name]
+        tensor = torch.empty(stored.shape, dtype=stored.torch_dtype)
+        # Read, not mapped: mapped pages count as this process's memory, and each costs a fault.
+        remaining = memoryview(_bytes_of(tensor).numpy())
+        try:
+            with stored.file.open("rb", buffering=0) as stream:
+                stream.seek(stored.start)
+                while len(remaining):
+                    num_read = stream.readinto(remaining)
+                    if not num_read:
+                        raise CheckpointError(f"{stored.file} ends within tensor {name!r}; copy it again.")
+                    remaining = remaining[num_read:]
+        except OSError as error:
+            raise CheckpointError(f"could not read {name!r} from {stored.file}: {error}.") from error
+        return tensor
 
 
 def open_folder(path: str | Path) -> SafetensorsFolder:
@@ -100,69 +165,123 @@ def open_folder(path: str | Path) -> SafetensorsFolder:
     return SafetensorsFolder(path=folder, tensors=tensors)
 
 
+def plan_shards(groups: Iterable[Group], *, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Shard]:
+    """Which tensors go to which file, known before any of them is read.
+
+    Args:
+        groups: in the order they are to be stored.
+        max_shard_bytes: size above which a new file begins; a single larger group gets a file of its own.
+
+    Returns:
+        The files, at least one.
+    """
+    cut: list[list[Group]] = [[]]
+    pending_bytes = 0
+    for group in groups:
+        num_bytes = sum(form.num_bytes for form in group.values())
+        if cut[-1] and pending_bytes + num_bytes > max_shard_bytes:
+            cut.append([])
+            pending_bytes = 0
+        cut[-1].append(group)
+        pending_bytes += num_bytes
+    names = [f"model-{number + 1:05d}-of-{len(cut):05d}.safetensors" for number in range(len(cut))]
+    return [
+        # Wide formats first: readers want a tensor's bytes to begin at a multiple of its item size.
+        Shard(file=name, groups=tuple(sorted(groups, key=_item_size, reverse=True)))
+        for name, groups in zip([_SINGLE] if len(cut) == 1 else names, cut, strict=True)
+    ]
+
+
+def write_shard(
+    folder: Path, shard: Shard, *, make: Callable[[Group], Sequence[Tensor]], written: Callable[[int], object]
+) -> None:
+    """Write one file; holds no more than two groups' tensors at a time, one written while the next is made.
+
+    The safetensors library writes only what is in memory whole; the format is a length, a JSON header and the bytes.
+
+    Args:
+        folder: an existing folder.
+        shard: from `plan_shards`.
+        make: called group by group, gives the tensors in the group's order.
+        written: called with the bytes of each group when they are written.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for group in shard.groups:
+        for name, form in group.items():
+            start, end = end, end + form.num_bytes
+            header[name] = {"dtype": _DTYPE_NAMES[form.dtype], "shape": form.shape, "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / shard.file).open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        with WriteBehind() as behind:
+            for group in shard.groups:
+                behind(partial(_write_group, stream, group, make(group), written))
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def write_index(folder: Path, shards: Sequence[Shard]) -> None:
+    """Write the file that says which tensor is where; a single file needs none."""
+    if len(shards) > 1:
+        weight_map = {name: shard.file for shard in shards for group in shard.groups for name in group}
+        total_bytes = sum(shard.num_bytes for shard in shards)
+        write_json(folder / _INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+
+
 def write_folder(path: Path, *, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write tensors as safetensors; holds no more than one shard of them at a time.
+    """Write tensors that are in memory as safetensors.
 
     Args:
         path: an existing folder.
         tensors: names and tensors, in the order they are to be stored.
-        max_shard_bytes: size above which a new file begins; a single larger tensor gets a file of its own.
+        max_shard_bytes: see `plan_shards`.
     """
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    pending_bytes = total_bytes = 0
-
-    def flush() -> None:
-        save_file(pending, path / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in tensors:
-        if pending and pending_bytes + tensor.nbytes > max_shard_bytes:
-            flush()
-            pending_bytes = 0
-        pending[name] = tensor.detach().to("cpu").contiguous()
-        pending_bytes += tensor.nbytes
-        total_bytes += tensor.nbytes
-    flush()
-    if len(shards) == 1:
-        (path / "shard-0.safetensors").rename(path / _SINGLE)
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (path / f"shard-{number}.safetensors").rename(path / file)
-        weight_map |= dict.fromkeys(names, file)
-    write_json(path / _INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+    given = dict(tensors)
+    groups = [{name: TensorForm(shape=tuple(each.shape), dtype=each.dtype)} for name, each in given.items()]
+    shards = plan_shards(groups, max_shard_bytes=max_shard_bytes)
+    for shard in shards:
+        write_shard(path, shard, make=lambda group: [given[name] for name in group], written=lambda num_bytes: None)
+    write_index(path, shards)
 
 
 @contextlib.contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
+def new_folder(path: str | Path, *, ranks: Ranks | None = None) -> Iterator[Path]:
     """A folder that appears under its name only when all of it has been written.
 
     Args:
         path: where it is to be; must not exist, or be empty.
+        ranks: the processes that write it together; unset, this one alone.
 
     Yields:
-        A folder beside it to write to, removed if the writing fails.
+        A folder beside it to write to, removed if the writing fails. What a killed writer has left there is removed
+        first: it starts over.
 
     Raises:
-        CheckpointError: if there is something at `path` already, or the disk cannot take it.
+        CheckpointError: on all ranks, if there is something at `path` already, or the disk cannot take it.
     """
-    target = Path(path)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target} exists already and is not empty; remove it, or write to another folder.")
+    target, ranks = Path(path), ranks or Ranks()
     unfinished = target.with_name(target.name + INCOMPLETE_SUFFIX)
-    try:
+
+    def look() -> None:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise CheckpointError(f"{target} exists already and is not empty; remove it, or write to another folder.")
+
+    def begin() -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
+
+    ranks.on_main(look)
+    try:
+        ranks.on_main(begin)
         yield unfinished
-        os.replace(unfinished, target)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise CheckpointError(f"could not write {target}: {error}; nothing is left of it.") from error
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        ranks.on_main(lambda: os.replace(unfinished, target))
+    except BaseException as error:
+        if ranks.is_main:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, FAILURES) and not isinstance(error, CheckpointError):
+            raise CheckpointError(f"could not write {target}: {cause_of(error)}; nothing is left of it.") from error
         raise
 
 
@@ -227,22 +346,34 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     for name, entry in header.items():
         shape = tuple(entry["shape"])
         start_byte, end_byte = entry["data_offsets"]
-        if math.prod(shape) * _DTYPE_BYTES.get(entry["dtype"], 0) != end_byte - start_byte:
+        if entry["dtype"] not in _DTYPES:
+            raise CheckpointError(
+                f"{file}: tensor {name!r} has format {entry['dtype']}; known are {', '.join(_DTYPES)}."
+            )
+        if math.prod(shape) * _DTYPES[entry["dtype"]].itemsize != end_byte - start_byte:
             found = f"{shape} of {entry['dtype']} in {end_byte - start_byte} bytes"
             raise CheckpointError(f"{file}: tensor {name!r} is said to be {found}, which does not fit.")
         end = max(end, end_byte)
-        tensors[name] = StoredTensor(file=file, shape=shape, dtype=entry["dtype"])
+        start = 8 + header_len + start_byte
+        tensors[name] = StoredTensor(file=file, shape=shape, dtype=entry["dtype"], start=start)
     if size != 8 + header_len + end:
         raise CheckpointError(f"{file} has {size} bytes, its header says {8 + header_len + end}; copy it again.")
     return tensors
 
 
-@contextlib.contextmanager
-def _readable(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"could not read {file}: {error}.") from error
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _write_group(stream: IO[bytes], group: Group, tensors: Sequence[Tensor], written: Callable[[int], object]) -> None:
+    for (name, form), tensor in zip(group.items(), tensors, strict=True):
+        assert (tuple(tensor.shape), tensor.dtype) == (form.shape, form.dtype), name
+        stream.write(memoryview(_bytes_of(tensor.detach().to("cpu").contiguous()).numpy()))
+    written(sum(form.num_bytes for form in group.values()))
+
+
+def _item_size(group: Group) -> int:
+    return max(form.dtype.itemsize for form in group.values())
 
 
 def listed(names: Iterable[str], *, most: int = 10) -> str:
@@ -252,9 +383,9 @@ def listed(names: Iterable[str], *, most: int = 10) -> str:
     return (", ".join(names[:most]) or "none") + more
 
 
-def dtype_name(tensor: Tensor) -> str:
-    """The name config.json uses for a tensor's format, such as bfloat16."""
-    return str(tensor.dtype).removeprefix("torch.")
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name config.json uses for a format, such as bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def as_dtype(name: str) -> torch.dtype:

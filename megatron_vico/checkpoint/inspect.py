@@ -42,20 +42,6 @@ _MODULES = (
     ("language_model head", r"language_model\.gpt\.output_layer\."),
     (OPTIMIZER, r"optimizer\."),
 )
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +184,7 @@ def _open_hf(path: Path, *, model_size: str | None) -> Checkpoint:
     tensors = []
     for name, stored in folder.tensors.items():
         module = _module_of(owner[name].megatron) if name in owner else UNMAPPED
-        dtype = _safetensors_dtype(name, stored)
+        dtype = stored.torch_dtype
         tensors.append(TensorFacts(name=name, module=module, shape=stored.shape, dtype=dtype))
     misshapen, weights = [], {}
     for row in rows:
@@ -236,7 +222,7 @@ def _dcp_weight(name: str, folder: DcpFolder, model: ModelConfig) -> Weight:
 
 
 def _hf_weight(row: Entry, folder: hf_io.SafetensorsFolder) -> Weight:
-    dtypes = frozenset(_safetensors_dtype(name, folder.tensors[name]) for name in row.files)
+    dtypes = frozenset(folder.tensors[name].torch_dtype for name in row.files)
     return Weight(
         shape=row.shape,
         dtypes=dtypes,
@@ -247,7 +233,7 @@ def _hf_weight(row: Entry, folder: hf_io.SafetensorsFolder) -> Weight:
 
 def _raw_weight(name: str, folder: hf_io.SafetensorsFolder) -> Weight:
     stored = folder.tensors[name]
-    dtype = _safetensors_dtype(name, stored)
+    dtype = stored.torch_dtype
     return Weight(
         shape=stored.shape,
         dtypes=frozenset({dtype}),
@@ -261,12 +247,6 @@ def _misshapen(row: Entry, folder: hf_io.SafetensorsFolder) -> Iterator[str]:
     for name, part in zip(row.files, parts, strict=True):
         if name in folder.tensors and folder.tensors[name].shape != tuple(part.shape):
             yield f"{name} has shape {folder.tensors[name].shape}, expected {tuple(part.shape)}"
-
-
-def _safetensors_dtype(name: str, stored: hf_io.StoredTensor) -> torch.dtype:
-    if stored.dtype not in _SAFETENSORS_DTYPES:
-        raise CheckpointError(f"{stored.file}: {name} is stored as {stored.dtype}, which this program does not know.")
-    return _SAFETENSORS_DTYPES[stored.dtype]
 
 
 def _module_of(name: str) -> str:

@@ -33,7 +33,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vico.checkpoint.extra_state import leave_out_unstored, load_state
-from megatron_vico.checkpoint.hf_io import INCOMPLETE_SUFFIX, listed, read_json, write_json
+from megatron_vico.checkpoint.hf_io import INCOMPLETE_SUFFIX, listed, read_json, refuse_incomplete, write_json
 from megatron_vico.errors import CheckpointError
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
@@ -123,10 +123,9 @@ def save_checkpoint(
         unfinished.mkdir(parents=True)
 
     def finish() -> None:
-        write_json(unfinished / _METADATA_FILE, asdict(facts))
-        (unfinished / _CONFIG_FILE).write_text(config_yaml, encoding="utf-8")
+        describe(unfinished, facts, config_yaml=config_yaml)
         _replace_folder(unfinished, target)
-        _write_durably(root / LATEST_FILE, f"{iteration}\n")
+        point_to(root, iteration)
 
     try:
         _on_main_rank(begin)
@@ -142,6 +141,17 @@ def save_checkpoint(
             shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(f"could not save {target}: {_cause(error)}; {_last_good(root)}") from error
     return target
+
+
+def describe(folder: Path, metadata: CheckpointMetadata, *, config_yaml: str = "") -> None:
+    """Write what a step's folder is beside its tensors."""
+    write_json(folder / _METADATA_FILE, asdict(metadata))
+    (folder / _CONFIG_FILE).write_text(config_yaml, encoding="utf-8")
+
+
+def point_to(directory: Path, iteration: int) -> None:
+    """Make a finished step the latest of a run."""
+    _write_durably(directory / LATEST_FILE, f"{iteration}\n")
 
 
 def load_checkpoint(
@@ -292,6 +302,7 @@ def find_iteration(directory: str | Path, iteration: int | None = None) -> Path:
     root = Path(directory)
     if not root.is_dir():
         raise CheckpointError(f"{root}: no such folder; give the folder of --save of a former run.")
+    refuse_incomplete(root)
     step = latest_iteration(root) if iteration is None else iteration
     if step is None:
         raise CheckpointError(f"{root} is not a checkpoint folder: it has no {LATEST_FILE}.")

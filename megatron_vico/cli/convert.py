@@ -1,9 +1,27 @@
-"""`vico convert`: a checkpoint between Megatron's form and Hugging Face's layouts (internvl, hf, flash)."""
+"""`vico convert`: a checkpoint between Megatron's form and Hugging Face's layouts, or two parts to Megatron's form.
+
+Peak host memory is a few tensors, whatever the model's size. Under torchrun the processes share the work.
+"""
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
+
+from megatron_vico.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from megatron_vico.checkpoint.hf_config import ExportOptions
+    from megatron_vico.checkpoint.sources import Source
+
+_ANY_LAYOUT_LOADS = ("pipeline_model_parallel_size", "expert_model_parallel_size")
+_EXPORTED = (
+    *("flash_relative_threshold", "flash_absolute_threshold", "flash_decision_rule"),
+    *("max_dynamic_patch", "use_thumbnail"),
+)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -13,40 +31,119 @@ def main(arguments: Sequence[str]) -> None:
         arguments: the words after `convert`.
 
     Raises:
+        ConfigError: if flags do not go together.
         CheckpointError: if the input is broken, of another size, or lacks parts of the output's layout.
     """
-    from megatron_vico.checkpoint.convert import DTypeName, convert
-    from megatron_vico.checkpoint.hf_config import ExportOptions
+    from megatron_vico.checkpoint.convert import ConversionOptions, convert
+    from megatron_vico.checkpoint.sources import is_megatron
+
+    given = _parser().parse_args(arguments)
+    _check(given)
+    if given.source != "parts" and is_megatron(given.input) != (given.source == "megatron"):
+        found = "megatron" if is_megatron(given.input) else "hf"
+        raise CheckpointError(f"{given.input} is no {given.source} checkpoint; if it is one at all, --from {found}.")
+    is_main = os.environ.get("RANK", "0") == "0"
+    for name in _ANY_LAYOUT_LOADS:
+        if getattr(given, name) is not None and is_main:
+            flag = f"--{name.replace('_', '-')}"
+            print(f"note: {flag} has no effect: runs of every layout load a Megatron checkpoint.", file=sys.stderr)
+    written = convert(
+        _joined(given) if given.source == "parts" else given.input,
+        output=given.output,
+        layout="megatron" if given.target == "megatron" else given.layout,
+        options=ConversionOptions(
+            input_layout=given.layout if given.target == "megatron" else None,
+            model_size=given.model_size if given.source != "parts" else None,
+            dtype=given.dtype,
+            tokenizer_model=given.tokenizer_model,
+            export=_export_options(given),
+            seed=given.seed,
+            tensor_parallel_size=given.tensor_model_parallel_size or 1,
+            max_shard_bytes=given.max_shard_bytes,
+            verify="bits" if given.verify else "no",
+            progress="bar",
+        ),
+    )
+    if is_main:
+        print(written)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from megatron_vico.checkpoint.convert import ConversionOptions, DTypeName
     from megatron_vico.checkpoint.internvl_mapping import Layout
 
-    defaults = ExportOptions()
     parser = argparse.ArgumentParser(prog="vico convert", description=__doc__)
-    parser.add_argument("--input", type=Path, required=True, help="a run's folder, or a Hugging Face folder")
+    forms = ("hf", "megatron")
+    from_help = "form of the input; parts: a vision tower and a language model apart, before a first pretraining"
+    parser.add_argument("--from", dest="source", choices=(*forms, "parts"), required=True, help=from_help)
+    parser.add_argument("--to", dest="target", choices=forms, required=True, help="form of the output")
+    parser.add_argument("--input", type=Path, help="a Hugging Face folder, or a run's (its latest step)")
+    parser.add_argument("--vit", type=Path, help="with --from parts: folder of an InternViT")
+    parser.add_argument("--llm", type=Path, help="with --from parts: folder of a Qwen3 or Qwen3-MoE")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
-    parser.add_argument("--layout", choices=("megatron", *get_args(Layout)), required=True, help="of the output")
+    layout_help = "of the output; with --to megatron: refuse an input in any other (unset, it is found)"
+    parser.add_argument("--layout", choices=get_args(Layout), help=layout_help)
     parser.add_argument("--model-size", help="refuse any other; unset, the one the input says it is")
-    parser.add_argument("--dtype", choices=get_args(DTypeName), help="of the weights; unset, the input's")
-    parser.add_argument("--tokenizer-model", type=Path, help="to put beside exported weights; unset, the input's")
-    parser.add_argument("--seed", type=int, default=1234, help="of connector_16x and ViR where the input has none")
-    exported = parser.add_argument_group("what an exported config says")
-    exported.add_argument("--flash-relative-threshold", type=float, default=defaults.flash_relative_threshold)
-    exported.add_argument("--flash-absolute-threshold", type=float, default=defaults.flash_absolute_threshold)
-    exported.add_argument("--max-dynamic-patch", type=int, default=defaults.max_dynamic_patch)
-    exported.add_argument("--use-thumbnail", action=argparse.BooleanOptionalAction, default=defaults.use_thumbnail)
-    options = parser.parse_args(arguments)
-    written = convert(
-        options.input,
-        output=options.output,
-        layout=options.layout,
-        model_size=options.model_size,
-        dtype=options.dtype,
-        tokenizer_model=options.tokenizer_model,
-        options=ExportOptions(
-            flash_relative_threshold=options.flash_relative_threshold,
-            flash_absolute_threshold=options.flash_absolute_threshold,
-            max_dynamic_patch=options.max_dynamic_patch,
-            use_thumbnail=options.use_thumbnail,
-        ),
-        seed=options.seed,
-    )
-    print(written)
+    parser.add_argument("--dtype", choices=get_args(DTypeName), help="of the weights; unset, each tensor keeps its own")
+    parser.add_argument("--tokenizer-model", type=Path, help="to put beside the weights; unset, the input's")
+    seed_help = "of connectors and ViR where the input of --to megatron has none"
+    parser.add_argument("--seed", type=int, default=ConversionOptions().seed, help=seed_help)
+    shard_help = "size above which a new file begins; processes share a Hugging Face output file by file"
+    parser.add_argument("--max-shard-bytes", type=int, default=ConversionOptions().max_shard_bytes, help=shard_help)
+    parser.add_argument("--verify", action="store_true", help="read the output back and compare every bit of it")
+    padding_help = "with --to megatron: pad the vocabulary as for this size; runs of other sizes load it all the same"
+    parser.add_argument("--tensor-model-parallel-size", type=int, metavar="N", help=padding_help)
+    for name in _ANY_LAYOUT_LOADS:
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=int, metavar="N", help="no effect: a Megatron checkpoint loads in every layout")
+    exported = parser.add_argument_group("what an exported config says; unset, what the input's says")
+    exported.add_argument("--flash-relative-threshold", type=float)
+    exported.add_argument("--flash-absolute-threshold", type=float)
+    exported.add_argument("--flash-decision-rule", choices=("paper", "flash"))
+    exported.add_argument("--max-dynamic-patch", type=int)
+    exported.add_argument("--use-thumbnail", action=argparse.BooleanOptionalAction)
+    return parser
+
+
+def _joined(given: argparse.Namespace) -> "Source":
+    """A tower and a language model as one source without connectors."""
+    from megatron_vico.checkpoint.initial import CONNECTOR_4X
+    from megatron_vico.checkpoint.parts import open_parts
+    from megatron_vico.checkpoint.sources import files_source
+
+    parts = open_parts(given.vit, given.llm, model_size=given.model_size)
+    return files_source(parts, model=parts.model, layout=parts.layout, without=(CONNECTOR_4X,))
+
+
+def _check(given: argparse.Namespace) -> None:
+    joins = given.source == "parts"
+    named = {name for name in ("input", "vit", "llm") if getattr(given, name) is not None}
+    if named != ({"vit", "llm"} if joins else {"input"}):
+        needed = "--vit and --llm" if joins else "--input"
+        raise ConfigError(f"--from {given.source} takes {needed}, and no other input.")
+    if joins and (given.target != "megatron" or given.layout is not None):
+        raise ConfigError("--from parts makes a Megatron checkpoint to pretrain from: --to megatron, without --layout.")
+    if given.target == "hf" and given.layout is None:
+        raise ConfigError("--to hf needs --layout: internvl, hf or flash.")
+    if given.source == given.target == "megatron":
+        raise ConfigError("--from megatron --to megatron converts nothing; a run of any layout loads the checkpoint.")
+    if given.tensor_model_parallel_size is not None and given.tensor_model_parallel_size < 1:
+        raise ConfigError(f"--tensor-model-parallel-size {given.tensor_model_parallel_size}: expected 1 or more.")
+    if given.max_shard_bytes < 1:
+        raise ConfigError(f"--max-shard-bytes {given.max_shard_bytes}: expected 1 or more; 5000000000 is usual.")
+
+
+def _export_options(given: argparse.Namespace) -> "ExportOptions | None":
+    """What the input's config says, with what the command line says instead; None: nothing is said here."""
+    from megatron_vico.checkpoint.hf_config import ExportOptions, options_of
+    from megatron_vico.checkpoint.hf_export import carried_config
+    from megatron_vico.checkpoint.sources import TOKENIZER_FOLDER
+
+    said = {name: getattr(given, name) for name in _EXPORTED if getattr(given, name) is not None}
+    if not said:
+        return None
+    config = carried_config(given.input / TOKENIZER_FOLDER if given.source == "megatron" else given.input)
+    options = options_of(config) if config else ExportOptions()
+    if given.tokenizer_model is not None:
+        options = replace(options, eos_token_id=None, pad_token_id=None)  # the tokenizer's count
+    return replace(options, **said)

@@ -119,12 +119,12 @@ def test_files_to_megatron_and_back(size: str, layout: Layout, exported: Export,
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("num_experts", [None, 5])
+@pytest.mark.parametrize(("base", "num_experts"), [("toy", None), ("toy-6b", None), ("toy-moe", 5)])
 @pytest.mark.usefixtures("single_process_groups")
 def test_numbers_that_divide_by_nothing(
-    num_experts: int | None, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: str, num_experts: int | None, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = "toy-moe" if num_experts else "toy-6b"
+    """Both kinds of vision tower, dense and with experts."""
     model = add_model(monkeypatch, "odd", base, num_experts=num_experts)
     encoder, language_model = modules_of(model, seed=0)
     assert language_model.gpt.vocab_size > model.language.vocab_size  # padded
@@ -139,7 +139,7 @@ def test_numbers_that_divide_by_nothing(
 def test_bfloat16_stays_bfloat16_and_casts_when_asked(exported: Export, tmp_path: Path) -> None:
     source = exported("toy-6b", "flash")
     expected = {name: tensor.bfloat16() for name, tensor in read_all(source).items()}
-    convert.convert(source, output=tmp_path / "bf16", layout="flash", dtype="bf16")
+    convert.convert(source, output=tmp_path / "bf16", layout="flash", options=convert.ConversionOptions(dtype="bf16"))
     assert same(read_all(tmp_path / "bf16"), expected)
     assert hf_io.read_json(tmp_path / "bf16/config.json")["torch_dtype"] == "bfloat16"
     convert.convert(tmp_path / "bf16", output=tmp_path / "megatron", layout="megatron")
@@ -161,7 +161,12 @@ def test_a_vico_start_depends_on_the_seed_alone(exported: Export, tmp_path: Path
     """From a checkpoint without Flash modules: those are fresh and seeded, everything else is bit for bit."""
     for name, seed in (("one", 5), ("same", 5), ("other", 6)):
         torch.rand(seed)  # the state of the generator must not matter
-        convert.convert(exported("toy-6b", "hf"), output=tmp_path / name, layout="megatron", seed=seed)
+        convert.convert(
+            exported("toy-6b", "hf"),
+            output=tmp_path / name,
+            layout="megatron",
+            options=convert.ConversionOptions(seed=seed),
+        )
         convert.convert(tmp_path / name, output=tmp_path / f"{name}-flash", layout="flash")
     one, equal, other = (read_all(tmp_path / f"{name}-flash") for name in ("one", "same", "other"))
     assert same(one, equal)
@@ -228,8 +233,13 @@ def test_another_size_is_refused(exported: Export, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is toy-6b, expected toy:"):
         convert.import_hf(exported("toy-6b", "flash"), model_size="toy")
     convert.convert(exported("toy-6b", "flash"), output=tmp_path / "megatron", layout="megatron")
-    with pytest.raises(CheckpointError, match=r"is of toy-6b, this run is of toy"):
-        convert.convert(tmp_path / "megatron", output=tmp_path / "out", layout="hf", model_size="toy")
+    with pytest.raises(CheckpointError, match=r"is of toy-6b, expected toy"):
+        convert.convert(
+            tmp_path / "megatron",
+            output=tmp_path / "out",
+            layout="hf",
+            options=convert.ConversionOptions(model_size="toy"),
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -275,7 +285,7 @@ def test_full_disk_leaves_no_folder(exported: Export, tmp_path: Path, monkeypatc
     def no_space(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(hf_io, "save_file", no_space)
+    monkeypatch.setattr(hf_io, "write_shard", no_space)
     with pytest.raises(CheckpointError, match=r"could not write .*out: .*No space left on device"):
         convert.convert(source, output=tmp_path / "out", layout="hf")
     assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_vico.checkpoint import convert
 from megatron_vico.checkpoint.internvl_mapping import Layout
 from megatron_vico.checkpoint.parts import open_parts
+from megatron_vico.cli.main import main
 from megatron_vico.errors import CheckpointError
 from megatron_vico.models.registry import get_model_config
 from tests.toy_models import make_encoder, make_language_model
@@ -174,3 +175,33 @@ def test_a_tensor_too_many_or_too_few_is_named_as_in_its_folder(apart: Apart, tm
     message = r"broken, as a part of toy: missing tensors: encoder\.layers\.0\.ls2; .*maps: encoder\.layers\.0\.ls3\."
     with pytest.raises(CheckpointError, match=message):
         open_parts(broken, llm)
+
+
+@pytest.mark.parametrize(("size", "layout"), [("toy-6b", "internvl"), ("toy-moe", "hf")])
+def test_a_pretraining_starts_from_two_parts(size: str, layout: Layout, apart: Apart, tmp_path: Path) -> None:
+    vit, llm, tensors = apart(size, layout)
+    words = ["--from", "parts", "--to", "megatron", "--vit", str(vit), "--llm", str(llm), "--verify"]
+    for name in ("one", "two"):
+        assert main(["convert", *words, "--model-size", size, "--output", str(tmp_path / name)]) == 0
+        back = ["--from", "megatron", "--to", "hf", "--layout", layout, "--input", str(tmp_path / name)]
+        assert main(["convert", *back, "--output", str(tmp_path / f"{name}-hf")]) == 0
+    made, again = (load_file(tmp_path / f"{name}-hf" / "model.safetensors") for name in ("one", "two"))
+    assert made.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(made[name], again[name])  # the connector comes from the seed
+        is_connector = name.startswith(("mlp1.", "multi_modal_projector."))
+        assert is_connector or torch.equal(made[name], tensor), name
+        assert torch.isfinite(made[name]).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--from parts --to megatron --vit a", "--from parts takes --vit and --llm, and no other input"),
+        ("--from hf --to megatron --input a --llm b", "--from hf takes --input, and no other input"),
+        ("--from parts --to hf --layout hf --vit a --llm b", "--from parts makes a Megatron checkpoint"),
+    ],
+)
+def test_flags_that_do_not_go_together(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", *words.split(), "--output", "never"]) == 2
+    assert message in capsys.readouterr().err

@@ -41,17 +41,8 @@ def run(data: ToyData, tmp_path_factory: pytest.TempPathFactory, single_process_
 @pytest.fixture(scope="module")
 def exported(run: Path, data: ToyData) -> Path:
     folder = run.parent / "flash"
-    words = [
-        "--input",
-        str(run),
-        "--output",
-        str(folder),
-        "--layout",
-        "flash",
-        "--tokenizer-model",
-        str(data.tokenizer),
-    ]
-    assert main(["convert", *words]) == 0
+    words = f"--from megatron --to hf --layout flash --input {run} --output {folder} --verify".split()
+    assert main(["convert", *words, "--tokenizer-model", str(data.tokenizer)]) == 0
     return folder
 
 

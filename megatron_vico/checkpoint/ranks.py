@@ -1,0 +1,126 @@
+"""The processes that share a conversion: who does which part, and how a failure of one ends it for all.
+
+Nothing here needs a GPU or megatron-core's groups: they talk through gloo, or there is only one of them.
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.checkpoint import CheckpointException
+
+from megatron_vico.errors import CheckpointError
+
+FAILURES = (OSError, CheckpointException, CheckpointError)
+"""What reading and writing can fail with; anything else is a bug and ends its process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Failure:
+    """How an action failed on one process."""
+
+    told: str
+    is_of_users: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among those of a conversion."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process makes the folder, the index and the metadata."""
+        return self.rank == 0
+
+    def share(self, sizes: Sequence[int]) -> range:
+        """Which of a row of jobs are this process's.
+
+        Args:
+            sizes: bytes of each job.
+
+        Returns:
+            Indices: a run of neighbours, so that files are read from one end to the other, about as many bytes for each
+            process, none left out and none given twice.
+        """
+        total = max(sum(sizes), 1)
+        ends = list(itertools.accumulate(sizes, initial=0))
+        # A job belongs where its middle falls; the middles grow, so each process gets neighbours.
+        owners = [
+            min((start + end) * self.size // (2 * total), self.size - 1) for start, end in itertools.pairwise(ends)
+        ]
+        own = [index for index, owner in enumerate(owners) if owner == self.rank]
+        return range(own[0], own[-1] + 1) if own else range(0)
+
+    def agree[T](self, action: Callable[[], T]) -> T:
+        """Do something on every process; called by all of them.
+
+        Args:
+            action: what this process does.
+
+        Returns:
+            What it returned here.
+
+        Raises:
+            CheckpointError: on all of them, if it failed on one with nothing but CheckpointErrors.
+            OSError: on all of them, if it failed in another way.
+        """
+        if self.size == 1:
+            return action()
+        result, failure = None, None
+        try:
+            result = action()
+        except FAILURES as error:
+            failure = _Failure(told=cause_of(error), is_of_users=isinstance(error, CheckpointError))
+        failures = {rank: each for rank, each in enumerate(self.gather(failure)) if each is not None}
+        if failures:
+            # Often all of them have met the same.
+            first = {each.told: rank for rank, each in reversed(failures.items())}
+            told = "; ".join(f"rank {rank}: {each}" for each, rank in reversed(first.items()))
+            raise CheckpointError(told) if all(each.is_of_users for each in failures.values()) else OSError(told)
+        return result  # type: ignore[return-value]
+
+    def gather[T](self, value: T) -> list[T]:
+        """A value of every process, by rank; called by all of them."""
+        everyones = [value] * self.size
+        if self.size > 1:
+            torch.distributed.all_gather_object(everyones, value)
+        return everyones
+
+    def on_main(self, action: Callable[[], object]) -> None:
+        """Do something with files once, on the main process; all others wait, and fail if it does."""
+        self.agree(action if self.is_main else lambda: None)
+
+
+@contextmanager
+def launched() -> Iterator[Ranks]:
+    """The processes that torchrun started, or this one alone.
+
+    Yields:
+        Them. Groups that a caller had started before are used and left running.
+    """
+    if torch.distributed.is_initialized():
+        yield Ranks(rank=torch.distributed.get_rank(), size=torch.distributed.get_world_size())
+        return
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks()
+        return
+    torch.distributed.init_process_group("gloo")
+    yield Ranks(rank=torch.distributed.get_rank(), size=size)
+    # Not after an error: the process ends anyway.
+    torch.distributed.destroy_process_group()
+
+
+def cause_of(error: BaseException) -> str:
+    """What went wrong, in a line; torch's CheckpointException says it rank by rank."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        causes = {str(wrapped[0]) or type(wrapped[0]).__name__: rank for rank, wrapped in failures.items()}
+        return "; ".join(causes)
+    return str(error) or type(error).__name__

@@ -1,0 +1,28 @@
+"""Puts the model code of checkpoint/remote_code/ beside exported weights, where `trust_remote_code=True` finds it."""
+
+import shutil
+from pathlib import Path
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
+    "AutoModel": "modeling_internvl_chat.InternVLChatModel",
+    "AutoModelForCausalLM": "modeling_internvl_chat.InternVLChatModel",
+}
+"""`auto_map` of config.json: which class of which file transformers loads."""
+
+_SOURCE = Path(__file__).with_name("remote_code")
+
+
+def write_remote_code(folder: Path) -> list[str]:
+    """Copy the model code, verbatim.
+
+    Args:
+        folder: an export in the internvl or flash layout.
+
+    Returns:
+        Names of the files.
+    """
+    sources = sorted(path for path in _SOURCE.glob("*.py") if path.name != "__init__.py")
+    for path in sources:
+        shutil.copyfile(path, folder / path.name)
+    return [path.name for path in sources]

@@ -1,0 +1,131 @@
+"""Conversions by several processes: the same bits as by one, loaded under every kind of layout and brought back."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_vico.checkpoint.convert import ConversionOptions, convert, export_hf
+from megatron_vico.checkpoint.dcp_reader import open_dcp
+from megatron_vico.checkpoint.internvl_mapping import LAYOUTS
+from megatron_vico.checkpoint.state import find_iteration
+from megatron_vico.models.registry import MODELS, ModelConfig, get_model_config
+from tests.distributed.launch import launch, start
+from tests.toy_models import make_encoder, make_language_model
+
+LOADED_UNDER = {
+    "toy-6b": ("tp2", "pp2", "tp2-pp2"),
+    "toy-moe": ("ep2", "ep2-tp2"),
+    "odd": ("pp2",),
+    "odd-halves": ("tp2", "tp2-pp2"),
+    "odd-moe": ("pp2",),
+    "odd-moe-halves": ("ep2", "ep2-tp2"),
+}
+PAIRS = [(size, layout) for size, layouts in LOADED_UNDER.items() for layout in layouts]
+MAX_SHARD_BYTES = 50_000
+"""Small, so that toys make several files and each process has some to write."""
+
+CONVERT = "../../tools/checkpoint/convert.py"
+
+
+def odd_models() -> dict[str, ModelConfig]:
+    """Models of four layers whose heads, experts, widths and vocabulary divide by nothing, or by two just once."""
+
+    def odd(name: str, base: str, **language: int) -> ModelConfig:
+        model = get_model_config(base)
+        vision = replace(model.vision, hidden_size=28, num_heads=7)
+        return replace(
+            model, name=name, vision=vision, language=replace(model.language, num_layers=4, vocab_size=301, **language)
+        )
+
+    models = (
+        odd("odd", "toy-6b", num_heads=9, num_query_groups=3, ffn_hidden_size=45),
+        odd("odd-halves", "toy-6b", num_heads=6, num_query_groups=2, ffn_hidden_size=46),
+        odd("odd-moe", "toy-moe", num_heads=9, num_query_groups=3, num_experts=5, moe_ffn_hidden_size=15),
+        odd("odd-moe-halves", "toy-moe", num_heads=6, num_query_groups=2, num_experts=6, moe_ffn_hidden_size=14),
+    )
+    return {model.name: model for model in models}
+
+
+def read_all(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(
+        found[name].dtype == tensor.dtype and torch.equal(found[name], tensor) for name, tensor in expected.items()
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, single_process_groups: None) -> Iterator[Path]:
+    """What tests/distributed/run_streamed.py made of random weights with four ranks."""
+    path = tmp_path_factory.mktemp("streamed")
+    MODELS.update(odd_models())
+    for size in LOADED_UNDER:
+        model = get_model_config(size)
+        encoder, language_model = make_encoder(model), make_language_model(model)
+        export_hf(path / size, encoder=encoder, language_model=language_model, model=model, layout="flash")
+    convert(path / "toy-6b", output=path / "base", layout="hf")
+    launch("run_streamed.py", path, num_processes=4)
+    yield path
+    for size in odd_models():
+        del MODELS[size]
+
+
+@pytest.mark.parametrize(("size", "layout"), PAIRS)
+def test_loaded_and_saved_under_a_layout_and_back(size: str, layout: str, folder: Path, tmp_path: Path) -> None:
+    for files in LAYOUTS:
+        convert(folder / f"{size}-{layout}", output=tmp_path / f"back-{files}", layout=files)
+        convert(folder / size, output=tmp_path / f"straight-{files}", layout=files)
+        assert same(read_all(tmp_path / f"back-{files}"), read_all(tmp_path / f"straight-{files}"))
+    assert same(read_all(tmp_path / "back-flash"), read_all(folder / size))
+
+
+def test_a_vico_start_does_not_depend_on_the_number_of_processes(folder: Path, tmp_path: Path) -> None:
+    convert(folder / "base", output=tmp_path / "start", layout="megatron")
+    for source, name in ((folder, "four"), (tmp_path, "one")):
+        convert(source / "start", output=tmp_path / f"{name}-flash", layout="flash")
+    one, four = (read_all(tmp_path / f"{name}-flash") for name in ("one", "four"))
+    assert same(four, one)
+    assert not torch.equal(four["mlp2.1.weight"], read_all(folder / "toy-6b")["mlp2.1.weight"])  # fresh, not loaded
+
+
+@pytest.mark.parametrize("size", LOADED_UNDER)
+def test_four_processes_write_what_one_writes(size: str, folder: Path, tmp_path: Path) -> None:
+    convert(folder / size, output=tmp_path / "one", layout="megatron")
+    one, four = (open_dcp(find_iteration(each)) for each in (tmp_path / "one", folder / f"{size}-megatron"))
+    writers = {path.name.split("_")[2] for path in four.path.glob("*.distcp")}
+    assert len(writers) == 4, "every process had a share"
+    assert same({name: four.read(name) for name in four.tensors}, {name: one.read(name) for name in one.tensors})
+    metadata = [each.metadata.state_dict_metadata for each in (one, four)]
+    assert metadata[0].keys() == metadata[1].keys()
+
+
+def test_two_processes_write_the_files_that_one_writes(folder: Path, tmp_path: Path) -> None:
+    """By the command, as torchrun starts it; file by file, byte for byte."""
+    words = (*("--from", "hf", "--to", "hf", "--layout", "internvl", "--verify"), "--input", folder / "toy-6b")
+    words = (*words, "--max-shard-bytes", str(MAX_SHARD_BYTES))
+    told = launch(CONVERT, *words, "--output", tmp_path / "two", num_processes=2)
+    assert told.strip() == str(tmp_path / "two")  # said once
+    options = ConversionOptions(max_shard_bytes=MAX_SHARD_BYTES)
+    convert(folder / "toy-6b", output=tmp_path / "one", layout="internvl", options=options)
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / each).iterdir()} for each in ("one", "two"))
+    assert len([name for name in one if name.endswith(".safetensors")]) > 2
+    assert one == two
+
+
+def test_two_processes_end_together_where_one_file_is_broken(folder: Path, tmp_path: Path) -> None:
+    options = ConversionOptions(max_shard_bytes=MAX_SHARD_BYTES)
+    source = convert(folder / "toy-6b", output=tmp_path / "source", layout="hf", options=options)
+    last = sorted(source.glob("*.safetensors"))[-1]
+    last.write_bytes(last.read_bytes()[:-1])
+    words = ("--from", "hf", "--to", "megatron", "--input", source, "--output", tmp_path / "out")
+    done = start(CONVERT, *words, num_processes=2, timeout_s=120)
+    assert done.returncode != 0
+    assert f"{last} has " in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

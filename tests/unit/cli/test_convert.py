@@ -1,0 +1,69 @@
+"""`vico convert`: flags that do not go together, flags without effect, and a form that the input does not have."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_vico.checkpoint.convert import export_hf
+from megatron_vico.checkpoint.dcp_reader import open_dcp
+from megatron_vico.checkpoint.hf_config import ExportOptions
+from megatron_vico.checkpoint.hf_io import read_json
+from megatron_vico.checkpoint.state import find_iteration
+from megatron_vico.cli.main import main
+from megatron_vico.models.registry import get_model_config
+from tests.toy_models import make_encoder, make_language_model
+
+HEAD = "language_model.gpt.output_layer.weight"
+
+
+@pytest.fixture(scope="module")
+def flash(tmp_path_factory: pytest.TempPathFactory, single_process_groups: None) -> Path:
+    model = get_model_config("toy-6b")
+    return export_hf(
+        tmp_path_factory.mktemp("flash") / "flash",
+        encoder=make_encoder(model),
+        language_model=make_language_model(model),
+        model=model,
+        layout="flash",
+        options=ExportOptions(flash_relative_threshold=0.25, max_dynamic_patch=7),
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--from megatron --to hf", "ConfigError: --to hf needs --layout: internvl, hf or flash."),
+        ("--from megatron --to megatron", "ConfigError: --from megatron --to megatron converts nothing"),
+        ("--from hf --to megatron --tensor-model-parallel-size 0", "ConfigError: --tensor-model-parallel-size 0"),
+        ("--from hf --to hf --layout hf --tensor-model-parallel-size 2", "so leave it out"),
+        ("--from hf --to megatron --max-dynamic-patch 4", "has no effect on a Megatron checkpoint"),
+        ("--from hf --to megatron --max-shard-bytes 0", "ConfigError: --max-shard-bytes 0"),
+        ("--from megatron --to hf --layout hf", "is no megatron checkpoint; if it is one at all, --from hf."),
+        ("--from hf --to megatron --layout internvl", "has the flash layout, expected internvl; give --layout flash"),
+    ],
+)
+def test_refusals(words: str, message: str, flash: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--input", str(flash), "--output", str(tmp_path / "out")]
+    assert main(["convert", *words.split(), *files]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_padding_and_what_the_config_says(flash: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The padding is the only effect of a parallel size; it and the config's fields survive the way back."""
+    megatron, back = tmp_path / "megatron", tmp_path / "back"
+    sizes = "--tensor-model-parallel-size 8 --pipeline-model-parallel-size 2".split()
+    there = ["convert", "--from", "hf", "--to", "megatron", "--input", str(flash), "--output", str(megatron), *sizes]
+    assert main([*there, "--verify"]) == 0
+    told = capsys.readouterr()
+    assert told.out.strip() == str(megatron)
+    assert "note: --pipeline-model-parallel-size has no effect" in told.err
+    assert "--tensor" not in told.err
+    assert "verifying: 100%" in told.err
+    assert open_dcp(find_iteration(megatron)).tensors[HEAD].shape[0] == 1024
+    words = "--from megatron --to hf --layout flash --flash-absolute-threshold 0.75".split()
+    assert main(["convert", *words, "--input", str(megatron), "--output", str(back)]) == 0
+    config = read_json(back / "config.json")
+    assert (config["flash_relative_threshold"], config["flash_absolute_threshold"]) == (0.25, 0.75)
+    assert config["max_dynamic_patch"] == 7
+    assert (back / "model.safetensors").read_bytes() == (flash / "model.safetensors").read_bytes()

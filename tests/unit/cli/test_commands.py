@@ -50,8 +50,12 @@ def exported(run: Path, data: ToyData) -> Path:
         "flash",
         "--tokenizer-model",
         str(data.tokenizer),
+        "--flash-decision-rule",
+        "paper",
     ]
     assert main(["convert", *words]) == 0
+    assert '"flash_decision_rule": "paper"' in (folder / "config.json").read_text()
+    assert (folder / "modeling_internvl_chat.py").exists()
     return folder
 
 

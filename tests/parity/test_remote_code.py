@@ -253,7 +253,7 @@ def test_logits_equal_our_own_models(exported: Exported, layout: str) -> None:
     )
     assert logits.std() > 0.5  # a comparison of noughts would say nothing
     # Measured: at most 5.3e-6 over all kinds and both layouts, of logits whose standard deviation is 1.
-    torch.testing.assert_close(torch.cat(expected), logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.cat(expected), logits, rtol=0, atol=1e-4)  # measured: at most 6e-6
 
 
 def _alternate(pieces: list[Tensor], tiles: list[Tensor]) -> Tensor:
@@ -283,6 +283,7 @@ def test_generated_tokens_are_the_engines(exported: Exported, rule: str) -> None
             assert torch.equal(theirs.compressed_tiles, expected.compressed_N)
             ids += said
             lens.append(len(said))
+    # Some answers end on their own, and together they say something.
     assert min(lens) < MAX_NEW_TOKENS < sum(lens)
     # What is said depends on the plan, and the plan on the tile.
     kept = exported.engine.answer(prompts, plan="none", max_new_tokens=MAX_NEW_TOKENS)
@@ -426,6 +427,8 @@ def test_errors_say_what_is_wrong(exported: Exported) -> None:
     plain = load(exported.internvl)
     with pytest.raises(ValueError, match="flash_mode"):
         plain.generate(pixels, torch.tensor([[5] * 8]), compressed=torch.tensor([True, False]))
+    with pytest.raises(ValueError, match="tensors were not found, gating"):
+        load(exported.internvl, flash_mode=True, flash_decision_rule="paper", vir_num_heads=4)
     config = type(theirs.config)
     for field, value, message in (
         ("flash_decision_rule", "image", "expected 'paper' or 'flash'"),

@@ -12,7 +12,7 @@ setup(
     install_requires=[
         "megatron-core>=0.19.2,<0.20",
         "torch>=2.8",
-        "transformers>=5.0,<6",
+        "transformers>=5.4,<6",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
         "webdataset>=1.0,<2",

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 from megatron_vico.checkpoint import convert, hf_io
-from megatron_vico.checkpoint.hf_config import ExportOptions
+from megatron_vico.checkpoint.hf_config import ExportOptions, model_json
+from megatron_vico.checkpoint.remote_code_files import write_remote_code
 from megatron_vico.data import tiling
 from megatron_vico.data.encoding import EncodingSettings
 from megatron_vico.data.image_tokens import expand
@@ -191,6 +192,30 @@ def test_bfloat16_and_the_other_auto_classes(exported: Exported) -> None:
     assert all(param.isfinite().all() for param in fresh.parameters())
 
 
+@pytest.mark.parametrize(
+    ("name", "num_params"),
+    [
+        ("internvl3_5-1b", 1_151_171_586),
+        ("internvl3_5-2b", 2_491_055_106),
+        ("internvl3_5-4b", 4_906_132_482),
+        ("internvl3_5-8b", 8_813_642_754),
+        ("internvl3_5-14b", 15_495_030_786),
+        ("internvl3_5-38b", 39_563_810_306),
+        ("internvl3_5-30b-a3b", 30_991_437_826),
+        ("internvl3_5-241b-a28b", 241_711_289_346),
+    ],
+)
+def test_real_sizes_have_the_parameters_of_the_releases(name: str, num_params: int, tmp_path: Path) -> None:
+    write_remote_code(tmp_path)
+    contents = model_json(get_model_config(name), layout="flash", dtype="bfloat16", options=ExportOptions())
+    hf_io.write_json(tmp_path / "config.json", contents)
+    config = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, trust_remote_code=True)
+    assert sum(param.numel() for param in model.parameters()) == num_params
+    assert (config.num_image_token, config.num_image_token_compressed) == (256, 64)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("layout", ["flash", "internvl"])
 def test_logits_equal_our_own_models(exported: Exported, layout: str) -> None:
@@ -228,7 +253,7 @@ def test_logits_equal_our_own_models(exported: Exported, layout: str) -> None:
     )
     assert logits.std() > 0.5  # a comparison of noughts would say nothing
     # Measured: at most 5.3e-6 over all kinds and both layouts, of logits whose standard deviation is 1.
-    torch.testing.assert_close(torch.cat(expected), logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.cat(expected), logits, rtol=0, atol=1e-4)  # measured: at most 6e-6
 
 
 def _alternate(pieces: list[Tensor], tiles: list[Tensor]) -> Tensor:
@@ -258,6 +283,7 @@ def test_generated_tokens_are_the_engines(exported: Exported, rule: str) -> None
             assert torch.equal(theirs.compressed_tiles, expected.compressed_N)
             ids += said
             lens.append(len(said))
+    # Some answers end on their own, and together they say something.
     assert min(lens) < MAX_NEW_TOKENS < sum(lens)
     # What is said depends on the plan, and the plan on the tile.
     kept = exported.engine.answer(prompts, plan="none", max_new_tokens=MAX_NEW_TOKENS)
@@ -274,10 +300,9 @@ def test_switched_off_nothing_is_compressed_and_nothing_is_lost(exported: Export
         pixels = exported.engine.encoder.normalise(torch.from_numpy(prompt.first.tiles))
         ids = torch.tensor([uncompressed_ids(exported, prompt)])
         (said,) = theirs.generate(pixels, ids, **generation(exported)).tolist()
-        assert (
-            exported.tokenizer.decode([token for token in said if token != exported.tokenizer.eos_id])
-            == (expected.texts[0])
-        )
+        if said[-1] == exported.tokenizer.eos_id:
+            said.pop()
+        assert exported.tokenizer.decode(said) == expected.texts[0]
         assert not theirs.compressed_tiles.any()
     theirs.save_pretrained(tmp_path / "saved")
     saved, original = hf_io.open_folder(tmp_path / "saved"), hf_io.open_folder(exported.flash)
@@ -402,6 +427,8 @@ def test_errors_say_what_is_wrong(exported: Exported) -> None:
     plain = load(exported.internvl)
     with pytest.raises(ValueError, match="flash_mode"):
         plain.generate(pixels, torch.tensor([[5] * 8]), compressed=torch.tensor([True, False]))
+    with pytest.raises(ValueError, match="tensors were not found, gating"):
+        load(exported.internvl, flash_mode=True, flash_decision_rule="paper", vir_num_heads=4)
     config = type(theirs.config)
     for field, value, message in (
         ("flash_decision_rule", "image", "expected 'paper' or 'flash'"),

@@ -35,7 +35,7 @@ def load_image(
     from PIL import Image
 
     if isinstance(image, str | os.PathLike):
-        # From memory, as training reads it: Pillow turns some TIFF files by their EXIF tag, but no file that it maps.
+        # From memory, as training reads it: Pillow turns TIFF files by their EXIF tag, but not when it maps a file.
         with Image.open(io.BytesIO(Path(image).read_bytes())) as opened:
             image = opened.convert("RGB")
     image = image.convert("RGB")

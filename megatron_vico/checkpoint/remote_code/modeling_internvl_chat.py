@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .configuration_internvl_chat import InternVLChatConfig
 from .image_tiles import load_image
 from .modeling_intern_vit import InternVisionEmbeddings, InternVisionEncoderLayer, InternVisionModel
+from .modeling_vir import RouterGating, RouterPooling
 
 IMAGE_TAG = "<image>"
 IMAGE_START, IMAGE_CONTEXT, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
@@ -35,54 +36,6 @@ SYSTEM_MESSAGE = (
     "\u591a\u5bb6\u5408\u4f5c\u5355\u4f4d\u8054\u5408\u5f00\u53d1\u7684"
     "\u591a\u6a21\u6001\u5927\u8bed\u8a00\u6a21\u578b\u3002"
 )
-
-
-class RouterPooling(nn.Module):
-    """One vector from the patches of a tile: a learned query attends four times.
-
-    The released forward pass uses attn2 and norm2 three times. attn3, attn4, norm3 and norm4 are in every checkpoint
-    and used by nothing.
-    """
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.query_token = nn.Parameter(torch.randn(1, width))
-        for index in range(1, 5):
-            setattr(self, f"attn{index}", nn.MultiheadAttention(width, num_heads, batch_first=True))
-            setattr(self, f"norm{index}", nn.LayerNorm(width))
-
-    def forward(self, features_NPD: Tensor) -> Tensor:
-        """[N, P, D] to [N, D]."""
-        out = self.query_token.expand(len(features_NPD), 1, -1)
-        for index in (1, 2, 2, 2):
-            attention, norm = self.get_submodule(f"attn{index}"), self.get_submodule(f"norm{index}")
-            out = norm(attention(out, features_NPD, features_NPD, need_weights=False)[0])
-        return out.squeeze(1)
-
-
-class RouterGating(nn.Module):
-    """Four residual blocks and a two-way head; output 0 is "compress"."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        for index in range(1, 5):
-            block = nn.Sequential(
-                nn.Linear(width, 4 * width),
-                nn.GELU(),
-                nn.Dropout(0.1),
-                nn.Linear(4 * width, width),
-                nn.Dropout(0.1),
-                nn.LayerNorm(width),
-            )
-            setattr(self, f"block{index}", block)
-        self.gate = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2))
-
-    def forward(self, x_ND: Tensor) -> Tensor:
-        """[N, D] to [N, 2]."""
-        for index in range(1, 5):
-            x_ND = x_ND + self.get_submodule(f"block{index}")(x_ND)
-        logits_N2: Tensor = self.gate(x_ND)
-        return logits_N2
 
 
 class InternVLChatModel(PreTrainedModel):
@@ -124,6 +77,20 @@ class InternVLChatModel(PreTrainedModel):
         self.compressed_tiles: Tensor | None = None
         """[N] bool: what the last forward, generate or chat compressed."""
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As transformers', but a tensor that the files do not hold is an error and not a fresh random one.
+
+        Raises:
+            ValueError: if tensors are missing. transformers 5.0 to 5.3 do not find experts, which they keep fused.
+        """
+        model, loading = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing = sorted(loading["missing_keys"])
+        if missing:
+            fix = "use transformers 5.4 or later" if "experts" in missing[0] else "the checkpoint is not whole"
+            raise ValueError(f"{len(missing)} tensors were not found, {missing[0]} and others; {fix}.")
+        return (model, loading) if output_loading_info else model
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -42,7 +42,9 @@ def run(data: ToyData, tmp_path_factory: pytest.TempPathFactory, single_process_
 def exported(run: Path, data: ToyData) -> Path:
     folder = run.parent / "flash"
     words = f"--from megatron --to hf --layout flash --input {run} --output {folder} --verify".split()
-    assert main(["convert", *words, "--tokenizer-model", str(data.tokenizer)]) == 0
+    assert main(["convert", *words, "--tokenizer-model", str(data.tokenizer), "--flash-decision-rule", "paper"]) == 0
+    assert '"flash_decision_rule": "paper"' in (folder / "config.json").read_text()
+    assert (folder / "modeling_internvl_chat.py").exists()
     return folder
 
 

@@ -64,6 +64,12 @@ def main(arguments: Sequence[str]) -> None:
             progress="bar",
         ),
     )
+    if given.source == "parts" and given.tokenizer_model is None and is_main:
+        print(
+            "note: the tokenizer beside the weights is the language model's own, without image tokens; train with "
+            "InternVL3.5's (tools/build_tokenizer.py makes it), or convert with it as --tokenizer-model.",
+            file=sys.stderr,
+        )
     if is_main:
         print(written)
 

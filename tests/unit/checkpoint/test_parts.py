@@ -178,11 +178,14 @@ def test_a_tensor_too_many_or_too_few_is_named_as_in_its_folder(apart: Apart, tm
 
 
 @pytest.mark.parametrize(("size", "layout"), [("toy-6b", "internvl"), ("toy-moe", "hf")])
-def test_a_pretraining_starts_from_two_parts(size: str, layout: Layout, apart: Apart, tmp_path: Path) -> None:
+def test_a_pretraining_starts_from_two_parts(
+    size: str, layout: Layout, apart: Apart, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     vit, llm, tensors = apart(size, layout)
     words = ["--from", "parts", "--to", "megatron", "--vit", str(vit), "--llm", str(llm), "--verify"]
     for name in ("one", "two"):
         assert main(["convert", *words, "--model-size", size, "--output", str(tmp_path / name)]) == 0
+        assert "without image tokens" in capsys.readouterr().err
         back = ["--from", "megatron", "--to", "hf", "--layout", layout, "--input", str(tmp_path / name)]
         assert main(["convert", *back, "--output", str(tmp_path / f"{name}-hf")]) == 0
     made, again = (load_file(tmp_path / f"{name}-hf" / "model.safetensors") for name in ("one", "two"))

@@ -157,7 +157,7 @@ class PackPlan:
             folder, number = self.data.locate(worst)
             raise SampleError(
                 f"sample {folder.describe(number).key!r} of {folder.path}: {self.lengths[worst]} tokens (uncompressed) "
-                f"and {self.num_tiles[worst]} tiles, but a pack holds {self.limits.capacity} and {self.limits.max_tiles} "
-                f"({int(too_large.sum())} such samples); raise --seq-length or --max-tiles-per-pack, lower "
-                "--max-dynamic-patch, or remove them."
+                f"and {self.num_tiles[worst]} tiles, but a pack holds {self.limits.capacity} and "
+                f"{self.limits.max_tiles} ({int(too_large.sum())} such samples); raise --seq-length or "
+                "--max-tiles-per-pack, lower --max-dynamic-patch, or remove them."
             )

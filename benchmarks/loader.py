@@ -22,7 +22,8 @@ from PIL import Image
 
 from megatron_vico.config.schema import STAGES, DataOptions, Stage
 from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
-from megatron_vico.data.loader import PackBuilder, make_loader
+from megatron_vico.data.loader import make_loader
+from megatron_vico.data.pack_builder import PackBuilder
 from megatron_vico.data.shard_writer import WriterOptions, make_shards
 from megatron_vico.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_vico.config.schema import Stage
-from megatron_vico.data.loader import Pack, PackBuilder
+from megatron_vico.data.pack_builder import PackBuilder
+from megatron_vico.data.pack_plan import Pack
 from megatron_vico.data.samples import EncodedSample, PackedBatch
 from megatron_vico.models.registry import ModelConfig
 
@@ -57,7 +58,7 @@ def synthetic_pack(
     pairs = list(zip(shape.tiles, shape.text_lens, strict=True))
     samples = [_sample(num_tiles, num_text, model, random) for num_tiles, num_text in pairs]
     ids = tuple(range(number * len(samples), (number + 1) * len(samples)))
-    pack = Pack(epoch=0, sample_ids=ids)
+    pack = Pack(sample_ids=ids, visits=(0,) * len(ids))
     return builder.build(samples, pack=pack, samples_in_global_batch=samples_in_global_batch)
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from megatron_vico.config.schema import DataOptions
 from megatron_vico.data.encoding import EncodingSettings
+from megatron_vico.data.shard_index import FolderIndex
 from megatron_vico.data.shard_writer import WriterOptions, index_shards, make_shards
 from megatron_vico.data.tokenizer import load_tokenizer
-from megatron_vico.data.webdataset import FolderIndex, ShardFolder
+from megatron_vico.data.webdataset import ShardFolder
 from megatron_vico.models.registry import get_model_config
 
 
@@ -79,8 +80,7 @@ def _settings(options: argparse.Namespace) -> EncodingSettings:
 def _report(folder: Path, index: FolderIndex) -> None:
     for message in index.skipped:
         print(f"left out: {message}")
-    num_samples = sum(len(shard.keys) for shard in index.shards)
-    print(f"{folder}: {num_samples} samples in {len(index.shards)} shards, {len(index.skipped)} left out")
+    print(f"{folder}: {index.num_samples} samples in {len(index.shards)} shards, {len(index.skipped)} left out")
 
 
 def _inspect(folder: ShardFolder, *, num_shown: int) -> None:
@@ -95,6 +95,6 @@ def _inspect(folder: ShardFolder, *, num_shown: int) -> None:
     for number in range(min(num_shown, len(folder))):
         sample = folder.read(number)
         sizes = ", ".join(f"{len(image)} bytes" for image in sample.images) or "no image"
-        print(f"\n{sample.key} ({sizes}; tiles {folder.tiles_per_image(number)})")
+        print(f"\n{sample.key} ({sizes}; tiles {list(folder.describe(number).tiles_per_image)})")
         for turn in sample.turns:
             print(f"  {turn.role}: {turn.text}")

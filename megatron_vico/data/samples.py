@@ -47,7 +47,13 @@ class ConversationSample:
     """At least one; answers are the `gpt` turns."""
 
     images: tuple[bytes, ...] = ()
-    """Encoded image files (JPEG, PNG, ...), in the order of the `<image>` tags."""
+    """Encoded image files (JPEG, PNG, ...), in the order of the `<image>` tags; of a video, its frames."""
+
+    max_dynamic_patch: int | None = None
+    """Most tiles of an image, where the sample's data set says so (1 for the frames of a video); None, the run's."""
+
+    data_augment: bool = False
+    """Whether its tiles go through JPEG compression of a random quality when it is trained."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -9,7 +9,7 @@ import os
 import shutil
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,16 @@ from tqdm import tqdm
 
 from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
 from megatron_vico.data.samples import ConversationSample, EncodedSample
-from megatron_vico.data.tokenizer import Tokenizer
-from megatron_vico.data.webdataset import (
+from megatron_vico.data.shard_index import (
     INDEX_NAME,
-    INDEX_VERSION,
     FolderIndex,
-    ShardFolder,
+    IndexedSample,
+    ShardFiles,
     ShardIndex,
     hash_of_file,
-    parse_sample,
 )
+from megatron_vico.data.tokenizer import Tokenizer
+from megatron_vico.data.webdataset import ShardFolder, parse_sample
 from megatron_vico.errors import ConfigError, SampleError
 
 
@@ -55,16 +55,18 @@ class _OpenShard:
     path: Path
     writer: Any
     num_bytes: int = 0
-    keys: list[str] = field(default_factory=list)
-    num_tokens: list[int] = field(default_factory=list)
-    num_responses: list[int] = field(default_factory=list)
-    tiles_per_image: list[list[int]] = field(default_factory=list)
+    samples: list[IndexedSample] = field(default_factory=list)
 
     def note(self, encoded: EncodedSample) -> None:
-        self.keys.append(encoded.key)
-        self.num_tokens.append(int(encoded.token_ids.size))
-        self.num_responses.append(int(encoded.is_response.sum()))
-        self.tiles_per_image.append(list(encoded.tiles_per_image))
+        self.samples.append(
+            IndexedSample(
+                key=encoded.key,
+                members=(),  # known when the file is complete
+                num_tokens=int(encoded.token_ids.size),
+                num_responses=int(encoded.is_response.sum()),
+                tiles_per_image=encoded.tiles_per_image,
+            )
+        )
 
 
 def make_shards(
@@ -105,7 +107,7 @@ def make_shards(
     try:
         shards, skipped = _write_shards(source, partial, Path(image_root), encoder, options)
         index = FolderIndex(
-            version=INDEX_VERSION, tokenizer=tokenizer.fingerprint, settings=settings, shards=shards, skipped=skipped
+            tokenizer=tokenizer.fingerprint, settings=settings, shards=tuple(shards), skipped=tuple(skipped)
         )
         index.write(partial)
         os.replace(partial, target)
@@ -137,43 +139,38 @@ def index_shards(folder: str | Path, *, tokenizer: Tokenizer, settings: Encoding
     shards = []
     for file in files:
         members = _members(file)
-        empty = ShardIndex(
-            name=file.name,
-            num_bytes=file.stat().st_size,
-            sha256="",
-            keys=list(members),
-            members=list(members.values()),
-            num_tokens=[0] * len(members),
-            num_responses=[0] * len(members),
-            tiles_per_image=[[0]] * len(members),
+        samples = [
+            IndexedSample(
+                key=key, members=parts, num_tokens=0, num_responses=0, tiles_per_image=(0,) * (len(parts) - 1)
+            )
+            for key, parts in members.items()
+        ]
+        listed = ShardFiles(
+            name=file.name, num_bytes=file.stat().st_size, sha256="", num_samples=len(samples), index_sha256=""
         )
-        plain = FolderIndex(
-            version=INDEX_VERSION, tokenizer=tokenizer.fingerprint, settings=settings, shards=[empty], skipped=[]
-        )
-        reader = ShardFolder(path, plain)
+        plain = FolderIndex(tokenizer=tokenizer.fingerprint, settings=settings, shards=(listed,))
+        reader = ShardFolder(path, plain, [ShardIndex.of(samples)])
         shard = _OpenShard(path=file, writer=None)
         for number in range(len(reader)):
             shard.note(_encode(encoder, reader.read(number), str(file)))
-        shards.append(_index_of(shard))
-    skipped: list[str] = []
+        shards.append(_write_index(shard))
+    skipped: tuple[str, ...] = ()
     if (path / INDEX_NAME).exists():
         try:
             skipped = FolderIndex.read(path).skipped
         except (SampleError, ConfigError):
-            skipped = []  # a broken index is the reason to make a new one
-    index = FolderIndex(
-        version=INDEX_VERSION, tokenizer=tokenizer.fingerprint, settings=settings, shards=shards, skipped=skipped
-    )
+            skipped = ()  # a broken index is the reason to make a new one
+    index = FolderIndex(tokenizer=tokenizer.fingerprint, settings=settings, shards=tuple(shards), skipped=skipped)
     index.write(path)
     return index
 
 
 def _write_shards(
     source: Path, folder: Path, image_root: Path, encoder: SampleEncoder, options: WriterOptions
-) -> tuple[list[ShardIndex], list[str]]:
+) -> tuple[list[ShardFiles], list[str]]:
     """Write tar files; returns their indexes, and a message for each sample left out."""
     skipped: list[str] = []
-    shards: list[ShardIndex] = []
+    shards: list[ShardFiles] = []
     shard: _OpenShard | None = None
     for key, where, line in _lines(source, show_progress=options.show_progress):
         try:
@@ -190,7 +187,7 @@ def _write_shards(
             shard = _OpenShard(path=path, writer=webdataset.TarWriter(str(path), encoder=False, mtime=0.0))
         _write_sample(shard, sample, suffixes)
         shard.note(encoded)
-        if len(shard.keys) >= options.samples_per_shard or shard.num_bytes >= options.max_shard_bytes:
+        if len(shard.samples) >= options.samples_per_shard or shard.num_bytes >= options.max_shard_bytes:
             shards.append(_close(shard))
             shard = None
     if shard is not None:
@@ -250,35 +247,34 @@ def _write_sample(shard: _OpenShard, sample: ConversationSample, suffixes: list[
     shard.num_bytes += shard.writer.write({"__key__": sample.key, "json": content, **images})
 
 
-def _close(shard: _OpenShard) -> ShardIndex:
+def _close(shard: _OpenShard) -> ShardFiles:
     shard.writer.close()
-    return _index_of(shard)
+    return _write_index(shard)
 
 
-def _index_of(shard: _OpenShard) -> ShardIndex:
+def _write_index(shard: _OpenShard) -> ShardFiles:
     members = _members(shard.path)
-    assert list(members) == shard.keys, "the tar file holds other samples than were written"
-    return ShardIndex(
+    assert list(members) == [sample.key for sample in shard.samples], "the tar file holds other samples"
+    index_path = shard.path.with_suffix(".npz")
+    ShardIndex.of([replace(sample, members=members[sample.key]) for sample in shard.samples]).write(index_path)
+    return ShardFiles(
         name=shard.path.name,
         num_bytes=shard.path.stat().st_size,
         sha256=hash_of_file(shard.path),
-        keys=shard.keys,
-        members=list(members.values()),
-        num_tokens=shard.num_tokens,
-        num_responses=shard.num_responses,
-        tiles_per_image=shard.tiles_per_image,
+        num_samples=len(shard.samples),
+        index_sha256=hash_of_file(index_path),
     )
 
 
-def _members(path: Path) -> dict[str, list[list[int]]]:
-    """[offset, size] of the JSON member and then of each image in order, by key."""
-    found: dict[str, dict[int, list[int]]] = {}
+def _members(path: Path) -> dict[str, tuple[tuple[int, int], ...]]:
+    """(offset, size) of the JSON member and then of each image in order, by key."""
+    found: dict[str, dict[int, tuple[int, int]]] = {}
     try:
         with tarfile.open(path) as tar:
             for member in tar:
                 key, _, suffix = member.name.partition(".")
                 number = -1 if suffix == "json" else int(suffix.split(".")[0])
-                found.setdefault(key, {})[number] = [member.offset_data, member.size]
+                found.setdefault(key, {})[number] = (member.offset_data, member.size)
         if path.stat().st_size < max(offset + size for parts in found.values() for offset, size in parts.values()):
             raise tarfile.ReadError("unexpected end of data")
     except (tarfile.TarError, ValueError) as error:
@@ -286,4 +282,4 @@ def _members(path: Path) -> dict[str, list[list[int]]]:
     for key, parts in found.items():
         if sorted(parts) != list(range(-1, len(parts) - 1)):
             raise SampleError(f"{path}: sample {key!r} lacks its JSON or an image; copy the file again.")
-    return {key: [parts[number] for number in sorted(parts)] for key, parts in found.items()}
+    return {key: tuple(parts[number] for number in sorted(parts)) for key, parts in found.items()}

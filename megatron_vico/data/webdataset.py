@@ -1,126 +1,39 @@
 """WebDataset tar shards with an index: read any sample by its number, check everything before training starts.
 
 A folder holds `shard-000000.tar`, ... (members KEY.json, KEY.0.jpg, KEY.1.png, ..., as any WebDataset reader
-expects) and `index.json`: where each member lies, and how long each sample is under the tokenizer and tiling that the
-index was made with. Writing is in data/shard_writer.py.
+expects) and their indexes (data/shard_index.py). Writing is in data/shard_writer.py.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_vico.data.encoding import EncodingSettings
 from megatron_vico.data.samples import ROLES, ConversationSample, IntArray, Turn
+from megatron_vico.data.shard_index import INDEX_NAME, FolderIndex, IndexedSample, ShardFiles, ShardIndex, hash_of_file
 from megatron_vico.data.tokenizer import Tokenizer
 from megatron_vico.errors import ConfigError, SampleError, nearest
 
-INDEX_NAME = "index.json"
-INDEX_VERSION = 1
 MAX_OPEN_FILES = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardIndex:
-    """The index of one tar file; all sequences have one entry per sample."""
-
-    name: str
-    """File name within the folder."""
-
-    num_bytes: int
-    """Size of the file."""
-
-    sha256: str
-    """Of the file."""
-
-    keys: list[str]
-    """Unique over the folder."""
-
-    members: list[list[list[int]]]
-    """[offset, size] in the file of the JSON member and then of each image."""
-
-    num_tokens: list[int]
-    """L, with one image token per tile."""
-
-    num_responses: list[int]
-    """Trained tokens."""
-
-    tiles_per_image: list[list[int]]
-    """Tiles of each image."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FolderIndex:
-    """Content of `index.json`."""
-
-    version: int
-    """Of this format."""
-
-    tokenizer: str
-    """Fingerprint of the tokenizer that `num_tokens` was counted with."""
-
-    settings: EncodingSettings
-    """Tiling and tags that `num_tokens` and `tiles_per_image` were counted with."""
-
-    shards: list[ShardIndex]
-    """In order."""
-
-    skipped: list[str]
-    """One message for each sample left out."""
-
-    def write(self, folder: Path) -> None:
-        """Write `index.json` so that a reader sees the old file or the new one, never half of it."""
-        temporary = folder / (INDEX_NAME + ".partial")
-        temporary.write_text(json.dumps(asdict(self), separators=(",", ":")))
-        os.replace(temporary, folder / INDEX_NAME)
-
-    @classmethod
-    def read(cls, folder: Path) -> "FolderIndex":
-        """Read and check `index.json`.
-
-        Raises:
-            ConfigError: if there is none, or it is of another version.
-            SampleError: if it is broken.
-        """
-        path = folder / INDEX_NAME
-        if not path.exists():
-            raise ConfigError(f"--data-path {folder}: no {INDEX_NAME} there; make the folder with `vico shards make`.")
-        try:
-            content: dict[str, Any] = json.loads(path.read_text())
-            version = content["version"]
-            if version != INDEX_VERSION:
-                raise ConfigError(
-                    f"--data-path {folder}: index version {version}, expected {INDEX_VERSION}; "
-                    "make it anew with `vico shards index`."
-                )
-            content["settings"] = EncodingSettings(**content["settings"])
-            content["shards"] = [ShardIndex(**shard) for shard in content["shards"]]
-            return cls(**content)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise SampleError(f"{path}: broken index ({error!r}); make it anew with `vico shards index`.") from error
 
 
 class ShardFolder:
     """A folder of shards, read by sample number; safe to fork and to pickle."""
 
-    def __init__(self, path: Path, index: FolderIndex) -> None:
-        """Args: path: the folder; index: its index, already checked (use `open`)."""
+    def __init__(self, path: Path, index: FolderIndex, shards: Sequence[ShardIndex]) -> None:
+        """Args: path: the folder; index, shards: its index and those of its shards, already checked (use `open`)."""
         self.path = path
         self.index = index
-        shards = index.shards
-        self.keys: list[str] = [key for shard in shards for key in shard.keys]
-        self.num_tokens = _flat([shard.num_tokens for shard in shards])
-        self.num_responses = _flat([shard.num_responses for shard in shards])
-        self.num_tiles: IntArray = np.array(
-            [sum(tiles) for shard in shards for tiles in shard.tiles_per_image], dtype=np.int64
-        )
-        self._shard_starts = np.cumsum([0] + [len(shard.keys) for shard in shards])
+        self.num_tokens: IntArray = np.concatenate([shard.num_tokens for shard in shards])
+        self.num_responses: IntArray = np.concatenate([shard.num_responses for shard in shards])
+        self.num_tiles: IntArray = np.concatenate([shard.num_tiles for shard in shards])
+        self.samples_per_shard: tuple[int, ...] = tuple(len(shard) for shard in shards)
+        self._shards = tuple(shards)
+        self._shard_starts = np.cumsum([0, *self.samples_per_shard])
         self._files: dict[int, int] = {}
 
     @classmethod
@@ -152,18 +65,18 @@ class ShardFolder:
                 )
             if verify == "sha256" and hash_of_file(file) != shard.sha256:
                 raise SampleError(f"{file}: its content is not what was indexed (sha256 differs); copy it again.")
-        return cls(folder, index)
+        return cls(folder, index, [_open_index(folder, shard) for shard in index.shards])
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return int(self._shard_starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
 
-    def tiles_per_image(self, number: int) -> list[int]:
-        """Tiles of each image of a sample, as indexed."""
+    def describe(self, number: int) -> IndexedSample:
+        """What the index knows of a sample."""
         shard, local = self._locate(number)
-        return self.index.shards[shard].tiles_per_image[local]
+        return self._shards[shard][local]
 
     def check_encoding(self, *, tokenizer: Tokenizer, settings: EncodingSettings) -> None:
         """Check that the index counted with this tokenizer and these settings.
@@ -193,19 +106,19 @@ class ShardFolder:
             SampleError: if the shard ends too early, or holds something else than the index says.
         """
         shard, local = self._locate(number)
-        listed = self.index.shards[shard]
-        key, members = listed.keys[local], listed.members[local]
+        name, sample = self.index.shards[shard].name, self._shards[shard][local]
+        key, members = sample.key, sample.members
         start = min(offset for offset, _ in members)
         end = max(offset + size for offset, size in members)
         file = self._file(shard)
         content = os.pread(file, end - start, start)
         if len(content) != end - start:
             raise SampleError(
-                f"sample {key!r}: {self.path / listed.name} ends after {os.fstat(file).st_size} bytes, but the sample "
+                f"sample {key!r}: {self.path / name} ends after {os.fstat(file).st_size} bytes, but the sample "
                 f"ends at {end}; the file was cut short: copy it again."
             )
         parts = [content[offset - start : offset - start + size] for offset, size in members]
-        return parse_sample(parts[0], key=key, images=tuple(parts[1:]), where=str(self.path / listed.name))
+        return parse_sample(parts[0], key=key, images=tuple(parts[1:]), where=str(self.path / name))
 
     def _locate(self, number: int) -> tuple[int, int]:
         if not 0 <= number < len(self):
@@ -224,6 +137,16 @@ class ShardFolder:
     def __del__(self) -> None:
         for file in getattr(self, "_files", {}).values():
             os.close(file)
+
+
+def _open_index(folder: Path, shard: ShardFiles) -> ShardIndex:
+    index = ShardIndex.read(folder / shard.index_name)
+    if len(index) != shard.num_samples:
+        raise SampleError(
+            f"{folder / shard.index_name}: {len(index)} samples, but {INDEX_NAME} says {shard.num_samples}; copy the "
+            "folder again, or make the index anew with `vico shards index`."
+        )
+    return index
 
 
 def parse_sample(content: bytes, *, key: str, images: Sequence[bytes], where: str) -> ConversationSample:
@@ -260,13 +183,3 @@ def parse_sample(content: bytes, *, key: str, images: Sequence[bytes], where: st
             raise SampleError(f"{where}: sample {key!r}: turn {number + 1} has no text 'value'.")
         parsed.append(Turn(role, text))
     return ConversationSample(key=key, turns=tuple(parsed), images=tuple(images))
-
-
-def hash_of_file(path: Path) -> str:
-    """sha256 of a file's content, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flat(lists: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
-    return np.array([value for values in lists for value in values], dtype=np.int64)

@@ -15,7 +15,8 @@ from megatron_vico.checkpoint import state
 from megatron_vico.config.arguments import config_kwargs
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
-from megatron_vico.data.loader import Loader, PackBuilder, make_loader
+from megatron_vico.data.loader import Loader, make_loader
+from megatron_vico.data.pack_builder import PackBuilder
 from megatron_vico.data.tokenizer import load_tokenizer
 from megatron_vico.errors import ConfigError
 from megatron_vico.models.build import (

@@ -13,7 +13,9 @@ from megatron_vico.config.schema import DataOptions
 from megatron_vico.data.balance import PackCost, assign
 from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
 from megatron_vico.data.image_tokens import expand
-from megatron_vico.data.loader import Loader, Pack, PackBuilder, PackPlan, make_loader
+from megatron_vico.data.loader import Loader, make_loader
+from megatron_vico.data.pack_builder import PackBuilder
+from megatron_vico.data.pack_plan import Pack, PackPlan
 from megatron_vico.data.samples import map_tensors
 from megatron_vico.data.webdataset import ShardFolder
 from megatron_vico.errors import ConfigError, SampleError
@@ -65,12 +67,12 @@ def naive_plans(sampler, samples, pack):
     """The plan of each sample, from the streams that belong to it or to its pack."""
     if sampler == "stratified":
         images = [count for sample in samples for count in sample.tiles_per_image]
-        stream = compression_plan.generator(7, pack.epoch, pack.sample_ids[0], "xi-of-pack")
+        stream = compression_plan.generator(7, pack.visits[0], pack.sample_ids[0], "xi-of-pack")
         whole = compression_plan.plan_stratified(images, generator=stream)
         return torch.split(whole, [sample.num_tiles for sample in samples])
     return [
         compression_plan.plan_fraction(
-            sample.tiles_per_image, generator=compression_plan.generator(7, pack.epoch, i, "xi"), sampler=sampler
+            sample.tiles_per_image, generator=compression_plan.generator(7, pack.visits[0], i, "xi"), sampler=sampler
         )
         for i, sample in zip(pack.sample_ids, samples, strict=True)
     ]
@@ -144,7 +146,7 @@ def test_each_epoch_has_every_sample_once_and_another_order(load):
     packs = [pack for step in range(12) for pack in plan.step(step).packs]
     expected = [pack for epoch in range(4) for pack in plan.epoch(epoch)]
     assert packs == expected[: len(packs)]
-    assert {pack.epoch for pack in packs} >= {0, 1, 2}
+    assert {pack.visits[0] for pack in packs} >= {0, 1, 2}
 
 
 def test_each_epoch_draws_new_plans(load):
@@ -211,7 +213,7 @@ def test_a_packs_shares_depend_on_nothing_but_the_pack(load, shards, tokenizer):
 
     def plan(ids, epoch=0):
         samples = [encoder.encode(folder.read(i)) for i in ids]
-        pack = Pack(epoch=epoch, sample_ids=tuple(ids))
+        pack = Pack(sample_ids=tuple(ids), visits=(epoch,) * len(ids))
         return BUILDER.build(samples, pack=pack, samples_in_global_batch=4).policies[0].compressed.tolist()
 
     alone = plan(images)
@@ -303,7 +305,7 @@ def test_a_pack_without_images(load, shards, tokenizer):
     samples = [encoder.encode(folder.read(i)) for i in text_only]
     for stage in ("pretrain", "consistency", "router"):
         builder = dataclasses.replace(BUILDER, stage=stage)
-        pack = Pack(epoch=0, sample_ids=tuple(text_only))
+        pack = Pack(sample_ids=tuple(text_only), visits=(0,) * len(text_only))
         batch = builder.build(samples, pack=pack, samples_in_global_batch=2)
         assert batch.tiles.shape == (0, 3, 32, 32)
         assert batch.router_tiles.dtype == batch.router_tile_sample.dtype == torch.int64

@@ -228,7 +228,8 @@ def _measure(path: Path) -> _Video:
         seconds = 0.0 if stream.frames else (container.duration or 0) / MICROSECONDS
         if corrupt or num_packets < stream.frames or end < seconds - SLACK_S:
             raise SampleError(
-                f"{path}: cut short: {num_packets} of {stream.frames or 'unknown'} frames, {end:.1f} s; copy it again."
+                f"{path}: damaged or cut short: {num_packets} of {stream.frames or 'unknown'} frames, {end:.1f} of "
+                f"{(container.duration or 0) / MICROSECONDS:.1f} s; copy it again."
             )
         return _Video(path=path, num_frames=num_frames, rate=stream.average_rate)
 

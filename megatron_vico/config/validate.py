@@ -12,6 +12,7 @@ from megatron_vico.config.layout import (
 )
 from megatron_vico.config.megatron_flags import TRANSFORMER, flag_of
 from megatron_vico.config.schema import MODULES, Module, RunConfig, Stage, StageOptions
+from megatron_vico.data.mixture import read_mixture
 from megatron_vico.errors import ConfigError, nearest
 from megatron_vico.models.registry import ModelConfig, get_model_config
 from megatron_vico.training import stages
@@ -135,6 +136,7 @@ def _check_ranges(cfg: RunConfig) -> None:
         "--max-tiles-per-pack": (cfg.data.max_tiles_per_pack, 1),
         "--max-samples-per-pack": (cfg.data.max_samples_per_pack, 1),
         "--packing-window": (cfg.data.packing_window, 1),
+        "--shuffle-shards": (cfg.data.shuffle_shards, 1),
         "--max-dynamic-patch": (cfg.data.max_dynamic_patch, 1),
         "--num-workers": (cfg.data.num_workers, 0),
         "--train-iters": (cfg.training.train_iters, 1),
@@ -412,11 +414,11 @@ def _check_files(cfg: RunConfig) -> None:
         )
     paths = {
         "--tokenizer-model": (cfg.data.tokenizer_model,),
-        "--data-path": cfg.data.data_path,
+        "--data-path": tuple(folder.path for folder in read_mixture(cfg.data.data_path)),
         "--pretrained-checkpoint": (cfg.checkpoint.pretrained_checkpoint,),
         "--reference-load": (cfg.stage.reference_load,),
     }
     for flag, given in paths.items():
         for path in given:
-            if path is not None and not Path(path).exists():
+            if path is not None and "://" not in path and not Path(path).exists():
                 raise ConfigError(f"{flag} {path}: no such file or folder (looked from {Path.cwd()}).")

@@ -4,6 +4,7 @@ Data-parallel ranks share the packs of a step by their estimated cost (data/bala
 state is the number of consumed steps.
 """
 
+import itertools
 import signal
 from collections.abc import Iterator
 
@@ -13,6 +14,7 @@ from megatron_vico.config.schema import DataOptions
 from megatron_vico.data import parcel
 from megatron_vico.data.balance import assign
 from megatron_vico.data.encoding import SampleEncoder
+from megatron_vico.data.mixture import read_mixture
 from megatron_vico.data.pack_builder import PackBuilder
 from megatron_vico.data.pack_plan import FolderList, PackPlan, StepPlan
 from megatron_vico.data.samples import EncodedSample, PackedBatch
@@ -122,10 +124,7 @@ class _Steps(Sampler[StepPlan]):
         self._plan, self._start, self._end = plan, start, end
 
     def __iter__(self) -> Iterator[StepPlan]:
-        step = self._start
-        while self._end is None or step < self._end:
-            yield self._plan.step(step)
-            step += 1
+        return itertools.islice(self._plan.steps(), self._start, self._end)
 
 
 class _StepDataset(Dataset[list[PackedBatch] | SampleError]):
@@ -198,8 +197,10 @@ def make_loader(
         ConfigError: if shards, tokenizer and options do not fit together.
         SampleError: if a shard is broken or a sample is larger than a pack.
     """
+    mixture = read_mixture(options.data_path)
     plan = PackPlan(
-        [ShardFolder.open(path) for path in options.data_path],
+        [ShardFolder.open(each.path) for each in mixture],
+        repeats=[each.repeat for each in mixture],
         options=options,
         tokens_kept=builder.tokens_kept,
         seed=builder.seed,

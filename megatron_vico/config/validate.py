@@ -11,7 +11,8 @@ from megatron_vico.config.layout import (
     virtual_stages,
 )
 from megatron_vico.config.megatron_flags import TRANSFORMER, flag_of
-from megatron_vico.config.schema import MODULES, Module, RunConfig, Stage, StageOptions
+from megatron_vico.config.schema import MODULES, DataOptions, Module, RunConfig, Stage, StageOptions
+from megatron_vico.data.storage import check_url, is_url
 from megatron_vico.errors import ConfigError, nearest
 from megatron_vico.models.registry import ModelConfig, get_model_config
 from megatron_vico.training import stages
@@ -137,6 +138,8 @@ def _check_ranges(cfg: RunConfig) -> None:
         "--packing-window": (cfg.data.packing_window, 1),
         "--max-dynamic-patch": (cfg.data.max_dynamic_patch, 1),
         "--num-workers": (cfg.data.num_workers, 0),
+        "--data-retries": (cfg.data.data_retries, 0),
+        "--data-cache-gb": (cfg.data.data_cache_gb, 0.0),
         "--train-iters": (cfg.training.train_iters, 1),
         "--global-batch-size": (cfg.training.global_batch_size, 1),
         "--seed": (cfg.training.seed, 0),
@@ -416,7 +419,23 @@ def _check_files(cfg: RunConfig) -> None:
         "--pretrained-checkpoint": (cfg.checkpoint.pretrained_checkpoint,),
         "--reference-load": (cfg.stage.reference_load,),
     }
+    _check_cache(cfg.data)
     for flag, given in paths.items():
         for path in given:
-            if path is not None and not Path(path).exists():
+            if flag == "--data-path" and path is not None and is_url(path):
+                check_url(path)
+            elif path is not None and not Path(path).exists():
                 raise ConfigError(f"{flag} {path}: no such file or folder (looked from {Path.cwd()}).")
+
+
+def _check_cache(data: DataOptions) -> None:
+    if (data.data_cache_dir is None) != (data.data_cache_gb is None):
+        raise ConfigError(
+            f"--data-cache-dir {data.data_cache_dir} and --data-cache-gb {data.data_cache_gb} "
+            "belong together; set both."
+        )
+    if data.data_cache_dir is not None and not any(map(is_url, data.data_path)):
+        raise ConfigError(
+            f"--data-cache-dir {data.data_cache_dir} has no effect: no --data-path is a URL; leave it out, or write "
+            "file:///... for a folder of a slow file system."
+        )

@@ -16,6 +16,7 @@ from megatron_vico.data.encoding import SampleEncoder
 from megatron_vico.data.pack_builder import PackBuilder
 from megatron_vico.data.pack_plan import FolderList, PackPlan, StepPlan
 from megatron_vico.data.samples import EncodedSample, PackedBatch
+from megatron_vico.data.storage import StorageOptions
 from megatron_vico.data.webdataset import ShardFolder
 from megatron_vico.errors import ConfigError, SampleError
 
@@ -197,7 +198,7 @@ def make_loader(
         SampleError: if a shard is broken or a sample is larger than a pack.
     """
     plan = PackPlan(
-        [ShardFolder.open(path) for path in options.data_path],
+        [ShardFolder.open(path, storage=StorageOptions.of(options)) for path in options.data_path],
         options=options,
         tokens_kept=builder.tokens_kept,
         seed=builder.seed,

@@ -133,8 +133,8 @@ class ShardFolder:
             raise SampleError(f"sample {sample.key!r}: {where} is missing; restore it.") from error
         if len(content) != end - start:
             raise SampleError(
-                f"sample {sample.key!r}: {where} has {len(content)} of the {end - start} bytes from {start} on; the file "
-                "was cut short: copy it again."
+                f"sample {sample.key!r}: {where} has {len(content)} of the {end - start} bytes from {start} on; the "
+                "file was cut short: copy it again."
             )
         _check_header(content, sample, start=start, where=where)
         parts = [content[offset - start : offset - start + size] for offset, size in sample.members]

@@ -172,9 +172,7 @@ def test_a_tar_cut_short_while_training_is_named(copy):
     folder = ShardFolder.open(copy)
     tar = copy / "shard-000001.tar"
     tar.write_bytes(tar.read_bytes()[:3000])
-    with pytest.raises(
-        SampleError, match=r"sample 'conversations-\d+': .*shard-000001.tar has 0 of the [0-9]+ bytes from [0-9]+ on"
-    ):
+    with pytest.raises(SampleError, match=r"sample 'conversations-\d+': .*shard-000001.tar has 0 of the \d+ bytes"):
         folder.read(31)
 
 

@@ -45,6 +45,7 @@ def validate(cfg: RunConfig, world_size: int, *, check_files: bool = False) -> N
     _check_frozen(cfg, model)
     _check_lr_mult(cfg.stage)
     _check_data(cfg, model)
+    _check_cache(cfg.data)
     check_layout(cfg, model=model, world_size=world_size)
     _check_recompute(cfg, model)
     _check_optimizer(cfg)
@@ -419,7 +420,6 @@ def _check_files(cfg: RunConfig) -> None:
         "--pretrained-checkpoint": (cfg.checkpoint.pretrained_checkpoint,),
         "--reference-load": (cfg.stage.reference_load,),
     }
-    _check_cache(cfg.data)
     for flag, given in paths.items():
         for path in given:
             if flag == "--data-path" and path is not None and is_url(path):
@@ -434,7 +434,7 @@ def _check_cache(data: DataOptions) -> None:
             f"--data-cache-dir {data.data_cache_dir} and --data-cache-gb {data.data_cache_gb} "
             "belong together; set both."
         )
-    if data.data_cache_dir is not None and not any(map(is_url, data.data_path)):
+    if data.data_cache_dir is not None and data.data_path and not any(map(is_url, data.data_path)):
         raise ConfigError(
             f"--data-cache-dir {data.data_cache_dir} has no effect: no --data-path is a URL; leave it out, or write "
             "file:///... for a folder of a slow file system."

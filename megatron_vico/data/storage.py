@@ -1,7 +1,7 @@
 """Files of a shard folder, on this machine or at any URL that fsspec opens: reads by range, retries, a local cache.
 
 Nothing here stays open across a fork: local files are read at given offsets, and fsspec's own cache of file systems is
-asked for one before each read (it begins anew in each process; an asynchronous file system that crossed a fork hangs).
+asked for one before each read (it begins anew in each process; an asynchronous file system does not outlive a fork).
 """
 
 import hashlib
@@ -227,9 +227,7 @@ class RemoteStorage:
         def read() -> bytes:
             content = self._cat(name, start=start, end=end)
             if len(content) > end - start:
-                raise ValueError(
-                    "the server sends more than was asked for; it must answer requests for a range of bytes"
-                )
+                raise ValueError("more came than was asked for; the server must answer requests for a range of bytes")
             if len(content) < end - start:
                 size = self._size(name)
                 if size is None or size >= end or len(content) != max(0, size - start):
@@ -275,7 +273,7 @@ class RemoteStorage:
             raise
         except Exception as error:
             raise SampleError(
-                f"{self.where(name)}: cannot be read, {retrying.statistics['attempt_number']} tries; last cause: "
+                f"{self.where(name)}: cannot be read; tries: {retrying.statistics['attempt_number']}, last cause: "
                 f"{_cause(error)}; check the network and the right to read, or raise --data-retries."
             ) from error
 
@@ -289,7 +287,12 @@ class ShardCache:
     """
 
     def __init__(self, folder: Path, *, max_bytes: int) -> None:
-        """Args: folder: made when it is needed; max_bytes: of all files in it, those being fetched included."""
+        """Take a folder.
+
+        Args:
+            folder: made when it is needed.
+            max_bytes: of all files in it; exceeded only by shards that are fetched at the same time.
+        """
         self._folder, self._max_bytes = folder, max_bytes
 
     def read_range(
@@ -354,6 +357,7 @@ class ShardCache:
                 for chunk in content:
                     digest.update(chunk)
                     written.write(chunk)
+            os.fsync(file)  # or a machine that fails could leave a file of the right size without its content
             if digest.hexdigest() != shard.sha256:
                 raise SampleError(
                     f"{shard.name}: fetched into {self._folder}, its content is not what was indexed (sha256 differs); "
@@ -363,7 +367,8 @@ class ShardCache:
                 os.replace(partial, self._path(shard))
         except BaseException:
             os.close(file)
-            partial.unlink(missing_ok=True)
+            with self._lock("names"):
+                partial.unlink(missing_ok=True)
             raise
         return file
 

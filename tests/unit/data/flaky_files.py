@@ -16,7 +16,8 @@ class FlakyFiles(AsyncFileSystem):
     protocol = "flaky"
 
     script: ClassVar[dict[str, list[Exception | str | None]]] = {}
-    """What the next requests for a file of this name meet: an error, half of the content (CUT), the WHOLE file for a range, or None."""
+    """What the next requests for a file of this name meet:
+    an error, half of the content (CUT), the WHOLE file for a range, or None."""
 
     log: ClassVar[Path] = Path(os.devnull)
     """Gets the name of each file that content was asked of, a line each, from all processes."""

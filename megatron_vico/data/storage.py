@@ -4,6 +4,7 @@ Nothing here stays open across a fork: local files are read at given offsets, an
 asked for one before each read (it begins anew in each process; an asynchronous file system does not outlive a fork).
 """
 
+import errno
 import hashlib
 import logging
 import os
@@ -418,6 +419,8 @@ def _is_transient(error: BaseException) -> bool:
     status = getattr(error, "status", getattr(error, "code", None))  # of aiohttp, gcsfs
     if isinstance(status, int) and 400 <= status < 500:
         return status in TRANSIENT_STATUS
+    if getattr(error, "errno", None) == errno.EINVAL:
+        return False  # s3fs: a range behind the end of the file
     return isinstance(error, Exception) and not isinstance(error, PERMANENT)
 
 

@@ -128,7 +128,16 @@ def test_indexes_are_tried_again_too(remote, flaky, sleeps, shards, name):
     assert len(sleeps) == 2
 
 
-@pytest.mark.parametrize("error", [PermissionError("no"), StatusError(403), ValueError("bad"), FileNotFoundError("no")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError("no"),
+        FileNotFoundError("no"),
+        StatusError(403),
+        ValueError("bad"),
+        OSError(errno.EINVAL, "The requested range is not satisfiable"),
+    ],
+)
 def test_errors_that_stay_are_not_tried_again(remote, flaky, sleeps, error):
     folder = remote()
     flaky.script[TAR] = [error]

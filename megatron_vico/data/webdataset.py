@@ -129,13 +129,13 @@ class ShardFolder:
         end = max(offset + size for offset, size in sample.members)
         try:
             content = self._storage.read_range(files, start, end)
+            if len(content) != end - start:
+                raise SampleError(
+                    f"sample {sample.key!r}: {where} ends after {self._storage.size(files.name)} bytes, but the sample "
+                    f"ends at {end}; the file was cut short: copy it again."
+                )
         except FileNotFoundError as error:
             raise SampleError(f"sample {sample.key!r}: {where} is missing; restore it.") from error
-        if len(content) != end - start:
-            raise SampleError(
-                f"sample {sample.key!r}: {where} has {len(content)} of the {end - start} bytes from {start} on; the "
-                "file was cut short: copy it again."
-            )
         _check_header(content, sample, start=start, where=where)
         parts = [content[offset - start : offset - start + size] for offset, size in sample.members]
         return parse_sample(parts[0], key=sample.key, images=tuple(parts[1:]), where=where)

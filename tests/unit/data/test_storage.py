@@ -171,7 +171,7 @@ def test_a_file_that_is_short_itself_is_not_asked_again(remote, copy, sleeps):
     whole = (copy / TAR).read_bytes()
     for cut in (3000, len(whole) // 2):
         (copy / TAR).write_bytes(whole[:cut])
-        with pytest.raises(SampleError, match=rf"{TAR} has \d+ of the \d+ bytes from \d+ on"):
+        with pytest.raises(SampleError, match=rf"{TAR} ends after {cut} bytes"):
             samples(folder)
     assert sleeps == []
     with pytest.raises(SampleError, match=f"flaky://.*{TAR}: {cut} bytes, but the index says {len(whole)}"):

@@ -20,7 +20,9 @@ setup(
         "pillow>=11",
         "pyyaml>=6.0",
         "tqdm>=4.66",
-        "fsspec>=2024.6",
+        "fsspec>=2025.3",
+        "filelock>=3.16",
+        "tenacity>=9",
         "tensorboard>=2.16",
         "matplotlib>=3.9",
         "psutil>=5.9",  # megatron-core's checkpoint writer imports it without declaring it

@@ -77,7 +77,7 @@ def _settings(options: argparse.Namespace) -> EncodingSettings:
     )
 
 
-def _report(folder: Path, index: FolderIndex) -> None:
+def _report(folder: Path | str, index: FolderIndex) -> None:
     for message in index.skipped:
         print(f"left out: {message}")
     print(f"{folder}: {index.num_samples} samples in {len(index.shards)} shards, {len(index.skipped)} left out")

@@ -82,8 +82,21 @@ class DataOptions:
     """Shards, tokenizer, tiling and packing."""
 
     data_path: tuple[str, ...] = ()
-    """Folders of WebDataset shards made by `vico shards make`, read as one data set. A number before a folder says how
-    often its samples come in an epoch (`0.5 /a 2 /b`; once if there is none); a mixture.json stands for its folders."""
+    """Folders of WebDataset shards made by `vico shards make`, read as one data set; also any URL that fsspec opens,
+    such as s3://bucket/shards (needs s3fs). A number before a folder says how often its samples come in an epoch
+    (`0.5 /a 2 /b`; once if there is none); a mixture.json stands for its folders."""
+
+    data_cache_dir: str | None = None
+    """Folder of a local disk in which whole shards of a URL are kept. Unset, each sample is one request."""
+
+    data_cache_gb: float | None = None
+    """Most gigabytes (1e9 bytes) of --data-cache-dir; the shards used longest ago make room. The order of a run is
+    shuffled within blocks of --shuffle-shards shards, so that room for two blocks means that each shard is fetched
+    about once an epoch."""
+
+    data_retries: int = 5
+    """How often a read from a URL is tried again after an error that may pass, each time after about twice the wait;
+    5 take about a minute."""
 
     tokenizer_model: str | None = None
     """A Hugging Face tokenizer folder, or a SentencePiece .model file."""

@@ -11,8 +11,9 @@ from megatron_vico.config.layout import (
     virtual_stages,
 )
 from megatron_vico.config.megatron_flags import TRANSFORMER, flag_of
-from megatron_vico.config.schema import MODULES, Module, RunConfig, Stage, StageOptions
+from megatron_vico.config.schema import MODULES, DataOptions, Module, RunConfig, Stage, StageOptions
 from megatron_vico.data.mixture import read_mixture
+from megatron_vico.data.storage import check_url, is_url
 from megatron_vico.errors import ConfigError, nearest
 from megatron_vico.models.registry import ModelConfig, get_model_config
 from megatron_vico.training import stages
@@ -45,6 +46,7 @@ def validate(cfg: RunConfig, world_size: int, *, check_files: bool = False) -> N
     _check_frozen(cfg, model)
     _check_lr_mult(cfg.stage)
     _check_data(cfg, model)
+    _check_cache(cfg.data)
     check_layout(cfg, model=model, world_size=world_size)
     _check_recompute(cfg, model)
     _check_optimizer(cfg)
@@ -139,6 +141,8 @@ def _check_ranges(cfg: RunConfig) -> None:
         "--shuffle-shards": (cfg.data.shuffle_shards, 1),
         "--max-dynamic-patch": (cfg.data.max_dynamic_patch, 1),
         "--num-workers": (cfg.data.num_workers, 0),
+        "--data-retries": (cfg.data.data_retries, 0),
+        "--data-cache-gb": (cfg.data.data_cache_gb, 0.0),
         "--train-iters": (cfg.training.train_iters, 1),
         "--global-batch-size": (cfg.training.global_batch_size, 1),
         "--seed": (cfg.training.seed, 0),
@@ -420,5 +424,24 @@ def _check_files(cfg: RunConfig) -> None:
     }
     for flag, given in paths.items():
         for path in given:
-            if path is not None and "://" not in path and not Path(path).exists():
+            if flag == "--data-path" and path is not None and is_url(path):
+                check_url(path)
+            elif path is not None and not Path(path).exists():
                 raise ConfigError(f"{flag} {path}: no such file or folder (looked from {Path.cwd()}).")
+
+
+def _check_cache(data: DataOptions) -> None:
+    if (data.data_cache_dir is None) != (data.data_cache_gb is None):
+        raise ConfigError(
+            f"--data-cache-dir {data.data_cache_dir} and --data-cache-gb {data.data_cache_gb} "
+            "belong together; set both."
+        )
+    if (
+        data.data_cache_dir is not None
+        and data.data_path
+        and not any(is_url(path) or path.endswith(".json") for path in data.data_path)
+    ):
+        raise ConfigError(
+            f"--data-cache-dir {data.data_cache_dir} has no effect: no --data-path is a URL; leave it out, or write "
+            "file:///... for a folder of a slow file system."
+        )

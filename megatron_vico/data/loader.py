@@ -18,6 +18,7 @@ from megatron_vico.data.mixture import read_mixture
 from megatron_vico.data.pack_builder import PackBuilder
 from megatron_vico.data.pack_plan import FolderList, PackPlan, StepPlan
 from megatron_vico.data.samples import EncodedSample, PackedBatch
+from megatron_vico.data.storage import StorageOptions
 from megatron_vico.data.webdataset import ShardFolder
 from megatron_vico.errors import ConfigError, SampleError
 from megatron_vico.vico import compression_plan
@@ -199,7 +200,7 @@ def make_loader(
     """
     mixture = read_mixture(options.data_path)
     plan = PackPlan(
-        [ShardFolder.open(each.path) for each in mixture],
+        [ShardFolder.open(each.path, storage=StorageOptions.of(options)) for each in mixture],
         repeats=[each.repeat for each in mixture],
         options=options,
         tokens_kept=builder.tokens_kept,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import fsspec
 
+from megatron_vico.data.storage import is_url
 from megatron_vico.errors import ConfigError
 
 MIXTURE_VERSION = 1
@@ -91,7 +92,7 @@ def _read_file(path: str) -> tuple[MixedFolder, ...]:
             raise ConfigError(f"--data-path {path}: folder {name!r} has repeat {repeat!r}; expected a number above 0.")
     base = path.rpartition("/")[0]
     return tuple(
-        MixedFolder(path=name if not base or _is_url(name) else os.path.join(base, name), repeat=float(repeat))
+        MixedFolder(path=name if not base or is_url(name) else os.path.join(base, name), repeat=float(repeat))
         for name, repeat in listed
     )
 
@@ -99,14 +100,10 @@ def _read_file(path: str) -> tuple[MixedFolder, ...]:
 def _check_once(folders: Sequence[MixedFolder]) -> None:
     seen: dict[str, str] = {}
     for folder in folders:
-        place = folder.path.rstrip("/") if _is_url(folder.path) else str(Path(folder.path).resolve())
+        place = folder.path.rstrip("/") if is_url(folder.path) else str(Path(folder.path).resolve())
         if place in seen:
             raise ConfigError(
                 f"--data-path: {folder.path} is the same folder as {seen[place]}; give it once, with the sum of both "
                 "numbers before it."
             )
         seen[place] = folder.path
-
-
-def _is_url(path: str) -> bool:
-    return "://" in path

@@ -5,12 +5,13 @@ milliseconds; `index.json` lists the shards, with the hash of each file and the 
 """
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -115,10 +116,23 @@ class ShardIndex:
             SampleError: if it is missing or broken.
         """
         try:
-            with np.load(path, allow_pickle=False) as columns:
+            content = path.read_bytes()
+        except OSError as error:
+            raise SampleError(f"{path}: cannot be read ({error}); make it anew with `vico shards index`.") from error
+        return cls.parse(content, where=str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, *, where: str) -> "ShardIndex":
+        """The content of such a file; `where` is its path or URL, for errors.
+
+        Raises:
+            SampleError: if it is broken.
+        """
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as columns:
                 return cls(**{name: columns[name] for name in cls.__dataclass_fields__})
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise SampleError(f"{path}: broken index ({error!r}); make it anew with `vico shards index`.") from error
+        except Exception as error:  # a damaged zip file raises almost anything
+            raise SampleError(f"{where}: broken index ({error!r}); make it anew with `vico shards index`.") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +223,11 @@ class FolderIndex:
             fields["settings"] = EncodingSettings(**fields["settings"])
             fields["shards"] = tuple(ShardFiles(**shard) for shard in fields["shards"])
             fields["skipped"] = tuple(fields["skipped"])
+            if not fields["shards"]:
+                raise KeyError("no shard")
+            for name, kind in get_type_hints(ShardFiles).items():
+                if not all(type(getattr(shard, name)) is kind for shard in fields["shards"]):
+                    raise TypeError(f"{name!r} of a shard is not of type {kind.__name__}")
             return cls(**fields)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise SampleError(

@@ -1,31 +1,49 @@
 """WebDataset tar shards with an index: read any sample by its number, check everything before training starts.
 
 A folder holds `shard-000000.tar`, ... (members KEY.json, KEY.0.jpg, KEY.1.png, ..., as any WebDataset reader
-expects) and their indexes (data/shard_index.py). Writing is in data/shard_writer.py.
+expects) and their indexes (data/shard_index.py). Writing is in data/shard_writer.py, the files themselves are read in
+data/storage.py.
 """
 
+import hashlib
 import json
-import os
+import tarfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+from tqdm import tqdm
 
 from megatron_vico.data.encoding import EncodingSettings
 from megatron_vico.data.samples import ROLES, ConversationSample, IntArray, Turn
-from megatron_vico.data.shard_index import INDEX_NAME, FolderIndex, IndexedSample, ShardFiles, ShardIndex, hash_of_file
+from megatron_vico.data.shard_index import INDEX_NAME, FolderIndex, IndexedSample, ShardFiles, ShardIndex
+from megatron_vico.data.storage import LocalStorage, Storage, StorageOptions, is_url, open_storage
 from megatron_vico.data.tokenizer import Tokenizer
 from megatron_vico.errors import ConfigError, SampleError, nearest
 
-MAX_OPEN_FILES = 64
+TAR_BLOCK_BYTES = 512
+"""Of the header before each member."""
+
+INDEX_THREADS = 16
+PROGRESS_AFTER_S = 5.0
 
 
 class ShardFolder:
     """A folder of shards, read by sample number; safe to fork and to pickle."""
 
-    def __init__(self, path: Path, index: FolderIndex, shards: Sequence[ShardIndex]) -> None:
-        """Args: path: the folder; index, shards: its index and those of its shards, already checked (use `open`)."""
+    def __init__(
+        self, path: Path | str, index: FolderIndex, shards: Sequence[ShardIndex], *, storage: Storage | None = None
+    ) -> None:
+        """Take a folder that was checked; `open` checks one.
+
+        Args:
+            path: the folder, or its URL.
+            index: of the folder.
+            shards: their indexes, in the same order.
+            storage: reads the folder's files; None, those of a local folder.
+        """
         self.path = path
         self.index = index
         self.num_tokens: IntArray = np.concatenate([shard.num_tokens for shard in shards])
@@ -34,44 +52,43 @@ class ShardFolder:
         self.samples_per_shard: tuple[int, ...] = tuple(len(shard) for shard in shards)
         self._shards = tuple(shards)
         self._shard_starts = np.cumsum([0, *self.samples_per_shard])
-        self._files: dict[int, int] = {}
+        self._storage = storage or LocalStorage(Path(path))
 
     @classmethod
-    def open(cls, path: str | Path, *, verify: Literal["size", "sha256"] = "size") -> "ShardFolder":
+    def open(
+        cls, path: str | Path, *, verify: Literal["size", "sha256"] = "size", storage: StorageOptions | None = None
+    ) -> "ShardFolder":
         """Open a folder and check its files.
 
         Args:
-            path: the folder.
-            verify: compare each file's size, or read all of it and compare its hash.
+            path: the folder, or any URL that fsspec opens.
+            verify: compare each tar file's size, or read all of it and compare its hash.
+            storage: cache and retries of a URL.
 
         Returns:
             The folder.
 
         Raises:
-            ConfigError: if this is no folder of shards.
+            ConfigError: if this is no folder of shards, or there is no driver for the URL.
             SampleError: if a file is missing, cut short, or not the one that was indexed.
         """
-        folder = Path(path)
-        index = FolderIndex.read(folder)
-        for shard in index.shards:
-            file = folder / shard.name
-            if not file.exists():
-                raise SampleError(f"{file}: missing, though {INDEX_NAME} lists it; restore it or make the shards anew.")
-            size = file.stat().st_size
-            if size != shard.num_bytes:
-                raise SampleError(
-                    f"{file}: {size} bytes, but the index says {shard.num_bytes}; the file was cut short or replaced: "
-                    "copy it again, or make the index anew with `vico shards index`."
-                )
-            if verify == "sha256" and hash_of_file(file) != shard.sha256:
-                raise SampleError(f"{file}: its content is not what was indexed (sha256 differs); copy it again.")
-        return cls(folder, index, [_open_index(folder, shard) for shard in index.shards])
+        files = open_storage(path, storage or StorageOptions())
+        try:
+            content = files.read(INDEX_NAME)
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"--data-path {path}: no {INDEX_NAME} there; make the folder with `vico shards make`."
+            ) from error
+        index = FolderIndex.parse(content, where=str(path))
+        # Threads, because at a URL nearly all of the time is waiting.
+        with ThreadPoolExecutor(INDEX_THREADS) as threads:
+            opened = threads.map(lambda shard: _open_shard(files, shard, verify=verify), index.shards)
+            bar = tqdm(opened, total=len(index.shards), desc=f"open {path}", delay=PROGRESS_AFTER_S, leave=False)
+            shards = list(bar)
+        return cls(path if is_url(path) else Path(path), index, shards, storage=files)
 
     def __len__(self) -> int:
         return int(self._shard_starts[-1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
 
     def describe(self, number: int) -> IndexedSample:
         """What the index knows of a sample."""
@@ -106,19 +123,22 @@ class ShardFolder:
             SampleError: if the shard ends too early, or holds something else than the index says.
         """
         shard, local = self._locate(number)
-        name, sample = self.index.shards[shard].name, self._shards[shard][local]
-        key, members = sample.key, sample.members
-        start = min(offset for offset, _ in members)
-        end = max(offset + size for offset, size in members)
-        file = self._file(shard)
-        content = os.pread(file, end - start, start)
-        if len(content) != end - start:
-            raise SampleError(
-                f"sample {key!r}: {self.path / name} ends after {os.fstat(file).st_size} bytes, but the sample "
-                f"ends at {end}; the file was cut short: copy it again."
-            )
-        parts = [content[offset - start : offset - start + size] for offset, size in members]
-        return parse_sample(parts[0], key=key, images=tuple(parts[1:]), where=str(self.path / name))
+        files, sample = self.index.shards[shard], self._shards[shard][local]
+        where = self._storage.where(files.name)
+        start = min(offset for offset, _ in sample.members) - TAR_BLOCK_BYTES
+        end = max(offset + size for offset, size in sample.members)
+        try:
+            content = self._storage.read_range(files, start, end)
+            if len(content) != end - start:
+                raise SampleError(
+                    f"sample {sample.key!r}: {where} ends after {self._storage.size(files.name)} bytes, but the sample "
+                    f"ends at {end}; the file was cut short: copy it again."
+                )
+        except FileNotFoundError as error:
+            raise SampleError(f"sample {sample.key!r}: {where} is missing; restore it.") from error
+        _check_header(content, sample, start=start, where=where)
+        parts = [content[offset - start : offset - start + size] for offset, size in sample.members]
+        return parse_sample(parts[0], key=sample.key, images=tuple(parts[1:]), where=where)
 
     def _locate(self, number: int) -> tuple[int, int]:
         if not 0 <= number < len(self):
@@ -126,27 +146,54 @@ class ShardFolder:
         shard = int(np.searchsorted(self._shard_starts, number, side="right")) - 1
         return shard, number - int(self._shard_starts[shard])
 
-    def _file(self, shard: int) -> int:
-        """An open file descriptor; the one opened first is closed when there are too many."""
-        if shard not in self._files:
-            if len(self._files) >= MAX_OPEN_FILES:
-                os.close(self._files.pop(next(iter(self._files))))
-            self._files[shard] = os.open(self.path / self.index.shards[shard].name, os.O_RDONLY)
-        return self._files[shard]
 
-    def __del__(self) -> None:
-        for file in getattr(self, "_files", {}).values():
-            os.close(file)
-
-
-def _open_index(folder: Path, shard: ShardFiles) -> ShardIndex:
-    index = ShardIndex.read(folder / shard.index_name)
-    if len(index) != shard.num_samples:
+def _open_shard(files: Storage, shard: ShardFiles, *, verify: Literal["size", "sha256"]) -> ShardIndex:
+    """A shard's index, once its files are those that `index.json` lists."""
+    again = "copy it again, or make the index anew with `vico shards index`."
+    try:
+        where = files.where(shard.name)
+        size = files.size(shard.name)
+        if size not in (None, shard.num_bytes):
+            raise SampleError(
+                f"{where}: {size} bytes, but the index says {shard.num_bytes}; "
+                f"the file was cut short or replaced: {again}"
+            )
+        if verify == "sha256" and files.sha256(shard) != shard.sha256:
+            raise SampleError(f"{where}: its content is not what was indexed (sha256 differs); copy it again.")
+        where = files.where(shard.index_name)
+        content = files.read(shard.index_name)
+    except FileNotFoundError as error:
         raise SampleError(
-            f"{folder / shard.index_name}: {len(index)} samples, but {INDEX_NAME} says {shard.num_samples}; copy the "
-            "folder again, or make the index anew with `vico shards index`."
-        )
+            f"{where}: missing, though {INDEX_NAME} lists it; restore it or make the shards anew."
+        ) from error
+    if hashlib.sha256(content).hexdigest() != shard.index_sha256:
+        raise SampleError(f"{where}: not the one that {INDEX_NAME} lists (sha256 differs); {again}")
+    index = ShardIndex.parse(content, where=where)
+    if len(index) != shard.num_samples:
+        raise SampleError(f"{where}: {len(index)} samples, but {INDEX_NAME} says {shard.num_samples}; {again}")
     return index
+
+
+def _check_header(content: bytes, sample: IndexedSample, *, start: int, where: str) -> None:
+    """Check that the tar file has the sample's JSON where the index says; another file of the same size has not."""
+    offset, size = sample.members[0]
+    header = content[offset - start - TAR_BLOCK_BYTES : offset - start]
+    name = f"{sample.key}.json".encode()
+    try:
+        found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        # Longer names and others than ASCII are cut or replaced here and stand in a header before this one.
+        is_same = found.size == size and (found.name.encode(errors="surrogateescape") == name or not _is_plain(name))
+    except tarfile.HeaderError:
+        is_same = False
+    if not is_same:
+        raise SampleError(
+            f"sample {sample.key!r}: {where} has another member at byte {offset}; the file is not the one that was "
+            "indexed: copy it again, or make the index anew with `vico shards index`."
+        )
+
+
+def _is_plain(name: bytes) -> bool:
+    return name.isascii() and len(name) <= tarfile.LENGTH_NAME
 
 
 def parse_sample(content: bytes, *, key: str, images: Sequence[bytes], where: str) -> ConversationSample:

@@ -46,6 +46,7 @@ GOOD = [
     ("--optimizer-cpu-offload --optimizer-offload-fraction 1.0", 1),
     ("--fine-grained-activation-offloading --offload-modules core_attn", 1),
     ("--save x --save-interval 10", 1),
+    ("--data-path /a s3://b/c --data-cache-dir x --data-cache-gb 0.5 --data-retries 0", 1),
     ("--save x --train-iters 3 --trace-step 3", 1),
     ("--reference-offload host --kl-chunk-rows 1 --encoder-chunk-tiles 1", 1),
     ("--stage warmup --reference-offload host --reference-load other --pretrained-checkpoint one", 1),
@@ -57,6 +58,13 @@ GOOD = [
 ]
 
 BAD = [
+    ("--data-cache-dir x", 1, "--data-cache-dir x and --data-cache-gb None belong together; set both"),
+    (
+        "--data-path a --data-cache-dir x --data-cache-gb 1",
+        1,
+        "--data-cache-dir x has no effect",
+    ),
+    ("--data-retries -1", 1, "--data-retries is -1, expected 0 or more"),
     # Layout against model.
     ("--model-size internvl3_5-9b", 1, "unknown model size 'internvl3_5-9b'; did you mean 'internvl3_5-"),
     (f"{M8} {TP} 3", 3, f"{TP} 3 does not divide num_query_groups 8 of internvl3_5-8b; use 1, 2, 4 or 8."),
@@ -253,5 +261,7 @@ def test_files_are_asked_for_when_a_run_starts(tmp_path: Path) -> None:
     assert "stage 'consistency' has nothing to start from" in problem(*data)
     assert "stage 'router' needs --reference-load" in problem(*data, "--stage", "router", "--load", here)
     assert "gone: no such file or folder" in problem(*data, "--pretrained-checkpoint", "gone")
+    assert "--data-path qq://a: fsspec cannot open it" in problem(*data[2:], "--data-path", "qq://a", "--load", here)
+    validate(parse([*data[2:], "--data-path", "memory://a", "--stage", "pretrain"]), 1, check_files=True)
     validate(parse([*data, "--pretrained-checkpoint", here]), 1, check_files=True)
     validate(parse([*data, "--stage", "pretrain"]), 1, check_files=True)

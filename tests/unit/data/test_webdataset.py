@@ -117,6 +117,18 @@ def test_more_than_ten_images_keep_their_order(tmp_path, tokenizer):
     assert encoded.tiles[:, 0, 0, 0].tolist() == list(range(12))
 
 
+@pytest.mark.parametrize("stem", ["\u6570\u636e", "long" * 30, "n" * 86])
+def test_names_that_a_tar_header_cannot_hold(tmp_path, tokenizer, stem):
+    source = tmp_path / f"{stem}.jsonl"
+    source.write_text("".join(row(image=None, question=f"{n}?") + "\n" for n in range(3)))
+    make_shards(
+        source, image_root=tmp_path, out_dir=tmp_path / "out", tokenizer=tokenizer, settings=SETTINGS, options=QUIET
+    )
+    folder = ShardFolder.open(tmp_path / "out")
+    assert [folder.read(number).turns[0].text for number in range(3)] == ["0?", "1?", "2?"]
+    assert folder.read(2).key == f"{stem}-00000003"
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

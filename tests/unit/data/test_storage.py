@@ -1,0 +1,293 @@
+"""Shards at a URL read as local ones; errors that pass are tried again, others not; the cache keeps to its limit."""
+
+import errno
+import logging
+import multiprocessing
+import os
+import pickle
+import random
+import shutil
+
+import fsspec
+import pytest
+from filelock import FileLock
+from fsspec.registry import known_implementations
+
+from megatron_vico.config.schema import DataOptions
+from megatron_vico.data.storage import StorageOptions, open_storage
+from megatron_vico.data.webdataset import ShardFolder
+from megatron_vico.errors import ConfigError, SampleError
+from tests.unit.data.flaky_files import CUT, WHOLE, install
+
+TAR = "shard-000001.tar"
+IN_TAR = 20
+"""A sample of that shard."""
+
+
+class StatusError(Exception):
+    """As aiohttp and gcsfs report an HTTP status."""
+
+    def __init__(self, status):
+        super().__init__(f"status {status}")
+        self.status = status
+
+    def __repr__(self):
+        return "headers with a token"
+
+
+@pytest.fixture
+def flaky(monkeypatch, tmp_path):
+    return install(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def copy(shards, tmp_path):
+    return shutil.copytree(shards, tmp_path / "shards")
+
+
+@pytest.fixture
+def sleeps():
+    return []
+
+
+@pytest.fixture
+def remote(flaky, copy, sleeps):
+    """Opens the copy by its URL; options as of StorageOptions."""
+
+    def opened(**options):
+        return ShardFolder.open(f"flaky://{copy}", storage=StorageOptions(sleep=sleeps.append, **options))
+
+    return opened
+
+
+def requests(flaky, name=TAR):
+    return flaky.log.read_text().split().count(name)
+
+
+def samples(folder):
+    return [folder.read(number) for number in range(len(folder))]
+
+
+def cached(folder, suffix=".tar"):
+    return {path.stem for path in folder.iterdir() if path.suffix == suffix}
+
+
+@pytest.mark.parametrize("scheme", ["file", "memory", "flaky"])
+@pytest.mark.parametrize("with_cache", [False, True])
+def test_a_url_reads_as_a_local_folder(shards, flaky, tmp_path, scheme, with_cache):
+    url = f"{scheme}://{shards}"
+    if scheme == "memory":
+        fsspec.filesystem("memory").put(f"{shards}/", f"{shards}/", recursive=True)
+    options = StorageOptions(cache_dir=str(tmp_path / "cache"), cache_bytes=10**9) if with_cache else StorageOptions()
+    folder, local = ShardFolder.open(url, verify="sha256", storage=options), ShardFolder.open(shards)
+    assert folder.path == url
+    assert folder.index == local.index
+    assert samples(folder) == samples(local)
+    assert samples(pickle.loads(pickle.dumps(folder))) == samples(local)
+
+
+def test_a_sample_is_one_request(remote, flaky):
+    folder = remote()
+    assert requests(flaky) == 0  # sizes alone
+    folder.read(IN_TAR)
+    assert requests(flaky) == 1
+
+
+def test_a_missing_driver_and_a_missing_folder_are_named(flaky, tmp_path, monkeypatch):
+    driver = {"class": "no_such_module.Files", "err": "Install nofs to access nowhere"}
+    monkeypatch.setitem(known_implementations, "nowhere", driver)
+    with pytest.raises(ConfigError, match=r"--data-path nowhere://a/b: .*Install nofs to access nowhere"):
+        ShardFolder.open("nowhere://a/b")
+    with pytest.raises(ConfigError, match=r"--data-path nothing://a: .*Protocol not known: nothing"):
+        ShardFolder.open("nothing://a")
+    with pytest.raises(ConfigError, match=r"--data-path flaky://.*: no index.json there"):
+        ShardFolder.open(f"flaky://{tmp_path}")
+
+
+def test_errors_that_pass_are_tried_again_and_logged_once_each(remote, flaky, sleeps, caplog):
+    folder = remote()
+    right = folder.read(IN_TAR)
+    state = random.getstate()
+    flaky.script[TAR] = [ConnectionResetError("gone"), TimeoutError(), StatusError(503), CUT, StatusError(429)]
+    with caplog.at_level(logging.WARNING):
+        assert folder.read(IN_TAR) == right
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 5
+    assert "gone" in caplog.messages[0]
+    assert f"{TAR}: ConnectionResetError: gone" in caplog.messages[0]
+    assert "token" not in caplog.text
+    assert "try 2 of 6" in caplog.messages[0]
+    assert all(2 ** (n + 1) * 0.5 <= s <= 2 ** (n + 1) * 1.5 for n, s in enumerate(sleeps))
+    assert len(set(sleeps)) == 5
+    assert random.getstate() == state  # the waits are drawn elsewhere
+
+
+@pytest.mark.parametrize("name", ["index.json", "shard-000002.npz"])
+def test_indexes_are_tried_again_too(remote, flaky, sleeps, shards, name):
+    flaky.script[name] = [OSError(errno.EIO, "once"), CUT]
+    assert samples(remote()) == samples(ShardFolder.open(shards))
+    assert len(sleeps) == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError("no"),
+        FileNotFoundError("no"),
+        StatusError(403),
+        ValueError("bad"),
+        OSError(errno.EINVAL, "The requested range is not satisfiable"),
+    ],
+)
+def test_errors_that_stay_are_not_tried_again(remote, flaky, sleeps, error):
+    folder = remote()
+    flaky.script[TAR] = [error]
+    with pytest.raises(SampleError, match=rf"flaky://.*{TAR}.* (tries: 1, last cause|is missing)"):
+        folder.read(IN_TAR)
+    assert sleeps == []
+    assert requests(flaky) == 1
+
+
+def test_after_the_last_try_url_tries_and_cause_are_named(remote, flaky, sleeps):
+    folder = remote(retries=2)
+    flaky.script[TAR] = [OSError("first"), OSError("second"), OSError("third")]
+    with pytest.raises(SampleError, match=rf"flaky://.*{TAR}: cannot be read; tries: 3, last cause: OSError: third"):
+        folder.read(IN_TAR)
+    assert len(sleeps) == 2
+    flaky.script[TAR] = [OSError("once")]
+    with pytest.raises(SampleError, match="tries: 1,"):
+        remote(retries=0).read(IN_TAR)
+
+
+def test_a_server_that_sends_whole_files_is_named(remote, flaky, sleeps):
+    folder = remote()
+    flaky.script[TAR] = [WHOLE]
+    with pytest.raises(SampleError, match="the server must answer requests for a range of bytes"):
+        folder.read(IN_TAR)
+    assert sleeps == []
+
+
+def test_a_file_that_is_short_itself_is_not_asked_again(remote, copy, sleeps):
+    folder = remote()
+    whole = (copy / TAR).read_bytes()
+    for cut in (3000, len(whole) // 2):
+        (copy / TAR).write_bytes(whole[:cut])
+        with pytest.raises(SampleError, match=rf"{TAR} ends after {cut} bytes"):
+            samples(folder)
+    assert sleeps == []
+    with pytest.raises(SampleError, match=f"flaky://.*{TAR}: {cut} bytes, but the index says {len(whole)}"):
+        remote()
+
+
+def test_a_shard_is_fetched_once_and_kept(remote, flaky, tmp_path):
+    options = {"cache_dir": str(tmp_path / "cache"), "cache_bytes": 10**9}
+    folder = remote(**options)
+    right = samples(remote())
+    flaky.log.write_text("")
+    assert samples(folder) == right
+    assert samples(remote(**options)) == right
+    assert requests(flaky) == 1
+    assert cached(tmp_path / "cache") == {shard.sha256 for shard in folder.index.shards}
+    assert not cached(tmp_path / "cache", ".partial")
+
+
+def test_those_used_longest_ago_make_room_and_their_readers_read_on(remote, flaky, tmp_path):
+    cache = tmp_path / "cache"
+    index = remote().index
+    limit = index.shards[0].num_bytes + max(shard.num_bytes for shard in index.shards[1:])
+    folder = remote(cache_dir=str(cache), cache_bytes=limit)
+    first, second, third = (shard.sha256 for shard in index.shards)
+    folder.read(0)
+    folder.read(IN_TAR)
+    assert cached(cache) == {first, second}
+    for n, name in enumerate((second, first)):
+        os.utime(cache / f"{name}.tar", (n, n))  # clocks of file systems are coarse
+    folder.read(1)
+    assert cached(cache) == {first, second}
+    with (cache / f"{second}.tar").open("rb") as reader:
+        folder.read(len(folder) - 1)
+        assert cached(cache) == {first, third}
+        assert len(reader.read()) == index.shards[1].num_bytes
+    right = samples(remote())
+    assert samples(folder) == right
+    assert sum(path.stat().st_size for path in cache.glob("*.tar")) <= limit
+
+
+def test_a_cache_that_cannot_work_is_refused(remote, tmp_path):
+    with pytest.raises(ConfigError, match=r"--data-cache-gb 1e-06 is less than shard-000001.tar alone"):
+        remote(cache_dir=str(tmp_path / "cache"), cache_bytes=1000).read(IN_TAR)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--data-cache-dir .*file: "):
+        remote(cache_dir=str(tmp_path / "file"), cache_bytes=10**9).read(IN_TAR)
+
+
+def test_damage_in_the_cache_is_repaired_and_wrong_content_never_enters_it(remote, copy, flaky, tmp_path):
+    cache = tmp_path / "cache"
+    folder = remote(cache_dir=str(cache), cache_bytes=10**9)
+    right, shard = folder.read(IN_TAR), folder.index.shards[1]
+    kept = cache / f"{shard.sha256}.tar"
+    os.truncate(kept, 700)
+    assert folder.read(IN_TAR) == right
+    assert kept.stat().st_size == shard.num_bytes
+    kept.unlink()
+    content = bytearray((copy / TAR).read_bytes())
+    content[-1] ^= 1
+    (copy / TAR).write_bytes(content)
+    with pytest.raises(SampleError, match=rf"{TAR}: .*sha256 differs"):
+        folder.read(IN_TAR)
+    assert not cached(cache)
+    assert not cached(cache, ".partial")
+
+
+def test_what_an_ended_process_left_is_removed_and_what_is_being_fetched_is_not(remote, tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for name in ("ended", "working"):
+        (cache / f"{name}.partial").write_bytes(bytes(100))
+    with FileLock(cache / "working.lock"):
+        remote(cache_dir=str(cache), cache_bytes=10**9).read(IN_TAR)
+        assert cached(cache, ".partial") == {"working"}
+
+
+def in_processes(work, arguments):
+    """`work` in forked processes, all at once; their answers."""
+    fork = multiprocessing.get_context("fork")
+    answers, start = fork.SimpleQueue(), fork.Barrier(len(arguments))
+
+    def run(argument):
+        start.wait()
+        try:
+            answers.put(work(argument))
+        except Exception as error:
+            answers.put(error)
+
+    processes = [fork.Process(target=run, args=(argument,)) for argument in arguments]
+    for process in processes:
+        process.start()
+    got = [answers.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return got
+
+
+def test_processes_that_want_the_same_shard_fetch_it_once(remote, flaky, tmp_path):
+    folder, right = remote(cache_dir=str(tmp_path / "cache"), cache_bytes=10**9), remote().read(IN_TAR)
+    flaky.log.write_text("")
+    assert in_processes(folder.read, [IN_TAR] * 4) == [right] * 4
+    assert requests(flaky) == 1
+
+
+def test_reads_go_on_in_a_forked_process(remote, flaky, copy):
+    folder = remote()
+    right = folder.read(IN_TAR)
+    assert in_processes(folder.read, [IN_TAR] * 2) == [right] * 2
+    # The trap this avoids: a file system made before the fork.
+    held, _ = fsspec.url_to_fs(f"flaky://{copy}")
+    assert isinstance(in_processes(held.cat_file, [f"{copy}/{TAR}"])[0], RuntimeError)
+
+
+def test_the_options_of_a_run_are_those_of_its_storage(tmp_path):
+    options = StorageOptions.of(DataOptions(data_cache_dir="/cache", data_cache_gb=1.5, data_retries=3))
+    assert (options.cache_dir, options.cache_bytes, options.retries) == ("/cache", 1_500_000_000, 3)
+    assert StorageOptions.of(DataOptions()) == StorageOptions()
+    with pytest.raises(FileNotFoundError):
+        open_storage(tmp_path, options).read("x")

@@ -7,6 +7,7 @@ milliseconds; `index.json` lists the shards, with the hash of each file and the 
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -100,6 +101,19 @@ class ShardIndex:
         sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.tiles_per_image)])
         return np.diff(sums[self.member_starts - np.arange(len(self) + 1)])
 
+    @property
+    def num_images(self) -> IntArray:
+        """[D], images of each sample."""
+        return np.diff(self.member_starts) - 1
+
+    def _check_columns(self) -> None:
+        num_members = len(self.members)
+        found = (len(self.keys), len(self.member_starts) - 1, len(self.num_responses), len(self.tiles_per_image))
+        expected = (len(self), len(self), len(self), num_members - len(self))
+        ends = self.member_starts[[0, -1]].tolist()
+        if found != expected or ends != [0, num_members] or (self.num_images < 0).any():
+            raise ValueError("its columns do not fit together")
+
     def write(self, path: Path) -> None:
         """Write the file; a reader sees it whole or not at all, and the same content gives the same bytes."""
         temporary = path.with_name(path.name + ".partial")
@@ -116,8 +130,10 @@ class ShardIndex:
         """
         try:
             with np.load(path, allow_pickle=False) as columns:
-                return cls(**{name: columns[name] for name in cls.__dataclass_fields__})
-        except (OSError, ValueError, KeyError, EOFError) as error:
+                index = cls(**{name: columns[name] for name in cls.__dataclass_fields__})
+            index._check_columns()
+            return index
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise SampleError(f"{path}: broken index ({error!r}); make it anew with `vico shards index`.") from error
 
 

@@ -1,4 +1,4 @@
-"""`vico shards make | index | inspect | verify`: from JSONL and images to shards, a new index, a look at what is there."""
+"""`vico shards make | index | inspect | verify`: shards from JSONL and images, a new index, a look, a check."""
 
 import argparse
 from collections.abc import Sequence
@@ -83,4 +83,3 @@ def _report(folder: Path, index: FolderIndex) -> None:
     for message in index.skipped:
         print(f"left out: {message}")
     print(f"{folder}: {index.num_samples} samples in {len(index.shards)} shards, {len(index.skipped)} left out")
-

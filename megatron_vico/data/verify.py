@@ -336,9 +336,7 @@ class _ShardCheck:
             if done - reported >= PROGRESS_BYTES:
                 yield Finding(problems=tuple(problems), num_bytes=done - reported, num_samples=num_samples)
                 problems, reported, num_samples = [], done, 0
-        yield Finding(
-            problems=tuple(problems), num_bytes=self.job.shard.num_bytes - reported, num_samples=num_samples
-        )
+        yield Finding(problems=tuple(problems), num_bytes=self.job.shard.num_bytes - reported, num_samples=num_samples)
 
     def _check_sample(self, folder: ShardFolder, number: int) -> list[Problem]:
         indexed = folder.describe(number)

@@ -266,5 +266,7 @@ def test_a_key_twice_in_one_folder_is_named(copy):
 
 
 def test_a_problem_is_one_line():
-    problem = Problem(cause="broken text", folder="/d", file="s.tar", samples="k", num_samples=1, found="a\nb", expected="c")
+    problem = Problem(
+        cause="broken text", folder="/d", file="s.tar", samples="k", num_samples=1, found="a\nb", expected="c"
+    )
     assert str(problem) == "/d/s.tar: sample k: broken text: a b; expected c"

@@ -94,7 +94,7 @@ def _draw_card(viewed: ViewedSample) -> _Card:
     pictures = [_thumbnail(image, height=height, width=inner, key=viewed.sample.key) for image in shown]
     top = _PADDING + _LINE * len(lines) + (_GAP if shown else 0)
     cells = [
-        (max(picture.width, math.ceil(small.getlength(caption))), height + (_LINE if caption else 0))
+        (max(picture.width, math.ceil(small.getlength(caption))), picture.height + (_LINE if caption else 0))
         for picture, caption in zip(pictures, captions, strict=True)
     ]
     places, bottom = _flow(cells, top=top, width=inner)

@@ -12,7 +12,7 @@ from megatron_vico.data.shard_report import KINDS, PackingFill, ShardStatistics
 _COLOURS = ("tab:grey", "tab:blue", "tab:orange")
 """Of KINDS."""
 
-_MOST_BARS = 48
+_MOST_BARS = 80
 _LOG_FROM = 10
 """Largest over smallest number, from which an axis of tokens is logarithmic."""
 

@@ -122,7 +122,9 @@ def _number_of(key: str, data: FolderList) -> int:
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `verify`."""
     _add_common(parser)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; 0, none but this one")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; 0, none but this one"
+    )
     parser.add_argument(
         "--sample-share", type=float, default=1.0, help="share of the samples that are decoded; all are hashed"
     )

@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from PIL import UnidentifiedImageError
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from megatron_vico.data.encoding import SampleEncoder
@@ -282,22 +283,30 @@ class _ShardCheck:
     def _check_members(self, index: ShardIndex) -> list[Problem]:
         """Compares the index with the tar file's headers; notes the samples that are lost."""
         path = self.job.folder / self.job.shard.name
-        size, in_tar = path.stat().st_size, _walk(path)
+        size, walk = path.stat().st_size, _walk(path)
+        unwalked: list[str] = []
         for number in range(len(index)):
             sample = index[number]
-            there = in_tar.pop(sample.key, None)
+            there = walk.members.pop(sample.key, ())
+            missing = set(sample.members) - set(there)
             if max(offset + length for offset, length in sample.members) > size:
-                self.lost[number] = ("sample cut off", f"the file ends at byte {size}", "a file that goes on")
-            elif there is None:
+                self.lost[number] = ("sample cut off", f"the file ends at byte {size}", "all of the sample")
+            elif missing and set(there) < set(sample.members) and min(missing)[0] >= walk.end:
+                unwalked.append(sample.key)  # and still read: the index says where it lies
+            elif not there:
                 self.lost[number] = ("tar unlike index", "not among the tar file's members", "what the index lists")
             elif there != sample.members:
                 found = "members at other offsets or of other sizes"
                 self.lost[number] = ("tar unlike index", found, "what the index lists")
+        problems = []
+        if unwalked:
+            found, expected = f"no header at byte {walk.end}", "members in an unbroken row, as other readers need them"
+            problems.append(self.job.problem("tar unlike index", found=found, expected=expected, keys=unwalked))
         # What a cut leaves of the sample at the end is in both and was popped above.
-        if in_tar:
-            found = "in the tar file, but not in the index"
-            return [self.job.problem("tar unlike index", found=found, expected="samples of both", keys=list(in_tar))]
-        return []
+        if walk.members:
+            found, keys = "in the tar file, but not in the index", list(walk.members)
+            problems.append(self.job.problem("tar unlike index", found=found, expected="samples of both", keys=keys))
+        return problems
 
     def _lost_runs(self, index: ShardIndex) -> Iterator[Problem]:
         """One problem for each run of neighbours that are lost for the same reason."""
@@ -347,7 +356,7 @@ class _ShardCheck:
         try:
             sample = folder.read(number)
         except SampleError as error:
-            return wrong("broken text", _without_place(error, folder, indexed.key), "JSON in the official chat format")
+            return wrong("broken text", _what(error, folder, indexed.key), "JSON in the official chat format")
         if self._encoder is None:
             return [found for error in _image_errors(sample) for found in wrong("broken image", error, "an image")]
         try:
@@ -355,7 +364,7 @@ class _ShardCheck:
         except SampleError as error:
             if images := [found for text in _image_errors(sample) for found in wrong("broken image", text, "an image")]:
                 return images
-            return wrong("broken conversation", _without_place(error, folder, indexed.key), "one that can be trained")
+            return wrong("broken conversation", _what(error, folder, indexed.key), "one that can be trained")
         counts = (encoded.token_ids.size, encoded.labels.size, encoded.tiles_per_image)
         listed = (indexed.num_tokens, indexed.num_responses, indexed.tiles_per_image)
         if counts != listed:
@@ -371,9 +380,20 @@ class _ShardCheck:
         return SampleEncoder(tokenizer=tokenizer, settings=index.settings)
 
 
-def _walk(path: Path) -> dict[str, tuple[tuple[int, int], ...]]:
-    """(offset, size) of the JSON member and then of each image by key, as far as the tar file's headers are whole."""
+@dataclass(frozen=True, kw_only=True)
+class _Walk:
+    """What a tar file's headers say."""
+
+    members: dict[str, tuple[tuple[int, int], ...]]
+    """(offset, size) of the JSON member and then of each image, by key."""
+
+    end: int
+    """Byte at which the headers end or cannot be read any more."""
+
+
+def _walk(path: Path) -> _Walk:
     found: dict[str, dict[int, tuple[int, int]]] = {}
+    end = 0
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -382,9 +402,10 @@ def _walk(path: Path) -> dict[str, tuple[tuple[int, int], ...]]:
                 # A member that is neither JSON nor a numbered image makes its sample unlike any that the index has.
                 number = -1 if suffix == "json" else int(place) if place.isdecimal() else len(found) + (1 << 30)
                 found.setdefault(key, {})[number] = (member.offset_data, member.size)
+                end = tar.offset
     except tarfile.TarError:
         pass  # its samples from here on are missing, and reported as such
-    return {key: tuple(parts[number] for number in sorted(parts)) for key, parts in found.items()}
+    return _Walk(members={key: tuple(parts[n] for n in sorted(parts)) for key, parts in found.items()}, end=end)
 
 
 def _image_errors(sample: ConversationSample) -> Iterator[str]:
@@ -392,12 +413,14 @@ def _image_errors(sample: ConversationSample) -> Iterator[str]:
         try:
             decode_image(image, key=sample.key, number=number)
         except SampleError as error:
-            yield str(error).removeprefix(f"sample {sample.key!r}: ")
+            reason = "no image file" if isinstance(error.__cause__, UnidentifiedImageError) else error.__cause__
+            yield f"image {number} ({len(image)} bytes) cannot be decoded: {reason}"
 
 
-def _without_place(error: SampleError, folder: ShardFolder, key: str) -> str:
-    """The message without file and sample, which the problem names already."""
-    return str(error).removeprefix(f"{folder.path / folder.index.shards[0].name}: ").removeprefix(f"sample {key!r}: ")
+def _what(error: SampleError, folder: ShardFolder, key: str) -> str:
+    """The message without file and sample, which the problem names already, and without the fix."""
+    text = str(error).removeprefix(f"{folder.path / folder.index.shards[0].name}: ").removeprefix(f"sample {key!r}: ")
+    return text.rpartition("; ")[0] or text.rstrip(".")
 
 
 def _hash(key: bytes) -> int:

@@ -135,6 +135,7 @@ def test_broken_text_and_images_are_named(copy, tokenizer):
         assert facts(problems) == expected
         assert problems[1].found.startswith("image 0 (")
         assert problems[2].found.startswith("image 1 (")
+        assert problems[2].found.endswith(" bytes) cannot be decoded: no image file")
     assert str(problems[0]).startswith(f"{tar}: sample {KEYS[16]}: broken text: broken JSON (")
 
 
@@ -146,7 +147,7 @@ def test_a_conversation_that_cannot_be_trained_is_named_only_with_a_tokenizer(co
     assert problems_of(copy) == []
     (problem,) = problems_of(copy, tokenizer=tokenizer)
     assert facts([problem]) == [("broken conversation", tar.name, KEYS[18], 1)]
-    assert problem.found.startswith("1 <image> tags but 2 images")
+    assert problem.found == "1 <image> tags but 2 images"
 
 
 def test_counts_unlike_the_index_are_named_only_with_a_tokenizer(copy, tokenizer):
@@ -173,6 +174,21 @@ def test_offsets_that_do_not_fit_the_tar_are_named(copy):
         ("tar unlike index", f"{SECOND}.tar", KEYS[21], 1),
         ("tar unlike index", f"{SECOND}.tar", f"{KEYS[25]} .. {KEYS[26]}", 2),
     ]
+
+
+def test_samples_behind_a_broken_header_are_named_and_still_read(copy):
+    index = ShardIndex.read(copy / f"{SECOND}.npz")
+    tar = copy / f"{SECOND}.tar"
+    overwrite(tar, min(index[5].members)[0] - 512, b"\1" * 512)
+    overwrite(tar, index[8].members[0][0], b"!")
+    relist(copy)
+    problems = problems_of(copy)
+    assert facts(problems) == [
+        ("tar unlike index", tar.name, f"{KEYS[21]} .. {KEYS[31]}", 11),
+        ("broken text", tar.name, KEYS[24], 1),
+    ]
+    end = max(offset + size for offset, size in index[4].members)  # of the last sample with a header
+    assert problems[0].found == f"no header at byte {-(-end // 512) * 512}"
 
 
 def test_a_sample_that_the_index_lacks_is_named(copy):

@@ -63,30 +63,30 @@ def _stacked(panel: Axes, statistics: ShardStatistics, *, name: str, may_be_log:
         panel.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         panel.xaxis.set_minor_formatter(NullFormatter())
     else:
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     panel.set_title(name)
     panel.set_xlabel(f"per sample ({values.sum():,} in all)")
-    panel.set_ylabel("samples")
-    panel.yaxis.set_major_locator(MaxNLocator(integer=True))
-    panel.grid(alpha=0.3)
+    _count_axis(panel, "samples")
 
 
 def _fill(panel: Axes, packing: PackingFill, sums: IntArray, most: int, *, unit: str) -> None:
-    panel.set_title(f"packs, in {unit}")
-    panel.set_xlabel(f"% of {most:,} {unit}")
-    panel.set_ylabel("packs")
-    panel.grid(alpha=0.3)
-    panel.set_xlim(0, 100)
-    panel.yaxis.set_major_locator(MaxNLocator(integer=True))
-    if not len(sums):
-        panel.text(0.5, 0.5, "no packs", ha="center", va="center", transform=panel.transAxes)
-        return
     shares = 100 * sums / most
-    panel.hist(shares, bins=np.linspace(0, 100, 41).tolist(), color="tab:green")
-    panel.axvline(shares.mean(), color="crimson", linewidth=1.2, linestyle="--")
-    text = f"mean {shares.mean():.1f} %\n{len(sums):,} packs\n{packing.samples_per_pack:.1f} samples each"
-    side = (0.04, "left") if shares.mean() > 50 else (0.96, "right")
-    panel.text(side[0], 0.95, text, ha=side[1], va="top", transform=panel.transAxes)
+    if len(sums):
+        panel.hist(shares, bins=np.linspace(0, 100, 41).tolist(), color="tab:green")
+        panel.axvline(shares.mean(), color="crimson", linewidth=1.2, linestyle="--")
+        panel.set_title(f"packs, {shares.mean():.1f} % full in {unit}")
+    else:
+        panel.set_title(f"no packs, in {unit}")
+    panel.set_xlim(0, 100)
+    panel.set_xlabel(f"% of {most:,} {unit} ({len(sums):,} packs, {packing.samples_per_pack:.1f} samples each)")
+    _count_axis(panel, "packs")
+
+
+def _count_axis(panel: Axes, name: str) -> None:
+    panel.set_ylabel(name)
+    panel.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    panel.grid(alpha=0.3)
 
 
 def _log_bins(values: IntArray) -> npt.NDArray[np.float64]:

@@ -233,6 +233,16 @@ def test_a_broken_folder_does_not_hide_the_next(copy, shards, tmp_path):
     ]
 
 
+def test_a_file_that_cannot_be_read_does_not_hide_the_next(copy):
+    (copy / f"{SECOND}.tar").unlink()
+    (copy / f"{SECOND}.tar").mkdir()
+    (copy / "shard-000002.tar").unlink()
+    assert [fact[:2] for fact in facts(problems_of(copy))] == [
+        ("unreadable file", f"{SECOND}.tar"),
+        ("missing file", "shard-000002.tar"),
+    ]
+
+
 def test_a_file_that_is_not_listed_is_named(copy):
     (copy / "shard-000003.tar").write_bytes(b"")
     assert facts(problems_of(copy)) == [("file not listed", "shard-000003.tar", "", 0)]

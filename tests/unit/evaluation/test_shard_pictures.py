@@ -123,19 +123,26 @@ def test_panels_count_every_sample_by_kind(tmp_path):
     assert [panel.get_title() for panel in figure.axes] == [
         "tokens, uncompressed",
         "trained tokens",
-        "packs, in tokens",
+        "packs, 70.0 % full in tokens",
         "tiles",
         "images",
-        "packs, in tiles",
+        "packs, 60.0 % full in tiles",
     ]
     for number in (0, 1, 3, 4):
         assert heights(figure.axes[number]) == [2, 3, 1]
     packs = [patch for patch in figure.axes[2].patches if patch.get_height()]
     assert [(round(patch.get_x(), 1), patch.get_height()) for patch in packs] == [(50.0, 1), (90.0, 1)]
-    assert "mean 70.0 %\n2 packs\n3.0 samples each" in [text.get_text() for text in figure.axes[2].texts]
-    assert "mean 60.0 %\n2 packs\n3.0 samples each" in [text.get_text() for text in figure.axes[5].texts]
+    assert figure.axes[2].get_xlabel() == "% of 1,000 tokens (2 packs, 3.0 samples each)"
     figure.savefig(tmp_path / "shards.png")
     assert Image.open(tmp_path / "shards.png").size == (1320, 660)
+
+
+def test_a_data_set_without_packs_says_so():
+    nothing = np.array([], dtype=np.int64)
+    limits = PackLimits(capacity=1, max_tiles=1)
+    fill = PackingFill(limits=limits, tokens=nothing, tiles=nothing, samples=nothing, num_too_large=2)
+    figure = shard_figure(make_statistics([0, 1], packing=fill))
+    assert [figure.axes[number].get_title() for number in (2, 5)] == ["no packs, in tokens", "no packs, in tiles"]
 
 
 @pytest.mark.parametrize("num_images", [[0], [0, 0], [64, 0, 1000]])

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from megatron_vico.config.schema import DataOptions, TrainingOptions
 from megatron_vico.data.encoding import SampleEncoder
-from megatron_vico.data.mixture_file import MixtureFolder, read_mixture
+from megatron_vico.data.mixture import MixedFolder, read_mixture
 from megatron_vico.data.pack_plan import FolderList
 from megatron_vico.data.packing import PackLimits
 from megatron_vico.data.sample_view import TRAINED, ViewedSample, image_lines, token_text, turn_lines, view
@@ -51,21 +51,21 @@ def inspect(options: argparse.Namespace) -> None:
         ConfigError: if a folder holds no shards, or a flag does not fit it.
         SampleError: if a shard or a sample is broken.
     """
-    mixture = read_mixture(options.folder)
+    mixture = read_mixture([options.folder])
     folders = [ShardFolder.open(folder.path) for folder in mixture]
     for folder, part in zip(folders, mixture, strict=True):
         print(f"{folder.path}: {len(folder):,} samples in {len(folder.index.shards)} shards, repeat {part.repeat:g}")
         print(f"  tokenizer {folder.index.tokenizer}, {folder.index.settings}")
         for message in folder.index.skipped:
             print(f"  left out: {message}")
-    tokens_kept = _tokens_kept(options.model_size, mixture)
+    tokens_kept, packing = _tokens_kept(options.model_size, mixture), None
     if tokens_kept is None:
         print("packs are not counted: the tokens of a tile are not known; give --model-size.")
-    packing = tokens_kept and PackingOptions(
-        limits=_limits(options), window=options.packing_window, tokens_kept=tokens_kept, seed=options.seed
-    )
-    repeats = [folder.repeat for folder in mixture]
-    statistics = ShardStatistics.of(folders, repeats=repeats, packing=packing or None)
+    else:
+        packing = PackingOptions(
+            limits=_limits(options), window=options.packing_window, tokens_kept=tokens_kept, seed=options.seed
+        )
+    statistics = ShardStatistics.of(folders, repeats=[folder.repeat for folder in mixture], packing=packing)
     print(f"\n{statistics.as_text()}")
     if options.json is not None:
         write_json(statistics.as_json(), options.json)
@@ -74,7 +74,7 @@ def inspect(options: argparse.Namespace) -> None:
         from megatron_vico.evaluation.shard_plots import shard_figure
 
         options.plots.mkdir(parents=True, exist_ok=True)
-        title = f"{options.folder.name}: {len(statistics.num_tokens):,} samples"
+        title = f"{Path(options.folder).name}: {len(statistics.num_tokens):,} samples"
         shard_figure(statistics, title=title).savefig(options.plots / "shards.png", dpi=110)
         print(options.plots / "shards.png")
     if options.picture is not None:
@@ -137,10 +137,10 @@ def verify(options: argparse.Namespace) -> int:
     Returns:
         0, or 1 where there is a problem.
     """
-    folders = read_mixture(options.folder)
+    folders = read_mixture([options.folder])
     tokens_kept = _tokens_kept(options.model_size, folders)
     verification = Verification(
-        [folder.path for folder in folders],
+        [Path(folder.path) for folder in folders],
         VerifyOptions(
             tokenizer=load_tokenizer(options.tokenizer_model) if options.tokenizer_model else None,
             limits=_limits(options) if tokens_kept else None,
@@ -183,7 +183,7 @@ def _causes(problems: Sequence[Problem]) -> str:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     defaults = DataOptions()
-    parser.add_argument("folder", type=Path, help="a folder of shards, or a mixture.json")
+    parser.add_argument("folder", help="a folder of shards, or a mixture.json")
     parser.add_argument("--tokenizer-model", help="tokenizer folder, or SentencePiece .model; encodes the samples")
     parser.add_argument(
         "--model-size", help="gives the tokens of a tile; unset, those that all models of its size have"
@@ -199,13 +199,13 @@ def _limits(options: argparse.Namespace) -> PackLimits:
     )
 
 
-def _tokens_kept(model_size: str | None, folders: Sequence[MixtureFolder]) -> int | None:
+def _tokens_kept(model_size: str | None, folders: Sequence[MixedFolder]) -> int | None:
     """Visual tokens of a tile that is not compressed; None where that is not known."""
     if model_size is not None:
         return get_model_config(model_size).visual_tokens_per_tile
     for folder in folders:
         try:
-            image_size = FolderIndex.read(folder.path).settings.image_size
+            image_size = FolderIndex.read(Path(folder.path)).settings.image_size
         except (ConfigError, SampleError):
             continue  # `verify` says what is wrong with it
         known = {model.visual_tokens_per_tile for model in MODELS.values() if model.vision.image_size == image_size}

@@ -5,7 +5,6 @@ after the hash, a shard's bytes come from the page cache and not from the disk a
 """
 
 import hashlib
-import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,7 +35,7 @@ Cause = Literal[
     "unreadable file",
     "sample cut off",
     "tar unlike index",
-    "broken text",
+    "unreadable sample",
     "broken image",
     "broken conversation",
     "wrong counts",
@@ -356,7 +355,7 @@ class _ShardCheck:
         try:
             sample = folder.read(number)
         except SampleError as error:
-            return wrong("broken text", _what(error, folder, indexed.key), "JSON in the official chat format")
+            return wrong("unreadable sample", _what(error, folder, indexed.key), "JSON in the official chat format")
         if self._encoder is None:
             return [found for error in _image_errors(sample) for found in wrong("broken image", error, "an image")]
         try:
@@ -451,6 +450,6 @@ def _duplicates(jobs: Sequence[_Job], hashes: dict[int, npt.NDArray[np.uint64]])
     for (origin, job, _), items in groupby(
         enumerate(again), key=lambda item: (item[1][0], item[1][1], item[1][2] - item[0])
     ):
-        before = os.path.join(jobs[origin].folder, jobs[origin].shard.name)
+        before = jobs[origin].folder / jobs[origin].shard.name
         keys = [key for _, (_, _, _, key) in items]
         yield jobs[job].problem("duplicate key", found=f"also in {before}", expected="each key once", keys=keys)

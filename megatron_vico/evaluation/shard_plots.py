@@ -78,7 +78,7 @@ def _fill(panel: Axes, packing: PackingFill, sums: IntArray, most: int, *, unit:
     else:
         panel.set_title(f"no packs, in {unit}")
     panel.set_xlim(0, 100)
-    panel.set_xlabel(f"% of {most:,} {unit} ({len(sums):,} packs, {packing.samples_per_pack:.1f} samples each)")
+    panel.set_xlabel(f"% of {most:,} {unit}\n{len(sums):,} packs, {packing.samples_per_pack:.1f} samples each")
     _count_axis(panel, "packs")
 
 

@@ -108,5 +108,5 @@ def test_verify_says_what_is_wrong_by_its_status(made, tmp_path, capsys):
     assert rows["wrong size"] == ["1", "0", "1"]
     assert int(rows["too large for a pack"][0]) > 2
     status, shown = run(capsys, "verify", made / "none")
-    assert status == 2
-    assert "no such file or folder" in shown
+    assert status == 1
+    assert "no index.json there" in shown

@@ -1,4 +1,4 @@
-"""Statistics against numbers worked out by hand, samples as text, and which folders a path stands for."""
+"""Statistics against numbers worked out by hand, and samples as text."""
 
 import json
 
@@ -7,14 +7,12 @@ import pytest
 
 from megatron_vico.data import shard_report
 from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
-from megatron_vico.data.mixture_file import MixtureFolder, read_mixture
 from megatron_vico.data.packing import PackLimits
 from megatron_vico.data.sample_view import image_lines, token_text, turn_lines, view
 from megatron_vico.data.samples import ConversationSample, Turn
 from megatron_vico.data.shard_report import PackingOptions, ShardStatistics, histogram, histogram_lines, spread
 from megatron_vico.data.tokenizer import IMAGE_CONTEXT
 from megatron_vico.data.webdataset import ShardFolder
-from megatron_vico.errors import ConfigError
 from tests.unit.data.conftest import NUM_SAMPLES, SETTINGS
 
 
@@ -110,34 +108,6 @@ def test_a_folder_comes_as_often_as_the_mixture_says(shards, monkeypatch):
     assert found.packing.tokens.sum() > 2 * (folder.num_tokens + 15 * folder.num_tiles).sum()
     monkeypatch.setattr(shard_report, "MOST_PACKED", 30)
     assert ShardStatistics.of([folder], repeats=[1], packing=options()).packing.samples.sum() == 30
-
-
-def test_a_path_is_a_folder_or_a_mixture(tmp_path):
-    assert read_mixture(tmp_path) == (MixtureFolder(path=tmp_path, repeat=1.0),)
-    file = tmp_path / "mixture.json"
-    file.write_text(json.dumps({"version": 1, "folders": [{"path": "a", "repeat": 0.5}, {"path": "/b"}]}))
-    expected = (MixtureFolder(path=tmp_path / "a", repeat=0.5), MixtureFolder(path=tmp_path / "/b", repeat=1.0))
-    assert read_mixture(file) == read_mixture(tmp_path) == expected
-    with pytest.raises(ConfigError, match="no such file or folder"):
-        read_mixture(tmp_path / "none")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "not a mixture"),
-        ("[]", "not a mixture"),
-        ('{"version": 1, "folders": [{"repeat": 1}]}', "not a mixture .*'path'"),
-        ('{"version": 2, "folders": [{"path": "a"}]}', "version 2, expected 1"),
-        ('{"version": 1, "folders": []}', "no folder"),
-        ('{"version": 1, "folders": [{"path": "a", "repeat": 0}]}', "a with repeat 0.0"),
-        ('{"version": 1, "folders": [{"path": "a", "repeat": NaN}]}', "a with repeat nan"),
-    ],
-)
-def test_a_bad_mixture_is_refused(tmp_path, content, message):
-    (tmp_path / "mixture.json").write_text(content)
-    with pytest.raises(ConfigError, match=message):
-        read_mixture(tmp_path)
 
 
 def test_grids_are_those_that_were_cut(shards):

@@ -127,7 +127,7 @@ def test_broken_text_and_images_are_named(copy, tokenizer):
     overwrite(tar, index[2].members[2][0], b"no PNG at all")
     relist(copy)
     expected = [
-        ("broken text", tar.name, KEYS[16], 1),
+        ("unreadable sample", tar.name, KEYS[16], 1),
         ("broken image", tar.name, KEYS[18], 1),
         ("broken image", tar.name, KEYS[18], 1),
     ]
@@ -136,7 +136,7 @@ def test_broken_text_and_images_are_named(copy, tokenizer):
         assert problems[1].found.startswith("image 0 (")
         assert problems[2].found.startswith("image 1 (")
         assert problems[2].found.endswith(" bytes) cannot be decoded: no image file")
-    assert str(problems[0]).startswith(f"{tar}: sample {KEYS[16]}: broken text: broken JSON (")
+    assert str(problems[0]).startswith(f"{tar}: sample {KEYS[16]}: unreadable sample: broken JSON (")
 
 
 def test_a_conversation_that_cannot_be_trained_is_named_only_with_a_tokenizer(copy, tokenizer):
@@ -185,7 +185,7 @@ def test_samples_behind_a_broken_header_are_named_and_still_read(copy):
     problems = problems_of(copy)
     assert facts(problems) == [
         ("tar unlike index", tar.name, f"{KEYS[21]} .. {KEYS[31]}", 11),
-        ("broken text", tar.name, KEYS[24], 1),
+        ("unreadable sample", tar.name, KEYS[24], 1),
     ]
     end = max(offset + size for offset, size in index[4].members)  # of the last sample with a header
     assert problems[0].found == f"no header at byte {-(-end // 512) * 512}"
@@ -293,6 +293,6 @@ def test_a_key_twice_in_one_folder_is_named(copy):
 
 def test_a_problem_is_one_line():
     problem = Problem(
-        cause="broken text", folder="/d", file="s.tar", samples="k", num_samples=1, found="a\nb", expected="c"
+        cause="unreadable sample", folder="/d", file="s.tar", samples="k", num_samples=1, found="a\nb", expected="c"
     )
-    assert str(problem) == "/d/s.tar: sample k: broken text: a b; expected c"
+    assert str(problem) == "/d/s.tar: sample k: unreadable sample: a b; expected c"

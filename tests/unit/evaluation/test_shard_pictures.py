@@ -132,7 +132,7 @@ def test_panels_count_every_sample_by_kind(tmp_path):
         assert heights(figure.axes[number]) == [2, 3, 1]
     packs = [patch for patch in figure.axes[2].patches if patch.get_height()]
     assert [(round(patch.get_x(), 1), patch.get_height()) for patch in packs] == [(50.0, 1), (90.0, 1)]
-    assert figure.axes[2].get_xlabel() == "% of 1,000 tokens (2 packs, 3.0 samples each)"
+    assert figure.axes[2].get_xlabel() == "% of 1,000 tokens\n2 packs, 3.0 samples each"
     figure.savefig(tmp_path / "shards.png")
     assert Image.open(tmp_path / "shards.png").size == (1320, 660)
 

@@ -36,7 +36,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command(summary="score a model on a file of questions", uses_megatron=True),
     "plot": Command(summary="draw loss curves, print the ablation table", uses_megatron=False),
     "convert": Command(summary="convert checkpoints: Megatron's form, and Hugging Face's layouts", uses_megatron=True),
-    "shards": Command(summary="make, index and inspect WebDataset shards", uses_megatron=False),
+    "shards": Command(summary="make, index, inspect and verify WebDataset shards", uses_megatron=False),
     "checkpoint": Command(summary="say what a run's checkpoint is", uses_megatron=True),
     "doctor": Command(summary="say what is installed and usable, and what falls back to what", uses_megatron=False),
 }

@@ -1,20 +1,20 @@
-"""`vico shards make | index | inspect`: from JSONL and images to shards, a new index, a look at what is in them."""
+"""`vico shards make | index | inspect | verify`: shards from JSONL and images, a new index, a look, a check."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_vico.cli import shard_checks
 from megatron_vico.config.schema import DataOptions
 from megatron_vico.data.encoding import EncodingSettings
 from megatron_vico.data.shard_index import FolderIndex
 from megatron_vico.data.shard_writer import WriterOptions, index_shards, make_shards
 from megatron_vico.data.tokenizer import load_tokenizer
-from megatron_vico.data.webdataset import ShardFolder
 from megatron_vico.models.registry import get_model_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the three actions and their flags."""
+    """Declare the actions and their flags."""
     actions = parser.add_subparsers(dest="action", required=True)
     make = actions.add_parser("make", help="write a JSONL file and its images as shards")
     make.add_argument("--jsonl", type=Path, required=True, help="one sample a line, in the official chat format")
@@ -27,20 +27,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     index.add_argument("folder", type=Path)
     for command in (make, index):
         _add_settings(command)
-    inspect = actions.add_parser("inspect", help="check a folder's files and show its counts and first samples")
-    inspect.add_argument("folder", type=Path)
-    inspect.add_argument("--samples", type=int, default=1, help="how many samples to show")
+    shard_checks.add_inspect_arguments(actions.add_parser("inspect", help="show samples and statistics"))
+    shard_checks.add_verify_arguments(actions.add_parser("verify", help="read everything once and say what is wrong"))
 
 
-def run(options: argparse.Namespace) -> None:
-    """Do what the parsed arguments ask for."""
+def run(options: argparse.Namespace) -> int:
+    """Do what the parsed arguments ask for; returns the exit status."""
     if options.action == "inspect":
-        _inspect(ShardFolder.open(options.folder, verify="sha256"), num_shown=options.samples)
-        return
+        shard_checks.inspect(options)
+        return 0
+    if options.action == "verify":
+        return shard_checks.verify(options)
     tokenizer, settings = load_tokenizer(options.tokenizer_model), _settings(options)
     if options.action == "index":
         _report(options.folder, index_shards(options.folder, tokenizer=tokenizer, settings=settings))
-        return
+        return 0
     index = make_shards(
         options.jsonl,
         image_root=options.image_root or options.jsonl.parent,
@@ -50,13 +51,14 @@ def run(options: argparse.Namespace) -> None:
         options=WriterOptions(samples_per_shard=options.samples_per_shard, max_skipped=options.max_skipped),
     )
     _report(options.out, index)
+    return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse and run."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse and run; returns the exit status."""
     parser = argparse.ArgumentParser(prog="vico shards", description=__doc__)
     add_arguments(parser)
-    run(parser.parse_args(arguments))
+    return run(parser.parse_args(arguments))
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -81,20 +83,3 @@ def _report(folder: Path | str, index: FolderIndex) -> None:
     for message in index.skipped:
         print(f"left out: {message}")
     print(f"{folder}: {index.num_samples} samples in {len(index.shards)} shards, {len(index.skipped)} left out")
-
-
-def _inspect(folder: ShardFolder, *, num_shown: int) -> None:
-    _report(folder.path, folder.index)
-    print(f"tokenizer {folder.index.tokenizer}, {folder.index.settings}")
-    for name, counts in (
-        ("tokens, one per tile", folder.num_tokens),
-        ("trained tokens", folder.num_responses),
-        ("tiles", folder.num_tiles),
-    ):
-        print(f"{name}: {counts.sum()} in all, {counts.min()} to {counts.max()} a sample, mean {counts.mean():.1f}")
-    for number in range(min(num_shown, len(folder))):
-        sample = folder.read(number)
-        sizes = ", ".join(f"{len(image)} bytes" for image in sample.images) or "no image"
-        print(f"\n{sample.key} ({sizes}; tiles {list(folder.describe(number).tiles_per_image)})")
-        for turn in sample.turns:
-            print(f"  {turn.role}: {turn.text}")

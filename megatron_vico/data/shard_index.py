@@ -101,6 +101,19 @@ class ShardIndex:
         sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.tiles_per_image)])
         return np.diff(sums[self.member_starts - np.arange(len(self) + 1)])
 
+    @property
+    def num_images(self) -> IntArray:
+        """[D], images of each sample."""
+        return np.diff(self.member_starts) - 1
+
+    def _check_columns(self) -> None:
+        num_members = len(self.members)
+        found = (len(self.keys), len(self.member_starts) - 1, len(self.num_responses), len(self.tiles_per_image))
+        expected = (len(self), len(self), len(self), num_members - len(self))
+        ends = self.member_starts[[0, -1]].tolist()
+        if found != expected or ends != [0, num_members] or (self.num_images < 0).any():
+            raise ValueError("its columns do not fit together")
+
     def write(self, path: Path) -> None:
         """Write the file; a reader sees it whole or not at all, and the same content gives the same bytes."""
         temporary = path.with_name(path.name + ".partial")
@@ -130,9 +143,11 @@ class ShardIndex:
         """
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as columns:
-                return cls(**{name: columns[name] for name in cls.__dataclass_fields__})
+                index = cls(**{name: columns[name] for name in cls.__dataclass_fields__})
+            index._check_columns()
         except Exception as error:  # a damaged zip file raises almost anything
             raise SampleError(f"{where}: broken index ({error!r}); make it anew with `vico shards index`.") from error
+        return index
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,6 +49,7 @@ class ShardFolder:
         self.num_tokens: IntArray = np.concatenate([shard.num_tokens for shard in shards])
         self.num_responses: IntArray = np.concatenate([shard.num_responses for shard in shards])
         self.num_tiles: IntArray = np.concatenate([shard.num_tiles for shard in shards])
+        self.num_images: IntArray = np.concatenate([shard.num_images for shard in shards])
         self.samples_per_shard: tuple[int, ...] = tuple(len(shard) for shard in shards)
         self._shards = tuple(shards)
         self._shard_starts = np.cumsum([0, *self.samples_per_shard])

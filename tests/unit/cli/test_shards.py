@@ -25,7 +25,7 @@ def test_make_index_and_inspect(tmp_path, capsys):
     assert "use_thumbnail=False, tile_tags='numbered'" in shown
     assert "conversations-00000002" in shown
     assert "conversations-00000003" not in shown
-    assert "  human: <image>\nWhat colour?" in shown
+    assert "  human: <image>\n  What colour?" in shown
 
 
 def test_an_unknown_model_size_is_named(tmp_path):

@@ -1,0 +1,213 @@
+"""`vico shards inspect | verify`: what is in shards, as text and pictures, and what is wrong with them."""
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import indent
+
+from tqdm import tqdm
+
+from megatron_vico.config.schema import DataOptions, TrainingOptions
+from megatron_vico.data.encoding import SampleEncoder
+from megatron_vico.data.mixture import MixedFolder, read_mixture
+from megatron_vico.data.pack_plan import FolderList
+from megatron_vico.data.packing import PackLimits
+from megatron_vico.data.sample_view import TRAINED, ViewedSample, image_lines, token_text, turn_lines, view
+from megatron_vico.data.shard_index import FolderIndex
+from megatron_vico.data.shard_report import PackingOptions, ShardStatistics
+from megatron_vico.data.tokenizer import load_tokenizer
+from megatron_vico.data.verify import Problem, Verification, VerifyOptions
+from megatron_vico.data.webdataset import ShardFolder
+from megatron_vico.errors import ConfigError, SampleError
+from megatron_vico.evaluation.contact_sheet import contact_sheet
+from megatron_vico.evaluation.tables import write_json
+from megatron_vico.models.registry import MODELS, get_model_config
+
+HAS_PROBLEMS = 1
+"""Exit status of `verify` where something is wrong."""
+
+
+def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of `inspect`."""
+    _add_common(parser)
+    parser.add_argument("--samples", type=int, default=1, help="how many samples to show")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--start", type=int, default=0, help="number of the first sample to show")
+    place.add_argument("--key", help="key of the first sample to show")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the samples that are shown")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the statistics as DIR/shards.png")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the statistics")
+    parser.add_argument("--packing-window", type=int, default=DataOptions().packing_window)
+    parser.add_argument("--seed", type=int, default=TrainingOptions().seed, help="of the order that is packed")
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Print samples and statistics, and draw them where that is asked for.
+
+    Raises:
+        ConfigError: if a folder holds no shards, or a flag does not fit it.
+        SampleError: if a shard or a sample is broken.
+    """
+    mixture = read_mixture([options.folder])
+    folders = [ShardFolder.open(folder.path) for folder in mixture]
+    for folder, part in zip(folders, mixture, strict=True):
+        print(f"{folder.path}: {len(folder):,} samples in {len(folder.index.shards)} shards, repeat {part.repeat:g}")
+        print(f"  tokenizer {folder.index.tokenizer}, {folder.index.settings}")
+        for message in folder.index.skipped:
+            print(f"  left out: {message}")
+    tokens_kept, packing = _tokens_kept(options.model_size, mixture), None
+    if tokens_kept is None:
+        print("packs are not counted: the tokens of a tile are not known; give --model-size.")
+    else:
+        packing = PackingOptions(
+            limits=_limits(options), window=options.packing_window, tokens_kept=tokens_kept, seed=options.seed
+        )
+    statistics = ShardStatistics.of(folders, repeats=[folder.repeat for folder in mixture], packing=packing)
+    print(f"\n{statistics.as_text()}")
+    if options.json is not None:
+        write_json(statistics.as_json(), options.json)
+    shown = _show(FolderList(folders), options)
+    if options.plots is not None:
+        from megatron_vico.evaluation.shard_plots import shard_figure
+
+        options.plots.mkdir(parents=True, exist_ok=True)
+        title = f"{Path(options.folder).name}: {len(statistics.num_tokens):,} samples"
+        shard_figure(statistics, title=title).savefig(options.plots / "shards.png", dpi=110)
+        print(options.plots / "shards.png")
+    if options.picture is not None:
+        if not shown:
+            raise ConfigError("--picture: no samples to draw; give --samples above 0.")
+        contact_sheet(shown).picture.save(options.picture)
+        print(options.picture)
+
+
+def _show(data: FolderList, options: argparse.Namespace) -> list[ViewedSample]:
+    """Print the samples that are asked for."""
+    start = options.start if options.key is None else _number_of(options.key, data)
+    if not 0 <= start < len(data):
+        raise ConfigError(f"--start {start}: expected a number from 0 to {len(data) - 1}.")
+    tokenizer = load_tokenizer(options.tokenizer_model) if options.tokenizer_model else None
+    shown = []
+    for number in range(start, min(start + options.samples, len(data))):
+        folder, local = data.locate(number)
+        sample, indexed, settings = folder.read(local), folder.describe(local), folder.index.settings
+        shown.append(view(sample, tiles_per_image=indexed.tiles_per_image, settings=settings))
+        counts = f"{indexed.num_tokens} tokens, {indexed.num_responses} trained, {sum(indexed.tiles_per_image)} tiles"
+        print(f"\n{number}: {sample.key} ({counts})")
+        print(indent("".join(f"{line}\n" for line in image_lines(shown[-1].images)), "  "), end="")
+        if tokenizer is None:
+            print(indent("\n".join(turn_lines(sample)), "  "))
+        else:
+            folder.check_encoding(tokenizer=tokenizer, settings=settings)
+            encoder = SampleEncoder(tokenizer=tokenizer, settings=settings)
+            print(indent(token_text(sample, encoder=encoder).rstrip(), "  "))
+    if shown:
+        print(f"\n{TRAINED[0]}...{TRAINED[1]}: trained")
+    return shown
+
+
+def _number_of(key: str, data: FolderList) -> int:
+    start = 0
+    for folder in data.folders:
+        for number in range(len(folder)):
+            if folder.describe(number).key == key:
+                return start + number
+        start += len(folder)
+    raise ConfigError(f"--key {key}: no such sample in {', '.join(str(folder.path) for folder in data.folders)}.")
+
+
+def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of `verify`."""
+    _add_common(parser)
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; 0, none but this one"
+    )
+    parser.add_argument(
+        "--sample-share", type=float, default=1.0, help="share of the samples that are decoded; all are hashed"
+    )
+    parser.epilog = "Exit status: 0 if nothing is wrong, 1 if something is, 2 after an error."
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Print a line for each problem and a table of causes.
+
+    Returns:
+        0, or 1 where there is a problem.
+    """
+    folders = read_mixture([options.folder])
+    tokens_kept = _tokens_kept(options.model_size, folders)
+    verification = Verification(
+        [Path(folder.path) for folder in folders],
+        VerifyOptions(
+            tokenizer=load_tokenizer(options.tokenizer_model) if options.tokenizer_model else None,
+            limits=_limits(options) if tokens_kept else None,
+            tokens_kept=tokens_kept or 0,
+            sample_share=options.sample_share,
+            num_workers=options.workers,
+        ),
+    )
+    problems: list[Problem] = []
+    num_samples = 0
+    # Drawn on a terminal only, and not for what takes less than a second.
+    with tqdm(total=verification.num_bytes, unit="B", unit_scale=True, disable=None, delay=1, file=sys.stderr) as bar:
+        for finding in verification:
+            for problem in finding.problems:
+                bar.write(str(problem), file=sys.stdout)
+            problems += finding.problems
+            num_samples += finding.num_samples
+            bar.update(finding.num_bytes)
+    print(
+        f"{options.folder}: {len(folders)} folders, {verification.num_shards} shards, {verification.num_bytes:,} "
+        f"bytes, {num_samples:,} samples decoded: {len(problems)} problems"
+    )
+    if problems:
+        print(_causes(problems))
+    return HAS_PROBLEMS if problems else 0
+
+
+def _causes(problems: Sequence[Problem]) -> str:
+    """The table of causes, the most frequent first."""
+    counts = Counter(problem.cause for problem in problems)
+    width = max(map(len, counts))
+    lines = [f"\n{'cause':{width}}  problems  samples  files"]
+    for cause, count in counts.most_common():
+        same = [problem for problem in problems if problem.cause == cause]
+        num_samples = sum(problem.num_samples for problem in same)
+        num_files = len({(problem.folder, problem.file) for problem in same})
+        lines.append(f"{cause:{width}}  {count:8}  {num_samples:7}  {num_files:5}")
+    return "\n".join(lines)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    defaults = DataOptions()
+    parser.add_argument("folder", help="a folder of shards, or a mixture.json")
+    parser.add_argument("--tokenizer-model", help="tokenizer folder, or SentencePiece .model; encodes the samples")
+    parser.add_argument(
+        "--model-size", help="gives the tokens of a tile; unset, those that all models of its size have"
+    )
+    parser.add_argument("--seq-length", type=int, default=defaults.seq_length, help="most tokens in a pack")
+    parser.add_argument("--max-tiles-per-pack", type=int, default=defaults.max_tiles_per_pack)
+    parser.add_argument("--max-samples-per-pack", type=int, default=defaults.max_samples_per_pack)
+
+
+def _limits(options: argparse.Namespace) -> PackLimits:
+    return PackLimits(
+        capacity=options.seq_length, max_tiles=options.max_tiles_per_pack, max_samples=options.max_samples_per_pack
+    )
+
+
+def _tokens_kept(model_size: str | None, folders: Sequence[MixedFolder]) -> int | None:
+    """Visual tokens of a tile that is not compressed; None where that is not known."""
+    if model_size is not None:
+        return get_model_config(model_size).visual_tokens_per_tile
+    for folder in folders:
+        try:
+            image_size = FolderIndex.read(Path(folder.path)).settings.image_size
+        except (ConfigError, SampleError):
+            continue  # `verify` says what is wrong with it
+        known = {model.visual_tokens_per_tile for model in MODELS.values() if model.vision.image_size == image_size}
+        return known.pop() if len(known) == 1 else None
+    return None

@@ -18,6 +18,7 @@ from megatron_vico.data.pack_plan import FolderList, PackPlan, StepPlan
 from megatron_vico.data.samples import EncodedSample, PackedBatch
 from megatron_vico.data.webdataset import ShardFolder
 from megatron_vico.errors import ConfigError, SampleError
+from megatron_vico.vico import compression_plan
 
 PREFETCH_STEPS = 2
 
@@ -148,15 +149,16 @@ class _StepDataset(Dataset[list[PackedBatch] | SampleError]):
         # The same on every rank: it follows from the index alone.
         for number in assign(step.costs, num_ranks=self._dp_size)[self._dp_rank]:
             pack = step.packs[number]
-            samples = [self._encode(sample_id) for sample_id in pack.sample_ids]
+            samples = [self._encode(*sample) for sample in zip(pack.sample_ids, pack.visits, strict=True)]
             batches.append(
                 self._builder.build(samples, pack=pack, samples_in_global_batch=step.num_samples, position=number)
             )
         return batches
 
-    def _encode(self, sample_id: int) -> EncodedSample:
+    def _encode(self, sample_id: int, visit: int) -> EncodedSample:
         folder, number = self._data.locate(sample_id)
-        encoded = self._encoder.encode(folder.read(number))
+        random = compression_plan.generator(self._builder.seed, visit, sample_id, "augment")
+        encoded = self._encoder.encode(folder.read(number), random=random)
         if encoded.token_ids.size != folder.num_tokens[number] or encoded.num_tiles != folder.num_tiles[number]:
             raise SampleError(
                 f"sample {encoded.key!r}: {encoded.token_ids.size} tokens and {encoded.num_tiles} tiles, but the index "

@@ -13,15 +13,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_vico.data.encoding import SampleEncoder
-from megatron_vico.data.samples import ConversationSample, EncodedSample, Turn
+from megatron_vico.data.samples import ConversationSample, EncodedSample
 from megatron_vico.data.tiling import decode_image
 from megatron_vico.data.video import video_frames, with_frames
 from megatron_vico.data.webdataset import MAX_OPEN_FILES, parse_sample
 from megatron_vico.errors import ConfigError, SampleError, nearest
+from megatron_vico.vico.compression_plan import generator
 
 FRAME_TILES = 1
 """Tiles of a video's frame; the official rule."""
+
+PNG_START = b"\x89PNG"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,16 +285,19 @@ class SampleReader:
             sample = parse_sample(line, key=key, images=(), where=where)
             record = json.loads(line)
             names = _names_of_images(record, where=f"{where}: sample {key!r}")
-            video, clip = record.get("video"), record.get("clip")
+            video = record.get("video")
             if video and (names or not isinstance(video, str)):
                 raise SampleError(
-                    f"{where}: sample {key!r}: 'video' is {video!r} and 'image' {record.get('image')!r}; expected one "
-                    "path of a video, or images."
+                    f"{where}: sample {key!r}: 'video' is {video!r} and 'image' {record.get('image')!r}; expected the "
+                    "path of one video, or images."
                 )
         if video:
-            with _prefixed(f"broken video: {where}"):
-                turns, images = self._read_video(source.root / video, turns=sample.turns, key=key, clip=clip)
-            suffixes, most = tuple(_suffix_of(image) for image in images), FRAME_TILES
+            with _prefixed(f"broken video: {where}: sample {key!r}"):
+                random = generator(self._frames.seed, 0, number, f"frames of {source.stem}")
+                images = self._read_video(source.root / video, clip=record.get("clip"), random=random)
+            with _prefixed(f"wrong conversation: {where}"):
+                turns, most = with_frames(sample.turns, len(images), key=key), FRAME_TILES
+            suffixes = tuple("png" if image.startswith(PNG_START) else "jpg" for image in images)
         else:
             with _prefixed("missing file"):
                 images = [self._read_image(source.root, name, where=f"{where}: sample {key!r}") for name in names]
@@ -303,25 +311,22 @@ class SampleReader:
         try:
             tar, member = split_at_tar(root / name)
             return (root / name).read_bytes() if member is None else self._tars.read(tar, member)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a null byte in the name
             raise SampleError(
-                f"{where}: image {name!r} cannot be read under {root} ({error.strerror}); "
+                f"{where}: image {name!r} cannot be read under {root} ({getattr(error, 'strerror', error)}); "
                 "restore the file or remove the sample."
             ) from error
 
-    def _read_video(
-        self, path: Path, *, turns: Sequence[Turn], key: str, clip: Any
-    ) -> tuple[tuple[Turn, ...], list[bytes]]:
-        options = self._frames
-        frames = video_frames(
-            path,
-            key=key,
-            seed=options.seed,
-            min_frames=options.min_num_frame,
-            max_frames=options.max_num_frame,
-            clip=clip,
-        )
-        return tuple(with_frames(turns, len(frames))), frames
+    def _read_video(self, path: Path, *, clip: Any, random: torch.Generator) -> list[bytes]:
+        if clip is not None and not (isinstance(clip, list) and all(type(part) in (int, float) for part in clip)):
+            raise SampleError(f"'clip' is {clip!r}; expected [start, end] in seconds.")
+        least, most = self._frames.min_num_frame, self._frames.max_num_frame
+        try:
+            return video_frames(path, random=random, min_frames=least, max_frames=most, clip=clip)
+        except (OSError, ValueError) as error:
+            if isinstance(error, SampleError | ConfigError):
+                raise
+            raise SampleError(f"{path} cannot be read ({error}); restore it or remove the sample.") from error
 
     def _encode(self, sample: ConversationSample, *, where: str) -> EncodedSample:
         try:
@@ -397,10 +402,6 @@ def _names_of_images(record: dict[str, Any], *, where: str) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise SampleError(f"{where}: 'image' is {listed!r}; expected a path or a list of paths.")
     return names
-
-
-def _suffix_of(image: bytes) -> str:
-    return "png" if image.startswith(b"\x89PNG") else "jpg"
 
 
 @contextmanager

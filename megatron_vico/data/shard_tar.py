@@ -3,7 +3,6 @@
 The same samples give the same bytes, whatever the clock, the locale and the process.
 """
 
-import json
 import os
 import tarfile
 from dataclasses import replace
@@ -13,8 +12,8 @@ import webdataset
 
 from megatron_vico.data.encoding import SampleEncoder
 from megatron_vico.data.samples import ConversationSample, EncodedSample
-from megatron_vico.data.shard_index import FolderIndex, IndexedSample, ShardFiles, ShardIndex, hash_of_file
-from megatron_vico.data.webdataset import ShardFolder
+from megatron_vico.data.shard_index import IndexedSample, ShardFiles, ShardIndex, hash_of_file
+from megatron_vico.data.webdataset import parse_sample, sample_json
 from megatron_vico.errors import SampleError
 
 NEW_INDEX = ".npz.new"
@@ -45,13 +44,8 @@ class ShardWriter:
         Returns:
             Bytes written, tar headers not counted.
         """
-        content: dict[str, object] = {"conversations": [{"from": t.role, "value": t.text} for t in sample.turns]}
-        if sample.max_dynamic_patch is not None:
-            content["max_dynamic_patch"] = sample.max_dynamic_patch
-        if sample.data_augment:
-            content["data_augment"] = True
         images = {f"{i}.{suffix}": image for i, (suffix, image) in enumerate(zip(suffixes, sample.images, strict=True))}
-        members = {"__key__": sample.key, "json": json.dumps(content, ensure_ascii=False).encode(), **images}
+        members = {"__key__": sample.key, "json": sample_json(sample), **images}
         num_bytes: int = self._writer.write(members)
         self.num_bytes += num_bytes
         self._samples.append(_indexed(encoded, members=()))  # where they lie is known when the file is complete
@@ -76,7 +70,7 @@ class ShardWriter:
     def discard(self) -> None:
         """Give up: leave no file behind."""
         self._file.close()
-        self._temporary.unlink()
+        self._temporary.unlink(missing_ok=True)
 
 
 def count_anew(path: Path, *, encoder: SampleEncoder) -> ShardFiles:
@@ -92,22 +86,15 @@ def count_anew(path: Path, *, encoder: SampleEncoder) -> ShardFiles:
     Raises:
         SampleError: if the tar file or a sample in it is broken.
     """
-    members = members_of(path)
-    unknown = [
-        IndexedSample(key=key, members=parts, num_tokens=0, num_responses=0, tiles_per_image=(0,) * (len(parts) - 1))
-        for key, parts in members.items()
-    ]
-    listed = ShardFiles(
-        name=path.name, num_bytes=path.stat().st_size, sha256="", num_samples=len(unknown), index_sha256=""
-    )
-    plain = FolderIndex(tokenizer=encoder.tokenizer.fingerprint, settings=encoder.settings, shards=(listed,))
-    reader = ShardFolder(path.parent, plain, [ShardIndex.of(unknown)])
     samples = []
-    for number, sample in enumerate(unknown):
-        try:
-            samples.append(_indexed(encoder.encode(reader.read(number)), members=sample.members))
-        except SampleError as error:
-            raise SampleError(f"{path}: {error}") from error
+    with path.open("rb") as file:
+        for key, members in members_of(path).items():
+            parts = [os.pread(file.fileno(), size, offset) for offset, size in members]
+            sample = parse_sample(parts[0], key=key, images=parts[1:], where=str(path))
+            try:
+                samples.append(_indexed(encoder.encode(sample), members=members))
+            except SampleError as error:
+                raise SampleError(f"{path}: {error}") from error
     return _write_index(path, samples, index_path=path.with_suffix(NEW_INDEX))
 
 

@@ -321,15 +321,18 @@ class _Folder:
         made = self.target / MADE_NAME
         if not made.is_file():
             raise ConfigError(f"{self.target}: not empty; give a folder that does not exist, or remove its content.")
-        check_made(json.loads(made.read_bytes()), self._made, where=self.target)
+        index = FolderIndex.read(self.target)
+        # `vico shards index` may have counted anew since then.
+        counted = {"tokenizer": index.tokenizer, **asdict(index.settings)}
+        check_made(json.loads(made.read_bytes()) | counted, self._made, where=self.target)
         (self.target / JOURNAL_NAME).unlink(missing_ok=True)  # of a run that was killed right at its end
-        return FolderIndex.read(self.target)
+        return index
 
 
 def _make_folders(
     targets: Sequence[tuple[Source, Path]], *, encoder: SampleEncoder, options: WriterOptions
 ) -> tuple[MadeFolder, ...]:
-    """Write all folders with one set of workers, each complete as soon as its last run is finished."""
+    """Write all folders with one set of workers."""
     folders: dict[str, _Folder] = {}
     try:
         for source, target in targets:
@@ -359,7 +362,8 @@ def _make_folders(
             )
             with closing(results):
                 for run in results:
-                    _check_budget(folders, run.skipped, most_skipped=most_skipped)
+                    if run.skipped:
+                        _check_budget(folders, run.skipped, most_skipped=most_skipped)
                     folders[run.name].add(run)
         return tuple(folder.complete() for folder in folders.values())
     finally:
@@ -368,6 +372,7 @@ def _make_folders(
 
 
 def _check_budget(folders: dict[str, _Folder], news: Sequence[str], *, most_skipped: int) -> None:
+    """Raise if the samples left out so far, and those of a run that is not taken in yet, are more than may be."""
     skipped = [message for folder in folders.values() for message in folder.skipped] + list(news)
     if len(skipped) > most_skipped:
         raise SampleError(

@@ -1,7 +1,7 @@
 """What of a half-made folder of shards is finished, so that making goes on where it was interrupted, also by a kill.
 
-`journal.jsonl` in the half-made folder: what is made from what, then one line for each finished run of lines. A complete
-folder has `made.json` instead, which holds the first of these.
+`journal.jsonl` in the half-made folder: what is made from what, then one line for each finished run of lines. A
+complete folder has `made.json` instead, which holds the first of these.
 """
 
 import fcntl

@@ -6,7 +6,7 @@ import pickle
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
@@ -31,7 +31,7 @@ def usable_cpus() -> int:
 
 def run_tasks[S, T, R](
     work: Callable[[S, T, Note], R], tasks: Sequence[T], *, shared: S, num_workers: int, note: Note
-) -> Iterator[R]:
+) -> Generator[R]:
     """Do `work(shared, task, note)` for every task.
 
     Leave the iterator with `contextlib.closing`: workers then stop at their next sample, also after an error.

@@ -296,7 +296,8 @@ class SampleReader:
                 random = generator(self._frames.seed, 0, number, f"frames of {source.stem}")
                 images = self._read_video(source.root / video, clip=record.get("clip"), random=random)
             with _prefixed(f"wrong conversation: {where}"):
-                turns, most = with_frames(sample.turns, len(images), key=key), FRAME_TILES
+                turns = with_frames(sample.turns, len(images), key=key)
+            most: int | None = FRAME_TILES
             suffixes = tuple("png" if image.startswith(PNG_START) else "jpg" for image in images)
         else:
             with _prefixed("missing file"):

@@ -8,7 +8,7 @@ The folder appears under its name only when it is complete.
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -105,7 +105,9 @@ class MadeFolder:
         """What the user should know of the source, if anything."""
         if self.source.length in (None, self.num_lines):
             return None
-        return f"{self.source.name}: the meta JSON says length {self.source.length}, but there are {self.num_lines} lines"
+        return (
+            f"{self.source.name}: the meta JSON says length {self.source.length}, but there are {self.num_lines} lines"
+        )
 
 
 def make_shards(
@@ -300,9 +302,7 @@ class _Folder:
             (self.target / JOURNAL_NAME).unlink()
             self.close()
         assert self.index is not None
-        return MadeFolder(
-            path=self.target, source=self.source, num_lines=self.plan.num_samples, index=self.index
-        )
+        return MadeFolder(path=self.target, source=self.source, num_lines=self.plan.num_samples, index=self.index)
 
     def close(self) -> None:
         """Let other processes have the folder."""
@@ -410,9 +410,7 @@ def _write_run(reader: SampleReader, task: _RunTask, note: Note) -> FinishedRun:
         if writer is not None:
             writer.discard()
         raise
-    return FinishedRun(
-        name=task.source.name, number=task.run.number, shards=tuple(shards), skipped=tuple(skipped)
-    )
+    return FinishedRun(name=task.source.name, number=task.run.number, shards=tuple(shards), skipped=tuple(skipped))
 
 
 def _name_of_tar(run: int, *, part: int) -> str:

@@ -111,14 +111,21 @@ def members_of(path: Path) -> dict[str, tuple[tuple[int, int], ...]]:
                 key, _, suffix = member.name.partition(".")
                 number = -1 if suffix == "json" else int(suffix.split(".")[0])
                 found.setdefault(key, {})[number] = (member.offset_data, member.size)
-        if path.stat().st_size < max(offset + size for parts in found.values() for offset, size in parts.values()):
-            raise tarfile.ReadError("unexpected end of data")
+        _check_end(path, max((offset + size for parts in found.values() for offset, size in parts.values()), default=0))
     except (tarfile.TarError, ValueError) as error:
         raise SampleError(f"{path}: not a complete tar file of samples ({error}); copy it again.") from error
     for key, parts in found.items():
         if sorted(parts) != list(range(-1, len(parts) - 1)):
             raise SampleError(f"{path}: sample {key!r} lacks its JSON or an image; copy the file again.")
     return {key: tuple(parts[number] for number in sorted(parts)) for key, parts in found.items()}
+
+
+def _check_end(path: Path, data_end: int) -> None:
+    """Two blocks of zeros follow the last member; without them, what was cut off may have been whole samples."""
+    with path.open("rb") as file:
+        file.seek(-(-data_end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+        if file.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("unexpected end of data")
 
 
 def _indexed(encoded: EncodedSample, *, members: tuple[tuple[int, int], ...]) -> IndexedSample:

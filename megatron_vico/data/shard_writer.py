@@ -19,7 +19,7 @@ from tqdm import tqdm
 from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
 from megatron_vico.data.shard_index import INDEX_NAME, FolderIndex, ShardFiles
 from megatron_vico.data.shard_journal import JOURNAL_NAME, MADE_NAME, FinishedRun, Journal, check_made
-from megatron_vico.data.shard_pool import Note, run_tasks, usable_cpus
+from megatron_vico.data.shard_pool import Note, run_tasks
 from megatron_vico.data.shard_sources import (
     FrameOptions,
     LineRun,
@@ -59,8 +59,8 @@ class WriterOptions:
     frames: FrameOptions = field(default_factory=FrameOptions)
     """Which frames of videos are taken."""
 
-    num_workers: int | None = None
-    """Processes; None, one for each CPU that may be used."""
+    num_workers: int = 1
+    """Processes; with more than one, a script that calls this needs `if __name__ == "__main__"`."""
 
     show_progress: bool = True
     """Show a progress bar."""
@@ -72,7 +72,7 @@ class WriterOptions:
             ("--samples-per-shard", self.samples_per_shard, 1),
             ("--max-shard-bytes", self.max_shard_bytes, 1),
             ("--max-skipped", self.max_skipped, 0),
-            ("--workers", usable_cpus() if self.num_workers is None else self.num_workers, 1),
+            ("--workers", self.num_workers, 1),
             ("--min-num-frame", frames.min_num_frame, 1),
             ("--max-num-frame", frames.max_num_frame, frames.min_num_frame),
         ):
@@ -357,7 +357,7 @@ def _make_folders(
                 _write_run,
                 tasks,
                 shared=SampleReader(encoder=encoder, frames=options.frames),
-                num_workers=options.num_workers or usable_cpus(),
+                num_workers=options.num_workers,
                 note=note,
             )
             with closing(results):

@@ -29,8 +29,8 @@ class ShardWriter:
         self.num_bytes = 0
         self._temporary = path.with_name(f"{path.name}.{os.getpid()}")
         self._file = self._temporary.open("wb")
-        # A fixed time stamp and names in UTF-8 whatever the locale. The stamp is an int: PAX gives a float a header.
-        self._writer = webdataset.TarWriter(self._file, encoder=False, mtime=0, format="PAX_FORMAT")
+        # A fixed time stamp, so that the same input gives the same bytes; an int, for a float costs 1 KiB a member.
+        self._writer = webdataset.TarWriter(self._file, encoder=False, mtime=0)
         self._samples: list[IndexedSample] = []
 
     def add(self, sample: ConversationSample, *, suffixes: tuple[str, ...], encoded: EncodedSample) -> int:

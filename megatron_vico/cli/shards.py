@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_vico.config.schema import DataOptions
 from megatron_vico.data.encoding import EncodingSettings
-from megatron_vico.data.shard_index import FolderIndex
+from megatron_vico.data.shard_index import INDEX_NAME, FolderIndex
 from megatron_vico.data.shard_pool import usable_cpus
 from megatron_vico.data.shard_sources import FrameOptions
 from megatron_vico.data.shard_writer import (
@@ -21,6 +21,9 @@ from megatron_vico.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_vico.data.webdataset import ShardFolder
 from megatron_vico.errors import ConfigError
 from megatron_vico.models.registry import get_model_config
+
+NUM_LISTED = 20
+"""Samples left out that are printed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,8 +150,10 @@ def _settings(options: argparse.Namespace) -> EncodingSettings:
 
 
 def _report(folder: Path, index: FolderIndex) -> None:
-    for message in index.skipped:
+    for message in index.skipped[:NUM_LISTED]:
         print(f"left out: {message}")
+    if len(index.skipped) > NUM_LISTED:
+        print(f"... and {len(index.skipped) - NUM_LISTED} more, which {folder / INDEX_NAME} lists")
     print(f"{folder}: {index.num_samples} samples in {len(index.shards)} shards, {len(index.skipped)} left out")
     if index.skipped:
         print(table_of_causes(index.skipped))

@@ -52,26 +52,20 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._file = (folder / JOURNAL_NAME).open("a+b")
-        self._lock()
         self._file.seek(0)
-        # A line without its end is one that a kill interrupted.
-        lines = [json.loads(line) for line in self._file if line.endswith(b"\n")]
-        finished = [_finished_run(line) for line in lines[1:]]
-        self.finished: dict[int, FinishedRun] = {run.number: run for run in finished if self._is_whole(run)}
+        self.finished: dict[int, FinishedRun] = {}
         """By number of the run."""
-        if self.finished:
-            check_made(lines[0], made, where=folder)
+        try:
+            self._lock()
+            self._read(made)
+        except BaseException:
+            self.close()
+            raise
         self._remove_unfinished()
-        self._file.truncate(0)
-        self._write(dict(made))
-        for run in self.finished.values():
-            self._write(asdict(run))
-        self._sync()
 
     def add(self, run: FinishedRun) -> None:
         """Note that a run's files are complete."""
         self._write(asdict(run))
-        self._sync()
         self.finished[run.number] = run
 
     def close(self) -> None:
@@ -82,10 +76,26 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            self._file.close()
             raise ConfigError(f"{self._folder}: another process is making it; wait for it, or end it.") from error
         except OSError:
             pass  # a file system without locks
+
+    def _read(self, made: Mapping[str, Any]) -> None:
+        lines: list[dict[str, Any]] = []
+        end = 0
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                break  # a kill cut it short
+            lines.append(json.loads(line))
+            end += len(line)
+        finished = [_finished_run(line) for line in lines[1:]]
+        self.finished = {run.number: run for run in finished if self._is_whole(run)}
+        if self.finished:
+            check_made(lines[0], made, where=self._folder)
+            self._file.truncate(end)
+        else:
+            self._file.truncate(0)
+            self._write(dict(made))
 
     def _is_whole(self, run: FinishedRun) -> bool:
         """Whether the files are there, as long as they were; tar files are not read, for they may be many TB."""
@@ -105,8 +115,6 @@ class Journal:
 
     def _write(self, content: dict[str, Any]) -> None:
         self._file.write(json.dumps(content).encode() + b"\n")
-
-    def _sync(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
 

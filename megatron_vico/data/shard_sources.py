@@ -255,6 +255,7 @@ class SourceSample:
     """Of each image file, without a dot."""
 
     encoded: EncodedSample
+    """With blank tiles: only their number is of interest."""
 
 
 class SampleReader:
@@ -331,7 +332,7 @@ class SampleReader:
 
     def _encode(self, sample: ConversationSample, *, where: str) -> EncodedSample:
         try:
-            return self._encoder.encode(sample)
+            return self._encoder.encode_blank(sample)
         except SampleError as error:
             # Images are looked at once more only here, to tell a broken one from a wrong text.
             with _prefixed(f"broken image: {where}"):

@@ -39,7 +39,7 @@ class ShardWriter:
         Args:
             sample: what is written.
             suffixes: of each image file, without a dot.
-            encoded: the same sample, for the index.
+            encoded: the same sample, for the index; its tiles may be blank.
 
         Returns:
             Bytes written, tar headers not counted.
@@ -92,7 +92,7 @@ def count_anew(path: Path, *, encoder: SampleEncoder) -> ShardFiles:
             parts = [os.pread(file.fileno(), size, offset) for offset, size in members]
             sample = parse_sample(parts[0], key=key, images=parts[1:], where=str(path))
             try:
-                samples.append(_indexed(encoder.encode(sample), members=members))
+                samples.append(_indexed(encoder.encode_blank(sample), members=members))
             except SampleError as error:
                 raise SampleError(f"{path}: {error}") from error
     return _write_index(path, samples, index_path=path.with_suffix(NEW_INDEX))

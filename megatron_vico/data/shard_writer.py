@@ -1,8 +1,8 @@
 """Data sets in the official chat format -> folders of WebDataset shards, by many processes; goes on after a kill.
 
 What is in a shard depends on the input alone: a fixed run of lines becomes one, or several if it has too many bytes.
-Every sample is encoded once while it is written, so that a broken one is found here and not in the middle of a run.
-The folder appears under its name only when it is complete.
+Every sample is decoded and encoded while it is written, so that a broken one is found here and not in the middle of a
+run. The folder appears under its name only when it is complete.
 """
 
 import json

@@ -27,6 +27,7 @@ INFERENCE_TEXT = f"Frame{{number}}: {IMAGE_TAG}\n"
 FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 JPEG_QUALITY = 95
 MICROSECONDS = 1_000_000
+SLACK_S = 0.5  # durations in headers may be rounded
 
 
 def video_frames(
@@ -225,7 +226,7 @@ def _measure(path: Path) -> _Video:
                 num_frames += packet.size > 0
         # Containers say how many frames or, Matroska, how many seconds there should be.
         seconds = 0.0 if stream.frames else (container.duration or 0) / MICROSECONDS
-        if corrupt or num_packets < stream.frames or end < seconds - 1:
+        if corrupt or num_packets < stream.frames or end < seconds - SLACK_S:
             raise SampleError(
                 f"{path}: cut short: {num_packets} of {stream.frames or 'unknown'} frames, {end:.1f} s; copy it again."
             )

@@ -198,6 +198,18 @@ def test_an_error_in_a_worker_reaches_the_caller():
         list(tasks)
 
 
+def test_a_finished_run_whose_files_are_gone_is_made_again(tmp_path, make):
+    jsonl = with_broken_lines(tmp_path / "raw", num_samples=12, broken={12})
+    make(jsonl, tmp_path / "whole", samples_per_shard=4, max_skipped=1)
+    with pytest.raises(SampleError):
+        make(jsonl, tmp_path / "out", samples_per_shard=4)
+    half = tmp_path / "out.partial"
+    (half / "shard-000000.tar").write_bytes(b"cut short")
+    (half / "shard-000001.npz").unlink()
+    make(jsonl, tmp_path / "out", samples_per_shard=4, max_skipped=1)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 def test_a_half_made_folder_has_one_maker_and_one_recipe(tmp_path):
     journal = Journal(tmp_path / "out", {"root": "a"})
     with pytest.raises(ConfigError, match="another process is making it"):

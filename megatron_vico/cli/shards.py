@@ -48,16 +48,8 @@ def run(options: argparse.Namespace) -> None:
         return
     tokenizer, settings = load_tokenizer(options.tokenizer_model), _settings(options)
     if options.action == "index":
-        _report(
-            options.folder,
-            index_shards(
-                options.folder,
-                tokenizer=tokenizer,
-                settings=settings,
-                num_workers=options.workers,
-                show_progress=True,
-            ),
-        )
+        counting = {"num_workers": options.workers, "show_progress": True}
+        _report(options.folder, index_shards(options.folder, tokenizer=tokenizer, settings=settings, **counting))
         return
     _make(options, tokenizer=tokenizer, settings=settings)
 
@@ -73,16 +65,17 @@ def _make(options: argparse.Namespace, *, tokenizer: Tokenizer, settings: Encodi
         num_workers=options.workers,
     )
     if options.meta is None:
-        root = options.image_root or options.jsonl.parent
-        index = make_shards(
-            options.jsonl,
-            image_root=root,
-            out_dir=options.out,
-            tokenizer=tokenizer,
-            settings=settings,
-            options=writer,
+        _report(
+            options.out,
+            make_shards(
+                options.jsonl,
+                image_root=options.image_root or options.jsonl.parent,
+                out_dir=options.out,
+                tokenizer=tokenizer,
+                settings=settings,
+                options=writer,
+            ),
         )
-        _report(options.out, index)
         return
     if options.image_root is not None:
         raise ConfigError("--image-root has no effect with --meta, which gives each data set its own root; remove it.")

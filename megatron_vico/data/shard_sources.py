@@ -114,7 +114,7 @@ def read_meta(path: str | Path) -> tuple[Source, ...]:
     meta = Path(path)
     try:
         content = json.loads(meta.read_bytes(), object_pairs_hook=_unique)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--meta {meta}: cannot be read ({error}); expected the official meta JSON.") from error
     if not isinstance(content, dict) or not content:
         raise ConfigError(f"--meta {meta}: expected {{name: {{root, annotation, ...}}}} with at least one data set.")
@@ -132,7 +132,7 @@ def read_meta(path: str | Path) -> tuple[Source, ...]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
-        raise KeyError(f"several entries {max(names, key=names.count)!r}")
+        raise ValueError(f"several entries {max(names, key=names.count)!r}")
     return dict(pairs)
 
 
@@ -263,9 +263,7 @@ class SampleReader:
 
     def __init__(self, *, encoder: SampleEncoder, frames: FrameOptions) -> None:
         """Args: encoder: every sample goes through it, so that a broken one is found here; frames: of videos."""
-        self._encoder = encoder
-        self._frames = frames
-        self._tars = TarMembers()
+        self._encoder, self._frames, self._tars = encoder, frames, TarMembers()
 
     def read(self, line: bytes, *, source: Source, number: int) -> SourceSample:
         """The sample of a line.
@@ -390,12 +388,16 @@ def split_at_tar(path: Path) -> tuple[Path, str | None]:
 
 def _index_tar(path: Path) -> dict[str, tuple[int, int]] | str:
     """(offset, size) of each plain file by name; what is wrong with the tar, if it is broken."""
+    found = {}
     try:
         with tarfile.open(path, mode="r:", encoding="utf-8") as tar:
-            files = [member for member in tar if member.isreg() and not member.issparse()]
+            while (member := tar.next()) is not None:
+                if member.isreg() and not member.issparse():
+                    found[os.path.normpath(member.name)] = (member.offset_data, member.size)
+                tar.members.clear()  # a kilobyte each, and there may be millions
     except (tarfile.TarError, OSError) as error:
         return f"{path} is no complete tar file: {error}"
-    return {os.path.normpath(member.name): (member.offset_data, member.size) for member in files}
+    return found
 
 
 def _names_of_images(record: dict[str, Any], *, where: str) -> list[str]:

@@ -8,7 +8,15 @@ import pytest
 from PIL import Image
 
 from megatron_vico.data.encoding import SampleEncoder
-from megatron_vico.data.shard_sources import FrameOptions, SampleReader, Source, cut_lines, read_lines, read_meta
+from megatron_vico.data.shard_sources import (
+    FrameOptions,
+    SampleReader,
+    Source,
+    TarMembers,
+    cut_lines,
+    read_lines,
+    read_meta,
+)
 from megatron_vico.errors import ConfigError, SampleError
 from tests.unit.data.conftest import SETTINGS
 
@@ -51,6 +59,13 @@ def test_images_in_tars_are_read_at_their_place(tmp_path, reader):
     assert read.sample.key == read.encoded.key == "set_a-00000007"
     read = reader.read(row(image="b.PNG"), source=source(tmp_path, root=tmp_path / "one.tar"), number=1)
     assert (read.sample.images, read.suffixes) == ((blue,), ("png",))
+
+
+def test_every_member_of_a_tar_is_found(tmp_path):
+    contents = {f"{'long/' * 40}{i}.bin": bytes([i]) * (i * 100) for i in range(20)}
+    write_tar(tmp_path / "a.tar", contents)
+    tars = TarMembers()
+    assert {name: tars.read(tmp_path / "a.tar", name) for name in reversed(contents)} == contents
 
 
 def test_a_folder_named_like_a_tar_is_a_folder(tmp_path, reader):

@@ -394,7 +394,7 @@ def _index_tar(path: Path) -> dict[str, tuple[int, int]] | str:
             while (member := tar.next()) is not None:
                 if member.isreg() and not member.issparse():
                     found[os.path.normpath(member.name)] = (member.offset_data, member.size)
-                tar.members.clear()  # a kilobyte each, and there may be millions
+                tar.members.clear()  # type: ignore[attr-defined]  # a kilobyte each, and there may be millions
     except (tarfile.TarError, OSError) as error:
         return f"{path} is no complete tar file: {error}"
     return found

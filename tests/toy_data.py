@@ -8,7 +8,6 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-import av
 import numpy as np
 from PIL import Image
 
@@ -62,6 +61,8 @@ def write_video(path: Path, num_frames: int, *, codec: str = "mpeg4", rate: int 
 
     The number has two octal digits: a grey level in the left half and one in the right.
     """
+    import av
+
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "rgb8" if codec == "gif" else "yuv420p"

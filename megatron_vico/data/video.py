@@ -60,14 +60,17 @@ def video_frames(
     path = Path(source)
     num_frames = int(torch.randint(min_frames, max_frames + 1, (), generator=random))
     if path.is_dir():
-        if clip is not None:
+        if clip:
             raise SampleError(f"{path}: 'clip' of a folder of frames, which has no frame rate; give the frames of it.")
         names = frame_files(path)
         chosen = draw_frames(len(names), num_frames=min(num_frames, len(names)), random=random)
-        return [names[number].read_bytes() for number in chosen]
+        try:
+            return [names[number].read_bytes() for number in chosen]
+        except OSError as error:
+            raise SampleError(f"{error.filename}: {error.strerror}; restore the frame or remove the sample.") from error
 
     def choose(video: _Video) -> list[int]:
-        start, available = (0, video.num_frames) if clip is None else _clip(video, clip)
+        start, available = _clip(video, clip) if clip else (0, video.num_frames)
         most = available if path.suffix.lower() == ".gif" else max_frames
         drawn = draw_frames(available, num_frames=min(num_frames, most), random=random)
         return [start + number for number in drawn]
@@ -177,16 +180,19 @@ class _Video:
 
 def _clip(video: _Video, clip: Sequence[float]) -> tuple[int, int]:
     """First frame of a clip, and how many it has."""
-    if len(clip) != 2 or not 0 <= clip[0] < clip[1]:
-        raise SampleError(f"{video.path}: 'clip' is {list(clip)}; expected [start, end] in seconds.")
+    try:
+        start, end = (float(second) for second in clip)
+    except (TypeError, ValueError):
+        start = end = -1.0
+    if not 0 <= start < end:
+        raise SampleError(f"{video.path}: 'clip' is {clip!r}; expected [start, end] in seconds.")
     if not video.rate:
         raise SampleError(f"{video.path}: has no frame rate, so that 'clip' cannot be found; encode it again.")
-    start, end = (float(second) for second in clip)
-    first = int(start * video.rate)
-    available = min(int((end - start) * video.rate), video.num_frames - first)
+    first = int(min(start * video.rate, video.num_frames))
+    available = int(min((end - start) * video.rate, video.num_frames - first))
     if available < 1:
         seconds = float(video.num_frames / video.rate)
-        raise SampleError(f"{video.path}: no frame in 'clip' {list(clip)} of a video of {seconds:.2f} s.")
+        raise SampleError(f"{video.path}: no frame in 'clip' {clip!r} of a video of {seconds:.2f} s.")
     return first, available
 
 
@@ -228,7 +234,8 @@ def _measure(path: Path) -> _Video:
         seconds = 0.0 if stream.frames else (container.duration or 0) / MICROSECONDS
         if corrupt or num_packets < stream.frames or end < seconds - SLACK_S:
             raise SampleError(
-                f"{path}: cut short: {num_packets} of {stream.frames or 'unknown'} frames, {end:.1f} s; copy it again."
+                f"{path}: damaged or cut short: {num_packets} of {stream.frames or 'unknown'} frames, {end:.1f} of "
+                f"{(container.duration or 0) / MICROSECONDS:.1f} s; copy it again."
             )
         return _Video(path=path, num_frames=num_frames, rate=stream.average_rate)
 

@@ -8,6 +8,7 @@ import yaml
 from PIL import Image
 
 from megatron_vico.cli.main import main
+from tests.toy_data import write_video
 from tests.training_runs import ToyData, make_toy_data
 
 

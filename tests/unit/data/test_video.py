@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 
 from megatron_vico.data import video
-from megatron_vico.data.samples import Turn
+from megatron_vico.data.encoding import SampleEncoder
+from megatron_vico.data.samples import ConversationSample, Turn
 from megatron_vico.data.video import INFERENCE_TEXT, draw_frames, frame_files, middle_frames, video_frames, with_frames
 from megatron_vico.errors import ConfigError, SampleError
 from tests.toy_data import frame_number, write_video
+from tests.unit.data.conftest import SETTINGS
 
 
 def stream(seed=0):
@@ -86,12 +88,18 @@ def test_the_frames_of_a_file_are_those_drawn(movie, seed):
 def test_the_number_of_frames_is_drawn_between_its_limits(movie):
     counts = {len(video_frames(movie, random=stream(seed), min_frames=2, max_frames=4)) for seed in range(20)}
     assert counts == {2, 3, 4}
-    assert video_frames(movie, random=stream(3)) == video_frames(movie, random=stream(3))
+    assert video_frames(movie, random=stream(3)) == video_frames(movie, random=stream(3), clip=[])
     assert video_frames(movie, random=stream(3)) != video_frames(movie, random=stream(4))
 
 
 @pytest.mark.parametrize(
-    ("clip", "frames"), [((1.0, 2.5), range(10, 25)), ([0, 0.5], range(5)), ((5, 9.0), range(50, 60))]
+    ("clip", "frames"),
+    [
+        ((1.0, 2.5), range(10, 25)),
+        ([0, 0.5], range(5)),
+        ((5, 9.0), range(50, 60)),
+        ((5, float("inf")), range(50, 60)),
+    ],
 )
 def test_a_clip_shows_its_part(movie, clip, frames):
     shown = numbers(video_frames(movie, random=stream(), min_frames=32, clip=clip))
@@ -100,7 +108,9 @@ def test_a_clip_shows_its_part(movie, clip, frames):
     assert len(shown) == 32
 
 
-@pytest.mark.parametrize("clip", [(6.5, 8.0), (2.0, 2.0), (3, 2), (1,), (-1, 2), (0, 0.01), (float("nan"), 1)])
+@pytest.mark.parametrize(
+    "clip", [(6.5, 8.0), (2.0, 2.0), (3, 2), (1,), (-1, 2), (0, 0.01), (float("nan"), 1), ("a", 2), (1e308, 1.7e308), 5]
+)
 def test_a_clip_that_is_not_in_the_video_is_refused(movie, clip):
     with pytest.raises(SampleError, match=re.escape(str(movie)) + ".*'clip'"):
         video_frames(movie, random=stream(), clip=clip)
@@ -113,6 +123,13 @@ def test_a_folder_gives_its_files_in_the_order_of_their_numbers(folder):
     assert [frames.index(frame) // 3 for frame in few] == [0, 1, 2, 3]
     with pytest.raises(SampleError, match="no frame rate"):
         video_frames(folder, random=stream(), clip=(0, 1))
+
+
+def test_a_frame_that_cannot_be_read_is_refused_by_name(folder):
+    (folder / "frame_3.png").unlink()
+    (folder / "frame_3.png").mkdir()
+    with pytest.raises(SampleError, match=r"frame_3.png: Is a directory"):
+        video_frames(folder, random=stream(), min_frames=32)
 
 
 def test_any_names_have_an_order(tmp_path):
@@ -182,12 +199,15 @@ def test_a_cut_video_with_its_index_in_front_is_refused(movie, tmp_path):
         copied = target.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):
             if packet.dts is not None:
+                last = packet.size
                 packet.stream = copied
                 target.mux(packet)
     assert len(middle_frames(front, num_frames=3)) == 3
-    front.write_bytes(front.read_bytes()[:-400])
-    with pytest.raises(SampleError, match=r"cut short: .* of 60 frames"):
-        middle_frames(front, num_frames=3)
+    whole = front.read_bytes()
+    for lost, complete in ((1, 60), (last, 59), (last + 1, 59), (len(whole) // 3, "[0-9]+")):
+        front.write_bytes(whole[:-lost])
+        with pytest.raises(SampleError, match=rf"damaged or cut short: {complete} of 60 frames"):
+            middle_frames(front, num_frames=3)
 
 
 def test_what_is_no_video_is_refused_by_name(tmp_path):
@@ -253,6 +273,16 @@ def test_a_tag_of_a_later_question_stays_there_and_text_may_differ():
     expected = (*turns[:2], Turn("human", "Frame1: <image>\nWhat?"), ANSWER)
     assert with_frames(turns, 1, frame_text=INFERENCE_TEXT) == expected
     assert with_frames([Turn("pretrain", "<video>\nA cat.")], 1) == (Turn("pretrain", "Frame-1: <image>\nA cat."),)
+
+
+def test_a_video_is_encoded_as_one_tile_a_frame(movie, tokenizer):
+    frames = video_frames(movie, random=stream(), min_frames=9, max_frames=9)
+    turns = with_frames([Turn("human", "<video>\nWhat?"), ANSWER], len(frames))
+    sample = ConversationSample(key="k", turns=turns, images=tuple(frames), max_dynamic_patch=1)
+    encoded = SampleEncoder(tokenizer=tokenizer, settings=SETTINGS).encode(sample)
+    assert encoded.tiles_per_image == (1,) * 9
+    assert "Frame-9: <img><IMG_CONTEXT></img>\nWhat?" in tokenizer.decode(encoded.token_ids)
+    assert numbers(frames) == [frame_number(Image.fromarray(tile.transpose(1, 2, 0))) for tile in encoded.tiles]
 
 
 @pytest.mark.parametrize(

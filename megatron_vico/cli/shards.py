@@ -7,26 +7,36 @@ from pathlib import Path
 from megatron_vico.cli import shard_checks
 from megatron_vico.config.schema import DataOptions
 from megatron_vico.data.encoding import EncodingSettings
-from megatron_vico.data.shard_index import FolderIndex
-from megatron_vico.data.shard_writer import WriterOptions, index_shards, make_shards
-from megatron_vico.data.tokenizer import load_tokenizer
+from megatron_vico.data.mixture import MIXTURE_NAME
+from megatron_vico.data.shard_index import INDEX_NAME, FolderIndex
+from megatron_vico.data.shard_pool import usable_cpus
+from megatron_vico.data.shard_sources import FrameOptions
+from megatron_vico.data.shard_writer import (
+    WriterOptions,
+    index_shards,
+    make_mixture,
+    make_shards,
+    table_of_causes,
+)
+from megatron_vico.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_vico.data.webdataset import ShardFolder
+from megatron_vico.errors import ConfigError
 from megatron_vico.models.registry import get_model_config
+
+NUM_LISTED = 20
+"""Samples left out that are printed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the actions and their flags."""
     actions = parser.add_subparsers(dest="action", required=True)
-    make = actions.add_parser("make", help="write a JSONL file and its images as shards")
-    make.add_argument("--jsonl", type=Path, required=True, help="one sample a line, in the official chat format")
-    make.add_argument("--image-root", type=Path, help="folder that image paths start from; unset, the JSONL's own")
-    make.add_argument("--out", type=Path, required=True, help="folder to make")
-    defaults = WriterOptions()
-    make.add_argument("--samples-per-shard", type=int, default=defaults.samples_per_shard)
-    make.add_argument("--max-skipped", type=int, default=defaults.max_skipped, help="broken samples to leave out")
+    make = actions.add_parser("make", help="write data sets as shards; given again, go on where it was interrupted")
+    _add_make(make)
     index = actions.add_parser("index", help="count tokens and tiles anew; the tar files stay as they are")
     index.add_argument("folder", type=Path)
     for command in (make, index):
         _add_settings(command)
+        command.add_argument("--workers", type=int, default=usable_cpus(), help="processes (default: one a CPU)")
     shard_checks.add_inspect_arguments(actions.add_parser("inspect", help="show samples and statistics"))
     shard_checks.add_verify_arguments(actions.add_parser("verify", help="read everything once and say what is wrong"))
 
@@ -40,18 +50,44 @@ def run(options: argparse.Namespace) -> int:
         return shard_checks.verify(options)
     tokenizer, settings = load_tokenizer(options.tokenizer_model), _settings(options)
     if options.action == "index":
-        _report(options.folder, index_shards(options.folder, tokenizer=tokenizer, settings=settings))
+        counting = {"num_workers": options.workers, "show_progress": True}
+        _report(options.folder, index_shards(options.folder, tokenizer=tokenizer, settings=settings, **counting))
         return 0
-    index = make_shards(
-        options.jsonl,
-        image_root=options.image_root or options.jsonl.parent,
-        out_dir=options.out,
-        tokenizer=tokenizer,
-        settings=settings,
-        options=WriterOptions(samples_per_shard=options.samples_per_shard, max_skipped=options.max_skipped),
-    )
-    _report(options.out, index)
+    _make(options, tokenizer=tokenizer, settings=settings)
     return 0
+
+
+def _make(options: argparse.Namespace, *, tokenizer: Tokenizer, settings: EncodingSettings) -> None:
+    frames = FrameOptions(seed=options.seed, min_num_frame=options.min_num_frame, max_num_frame=options.max_num_frame)
+    writer = WriterOptions(
+        samples_per_shard=options.samples_per_shard,
+        max_shard_bytes=options.max_shard_bytes,
+        max_skipped=options.max_skipped,
+        max_skipped_share=options.max_skipped_share,
+        frames=frames,
+        num_workers=options.workers,
+    )
+    if options.meta is None:
+        _report(
+            options.out,
+            make_shards(
+                options.jsonl,
+                image_root=options.image_root or options.jsonl.parent,
+                out_dir=options.out,
+                tokenizer=tokenizer,
+                settings=settings,
+                options=writer,
+            ),
+        )
+        return
+    if options.image_root is not None:
+        raise ConfigError("--image-root has no effect with --meta, which gives each data set its own root; remove it.")
+    folders = make_mixture(options.meta, out_dir=options.out, tokenizer=tokenizer, settings=settings, options=writer)
+    for folder in folders:
+        _report(folder.path, folder.index)
+        if folder.warning:
+            print(f"warning: {folder.warning}")
+    print(f"train on all of them with --data-path {options.out / MIXTURE_NAME}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,6 +95,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vico shards", description=__doc__)
     add_arguments(parser)
     return run(parser.parse_args(arguments))
+
+
+def _add_make(parser: argparse.ArgumentParser) -> None:
+    defaults, frames = WriterOptions(), FrameOptions()
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--jsonl", type=Path, help="one sample a line, in the official chat format")
+    source.add_argument("--meta", type=Path, help="the official meta JSON: every data set becomes a folder of --out")
+    parser.add_argument(
+        "--image-root", type=Path, help="folder or .tar that paths in --jsonl start from; unset, the JSONL's folder"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument(
+        "--samples-per-shard",
+        type=int,
+        default=defaults.samples_per_shard,
+        help="lines that become a shard; the unit of work, so give fewer if there are more workers than shards",
+    )
+    parser.add_argument(
+        "--max-shard-bytes", type=int, default=defaults.max_shard_bytes, help="where a shard goes on in another file"
+    )
+    parser.add_argument("--max-skipped", type=int, default=defaults.max_skipped, help="broken samples to leave out")
+    parser.add_argument(
+        "--max-skipped-share",
+        type=float,
+        default=defaults.max_skipped_share,
+        help="the same as a share of all samples, such as 0.01; the larger limit holds",
+    )
+    parser.add_argument("--seed", type=int, default=frames.seed, help="of the frames that are taken from videos")
+    parser.add_argument("--min-num-frame", type=int, default=frames.min_num_frame, help="fewest frames of a video")
+    parser.add_argument("--max-num-frame", type=int, default=frames.max_num_frame, help="most frames of a video")
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +145,14 @@ def _settings(options: argparse.Namespace) -> EncodingSettings:
     )
 
 
-def _report(folder: Path | str, index: FolderIndex) -> None:
-    for message in index.skipped:
+def _report(folder: Path, index: FolderIndex) -> None:
+    for message in index.skipped[:NUM_LISTED]:
         print(f"left out: {message}")
+    if len(index.skipped) > NUM_LISTED:
+        print(f"... and {len(index.skipped) - NUM_LISTED} more, which {folder / INDEX_NAME} lists")
     print(f"{folder}: {index.num_samples} samples in {len(index.shards)} shards, {len(index.skipped)} left out")
+    if index.skipped:
+        print(table_of_causes(index.skipped))
+    shards = ShardFolder.open(folder)
+    num_bytes = sum(shard.num_bytes for shard in index.shards)
+    print(f"{num_bytes} bytes, {shards.num_tokens.sum()} tokens (one a tile), {shards.num_tiles.sum()} tiles")

@@ -68,6 +68,14 @@ class SampleEncoder:
             return encoded
         return replace(encoded, tiles=jpeg_degrade(encoded.tiles, random=random))
 
+    def encode_blank(self, sample: ConversationSample) -> EncodedSample:
+        """As `encode`, but with blank tiles: all that can be counted and every error, at a fraction of the time.
+
+        Raises:
+            SampleError: if an image is broken, tags and images do not match, or an answer is missing or empty.
+        """
+        return self._encode(sample, conversation.encode_conversation, tile_images=tiling.blank_tiles)
+
     def encode_prompt(self, sample: ConversationSample) -> EncodedSample:
         """Ids and tiles of a sample that ends with a question; nothing is a response.
 
@@ -76,9 +84,15 @@ class SampleEncoder:
         """
         return self._encode(sample, conversation.encode_prompt)
 
-    def _encode(self, sample: ConversationSample, encode_text: Callable[..., EncodedText]) -> EncodedSample:
+    def _encode(
+        self,
+        sample: ConversationSample,
+        encode_text: Callable[..., EncodedText],
+        *,
+        tile_images: Callable[..., list[ByteArray]] = tiling.tile_images,
+    ) -> EncodedSample:
         settings = self.settings
-        tiles_of_images = tiling.tile_images(
+        tiles_of_images = tile_images(
             sample.images,
             key=sample.key,
             image_size=settings.image_size,

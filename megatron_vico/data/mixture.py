@@ -12,6 +12,7 @@ import fsspec
 from megatron_vico.data.storage import is_url
 from megatron_vico.errors import ConfigError
 
+MIXTURE_NAME = "mixture.json"
 MIXTURE_VERSION = 1
 
 

@@ -146,6 +146,33 @@ def tile_images(
     ]
 
 
+def blank_tiles(
+    images: Sequence[bytes], *, key: str, image_size: int, max_dynamic_patch: int, use_thumbnail: bool
+) -> list[ByteArray]:
+    """As `tile_images`, but the tiles are blank: images are decoded, and nothing is resized. For counting.
+
+    Args:
+        images: encoded files.
+        key: the sample's name, for errors.
+        image_size: side S of a tile, in px.
+        max_dynamic_patch: most tiles of all images together, at least one each, thumbnails not counted.
+        use_thumbnail: see `tile`.
+
+    Returns:
+        One [N_i, 3, S, S] uint8 array per image, a view of a single number.
+
+    Raises:
+        SampleError: if an image cannot be decoded.
+    """
+    most = tiles_of_image(max_dynamic_patch, num_images=len(images))
+    sizes = [decode_image(encoded, key=key, number=number).size for number, encoded in enumerate(images)]
+    counts = [
+        count_tiles(width, height, image_size=image_size, max_dynamic_patch=most, use_thumbnail=use_thumbnail)
+        for width, height in sizes
+    ]
+    return [np.broadcast_to(np.uint8(0), (num_tiles, 3, image_size, image_size)) for num_tiles in counts]
+
+
 def _pixels(image: Image.Image, width: int, height: int) -> ByteArray:
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)

@@ -22,6 +22,7 @@ from megatron_vico.data.encoding import SampleEncoder
 from megatron_vico.data.packing import PackLimits
 from megatron_vico.data.samples import ConversationSample
 from megatron_vico.data.shard_index import INDEX_NAME, FolderIndex, ShardFiles, ShardIndex, hash_of_file
+from megatron_vico.data.shard_journal import MADE_NAME
 from megatron_vico.data.tiling import decode_image
 from megatron_vico.data.tokenizer import Tokenizer
 from megatron_vico.data.webdataset import ShardFolder
@@ -202,7 +203,7 @@ class Verification:
                 found=f"{tokenizer.source} is {tokenizer.fingerprint}",
                 expected=f"{index.tokenizer}, which the index was made with (its counts are not compared)",
             )
-        known = {INDEX_NAME, *(name for shard in index.shards for name in (shard.name, shard.index_name))}
+        known = {INDEX_NAME, MADE_NAME, *(name for shard in index.shards for name in (shard.name, shard.index_name))}
         for name in sorted(entry.name for entry in path.iterdir() if entry.name not in known):
             note("file not listed", found="a file that no shard needs", expected="only what the index lists", file=name)
         self._jobs += [_Job(folder=path, index=replace(index, shards=(shard,), skipped=())) for shard in index.shards]

@@ -1,5 +1,7 @@
 """`vico shards`: make, index, inspect."""
 
+import re
+
 import pytest
 
 from megatron_vico.cli.shards import main
@@ -18,8 +20,12 @@ def test_make_index_and_inspect(tmp_path, capsys):
     made = capsys.readouterr().out
     assert "conversations.jsonl:9: sample 'conversations-00000009': broken JSON" in made
     assert "8 samples in 1 shards, 1 left out" in made
-    main(["index", str(out), "--no-use-thumbnail", "--tile-tags", "numbered", *flags])
+    assert re.search(r"broken line +1\n", made)
+    assert f"{(out / 'shard-000000.tar').stat().st_size} bytes, " in made
+    main(["index", str(out), "--no-use-thumbnail", "--tile-tags", "numbered", "--workers", "1", *flags])
     assert "8 samples in 1 shards, 1 left out" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="use_thumbnail was False, now True; tile_tags was 'numbered', now 'none'"):
+        main(["make", "--jsonl", str(data), "--out", str(out), "--max-skipped", "1", *flags])
     main(["inspect", str(out), "--samples", "2"])
     shown = capsys.readouterr().out
     assert "use_thumbnail=False, tile_tags='numbered'" in shown

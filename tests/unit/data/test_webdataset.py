@@ -12,6 +12,7 @@ from PIL import Image
 
 from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
 from megatron_vico.data.samples import ConversationSample, Turn
+from megatron_vico.data.shard_tar import members_of
 from megatron_vico.data.shard_writer import WriterOptions, index_shards, make_shards
 from megatron_vico.data.webdataset import ShardFolder, parse_sample, sample_json
 from megatron_vico.errors import ConfigError, SampleError
@@ -76,6 +77,11 @@ def test_samples_come_back_in_any_order(shards, conversations, tokenizer):
         assert encoded.num_tiles == folder.num_tiles[number]
         assert encoded.token_ids.size == folder.num_tokens[number]
         assert encoded.labels.size == folder.num_responses[number]
+        blank = encoder.encode_blank(sample)
+        assert blank.tiles_per_image == encoded.tiles_per_image
+        assert blank.tiles.shape == encoded.tiles.shape
+        assert blank.token_ids.tolist() == encoded.token_ids.tolist()
+        assert blank.is_response.tolist() == encoded.is_response.tolist()
 
 
 def test_any_webdataset_reader_reads_the_shards(shards, conversations):
@@ -142,7 +148,7 @@ def test_names_that_a_tar_header_cannot_hold(tmp_path, tokenizer, stem):
         ("[1, 2]", r"data.jsonl:2: .*no list 'conversations'"),
         (json.dumps({"conversations": [{"from": "gpd", "value": "x"}]}), r"data.jsonl:2: .*did you mean 'gpt'"),
         (json.dumps({"conversations": [{"from": "gpt"}]}), r"data.jsonl:2: .*turn 1 has no text"),
-        (json.dumps({"video": "v.mp4", "conversations": [{"from": "gpt", "value": "x"}]}), "'video' is not supported"),
+        (json.dumps({"video": "v.mp4", "conversations": [{"from": "gpt", "value": "x"}]}), r"broken video: .*v.mp4"),
         (row(image={"path": "a.jpg"}), "expected a path or a list of paths"),
     ],
 )
@@ -150,7 +156,7 @@ def test_a_bad_line_is_named_or_left_out_and_counted(tmp_path, tokenizer, line, 
     lines = [row(), line, row()]
     with pytest.raises(SampleError, match=message):
         write(tmp_path, lines, tokenizer=tokenizer)
-    assert not list(tmp_path.glob("out*"))  # nothing half-made is left behind
+    assert not (tmp_path / "out").exists()  # nothing half-made under its name
     index = write(tmp_path, lines, tokenizer=tokenizer, max_skipped=1)
     assert len(index.skipped) == 1
     assert keys_of(tmp_path / "out") == ["data-00000001", "data-00000003"]
@@ -158,7 +164,10 @@ def test_a_bad_line_is_named_or_left_out_and_counted(tmp_path, tokenizer, line, 
 
 def test_nothing_is_overwritten_and_an_empty_file_is_refused(tmp_path, tokenizer):
     write(tmp_path, [row()], tokenizer=tokenizer)
-    with pytest.raises(ConfigError, match="not empty"):
+    with pytest.raises(ConfigError, match="not empty, and made from something else: sha256 of the JSONL was"):
+        write(tmp_path, [row(), row()], tokenizer=tokenizer)
+    (tmp_path / "out" / "made.json").unlink()
+    with pytest.raises(ConfigError, match="not empty; give a folder that does not exist"):
         write(tmp_path, [row()], tokenizer=tokenizer)
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(SampleError, match="no sample in it"):
@@ -179,6 +188,17 @@ def test_a_tar_cut_short_is_found_when_the_folder_is_opened(copy, tokenizer):
         ShardFolder.open(copy)
     with pytest.raises(SampleError, match=r"shard-000001.tar: not a complete tar file"):
         index_shards(copy, tokenizer=tokenizer, settings=SETTINGS)
+
+
+def test_a_tar_cut_at_any_block_is_found(copy, tokenizer):
+    tar = copy / "shard-000002.tar"
+    whole = tar.read_bytes()
+    content = len(whole.rstrip(b"\0")) // 512 + 1  # blocks before the mark of the end
+    assert len(members_of(tar)) == 10
+    for num_blocks in range(content + 2):
+        tar.write_bytes(whole[: num_blocks * 512])
+        with pytest.raises(SampleError, match=r"shard-000002.tar: (not a complete tar file|sample .* lacks)"):
+            members_of(tar)
 
 
 def test_a_tar_cut_short_while_training_is_named(copy):

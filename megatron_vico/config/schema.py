@@ -84,6 +84,9 @@ class DataOptions:
     data_path: tuple[str, ...] = ()
     """Folders of WebDataset shards made by `vico shards make`, read as one data set."""
 
+    valid_data_path: tuple[str, ...] = ()
+    """Folders of shards, as --data-path, that the stage's loss is taken of without training on them."""
+
     tokenizer_model: str | None = None
     """A Hugging Face tokenizer folder, or a SentencePiece .model file."""
 
@@ -136,6 +139,12 @@ class TrainingOptions:
 
     exit_interval: int | None = None
     """Stop, with a checkpoint, when the step count is a multiple of this."""
+
+    eval_interval: int | None = None
+    """Steps between two passes over --valid-data-path; unset, only at the end."""
+
+    eval_iters: int | None = None
+    """Global batches of --valid-data-path in one pass, the same ones each time; unset, all of it once."""
 
     trace_step: int | None = None
     """Optimizer step whose forward and backward passes are recorded to <save>/trace, a file a rank in Chrome's trace

@@ -143,6 +143,8 @@ def _check_ranges(cfg: RunConfig) -> None:
         "--log-interval": (cfg.training.log_interval, 1),
         "--save-interval": (cfg.training.save_interval, 1),
         "--exit-interval": (cfg.training.exit_interval, 1),
+        "--eval-interval": (cfg.training.eval_interval, 1),
+        "--eval-iters": (cfg.training.eval_iters, 1),
         "--trace-step": (cfg.training.trace_step, 1),
         "--distributed-timeout-minutes": (cfg.training.distributed_timeout_minutes, 1),
         "--ckpt-step": (cfg.checkpoint.ckpt_step, 0),
@@ -275,6 +277,9 @@ def _check_data(cfg: RunConfig, model: ModelConfig) -> None:
             f"of {model.visual_tokens_per_tile}); use more, or --max-dynamic-patch "
             f"{max(1, data.seq_length // model.visual_tokens_per_tile - 1)}."
         )
+    for flag, value in (("--eval-interval", cfg.training.eval_interval), ("--eval-iters", cfg.training.eval_iters)):
+        if value is not None and not data.valid_data_path:
+            raise ConfigError(f"{flag} {value} has no effect without --valid-data-path; add it, or leave this out.")
 
 
 def _check_recompute(cfg: RunConfig, model: ModelConfig) -> None:
@@ -413,6 +418,7 @@ def _check_files(cfg: RunConfig) -> None:
     paths = {
         "--tokenizer-model": (cfg.data.tokenizer_model,),
         "--data-path": cfg.data.data_path,
+        "--valid-data-path": cfg.data.valid_data_path,
         "--pretrained-checkpoint": (cfg.checkpoint.pretrained_checkpoint,),
         "--reference-load": (cfg.stage.reference_load,),
     }

@@ -47,6 +47,7 @@ GOOD = [
     ("--fine-grained-activation-offloading --offload-modules core_attn", 1),
     ("--save x --save-interval 10", 1),
     ("--save x --train-iters 3 --trace-step 3", 1),
+    ("--valid-data-path x y --eval-interval 5 --eval-iters 2", 1),
     ("--reference-offload host --kl-chunk-rows 1 --encoder-chunk-tiles 1", 1),
     ("--stage warmup --reference-offload host --reference-load other --pretrained-checkpoint one", 1),
     ("--stage router --reference-offload host", 1),
@@ -129,6 +130,10 @@ BAD = [
     ("--max-tiles-per-pack 12", 1, "less than the 13 tiles of one large image"),
     (f"{M8} --seq-length 2048", 1, "less than the 3328 visual tokens of one large image (13 tiles of 256)"),
     ("--seq-length 0", 1, "--seq-length is 0, expected 1 or more"),
+    ("--eval-interval 5", 1, "--eval-interval 5 has no effect without --valid-data-path"),
+    ("--eval-iters 5", 1, "--eval-iters 5 has no effect without --valid-data-path"),
+    ("--valid-data-path x --eval-interval 0", 1, "--eval-interval is 0, expected 1 or more"),
+    ("--valid-data-path x --eval-iters -1", 1, "--eval-iters is -1, expected 1 or more"),
     # Recomputation.
     ("--recompute-method uniform", 1, "belong to --recompute-granularity full, found None"),
     ("--recompute-granularity full", 1, "add --recompute-method uniform --recompute-num-layers 1"),

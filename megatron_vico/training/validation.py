@@ -114,7 +114,7 @@ def evaluate(run: Run, validation: ValidationSet, *, iteration: int) -> Validati
     started = time.perf_counter()
     if validation.loader is not None:
         validation.loader.load_state_dict(dict(validation.beginning))
-    run.policy.finish_param_sync()
+    run.policy.finish_param_sync()  # the head's weight is read outside its module's forward pass, which would wait
     run.policy.eval_mode()
     names = _FIGURES[STAGES[run.cfg.stage.stage].loss]
     sums = torch.zeros(1 + len(names), dtype=torch.float64, device=run.groups.device)

@@ -258,5 +258,6 @@ def test_files_are_asked_for_when_a_run_starts(tmp_path: Path) -> None:
     assert "stage 'consistency' has nothing to start from" in problem(*data)
     assert "stage 'router' needs --reference-load" in problem(*data, "--stage", "router", "--load", here)
     assert "gone: no such file or folder" in problem(*data, "--pretrained-checkpoint", "gone")
+    assert "--valid-data-path gone: no such" in problem(*data, "--stage", "pretrain", "--valid-data-path", here, "gone")
     validate(parse([*data, "--pretrained-checkpoint", here]), 1, check_files=True)
     validate(parse([*data, "--stage", "pretrain"]), 1, check_files=True)

@@ -165,16 +165,16 @@ class ValidationFigures:
     loss: float
     """Cross-entropy; KL of Eq. 1 at a share of tiles compressed; or the router's cross-entropy."""
 
-    samples: int
-    """Those with an answer; in the router stage, those with an image."""
-
-    time_s: float
     loss_all_compressed: float | None = None
     """KL of Eq. 1 with every tile compressed."""
 
     router_accuracy: float | None = None
     router_labelled_compress: float | None = None
     router_predicted_compress: float | None = None
+    samples: int
+    """Those with an answer; in the router stage, those with an image."""
+
+    time_s: float
 
 
 class MetricsLogger:
@@ -241,9 +241,8 @@ class MetricsLogger:
         shown = {name: value for name, value in dataclasses.asdict(figures).items() if value is not None}
         step = shown.pop("iteration")
         if self._lines is not None and self._tensorboard is not None:
-            self._lines.write(
-                json.dumps({"iteration": step, **{f"valid_{name}": shown[name] for name in shown}}) + "\n"
-            )
+            line = {"iteration": step, **{f"valid_{name}": value for name, value in shown.items()}}
+            self._lines.write(json.dumps(line) + "\n")
             for name, value in shown.items():
                 self._tensorboard.add_scalar(f"valid/{name}", value, step)
         parts = [f"{name.replace('_', ' ')}: {value:.6G}" for name, value in shown.items()]

@@ -112,7 +112,10 @@ def test_validation_has_lines_of_its_own(tmp_path: Path, capsys: pytest.CaptureF
         "valid_time_s": 2.0,
         "valid_loss_all_compressed": 0.5,
     }
-    assert "validation at step 1: loss: 0.25 | samples: 7" in capsys.readouterr().out
+    assert (
+        "validation at step 1: loss: 0.25 | loss all compressed: 0.5 | samples: 7 | time s: 2"
+        in capsys.readouterr().out
+    )
     resumed = logger_for(tmp_path, resume_at=1)
     resumed.log(figures_of(2))
     resumed.close()

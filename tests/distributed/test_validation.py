@@ -1,5 +1,6 @@
 """Validation under layouts of two ranks equals one process; one launch runs all cases."""
 
+import dataclasses
 import json
 import pickle
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vico.config.schema import ParallelOptions, RunConfig
+from megatron_vico.config.schema import Overrides, ParallelOptions, RunConfig
 from megatron_vico.config.validate import validate
 from megatron_vico.parallel.groups import started
 from tests.distributed.launch import launch
@@ -25,6 +26,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {},
 }
 DENSE, MOE = "toy-6b", "toy-moe"
+# Buckets so small that each module has its own: with one bucket a missing wait would not show.
+BUCKETS = Overrides((("bucket_size", 3000),))
 OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 ALL = {"train_modules": ("vit", "connector_4x", "connector_16x", "language_model")}
 
@@ -61,7 +64,10 @@ def configs(toy_data: ToyData, tmp_path_factory: pytest.TempPathFactory) -> dict
             **reference,
             **(ALL if layout.get("train_modules") else {}),
         }
-        made[name] = (toy_config(toy_data, stage, **options | layout), toy_config(toy_data, stage, **options))
+        cfg = toy_config(toy_data, stage, **options | layout)
+        if cfg.parallel.overlap_param_gather:
+            cfg = dataclasses.replace(cfg, ddp_overrides=BUCKETS)
+        made[name] = (cfg, toy_config(toy_data, stage, **options))
     return made
 
 

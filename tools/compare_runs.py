@@ -39,6 +39,8 @@ def read_run(path: Path) -> dict[int, dict[str, float]]:
     rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
     steps = {}
     for row in rows:
+        if "valid_loss" in row:
+            continue
         missing = [name for name in ("iteration", *FIELDS) if name not in row]
         if missing:
             raise ValueError(f"{path}: a step without {', '.join(missing)}: {row}")

@@ -19,7 +19,9 @@ def main(arguments: Sequence[str]) -> None:
     """
     parser = argparse.ArgumentParser(prog="vico plot", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
-    loss = actions.add_parser("loss", help="one panel a run: every step in light, a running mean in dark")
+    loss = actions.add_parser(
+        "loss", help="one panel a run: every step in light, a running mean in dark, validation as points"
+    )
     loss.add_argument("runs", nargs="+", metavar="TITLE=FOLDER", help="a run's --save folder, or its metrics.jsonl")
     loss.add_argument("--output", type=Path, required=True, help="picture to write; its ending says the format")
     trace = actions.add_parser("trace", help="who did what when in one step: a row a rank")

@@ -56,7 +56,10 @@ _CHECKPOINTS = (
 _ADAMW = "the optimizer is AdamW, as in the paper (section 4.1)"
 _FSDP = "weights are not sharded by FSDP; shard optimizer state with --use-distributed-optimizer"
 _NO_GRAPHS = "packs have unequal lengths, and CUDA graphs need fixed ones"
-_NO_EVAL = "the training loop has no evaluation; use `vico evaluate`"
+_NO_EVAL = (
+    "validation is --valid-data-path with --eval-interval and --eval-iters, and never trains or generates; answers are "
+    "scored by `vico evaluate`"
+)
 _INFERENCE = "an option of Megatron's inference engine; use `vico generate`"
 _NOT_HERE = "no part of ViCO training"
 _RESILIENCE = "restarts are left to the launcher; a run resumes from --load"

@@ -98,6 +98,9 @@ class DataOptions:
     """How often a read from a URL is tried again after an error that may pass, each time after about twice the wait;
     5 take about a minute."""
 
+    valid_data_path: tuple[str, ...] = ()
+    """Folders of shards, as --data-path, that the stage's loss is taken of without training on them."""
+
     tokenizer_model: str | None = None
     """A Hugging Face tokenizer folder, or a SentencePiece .model file."""
 
@@ -157,6 +160,12 @@ class TrainingOptions:
 
     exit_interval: int | None = None
     """Stop, with a checkpoint, when the step count is a multiple of this."""
+
+    eval_interval: int | None = None
+    """Steps between two passes over --valid-data-path; unset, only at the end."""
+
+    eval_iters: int | None = None
+    """Global batches of --valid-data-path in one pass, the same ones each time; unset, all of it once."""
 
     trace_step: int | None = None
     """Optimizer step whose forward and backward passes are recorded to <save>/trace, a file a rank in Chrome's trace

@@ -149,6 +149,8 @@ def _check_ranges(cfg: RunConfig) -> None:
         "--log-interval": (cfg.training.log_interval, 1),
         "--save-interval": (cfg.training.save_interval, 1),
         "--exit-interval": (cfg.training.exit_interval, 1),
+        "--eval-interval": (cfg.training.eval_interval, 1),
+        "--eval-iters": (cfg.training.eval_iters, 1),
         "--trace-step": (cfg.training.trace_step, 1),
         "--distributed-timeout-minutes": (cfg.training.distributed_timeout_minutes, 1),
         "--ckpt-step": (cfg.checkpoint.ckpt_step, 0),
@@ -281,6 +283,9 @@ def _check_data(cfg: RunConfig, model: ModelConfig) -> None:
             f"of {model.visual_tokens_per_tile}); use more, or --max-dynamic-patch "
             f"{max(1, data.seq_length // model.visual_tokens_per_tile - 1)}."
         )
+    for flag, value in (("--eval-interval", cfg.training.eval_interval), ("--eval-iters", cfg.training.eval_iters)):
+        if value is not None and not data.valid_data_path:
+            raise ConfigError(f"{flag} {value} has no effect without --valid-data-path; add it, or leave this out.")
 
 
 def _check_recompute(cfg: RunConfig, model: ModelConfig) -> None:
@@ -419,12 +424,13 @@ def _check_files(cfg: RunConfig) -> None:
     paths = {
         "--tokenizer-model": (cfg.data.tokenizer_model,),
         "--data-path": tuple(folder.path for folder in read_mixture(cfg.data.data_path)),
+        "--valid-data-path": tuple(folder.path for folder in read_mixture(cfg.data.valid_data_path)),
         "--pretrained-checkpoint": (cfg.checkpoint.pretrained_checkpoint,),
         "--reference-load": (cfg.stage.reference_load,),
     }
     for flag, given in paths.items():
         for path in given:
-            if flag == "--data-path" and path is not None and is_url(path):
+            if flag.endswith("data-path") and path is not None and is_url(path):
                 check_url(path)
             elif path is not None and not Path(path).exists():
                 raise ConfigError(f"{flag} {path}: no such file or folder (looked from {Path.cwd()}).")
@@ -439,7 +445,7 @@ def _check_cache(data: DataOptions) -> None:
     if (
         data.data_cache_dir is not None
         and data.data_path
-        and not any(is_url(path) or path.endswith(".json") for path in data.data_path)
+        and not any(is_url(path) or path.endswith(".json") for path in (*data.data_path, *data.valid_data_path))
     ):
         raise ConfigError(
             f"--data-cache-dir {data.data_cache_dir} has no effect: no --data-path is a URL; leave it out, or write "

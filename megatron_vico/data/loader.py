@@ -70,7 +70,8 @@ class Loader:
             folder.check_encoding(tokenizer=encoder.tokenizer, settings=encoder.settings)
         self.plan = plan
         self.consumed_steps = start_step
-        self._end_step, self._num_workers = end_step, num_workers
+        self.end_step = end_step
+        self._num_workers = num_workers
         self._dataset = _StepDataset(plan.data, encoder=encoder, builder=builder, dp_rank=dp_rank, dp_size=dp_size)
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
@@ -94,7 +95,7 @@ class Loader:
         self.consumed_steps = int(state["consumed_steps"])
 
     def _steps(self) -> Iterator[list[PackedBatch] | SampleError]:
-        steps = _Steps(self.plan, start=self.consumed_steps, end=self._end_step)
+        steps = _Steps(self.plan, start=self.consumed_steps, end=self.end_step)
         if self._num_workers == 0:
             return (self._dataset[step] for step in steps)
         parcels = DataLoader(

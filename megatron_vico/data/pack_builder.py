@@ -26,6 +26,9 @@ class PackBuilder:
     image_token_id: int
     xi_sampler: Literal["stratified", "bernoulli", "exact-count"] = "stratified"
     router_granularity: Literal["tile", "image"] = "tile"
+    views: Literal["training", "validation"] = "training"
+    """validation: where a stage compares plans with Eq. 1, a second policy view with everything compressed."""
+
     cost: PackCost = EQUAL_COST
     """What a pack of the stage costs, by which `make_loader` spreads the packs over data-parallel ranks."""
 
@@ -47,6 +50,8 @@ class PackBuilder:
         weights = 1.0 / (np.maximum(rows_per_sample, 1) * float(samples_in_global_batch))
         question, router_tile_sample = self._router_question(samples, pack)
         plans = self._plans(samples, pack, question)
+        if self.views == "validation" and self.stage in ("warmup", "consistency"):
+            plans = (*plans, np.ones_like(question))
         return PackedBatch(
             position=position,
             keys=tuple(sample.key for sample in samples),

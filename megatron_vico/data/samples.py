@@ -163,7 +163,8 @@ class PackedBatch:
     """Nothing compressed."""
 
     policies: tuple[PolicyView, ...]
-    """pretrain: none; warmup and consistency: one; router: nothing compressed, then the router's question."""
+    """pretrain: none; warmup and consistency: one, and for validation one more with everything compressed; router:
+    nothing compressed, then the router's question."""
 
     position: int = 0
     """The pack's place among those of its step, over all ranks."""

@@ -115,6 +115,8 @@ def read_metrics(path: Path) -> dict[str, npt.NDArray[np.float64]]:
 def loss_curves(metrics_files: Mapping[str, Path], *, columns: int = 3) -> Figure:
     """The loss of each stage over its steps, one panel a stage: every step in light, a running mean in dark.
 
+    Losses on the validation set are points.
+
     Args:
         metrics_files: stage's title -> its metrics.jsonl; a file without losses leaves its panel empty.
         columns: panels in a row.
@@ -141,8 +143,12 @@ def _draw_loss(panel: Axes, metrics: Mapping[str, npt.NDArray[np.float64]], *, t
     if "loss" not in metrics:
         panel.text(0.5, 0.5, "no losses", ha="center", va="center", transform=panel.transAxes)
         return
-    loss = metrics["loss"]
-    steps = metrics.get("iteration", np.arange(1.0, len(loss) + 1))
+    steps = metrics.get("iteration", np.arange(1.0, len(metrics["loss"]) + 1))
+    if "valid_loss" in metrics:
+        panel.plot(steps, metrics["valid_loss"], ".", color="tab:orange", label="validation")
+        panel.legend(loc="lower left")
+    is_step = ~np.isnan(metrics["loss"])
+    steps, loss = steps[is_step], metrics["loss"][is_step]
     if (loss > 0).all():
         panel.set_yscale("log")
     panel.plot(steps, loss, color="tab:blue", alpha=0.3, linewidth=0.8)

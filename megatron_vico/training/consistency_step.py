@@ -5,6 +5,7 @@ No barrier, collective over all ranks or `.item()` stands between the reference 
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from megatron_vico.models.language_model import LanguageInputs
@@ -12,7 +13,7 @@ from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.parallel.streams import language_inputs, row_share
 from megatron_vico.training.metrics import StepSums, sums_of
-from megatron_vico.training.passes import LanguagePass, LossFunction, training_pass
+from megatron_vico.training.passes import LanguagePass, LossFunction, forward_pass, training_pass
 from megatron_vico.training.policy import Policy
 from megatron_vico.training.reference import Reference
 from megatron_vico.training.trace import StepTrace
@@ -81,20 +82,54 @@ def pretrain_step(policy: Policy, batch: StepBatch, *, groups: Groups, trace: St
     Returns:
         As `consistency_step`.
     """
-    device = groups.device
-    inputs = [language_inputs(pack.reference, policy.stream_cut, device) for pack in batch.packs]
-    weights = _row_weights(batch, groups)
-    labels = [_my_rows(pack.labels, groups).to(device, non_blocking=True) for pack in batch.packs]
+    inputs = _whole_inputs(policy, batch, groups)
+    loss = _label_loss(policy, batch, groups)
     policy.weigh_balancing_loss(inputs, groups)
-    features_NPD = tile_features(policy.encoder, batch, device, chunk_tiles=policy.chunk_tiles, trace=trace)
-    tokens = visual_tokens(
-        policy.encoder, features_NPD, batch, None, trained=policy.trains_encoder, groups=groups, trace=trace
+    tokens = _whole_tokens(policy, batch, trained=policy.trains_encoder, groups=groups, trace=trace)
+    return _train(policy, batch, loss, inputs=inputs, tokens=tokens, groups=groups, trace=trace)
+
+
+@torch.no_grad()
+def pretrain_loss(policy: Policy, batch: StepBatch, *, groups: Groups) -> Tensor:
+    """The loss of `pretrain_step` alone; called by every rank.
+
+    Returns:
+        This rank's share of it; tensor-parallel ranks have the same, of which one counts.
+    """
+    loss = _label_loss(policy, batch, groups)
+    run = LanguagePass(
+        name="policy",
+        chunks=policy.language_chunks,
+        inputs=_whole_inputs(policy, batch, groups),
+        tokens=_whole_tokens(policy, batch, trained=False, groups=groups),
+        groups=groups.language,
     )
+    values = [loss(index, rows_RH) for index, rows_RH in enumerate(forward_pass(run))]
+    return torch.stack(values).sum() if values else torch.zeros((), device=groups.device)
+
+
+def _whole_inputs(policy: Policy, batch: StepBatch, groups: Groups) -> list[LanguageInputs]:
+    return [language_inputs(pack.reference, policy.stream_cut, groups.device) for pack in batch.packs]
+
+
+def _whole_tokens(
+    policy: Policy, batch: StepBatch, *, trained: bool, groups: Groups, trace: StepTrace | None = None
+) -> VisualTokens:
+    """The policy's visual tokens with nothing compressed."""
+    encoder = policy.encoder
+    features_NPD = tile_features(encoder, batch, groups.device, chunk_tiles=policy.chunk_tiles, trace=trace)
+    return visual_tokens(encoder, features_NPD, batch, None, trained=trained, groups=groups, trace=trace)
+
+
+def _label_loss(policy: Policy, batch: StepBatch, groups: Groups) -> LossFunction:
+    """Cross-entropy of a pack's response tokens."""
+    weights = _row_weights(batch, groups)
+    labels = [_my_rows(pack.labels, groups).to(groups.device, non_blocking=True) for pack in batch.packs]
 
     def loss(index: int, rows_RH: Tensor) -> Tensor:
         return policy.head.cross_entropy(rows_RH, labels[index], weights[index])
 
-    return _train(policy, batch, loss, inputs=inputs, tokens=tokens, groups=groups, trace=trace)
+    return loss
 
 
 def _train(

@@ -157,6 +157,26 @@ def _router_figures(values: list[float]) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class ValidationFigures:
+    """The validation set after one step, over all ranks; means over samples."""
+
+    iteration: int
+    loss: float
+    """Cross-entropy; KL of Eq. 1 at a share of tiles compressed; or the router's cross-entropy."""
+
+    loss_all_compressed: float | None = None
+    """KL of Eq. 1 with every tile compressed."""
+
+    router_accuracy: float | None = None
+    router_labelled_compress: float | None = None
+    router_predicted_compress: float | None = None
+    samples: int
+    """Those with an answer; in the router stage, those with an image."""
+
+    time_s: float
+
+
 class MetricsLogger:
     """Writes each step's figures, on the main rank only."""
 
@@ -191,7 +211,7 @@ class MetricsLogger:
         save.mkdir(parents=True, exist_ok=True)
         path = save / "metrics.jsonl"
         kept = _lines_before(path, resume_at)
-        self._consumed_samples = sum(json.loads(line)["samples"] for line in kept)
+        self._consumed_samples = sum(json.loads(line).get("samples", 0) for line in kept)
         path.write_text("".join(kept))
         self._lines = path.open("a", buffering=1)
         from torch.utils.tensorboard import SummaryWriter  # 2 s of imports that only the main rank needs
@@ -213,6 +233,20 @@ class MetricsLogger:
         if figures.iteration % self.log_interval == 0 or figures.iteration == self.train_iters:
             print(self._line(), flush=True)
             self._window.clear()
+
+    def log_validation(self, figures: ValidationFigures) -> None:
+        """Print and record the validation set; in `metrics.jsonl` a line of its own, whose keys begin with `valid_`."""
+        if not self.is_main:
+            return
+        shown = {name: value for name, value in dataclasses.asdict(figures).items() if value is not None}
+        step = shown.pop("iteration")
+        if self._lines is not None and self._tensorboard is not None:
+            line = {"iteration": step, **{f"valid_{name}": value for name, value in shown.items()}}
+            self._lines.write(json.dumps(line) + "\n")
+            for name, value in shown.items():
+                self._tensorboard.add_scalar(f"valid/{name}", value, step)
+        parts = [f"{name.replace('_', ' ')}: {value:.6G}" for name, value in shown.items()]
+        print(f"validation at step {step}: {' | '.join(parts)}", flush=True)
 
     def close(self) -> None:
         """Flush and close the files."""

@@ -84,6 +84,12 @@ class Policy:
             if name in self.trained:
                 getattr(self.encoder, name).train()
 
+    def eval_mode(self) -> None:
+        """Inference behaviour everywhere: no dropped path, no balancing loss."""
+        self.encoder.eval()
+        for chunk in self.language_chunks:
+            chunk.eval()
+
     def weigh_balancing_loss(self, inputs: Sequence[LanguageInputs], groups: Groups) -> None:
         """Tell mcore what the expert-balancing loss of a pack counts: its share of the step's tokens.
 

@@ -6,24 +6,31 @@ the rank that encoded a tile asks ViR about it.
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_vico.data.samples import PackedBatch
-from megatron_vico.models.language_model import LanguageInputs
 from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.parallel.groups import Groups
-from megatron_vico.parallel.streams import language_inputs, row_share
 from megatron_vico.training.metrics import RouterSums, StepSums, sums_of
-from megatron_vico.training.passes import LanguagePass, forward_pass
 from megatron_vico.training.policy import Policy
 from megatron_vico.training.reference import Reference
 from megatron_vico.training.trace import StepTrace
-from megatron_vico.training.vision import VisualTokens, tile_features, visual_tokens
+from megatron_vico.training.views import ComparedViews, compare_views
 from megatron_vico.vico.router_targets import RatioWindow, labels_from_ratios, loss_ratio, sample_means
 from megatron_vico.vico.routing import COMPRESS
+
+
+class Answers(NamedTuple):
+    """What the router makes of the questions about one rank's tiles."""
+
+    loss: Tensor
+    """Cross-entropy, summed over questions, nats."""
+
+    router: RouterSums
 
 
 def router_step(
@@ -51,119 +58,51 @@ def router_step(
     Returns:
         This rank's share of the loss and of the figures that are logged.
     """
-    device, packs = groups.device, batch.packs
-    reference_inputs = [language_inputs(pack.reference, policy.stream_cut, device) for pack in packs]
-    views = [[pack.policies[view] for pack in packs] for view in (0, 1)]
-    view_inputs = [[language_inputs(each.stream, policy.stream_cut, device) for each in view] for view in views]
-    features_NPD = tile_features(policy.encoder, batch, device, chunk_tiles=policy.chunk_tiles, trace=trace)
-    reference_tokens = reference.visual_tokens(batch, features_NPD, groups, trace=trace)
-    view_tokens = [
-        visual_tokens(
-            policy.encoder,
-            features_NPD,
-            batch,
-            [each.compressed for each in view],
-            trained=False,
-            groups=groups,
-            trace=trace,
-        )
-        for view in views
-    ]
-    reference_rows = reference.response_rows(reference_inputs, reference_tokens, groups=groups, trace=trace)
-    rows_none, rows_one = (
-        _policy_rows(policy, inputs, tokens, name=f"policy ({plan})", groups=groups, trace=trace)
-        for plan, inputs, tokens in zip(("none", "one"), view_inputs, view_tokens, strict=True)
-    )
-    rows = (reference_rows, rows_none, rows_one)
-    ratio_M = _loss_ratios(policy, reference, packs, rows=rows, eps=eps, groups=groups)
+    views = compare_views(policy, reference, batch, plans=("none", "one"), groups=groups, trace=trace)
+    ratio_M = _loss_ratios(views, batch.packs, eps=eps, groups=groups)
     # Every rank takes part, also one without a single image, and adds the same ratios in the same order.
-    all_ratios = _gather(ratio_M, packs, groups)
+    all_ratios = _gather(ratio_M, batch.packs, groups)
     window.push(all_ratios)
-    threshold = window.threshold().to(device)
-    mine_M, logits_M2 = _ask(policy, batch, features_NPD)
-    ratio_M = ratio_M[mine_M.to(device)]
-    label_M = labels_from_ratios(ratio_M, threshold)
-    loss = F.cross_entropy(logits_M2.float(), label_M, reduction="sum") / max(len(all_ratios), 1)
+    loss, router = _answers(policy, batch, views.features_NPD, ratio_M, threshold=window.threshold())
+    loss = loss / max(len(all_ratios), 1)
     if loss.requires_grad:
         loss.backward()
-    predicted_M = logits_M2.argmax(dim=-1)
-    router = RouterSums(
-        questions=torch.tensor(float(len(label_M))),
-        labelled_compress=(label_M == COMPRESS).sum().float(),
-        predicted_compress=(predicted_M == COMPRESS).sum().float(),
-        correct=(predicted_M == label_M).sum().float(),
-        log_ratio=ratio_M.log().sum(),
-        threshold=threshold / torch.distributed.get_world_size(),
-    )
-    return sums_of(packs, groups=groups, loss=loss, router=router)
-
-
-def _policy_rows(
-    policy: Policy,
-    inputs: Sequence[LanguageInputs],
-    tokens: VisualTokens,
-    *,
-    name: str,
-    groups: Groups,
-    trace: StepTrace | None,
-) -> list[Tensor]:
-    """The policy's response rows [R, H] under one of the two plans, a tensor a pack, on the last stage."""
-    return forward_pass(
-        LanguagePass(
-            name=name,
-            chunks=policy.language_chunks,
-            inputs=inputs,
-            tokens=tokens,
-            groups=groups.language,
-            trace=trace,
-        )
-    )
+    return sums_of(batch.packs, groups=groups, loss=loss, router=router)
 
 
 @torch.no_grad()
-def _loss_ratios(
-    policy: Policy,
-    reference: Reference,
-    packs: Sequence[PackedBatch],
-    *,
-    rows: tuple[Sequence[Tensor | None], Sequence[Tensor], Sequence[Tensor]],
-    eps: float,
-    groups: Groups,
-) -> Tensor:
-    """r of Eq. 2 for all questions of the replica's packs, [M], on every rank of the replica.
+def router_answers(
+    policy: Policy, reference: Reference, batch: StepBatch, *, threshold: Tensor, eps: float, groups: Groups
+) -> Answers:
+    """What the router answers to the questions of packs that it is not trained on; called by every rank.
 
-    Args: rows: of the reference, and of the policy under both plans, [R, H] a pack, on the last pipeline stage.
+    Args:
+        policy: in evaluation mode.
+        reference: as for `router_step`.
+        batch: as for `router_step`.
+        threshold: tau of Eq. 3, a scalar, which makes the labels.
+        eps: of Eq. 2, nats.
+        groups: process groups.
+
+    Returns:
+        This rank's share.
     """
+    views = compare_views(policy, reference, batch, plans=("none", "one"), groups=groups)
+    ratio_M = _loss_ratios(views, batch.packs, eps=eps, groups=groups)
+    return _answers(policy, batch, views.features_NPD, ratio_M, threshold=threshold)
+
+
+@torch.no_grad()
+def _loss_ratios(views: ComparedViews, packs: Sequence[PackedBatch], *, eps: float, groups: Groups) -> Tensor:
+    """r of Eq. 2 for all questions of the replica's packs, [M], on every rank of the replica."""
     ratio_M = torch.zeros(sum(len(_asked_samples(pack)) for pack in packs), device=groups.device)
     if groups.is_last_stage:
-        values = [_kl_of_packs(policy, reference, packs, rows=(rows[0], each), groups=groups) for each in rows[1:]]
-        none_M, one_M = (_asked_means(packs, each, groups) for each in values)
+        none_M, one_M = (_asked_means(packs, each, groups) for each in views.kl_R)
         ratio_M = loss_ratio(one_M, none_M, eps=eps)
     # From one rank to all of the replica, so that no two differ in a last digit: labels and threshold depend on it.
     last = groups.replica.size() - groups.language.tp.size() * groups.language.cp.size()
     torch.distributed.broadcast(ratio_M, group=groups.replica, group_src=last)
     return ratio_M
-
-
-def _kl_of_packs(
-    policy: Policy,
-    reference: Reference,
-    packs: Sequence[PackedBatch],
-    *,
-    rows: tuple[Sequence[Tensor | None], Sequence[Tensor]],
-    groups: Groups,
-) -> Tensor:
-    """KL of every response row of all packs, [R] in pack order, put together over context-parallel ranks."""
-    context = groups.language.cp
-    lens = [len(pack.labels) for pack in packs]
-    kl_R = torch.zeros(sum(lens), device=groups.device)
-    for of_pack, theirs_RH, mine_RH in zip(kl_R.split(lens), *rows, strict=True):
-        assert theirs_RH is not None
-        share = row_share(len(of_pack), size=context.size(), rank=context.rank())
-        of_pack[share] = policy.head.consistency_rows(mine_RH, reference=reference.head, reference_rows_RH=theirs_RH)
-    if context.size() > 1:
-        torch.distributed.all_reduce(kl_R, group=context)
-    return kl_R
 
 
 def _asked_means(packs: Sequence[PackedBatch], kl_R: Tensor, groups: Groups) -> Tensor:
@@ -179,6 +118,24 @@ def _asked_means(packs: Sequence[PackedBatch], kl_R: Tensor, groups: Groups) -> 
 def _asked_samples(pack: PackedBatch) -> Tensor:
     """The pack's samples that the router is asked about, [M] int64, ascending; text-only samples are not."""
     return pack.router_tile_sample.unique_consecutive()
+
+
+def _answers(policy: Policy, batch: StepBatch, features_NPD: Tensor, ratio_M: Tensor, *, threshold: Tensor) -> Answers:
+    """Ask about this rank's tiles; `ratio_M` is of all questions of the replica."""
+    threshold = threshold.to(ratio_M.device)
+    mine_M, logits_M2 = _ask(policy, batch, features_NPD)
+    ratio_M = ratio_M[mine_M.to(ratio_M.device)]
+    label_M = labels_from_ratios(ratio_M, threshold)
+    predicted_M = logits_M2.argmax(dim=-1)
+    router = RouterSums(
+        questions=torch.tensor(float(len(label_M))),
+        labelled_compress=(label_M == COMPRESS).sum().float(),
+        predicted_compress=(predicted_M == COMPRESS).sum().float(),
+        correct=(predicted_M == label_M).sum().float(),
+        log_ratio=ratio_M.log().sum(),
+        threshold=threshold / torch.distributed.get_world_size(),
+    )
+    return Answers(loss=F.cross_entropy(logits_M2.float(), label_M, reduction="sum"), router=router)
 
 
 def _ask(policy: Policy, batch: StepBatch, features_NPD: Tensor) -> tuple[Tensor, Tensor]:

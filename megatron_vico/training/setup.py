@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -65,10 +66,14 @@ class Run:
 
     def batches(self) -> SharedBatches:
         """The steps that are left, spread over the ranks of the replica; every rank iterates."""
+        return self.spread(self.loader, num_steps=self.cfg.training.train_iters - self.iteration)
+
+    def spread(self, loader: Loader | None, *, num_steps: int) -> SharedBatches:
+        """What a loader reads on the first rank of the replica, spread over its ranks; every rank iterates."""
         options = self.cfg.stage
         return SharedBatches(
-            self.loader,
-            num_steps=self.cfg.training.train_iters - self.iteration,
+            loader,
+            num_steps=num_steps,
             groups=self.groups,
             whole_images=options.stage == "router" and options.router_granularity == "image",
         )
@@ -139,7 +144,7 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
         window=window,
         optimizer=optimizer,
         scheduler=scheduler,
-        loader=_loader(cfg, model, groups, iteration) if groups.replica.rank() == 0 else None,
+        loader=build_loader(cfg, model, groups, start_step=iteration) if groups.replica.rank() == 0 else None,
         iteration=iteration,
     )
 
@@ -266,7 +271,15 @@ def _offload(chunks: Sequence[LanguageModel], policy: Policy, groups: Groups) ->
     )
 
 
-def _loader(cfg: RunConfig, model: ModelConfig, groups: Groups, start_step: int) -> Loader:
+def build_loader(
+    cfg: RunConfig,
+    model: ModelConfig,
+    groups: Groups,
+    *,
+    start_step: int = 0,
+    views: Literal["training", "validation"] = "training",
+) -> Loader:
+    """The loader of a replica's packs, for its first rank; `views` as in `PackBuilder`."""
     assert cfg.data.tokenizer_model is not None, "config/validate.py asks for it"
     tokenizer = load_tokenizer(cfg.data.tokenizer_model)
     settings = EncodingSettings.from_options(cfg.data, image_size=model.vision.image_size)
@@ -278,6 +291,7 @@ def _loader(cfg: RunConfig, model: ModelConfig, groups: Groups, start_step: int)
         image_token_id=model.image_token_id,
         xi_sampler=cfg.stage.xi_sampler,
         router_granularity=cfg.stage.router_granularity,
+        views=views,
         cost=pack_cost(model, cfg.stage),
     )
     return make_loader(

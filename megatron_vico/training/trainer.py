@@ -20,6 +20,7 @@ from megatron_vico.training.router_step import router_step
 from megatron_vico.training.setup import Run, set_up
 from megatron_vico.training.stages import STAGES
 from megatron_vico.training.trace import StepTrace, phase, trace_file
+from megatron_vico.training.validation import evaluate, open_validation
 
 
 def train(cfg: RunConfig) -> None:
@@ -54,6 +55,7 @@ def _loop(run: Run, stop: "_StopSignal") -> None:
     )
     if groups.is_main:
         _announce(run)
+    validation = open_validation(run)
     run.policy.train_mode()
     iteration = run.iteration
     started = time.perf_counter()
@@ -87,6 +89,11 @@ def _loop(run: Run, stop: "_StopSignal") -> None:
         )
         if ending or _due(iteration, cfg.training.save_interval):
             _save(run, iteration)
+            started = time.perf_counter()
+        # After the checkpoint, which a broken validation set must not cost.
+        last = iteration == cfg.training.train_iters
+        if validation is not None and (last or _due(iteration, cfg.training.eval_interval)):
+            logger.log_validation(evaluate(run, validation, iteration=iteration))
             started = time.perf_counter()
         if ending:
             break

@@ -55,6 +55,12 @@ def test_the_tool_sees_missing_steps(
     assert "3 steps, 8 to 10" in capsys.readouterr().out
 
 
+def test_the_tool_passes_over_validation(compare_runs: ModuleType, tmp_path: Path) -> None:
+    rows = [*json.loads((HERE / "pretrain.json").read_text()), {"iteration": 10, "valid_loss": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert compare_runs.main([str(HERE / "pretrain.json"), str(tmp_path)]) == 0
+
+
 def test_the_tool_names_what_a_file_lacks(compare_runs: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text('[{"iteration": 1, "loss": 2.0}]')
     with pytest.raises(ValueError, match="without grad_norm"):

@@ -48,6 +48,7 @@ GOOD = [
     ("--save x --save-interval 10", 1),
     ("--data-path /a s3://b/c --data-cache-dir x --data-cache-gb 0.5 --data-retries 0", 1),
     ("--save x --train-iters 3 --trace-step 3", 1),
+    ("--valid-data-path x y --eval-interval 5 --eval-iters 2", 1),
     ("--reference-offload host --kl-chunk-rows 1 --encoder-chunk-tiles 1", 1),
     ("--stage warmup --reference-offload host --reference-load other --pretrained-checkpoint one", 1),
     ("--stage router --reference-offload host", 1),
@@ -137,6 +138,10 @@ BAD = [
     ("--max-tiles-per-pack 12", 1, "less than the 13 tiles of one large image"),
     (f"{M8} --seq-length 2048", 1, "less than the 3328 visual tokens of one large image (13 tiles of 256)"),
     ("--seq-length 0", 1, "--seq-length is 0, expected 1 or more"),
+    ("--eval-interval 5", 1, "--eval-interval 5 has no effect without --valid-data-path"),
+    ("--eval-iters 5", 1, "--eval-iters 5 has no effect without --valid-data-path"),
+    ("--valid-data-path x --eval-interval 0", 1, "--eval-interval is 0, expected 1 or more"),
+    ("--valid-data-path x --eval-iters -1", 1, "--eval-iters is -1, expected 1 or more"),
     # Recomputation.
     ("--recompute-method uniform", 1, "belong to --recompute-granularity full, found None"),
     ("--recompute-granularity full", 1, "add --recompute-method uniform --recompute-num-layers 1"),
@@ -263,5 +268,6 @@ def test_files_are_asked_for_when_a_run_starts(tmp_path: Path) -> None:
     assert "gone: no such file or folder" in problem(*data, "--pretrained-checkpoint", "gone")
     assert "--data-path qq://a: fsspec cannot open it" in problem(*data[2:], "--data-path", "qq://a", "--load", here)
     validate(parse([*data[2:], "--data-path", "memory://a", "--stage", "pretrain"]), 1, check_files=True)
+    assert "--valid-data-path gone: no such" in problem(*data, "--stage", "pretrain", "--valid-data-path", here, "gone")
     validate(parse([*data, "--pretrained-checkpoint", here]), 1, check_files=True)
     validate(parse([*data, "--stage", "pretrain"]), 1, check_files=True)

@@ -80,6 +80,19 @@ def test_loss_curves_draw_each_file(tmp_path):
     assert (tmp_path / "loss.png").stat().st_size > 10_000
 
 
+def test_validation_is_drawn_as_points_between_the_steps(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    steps = [{"iteration": step, "loss": 1 / step} for step in range(1, 5)]
+    lines = [*steps[:2], {"iteration": 2, "valid_loss": 0.7}, *steps[2:], {"iteration": 4, "valid_loss": 0.6}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (panel,) = plots.loss_curves({"warm-up": path}).axes
+    points, raw, _ = panel.lines
+    drawn = [pair for pair in zip(points.get_xdata(), points.get_ydata(), strict=True) if pair[1] == pair[1]]
+    assert drawn == [(2, 0.7), (4, 0.6)]
+    np.testing.assert_array_equal(raw.get_ydata(), [1, 1 / 2, 1 / 3, 1 / 4])
+    assert panel.get_yscale() == "log"
+
+
 def make_box(rank, model, kind, start_ms, end_ms, *, microbatch=None, chunk=None):
     return plots.TraceBox(
         rank=rank, model=model, kind=kind, microbatch=microbatch, chunk=chunk, start_ms=start_ms, end_ms=end_ms

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vico.training.metrics import MetricsLogger, RouterSums, StepFigures, StepSums, check_finite
+from megatron_vico.training.metrics import (
+    MetricsLogger,
+    RouterSums,
+    StepFigures,
+    StepSums,
+    ValidationFigures,
+    check_finite,
+)
 
 
 def figures_of(iteration: int, loss: float = 1.0) -> StepFigures:
@@ -88,6 +95,31 @@ def test_the_log_line_is_megatrons(capsys: pytest.CaptureFixture[str]) -> None:
     assert "iteration        2/      10 | consumed samples:           64 |" in line
     assert "loss: 2.000000E+00" in line  # the mean since the last line
     assert "compressed tiles: 50.0%" in line
+
+
+def test_validation_has_lines_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logger_for(tmp_path)
+    logger.log(figures_of(1))
+    logger.log_validation(
+        ValidationFigures(iteration=1, loss=0.25, samples=7, time_s=2.0, loss_all_compressed=0.5, router_accuracy=None)
+    )
+    logger.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[1] == {
+        "iteration": 1,
+        "valid_loss": 0.25,
+        "valid_samples": 7,
+        "valid_time_s": 2.0,
+        "valid_loss_all_compressed": 0.5,
+    }
+    assert (
+        "validation at step 1: loss: 0.25 | loss all compressed: 0.5 | samples: 7 | time s: 2"
+        in capsys.readouterr().out
+    )
+    resumed = logger_for(tmp_path, resume_at=1)
+    resumed.log(figures_of(2))
+    resumed.close()
+    assert "consumed samples:           64" in capsys.readouterr().out  # those of validation are not consumed
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

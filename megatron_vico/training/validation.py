@@ -1,0 +1,182 @@
+"""Figures over a validation set between two steps of training, which goes on as if nothing had happened.
+
+The packs, their order and their compression plans are the same at every evaluation and for every --seed, so that values
+compare over steps and runs. Each sample counts the same, once: the packs that fill up the last global batch come from
+the next epoch and weigh nothing, so that all ranks make the same number of passes and no sample is left out.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_vico.config.schema import RunConfig
+from megatron_vico.data.loader import Loader
+from megatron_vico.data.samples import PackedBatch
+from megatron_vico.errors import ConfigError
+from megatron_vico.parallel.batch import StepBatch
+from megatron_vico.training.consistency_step import pretrain_loss
+from megatron_vico.training.metrics import ValidationFigures
+from megatron_vico.training.router_step import router_answers
+from megatron_vico.training.setup import Run, build_loader
+from megatron_vico.training.stages import STAGES
+from megatron_vico.training.views import compare_views
+
+SEED = 0
+"""Of the order of packs and of what is drawn for a sample."""
+
+_FIGURES: Mapping[str, tuple[str, ...]] = {
+    "cross_entropy": ("loss",),
+    "consistency": ("loss", "loss_all_compressed"),
+    "router": ("loss", "router_accuracy", "router_labelled_compress", "router_predicted_compress"),
+}
+"""What `_sums` sums after the number of samples, by the stage's loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSet:
+    """Global batches to evaluate."""
+
+    loader: Loader | None
+    """On the first rank of a replica. Its workers start with an evaluation and end with it: meanwhile those of training
+    have filled their queues and rest, and between evaluations nothing competes with them."""
+
+    beginning: Mapping[str, int]
+    """The loader's state before its first batch."""
+
+    num_packs: int
+    """Packs of one pass over all of the set."""
+
+    num_batches: int
+
+
+def open_validation(run: Run) -> ValidationSet | None:
+    """The validation set of a run, None if it has none; called by every rank.
+
+    Args:
+        run: the run.
+
+    Returns:
+        The set, of which nothing but the index has been read.
+
+    Raises:
+        ConfigError: if the shards do not fit the run, or --eval-iters asks for more than there is.
+        SampleError: if a shard is broken or a sample is larger than a pack.
+    """
+    cfg, groups = run.cfg, run.groups
+    if not cfg.data.valid_data_path:
+        return None
+    loader = (
+        build_loader(_own_config(cfg), run.model, groups, views="validation") if groups.replica.rank() == 0 else None
+    )
+    packs = torch.tensor(0 if loader is None else sum(1 for _ in loader.plan.epoch(0)), device=groups.device)
+    torch.distributed.broadcast(packs, group=groups.replica, group_src=0)
+    num_packs = int(packs)
+    whole = -(-num_packs // cfg.training.global_batch_size)
+    num_batches = cfg.training.eval_iters or whole
+    if num_batches > whole:
+        raise ConfigError(
+            f"--eval-iters {num_batches}: the {num_packs} packs of --valid-data-path make {whole} global batches of "
+            f"{cfg.training.global_batch_size}; use at most {whole}, or leave it out for all of them."
+        )
+    if loader is not None:
+        loader.end_step = num_batches
+    beginning = {} if loader is None else loader.state_dict()
+    return ValidationSet(loader=loader, beginning=beginning, num_packs=num_packs, num_batches=num_batches)
+
+
+def _own_config(cfg: RunConfig) -> RunConfig:
+    return dataclasses.replace(
+        cfg,
+        data=dataclasses.replace(cfg.data, data_path=cfg.data.valid_data_path),
+        training=dataclasses.replace(cfg.training, seed=SEED),
+    )
+
+
+@torch.no_grad()
+def evaluate(run: Run, validation: ValidationSet, *, iteration: int) -> ValidationFigures:
+    """The stage's figures over the validation set; called by every rank between two steps.
+
+    Args:
+        run: weights, gradients, optimizer, random state and router window are left as they are.
+        validation: from `open_validation`.
+        iteration: steps done.
+
+    Returns:
+        Figures over all ranks, the same on each.
+
+    Raises:
+        SampleError: on every rank of a replica whose reader met a sample that cannot be read.
+    """
+    started = time.perf_counter()
+    if validation.loader is not None:
+        validation.loader.load_state_dict(dict(validation.beginning))
+    run.policy.finish_param_sync()  # the head's weight is read outside its module's forward pass, which would wait
+    run.policy.eval_mode()
+    names = _FIGURES[STAGES[run.cfg.stage.stage].loss]
+    sums = torch.zeros(1 + len(names), dtype=torch.float64, device=run.groups.device)
+    on_gpu = run.groups.device.type == "cuda"
+    # Nothing draws in evaluation but torch's DataLoader, a seed for its workers.
+    with torch.random.fork_rng(devices=[run.groups.device] if on_gpu else []):
+        for number, batch in enumerate(run.spread(validation.loader, num_steps=validation.num_batches)):
+            left = validation.num_packs - number * run.cfg.training.global_batch_size
+            sums += _sums(run, _weighed(batch, num_packs=left))
+    run.policy.train_mode()
+    torch.distributed.all_reduce(sums)
+    samples, *totals = sums.tolist()
+    means = {name: total / max(samples, 1) for name, total in zip(names, totals, strict=True)}
+    return ValidationFigures(iteration=iteration, samples=int(samples), time_s=time.perf_counter() - started, **means)
+
+
+def _weighed(batch: StepBatch, *, num_packs: int) -> StepBatch:
+    """A batch of which the first `num_packs` packs count, with 1 for each sample that has an answer."""
+
+    def weighed(pack: PackedBatch) -> PackedBatch:
+        if pack.position >= num_packs:
+            return dataclasses.replace(
+                pack,
+                kl_weight=torch.zeros_like(pack.kl_weight),
+                router_tiles=pack.router_tiles[:0],
+                router_tile_sample=pack.router_tile_sample[:0],
+            )
+        rows_D = torch.bincount(pack.sample_of_row, minlength=len(pack.keys))
+        return dataclasses.replace(pack, kl_weight=1 / rows_D[pack.sample_of_row])
+
+    return dataclasses.replace(batch, packs=tuple(weighed(pack) for pack in batch.packs))
+
+
+def _sums(run: Run, batch: StepBatch) -> Tensor:
+    """This rank's share of the number of samples and of the stage's figures, [1 + figures] float64."""
+    loss = STAGES[run.cfg.stage.stage].loss
+    if loss == "router":
+        values = _router_sums(run, batch)
+    else:
+        weight_R = torch.cat([pack.kl_weight for pack in batch.packs])
+        # Over the rows of a sample that counts the sum is 1.
+        samples = weight_R.double().sum().round() if run.groups.replica.rank() == 0 else weight_R.new_zeros(())
+        values = [samples, *(_label_sums(run, batch) if loss == "cross_entropy" else _kl_sums(run, batch, weight_R))]
+    return torch.stack([value.to(run.groups.device, torch.float64) for value in values])
+
+
+def _label_sums(run: Run, batch: StepBatch) -> list[Tensor]:
+    loss = pretrain_loss(run.policy, batch, groups=run.groups)
+    return [loss if run.groups.counts_loss else torch.zeros_like(loss)]
+
+
+def _kl_sums(run: Run, batch: StepBatch, weight_R: Tensor) -> list[Tensor]:
+    assert run.reference is not None
+    views = compare_views(run.policy, run.reference, batch, plans=("share", "all"), groups=run.groups)
+    if not run.groups.counts_loss or run.groups.language.cp.rank() != 0:  # others have the same, or none
+        return [torch.zeros(()), torch.zeros(())]
+    return [(kl_R * weight_R.to(kl_R.device)).sum() for kl_R in views.kl_R]
+
+
+def _router_sums(run: Run, batch: StepBatch) -> list[Tensor]:
+    assert run.reference is not None
+    tau, eps = run.window.threshold(), run.cfg.stage.router_eps
+    answers = router_answers(run.policy, run.reference, batch, threshold=tau, eps=eps, groups=run.groups)
+    router = answers.router
+    return [router.questions, answers.loss, router.correct, router.labelled_compress, router.predicted_compress]

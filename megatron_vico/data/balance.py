@@ -80,7 +80,7 @@ def assign(costs: Sequence[float], *, num_ranks: int) -> tuple[tuple[int, ...], 
     Longest processing time first: the dearest pack goes to the rank with the least so far that may still take one.
     Equal counts are a constraint (pipeline schedules and collectives need the same number of microbatches everywhere),
     which leaves the ranks of the dearest packs with too much; so packs are swapped while that helps: with 64 ranks of 4
-    packs the highest is 1.006 of the mean instead of 1.027 (benchmarks/packing.py).
+    packs the highest is 1.005 of the mean instead of 1.027 (benchmarks/packing.py).
 
     Args:
         costs: of the packs of a step, >= 0.

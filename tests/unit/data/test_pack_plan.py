@@ -115,6 +115,13 @@ def test_a_thousand_steps_with_stops_are_those_without(make, uninterrupted, seed
     assert max(step.after.section for step in uninterrupted) >= 2
 
 
+def test_a_place_one_pack_off_would_be_noticed(make, uninterrupted):
+    place = uninterrupted[500].after
+    assert next(make().steps(place)).packs == uninterrupted[501].packs
+    for off in ({"pack": place.pack + 1}, {"section": place.section + 1}, {"epoch": place.epoch + 1}):
+        assert next(make().steps(dataclasses.replace(place, **off))).packs != uninterrupted[501].packs
+
+
 def test_another_global_batch_size_goes_on_with_the_next_pack(make, uninterrupted):
     packs = [pack for step in uninterrupted for pack in step.packs]
     state, taken = None, []
@@ -207,7 +214,7 @@ def test_changed_shards_are_refused(make, uninterrupted, folders):
 def test_another_packer_is_refused(make, uninterrupted):
     state = uninterrupted[10].after
     older = dataclasses.replace(state, inputs=dataclasses.replace(state.inputs, packer_version=0))
-    with pytest.raises(ConfigError, match="packer version was 0, now 1"):
+    with pytest.raises(ConfigError, match="the version of packing was 0, now 1"):
         make().steps(older)
 
 

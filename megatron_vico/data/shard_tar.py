@@ -69,6 +69,7 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Give up: leave no file behind."""
+        self._writer.close()  # or tarfile would write its end into the closed file, and complain
         self._file.close()
         self._temporary.unlink(missing_ok=True)
 

@@ -112,7 +112,8 @@ def decode_image(encoded: bytes, *, key: str, number: int) -> Image.Image:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise SampleError(
             f"sample {key!r}: image {number} ({len(encoded)} bytes) cannot be decoded: {error}; "
-            "replace the file or remove the sample."
+            "replace the file or remove the sample.",
+            cause="broken image",
         ) from error
 
 

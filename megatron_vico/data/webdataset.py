@@ -115,7 +115,8 @@ class ShardFolder:
         if len(content) != end - start:
             raise SampleError(
                 f"sample {key!r}: {self.path / name} ends after {os.fstat(file).st_size} bytes, but the sample "
-                f"ends at {end}; the file was cut short: copy it again."
+                f"ends at {end}; the file was cut short: copy it again.",
+                cause="unreadable shard",
             )
         parts = [content[offset - start : offset - start + size] for offset, size in members]
         return parse_sample(parts[0], key=key, images=tuple(parts[1:]), where=str(self.path / name))

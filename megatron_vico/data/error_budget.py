@@ -5,7 +5,7 @@ their compression plans stay as they are, so every rank and every resumed run st
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -59,40 +59,44 @@ class SkipList:
         """Note a sample; returns whether it was not noted before."""
         return self._by_id.setdefault(skipped.sample_id, skipped) is skipped
 
-    def skips(self, sample_id: int, *, step: int) -> bool:
-        """Whether the sample is left out of this step (from 0) without being read."""
+    def __iter__(self) -> Iterator[Skipped]:
+        return iter(self._by_id.values())
+
+    def leaves_out(self, sample_id: int, *, pack: int) -> bool:
+        """Whether the sample is left out of this pack of the run (from 0) without being read."""
         noted = self._by_id.get(sample_id)
-        return noted is not None and noted.from_step is not None and step >= noted.from_step
+        return noted is not None and noted.from_pack is not None and pack >= noted.from_pack
 
     @classmethod
-    def merged(cls, lists: Iterable["SkipList"], *, from_step: int) -> Self:
-        """The lists of all readers as one; what only its finder knew is not read again by anyone from `from_step` on.
+    def merged(cls, lists: Iterable["SkipList"], *, from_pack: int) -> Self:
+        """The lists of all readers as one; what only its finder knew is not read again by anyone from `from_pack` on.
 
-        A rank whose workers have begun a step cannot leave out of it what another rank found, so `from_step` is one
+        A rank whose workers have begun a pack cannot leave out of it what another rank found, so `from_pack` is one
         that no rank has begun; it is part of the state, and a resumed run reads and leaves out the same.
         """
-        everyones = [each for one in lists for each in one._by_id.values()]
-        everyones.sort(key=lambda each: (each.sample_id, each.from_step is None))
-        return cls(each if each.from_step is not None else replace(each, from_step=from_step) for each in everyones)
+        everyones = sorted(
+            (each for one in lists for each in one), key=lambda each: (each.sample_id, each.from_pack is None)
+        )
+        return cls(each if each.from_pack is not None else replace(each, from_pack=from_pack) for each in everyones)
 
     def to_state(self) -> list[list[Any]]:
         """For a checkpoint: numbers and strings."""
-        return [[each.sample_id, each.key, each.cause, each.from_step] for each in self._by_id.values()]
+        return [[each.sample_id, each.key, each.cause, each.from_pack] for each in self]
 
     @classmethod
     def from_state(cls, state: list[list[Any]]) -> Self:
         """The list that `to_state` was called on, without the errors' texts."""
         return cls(
-            Skipped(sample_id=sample_id, key=key, cause=cause, from_step=from_step)
-            for sample_id, key, cause, from_step in state
+            Skipped(sample_id=sample_id, key=key, cause=cause, from_pack=from_pack)
+            for sample_id, key, cause, from_pack in state
         )
 
     def table(self) -> str:
         """A line for each cause: how many, and the first few keys."""
-        counts = Counter(each.cause for each in self._by_id.values())
+        counts = Counter(each.cause for each in self)
         lines = [f"{'samples':>8}  {'cause':16}  keys"]
         for cause, count in counts.most_common():
-            keys = [repr(each.key) for each in self._by_id.values() if each.cause == cause]
+            keys = [repr(each.key) for each in self if each.cause == cause]
             shown = ", ".join(keys[:_SHOWN_KEYS]) + (", ..." if count > _SHOWN_KEYS else "")
             lines.append(f"{count:8}  {cause:16}  {shown}")
         return "\n".join(lines)

@@ -98,8 +98,8 @@ class Skipped:
     reason: str = ""
     """The error's text; not kept in checkpoints."""
 
-    from_step: int | None = None
-    """Step from which on no rank tries to read it; None, not agreed on yet."""
+    from_pack: int | None = None
+    """Pack of the run from which on no rank tries to read it; None, not agreed on yet."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -20,6 +20,7 @@ setup(
         "pillow>=11",
         "pyyaml>=6.0",
         "tqdm>=4.66",
+        "fsspec>=2024.6",
         "tensorboard>=2.16",
         "matplotlib>=3.9",
         "psutil>=5.9",  # megatron-core's checkpoint writer imports it without declaring it

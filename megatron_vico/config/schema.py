@@ -82,7 +82,8 @@ class DataOptions:
     """Shards, tokenizer, tiling and packing."""
 
     data_path: tuple[str, ...] = ()
-    """Folders of WebDataset shards made by `vico shards make`, read as one data set."""
+    """Folders of WebDataset shards made by `vico shards make`, read as one data set. A number before a folder says how
+    often its samples come in an epoch (`0.5 /a 2 /b`; once if there is none); a mixture.json stands for its folders."""
 
     tokenizer_model: str | None = None
     """A Hugging Face tokenizer folder, or a SentencePiece .model file."""
@@ -99,6 +100,13 @@ class DataOptions:
     packing_window: int = 512
     """How many samples of the global order are packed together (best-fit decreasing, with carry-over)."""
 
+    shuffle_shards: int = 64
+    """Shards of the shuffled list whose samples are shuffled together; about as many files are read at a time."""
+
+    override_data_state: bool = False
+    """Resume at the same place though shards, repeats, seed or packing options changed since the checkpoint; without it
+    such a run is refused."""
+
     max_dynamic_patch: int = 12
     """Most tiles of one image, thumbnail not counted (the official name)."""
 
@@ -110,6 +118,14 @@ class DataOptions:
 
     num_workers: int = 2
     """Processes that read, decode, tile and pack; 0 does it on the training thread."""
+
+    prefetch_steps: int = 2
+    """Steps that all workers of a data-parallel rank together prepare ahead (a pack each at least); a pack of 96 tiles
+    of 448 px takes 58 MB."""
+
+    max_skipped_share: float = 0.001
+    """Largest share of broken samples, in [0, 1], among those seen so far, or among 10,000 if there were fewer. A
+    broken sample leaves its place in the pack empty; more of them end the run with a table of causes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from megatron_vico.config.layout import (
 )
 from megatron_vico.config.megatron_flags import TRANSFORMER, flag_of
 from megatron_vico.config.schema import MODULES, Module, RunConfig, Stage, StageOptions
+from megatron_vico.data.mixture import read_mixture
 from megatron_vico.errors import ConfigError, nearest
 from megatron_vico.models.registry import ModelConfig, get_model_config
 from megatron_vico.training import stages
@@ -135,8 +136,10 @@ def _check_ranges(cfg: RunConfig) -> None:
         "--max-tiles-per-pack": (cfg.data.max_tiles_per_pack, 1),
         "--max-samples-per-pack": (cfg.data.max_samples_per_pack, 1),
         "--packing-window": (cfg.data.packing_window, 1),
+        "--shuffle-shards": (cfg.data.shuffle_shards, 1),
         "--max-dynamic-patch": (cfg.data.max_dynamic_patch, 1),
         "--num-workers": (cfg.data.num_workers, 0),
+        "--prefetch-steps": (cfg.data.prefetch_steps, 1),
         "--train-iters": (cfg.training.train_iters, 1),
         "--global-batch-size": (cfg.training.global_batch_size, 1),
         "--seed": (cfg.training.seed, 0),
@@ -172,6 +175,8 @@ def _check_ranges(cfg: RunConfig) -> None:
     for flag, value in below_one.items():
         if not 0.0 <= value < 1.0:
             raise ConfigError(f"{flag} is {value}, expected a number in [0, 1).")
+    if not 0.0 <= cfg.data.max_skipped_share <= 1.0:
+        raise ConfigError(f"--max-skipped-share is {cfg.data.max_skipped_share}, expected a number in [0, 1].")
     if not 0.0 <= cfg.stage.router_percentile <= 100.0:
         raise ConfigError(f"--router-percentile is {cfg.stage.router_percentile}, expected a number in [0, 100].")
     if not cfg.stage.router_eps >= 0.0:
@@ -412,11 +417,11 @@ def _check_files(cfg: RunConfig) -> None:
         )
     paths = {
         "--tokenizer-model": (cfg.data.tokenizer_model,),
-        "--data-path": cfg.data.data_path,
+        "--data-path": tuple(folder.path for folder in read_mixture(cfg.data.data_path)),
         "--pretrained-checkpoint": (cfg.checkpoint.pretrained_checkpoint,),
         "--reference-load": (cfg.stage.reference_load,),
     }
     for flag, given in paths.items():
         for path in given:
-            if path is not None and not Path(path).exists():
+            if path is not None and "://" not in path and not Path(path).exists():
                 raise ConfigError(f"{flag} {path}: no such file or folder (looked from {Path.cwd()}).")

@@ -116,7 +116,7 @@ class Loader:
         options = self.plan.options
         if options.num_workers == 0:
             return (_unless_error(self._dataset[piece]) for piece in self._pieces())
-        ahead = max(options.prefetch_steps, 1) * self._pieces_per_step
+        ahead = options.prefetch_steps * self._pieces_per_step
         parcels = DataLoader(
             self._dataset,
             sampler=_Pieces(self._pieces()),
@@ -158,8 +158,8 @@ def worker_death_explained() -> Iterator[None]:
         if not str(error).startswith("DataLoader worker"):
             raise
         raise WorkerError(
-            f"{error} A worker process of the loader died; a kernel out of memory kills so (see dmesg). Fewer "
-            "--num-workers, --prefetch-steps or --max-tiles-per-pack take less memory."
+            f"a worker process of the loader died ({str(error).strip()}): that is how a machine without memory left ends "
+            "one (dmesg shows it); fewer --num-workers, --prefetch-steps or --max-tiles-per-pack take less."
         ) from error
 
 
@@ -285,7 +285,7 @@ class _PieceDataset(Dataset[list[PackedBatch] | SampleError]):
 
 
 def _known_here(skips: SkipList, data: FolderList) -> SkipList:
-    """Those that are still where they were: with other shards (--override-data-state) a number may be another sample."""
+    """Those still where they were: with other shards (--override-data-state) a number may be another sample."""
 
     def is_here(skipped: Skipped) -> bool:
         if skipped.sample_id >= len(data):

@@ -1,20 +1,27 @@
-"""Which packs each step has: a pure function of (shards, options, seed, step), worked out from indexes alone.
+"""Which packs each step has: a pure function of (shards, options, seed) and the place in the run, from indexes alone.
 
 It is the same for every rank, worker count and restart. The packs of one epoch follow those of the one before, so that
-an epoch may end inside a step: nothing is dropped, and each sample comes once an epoch.
+an epoch may end inside a step: nothing is dropped. An epoch is packed in sections, each by itself.
 """
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megatron_vico.config.schema import DataOptions
 from megatron_vico.data.balance import EQUAL_COST, PackCost
-from megatron_vico.data.packing import PackLimits, global_order, iter_packs
+from megatron_vico.data.order import EpochOrder
+from megatron_vico.data.packing import PackLimits, iter_packs
+from megatron_vico.data.plan_state import PlanInputs, PlanState
 from megatron_vico.data.samples import IntArray
 from megatron_vico.data.webdataset import ShardFolder
 from megatron_vico.errors import ConfigError, SampleError
+
+SECTION_WINDOWS = 64
+"""Windows packed with carry-over before all packs are closed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +40,13 @@ class Pack:
 class StepPlan:
     """The packs of one optimizer step, over all ranks."""
 
-    step: int
     packs: tuple[Pack, ...]
 
     costs: tuple[float, ...]
     """Estimated FLOPs of each pack."""
+
+    after: PlanState
+    """The state once the step is done."""
 
     @property
     def num_samples(self) -> int:
@@ -69,6 +78,7 @@ class PackPlan:
         self,
         folders: Sequence[ShardFolder],
         *,
+        repeats: Sequence[float] | None = None,
         options: DataOptions,
         tokens_kept: int,
         seed: int,
@@ -79,7 +89,9 @@ class PackPlan:
 
         Args:
             folders: read as one data set.
-            options: limits of a pack, and the packing window.
+            repeats: how often each of them comes in an epoch; None, once.
+            options: limits of a pack, packing window, shards shuffled together, and whether a state of other data may
+                be gone on from.
             tokens_kept: visual tokens of a tile that is not compressed.
             seed: the run's seed.
             global_batch_size: packs of a step.
@@ -90,65 +102,121 @@ class PackPlan:
             SampleError: if a sample is larger than a pack; names it.
         """
         self.data = FolderList(folders)
-        self.seed = seed
+        self.options = options
         self.global_batch_size = global_batch_size
         self.cost = cost
-        self.window = options.packing_window
         self.limits = PackLimits(
             capacity=options.seq_length, max_tiles=options.max_tiles_per_pack, max_samples=options.max_samples_per_pack
         )
         self.num_samples = len(self.data)
-        if not self.num_samples:
-            raise ConfigError("--data-path: no samples; give at least one folder of shards.")
+        self.inputs = PlanInputs(
+            folders=tuple(folder.index.fingerprint[:8] for folder in folders),
+            repeats=tuple(map(float, repeats or (1.0,) * len(folders))),
+            seed=seed,
+            seq_length=options.seq_length,
+            max_tiles_per_pack=options.max_tiles_per_pack,
+            max_samples_per_pack=options.max_samples_per_pack,
+            packing_window=options.packing_window,
+            shuffle_shards=options.shuffle_shards,
+            tokens_per_tile=tokens_kept,
+        )
+        per_epoch = sum(len(folder) * r for folder, r in zip(folders, self.inputs.repeats, strict=True))
+        if per_epoch < 1:
+            raise ConfigError(
+                f"--data-path: no samples ({per_epoch:g} an epoch); give at least one folder of shards, and larger "
+                "repeats if they are fractions."
+            )
         self.num_tiles: IntArray = np.concatenate([folder.num_tiles for folder in folders])
         num_tokens = np.concatenate([folder.num_tokens for folder in folders])
         self.lengths: IntArray = num_tokens + (tokens_kept - 1) * self.num_tiles
         self._check_limits()
-        self._packs: Iterator[Pack] = iter(())
-        self._next_step = 0
-        self._rewind()
+
+    @property
+    def start(self) -> PlanState:
+        """The state of a run that has not begun."""
+        return PlanState(epoch=0, section=0, pack=0, consumed_packs=0, inputs=self.inputs)
+
+    def steps(self, state: PlanState | None = None) -> Iterator[StepPlan]:
+        """The steps of a run, without end.
+
+        Args:
+            state: where to go on, counted with any number of packs a step; None, at the beginning.
+
+        Returns:
+            Plans of `global_batch_size` packs each.
+
+        Raises:
+            ConfigError: if the state belongs to other data, and `options.override_data_state` is not set; names what
+                differs. Where it is set, the run goes on at the same place of the new order, or at the next section
+                if that place is beyond its section's end.
+        """
+        state = state or self.start
+        changes = state.inputs.changes(self.inputs, paths=tuple(str(folder.path) for folder in self.data.folders))
+        if changes and not self.options.override_data_state:
+            raise ConfigError(
+                f"--load: the checkpoint's place in the data belongs to other packs: {'; '.join(changes)}. "
+                "Undo that, or go on at the same place of the new order with --override-data-state (samples may then "
+                "come twice or not at all in this epoch)."
+            )
+        return self._steps(replace(state, inputs=self.inputs))
 
     def epoch(self, epoch: int) -> Iterator[Pack]:
         """All packs of one epoch, packed window by window as they are taken."""
-        order = global_order(self.num_samples, seed=self.seed, epoch=epoch)
-        lengths, tiles = self.lengths[order].tolist(), self.num_tiles[order].tolist()
-        for positions in iter_packs(lengths, tiles=tiles, limits=self.limits, window=self.window):
-            ids = tuple(int(order[position]) for position in positions)
-            yield Pack(sample_ids=ids, visits=(epoch,) * len(ids))
+        order = self._order(epoch)
+        return itertools.chain.from_iterable(self._section(order, i) for i in range(self._num_sections(order)))
 
     def step(self, step: int) -> StepPlan:
-        """The packs of a step; cheap in ascending order, packs all that is before it otherwise (1 s a million samples).
+        """A look at one step from the beginning of the run; packs all that is before it.
 
         Args:
             step: from 0.
 
         Returns:
-            `global_batch_size` packs.
+            Its plan.
         """
-        if step < self._next_step:
-            self._rewind()
-        while self._next_step < step:
-            self._take()
-        packs = self._take()
-        return StepPlan(step=step, packs=packs, costs=tuple(self._flops(pack) for pack in packs))
+        return next(itertools.islice(self.steps(), step, None))
+
+    def _steps(self, state: PlanState) -> Iterator[StepPlan]:
+        packs_on = self._packs(state)
+        while True:
+            packs, states = zip(*itertools.islice(packs_on, self.global_batch_size), strict=True)
+            yield StepPlan(packs=packs, costs=tuple(self._flops(pack) for pack in packs), after=states[-1])
+
+    def _packs(self, state: PlanState) -> Iterator[tuple[Pack, PlanState]]:
+        """The packs from a place on, each with the state after it."""
+        consumed = state.consumed_packs
+        for epoch in itertools.count(state.epoch):
+            order = self._order(epoch)
+            for section in range(state.section if epoch == state.epoch else 0, self._num_sections(order)):
+                taken = state.pack if (epoch, section) == (state.epoch, state.section) else 0
+                for number, pack in enumerate(itertools.islice(self._section(order, section), taken, None), taken + 1):
+                    consumed += 1
+                    yield pack, replace(state, epoch=epoch, section=section, pack=number, consumed_packs=consumed)
+
+    def _order(self, epoch: int) -> EpochOrder:
+        return EpochOrder(
+            [folder.samples_per_shard for folder in self.data.folders],
+            repeats=self.inputs.repeats,
+            seed=self.inputs.seed,
+            epoch=epoch,
+            block_shards=self.options.shuffle_shards,
+        )
+
+    def _num_sections(self, order: EpochOrder) -> int:
+        return math.ceil(len(order) / (SECTION_WINDOWS * self.options.packing_window))
+
+    def _section(self, order: EpochOrder, section: int) -> Iterator[Pack]:
+        """Its packs, packed window by window as they are taken."""
+        size = SECTION_WINDOWS * self.options.packing_window
+        ids, visits = order.slice(section * size, (section + 1) * size)
+        lengths, tiles = self.lengths[ids].tolist(), self.num_tiles[ids].tolist()
+        for positions in iter_packs(lengths, tiles=tiles, limits=self.limits, window=self.options.packing_window):
+            chosen = list(positions)
+            yield Pack(sample_ids=tuple(ids[chosen].tolist()), visits=tuple(visits[chosen].tolist()))
 
     def _flops(self, pack: Pack) -> float:
         ids = list(pack.sample_ids)
         return self.cost.flops(self.lengths[ids].tolist(), tiles=self.num_tiles[ids].tolist())
-
-    def _take(self) -> tuple[Pack, ...]:
-        self._next_step += 1
-        return tuple(next(self._packs) for _ in range(self.global_batch_size))
-
-    def _rewind(self) -> None:
-        self._packs = self._all_packs()
-        self._next_step = 0
-
-    def _all_packs(self) -> Iterator[Pack]:
-        epoch = 0
-        while True:
-            yield from self.epoch(epoch)
-            epoch += 1
 
     def _check_limits(self) -> None:
         too_large = (self.lengths > self.limits.capacity) | (self.num_tiles > self.limits.max_tiles)

@@ -1,17 +1,13 @@
-"""The order of samples and which of them share a pack: pure functions of lengths, seed and epoch.
+"""Which samples share a pack: a pure function of their lengths and tiles, in order.
 
 No I/O and no ranks here. Best-fit decreasing inside a window of the global order; packs that are not nearly full at
 the end of a window are opened again and their samples go first in the next window (carry-over).
 """
 
 import bisect
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from megatron_vico.data.samples import IntArray
 from megatron_vico.errors import SampleError
 
 FULL = 0.98
@@ -47,25 +43,6 @@ class _Bin:
     remaining: int
     remaining_tiles: int
     members: list[int] = field(default_factory=list)
-
-
-def global_order(num_samples: int, *, seed: int, epoch: int) -> IntArray:
-    """A random permutation of all samples that depends on nothing but its arguments.
-
-    It is the order of a counter-based generator's raw output, which NumPy keeps fixed over versions (unlike
-    `Generator.permutation`).
-
-    Args:
-        num_samples: D, samples in the data set.
-        seed: the run's seed.
-        epoch: pass over the data, from 0.
-
-    Returns:
-        [D] int64 permutation.
-    """
-    digest = hashlib.blake2b(f"{seed}/{epoch}/order".encode(), digest_size=16).digest()
-    draws = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(num_samples)
-    return np.argsort(draws, kind="stable").astype(np.int64)
 
 
 def pack(

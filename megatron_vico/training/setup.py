@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -18,7 +19,7 @@ from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
 from megatron_vico.data.loader import Loader, make_loader
 from megatron_vico.data.pack_builder import PackBuilder
 from megatron_vico.data.tokenizer import load_tokenizer
-from megatron_vico.errors import ConfigError
+from megatron_vico.errors import CheckpointError, ConfigError
 from megatron_vico.models.build import (
     build_language_chunks,
     build_vision_encoder,
@@ -31,6 +32,7 @@ from megatron_vico.models.registry import ModelConfig, get_model_config
 from megatron_vico.parallel.batch import SharedBatches
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.parallel.streams import FP8_ALIGNMENT, StreamCut
+from megatron_vico.training.data_state import DataState
 from megatron_vico.training.flops import pack_cost
 from megatron_vico.training.offload import HostOffload
 from megatron_vico.training.optimizer import build_optimizer, build_scheduler
@@ -52,8 +54,8 @@ class Run:
     window: RatioWindow
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    loader: Loader | None
-    """Reads the replica's packs, on its first rank; the others get them from there."""
+    data: DataState
+    """Reads the replica's packs, on its first rank (the others get them from there), and counts broken samples."""
 
     iteration: int
     """Optimizer steps already done when the run starts."""
@@ -67,7 +69,7 @@ class Run:
         """The steps that are left, spread over the ranks of the replica; every rank iterates."""
         options = self.cfg.stage
         return SharedBatches(
-            self.loader,
+            self.data.loader,
             num_steps=self.cfg.training.train_iters - self.iteration,
             groups=self.groups,
             whole_images=options.stage == "router" and options.router_granularity == "image",
@@ -118,7 +120,7 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
     )
     scheduler = build_scheduler(optimizer, cfg.optimizer, cfg.training)
     window = RatioWindow(size=cfg.stage.router_window, percentile=cfg.stage.router_percentile)
-    iteration = 0
+    iteration, data_state = 0, None
     if resume is not None:
         restored = state.load_checkpoint(
             resume,
@@ -128,8 +130,11 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
             model_size=model.name,
             iteration=cfg.checkpoint.ckpt_step,
         )
-        iteration = restored["iteration"]
+        iteration, data_state = restored["iteration"], _state_of_data(restored, resume)
         window.load(restored["router_window"])
+    loader = None
+    if groups.replica.rank() == 0:
+        loader = _loader(cfg, model, groups, num_steps=cfg.training.train_iters - iteration, state=data_state)
     return Run(
         cfg=cfg,
         groups=groups,
@@ -139,7 +144,7 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
         window=window,
         optimizer=optimizer,
         scheduler=scheduler,
-        loader=_loader(cfg, model, groups, iteration) if groups.replica.rank() == 0 else None,
+        data=DataState.of(loader, max_skipped_share=cfg.data.max_skipped_share, restored=data_state),
         iteration=iteration,
     )
 
@@ -266,7 +271,19 @@ def _offload(chunks: Sequence[LanguageModel], policy: Policy, groups: Groups) ->
     )
 
 
-def _loader(cfg: RunConfig, model: ModelConfig, groups: Groups, start_step: int) -> Loader:
+def _state_of_data(restored: dict[str, Any], source: str) -> dict[str, Any]:
+    if "data" not in restored:
+        raise CheckpointError(
+            f"{source} was saved before checkpoints knew their place in the data, so no run can go on from it; begin a "
+            "new one from its weights with --pretrained-checkpoint."
+        )
+    state_of_data: dict[str, Any] = restored["data"]
+    return state_of_data
+
+
+def _loader(
+    cfg: RunConfig, model: ModelConfig, groups: Groups, *, num_steps: int, state: dict[str, Any] | None
+) -> Loader:
     assert cfg.data.tokenizer_model is not None, "config/validate.py asks for it"
     tokenizer = load_tokenizer(cfg.data.tokenizer_model)
     settings = EncodingSettings.from_options(cfg.data, image_size=model.vision.image_size)
@@ -287,6 +304,6 @@ def _loader(cfg: RunConfig, model: ModelConfig, groups: Groups, start_step: int)
         global_batch_size=cfg.training.global_batch_size,
         dp_rank=groups.dp_rank,
         dp_size=groups.dp_size,
-        start_step=start_step,
-        end_step=cfg.training.train_iters,
+        num_steps=num_steps,
+        state=state,
     )

@@ -319,8 +319,8 @@ def test_batches_move_to_a_device_whole(load):
     assert (moved.keys, moved.tiles_per_image) == (batch.keys, batch.tiles_per_image)
 
 
-def test_two_folders_are_one_data_set(load, shards):
-    plan = load(data_path=(str(shards), str(shards))).plan
+def test_two_folders_are_one_data_set(load, shards, tmp_path):
+    plan = load(data_path=(str(shards), str(shutil.copytree(shards, tmp_path / "copy")))).plan
     assert plan.num_samples == 2 * NUM_SAMPLES
     folder, number = plan.data.locate(NUM_SAMPLES + 3)
     assert folder is plan.data.folders[1]

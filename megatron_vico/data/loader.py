@@ -158,8 +158,8 @@ def worker_death_explained() -> Iterator[None]:
         if not str(error).startswith("DataLoader worker"):
             raise
         raise WorkerError(
-            f"a worker process of the loader died ({str(error).strip()}): that is how a machine without memory left ends "
-            "one (dmesg shows it); fewer --num-workers, --prefetch-steps or --max-tiles-per-pack take less."
+            f"a worker process of the loader died ({str(error).strip()}): so ends one that a machine has no memory for "
+            "(dmesg shows it); fewer --num-workers, --prefetch-steps or --max-tiles-per-pack take less."
         ) from error
 
 

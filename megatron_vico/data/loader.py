@@ -9,7 +9,9 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -309,7 +311,14 @@ def _parcel(batches: list[PackedBatch] | SampleError) -> parcel.Parcel | SampleE
 def _outlive_stop_signal(worker: int) -> None:
     """SIGTERM asks the training process for a last checkpoint; schedulers send it to every process of a job.
 
-    A worker that died of it would end the training process with an error before the checkpoint is written. Workers end
-    when the training process tells them to, or is gone.
+    A worker that died of it would end the training process with an error before the checkpoint is written. One from the
+    training process itself means the end; without that, Python would wait for the worker forever at its own.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def end_with_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=end_with_parent, daemon=True).start()

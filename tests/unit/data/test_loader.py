@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -324,6 +325,23 @@ def test_other_data_than_the_states_are_refused_unless_forced(load):
     with pytest.raises(ConfigError, match="--seq-length was 400, now 500"):
         take(load(seq_length=500, state=stopped.state_dict()), 1)
     assert take(load(seq_length=500, state=stopped.state_dict(), override_data_state=True), 1)
+
+
+def test_workers_outlive_a_schedulers_signal_but_not_their_parents(load):
+    """At its own end the parent sends SIGTERM and then waits for them, however long it takes."""
+    steps = iter(load(num_workers=1))
+    next(steps)
+    (worker,) = multiprocessing.active_children()
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    assert len(list(itertools.islice(steps, 8))) == 8
+    del steps
+    worker.join(60)
+    stopped = iter(load(num_workers=1))
+    next(stopped)
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
 
 
 def test_a_worker_that_is_killed_ends_the_run_with_the_likely_cause(load):

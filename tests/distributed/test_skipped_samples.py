@@ -60,7 +60,7 @@ def runs(toy_data: ToyData, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def test_two_ranks_stay_in_step_with_one_process(runs: Runs, toy_data: ToyData) -> None:
-    """Measured: losses 1e-7."""
+    """Measured: losses 1.3e-7."""
     one, two, whole = (read_metrics(runs.folder / name) for name in ("one", "two", "whole"))
     assert runs.told["two"] == [None, None]
     assert len(one) == len(two) == STEPS

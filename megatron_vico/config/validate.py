@@ -388,6 +388,8 @@ def _check_checkpoints(cfg: RunConfig) -> None:
     files = cfg.checkpoint
     if files.ckpt_step is not None and files.load is None:
         raise ConfigError(f"--ckpt-step {files.ckpt_step} chooses a step of --load, which is not set; set it.")
+    if cfg.data.override_data_state and files.load is None:
+        raise ConfigError("--override-data-state is about a run that goes on, but --load is not set; set it.")
     if cfg.training.save_interval is not None and files.save is None:
         raise ConfigError(f"--save-interval {cfg.training.save_interval} needs --save; set it to a folder.")
     step = cfg.training.trace_step

@@ -64,13 +64,23 @@ EQUAL_COST = PackCost(
 )
 """Every pack counts the same; packs are then dealt one after the other."""
 
+BALANCED = 1.005
+"""Highest cost of a rank over the mean from which on swapping more packs is not worth the time."""
+
+PARTNERS = 64
+"""With how many ranks, those that have the least, swaps are tried."""
+
+ROUNDING = 1e-9
+"""A swap that gains less may gain nothing: sums of floats differ that much, and swapping would go on for ever."""
+
 
 def assign(costs: Sequence[float], *, num_ranks: int) -> tuple[tuple[int, ...], ...]:
     """As many packs for each rank, so that the rank with the highest cost has little more than the mean.
 
     Longest processing time first: the dearest pack goes to the rank with the least so far that may still take one.
     Equal counts are a constraint (pipeline schedules and collectives need the same number of microbatches everywhere),
-    and with it the greedy rule can lose against dealing one after the other; then that is what is returned.
+    which leaves the ranks of the dearest packs with too much; so packs are swapped while that helps: with 64 ranks of 4
+    packs the highest is 1.006 of the mean instead of 1.027 (benchmarks/packing.py).
 
     Args:
         costs: of the packs of a step, >= 0.
@@ -93,6 +103,31 @@ def assign(costs: Sequence[float], *, num_ranks: int) -> tuple[tuple[int, ...], 
         members[rank].append(pack)
         if len(members[rank]) < per_rank:
             heapq.heappush(not_full, (load + costs[pack], rank))
+    _swap(members, costs)
     greedy = tuple(tuple(sorted(each)) for each in members)
     dealt = tuple(tuple(range(rank, len(costs), num_ranks)) for rank in range(num_ranks))
     return min(dealt, greedy, key=lambda assignment: max(sum(costs[i] for i in each) for each in assignment))
+
+
+def _swap(members: list[list[int]], costs: Sequence[float]) -> None:
+    """Swap a pack of the rank with the most for a cheaper one, each time the one that lowers the pair's maximum most.
+
+    Args:
+        members: packs of each rank; changed in place.
+        costs: of the packs.
+    """
+    loads = [sum(costs[i] for i in each) for each in members]
+    while (highest := max(loads)) > BALANCED * sum(costs) / len(members):
+        a = loads.index(highest)
+        swaps = [
+            (max(highest - costs[i] + costs[j], load + costs[i] - costs[j]), b, x, y)
+            for load, b in heapq.nsmallest(PARTNERS, zip(loads, range(len(loads)), strict=True))
+            for x, i in enumerate(members[a])
+            for y, j in enumerate(members[b])
+        ]
+        lowest, b, x, y = min(swaps)
+        if lowest >= highest * (1 - ROUNDING):
+            return
+        members[a][x], members[b][y] = members[b][y], members[a][x]
+        for rank in (a, b):
+            loads[rank] = sum(costs[i] for i in members[rank])

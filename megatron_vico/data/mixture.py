@@ -79,9 +79,9 @@ def _read_file(path: str) -> tuple[MixedFolder, ...]:
                 "with `vico shards make`."
             )
         listed = [(entry["path"], entry.get("repeat", 1)) for entry in content["folders"]]
+    except ConfigError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(
             f'--data-path {path}: cannot be read as a mixture ({error!r}); expected {{"version": {MIXTURE_VERSION}, '
             '"folders": [{"path": "NAME", "repeat": 0.5}]}.'

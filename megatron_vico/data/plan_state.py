@@ -53,11 +53,12 @@ class PlanInputs:
             found += [f"the shards of {path} changed" for path in changed]
             repeats = zip(paths, self.repeats, now.repeats, strict=True)
             found += [f"{path} came {a:g} times an epoch, now {b:g}" for path, a, b in repeats if a != b]
-        for field in fields(self)[2:]:
+        names = {"tokens_per_tile": "tokens per tile", "packer_version": "the version of packing"}
+        for field in fields(self):
             before, after = getattr(self, field.name), getattr(now, field.name)
-            if before != after:
-                name = field.name.replace("_", " " if field.name in ("tokens_per_tile", "packer_version") else "-")
-                found.append(f"{'' if ' ' in name else '--'}{name} was {before}, now {after}")
+            if field.name not in ("folders", "repeats") and before != after:
+                name = names.get(field.name, "--" + field.name.replace("_", "-"))
+                found.append(f"{name} was {before}, now {after}")
         return found
 
 

@@ -250,8 +250,13 @@ def test_files_are_asked_for_when_a_run_starts(tmp_path: Path) -> None:
     data = ["--data-path", here, "--tokenizer-model", here]
     assert "--data-path is not set" in problem()
     assert "--tokenizer-model is not set" in problem("--data-path", here)
+    assert "--data-path gone: no such file" in problem("--data-path", "2", "gone", *data[2:], "--load", here)
+    assert "--data-path: no folder after 2" in problem("--data-path", "0.5", here, "2", *data[2:], "--load", here)
+    assert "--override-data-state is about a run that goes on" in problem(*data, "--override-data-state")
     assert "stage 'consistency' has nothing to start from" in problem(*data)
     assert "stage 'router' needs --reference-load" in problem(*data, "--stage", "router", "--load", here)
     assert "gone: no such file or folder" in problem(*data, "--pretrained-checkpoint", "gone")
     validate(parse([*data, "--pretrained-checkpoint", here]), 1, check_files=True)
     validate(parse([*data, "--stage", "pretrain"]), 1, check_files=True)
+    mixture = ["--data-path", "0.5", here, "s3://bucket/folder"]  # reading says whether a URL is there
+    validate(parse([*mixture, *data[2:], "--stage", "pretrain"]), 1, check_files=True)

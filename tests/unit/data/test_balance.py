@@ -41,12 +41,23 @@ def test_equal_costs_are_dealt_one_after_the_other() -> None:
     assert assign([0.0] * 4, num_ranks=1) == ((0, 1, 2, 3),)
 
 
-def test_dealing_is_kept_where_the_greedy_rule_loses() -> None:
-    """Greedy alone gives {3, 2, 2} and {3, 2, 0}: 7, though 6 is possible; dealing gives it here."""
-    costs = [3.0, 2.0, 3.0, 2.0, 0.0, 2.0]
-    assert assign(costs, num_ranks=2) == dealt(6, 2)
-    shuffled = [3.0, 3.0, 2.0, 2.0, 2.0, 0.0]
-    assert highest(shuffled, assign(shuffled, num_ranks=2)) == 7.0
+def test_swaps_better_the_greedy_rule() -> None:
+    """Greedy alone gives {3, 2, 2} and {3, 2, 0}."""
+    costs = [3.0, 3.0, 2.0, 2.0, 2.0, 0.0]
+    assert assign(costs, num_ranks=2) == ((2, 3, 4), (0, 1, 5))
+
+
+def test_swapping_ends_where_sums_are_rounded() -> None:
+    """Without a margin for rounding it goes on for ever here."""
+    costs = [1.3, 1.3, 1.1, 0.7, 1.1, 1.1, 1.3, 0.3]
+    assert highest(costs, assign(costs, num_ranks=4)) == pytest.approx(2.4)
+
+
+def test_dealing_is_kept_where_greedy_and_swaps_lose() -> None:
+    costs = [3.0, 0.0, 2.0, 3.0, 5.0, 2.0, 0.0, 0.0, 2.0]
+    assert assign(costs, num_ranks=3) == dealt(9, 3)
+    shuffled = sorted(costs)
+    assert highest(shuffled, assign(shuffled, num_ranks=3)) == 7.0  # 6 is possible
 
 
 def test_dear_packs_are_kept_apart() -> None:

@@ -1,0 +1,182 @@
+#!/usr/bin/env python3
+"""How full packs are, how fast they are made, and how evenly a step's packs load the ranks; one core, indexes only.
+
+    python benchmarks/packing.py --json runs/packing.json
+
+The mixture: text only 25 %, one image of 1 to 13 tiles 60 %, several images or a video of 4 to 40 tiles 15 %; texts are
+of lognormal length (at most 8,192 tokens), 3,200 tokens in the mean; packs of 32,768 tokens and 96 tiles. Costs are
+those of a consistency step of the 8B, 4 packs a rank. Shorter texts show where the limit on tiles binds: once more than
+75 % of all tokens are visual, packs cannot be full of tokens. Longer ones show where balance ends: no rank can have
+less than the dearest pack and the cheapest others. Speed is by CPU time, order and packing together.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_vico.config.schema import DataOptions, StageOptions
+from megatron_vico.data.balance import assign
+from megatron_vico.data.encoding import EncodingSettings
+from megatron_vico.data.pack_plan import PackPlan
+from megatron_vico.data.shard_index import FolderIndex, ShardFiles, ShardIndex
+from megatron_vico.data.webdataset import ShardFolder
+from megatron_vico.models.registry import get_model_config
+from megatron_vico.training.flops import pack_cost
+
+TOKENS_PER_TILE = 256
+SAMPLES_PER_SHARD = 1000
+PACKS_PER_RANK = 4
+KINDS = ((0.25, 0, 0, 2095), (0.6, 1, 13, 950), (0.15, 4, 40, 1680))
+"""Share, fewest and most tiles, and mean text tokens of each kind of sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """One row of the first table."""
+
+    window: int
+    visual: float
+    """Share of visual tokens in all."""
+    fill: float
+    """Of the tokens that the packs could hold."""
+    tile_fill: float
+    """Of the tiles that they could hold."""
+    possible: float
+    """Fill of tokens that no packing exceeds."""
+    packs_per_s: float
+    tokens_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Balance:
+    """Highest cost of a rank over the mean: the mean over steps."""
+
+    longest_text: int
+    dp_size: int
+    dealt: float
+    """Packs in their order."""
+    assigned: float
+    """By cost."""
+    worst: float
+    """By cost, in the worst step."""
+    floor: float
+    """The dearest pack with the cheapest others."""
+
+
+def mixture_folder(num_samples: int, *, text: float = 1.0, longest: int = 8192, seed: int = 0) -> ShardFolder:
+    """The index of a folder that holds the mixture, its texts `text` times as long but at most `longest` tokens."""
+    random = np.random.default_rng(seed)
+    kind = random.choice(len(KINDS), size=num_samples, p=[share for share, *_ in KINDS])
+    fewest, most, mean = (np.array([each[i] for each in KINDS])[kind] for i in (1, 2, 3))
+    tiles = random.integers(fewest, most + 1)
+    texts = np.minimum(text * mean * np.exp(random.normal(0.0, 1.0, num_samples) - 0.5), longest).astype(np.int64)
+    texts = np.clip(texts, 16, DataOptions().seq_length - TOKENS_PER_TILE * tiles)
+    shards = [
+        ShardIndex(
+            keys=np.zeros(len(part), dtype=np.bytes_),
+            member_starts=np.arange(0, 2 * len(part) + 1, 2),
+            members=np.zeros((2 * len(part), 2), dtype=np.int64),
+            num_tokens=texts[part] + tiles[part],
+            num_responses=texts[part] // 2,
+            tiles_per_image=tiles[part],
+        )
+        for part in np.split(np.arange(num_samples), range(SAMPLES_PER_SHARD, num_samples, SAMPLES_PER_SHARD))
+    ]
+    files = [ShardFiles(name="", num_bytes=0, sha256="", num_samples=len(each), index_sha256="") for each in shards]
+    settings = EncodingSettings(image_size=448, max_dynamic_patch=12, use_thumbnail=True)
+    return ShardFolder(Path(), FolderIndex(tokenizer="", settings=settings, shards=tuple(files)), shards)
+
+
+def plan_of(folder: ShardFolder, *, window: int = DataOptions().packing_window, packs: int = 1) -> PackPlan:
+    """Packs of the folder, `packs` a step, at the cost of the 8B."""
+    options = DataOptions(packing_window=window)
+    cost = pack_cost(get_model_config("internvl3_5-8b"), StageOptions(stage="consistency"))
+    return PackPlan([folder], options=options, tokens_kept=TOKENS_PER_TILE, seed=0, global_batch_size=packs, cost=cost)
+
+
+def measure_packing(folder: ShardFolder, *, window: int = DataOptions().packing_window) -> Packed:
+    """Pack one epoch."""
+    plan = plan_of(folder, window=window)
+    start = time.process_time()
+    packs = sum(1 for _ in plan.epoch(0))
+    elapsed_s = time.process_time() - start
+    tokens, tiles = int(plan.lengths.sum()), int(plan.num_tiles.sum())
+    fewest = max(tokens / plan.limits.capacity, tiles / plan.limits.max_tiles)
+    return Packed(
+        window=window,
+        visual=TOKENS_PER_TILE * tiles / tokens,
+        fill=tokens / (packs * plan.limits.capacity),
+        tile_fill=tiles / (packs * plan.limits.max_tiles),
+        possible=tokens / (fewest * plan.limits.capacity),
+        packs_per_s=packs / elapsed_s,
+        tokens_per_s=tokens / elapsed_s,
+    )
+
+
+def measure_balance(*, num_samples: int, longest: int, dp_size: int, num_steps: int) -> Balance:
+    """Ranks that get packs one after the other, and by cost."""
+    num_packs = dp_size * PACKS_PER_RANK
+    plan = plan_of(mixture_folder(num_samples, longest=longest), packs=num_packs)
+    dealt, assigned, floor = [], [], []
+    for step in itertools.islice(plan.steps(), num_steps):
+        costs, mean = sorted(step.costs), sum(step.costs) / dp_size
+        floor.append(max(1.0, (costs[-1] + sum(costs[: PACKS_PER_RANK - 1])) / mean))
+        dealt.append(imbalance(step.costs, [range(rank, num_packs, dp_size) for rank in range(dp_size)]))
+        assigned.append(imbalance(step.costs, assign(step.costs, num_ranks=dp_size)))
+    return Balance(
+        longest_text=longest,
+        dp_size=dp_size,
+        dealt=statistics.mean(dealt),
+        assigned=statistics.mean(assigned),
+        worst=max(assigned),
+        floor=statistics.mean(floor),
+    )
+
+
+def imbalance(costs: Sequence[float], ranks: Iterable[Iterable[int]]) -> float:
+    """Highest cost of a rank over the mean."""
+    loads = [sum(costs[i] for i in packs) for packs in ranks]
+    return max(loads) / statistics.mean(loads)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print two tables, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-samples", type=int, default=200_000, help="samples of the mixture")
+    parser.add_argument("--num-steps", type=int, default=30, help="steps over which balance is averaged")
+    parser.add_argument("--json", type=Path, help="file to write")
+    options = parser.parse_args(arguments)
+    print("text  window  visual    fill  possible  of tiles  packs/s  tokens/s")
+    packed = []
+    for text, window in [*((1.0, window) for window in (64, 128, 256, 512, 1024)), (0.6, 512), (0.5, 512), (0.35, 512)]:
+        row = measure_packing(mixture_folder(options.num_samples, text=text), window=window)
+        packed.append({"text": text, **asdict(row)})
+        print(
+            f"{text:4.2f}  {row.window:6}  {row.visual:6.1%}  {row.fill:6.2%}  {row.possible:8.2%}"
+            f"  {row.tile_fill:8.2%}  {row.packs_per_s:7,.0f}  {row.tokens_per_s:8.1e}"
+        )
+    print("longest text  ranks  dealt  assigned  worst  floor")
+    balanced = []
+    for longest, dp_size in itertools.product((8192, 32768), (8, 64)):
+        balance = measure_balance(
+            num_samples=options.num_samples, longest=longest, dp_size=dp_size, num_steps=options.num_steps
+        )
+        balanced.append(asdict(balance))
+        print(
+            f"{longest:12,}  {dp_size:5}  {balance.dealt:5.3f}  {balance.assigned:8.3f}  {balance.worst:5.3f}"
+            f"  {balance.floor:5.3f}"
+        )
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"packing": packed, "balance": balanced}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -28,6 +28,7 @@ setup(
     extras_require={
         # apex is found at run time: the package of that name on the index is another project.
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.5"],
+        "video": ["av>=14"],
         "demo": ["scikit-image>=0.25", "scikit-learn>=1.6"],
         "test": [
             "pytest>=8",
@@ -37,6 +38,7 @@ setup(
             "types-PyYAML",
             "types-tqdm",
             "tiktoken>=0.9",
+            "av>=14",
         ],
     },
     entry_points={"console_scripts": ["vico = megatron_vico.cli.main:main"]},

@@ -1,4 +1,7 @@
-"""A data set of a few pictures and questions that the training tests share: text only, one image and two images."""
+"""A data set of a few pictures and questions that the training tests share: text only, one image and two images.
+
+And videos whose frames show their number.
+"""
 
 import json
 import random
@@ -61,3 +64,33 @@ def break_image(shards: Path, number: int) -> str:
         file.seek(offset)
         file.write(b"x" * size)
     return sample.key
+
+
+FRAME_STEP = 30
+"""Grey levels that lie between digits of a frame's number; a lossy codec keeps them apart."""
+
+
+def write_video(path: Path, num_frames: int, *, codec: str = "mpeg4", rate: int = 10) -> Path:
+    """A video of 64 x 48 px that shows each frame's number, at most 63; returns its path.
+
+    The number has two octal digits: a grey level in the left half and one in the right.
+    """
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "rgb8" if codec == "gif" else "yuv420p"
+        for number in range(num_frames):
+            levels = np.repeat(np.array(divmod(number, 8), dtype=np.uint8) * FRAME_STEP, 32)
+            pixels = np.broadcast_to(levels[None, :, None], (48, 64, 3)).copy()
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            container.mux(stream.encode(frame.reformat(format=stream.pix_fmt)))
+        container.mux(stream.encode())
+    return path
+
+
+def frame_number(image: Image.Image) -> int:
+    """The number that a frame of `write_video` shows."""
+    pixels = np.asarray(image.convert("L"), dtype=np.float64)
+    left, right = (round(half.mean() / FRAME_STEP) for half in np.split(pixels, 2, axis=1))
+    return 8 * left + right

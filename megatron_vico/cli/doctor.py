@@ -70,6 +70,7 @@ def findings() -> list[Finding]:
         _accelerator("flash-attn", module="flash_attn", fallback="attention of TransformerEngine or torch"),
         _apex(),
         *[_package(name, note="only the demo needs it", optional=True) for name in DEMO],
+        _package("av", note="only videos need it", optional=True),
     ]
 
 

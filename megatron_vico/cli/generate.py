@@ -1,11 +1,15 @@
-"""`vico generate`: ask a model about images, and see how many of their tiles it compressed."""
+"""`vico generate`: ask a model about images or a video, and see how many of their tiles it compressed."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_vico.cli.engine_flags import add_engine_flags, open_engine, plan_source
 from megatron_vico.errors import SampleError
+
+if TYPE_CHECKING:
+    from megatron_vico.data.samples import ConversationSample
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -15,20 +19,22 @@ def main(arguments: Sequence[str]) -> None:
         arguments: the words after `generate`.
 
     Raises:
-        SampleError: if an image cannot be used.
+        SampleError: if an image or the video cannot be used.
         CheckpointError: if --load is no checkpoint.
     """
     parser = argparse.ArgumentParser(prog="vico generate", description=__doc__)
-    parser.add_argument("--image", type=Path, nargs="+", default=[], help="image files, in the order of their <image>")
+    seen = parser.add_mutually_exclusive_group()
+    seen.add_argument("--image", type=Path, nargs="+", default=[], help="image files, in the order of their <image>")
+    seen.add_argument("--video", type=Path, help="a video file, shown as frames of one tile each")
+    parser.add_argument("--num-frames", type=int, help="frames of the video; default: 8")
     parser.add_argument(
         "--prompt", action="append", required=True, help="a question; may be repeated, each sees the answers before it"
     )
     add_engine_flags(parser)
     options = parser.parse_args(arguments)
-    from megatron_vico.data.samples import ConversationSample, Turn
-
-    turns = tuple(Turn("human", text) for text in options.prompt)
-    sample = ConversationSample(key="prompt", turns=turns, images=tuple(_read(path) for path in options.image))
+    if options.num_frames is not None and (options.video is None or options.num_frames < 1):
+        parser.error(f"--num-frames {options.num_frames}: expected 1 or more, and a --video")
+    sample = _sample(options)
     with open_engine(options) as engine:
         (answers,) = engine.answer(
             [engine.prompt(sample)], plan=plan_source(options), max_new_tokens=options.max_new_tokens
@@ -39,6 +45,18 @@ def main(arguments: Sequence[str]) -> None:
     print(
         f"{int(answers.compressed_N.sum())} of {num_tiles} tiles compressed, {answers.num_visual_tokens} visual tokens"
     )
+
+
+def _sample(options: argparse.Namespace) -> "ConversationSample":
+    from megatron_vico.data.samples import ConversationSample, Turn
+    from megatron_vico.data.video import INFERENCE_TEXT, middle_frames, with_frames
+
+    turns = tuple(Turn("human", text) for text in options.prompt)
+    if options.video is None:
+        return ConversationSample(key="prompt", turns=turns, images=tuple(_read(path) for path in options.image))
+    frames = middle_frames(options.video, num_frames=options.num_frames or 8)
+    turns = with_frames(turns, len(frames), frame_text=INFERENCE_TEXT, key="prompt")
+    return ConversationSample(key="prompt", turns=turns, images=tuple(frames), max_dynamic_patch=1)
 
 
 def _read(path: Path) -> bytes:

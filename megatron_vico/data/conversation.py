@@ -68,7 +68,7 @@ def encode_conversation(
     _check_turns(turns, key)
     placed = _place_images(turns, tiles_per_image, tile_tags, key)
     if placed[0].role == "pretrain":
-        return _encode_pretrain(placed[0].text, tokenizer)
+        return _encode_pretrain(placed[0].text, tile_tags, tokenizer)
     if not any(turn.role == "gpt" for turn in turns):
         raise SampleError(f"sample {key!r}: no answer to train on; add a turn from 'gpt'.")
     for number, turn in enumerate(turns):
@@ -142,11 +142,12 @@ def _encode_turn(turn: Turn, tokenizer: Tokenizer) -> Sequence[int]:
     return tokenizer.encode(f"{TURN_START}{speaker}\n{turn.text}{TURN_END}\n")
 
 
-def _encode_pretrain(text: str, tokenizer: Tokenizer) -> EncodedText:
+def _encode_pretrain(text: str, tile_tags: str, tokenizer: Tokenizer) -> EncodedText:
     token_ids = np.array(tokenizer.encode(text), dtype=np.int64)
-    starts = np.cumsum(token_ids == tokenizer.token_id(IMAGE_START))
-    ends = np.cumsum(token_ids == tokenizer.token_id(IMAGE_END))
-    is_response = (starts == ends) & (token_ids != tokenizer.token_id(IMAGE_END))
+    start, end = tokenizer.token_id(IMAGE_START), tokenizer.token_id(IMAGE_END)
+    is_response = ~np.isin(token_ids, (start, tokenizer.image_token_id, end))
+    if tile_tags == "numbered":  # no part of the official template: the tags within an image are not trained either
+        is_response &= np.cumsum(token_ids == start) == np.cumsum(token_ids == end)
     is_response[:1] = False
     return EncodedText(token_ids=token_ids, is_response=is_response)
 

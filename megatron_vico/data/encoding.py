@@ -1,12 +1,14 @@
 """A conversation sample to an encoded one: tiling and template together, with the settings that both depend on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from megatron_vico.config.schema import DataOptions
 from megatron_vico.data import conversation, tiling
+from megatron_vico.data.augment import jpeg_degrade
 from megatron_vico.data.conversation import EncodedText, TileTags
 from megatron_vico.data.image_tokens import check_image_tokens
 from megatron_vico.data.samples import ByteArray, ConversationSample, EncodedSample
@@ -21,7 +23,7 @@ class EncodingSettings:
     """Side S of a tile in px."""
 
     max_dynamic_patch: int = 12
-    """Most tiles of one image, thumbnail not counted."""
+    """Most tiles of one image, thumbnail not counted; a sample may have its own."""
 
     use_thumbnail: bool = True
     """Append the whole image as one more tile when it was cut into several."""
@@ -47,13 +49,24 @@ class SampleEncoder:
     tokenizer: Tokenizer
     settings: EncodingSettings
 
-    def encode(self, sample: ConversationSample) -> EncodedSample:
+    def encode(self, sample: ConversationSample, *, random: torch.Generator | None = None) -> EncodedSample:
         """Ids, response mask and tiles of a sample with its answers.
+
+        Args:
+            sample: any.
+            random: the stream that augmentation draws from, where the sample has `data_augment`; None, for indexing
+                and evaluation, leaves the tiles as they are. Their number is the same either way.
+
+        Returns:
+            The encoded sample.
 
         Raises:
             SampleError: if an image is broken, tags and images do not match, or an answer is missing or empty.
         """
-        return self._encode(sample, conversation.encode_conversation)
+        encoded = self._encode(sample, conversation.encode_conversation)
+        if random is None or not sample.data_augment:
+            return encoded
+        return replace(encoded, tiles=jpeg_degrade(encoded.tiles, random=random))
 
     def encode_prompt(self, sample: ConversationSample) -> EncodedSample:
         """Ids and tiles of a sample that ends with a question; nothing is a response.
@@ -69,7 +82,7 @@ class SampleEncoder:
             sample.images,
             key=sample.key,
             image_size=settings.image_size,
-            max_dynamic_patch=settings.max_dynamic_patch,
+            max_dynamic_patch=sample.max_dynamic_patch or settings.max_dynamic_patch,
             use_thumbnail=settings.use_thumbnail,
         )
         tiles_per_image = tuple(len(tiles) for tiles in tiles_of_images)

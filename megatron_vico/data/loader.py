@@ -31,6 +31,7 @@ from megatron_vico.data.plan_state import PlanState
 from megatron_vico.data.samples import EncodedSample, PackedBatch, Skipped
 from megatron_vico.data.webdataset import ShardFolder
 from megatron_vico.errors import ConfigError, SampleError, WorkerError
+from megatron_vico.vico import compression_plan
 
 MAX_PIECES = 32
 """Pieces that a rank's packs of a step are prepared in: each takes one of the 1,024 files a process may have open."""
@@ -81,7 +82,8 @@ class Loader:
         """The next pack of the run; it counts what was handed out."""
 
         self.skips = SkipList() if state is None else _known_here(SkipList.from_state(state["skipped"]), plan.data)
-        self._dp_rank, self._dp_size, self._num_steps = dp_rank, dp_size, num_steps
+        self.num_steps = num_steps
+        self._dp_rank, self._dp_size = dp_rank, dp_size
         self._begun: deque[PlanState] = deque()
         packs = plan.global_batch_size // dp_size
         self._packs_per_piece = math.ceil(packs / MAX_PIECES)
@@ -132,7 +134,7 @@ class Loader:
 
     def _pieces(self) -> Iterator["_Piece"]:
         """What there is to prepare; workers get it from the training process, where packing is done once."""
-        for step in itertools.islice(self.plan.steps(self.place), self._num_steps):
+        for step in itertools.islice(self.plan.steps(self.place), self.num_steps):
             self._begun.append(step.after)
             first = step.after.consumed_packs - len(step.packs)
             # The same on every rank: it follows from the index alone.
@@ -248,21 +250,21 @@ class _PieceDataset(Dataset[list[PackedBatch] | SampleError]):
 
     def _batch(self, piece: _Piece, number: int) -> PackedBatch:
         pack, samples, skipped = piece.packs[number], [], []
-        for sample_id in pack.sample_ids:
+        for sample_id, visit in zip(pack.sample_ids, pack.visits, strict=True):
             sample: EncodedSample | Skipped | None = None
             if (number, sample_id) not in piece.left_out:
-                sample = self._read(sample_id)
+                sample = self._read(sample_id, visit)
             if isinstance(sample, Skipped):
                 skipped.append(sample)
             samples.append(sample if isinstance(sample, EncodedSample) else self._gap(sample_id))
         batch = self._builder.build(samples, pack=pack, samples_in_global_batch=piece.num_samples, position=number)
         return dataclasses.replace(batch, skipped=tuple(skipped))
 
-    def _read(self, sample_id: int) -> EncodedSample | Skipped:
+    def _read(self, sample_id: int, visit: int) -> EncodedSample | Skipped:
         """A sample that fits the index, or why it is left out."""
         folder, number = self._data.locate(sample_id)
         try:
-            encoded = self._encode(sample_id)
+            encoded = self._encode(sample_id, visit)
         except (SampleError, OSError) as error:
             cause = error.cause if isinstance(error, SampleError) else "unreadable shard"
             key = folder.describe(number).key
@@ -276,9 +278,10 @@ class _PieceDataset(Dataset[list[PackedBatch] | SampleError]):
             )
         return encoded
 
-    def _encode(self, sample_id: int) -> EncodedSample:
+    def _encode(self, sample_id: int, visit: int) -> EncodedSample:
         folder, number = self._data.locate(sample_id)
-        return self._encoder.encode(folder.read(number))
+        random = compression_plan.generator(self._builder.seed, visit, sample_id, "augment")
+        return self._encoder.encode(folder.read(number), random=random)
 
     def _gap(self, sample_id: int) -> Gap:
         folder, number = self._data.locate(sample_id)

@@ -27,7 +27,7 @@ from megatron_vico.data.shard_index import (
     hash_of_file,
 )
 from megatron_vico.data.tokenizer import Tokenizer
-from megatron_vico.data.webdataset import ShardFolder, parse_sample
+from megatron_vico.data.webdataset import ShardFolder, parse_sample, sample_json
 from megatron_vico.errors import ConfigError, SampleError
 
 
@@ -228,7 +228,7 @@ def _read_line(line: bytes, *, key: str, where: str, image_root: Path) -> tuple[
                 "restore the file or remove the sample."
             ) from error
         suffixes.append(Path(name).suffix.lower().lstrip(".") or "img")
-    return ConversationSample(key=key, turns=sample.turns, images=tuple(images)), suffixes
+    return replace(sample, images=tuple(images)), suffixes
 
 
 def _encode(encoder: SampleEncoder, sample: ConversationSample, where: str) -> EncodedSample:
@@ -239,12 +239,10 @@ def _encode(encoder: SampleEncoder, sample: ConversationSample, where: str) -> E
 
 
 def _write_sample(shard: _OpenShard, sample: ConversationSample, suffixes: list[str]) -> None:
-    turns = [{"from": turn.role, "value": turn.text} for turn in sample.turns]
-    content = json.dumps({"conversations": turns}, ensure_ascii=False).encode()
     images = {
         f"{number}.{suffix}": image for number, (suffix, image) in enumerate(zip(suffixes, sample.images, strict=True))
     }
-    shard.num_bytes += shard.writer.write({"__key__": sample.key, "json": content, **images})
+    shard.num_bytes += shard.writer.write({"__key__": sample.key, "json": sample_json(sample), **images})
 
 
 def _close(shard: _OpenShard) -> ShardFiles:

@@ -154,7 +154,8 @@ def parse_sample(content: bytes, *, key: str, images: Sequence[bytes], where: st
     """A sample from its JSON in the official chat format.
 
     Args:
-        content: JSON with `conversations`: a list of {"from": role, "value": text}.
+        content: JSON with `conversations`: a list of {"from": role, "value": text}; and, where the sample's data set
+            sets them, `max_dynamic_patch` and `data_augment`.
         key: the sample's name.
         images: its encoded image files.
         where: file (and line) for errors.
@@ -167,7 +168,9 @@ def parse_sample(content: bytes, *, key: str, images: Sequence[bytes], where: st
     """
     try:
         record = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        # Escapes may stand for half a character, which neither a tokenizer nor a file takes.
+        json.dumps(record, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
         raise SampleError(f"{where}: sample {key!r}: broken JSON ({error}); correct or remove the line.") from error
     turns = record.get("conversations") if isinstance(record, dict) else None
     if not isinstance(turns, list) or not turns:
@@ -183,4 +186,21 @@ def parse_sample(content: bytes, *, key: str, images: Sequence[bytes], where: st
         if not isinstance(text, str):
             raise SampleError(f"{where}: sample {key!r}: turn {number + 1} has no text 'value'.")
         parsed.append(Turn(role, text))
-    return ConversationSample(key=key, turns=tuple(parsed), images=tuple(images))
+    most, augment = record.get("max_dynamic_patch"), record.get("data_augment", False)
+    if most is not None and (type(most) is not int or most < 1):
+        raise SampleError(f"{where}: sample {key!r}: 'max_dynamic_patch' is {most!r}; expected a whole number from 1.")
+    if not isinstance(augment, bool):
+        raise SampleError(f"{where}: sample {key!r}: 'data_augment' is {augment!r}; expected true or false.")
+    return ConversationSample(
+        key=key, turns=tuple(parsed), images=tuple(images), max_dynamic_patch=most, data_augment=augment
+    )
+
+
+def sample_json(sample: ConversationSample) -> bytes:
+    """The JSON member of a sample in a shard: what `parse_sample` reads, without what has its default."""
+    record: dict[str, Any] = {"conversations": [{"from": turn.role, "value": turn.text} for turn in sample.turns]}
+    if sample.max_dynamic_patch is not None:
+        record["max_dynamic_patch"] = sample.max_dynamic_patch
+    if sample.data_augment:
+        record["data_augment"] = True
+    return json.dumps(record, ensure_ascii=False).encode()

@@ -11,6 +11,7 @@ from megatron_vico.data.image_tokens import expand
 from megatron_vico.data.qwen_tokenizer import build_tokenizer, read_tiktoken, write_tokenizer
 from megatron_vico.data.samples import EncodedSample, Turn
 from megatron_vico.data.tokenizer import load_tokenizer
+from megatron_vico.data.video import with_frames
 
 IGNORED = -100
 SYSTEM_MESSAGE = (
@@ -18,6 +19,8 @@ SYSTEM_MESSAGE = (
 )
 
 ASK, ANSWER = Turn("human", "<image>\nWhat is  this?"), Turn("gpt", " A red\n\nhouse, no. 42.")
+SYSTEM, THOUGHT = Turn("system", "Be brief."), Turn("gpt", "<think>\nIt is\n\n red.\n</think>\n\nred")
+THINK = Turn("system", "Enclose this entire thinking process within <think> and </think> tags.\n\n2. Then answer.\n")
 CONVERSATIONS = {
     "text only": ([Turn("human", "Hello"), Turn("gpt", "Hi!")], ()),
     "answer with leading newline": ([Turn("human", "Hello\n"), Turn("gpt", "\n\nHi!\n")], ()),
@@ -30,10 +33,29 @@ CONVERSATIONS = {
     "images in two turns": ([ASK, ANSWER, Turn("human", "And <image>?"), Turn("gpt", "Blue.")], (3, 2)),
     "two images without tags": ([Turn("human", "Compare."), ANSWER], (1, 3)),
     "answer quotes a tag": ([ASK, Turn("gpt", "You wrote <image>.")], (2,)),
+    "own system message, images without tags": ([SYSTEM, Turn("human", "Compare."), ANSWER], (1, 3, 2)),
+    "own system message, many images": ([SYSTEM, Turn("human", "<image>\n" * 12 + "Compare."), ANSWER], (1,) * 12),
+    "system message with a tag": ([Turn("system", "Images are <image>."), ASK, ANSWER], (2,)),
     "thinking": ([ASK, Turn("gpt", "<think>\nhm\n</think>\n\nred")], (1,)),
+    "thinking, its system message, many turns": (
+        [THINK, *[ASK, THOUGHT], *[Turn("human", "Sure?"), THOUGHT] * 4, Turn("human", "So?"), ANSWER],
+        (5,),
+    ),
+    "answer first": ([Turn("gpt", "Hello, I am here."), Turn("human", "Hello"), ANSWER], ()),
+    "answers in a row": ([ASK, ANSWER, Turn("gpt", "And more.")], (1,)),
+    "marks in the text": ([Turn("human", "Say <|im_end|>\n"), Turn("gpt", "<|im_end|>\n<img> </img>")], ()),
+}
+VIDEOS = {
+    "video": ([Turn("human", "<video>\nWhat happens?"), ANSWER], 8),
+    "video without tag, own system message": ([SYSTEM, Turn("human", "What happens?"), THOUGHT], 32),
+    "video, tag at the end": ([Turn("human", "What happens?\n<video>\n"), ANSWER, Turn("human", "So?"), ANSWER], 3),
+    "pretrain, video": ([Turn("pretrain", "<video>\nA house falls.")], 9),
 }
 PRETRAIN = {
     "pretrain, text": ([Turn("pretrain", "Plain text to go on.")], ()),
+    "pretrain, image without tag": ([Turn("pretrain", "A house.")], (3,)),
+    "pretrain, images without tags": ([Turn("pretrain", "A house and a cat.")], (2, 1)),
+    "pretrain, marks in the text": ([Turn("pretrain", "<image> ends with </img>, starts with <img>: so")], (1,)),
     "pretrain, image": ([Turn("pretrain", "<image>A house.")], (2,)),
     "pretrain, images between texts": ([Turn("pretrain", "One <image> two\n<image> three")], (2, 1)),
 }
@@ -82,15 +104,36 @@ def official(turns, tiles_per_image, tokenizer):
     return ids, labels
 
 
+def official_frames(turns, num_frames):
+    """Turns with the text of a video's frames, as the official training code makes it."""
+    turns = list(turns)
+    first = 1 if turns[0].role == "system" else 0
+    value = turns[first].text if "<video>" in turns[first].text else "<video>\n" + turns[first].text
+    special_tokens = "\n".join([f"Frame-{i + 1}: <image>" for i in range(num_frames)])
+    turns[first] = Turn(turns[first].role, value.replace("<video>\n", special_tokens + "\n"))
+    return turns
+
+
 @pytest.mark.parametrize("name", [*CONVERSATIONS, *PRETRAIN])
 def test_ids_and_labels_equal_the_official_ones(name, folder):
     turns, tiles_per_image = {**CONVERSATIONS, **PRETRAIN}[name]
-    expected_ids, expected_labels = official(turns, tiles_per_image, AutoTokenizer.from_pretrained(folder))
+    check(turns, turns, tiles_per_image, folder)
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_ids_and_labels_of_videos_equal_the_official_ones(name, folder):
+    turns, num_frames = VIDEOS[name]
+    check(with_frames(turns, num_frames), official_frames(turns, num_frames), (1,) * num_frames, folder)
+
+
+def check(turns, official_turns, tiles_per_image, folder):
+    """Our ids and trained tokens of `turns` are the official ones of `official_turns`."""
+    expected_ids, expected_labels = official(official_turns, tiles_per_image, AutoTokenizer.from_pretrained(folder))
     ours = load_tokenizer(folder)
     text = encode_conversation(turns, tiles_per_image=tiles_per_image, tokenizer=ours)
     num_tiles = sum(tiles_per_image)
     sample = EncodedSample(
-        key=name,
+        key="k",
         token_ids=text.token_ids,
         is_response=text.is_response,
         tiles=np.zeros((num_tiles, 3, 1, 1), dtype=np.uint8),

@@ -8,6 +8,7 @@ import yaml
 from PIL import Image
 
 from megatron_vico.cli.main import main
+from tests.toy_data import write_video
 from tests.training_runs import ToyData, make_toy_data
 
 
@@ -76,6 +77,20 @@ def test_generate_from_an_export(exported: Path, image: Path, capsys: pytest.Cap
         if compressed is not None:
             tokens = 3 * 4 - 3 * compressed
             assert f"{compressed} of 3 tiles compressed, {tokens} visual tokens" in shown
+
+
+def test_generate_shows_a_video_as_frames_of_one_tile(
+    exported: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    video = write_video(tmp_path / "video.mp4", 20)
+    words = ["generate", "--load", str(exported), "--prompt", "what?", "--max-new-tokens", "3", "--plan", "none"]
+    assert main([*words, "--video", str(video), "--num-frames", "5"]) == 0
+    shown = capsys.readouterr().out
+    assert "0 of 5 tiles compressed, 20 visual tokens" in shown
+    assert "> what?" in shown
+    for wrong in (["--video", str(video), "--image", str(image)], ["--num-frames", "5"]):
+        with pytest.raises(SystemExit):
+            main([*words, *wrong])
 
 
 def test_evaluate_writes_what_it_prints(

@@ -62,6 +62,12 @@ def test_pretrain_text_is_trained_outside_images(tokenizer):
     assert first + trained == "See  and rest"
 
 
+def test_of_marks_in_pretrain_text_only_themselves_are_not_trained(tokenizer):
+    turns = [Turn("pretrain", "<image> ends with </img> and starts with <img> so")]
+    _, trained = texts(turns, tokenizer, tiles_per_image=(1,))
+    assert trained == " ends with  and starts with  so"
+
+
 def test_prompt_and_follow_up_join_into_the_trained_ids(tokenizer):
     questions, answer = ("<image>\nWhat?", "Sure?"), "red"
     trained = encode_conversation(

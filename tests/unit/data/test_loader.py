@@ -24,9 +24,11 @@ from megatron_vico.data.loader import MAX_PIECES, Loader, make_loader, worker_de
 from megatron_vico.data.pack_builder import PackBuilder
 from megatron_vico.data.pack_plan import Pack, PackPlan
 from megatron_vico.data.samples import map_tensors
+from megatron_vico.data.shard_writer import WriterOptions, make_shards
 from megatron_vico.data.webdataset import ShardFolder
 from megatron_vico.errors import ConfigError, SampleError, WorkerError
 from megatron_vico.vico import compression_plan
+from tests.toy_data import write_conversations
 from tests.unit.data.conftest import NUM_SAMPLES, SETTINGS
 
 BUILDER = PackBuilder(stage="consistency", seed=7, tokens_kept=4, tokens_compressed=1, image_token_id=5)
@@ -83,6 +85,24 @@ def naive_plans(sampler, samples, pack):
         )
         for i, sample in zip(pack.sample_ids, samples, strict=True)
     ]
+
+
+@pytest.fixture(scope="module")
+def augmented_shards(tokenizer, tmp_path_factory):
+    """Shards of a data set with `data_augment`."""
+    source = write_conversations(tmp_path_factory.mktemp("augmented"), num_samples=12, images_per_sample=(1, 2))
+    rows = [{**json.loads(line), "data_augment": True} for line in source.read_text().splitlines()]
+    source.write_text("\n".join(map(json.dumps, rows)))
+    out = source.parent / "shards"
+    make_shards(
+        source,
+        image_root=source.parent,
+        out_dir=out,
+        tokenizer=tokenizer,
+        settings=SETTINGS,
+        options=WriterOptions(show_progress=False),
+    )
+    return out
 
 
 def take(loader, steps):
@@ -460,3 +480,25 @@ def test_a_shard_that_differs_from_its_index_is_refused(options, shards, tokeniz
     loader = Loader(plan, encoder=SampleEncoder(tokenizer=tokenizer, settings=SETTINGS), builder=BUILDER)
     with pytest.raises(SampleError, match=r"tokens and \d tiles, but the index"):
         take(loader, 1)
+
+
+def test_augmentation_belongs_to_seed_visit_and_sample(load, augmented_shards, tokenizer):
+    """Whatever rank and worker encodes a sample, its tiles are those of its own stream; each visit has others."""
+    folder, encoder = ShardFolder.open(augmented_shards), SampleEncoder(tokenizer=tokenizer, settings=SETTINGS)
+    options, steps = {"data_path": (str(augmented_shards),), "global_batch_size": 2}, 6
+    alone = load(**options)
+    batches = take(alone, steps)
+    ranks = [take(load(**options, num_workers=2, dp_rank=rank, dp_size=2), steps) for rank in range(2)]
+    seen = {}
+    for step, of_step in enumerate(batches):
+        found = {batch.position: flat(batch) for rank in ranks for batch in rank[step]}
+        assert found == {batch.position: flat(batch) for batch in of_step}
+        for batch in of_step:
+            pack = alone.plan.step(step).packs[batch.position]
+            tiles = torch.split(batch.tiles, batch.tiles_per_sample)
+            for sample_id, visit, of_sample in zip(pack.sample_ids, pack.visits, tiles, strict=True):
+                random = compression_plan.generator(7, visit, sample_id, "augment")
+                np.testing.assert_array_equal(of_sample, encoder.encode(folder.read(sample_id), random=random).tiles)
+                seen.setdefault(sample_id, []).append(of_sample.numpy().tobytes())
+    often = [tiles for tiles in seen.values() if len(tiles) > 1]
+    assert sum(tiles[0] != tiles[1] for tiles in often) > len(often) / 2 > 0

@@ -1,10 +1,11 @@
 """Tiles against cutting the resized image with PIL; broken image files."""
 
+import contextlib
 import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from megatron_vico.data.tiling import choose_grid, count_tiles, decode_image, tile, tile_images, tiles_of_image
 from megatron_vico.errors import SampleError
@@ -57,10 +58,73 @@ def test_two_images_get_half_the_tiles_each():
     assert len(tile_images(files[:1], key="k", image_size=32, max_dynamic_patch=4, use_thumbnail=False)[0]) == 4
 
 
-def test_grey_palette_and_transparent_images_become_rgb():
-    grey = Image.new("L", (32, 32), 7)
-    for image in (grey, grey.convert("P"), grey.convert("RGBA"), grey.convert("1")):
-        assert decode_image(encoded(image, "PNG"), key="k", number=0).mode == "RGB"
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_images_of_any_mode_become_rgb(mode):
+    decoded = decode_image(encoded(Image.new("L", (32, 16), 7).convert(mode), "PNG"), key="k", number=0)
+    assert (decoded.mode, decoded.size) == ("RGB", (32, 16))
+
+
+def test_palettes_cmyk_and_animations_become_rgb():
+    red, blue = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "blue")
+    clear = red.quantize(4)
+    for image, kind, options in (
+        (red.convert("CMYK"), "JPEG", {}),
+        (clear, "PNG", {"transparency": bytes([0, 128, 255, 255])}),
+        (clear, "GIF", {"save_all": True, "append_images": [blue], "transparency": 0}),
+        (red, "WEBP", {"lossless": True}),
+        (red, "TIFF", {}),
+    ):
+        written = io.BytesIO()
+        image.save(written, kind, **options)
+        decoded = decode_image(written.getvalue(), key="k", number=0)
+        assert decoded.mode == "RGB"
+        assert np.abs(np.asarray(decoded).astype(int) - (255, 0, 0)).max() < 4  # of an animation the first picture
+
+
+def test_transparency_is_dropped_and_exif_rotation_ignored():
+    hidden = Image.new("RGBA", (32, 32), (10, 20, 30, 0))
+    assert decode_image(encoded(hidden, "PNG"), key="k", number=0).getpixel((0, 0)) == (10, 20, 30)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by 90 degrees
+    written = io.BytesIO()
+    noise(64, 32).save(written, "JPEG", exif=exif)
+    assert decode_image(written.getvalue(), key="k", number=0).size == (64, 32)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (2, 5)])
+def test_thin_and_tiny_images_have_tiles(size):
+    (tiles,) = tile_images(
+        [encoded(noise(*size), "PNG")], key="k", image_size=32, max_dynamic_patch=6, use_thumbnail=True
+    )
+    assert len(tiles) == count_tiles(*size, image_size=32, max_dynamic_patch=6, use_thumbnail=True)
+    assert (len(tiles) == 7) == (max(size) == 3000)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_cut_anywhere_is_refused(progressive):
+    written = io.BytesIO()
+    noise(24, 24).save(written, "JPEG", progressive=progressive)
+    whole = written.getvalue()
+    for size in range(len(whole)):
+        with pytest.raises(SampleError, match="cannot be decoded"):
+            decode_image(whole[:size], key="k", number=0)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", *["AVIF"] * features.check("avif")])
+def test_damaged_files_give_an_image_or_a_sample_error(kind):
+    whole, random = encoded(noise(24, 24), kind), np.random.default_rng(0)
+    for _ in range(100):
+        damaged = bytearray(whole)
+        for place in random.integers(0, min(200, len(whole)), 3):
+            damaged[place] = random.integers(256)
+        with contextlib.suppress(SampleError):
+            assert decode_image(bytes(damaged), key="k", number=0).mode == "RGB"
+
+
+def test_decompression_bombs_are_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 // 2 - 1)
+    with pytest.raises(SampleError, match="decompression bomb"):
+        decode_image(encoded(noise(64, 64), "PNG"), key="k", number=0)
 
 
 def test_broken_image_files_are_refused_by_name():

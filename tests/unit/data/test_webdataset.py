@@ -11,8 +11,9 @@ import webdataset
 from PIL import Image
 
 from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
+from megatron_vico.data.samples import ConversationSample, Turn
 from megatron_vico.data.shard_writer import WriterOptions, index_shards, make_shards
-from megatron_vico.data.webdataset import ShardFolder
+from megatron_vico.data.webdataset import ShardFolder, parse_sample, sample_json
 from megatron_vico.errors import ConfigError, SampleError
 from tests.unit.data.conftest import NUM_SAMPLES, SETTINGS
 
@@ -216,3 +217,51 @@ def test_an_index_of_another_tokenizer_or_tiling_is_refused(copy, tokenizer):
     again.check_encoding(tokenizer=tokenizer, settings=other)
     assert again.num_tiles.max() == 2
     assert folder.num_tiles.max() > 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {"conversations": [{"from": "human", "value": "Hi \u00e9"}, {"from": "gpt", "value": "yes"}]}),
+        ({"max_dynamic_patch": 1, "data_augment": True}, {"max_dynamic_patch": 1, "data_augment": True}),
+    ],
+)
+def test_the_json_of_a_sample_is_read_back(fields, expected):
+    sample = ConversationSample(
+        key="k", turns=(Turn("human", "Hi \u00e9"), Turn("gpt", "yes")), images=(b"1",), **fields
+    )
+    content = sample_json(sample)
+    assert parse_sample(content, key="k", images=[b"1"], where="f") == sample
+    record = json.loads(content)
+    assert expected.items() <= record.items()
+    assert record.keys() == {"conversations", *fields}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        *[({"max_dynamic_patch": wrong}, "'max_dynamic_patch' is") for wrong in (0, -1, 1.0, "2", True, [1])],
+        *[({"data_augment": wrong}, "'data_augment' is") for wrong in (None, 1, "true")],
+    ],
+)
+def test_fields_of_the_wrong_kind_are_refused(fields, message):
+    with pytest.raises(SampleError, match=f"f:1: sample 'k': {message}"):
+        parse_sample(json.dumps({**json.loads(row()), **fields}).encode(), key="k", images=(), where="f:1")
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"\xff", b"[" * 100_000, b'{"n": 1' + b"0" * 5000 + b"}", row(answer="\ud800").encode()]
+)
+def test_broken_json_is_refused(content):
+    """Cut, no UTF-8, nested too deep, a number too long, half a character."""
+    with pytest.raises(SampleError, match="f:1: sample 'k': broken JSON"):
+        parse_sample(content, key="k", images=(), where="f:1")
+
+
+def test_shards_keep_what_a_data_set_says_of_its_samples(tmp_path, tokenizer):
+    line = json.dumps({**json.loads(row()), "max_dynamic_patch": 1, "data_augment": True})
+    write(tmp_path, [line], tokenizer=tokenizer)
+    folder = ShardFolder.open(tmp_path / "out")
+    sample = folder.read(0)
+    assert (sample.max_dynamic_patch, sample.data_augment) == (1, True)
+    assert folder.num_tiles[0] == 1

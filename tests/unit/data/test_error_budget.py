@@ -9,39 +9,15 @@ import shutil
 import pytest
 import torch
 
-from megatron_vico.config.schema import DataOptions
-from megatron_vico.data.encoding import SampleEncoder
 from megatron_vico.data.error_budget import MIN_SAMPLES, ErrorBudget, SkipList
-from megatron_vico.data.loader import make_loader
-from megatron_vico.data.pack_builder import PackBuilder
 from megatron_vico.data.samples import Skipped
 from megatron_vico.data.webdataset import ShardFolder
 from megatron_vico.errors import SampleError
 from tests.toy_data import break_image
-from tests.unit.data.conftest import SETTINGS
+from tests.unit.data.conftest import take
 
-OPTIONS = DataOptions(
-    seq_length=400, max_tiles_per_pack=20, max_samples_per_pack=4, packing_window=16, max_dynamic_patch=4, num_workers=0
-)
-STEPS = 7  # about three epochs of 42 samples
-
-
-@pytest.fixture(scope="module")
-def load(tokenizer):
-    def make(folder, *, num_workers=0, state=None, **of_builder):
-        builder = PackBuilder(
-            **{"stage": "consistency", "seed": 7, "tokens_kept": 4, "tokens_compressed": 1, "image_token_id": 5}
-            | of_builder
-        )
-        return make_loader(
-            dataclasses.replace(OPTIONS, data_path=(str(folder),), num_workers=num_workers),
-            encoder=SampleEncoder(tokenizer=tokenizer, settings=SETTINGS),
-            builder=builder,
-            global_batch_size=4,
-            state=state,
-        )
-
-    return make
+STEPS = 7
+"""About three epochs of the 42 samples."""
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +33,6 @@ def broken(shards, victim, tmp_path_factory):
     copy = shutil.copytree(shards, tmp_path_factory.mktemp("broken") / "shards")
     break_image(copy, victim)
     return copy
-
-
-def take(loader, steps=STEPS):
-    return list(itertools.islice(iter(loader), steps))
 
 
 def by_sample(batch):
@@ -88,8 +60,9 @@ def by_sample(batch):
     ids=str,
 )
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_broken_image_changes_nothing_of_the_other_samples(load, shards, broken, victim, of_builder, num_workers):
-    whole, gapped = take(load(shards, **of_builder)), take(load(broken, num_workers=num_workers, **of_builder))
+def test_a_broken_image_changes_nothing_of_the_other_samples(load, broken, victim, of_builder, num_workers):
+    whole = take(load(**of_builder), STEPS)
+    gapped = take(load(data_path=(str(broken),), num_workers=num_workers, **of_builder), STEPS)
     seen = 0
     for batch, other in zip(itertools.chain(*gapped), itertools.chain(*whole), strict=True):
         mine, theirs = by_sample(batch), by_sample(other)
@@ -113,11 +86,11 @@ def gap_of(sample):
     return [key, [], [], [], 0, [[0], [], None], *([[0], [], []] for _ in policies)]
 
 
-def test_a_pack_of_nothing_but_gaps(load, shards, tokenizer, tmp_path):
+def test_a_pack_of_nothing_but_gaps(load, shards, tmp_path):
     copy = shutil.copytree(shards, tmp_path / "shards")
     for tar in copy.glob("*.tar"):
         tar.write_bytes(b"\0" * tar.stat().st_size)
-    for batch in take(load(copy), 1)[0]:
+    for batch in take(load(data_path=(str(copy),)), 1)[0]:
         assert len(batch.labels) == len(batch.tiles) == 0
         assert batch.tiles.shape[1:] == (3, 32, 32)
         assert batch.reference.token_ids.tolist() == [0] * len(batch.keys)
@@ -125,15 +98,15 @@ def test_a_pack_of_nothing_but_gaps(load, shards, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_resumed_run_leaves_out_what_has_become_readable(load, shards, broken, victim, num_workers):
+def test_a_resumed_run_leaves_out_what_has_become_readable(load, broken, victim, num_workers):
     """A disk that was away for a while: the run that was never interrupted had skipped the sample for good."""
-    loader = load(broken)
+    loader = load(data_path=(str(broken),))
     take(loader, 4)
     assert [each.sample_id for each in loader.skips] == [victim]
     loader.skips = SkipList.merged([loader.skips], from_pack=loader.begun_packs)
     state = json.loads(json.dumps(loader.state_dict()))
     going_on = take(loader, 3)
-    resumed = load(shards, num_workers=num_workers, state=state)
+    resumed = load(num_workers=num_workers, state=state)
     left_out = 0
     for batch, other in zip(itertools.chain(*take(resumed, 3)), itertools.chain(*going_on), strict=True):
         assert by_sample(batch) == by_sample(other)
@@ -141,7 +114,7 @@ def test_a_resumed_run_leaves_out_what_has_become_readable(load, shards, broken,
         left_out += victim in batch.sample_ids.tolist()
     assert left_out == 1
     assert list(resumed.skips) == [dataclasses.replace(each, reason="") for each in loader.skips]
-    forgetful = take(load(shards, state=state | {"skipped": []}), 3)
+    forgetful = take(load(state=state | {"skipped": []}), 3)
     batches = zip(itertools.chain(*forgetful), itertools.chain(*going_on), strict=True)
     assert any(by_sample(batch) != by_sample(other) for batch, other in batches)
 
@@ -160,10 +133,10 @@ def test_what_is_left_out_begins_where_no_rank_has_begun():
 
 
 def test_samples_that_are_elsewhere_now_are_forgotten(load, shards, victim):
-    state = load(shards).state_dict()
+    state = load().state_dict()
     key = ShardFolder.open(shards).describe(victim).key
     listed = [[victim, key, "bad text", 0], [victim + 1, key, "bad text", 0], [10**6, key, "bad text", 0]]
-    assert [each.sample_id for each in load(shards, state=state | {"skipped": listed}).skips] == [victim]
+    assert [each.sample_id for each in load(state=state | {"skipped": listed}).skips] == [victim]
 
 
 def test_the_budget_is_a_share_of_what_was_seen_and_of_many_from_the_start():

@@ -1,31 +1,49 @@
 #!/usr/bin/env python3
-"""Samples per second of CPU time of the loader in one process, for the demo's kind of sample and for full-size images.
+"""What the loader prepares per second and core, and how much of a training loop's time goes to waiting for it.
 
     python benchmarks/loader.py --out runs/loader.json
 
-The demo's kind: a 64x64 px PNG, 4 tiles of 32 px, 4 questions and answers, packs of 32 samples. Full size: a 1344x896
-px JPEG, 6 tiles of 448 px and the thumbnail, one question. Data are made in a temporary folder. Wall time is not used:
-other work on the machine does not count.
+Two kinds of sample, made in a temporary folder. The demo's: a 64x64 px PNG, 4 tiles of 32 px, 4 questions and answers,
+packs of 32 samples. Full size: a 1344x896 px JPEG, 6 tiles of 448 px and the thumbnail, one question.
+
+The first table is of one process: CPU time, so that other work on the machine does not count. MB are those of encoded
+images. The second one trains the toy model (for full size with tiles of 448 px, of which each takes 1,024 patches)
+from a loader with workers: what a core's consistency step consumes, how many times as much a core's loader prepares,
+and the share of the loop's wall time in which the step waits for its batch, which other work on the machine raises.
 """
 
 import argparse
+import dataclasses
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only this folder is on the path
 
-from megatron_vico.config.schema import STAGES, DataOptions, Stage
-from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
-from megatron_vico.data.loader import make_loader
-from megatron_vico.data.pack_builder import PackBuilder
-from megatron_vico.data.shard_writer import WriterOptions, make_shards
-from megatron_vico.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from megatron_vico.parallel import cpu_stand_in
+
+cpu_stand_in.install()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from benchmarks.step import build_run, stage_config  # noqa: E402
+from megatron_vico.config.arguments import parse  # noqa: E402
+from megatron_vico.config.schema import STAGES, DataOptions, Stage  # noqa: E402
+from megatron_vico.data.encoding import EncodingSettings, SampleEncoder  # noqa: E402
+from megatron_vico.data.loader import Loader, make_loader  # noqa: E402
+from megatron_vico.data.pack_builder import PackBuilder  # noqa: E402
+from megatron_vico.data.shard_writer import WriterOptions, make_shards  # noqa: E402
+from megatron_vico.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece  # noqa: E402
+from megatron_vico.models.registry import ModelConfig, get_model_config  # noqa: E402
+from megatron_vico.parallel.batch import share_step  # noqa: E402
+from megatron_vico.parallel.groups import Groups, started  # noqa: E402
+from megatron_vico.training import trainer  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,20 +55,43 @@ class Case:
     suffix: str
     num_questions: int
     num_samples: int
-    tokens_kept: int
-    tokens_compressed: int
     image_size: int
+    patch_size: int
     data: DataOptions
+    training_pack: dict[str, int]
+    """Limits of a pack where the toy model trains on it, if they are others."""
+
+    def model(self) -> ModelConfig:
+        """The toy with this kind's tiles."""
+        toy = get_model_config("toy")
+        vision = dataclasses.replace(toy.vision, image_size=self.image_size, patch_size=self.patch_size)
+        return dataclasses.replace(toy, vision=vision)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One row of the table."""
+    """One row of the first table, per second of CPU time."""
 
     name: str
     stage: Stage
     samples_per_s: float
     tiles_per_s: float
+    mb_per_s: float
+    """Of encoded images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fed:
+    """One row of the second table."""
+
+    name: str
+    num_workers: int
+    num_steps: int
+    consumed_per_s: float
+    """Samples that the toy's step takes per second of CPU time."""
+
+    lost_share: float
+    """Wall time in which the step waits for a batch over all of it."""
 
 
 DEMO = Case(
@@ -59,9 +100,9 @@ DEMO = Case(
     suffix="png",
     num_questions=4,
     num_samples=1024,
-    tokens_kept=4,
-    tokens_compressed=1,
     image_size=32,
+    patch_size=8,
+    training_pack={},
     data=DataOptions(
         seq_length=8192,
         max_tiles_per_pack=256,
@@ -78,9 +119,9 @@ FULL_SIZE = Case(
     suffix="jpg",
     num_questions=1,
     num_samples=64,
-    tokens_kept=256,
-    tokens_compressed=64,
     image_size=448,
+    patch_size=14,
+    training_pack={"max_tiles_per_pack": 14},
     data=DataOptions(num_workers=0),
 )
 
@@ -103,64 +144,134 @@ def write_samples(case: Case, folder: Path) -> Path:
     return path
 
 
-def measure(case: Case, *, stage: Stage, shards: Path, tokenizer: Tokenizer, num_samples: int) -> Measured:
-    """Take steps of one pack until `num_samples` samples were seen; the first step is not counted."""
-    data = DataOptions(**{**vars(case.data), "data_path": (str(shards),)})
+def loader_of(case: Case, data: DataOptions, *, stage: Stage, tokenizer: Tokenizer) -> Loader:
+    """Of one pack a step."""
+    model = case.model()
     builder = PackBuilder(
         stage=stage,
         seed=0,
-        tokens_kept=case.tokens_kept,
-        tokens_compressed=case.tokens_compressed,
-        image_token_id=tokenizer.image_token_id,
+        tokens_kept=model.visual_tokens_per_tile,
+        tokens_compressed=model.compressed_tokens_per_tile,
+        image_token_id=model.image_token_id,
     )
     settings = EncodingSettings.from_options(data, image_size=case.image_size)
     encoder = SampleEncoder(tokenizer=tokenizer, settings=settings)
-    loader = make_loader(data, encoder=encoder, builder=builder, global_batch_size=1)
+    return make_loader(data, encoder=encoder, builder=builder, global_batch_size=1)
+
+
+def measure(case: Case, *, stage: Stage, data: DataOptions, tokenizer: Tokenizer, num_samples: int) -> Measured:
+    """Take steps of one pack until `num_samples` samples were seen; the first step is not counted."""
+    loader = loader_of(case, data, stage=stage, tokenizer=tokenizer)
+    (folder,) = loader.plan.data.folders
+    image_bytes = [sum(size for _, size in folder.describe(i).members[1:]) for i in range(len(folder))]
     steps = iter(loader)
     next(steps)
-    seen, tiles, start = 0, 0, time.process_time()
+    seen, tiles, read, start = 0, 0, 0, time.process_time()
     while seen < num_samples:
         for batch in next(steps):
             seen += len(batch.keys)
             tiles += len(batch.tiles)
+            read += sum(image_bytes[i] for i in batch.sample_ids.tolist())
     elapsed_s = time.process_time() - start
-    return Measured(name=case.name, stage=stage, samples_per_s=seen / elapsed_s, tiles_per_s=tiles / elapsed_s)
+    return Measured(
+        name=case.name,
+        stage=stage,
+        samples_per_s=seen / elapsed_s,
+        tiles_per_s=tiles / elapsed_s,
+        mb_per_s=read / elapsed_s / 1e6,
+    )
+
+
+def feed(
+    case: Case, *, data: DataOptions, tokenizer: Tokenizer, num_workers: int, num_steps: int, groups: Groups
+) -> Fed:
+    """Train the toy on steps of one pack from a loader with workers; the first step is not counted."""
+    cfg = stage_config(parse(["--num-workers", str(num_workers)]), "consistency")
+    run = build_run(cfg, case.model(), groups)
+    data = dataclasses.replace(data, num_workers=num_workers, **case.training_pack)
+    steps = iter(loader_of(case, data, stage="consistency", tokenizer=tokenizer))
+    wait_s = wall_s = cpu_s = 0.0
+    samples = 0
+    for number in range(num_steps + 1):
+        begun = time.perf_counter()
+        packs = next(steps)
+        taken, cpu = time.perf_counter(), time.process_time()
+        trainer.compute_gradients(run, share_step(packs, groups=groups))
+        trainer.update_weights(run)
+        if number:
+            wait_s += taken - begun
+            wall_s += time.perf_counter() - begun
+            cpu_s += time.process_time() - cpu
+            samples += sum(len(pack.keys) for pack in packs)
+    return Fed(
+        name=case.name,
+        num_workers=num_workers,
+        num_steps=num_steps,
+        consumed_per_s=samples / cpu_s,
+        lost_share=wait_s / wall_s,
+    )
+
+
+def run_case(case: Case, options: argparse.Namespace, groups: Groups) -> tuple[list[Measured], Fed]:
+    """Both tables' rows of one kind of sample, printed as they come."""
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        tokenizer = load_tokenizer(train_sentencepiece(["What is in tile 1?"], model_prefix=folder / "tok"))
+        make_shards(
+            write_samples(case, folder),
+            image_root=folder,
+            out_dir=folder / "shards",
+            tokenizer=tokenizer,
+            settings=EncodingSettings.from_options(case.data, image_size=case.image_size),
+            options=WriterOptions(show_progress=False),
+        )
+        data = dataclasses.replace(case.data, data_path=(str(folder / "shards"),))
+        num_samples = options.samples or 2 * case.num_samples
+        for stage in STAGES:
+            row = measure(case, stage=stage, data=data, tokenizer=tokenizer, num_samples=num_samples)
+            rows.append(row)
+            print(
+                f"{row.name:10} {row.stage:12} {row.samples_per_s:8.0f} samples/s {row.tiles_per_s:8.0f} tiles/s "
+                f"{row.mb_per_s:8.2f} MB/s per core"
+            )
+        fed = feed(
+            case,
+            data=data,
+            tokenizer=tokenizer,
+            num_workers=options.num_workers,
+            num_steps=options.steps,
+            groups=groups,
+        )
+    prepared = next(row.samples_per_s for row in rows if row.stage == "consistency")
+    print(
+        f"{fed.name:10} {fed.consumed_per_s:.1f} samples/s per core go through the toy's step; a core prepares "
+        f"{prepared / fed.consumed_per_s:.1f} times as many; {fed.num_workers} workers, {fed.num_steps} steps: "
+        f"{fed.lost_share:.2%} of the time lost to data"
+    )
+    return rows, fed
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure every stage for both kinds of sample, print a table, write JSON."""
+    """Measure every stage for both kinds of sample, print tables, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--samples", type=int, help="samples to read for each row; unset, two epochs")
+    parser.add_argument("--steps", type=int, default=12, help="steps of the toy for each kind of sample")
+    parser.add_argument("--num-workers", type=int, default=1, help="workers that feed the toy")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    rows = []
-    for case in (DEMO, FULL_SIZE):
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            tokenizer = load_tokenizer(train_sentencepiece(["What is in tile 1?"], model_prefix=folder / "tok"))
-            make_shards(
-                write_samples(case, folder),
-                image_root=folder,
-                out_dir=folder / "shards",
-                tokenizer=tokenizer,
-                settings=EncodingSettings.from_options(case.data, image_size=case.image_size),
-                options=WriterOptions(show_progress=False),
-            )
-            for stage in STAGES:
-                rows.append(
-                    measure(
-                        case,
-                        stage=stage,
-                        shards=folder / "shards",
-                        tokenizer=tokenizer,
-                        num_samples=2 * case.num_samples,
-                    )
-                )
-                row = rows[-1]
-                print(f"{row.name:10} {row.stage:12} {row.samples_per_s:8.0f} samples/s {row.tiles_per_s:8.0f} tiles/s")
+    prepared, fed = [], []
+    cfg = parse([])
+    with started(cfg.parallel, seed=cfg.training.seed, timeout_minutes=10) as groups:
+        for case in (DEMO, FULL_SIZE):
+            rows, row = run_case(case, options, groups)
+            prepared += rows
+            fed.append(row)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        tables = {"prepared": [asdict(row) for row in prepared], "fed": [asdict(row) for row in fed]}
+        options.out.write_text(json.dumps(tables, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ from megatron_vico.parallel.batch import StepBatch, share_step  # noqa: E402
 from megatron_vico.parallel.groups import Groups, launched_world_size, started  # noqa: E402
 from megatron_vico.parallel.streams import language_inputs  # noqa: E402
 from megatron_vico.training import consistency_step, setup, trainer  # noqa: E402
+from megatron_vico.training.data_state import DataState  # noqa: E402
 from megatron_vico.training.optimizer import build_optimizer, build_scheduler  # noqa: E402
 from megatron_vico.training.policy import wrap  # noqa: E402
 from megatron_vico.training.reference import Reference  # noqa: E402
@@ -207,7 +208,7 @@ def build_run(cfg: RunConfig, model: ModelConfig, groups: Groups) -> setup.Run:
         window=RatioWindow(size=1, percentile=50.0),
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, cfg.optimizer, cfg.training),
-        loader=None,
+        data=DataState.of(None, max_skipped_share=0.0, restored=None),
         iteration=0,
     )
 

@@ -1,7 +1,11 @@
-"""The three errors a user can meet; each message says what was found, what was expected and the fix."""
+"""The errors a user can meet; each message says what was found, what was expected and the fix."""
 
 import difflib
 from collections.abc import Iterable
+from typing import Literal
+
+Cause = Literal["unreadable shard", "broken image", "bad text"]
+"""What can be wrong with a sample, for the table of an exceeded error budget."""
 
 
 class ConfigError(ValueError):
@@ -10,6 +14,15 @@ class ConfigError(ValueError):
 
 class SampleError(ValueError):
     """A training or evaluation sample that cannot be used; names the sample's key."""
+
+    def __init__(self, message: str, *, cause: Cause = "bad text") -> None:
+        """Args: cause: text unless another is named, since all but two checks of a sample are of its text."""
+        super().__init__(message)
+        self.cause: Cause = cause
+
+
+class WorkerError(RuntimeError):
+    """A worker process of the loader that died; says how many there are and what makes them smaller."""
 
 
 class CheckpointError(RuntimeError):

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from megatron_vico.data.webdataset import ShardFolder
+
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 210), "grey": (128, 128, 128)}
 
 
@@ -50,6 +52,18 @@ def write_conversations(
     path = folder / "conversations.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def break_image(shards: Path, number: int) -> str:
+    """Overwrite the first image of a sample, as a bad disk would; returns the sample's key."""
+    folder = ShardFolder.open(shards)
+    sample, ends = folder.describe(number), np.cumsum(folder.samples_per_shard)
+    shard = int(np.searchsorted(ends, number, side="right"))
+    offset, size = sample.members[1]
+    with (shards / folder.index.shards[shard].name).open("r+b") as file:
+        file.seek(offset)
+        file.write(b"x" * size)
+    return sample.key
 
 
 FRAME_STEP = 30

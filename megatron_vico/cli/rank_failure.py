@@ -10,9 +10,9 @@ import time
 import traceback
 from typing import NoReturn
 
-from megatron_vico.errors import CheckpointError, ConfigError, SampleError
+from megatron_vico.errors import CheckpointError, ConfigError, SampleError, WorkerError
 
-USER_ERRORS = (ConfigError, SampleError, CheckpointError)
+USER_ERRORS = (ConfigError, SampleError, WorkerError, CheckpointError)
 
 PEER_GRACE_S = 3.0
 """What a rank waits that failed in a collective: the launcher names the first process to end as the root cause, and the

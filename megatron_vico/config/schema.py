@@ -135,6 +135,14 @@ class DataOptions:
     num_workers: int = 2
     """Processes that read, decode, tile and pack; 0 does it on the training thread."""
 
+    prefetch_steps: int = 2
+    """Steps that all workers of a data-parallel rank together prepare ahead (a pack each at least); a pack of 96 tiles
+    of 448 px takes 58 MB."""
+
+    max_skipped_share: float = 0.001
+    """Largest share of broken samples, in [0, 1], among those seen so far, or among 10,000 if there were fewer. A
+    broken sample leaves its place in the pack empty; more of them end the run with a table of causes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:

@@ -143,6 +143,7 @@ def _check_ranges(cfg: RunConfig) -> None:
         "--num-workers": (cfg.data.num_workers, 0),
         "--data-retries": (cfg.data.data_retries, 0),
         "--data-cache-gb": (cfg.data.data_cache_gb, 0.0),
+        "--prefetch-steps": (cfg.data.prefetch_steps, 1),
         "--train-iters": (cfg.training.train_iters, 1),
         "--global-batch-size": (cfg.training.global_batch_size, 1),
         "--seed": (cfg.training.seed, 0),
@@ -180,6 +181,8 @@ def _check_ranges(cfg: RunConfig) -> None:
     for flag, value in below_one.items():
         if not 0.0 <= value < 1.0:
             raise ConfigError(f"{flag} is {value}, expected a number in [0, 1).")
+    if not 0.0 <= cfg.data.max_skipped_share <= 1.0:
+        raise ConfigError(f"--max-skipped-share is {cfg.data.max_skipped_share}, expected a number in [0, 1].")
     if not 0.0 <= cfg.stage.router_percentile <= 100.0:
         raise ConfigError(f"--router-percentile is {cfg.stage.router_percentile}, expected a number in [0, 100].")
     if not cfg.stage.router_eps >= 0.0:

@@ -1,12 +1,21 @@
 """A rank's packed batches, one list a step, prepared ahead by worker processes.
 
-Data-parallel ranks share the packs of a step by their estimated cost (data/balance.py), as many for each. The only
-state is the number of consumed steps.
+Data-parallel ranks share the packs of a step by their estimated cost (data/balance.py), as many for each. The state is
+the place in the plan of packs and the broken samples (data/error_budget.py): any number of ranks and workers goes on
+from it.
 """
 
+import contextlib
+import dataclasses
 import itertools
+import math
+import os
 import signal
+import threading
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -14,16 +23,19 @@ from megatron_vico.config.schema import DataOptions
 from megatron_vico.data import parcel
 from megatron_vico.data.balance import assign
 from megatron_vico.data.encoding import SampleEncoder
+from megatron_vico.data.error_budget import Gap, SkipList
 from megatron_vico.data.mixture import read_mixture
 from megatron_vico.data.pack_builder import PackBuilder
-from megatron_vico.data.pack_plan import FolderList, PackPlan, StepPlan
-from megatron_vico.data.samples import EncodedSample, PackedBatch
+from megatron_vico.data.pack_plan import FolderList, Pack, PackPlan
+from megatron_vico.data.plan_state import PlanState
+from megatron_vico.data.samples import EncodedSample, PackedBatch, Skipped
 from megatron_vico.data.storage import StorageOptions
 from megatron_vico.data.webdataset import ShardFolder
-from megatron_vico.errors import ConfigError, SampleError
+from megatron_vico.errors import ConfigError, SampleError, WorkerError
 from megatron_vico.vico import compression_plan
 
-PREFETCH_STEPS = 2
+MAX_PIECES = 32
+"""Pieces that a rank's packs of a step are prepared in: each takes one of the 1,024 files a process may have open."""
 
 
 class Loader:
@@ -37,21 +49,19 @@ class Loader:
         builder: PackBuilder,
         dp_rank: int = 0,
         dp_size: int = 1,
-        start_step: int = 0,
-        end_step: int | None = None,
-        num_workers: int = 0,
+        num_steps: int | None = None,
+        state: dict[str, Any] | None = None,
     ) -> None:
         """Check that the shards were indexed with this encoder.
 
         Args:
-            plan: the packs of each step.
+            plan: the packs of each step, and how many workers prepare how many steps ahead.
             encoder: tokenises and tiles.
             builder: packs for the stage.
             dp_rank: data-parallel rank.
             dp_size: data-parallel size.
-            start_step: steps consumed before.
-            end_step: step to stop before; None, never.
-            num_workers: processes that prepare steps ahead; 0 prepares each step when it is asked for.
+            num_steps: steps to stop after; None, never.
+            state: of the loader that this one goes on from.
 
         Raises:
             ConfigError: if the packs of a step do not divide over the ranks, or tokenizer, model and index differ.
@@ -69,104 +79,93 @@ class Loader:
         for folder in plan.data.folders:
             folder.check_encoding(tokenizer=encoder.tokenizer, settings=encoder.settings)
         self.plan = plan
-        self.consumed_steps = start_step
-        self.end_step = end_step
-        self._num_workers = num_workers
-        self._dataset = _StepDataset(plan.data, encoder=encoder, builder=builder, dp_rank=dp_rank, dp_size=dp_size)
+        self.place = plan.start if state is None else PlanState.from_dict(state["plan"])
+        """The next pack of the run; it counts what was handed out."""
+
+        self.skips = SkipList() if state is None else _known_here(SkipList.from_state(state["skipped"]), plan.data)
+        self.num_steps = num_steps
+        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._begun: deque[PlanState] = deque()
+        packs = plan.global_batch_size // dp_size
+        self._packs_per_piece = math.ceil(packs / MAX_PIECES)
+        self._pieces_per_step = math.ceil(packs / self._packs_per_piece)
+        self._dataset = _PieceDataset(plan.data, encoder=encoder, builder=builder)
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
-        """Batches from step `consumed_steps` on; `consumed_steps` counts what was handed out.
+        """Batches from `place` on.
 
         Raises:
-            SampleError: if a sample cannot be read; the same in a worker as without workers.
+            SampleError: if shard and index differ; the same in a worker as without workers.
+            WorkerError: if a worker died.
         """
-        for batches in self._steps():
-            if isinstance(batches, SampleError):
-                raise batches
-            self.consumed_steps += 1
-            yield batches
+        self._begun.clear()
+        pieces = self._prepared()
+        while True:
+            with worker_death_explained():
+                step = list(itertools.islice(pieces, self._pieces_per_step))
+            if not step:
+                return
+            self.place = self._begun.popleft()
+            yield [self._without_known(batch) for piece in step for batch in piece]
 
-    def state_dict(self) -> dict[str, int]:
-        """All that is needed to go on, on any number of ranks and workers."""
-        return {"consumed_steps": self.consumed_steps}
+    @property
+    def begun_packs(self) -> int:
+        """Packs of the run, over all ranks, that were handed out or given to workers."""
+        return (self._begun[-1] if self._begun else self.place).consumed_packs
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after the step of `state`; affects iterators made afterwards."""
-        self.consumed_steps = int(state["consumed_steps"])
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on, on any number of ranks and workers: numbers and strings."""
+        return {"plan": self.place.to_dict(), "skipped": self.skips.to_state()}
 
-    def _steps(self) -> Iterator[list[PackedBatch] | SampleError]:
-        steps = _Steps(self.plan, start=self.consumed_steps, end=self.end_step)
-        if self._num_workers == 0:
-            return (self._dataset[step] for step in steps)
+    def _prepared(self) -> Iterator[list[PackedBatch]]:
+        options = self.plan.options
+        if options.num_workers == 0:
+            return (_unless_error(self._dataset[piece]) for piece in self._pieces())
+        ahead = options.prefetch_steps * self._pieces_per_step
         parcels = DataLoader(
             self._dataset,
-            sampler=steps,
+            sampler=_Pieces(self._pieces()),
             batch_size=None,
-            num_workers=self._num_workers,
-            prefetch_factor=PREFETCH_STEPS,
+            num_workers=options.num_workers,
+            prefetch_factor=math.ceil(ahead / options.num_workers),
             collate_fn=_parcel,  # runs in the worker
             worker_init_fn=_outlive_stop_signal,
         )
-        return (sent if isinstance(sent, SampleError) else parcel.unwrap(sent) for sent in parcels)
+        return (parcel.unwrap(_unless_error(sent)) for sent in parcels)
+
+    def _pieces(self) -> Iterator["_Piece"]:
+        """What there is to prepare; workers get it from the training process, where packing is done once."""
+        for step in itertools.islice(self.plan.steps(self.place), self.num_steps):
+            self._begun.append(step.after)
+            first = step.after.consumed_packs - len(step.packs)
+            # The same on every rank: it follows from the index alone.
+            mine = assign(step.costs, num_ranks=self._dp_size)[self._dp_rank]
+            for numbers in itertools.batched(mine, self._packs_per_piece):
+                packs = {number: step.packs[number] for number in numbers}
+                left_out = frozenset(
+                    (number, sample_id)
+                    for number, pack in packs.items()
+                    for sample_id in pack.sample_ids
+                    if self.skips.leaves_out(sample_id, pack=first + number)
+                )
+                yield _Piece(packs=packs, num_samples=step.num_samples, left_out=left_out)
+
+    def _without_known(self, batch: PackedBatch) -> PackedBatch:
+        return dataclasses.replace(batch, skipped=tuple(each for each in batch.skipped if self.skips.add(each)))
 
 
-def _outlive_stop_signal(worker: int) -> None:
-    """SIGTERM asks the training process for a last checkpoint; schedulers send it to every process of a job.
-
-    A worker that died of it would end the training process with an error before the checkpoint is written. Workers end
-    when the training process tells them to, or is gone.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-class _Steps(Sampler[StepPlan]):
-    """Hands step plans to the workers, so that packing is done once, in the training process."""
-
-    def __init__(self, plan: PackPlan, *, start: int, end: int | None) -> None:
-        self._plan, self._start, self._end = plan, start, end
-
-    def __iter__(self) -> Iterator[StepPlan]:
-        return itertools.islice(self._plan.steps(), self._start, self._end)
-
-
-class _StepDataset(Dataset[list[PackedBatch] | SampleError]):
-    """Step plan -> this rank's packed batches, or what is wrong with them (torch would wrap an error in a worker)."""
-
-    def __init__(
-        self, data: FolderList, *, encoder: SampleEncoder, builder: PackBuilder, dp_rank: int, dp_size: int
-    ) -> None:
-        self._data = data
-        self._encoder, self._builder = encoder, builder
-        self._dp_rank, self._dp_size = dp_rank, dp_size
-
-    def __getitem__(self, step: StepPlan) -> list[PackedBatch] | SampleError:
-        try:
-            return self._batches(step)
-        except SampleError as error:
-            return error
-
-    def _batches(self, step: StepPlan) -> list[PackedBatch]:
-        batches = []
-        # The same on every rank: it follows from the index alone.
-        for number in assign(step.costs, num_ranks=self._dp_size)[self._dp_rank]:
-            pack = step.packs[number]
-            samples = [self._encode(*sample) for sample in zip(pack.sample_ids, pack.visits, strict=True)]
-            batches.append(
-                self._builder.build(samples, pack=pack, samples_in_global_batch=step.num_samples, position=number)
-            )
-        return batches
-
-    def _encode(self, sample_id: int, visit: int) -> EncodedSample:
-        folder, number = self._data.locate(sample_id)
-        random = compression_plan.generator(self._builder.seed, visit, sample_id, "augment")
-        encoded = self._encoder.encode(folder.read(number), random=random)
-        if encoded.token_ids.size != folder.num_tokens[number] or encoded.num_tiles != folder.num_tiles[number]:
-            raise SampleError(
-                f"sample {encoded.key!r}: {encoded.token_ids.size} tokens and {encoded.num_tiles} tiles, but the index "
-                f"of {folder.path} says {folder.num_tokens[number]} and {folder.num_tiles[number]}; make the index "
-                "anew with `vico shards index`."
-            )
-        return encoded
+@contextlib.contextmanager
+def worker_death_explained() -> Iterator[None]:
+    """Says what a worker's sudden end means. torch raises it wherever the training process is at that moment."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise WorkerError(
+            f"a worker process of the loader died ({str(error).strip()}): so ends one that a machine has no memory for "
+            "(dmesg shows it); fewer --num-workers, --prefetch-steps or --max-tiles-per-pack take less."
+        ) from error
 
 
 def make_loader(
@@ -177,8 +176,8 @@ def make_loader(
     global_batch_size: int,
     dp_rank: int = 0,
     dp_size: int = 1,
-    start_step: int = 0,
-    end_step: int | None = None,
+    num_steps: int | None = None,
+    state: dict[str, Any] | None = None,
 ) -> Loader:
     """Open the folders of `options.data_path` and make a rank's loader.
 
@@ -189,8 +188,8 @@ def make_loader(
         global_batch_size: packs of a step over all ranks.
         dp_rank: data-parallel rank.
         dp_size: data-parallel size.
-        start_step: steps consumed before.
-        end_step: step to stop before; None, never.
+        num_steps: steps to stop after; None, never.
+        state: of the loader that this one goes on from.
 
     Returns:
         The loader.
@@ -210,16 +209,122 @@ def make_loader(
         cost=builder.cost,
     )
     return Loader(
-        plan,
-        encoder=encoder,
-        builder=builder,
-        dp_rank=dp_rank,
-        dp_size=dp_size,
-        start_step=start_step,
-        end_step=end_step,
-        num_workers=options.num_workers,
+        plan, encoder=encoder, builder=builder, dp_rank=dp_rank, dp_size=dp_size, num_steps=num_steps, state=state
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """Some of a rank's packs of a step, which one worker prepares as a whole."""
+
+    packs: dict[int, Pack]
+    """By their place in the step."""
+
+    num_samples: int
+    """Of the step."""
+
+    left_out: frozenset[tuple[int, int]]
+    """(place of the pack, sample) of samples that are known to be broken."""
+
+
+class _Pieces(Sampler[_Piece]):
+    """Hands a loader's pieces to torch."""
+
+    def __init__(self, pieces: Iterator[_Piece]) -> None:
+        self._pieces = pieces
+
+    def __iter__(self) -> Iterator[_Piece]:
+        return self._pieces
+
+
+class _PieceDataset(Dataset[list[PackedBatch] | SampleError]):
+    """Piece -> packed batches, or what is wrong with them (torch would wrap an error in a worker)."""
+
+    def __init__(self, data: FolderList, *, encoder: SampleEncoder, builder: PackBuilder) -> None:
+        self._data, self._encoder, self._builder = data, encoder, builder
+
+    def __getitem__(self, piece: _Piece) -> list[PackedBatch] | SampleError:
+        try:
+            return [self._batch(piece, number) for number in piece.packs]
+        except SampleError as error:
+            return error
+
+    def _batch(self, piece: _Piece, number: int) -> PackedBatch:
+        pack, samples, skipped = piece.packs[number], [], []
+        for sample_id, visit in zip(pack.sample_ids, pack.visits, strict=True):
+            sample: EncodedSample | Skipped | None = None
+            if (number, sample_id) not in piece.left_out:
+                sample = self._read(sample_id, visit)
+            if isinstance(sample, Skipped):
+                skipped.append(sample)
+            samples.append(sample if isinstance(sample, EncodedSample) else self._gap(sample_id))
+        batch = self._builder.build(samples, pack=pack, samples_in_global_batch=piece.num_samples, position=number)
+        return dataclasses.replace(batch, skipped=tuple(skipped))
+
+    def _read(self, sample_id: int, visit: int) -> EncodedSample | Skipped:
+        """A sample that fits the index, or why it is left out."""
+        folder, number = self._data.locate(sample_id)
+        try:
+            encoded = self._encode(sample_id, visit)
+        except (SampleError, OSError) as error:
+            cause = error.cause if isinstance(error, SampleError) else "unreadable shard"
+            key = folder.describe(number).key
+            return Skipped(sample_id=sample_id, key=key, cause=cause, reason=str(error))
+        if encoded.token_ids.size != folder.num_tokens[number] or encoded.num_tiles != folder.num_tiles[number]:
+            # Not in the budget: packs were made for another sample, and so may all others be.
+            raise SampleError(
+                f"sample {encoded.key!r}: {encoded.token_ids.size} tokens and {encoded.num_tiles} tiles, but the index "
+                f"of {folder.path} says {folder.num_tokens[number]} and {folder.num_tiles[number]}; make the index "
+                "anew with `vico shards index`."
+            )
+        return encoded
+
+    def _encode(self, sample_id: int, visit: int) -> EncodedSample:
+        folder, number = self._data.locate(sample_id)
+        random = None
+        if self._builder.views == "training":
+            random = compression_plan.generator(self._builder.seed, visit, sample_id, "augment")
+        return self._encoder.encode(folder.read(number), random=random)
+
+    def _gap(self, sample_id: int) -> Gap:
+        folder, number = self._data.locate(sample_id)
+        known = folder.describe(number)
+        return Gap.of(known.key, tiles_per_image=known.tiles_per_image, image_size=self._encoder.settings.image_size)
+
+
+def _known_here(skips: SkipList, data: FolderList) -> SkipList:
+    """Those still where they were: with other shards (--override-data-state) a number may be another sample."""
+
+    def is_here(skipped: Skipped) -> bool:
+        if skipped.sample_id >= len(data):
+            return False
+        folder, number = data.locate(skipped.sample_id)
+        return folder.describe(number).key == skipped.key
+
+    return SkipList(each for each in skips if is_here(each))
+
+
+def _unless_error[T](prepared: T | SampleError) -> T:
+    if isinstance(prepared, SampleError):
+        raise prepared
+    return prepared
 
 
 def _parcel(batches: list[PackedBatch] | SampleError) -> parcel.Parcel | SampleError:
     return batches if isinstance(batches, SampleError) else parcel.wrap(batches)
+
+
+def _outlive_stop_signal(worker: int) -> None:
+    """SIGTERM asks the training process for a last checkpoint; schedulers send it to every process of a job.
+
+    A worker that died of it would end the training process with an error before the checkpoint is written. One from the
+    training process itself means the end; without that, Python would wait for the worker forever at its own.
+    """
+
+    def end_with_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=end_with_parent, daemon=True).start()

@@ -9,6 +9,7 @@ import torch
 
 from megatron_vico.config.schema import Stage
 from megatron_vico.data.balance import EQUAL_COST, PackCost
+from megatron_vico.data.error_budget import Gap
 from megatron_vico.data.image_tokens import expand_pack
 from megatron_vico.data.pack_plan import Pack
 from megatron_vico.data.samples import EncodedSample, PackedBatch, PolicyView
@@ -38,7 +39,7 @@ class PackBuilder:
         """Pack samples: tiles, reference stream, and the stage's policy streams.
 
         Args:
-            samples: encoded, in the order of `pack.sample_ids`.
+            samples: encoded, in the order of `pack.sample_ids`; gaps among them have no rows and no tiles.
             pack: their indices and visits, which seed the compression plans.
             samples_in_global_batch: samples of the whole step, over all ranks and microbatches.
             position: the pack's place in the step.
@@ -86,8 +87,11 @@ class PackBuilder:
         if self.xi_sampler == "stratified":
             # A sample comes once a visit, so the first one names the pack; no other pack draws from this stream.
             random = compression_plan.generator(self.seed, pack.visits[0], pack.sample_ids[0], "xi-of-pack")
-            images = [count for sample in samples for count in sample.tiles_per_image]
-            return (compression_plan.plan_stratified(images, generator=random).numpy(),)
+            # The images of gaps get their shares too, so that those of the other samples stay what they are.
+            images = [each.missing_tiles if isinstance(each, Gap) else each.tiles_per_image for each in samples]
+            plan = compression_plan.plan_stratified([count for each in images for count in each], generator=random)
+            is_gap = np.repeat([isinstance(each, Gap) for each in samples], [sum(each) for each in images])
+            return (plan.numpy()[~is_gap],)
         plans = []
         for sample, sample_id, visit in zip(samples, pack.sample_ids, pack.visits, strict=True):
             random = compression_plan.generator(self.seed, visit, sample_id, "xi")

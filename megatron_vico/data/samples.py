@@ -17,6 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_vico.errors import Cause
+
 Role = Literal["system", "human", "gpt", "pretrain"]
 ROLES: tuple[Role, ...] = ("system", "human", "gpt", "pretrain")
 
@@ -82,6 +84,22 @@ class EncodedSample:
     def labels(self) -> IntArray:
         """[R] int64, the trained tokens in order; the same for every compression plan."""
         return self.token_ids[self.is_response]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """A sample that could not be used; a gap stands in its pack (data/error_budget.py)."""
+
+    sample_id: int
+    """Index in the data set."""
+
+    key: str
+    cause: Cause
+    reason: str = ""
+    """The error's text; not kept in checkpoints."""
+
+    from_pack: int | None = None
+    """Pack of the run from which on no rank tries to read it; None, not agreed on yet."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -169,6 +187,9 @@ class PackedBatch:
     position: int = 0
     """The pack's place among those of its step, over all ranks."""
 
+    skipped: tuple[Skipped, ...] = ()
+    """Broken samples among the D that were not known to be broken before this step."""
+
     router_tiles: Tensor
     """[M] int64, tiles compressed in the router's question."""
 
@@ -183,10 +204,6 @@ class PackedBatch:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedBatch":
         """The same batch with every tensor on `device`."""
         return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "PackedBatch":
-        """The same batch in page-locked memory, for copies that overlap with compute (torch's DataLoader calls it)."""
-        return map_tensors(self, lambda tensor: tensor.pin_memory())
 
 
 def map_tensors[T](value: T, function: Callable[[Any], Any], *, leaf: type = Tensor) -> T:

@@ -161,7 +161,9 @@ class LocalStorage:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise SampleError(f"{self.where(name)}: cannot be read ({error}); check disk and rights.") from error
+            raise SampleError(
+                f"{self.where(name)}: cannot be read ({error}); check disk and rights.", cause="unreadable shard"
+            ) from error
 
     def _file(self, name: str) -> int:
         """An open file descriptor; the one opened first is closed when there are too many."""
@@ -275,7 +277,8 @@ class RemoteStorage:
         except Exception as error:
             raise SampleError(
                 f"{self.where(name)}: cannot be read; tries: {retrying.statistics['attempt_number']}, last cause: "
-                f"{_cause(error)}; check the network and the right to read, or raise --data-retries."
+                f"{_cause(error)}; check the network and the right to read, or raise --data-retries.",
+                cause="unreadable shard",
             ) from error
 
 
@@ -362,7 +365,8 @@ class ShardCache:
             if digest.hexdigest() != shard.sha256:
                 raise SampleError(
                     f"{shard.name}: fetched into {self._folder}, its content is not what was indexed (sha256 differs); "
-                    "copy the shard to its URL again."
+                    "copy the shard to its URL again.",
+                    cause="unreadable shard",
                 )
             with self._lock("names"):
                 os.replace(partial, self._path(shard))

@@ -112,7 +112,8 @@ def decode_image(encoded: bytes, *, key: str, number: int) -> Image.Image:
     except Exception as error:  # broken bytes end in whatever their decoder meets (AVIF: RuntimeError)
         raise SampleError(
             f"sample {key!r}: image {number} ({len(encoded)} bytes) cannot be decoded: {error}; "
-            "replace the file or remove the sample."
+            "replace the file or remove the sample.",
+            cause="broken image",
         ) from error
 
 

@@ -133,10 +133,13 @@ class ShardFolder:
             if len(content) != end - start:
                 raise SampleError(
                     f"sample {sample.key!r}: {where} ends after {self._storage.size(files.name)} bytes, but the sample "
-                    f"ends at {end}; the file was cut short: copy it again."
+                    f"ends at {end}; the file was cut short: copy it again.",
+                    cause="unreadable shard",
                 )
         except FileNotFoundError as error:
-            raise SampleError(f"sample {sample.key!r}: {where} is missing; restore it.") from error
+            raise SampleError(
+                f"sample {sample.key!r}: {where} is missing; restore it.", cause="unreadable shard"
+            ) from error
         _check_header(content, sample, start=start, where=where)
         parts = [content[offset - start : offset - start + size] for offset, size in sample.members]
         return parse_sample(parts[0], key=sample.key, images=tuple(parts[1:]), where=where)
@@ -189,7 +192,8 @@ def _check_header(content: bytes, sample: IndexedSample, *, start: int, where: s
     if not is_same:
         raise SampleError(
             f"sample {sample.key!r}: {where} has another member at byte {offset}; the file is not the one that was "
-            "indexed: copy it again, or make the index anew with `vico shards index`."
+            "indexed: copy it again, or make the index anew with `vico shards index`.",
+            cause="unreadable shard",
         )
 
 

@@ -1,7 +1,7 @@
 """One optimizer step's packs on every rank of a model replica: read once, text to all, each tile to one rank.
 
 The first rank of a replica reads; the others get the packs without tiles by broadcast, and the tiles that they encode
-from it. A sample that cannot be read is an error on all ranks, so that none waits for the others.
+from it. An error of its loader is an error on all ranks, so that none waits for the others.
 """
 
 import dataclasses
@@ -14,9 +14,11 @@ from torch import Tensor
 
 from megatron_vico.data import parcel
 from megatron_vico.data.samples import PackedBatch
-from megatron_vico.errors import SampleError
+from megatron_vico.errors import SampleError, WorkerError
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.parallel.tile_parallel import TileShare, share_tiles
+
+LoaderError = SampleError | WorkerError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,7 +36,7 @@ class StepBatch:
 
 
 def share_step(
-    packs: Sequence[PackedBatch] | SampleError | None, *, groups: Groups, whole_images: bool = False
+    packs: Sequence[PackedBatch] | LoaderError | None, *, groups: Groups, whole_images: bool = False
 ) -> StepBatch:
     """Spread a step over the ranks of the replica; called by every rank.
 
@@ -47,14 +49,14 @@ def share_step(
         This rank's view of the step.
 
     Raises:
-        SampleError: on every rank, if the first one was given it.
+        SampleError, WorkerError: on every rank, if the first one was given it.
     """
     if groups.replica.size() == 1:
-        if isinstance(packs, SampleError):
+        if isinstance(packs, LoaderError):
             raise packs
         assert packs is not None
         share = _share(packs, groups, whole_images)
-        return StepBatch(packs=_without_tiles(packs), tiles=_run(packs, share.mine), share=share)
+        return StepBatch(packs=_without_tiles(packs), tiles=_run(packs, share.mine, groups), share=share)
     header = _broadcast_header(packs, groups)
     block = header["block"] if groups.replica.rank() == 0 else torch.empty(header["num_bytes"], dtype=torch.uint8)
     block = block.to(groups.device)
@@ -83,25 +85,25 @@ class SharedBatches(Iterable[StepBatch]):
         self._groups, self._whole_images = groups, whole_images
 
     def __iter__(self) -> Iterator[StepBatch]:
-        """One StepBatch a step; raises SampleError on every rank of a replica whose reader met one."""
+        """One StepBatch a step; raises SampleError or WorkerError on every rank of a replica whose reader met one."""
         reading = iter(self._batches) if self._batches is not None else None
         for _ in range(self._num_steps):
-            packs: Sequence[PackedBatch] | SampleError | None = None
+            packs: Sequence[PackedBatch] | LoaderError | None = None
             try:
                 packs = next(reading) if reading is not None else None
-            except SampleError as error:
+            except (SampleError, WorkerError) as error:
                 packs = error
             yield share_step(packs, groups=self._groups, whole_images=self._whole_images)
 
 
-def _broadcast_header(packs: Sequence[PackedBatch] | SampleError | None, groups: Groups) -> dict[str, Any]:
+def _broadcast_header(packs: Sequence[PackedBatch] | LoaderError | None, groups: Groups) -> dict[str, Any]:
     """What is needed to receive the packs; on the sending rank also their block of bytes."""
     sent: list[Any] = [None]
     block = None
     if groups.replica.rank() == 0:
         assert packs is not None
-        if isinstance(packs, SampleError):
-            sent = [{"error": str(packs)}]
+        if isinstance(packs, LoaderError):
+            sent = [{"error": packs}]
         else:
             wrapped = parcel.wrap(list(_without_tiles(packs)))
             block = wrapped.block
@@ -110,22 +112,22 @@ def _broadcast_header(packs: Sequence[PackedBatch] | SampleError | None, groups:
     torch.distributed.broadcast_object_list(sent, group=groups.replica, group_src=0, device=groups.device)
     header: dict[str, Any] = sent[0]
     if "error" in header:
-        raise SampleError(header["error"])
+        raise header["error"]
     return header | {"block": block}
 
 
 def _scatter_tiles(
-    packs: Sequence[PackedBatch] | SampleError | None, share: TileShare, shape: tuple[int, ...], groups: Groups
+    packs: Sequence[PackedBatch] | LoaderError | None, share: TileShare, shape: tuple[int, ...], groups: Groups
 ) -> Tensor:
     """Each rank's run of tiles; the runs are cut and sent one after the other, so that only one is held twice."""
     if groups.replica.rank() == 0:
         assert packs is not None
-        assert not isinstance(packs, SampleError)
+        assert not isinstance(packs, LoaderError)
         for rank in range(1, groups.replica.size()):
-            run = _run(packs, share.of(rank)).to(groups.device)
+            run = _run(packs, share.of(rank), groups).to(groups.device)
             if len(run):
                 torch.distributed.send(run, group=groups.replica, group_dst=rank)
-        return _run(packs, share.mine).to(groups.device)
+        return _run(packs, share.mine, groups).to(groups.device)
     num_tiles = share.mine.stop - share.mine.start
     mine = torch.empty(num_tiles, *shape, dtype=torch.uint8, device=groups.device)
     if num_tiles:
@@ -139,13 +141,17 @@ def _share(packs: Sequence[PackedBatch], groups: Groups, whole_images: bool) -> 
     return share_tiles(units, num_ranks=groups.replica.size(), rank=groups.replica.rank())
 
 
-def _run(packs: Sequence[PackedBatch], run: slice) -> Tensor:
-    """Tiles run.start to run.stop of a step."""
+def _run(packs: Sequence[PackedBatch], run: slice, groups: Groups) -> Tensor:
+    """Tiles run.start to run.stop of a step; page-locked where a GPU will take them, so that compute goes on meanwhile.
+
+    They come from memory that workers share and are copied once, here.
+    """
     parts, first = [], 0
     for pack in packs:
         parts.append(pack.tiles[max(run.start - first, 0) : max(run.stop - first, 0)])
         first += len(pack.tiles)
-    return torch.cat(parts)
+    whole = parts[0].new_empty(run.stop - run.start, *parts[0].shape[1:], pin_memory=groups.device.type == "cuda")
+    return torch.cat(parts, out=whole)
 
 
 def _without_tiles(packs: Sequence[PackedBatch]) -> tuple[PackedBatch, ...]:

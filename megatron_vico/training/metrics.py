@@ -43,6 +43,9 @@ class StepSums:
     reference_tokens: int
     policy_tokens: int
     response_tokens: int
+    skipped: int = 0
+    """Broken samples among `samples` that were not known to be broken before."""
+
     router: RouterSums | None = None
 
 
@@ -75,6 +78,7 @@ def sums_of(
             for pack, view in zip(packs, views, strict=True)
         ),
         response_tokens=sum(len(pack.labels) for pack in packs),
+        skipped=sum(len(pack.skipped) for pack in packs),
         router=router,
     )
 
@@ -98,6 +102,9 @@ class StepFigures:
 
     policy_tokens: int
     response_tokens: int
+    skipped: int = 0
+    """Broken samples among `samples`, of which nothing is trained, but those known before; see data/error_budget.py."""
+
     router_threshold: float | None = None
     router_accuracy: float | None = None
     router_labelled_compress: float | None = None
@@ -116,17 +123,17 @@ class StepFigures:
     ) -> Self:
         """Add the sums of all ranks, in one collective, and turn them into figures."""
         counts = [sums.samples, sums.tiles, sums.compressed_tiles, sums.reference_tokens, sums.policy_tokens]
+        counts += [sums.response_tokens, sums.skipped]
         router = [] if sums.router is None else [getattr(sums.router, f.name) for f in dataclasses.fields(RouterSums)]
         values = torch.stack(
             [
                 sums.loss.double(),
                 *(torch.tensor(float(count), device=sums.loss.device).double() for count in counts),
-                torch.tensor(float(sums.response_tokens), device=sums.loss.device).double(),
                 *(value.to(sums.loss.device).double() for value in router),
             ]
         )
         torch.distributed.all_reduce(values)
-        loss, samples, tiles, compressed, reference_tokens, policy_tokens, response_tokens, *rest = values.tolist()
+        loss, samples, tiles, compressed, reference_tokens, policy_tokens, responses, skipped, *rest = values.tolist()
         return cls(
             iteration=iteration,
             loss=loss,
@@ -138,7 +145,8 @@ class StepFigures:
             compressed_tiles=compressed / max(tiles, 1),
             visual_token_reduction=1 - policy_tokens / max(reference_tokens, 1),
             policy_tokens=int(policy_tokens),
-            response_tokens=int(response_tokens),
+            response_tokens=int(responses),
+            skipped=int(skipped),
             **_router_figures(rest),
         )
 
@@ -203,7 +211,7 @@ class MetricsLogger:
         self.train_iters = train_iters
         self.log_interval = log_interval
         self.is_main = is_main
-        self._consumed_samples = 0
+        self._consumed_samples = self._skipped_samples = 0
         self._window: list[StepFigures] = []
         self._lines = self._tensorboard = None
         if not is_main or save is None:
@@ -212,6 +220,7 @@ class MetricsLogger:
         path = save / "metrics.jsonl"
         kept = _lines_before(path, resume_at)
         self._consumed_samples = sum(json.loads(line).get("samples", 0) for line in kept)
+        self._skipped_samples = sum(json.loads(line).get("skipped", 0) for line in kept)
         path.write_text("".join(kept))
         self._lines = path.open("a", buffering=1)
         from torch.utils.tensorboard import SummaryWriter  # 2 s of imports that only the main rank needs
@@ -223,6 +232,7 @@ class MetricsLogger:
         if not self.is_main:
             return
         self._consumed_samples += figures.samples
+        self._skipped_samples += figures.skipped
         self._window.append(figures)
         shown = {name: value for name, value in dataclasses.asdict(figures).items() if value is not None}
         if self._lines is not None and self._tensorboard is not None:
@@ -271,8 +281,16 @@ class MetricsLogger:
         if last.router_threshold is not None:
             accuracy = sum(each.router_accuracy or 0.0 for each in self._window) / count
             parts += [f"router accuracy: {accuracy:.1%}", f"tau: {last.router_threshold:.3E}"]
+        if self._skipped_samples:
+            parts.append(f"skipped samples: {self._skipped_samples}")
         parts.append(f"time left: {time.strftime('%H:%M:%S', time.gmtime(left_s))}")
         return " | ".join(parts) + " |"
+
+
+def log_skipped(packs: Sequence[PackedBatch]) -> None:
+    """Name the broken samples of a step that were not known before; on the rank that read them."""
+    for skipped in (each for pack in packs for each in pack.skipped):
+        print(f"skipped sample {skipped.key!r}: {skipped.cause}: {skipped.reason}", flush=True)
 
 
 def _lines_before(path: Path, resume_at: int) -> list[str]:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -19,7 +19,7 @@ from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
 from megatron_vico.data.loader import Loader, make_loader
 from megatron_vico.data.pack_builder import PackBuilder
 from megatron_vico.data.tokenizer import load_tokenizer
-from megatron_vico.errors import ConfigError
+from megatron_vico.errors import CheckpointError, ConfigError
 from megatron_vico.models.build import (
     build_language_chunks,
     build_vision_encoder,
@@ -32,6 +32,7 @@ from megatron_vico.models.registry import ModelConfig, get_model_config
 from megatron_vico.parallel.batch import SharedBatches
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.parallel.streams import FP8_ALIGNMENT, StreamCut
+from megatron_vico.training.data_state import DataState
 from megatron_vico.training.flops import pack_cost
 from megatron_vico.training.offload import HostOffload
 from megatron_vico.training.optimizer import build_optimizer, build_scheduler
@@ -53,8 +54,8 @@ class Run:
     window: RatioWindow
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    loader: Loader | None
-    """Reads the replica's packs, on its first rank; the others get them from there."""
+    data: DataState
+    """Reads the replica's packs, on its first rank (the others get them from there), and counts broken samples."""
 
     iteration: int
     """Optimizer steps already done when the run starts."""
@@ -66,7 +67,7 @@ class Run:
 
     def batches(self) -> SharedBatches:
         """The steps that are left, spread over the ranks of the replica; every rank iterates."""
-        return self.spread(self.loader, num_steps=self.cfg.training.train_iters - self.iteration)
+        return self.spread(self.data.loader, num_steps=self.cfg.training.train_iters - self.iteration)
 
     def spread(self, loader: Loader | None, *, num_steps: int) -> SharedBatches:
         """What a loader reads on the first rank of the replica, spread over its ranks; every rank iterates."""
@@ -123,7 +124,7 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
     )
     scheduler = build_scheduler(optimizer, cfg.optimizer, cfg.training)
     window = RatioWindow(size=cfg.stage.router_window, percentile=cfg.stage.router_percentile)
-    iteration = 0
+    iteration, data_state = 0, None
     if resume is not None:
         restored = state.load_checkpoint(
             resume,
@@ -133,8 +134,11 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
             model_size=model.name,
             iteration=cfg.checkpoint.ckpt_step,
         )
-        iteration = restored["iteration"]
+        iteration, data_state = restored["iteration"], _state_of_data(restored, resume)
         window.load(restored["router_window"])
+    loader = None
+    if groups.replica.rank() == 0:
+        loader = build_loader(cfg, model, groups, num_steps=cfg.training.train_iters - iteration, state=data_state)
     return Run(
         cfg=cfg,
         groups=groups,
@@ -144,7 +148,7 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
         window=window,
         optimizer=optimizer,
         scheduler=scheduler,
-        loader=build_loader(cfg, model, groups, start_step=iteration) if groups.replica.rank() == 0 else None,
+        data=DataState.of(loader, max_skipped_share=cfg.data.max_skipped_share, restored=data_state),
         iteration=iteration,
     )
 
@@ -271,12 +275,23 @@ def _offload(chunks: Sequence[LanguageModel], policy: Policy, groups: Groups) ->
     )
 
 
+def _state_of_data(restored: dict[str, Any], source: str) -> dict[str, Any]:
+    if "data" not in restored:
+        raise CheckpointError(
+            f"{source} was saved before checkpoints knew their place in the data, so no run can go on from it; begin a "
+            "new one from its weights with --pretrained-checkpoint."
+        )
+    state_of_data: dict[str, Any] = restored["data"]
+    return state_of_data
+
+
 def build_loader(
     cfg: RunConfig,
     model: ModelConfig,
     groups: Groups,
     *,
-    start_step: int = 0,
+    num_steps: int | None = None,
+    state: dict[str, Any] | None = None,
     views: Literal["training", "validation"] = "training",
 ) -> Loader:
     """The loader of a replica's packs, for its first rank; `views` as in `PackBuilder`."""
@@ -301,6 +316,6 @@ def build_loader(
         global_batch_size=cfg.training.global_batch_size,
         dp_rank=groups.dp_rank,
         dp_size=groups.dp_size,
-        start_step=start_step,
-        end_step=cfg.training.train_iters,
+        num_steps=num_steps,
+        state=state,
     )

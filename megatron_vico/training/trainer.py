@@ -12,10 +12,11 @@ from megatron_vico.checkpoint import state
 from megatron_vico.config.arguments import to_yaml
 from megatron_vico.config.schema import MODULES, RunConfig
 from megatron_vico.config.validate import supported_now, validate
+from megatron_vico.data.loader import worker_death_explained
 from megatron_vico.parallel import groups as process_groups
 from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.training.consistency_step import consistency_step, pretrain_step
-from megatron_vico.training.metrics import MetricsLogger, StepFigures, StepSums, check_finite
+from megatron_vico.training.metrics import MetricsLogger, StepFigures, StepSums, check_finite, log_skipped
 from megatron_vico.training.router_step import router_step
 from megatron_vico.training.setup import Run, set_up
 from megatron_vico.training.stages import STAGES
@@ -23,6 +24,7 @@ from megatron_vico.training.trace import StepTrace, phase, trace_file
 from megatron_vico.training.validation import evaluate, open_validation
 
 
+@worker_death_explained()
 def train(cfg: RunConfig) -> None:
     """Run one stage from its configuration to its last checkpoint.
 
@@ -31,7 +33,8 @@ def train(cfg: RunConfig) -> None:
 
     Raises:
         ConfigError: before any process group exists, if the configuration cannot work.
-        SampleError: if a sample cannot be used.
+        SampleError: if more samples are broken than --max-skipped-share, or shards are not what was indexed.
+        WorkerError: if a worker process of the loader dies.
         CheckpointError: if a checkpoint cannot be read or written; the last good one still loads.
     """
     stop = _StopSignal()  # first: a signal while the weights are loaded must not be lost
@@ -78,7 +81,10 @@ def _loop(run: Run, stop: "_StopSignal") -> None:
         )
         started = now
         check_finite(figures)
+        if run.data.loader is not None:
+            log_skipped(batch.packs)
         logger.log(figures)
+        run.data.count(figures)
         if trace is not None:
             assert cfg.checkpoint.save is not None, "config/validate.py asks for it"
             rank = torch.distributed.get_rank()
@@ -177,7 +183,7 @@ def _save(run: Run, iteration: int) -> None:
         modules=run.modules,
         optimizer=run.optimizer,
         scheduler=run.scheduler,
-        trainer_state={"iteration": iteration, "router_window": run.window.state()},
+        trainer_state={"iteration": iteration, "router_window": run.window.state(), "data": run.data.to_state()},
         config_yaml=to_yaml(run.cfg),
         metadata=state.CheckpointMetadata(model_size=run.model.name, stage=run.cfg.stage.stage),
     )

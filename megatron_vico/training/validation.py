@@ -1,8 +1,9 @@
 """Figures over a validation set between two steps of training, which goes on as if nothing had happened.
 
 The packs, their order and their compression plans are the same at every evaluation and for every --seed, so that values
-compare over steps and runs. Each sample counts the same, once: the packs that fill up the last global batch come from
-the next epoch and weigh nothing, so that all ranks make the same number of passes and no sample is left out.
+compare over steps and runs. Each sample with an answer counts the same, once; broken ones are named and left out,
+beside the run's error budget. The packs that fill up the last global batch come from the next epoch and weigh nothing,
+so that all ranks make the same number of passes and no sample is left out.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from megatron_vico.data.samples import PackedBatch
 from megatron_vico.errors import ConfigError
 from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.training.consistency_step import pretrain_loss
-from megatron_vico.training.metrics import ValidationFigures
+from megatron_vico.training.metrics import ValidationFigures, log_skipped
 from megatron_vico.training.router_step import router_answers
 from megatron_vico.training.setup import Run, build_loader
 from megatron_vico.training.stages import STAGES
@@ -43,9 +44,6 @@ class ValidationSet:
     loader: Loader | None
     """On the first rank of a replica. Its workers start with an evaluation and end with it: meanwhile those of training
     have filled their queues and rest, and between evaluations nothing competes with them."""
-
-    beginning: Mapping[str, int]
-    """The loader's state before its first batch."""
 
     num_packs: int
     """Packs of one pass over all of the set."""
@@ -83,9 +81,8 @@ def open_validation(run: Run) -> ValidationSet | None:
             f"{cfg.training.global_batch_size}; use at most {whole}, or leave it out for all of them."
         )
     if loader is not None:
-        loader.end_step = num_batches
-    beginning = {} if loader is None else loader.state_dict()
-    return ValidationSet(loader=loader, beginning=beginning, num_packs=num_packs, num_batches=num_batches)
+        loader.num_steps = num_batches
+    return ValidationSet(loader=loader, num_packs=num_packs, num_batches=num_batches)
 
 
 def _own_config(cfg: RunConfig) -> RunConfig:
@@ -113,7 +110,7 @@ def evaluate(run: Run, validation: ValidationSet, *, iteration: int) -> Validati
     """
     started = time.perf_counter()
     if validation.loader is not None:
-        validation.loader.load_state_dict(dict(validation.beginning))
+        validation.loader.place = validation.loader.plan.start
     run.policy.finish_param_sync()  # the head's weight is read outside its module's forward pass, which would wait
     run.policy.eval_mode()
     names = _FIGURES[STAGES[run.cfg.stage.stage].loss]
@@ -122,6 +119,8 @@ def evaluate(run: Run, validation: ValidationSet, *, iteration: int) -> Validati
     # Nothing draws in evaluation but torch's DataLoader, a seed for its workers.
     with torch.random.fork_rng(devices=[run.groups.device] if on_gpu else []):
         for number, batch in enumerate(run.spread(validation.loader, num_steps=validation.num_batches)):
+            if run.groups.replica.rank() == 0:
+                log_skipped(batch.packs)
             left = validation.num_packs - number * run.cfg.training.global_batch_size
             sums += _sums(run, _weighed(batch, num_packs=left))
     run.policy.train_mode()

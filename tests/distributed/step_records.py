@@ -58,7 +58,7 @@ def record(case: Case, groups: Groups) -> Iterator[Recorded]:
     run.policy.train_mode()
     modules = {"language_model": run.policy.language_chunks, "encoder": [run.policy.encoder]}
     batches = run.batches()
-    if run.loader is not None and case.empty_pack is not None:
+    if run.data.loader is not None and case.empty_pack is not None:
         batches = SharedBatches(_emptied(run, case.empty_pack), num_steps=STEPS, groups=groups)
     for number, batch in enumerate(batches):
         sums = compute_gradients(run, batch)
@@ -118,8 +118,8 @@ def _main_grads(ddp: DistributedDataParallel) -> Iterator[tuple[torch.nn.Paramet
 
 
 def _emptied(run: Run, index: int) -> Iterator[Sequence[PackedBatch]]:
-    assert run.loader is not None
-    for packs in run.loader:
+    assert run.data.loader is not None
+    for packs in run.data.loader:
         changed = list(packs)
         changed[index] = _without_rows(changed[index])
         yield changed

@@ -113,6 +113,8 @@ BAD = [
     (f"--stage warmup {M30} --moe-aux-loss-coeff 0.1", 1, "has no effect: the language model is frozen"),
     ("--router-percentile 101 --stage router", 1, "--router-percentile is 101.0, expected a number in [0, 100]"),
     ("--router-eps -1 --stage router", 1, "--router-eps is -1.0"),
+    ("--max-skipped-share 1.1", 1, "--max-skipped-share is 1.1, expected a number in [0, 1]"),
+    ("--prefetch-steps 0", 1, "--prefetch-steps is 0, expected 1 or more"),
     ("--drop-path-rate 1", 1, "--drop-path-rate is 1.0, expected a number in [0, 1)"),
     ("--stage pretrain --reference-offload host", 1, "--reference-offload has no effect in stage 'pretrain'"),
     ("--stage warmup --reference-offload host", 1, "policy and reference share its weights"),

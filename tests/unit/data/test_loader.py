@@ -1,69 +1,25 @@
-"""Batches against a naive assembly; the same data for any number of ranks, workers and restarts."""
+"""Batches against a naive assembly; the same packs for any number of ranks."""
 
 import dataclasses
 import itertools
 import json
-import pickle
 import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_vico.config.schema import DataOptions
-from megatron_vico.data.balance import PackCost, assign
-from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
+from megatron_vico.data.balance import assign
+from megatron_vico.data.encoding import SampleEncoder
 from megatron_vico.data.image_tokens import expand
-from megatron_vico.data.loader import Loader, make_loader
-from megatron_vico.data.pack_builder import PackBuilder
+from megatron_vico.data.loader import Loader
 from megatron_vico.data.pack_plan import Pack, PackPlan
-from megatron_vico.data.samples import map_tensors
 from megatron_vico.data.shard_writer import WriterOptions, make_shards
 from megatron_vico.data.webdataset import ShardFolder
 from megatron_vico.errors import ConfigError, SampleError
 from megatron_vico.vico import compression_plan
 from tests.toy_data import write_conversations
-from tests.unit.data.conftest import NUM_SAMPLES, SETTINGS
-
-BUILDER = PackBuilder(stage="consistency", seed=7, tokens_kept=4, tokens_compressed=1, image_token_id=5)
-GLOBAL_BATCH = 4
-COST = PackCost(
-    per_token=20.0, per_token_squared=0.5, per_tile=300.0, full_passes=1.0, compressed_passes=3.0, saved_per_tile=1.5
-)
-
-
-@pytest.fixture(scope="module")
-def options(shards):
-    return DataOptions(
-        data_path=(str(shards),),
-        seq_length=400,
-        max_tiles_per_pack=20,
-        max_samples_per_pack=3,
-        packing_window=16,
-        max_dynamic_patch=4,
-        num_workers=0,
-    )
-
-
-@pytest.fixture(scope="module")
-def load(options, tokenizer):
-    """loader(**overrides) of the options, of the builder's fields, or of make_loader's arguments."""
-
-    def make(**overrides):
-        data = {k: overrides.pop(k) for k in list(overrides) if k in {f.name for f in dataclasses.fields(DataOptions)}}
-        of_builder = {f.name for f in dataclasses.fields(PackBuilder)}
-        fields = {k: overrides.pop(k) for k in list(overrides) if k in of_builder}
-        changed = dataclasses.replace(options, **data)
-        settings = EncodingSettings.from_options(changed, image_size=32)
-        return make_loader(
-            changed,
-            encoder=SampleEncoder(tokenizer=tokenizer, settings=settings),
-            builder=dataclasses.replace(BUILDER, **fields),
-            global_batch_size=overrides.pop("global_batch_size", GLOBAL_BATCH),
-            **overrides,
-        )
-
-    return make
+from tests.unit.data.conftest import BUILDER, COST, GLOBAL_BATCH, NUM_SAMPLES, SETTINGS, flat, flat_steps, take
 
 
 def naive_plans(sampler, samples, pack):
@@ -97,19 +53,6 @@ def augmented_shards(tokenizer, tmp_path_factory):
         options=WriterOptions(show_progress=False),
     )
     return out
-
-
-def take(loader, steps):
-    return list(itertools.islice(iter(loader), steps))
-
-
-def flat(batch):
-    """Everything in a batch as text, so that == compares it."""
-    return repr(map_tensors(batch, lambda tensor: (tensor.dtype, tensor.shape, tensor.numpy().tobytes())))
-
-
-def flat_steps(steps):
-    return [[flat(batch) for batch in batches] for batches in steps]
 
 
 @pytest.mark.parametrize("sampler", ["stratified", "bernoulli", "exact-count"])
@@ -220,8 +163,11 @@ def naive_cost(plan, pack):
 
 def test_another_number_of_ranks_goes_on_with_the_same_batches(load):
     """One rank takes three steps, four take the next three: each step has the packs that it has without a change."""
-    whole = flat_steps(take(load(cost=COST), 6))
-    ranks = [flat_steps(take(load(cost=COST, dp_rank=rank, dp_size=4, start_step=3), 3)) for rank in range(4)]
+    one = load(cost=COST)
+    whole = flat_steps(take(one, 3))
+    state = json.loads(json.dumps(one.state_dict()))
+    whole += flat_steps(take(one, 3))
+    ranks = [flat_steps(take(load(cost=COST, dp_rank=rank, dp_size=4, state=state), 3)) for rank in range(4)]
     for step in range(3):
         assert sorted(batch for rank in ranks for batch in rank[step]) == sorted(whole[3 + step])
 
@@ -242,49 +188,6 @@ def test_a_packs_shares_depend_on_nothing_but_the_pack(load, shards, tokenizer):
     assert plan([images[0], text, images[1], text, images[2]]) == alone
     assert plan(images, epoch=1) != alone
     assert plan(images[::-1]) != alone
-
-
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_workers_change_nothing(load, num_workers):
-    assert flat_steps(take(load(num_workers=num_workers), 7)) == flat_steps(take(load(), 7))
-    rank = {"cost": COST, "dp_rank": 1, "dp_size": 2}
-    assert flat_steps(take(load(**rank, num_workers=num_workers), 7)) == flat_steps(take(load(**rank), 7))
-
-
-def test_workers_can_be_started_without_fork(load):
-    """Python 3.14 and macOS pickle the data set for their workers; to start one takes seconds, so only that is done."""
-    loader = load()
-    plan = loader.plan.step(0)
-    again = pickle.loads(pickle.dumps(loader._dataset))
-    assert flat_steps([again[plan]]) == flat_steps([loader._dataset[plan]])
-
-
-def test_batches_come_from_a_worker_in_one_piece_of_memory(load):
-    """Not one shared file a tensor: a process may have about a thousand open."""
-    batches = take(load(num_workers=1, stage="router"), 1)[0]
-    assert len(batches) == GLOBAL_BATCH
-    storages = set()
-    for batch in batches:
-        map_tensors(batch, lambda tensor: storages.add(tensor.untyped_storage().data_ptr()))
-    assert len(storages) == 1
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_resumed_loader_goes_on_where_it_stopped(load, num_workers):
-    whole = flat_steps(take(load(stage="router"), 14))
-    stopped = load(stage="router", num_workers=num_workers)
-    assert flat_steps(take(stopped, 9)) == whole[:9]
-    assert stopped.state_dict() == {"consumed_steps": 9}
-    resumed = load(stage="router", num_workers=num_workers, start_step=9)
-    assert flat_steps(take(resumed, 5)) == whole[9:]
-    again = load(stage="router")
-    again.load_state_dict(stopped.state_dict())
-    assert flat_steps(take(again, 2)) == whole[9:11]
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_the_loader_ends_at_end_step(load, num_workers):
-    assert len(list(load(start_step=3, end_step=5, num_workers=num_workers))) == 2
 
 
 def test_pretrain_has_no_policy_stream(load):
@@ -367,18 +270,10 @@ def test_options_that_do_not_fit_are_refused(load, options, shards, tokenizer):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_broken_shard_is_named_also_from_a_worker(load, shards, tmp_path, num_workers, tokenizer):
-    copy = shutil.copytree(shards, tmp_path / "shards")
-    loader = load(data_path=(str(copy),), num_workers=num_workers)
-    for path in copy.glob("*.tar"):
-        path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(SampleError, match=r"^sample 'conversations-\d+': .* ends after 2000 bytes"):
-        take(loader, 20)
-
-
-def test_a_shard_that_differs_from_its_index_is_refused(options, shards, tokenizer):
+def test_a_shard_that_differs_from_its_index_is_refused(options, shards, tokenizer, num_workers):
     folder = ShardFolder.open(shards)
     folder.num_tokens[:] += 1
+    options = dataclasses.replace(options, num_workers=num_workers)
     plan = PackPlan([folder], options=options, tokens_kept=4, seed=7, global_batch_size=1)
     loader = Loader(plan, encoder=SampleEncoder(tokenizer=tokenizer, settings=SETTINGS), builder=BUILDER)
     with pytest.raises(SampleError, match=r"tokens and \d tiles, but the index"):

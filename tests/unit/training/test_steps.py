@@ -36,8 +36,8 @@ def start_run(data: ToyData, stage: str, base: Path, groups: Groups, **options: 
 
 
 def next_packs(run: Run) -> list[PackedBatch]:
-    assert run.loader is not None
-    return next(iter(run.loader))
+    assert run.data.loader is not None
+    return next(iter(run.data.loader))
 
 
 def move_away(run: Run) -> None:

@@ -1,0 +1,173 @@
+"""Broken samples: what stays as it is around them, how they are counted, and what a resumed run knows of them."""
+
+import dataclasses
+import itertools
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+
+from megatron_vico.data.error_budget import MIN_SAMPLES, ErrorBudget, SkipList
+from megatron_vico.data.samples import Skipped
+from megatron_vico.data.webdataset import ShardFolder
+from megatron_vico.errors import SampleError
+from tests.toy_data import break_image
+from tests.unit.data.conftest import take
+
+STEPS = 7
+"""About three epochs of the 42 samples."""
+
+
+@pytest.fixture(scope="module")
+def victim(shards):
+    """A sample with two images of several tiles, in the middle."""
+    folder = ShardFolder.open(shards)
+    wide = [i for i in range(len(folder)) if len(folder.describe(i).tiles_per_image) == 2 and folder.num_tiles[i] > 2]
+    return wide[len(wide) // 2]
+
+
+@pytest.fixture(scope="module")
+def broken(shards, victim, tmp_path_factory):
+    copy = shutil.copytree(shards, tmp_path_factory.mktemp("broken") / "shards")
+    break_image(copy, victim)
+    return copy
+
+
+def by_sample(batch):
+    """All that belongs to each sample of a batch, by its number."""
+    found = {}
+    counts = list(batch.tiles_per_sample)
+    views = [(None, batch.reference)] + [(view.compressed, view.stream) for view in batch.policies]
+    for local, sample_id in enumerate(batch.sample_ids.tolist()):
+        tiles = slice(sum(counts[:local]), sum(counts[: local + 1]))
+        rows = batch.sample_of_row == local
+        mine = [batch.keys[local], batch.tiles[tiles].tolist(), batch.labels[rows].tolist()]
+        mine += [batch.kl_weight[rows].tolist(), int((batch.router_tile_sample == local).sum())]
+        for plan, stream in views:
+            start, end = stream.cu_seqlens[local : local + 2].tolist()
+            ids = stream.token_ids[start:end].tolist()
+            rows_here = (stream.response_rows[rows] - start).tolist()
+            mine.append([ids, rows_here, plan[tiles].tolist() if plan is not None else None])
+        found[sample_id] = mine
+    return found
+
+
+@pytest.mark.parametrize(
+    "of_builder",
+    [{}, {"xi_sampler": "bernoulli"}, {"stage": "router"}, {"stage": "router", "router_granularity": "image"}],
+    ids=str,
+)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_broken_image_changes_nothing_of_the_other_samples(load, broken, victim, of_builder, num_workers):
+    whole = take(load(**of_builder), STEPS)
+    gapped = take(load(data_path=(str(broken),), num_workers=num_workers, **of_builder), STEPS)
+    seen = 0
+    for batch, other in zip(itertools.chain(*gapped), itertools.chain(*whole), strict=True):
+        mine, theirs = by_sample(batch), by_sample(other)
+        assert list(mine) == list(theirs)
+        assert mine.pop(victim, None) == gap_of(theirs.pop(victim, None))
+        assert mine == theirs
+        seen += victim in batch.sample_ids.tolist()
+        assert torch.isfinite(batch.kl_weight).all()
+        assert len(batch.reference.cu_seqlens) == len(batch.keys) + 1
+    assert seen >= 2  # it comes again, and counts once
+    skipped = [each for batches in gapped for batch in batches for each in batch.skipped]
+    assert [(each.sample_id, each.cause) for each in skipped] == [(victim, "broken image")]
+    assert f"sample '{skipped[0].key}': image 0" in skipped[0].reason
+
+
+def gap_of(sample):
+    """What is left of a sample: its key, and one token that is not trained."""
+    if sample is None:
+        return None
+    key, _, _, _, _, _, *policies = sample
+    return [key, [], [], [], 0, [[0], [], None], *([[0], [], []] for _ in policies)]
+
+
+def test_a_pack_of_nothing_but_gaps(load, shards, tmp_path):
+    copy = shutil.copytree(shards, tmp_path / "shards")
+    for tar in copy.glob("*.tar"):
+        tar.write_bytes(b"\0" * tar.stat().st_size)
+    for batch in take(load(data_path=(str(copy),)), 1)[0]:
+        assert len(batch.labels) == len(batch.tiles) == 0
+        assert batch.tiles.shape[1:] == (3, 32, 32)
+        assert batch.reference.token_ids.tolist() == [0] * len(batch.keys)
+        assert {each.cause for each in batch.skipped} == {"bad text"}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_run_leaves_out_what_has_become_readable(load, broken, victim, num_workers):
+    """A disk that was away for a while: the run that was never interrupted had skipped the sample for good."""
+    loader = load(data_path=(str(broken),))
+    take(loader, 4)
+    assert [each.sample_id for each in loader.skips] == [victim]
+    loader.skips = SkipList.merged([loader.skips], from_pack=loader.begun_packs)
+    state = json.loads(json.dumps(loader.state_dict()))
+    going_on = take(loader, 3)
+    resumed = load(num_workers=num_workers, state=state)
+    left_out = 0
+    for batch, other in zip(itertools.chain(*take(resumed, 3)), itertools.chain(*going_on), strict=True):
+        assert by_sample(batch) == by_sample(other)
+        assert batch.skipped == other.skipped == ()
+        left_out += victim in batch.sample_ids.tolist()
+    assert left_out == 1
+    assert list(resumed.skips) == [dataclasses.replace(each, reason="") for each in loader.skips]
+    forgetful = take(load(state=state | {"skipped": []}), 3)
+    batches = zip(itertools.chain(*forgetful), itertools.chain(*going_on), strict=True)
+    assert any(by_sample(batch) != by_sample(other) for batch, other in batches)
+
+
+def test_what_is_left_out_begins_where_no_rank_has_begun():
+    found = Skipped(sample_id=3, key="a", cause="bad text")
+    other = Skipped(sample_id=5, key="b", cause="bad text", from_pack=8)
+    lists = [SkipList([found]), SkipList([dataclasses.replace(other, from_pack=None)]), SkipList([other, found])]
+    merged = SkipList.merged(lists, from_pack=20)
+    assert [(each.sample_id, each.from_pack) for each in merged] == [(3, 20), (5, 8)]
+    assert not merged.leaves_out(3, pack=19)
+    assert merged.leaves_out(3, pack=20)
+    assert not merged.leaves_out(4, pack=20)
+    assert not lists[0].leaves_out(3, pack=99)  # its finder reads it again, as all others do, until all know
+    assert SkipList.from_state(json.loads(json.dumps(merged.to_state()))).to_state() == merged.to_state()
+
+
+def test_samples_that_are_elsewhere_now_are_forgotten(load, shards, victim):
+    state = load().state_dict()
+    key = ShardFolder.open(shards).describe(victim).key
+    listed = [[victim, key, "bad text", 0], [victim + 1, key, "bad text", 0], [10**6, key, "bad text", 0]]
+    assert [each.sample_id for each in load(state=state | {"skipped": listed}).skips] == [victim]
+
+
+def test_the_budget_is_a_share_of_what_was_seen_and_of_many_from_the_start():
+    budget = ErrorBudget(max_share=0.001)
+    budget.seen, budget.skipped = 100, 10
+    assert not budget.exceeded
+    budget.skipped = 11
+    assert budget.exceeded
+    budget.seen = 11 * 1000
+    assert budget.seen > MIN_SAMPLES
+    assert not budget.exceeded
+    assert not ErrorBudget(max_share=0.0).exceeded
+    assert ErrorBudget(max_share=0.0, skipped=1).exceeded
+
+
+def test_the_table_names_causes_and_first_keys():
+    skips = SkipList(
+        [Skipped(sample_id=i, key=f"image/{i}", cause="broken image") for i in range(5)]
+        + [Skipped(sample_id=9, key="text/9", cause="bad text")]
+    )
+    assert len(skips) == 6
+    assert not skips.add(Skipped(sample_id=9, key="text/9", cause="bad text"))
+    text = str(ErrorBudget(max_share=0.0, seen=50, skipped=6).error(skips))
+    assert text.startswith("6 broken samples among 50 seen, more than --max-skipped-share 0.0")
+    assert text.splitlines()[2:] == [
+        "       5  broken image      'image/0', 'image/1', 'image/2', ...",
+        "       1  bad text          'text/9'",
+    ]
+
+
+def test_causes_travel_from_a_worker():
+    error = pickle.loads(pickle.dumps(SampleError("what is wrong", cause="unreadable shard")))
+    assert (str(error), error.cause) == ("what is wrong", "unreadable shard")
+    assert SampleError("x").cause == "bad text"

@@ -1,0 +1,158 @@
+"""Workers, prefetching, stops and resumes change no batch; what ends a worker, and what a run says then."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+
+import pytest
+
+from megatron_vico.data.loader import MAX_PIECES, worker_death_explained
+from megatron_vico.data.samples import map_tensors
+from megatron_vico.errors import ConfigError, WorkerError
+from tests.unit.data.conftest import COST, GLOBAL_BATCH, flat, flat_steps, take
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_change_nothing(load, num_workers):
+    assert flat_steps(take(load(num_workers=num_workers), 7)) == flat_steps(take(load(), 7))
+    rank = {"cost": COST, "dp_rank": 1, "dp_size": 2}
+    assert flat_steps(take(load(**rank, num_workers=num_workers), 7)) == flat_steps(take(load(**rank), 7))
+
+
+def test_workers_can_be_started_without_fork(load):
+    """Python 3.14 and macOS pickle the data set for their workers; to start one takes seconds, so only that is done."""
+    loader = load()
+    piece = next(loader._pieces())
+    again = pickle.loads(pickle.dumps(loader._dataset))
+    assert flat_steps([again[pickle.loads(pickle.dumps(piece))]]) == flat_steps([loader._dataset[piece]])
+
+
+def test_batches_come_from_workers_in_few_pieces_of_memory(load):
+    """Not one shared file a tensor: a process may have about a thousand open. Several workers share a step."""
+    (batches,) = take(load(num_workers=2, stage="router", global_batch_size=MAX_PIECES + 8), 1)
+    assert [batch.position for batch in batches] == list(range(MAX_PIECES + 8))
+    storages = set()
+    for batch in batches:
+        map_tensors(batch, lambda tensor: storages.add(tensor.untyped_storage().data_ptr()))
+    assert len(storages) == MAX_PIECES // 2 + 4  # of two packs each
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_loader_goes_on_where_it_stopped(load, num_workers):
+    whole = flat_steps(take(load(stage="router"), 14))
+    stopped = load(stage="router", num_workers=num_workers)
+    assert flat_steps(take(stopped, 9)) == whole[:9]
+    assert stopped.state_dict() == {"plan": stopped.plan.step(8).after.to_dict(), "skipped": []}
+    resumed = load(stage="router", num_workers=num_workers, state=stopped.state_dict())
+    assert flat_steps(take(resumed, 5)) == whole[9:]
+    assert flat_steps(take(stopped, 2)) == whole[9:11]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_loader_ends(load, num_workers):
+    assert len(list(load(num_steps=2, num_workers=num_workers))) == 2
+
+
+def test_workers_prepare_no_more_than_the_steps_asked_for(load):
+    """Of 4 packs a step; one worker has them all."""
+    loader = load(num_workers=1, prefetch_steps=3)
+    take(loader, 2)
+    assert loader.place.consumed_packs == 2 * GLOBAL_BATCH
+    assert loader.begun_packs == (2 + 3) * GLOBAL_BATCH
+
+
+def test_random_stops_and_resumes_change_nothing(load):
+    """Of every step of 24, the packs in their order, whatever ranks, workers and prefetching there are in between."""
+    draw = random.Random(5)
+    whole = flat_steps(take(load(cost=COST), 24))
+    done, state, layouts = 0, None, set()
+    while done < len(whole):
+        dp_size, layout = (
+            draw.choice((1, 2)),
+            {"num_workers": draw.choice((0, 1, 2)), "prefetch_steps": draw.choice((1, 3))},
+        )
+        layouts.add((dp_size, layout["num_workers"]))
+        loaders = [load(cost=COST, dp_rank=rank, dp_size=dp_size, state=state, **layout) for rank in range(dp_size)]
+        ranks = [
+            take(loader, draw_steps)
+            for draw_steps in [min(draw.randint(1, 4), len(whole) - done)]
+            for loader in loaders
+        ]
+        for steps in zip(*ranks, strict=True):
+            packs = sorted((batch for batches in steps for batch in batches), key=lambda batch: batch.position)
+            assert [flat(batch) for batch in packs] == whole[done]
+            done += 1
+        states = [json.dumps(loader.state_dict()) for loader in loaders]
+        assert len(set(states)) == 1
+        state = json.loads(states[0])
+    assert len(layouts) >= 4
+
+
+def test_another_global_batch_size_goes_on_with_the_next_pack(load):
+    def ids(steps):
+        return [batch.sample_ids.tolist() for batches in steps for batch in batches]
+
+    stopped = load()
+    seen = ids(take(stopped, 3))
+    seen += ids(take(load(global_batch_size=3, state=stopped.state_dict()), 4))
+    assert seen == ids(take(load(), 6))
+
+
+def test_other_data_than_the_states_are_refused_unless_forced(load):
+    stopped = load()
+    take(stopped, 1)
+    with pytest.raises(ConfigError, match="--seq-length was 400, now 500"):
+        take(load(seq_length=500, state=stopped.state_dict()), 1)
+    assert take(load(seq_length=500, state=stopped.state_dict(), override_data_state=True), 1)
+
+
+def test_workers_outlive_a_schedulers_signal_but_not_their_parents(load):
+    """At its own end the parent sends SIGTERM and then waits for them, however long it takes."""
+    steps = iter(load(num_workers=1))
+    next(steps)
+    (worker,) = multiprocessing.active_children()
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    assert len(list(itertools.islice(steps, 8))) == 8
+    del steps
+    worker.join(60)
+    stopped = iter(load(num_workers=1))
+    next(stopped)
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_the_likely_cause(load):
+    """What the kernel does where memory ran out; torch notices wherever the process is then."""
+    steps = iter(load(num_workers=1, prefetch_steps=1))
+    next(steps)
+    (worker,) = multiprocessing.active_children()
+
+    @worker_death_explained()
+    def go_on():
+        os.kill(worker.pid, signal.SIGKILL)
+        return list(steps)
+
+    with pytest.raises(WorkerError, match=r"^a worker process of the loader died .*fewer --num-workers"):
+        go_on()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_shard_cut_short_is_named_also_from_a_worker(load, shards, tmp_path, num_workers, tokenizer):
+    copy = shutil.copytree(shards, tmp_path / "shards")
+    loader = load(data_path=(str(copy),), num_workers=num_workers)
+    for path in copy.glob("*.tar"):
+        path.write_bytes(path.read_bytes()[:2000])
+    found = [each for batches in take(loader, 4) for batch in batches for each in batch.skipped]
+    assert found
+    for skipped in found:
+        assert skipped.cause == "unreadable shard"
+        assert re.match(rf"sample '{skipped.key}': .* ends after 2000 bytes", skipped.reason)

@@ -276,5 +276,5 @@ def test_files_are_asked_for_when_a_run_starts(tmp_path: Path) -> None:
     assert "--valid-data-path gone: no such" in problem(*data, "--stage", "pretrain", "--valid-data-path", here, "gone")
     validate(parse([*data, "--pretrained-checkpoint", here]), 1, check_files=True)
     validate(parse([*data, "--stage", "pretrain"]), 1, check_files=True)
-    mixture = ["--data-path", "0.5", here, "s3://bucket/folder"]  # reading says whether a URL is there
+    mixture = ["--data-path", "0.5", here, "memory://bucket/folder"]  # reading says whether a URL is there
     validate(parse([*mixture, *data[2:], "--stage", "pretrain"]), 1, check_files=True)

@@ -94,7 +94,7 @@ def test_a_pack_of_nothing_but_gaps(load, shards, tmp_path):
         assert len(batch.labels) == len(batch.tiles) == 0
         assert batch.tiles.shape[1:] == (3, 32, 32)
         assert batch.reference.token_ids.tolist() == [0] * len(batch.keys)
-        assert {each.cause for each in batch.skipped} == {"bad text"}
+        assert {each.cause for each in batch.skipped} == {"unreadable shard"}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -137,7 +137,7 @@ class DataOptions:
 
     prefetch_steps: int = 2
     """Steps that all workers of a data-parallel rank together prepare ahead (a pack each at least); a pack of 96 tiles
-    of 448 px takes 58 MB."""
+    of 448 px takes 58 MB. Without workers nothing is prepared ahead."""
 
     max_skipped_share: float = 0.001
     """Largest share of broken samples, in [0, 1], among those seen so far, or among 10,000 if there were fewer. A

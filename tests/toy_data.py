@@ -17,10 +17,15 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 210), 
 
 
 def write_conversations(
-    folder: Path, *, num_samples: int, seed: int = 0, images_per_sample: Sequence[int] = (1, 1, 2, 0)
+    folder: Path,
+    *,
+    num_samples: int,
+    seed: int = 0,
+    images_per_sample: Sequence[int] = (1, 1, 2, 0),
+    noisy: bool = False,
 ) -> Path:
-    """Images and a JSONL file in the official chat format; returns the JSONL's path, images lie beside it."""
-    rng = random.Random(seed)
+    """Images of stripes, with noise or without, and a JSONL file in the official chat format beside them: its path."""
+    rng, noise = random.Random(seed), np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for index in range(num_samples):
@@ -31,6 +36,8 @@ def write_conversations(
             word = rng.choice(list(COLOURS))
             pixels = np.full((size[1], size[0], 3), COLOURS[word], dtype=np.uint8)
             pixels[:: rng.randint(2, 6)] //= 2
+            if noisy:
+                pixels = (pixels + noise.integers(0, 256, pixels.shape)).astype(np.uint8)  # modulo 256
             names.append(f"{index:03d}_{image}.png")
             words.append(word)
             Image.fromarray(pixels).save(folder / names[-1])

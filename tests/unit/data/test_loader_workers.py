@@ -113,18 +113,23 @@ def test_other_data_than_the_states_are_refused_unless_forced(load):
     assert take(load(seq_length=500, state=stopped.state_dict(), override_data_state=True), 1)
 
 
+def started(loader):
+    """Its iterator after a step, and its one worker; other tests may have left some."""
+    others = multiprocessing.active_children()
+    steps = iter(loader)
+    next(steps)
+    (worker,) = (each for each in multiprocessing.active_children() if each not in others)
+    return steps, worker
+
+
 def test_workers_outlive_a_schedulers_signal_but_not_their_parents(load):
     """At its own end the parent sends SIGTERM and then waits for them, however long it takes."""
-    steps = iter(load(num_workers=1))
-    next(steps)
-    (worker,) = multiprocessing.active_children()
+    steps, worker = started(load(num_workers=1))
     subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
     assert len(list(itertools.islice(steps, 8))) == 8
     del steps
     worker.join(60)
-    stopped = iter(load(num_workers=1))
-    next(stopped)
-    (worker,) = multiprocessing.active_children()
+    _stopped, worker = started(load(num_workers=1))
     worker.terminate()
     worker.join(60)
     assert worker.exitcode == 0
@@ -132,9 +137,7 @@ def test_workers_outlive_a_schedulers_signal_but_not_their_parents(load):
 
 def test_a_worker_that_is_killed_ends_the_run_with_the_likely_cause(load):
     """What the kernel does where memory ran out; torch notices wherever the process is then."""
-    steps = iter(load(num_workers=1, prefetch_steps=1))
-    next(steps)
-    (worker,) = multiprocessing.active_children()
+    steps, worker = started(load(num_workers=1, prefetch_steps=1))
 
     @worker_death_explained()
     def go_on():

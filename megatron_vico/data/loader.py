@@ -9,9 +9,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +28,7 @@ from megatron_vico.data.plan_state import PlanState
 from megatron_vico.data.samples import EncodedSample, PackedBatch, Skipped
 from megatron_vico.data.storage import StorageOptions
 from megatron_vico.data.webdataset import ShardFolder
+from megatron_vico.data.worker_life import live_as_long_as_parent
 from megatron_vico.errors import ConfigError, SampleError, WorkerError
 from megatron_vico.vico import compression_plan
 
@@ -129,7 +127,7 @@ class Loader:
             num_workers=options.num_workers,
             prefetch_factor=math.ceil(ahead / options.num_workers),
             collate_fn=_parcel,  # runs in the worker
-            worker_init_fn=_outlive_stop_signal,
+            worker_init_fn=live_as_long_as_parent,
         )
         return (parcel.unwrap(_unless_error(sent)) for sent in parcels)
 
@@ -312,19 +310,3 @@ def _unless_error[T](prepared: T | SampleError) -> T:
 
 def _parcel(batches: list[PackedBatch] | SampleError) -> parcel.Parcel | SampleError:
     return batches if isinstance(batches, SampleError) else parcel.wrap(batches)
-
-
-def _outlive_stop_signal(worker: int) -> None:
-    """SIGTERM asks the training process for a last checkpoint; schedulers send it to every process of a job.
-
-    A worker that died of it would end the training process with an error before the checkpoint is written. One from the
-    training process itself means the end; without that, Python would wait for the worker forever at its own.
-    """
-
-    def end_with_parent() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=end_with_parent, daemon=True).start()

@@ -7,14 +7,17 @@ import os
 import pickle
 import random
 import re
+import select
 import shutil
 import signal
 import subprocess
+import threading
 
 import pytest
 
 from megatron_vico.data.loader import MAX_PIECES, worker_death_explained
 from megatron_vico.data.samples import map_tensors
+from megatron_vico.data.worker_life import live_as_long_as_parent
 from megatron_vico.errors import ConfigError, WorkerError
 from tests.unit.data.conftest import COST, GLOBAL_BATCH, flat, flat_steps, take
 
@@ -128,6 +131,28 @@ def test_workers_outlive_a_schedulers_signal_but_not_their_parents(load):
     worker.terminate()
     worker.join(60)
     assert worker.exitcode == 0
+
+
+def test_a_worker_ends_with_a_parent_that_was_killed():
+    """Whatever it waits for: torch's waits for its queue to be read before it looks at its parent again."""
+    still_there, held = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        worker = multiprocessing.get_context("fork").Process(target=_wait_for_ever)
+        worker.start()
+        os.write(held, b"x")
+        worker.join()
+    os.close(held)
+    os.read(still_there, 1)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    assert select.select([still_there], [], [], 60)[0], "the worker is still there"
+    assert os.read(still_there, 1) == b""  # the last process that held the other end has ended
+
+
+def _wait_for_ever():
+    live_as_long_as_parent(0)
+    threading.Event().wait()
 
 
 def test_a_worker_that_is_killed_ends_the_run_with_the_likely_cause(load):

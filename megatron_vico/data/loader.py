@@ -35,6 +35,9 @@ from megatron_vico.vico import compression_plan
 MAX_PIECES = 32
 """Pieces that a rank's packs of a step are prepared in: each takes one of the 1,024 files a process may have open."""
 
+UserError = SampleError | ConfigError
+"""What a worker hands over as it is; torch would wrap it in a traceback."""
+
 
 class Loader:
     """This rank's packed batches, one list a step."""
@@ -94,6 +97,7 @@ class Loader:
 
         Raises:
             SampleError: if shard and index differ; the same in a worker as without workers.
+            ConfigError: if a shard does not fit into the cache, or that cannot be written; likewise.
             WorkerError: if a worker died.
         """
         self._begun.clear()
@@ -235,16 +239,16 @@ class _Pieces(Sampler[_Piece]):
         return self._pieces
 
 
-class _PieceDataset(Dataset[list[PackedBatch] | SampleError]):
+class _PieceDataset(Dataset[list[PackedBatch] | UserError]):
     """Piece -> packed batches, or what is wrong with them (torch would wrap an error in a worker)."""
 
     def __init__(self, data: FolderList, *, encoder: SampleEncoder, builder: PackBuilder) -> None:
         self._data, self._encoder, self._builder = data, encoder, builder
 
-    def __getitem__(self, piece: _Piece) -> list[PackedBatch] | SampleError:
+    def __getitem__(self, piece: _Piece) -> list[PackedBatch] | UserError:
         try:
             return [self._batch(piece, number) for number in piece.packs]
-        except SampleError as error:
+        except (SampleError, ConfigError) as error:
             return error
 
     def _batch(self, piece: _Piece, number: int) -> PackedBatch:
@@ -302,11 +306,11 @@ def _known_here(skips: SkipList, data: FolderList) -> SkipList:
     return SkipList(each for each in skips if is_here(each))
 
 
-def _unless_error[T](prepared: T | SampleError) -> T:
-    if isinstance(prepared, SampleError):
+def _unless_error[T](prepared: T | UserError) -> T:
+    if isinstance(prepared, UserError):
         raise prepared
     return prepared
 
 
-def _parcel(batches: list[PackedBatch] | SampleError) -> parcel.Parcel | SampleError:
-    return batches if isinstance(batches, SampleError) else parcel.wrap(batches)
+def _parcel(batches: list[PackedBatch] | UserError) -> parcel.Parcel | UserError:
+    return batches if isinstance(batches, UserError) else parcel.wrap(batches)

@@ -181,3 +181,10 @@ def test_a_shard_cut_short_is_named_also_from_a_worker(load, shards, tmp_path, n
     for skipped in found:
         assert skipped.cause == "unreadable shard"
         assert re.match(rf"sample '{skipped.key}': .* ends after 2000 bytes", skipped.reason)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_cache_that_is_too_small_is_one_line_also_from_a_worker(load, shards, tmp_path, num_workers):
+    cache = {"data_cache_dir": str(tmp_path), "data_cache_gb": 1e-6}
+    with pytest.raises(ConfigError, match=r"^--data-cache-gb 1e-06 is less than shard-\d+\.tar alone"):
+        take(load(data_path=(f"file://{shards}",), num_workers=num_workers, **cache), 1)

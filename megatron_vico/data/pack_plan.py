@@ -165,17 +165,6 @@ class PackPlan:
         order = self._order(epoch)
         return itertools.chain.from_iterable(self._section(order, i) for i in range(self._num_sections(order)))
 
-    def step(self, step: int) -> StepPlan:
-        """A look at one step from the beginning of the run; packs all that is before it.
-
-        Args:
-            step: from 0.
-
-        Returns:
-            Its plan.
-        """
-        return next(itertools.islice(self.steps(), step, None))
-
     def _steps(self, state: PlanState) -> Iterator[StepPlan]:
         packs_on = self._packs(state)
         while True:

@@ -19,7 +19,7 @@ from megatron_vico.data.loader import MAX_PIECES, worker_death_explained
 from megatron_vico.data.samples import map_tensors
 from megatron_vico.data.worker_life import live_as_long_as_parent
 from megatron_vico.errors import ConfigError, WorkerError
-from tests.unit.data.conftest import COST, GLOBAL_BATCH, flat, flat_steps, take
+from tests.unit.data.conftest import COST, GLOBAL_BATCH, flat, flat_steps, step_plan, take
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -52,7 +52,7 @@ def test_a_resumed_loader_goes_on_where_it_stopped(load, num_workers):
     whole = flat_steps(take(load(stage="router"), 14))
     stopped = load(stage="router", num_workers=num_workers)
     assert flat_steps(take(stopped, 9)) == whole[:9]
-    assert stopped.state_dict() == {"plan": stopped.plan.step(8).after.to_dict(), "skipped": []}
+    assert stopped.state_dict() == {"plan": step_plan(stopped.plan, 8).after.to_dict(), "skipped": []}
     resumed = load(stage="router", num_workers=num_workers, state=stopped.state_dict())
     assert flat_steps(take(resumed, 5)) == whole[9:]
     assert flat_steps(take(stopped, 2)) == whole[9:11]

@@ -123,8 +123,8 @@ class PackPlan:
         per_epoch = sum(len(folder) * r for folder, r in zip(folders, self.inputs.repeats, strict=True))
         if per_epoch < 1:
             raise ConfigError(
-                f"--data-path: no samples ({per_epoch:g} an epoch); give at least one folder of shards, and larger "
-                "repeats if they are fractions."
+                f"no samples ({per_epoch:g} an epoch) in {', '.join(str(folder.path) for folder in folders)}; give at "
+                "least one folder of shards, and larger repeats if they are fractions."
             )
         self.num_tiles: IntArray = np.concatenate([folder.num_tiles for folder in folders])
         num_tokens = np.concatenate([folder.num_tokens for folder in folders])

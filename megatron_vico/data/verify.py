@@ -160,6 +160,8 @@ class Verification:
         """
         if not 0 <= options.sample_share <= 1:
             raise ConfigError(f"--sample-share {options.sample_share}: expected a share from 0 to 1.")
+        if options.num_workers < 0:
+            raise ConfigError(f"--workers {options.num_workers}: expected at least 0.")
         self.options = options
         self._problems: list[Problem] = []
         self._jobs: list[_Job] = []

@@ -18,6 +18,7 @@ from megatron_vico.data.packing import PackLimits
 from megatron_vico.data.sample_view import TRAINED, ViewedSample, image_lines, token_text, turn_lines, view
 from megatron_vico.data.shard_index import FolderIndex
 from megatron_vico.data.shard_report import PackingOptions, ShardStatistics
+from megatron_vico.data.storage import is_url
 from megatron_vico.data.tokenizer import load_tokenizer
 from megatron_vico.data.verify import Problem, Verification, VerifyOptions
 from megatron_vico.data.webdataset import ShardFolder
@@ -58,7 +59,7 @@ def inspect(options: argparse.Namespace) -> None:
         print(f"  tokenizer {folder.index.tokenizer}, {folder.index.settings}")
         for message in folder.index.skipped:
             print(f"  left out: {message}")
-    tokens_kept, packing = _tokens_kept(options.model_size, mixture), None
+    tokens_kept, packing = _tokens_kept(options.model_size, folders[0].index.settings.image_size), None
     if tokens_kept is None:
         print("packs are not counted: the tokens of a tile are not known; give --model-size.")
     else:
@@ -138,7 +139,10 @@ def verify(options: argparse.Namespace) -> int:
         0, or 1 where there is a problem.
     """
     folders = read_mixture([options.folder])
-    tokens_kept = _tokens_kept(options.model_size, folders)
+    for folder in folders:
+        if is_url(folder.path):
+            raise ConfigError(f"{folder.path}: only local folders are verified; copy it, or verify it where it lies.")
+    tokens_kept = _tokens_kept(options.model_size, _image_size(folders))
     verification = Verification(
         [Path(folder.path) for folder in folders],
         VerifyOptions(
@@ -199,15 +203,19 @@ def _limits(options: argparse.Namespace) -> PackLimits:
     )
 
 
-def _tokens_kept(model_size: str | None, folders: Sequence[MixedFolder]) -> int | None:
+def _tokens_kept(model_size: str | None, image_size: int | None) -> int | None:
     """Visual tokens of a tile that is not compressed; None where that is not known."""
     if model_size is not None:
         return get_model_config(model_size).visual_tokens_per_tile
+    known = {model.visual_tokens_per_tile for model in MODELS.values() if model.vision.image_size == image_size}
+    return known.pop() if len(known) == 1 else None
+
+
+def _image_size(folders: Sequence[MixedFolder]) -> int | None:
+    """Side of the tiles of the first folder that has an index."""
     for folder in folders:
         try:
-            image_size = FolderIndex.read(Path(folder.path)).settings.image_size
+            return FolderIndex.read(Path(folder.path)).settings.image_size
         except (ConfigError, SampleError):
             continue  # `verify` says what is wrong with it
-        known = {model.visual_tokens_per_tile for model in MODELS.values() if model.vision.image_size == image_size}
-        return known.pop() if len(known) == 1 else None
     return None

@@ -429,7 +429,9 @@ def _check_files(cfg: RunConfig) -> None:
     paths = {
         "--tokenizer-model": (cfg.data.tokenizer_model,),
         "--data-path": tuple(folder.path for folder in read_mixture(cfg.data.data_path)),
-        "--valid-data-path": tuple(folder.path for folder in read_mixture(cfg.data.valid_data_path)),
+        "--valid-data-path": tuple(
+            folder.path for folder in read_mixture(cfg.data.valid_data_path, flag="--valid-data-path")
+        ),
         "--pretrained-checkpoint": (cfg.checkpoint.pretrained_checkpoint,),
         "--reference-load": (cfg.stage.reference_load,),
     }

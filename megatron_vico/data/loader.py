@@ -9,9 +9,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,11 +28,15 @@ from megatron_vico.data.plan_state import PlanState
 from megatron_vico.data.samples import EncodedSample, PackedBatch, Skipped
 from megatron_vico.data.storage import StorageOptions
 from megatron_vico.data.webdataset import ShardFolder
+from megatron_vico.data.worker_life import live_as_long_as_parent
 from megatron_vico.errors import ConfigError, SampleError, WorkerError
 from megatron_vico.vico import compression_plan
 
 MAX_PIECES = 32
 """Pieces that a rank's packs of a step are prepared in: each takes one of the 1,024 files a process may have open."""
+
+UserError = SampleError | ConfigError
+"""What a worker hands over as it is; torch would wrap it in a traceback."""
 
 
 class Loader:
@@ -96,6 +97,7 @@ class Loader:
 
         Raises:
             SampleError: if shard and index differ; the same in a worker as without workers.
+            ConfigError: if a shard does not fit into the cache, or that cannot be written; likewise.
             WorkerError: if a worker died.
         """
         self._begun.clear()
@@ -129,7 +131,7 @@ class Loader:
             num_workers=options.num_workers,
             prefetch_factor=math.ceil(ahead / options.num_workers),
             collate_fn=_parcel,  # runs in the worker
-            worker_init_fn=_outlive_stop_signal,
+            worker_init_fn=live_as_long_as_parent,
         )
         return (parcel.unwrap(_unless_error(sent)) for sent in parcels)
 
@@ -237,16 +239,16 @@ class _Pieces(Sampler[_Piece]):
         return self._pieces
 
 
-class _PieceDataset(Dataset[list[PackedBatch] | SampleError]):
+class _PieceDataset(Dataset[list[PackedBatch] | UserError]):
     """Piece -> packed batches, or what is wrong with them (torch would wrap an error in a worker)."""
 
     def __init__(self, data: FolderList, *, encoder: SampleEncoder, builder: PackBuilder) -> None:
         self._data, self._encoder, self._builder = data, encoder, builder
 
-    def __getitem__(self, piece: _Piece) -> list[PackedBatch] | SampleError:
+    def __getitem__(self, piece: _Piece) -> list[PackedBatch] | UserError:
         try:
             return [self._batch(piece, number) for number in piece.packs]
-        except SampleError as error:
+        except (SampleError, ConfigError) as error:
             return error
 
     def _batch(self, piece: _Piece, number: int) -> PackedBatch:
@@ -304,27 +306,11 @@ def _known_here(skips: SkipList, data: FolderList) -> SkipList:
     return SkipList(each for each in skips if is_here(each))
 
 
-def _unless_error[T](prepared: T | SampleError) -> T:
-    if isinstance(prepared, SampleError):
+def _unless_error[T](prepared: T | UserError) -> T:
+    if isinstance(prepared, UserError):
         raise prepared
     return prepared
 
 
-def _parcel(batches: list[PackedBatch] | SampleError) -> parcel.Parcel | SampleError:
-    return batches if isinstance(batches, SampleError) else parcel.wrap(batches)
-
-
-def _outlive_stop_signal(worker: int) -> None:
-    """SIGTERM asks the training process for a last checkpoint; schedulers send it to every process of a job.
-
-    A worker that died of it would end the training process with an error before the checkpoint is written. One from the
-    training process itself means the end; without that, Python would wait for the worker forever at its own.
-    """
-
-    def end_with_parent() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=end_with_parent, daemon=True).start()
+def _parcel(batches: list[PackedBatch] | UserError) -> parcel.Parcel | UserError:
+    return batches if isinstance(batches, UserError) else parcel.wrap(batches)

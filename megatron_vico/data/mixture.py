@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
-
-from megatron_vico.data.storage import is_url
+from megatron_vico.data.shard_index import INDEX_NAME
+from megatron_vico.data.storage import StorageOptions, is_url, open_storage
 from megatron_vico.errors import ConfigError
 
 MIXTURE_NAME = "mixture.json"
@@ -27,44 +26,45 @@ class MixedFolder:
     """How often its samples come in an epoch: the official `repeat_time`."""
 
 
-def read_mixture(words: Sequence[str]) -> tuple[MixedFolder, ...]:
+def read_mixture(words: Sequence[str], *, flag: str = "--data-path") -> tuple[MixedFolder, ...]:
     """The folders of a run.
 
     Args:
         words: folders, each with its repeat before it where it is not 1 (Megatron's blend syntax), and mixture files,
             whose own repeats are multiplied by the number before them.
+        flag: that they were given to, for errors.
 
     Returns:
         The folders in order.
 
     Raises:
-        ConfigError: if a number is not above 0 or has no folder after it, a folder comes twice, or a mixture file
-            cannot be read; says which.
+        ConfigError: if a number is not above 0 or has no folder after it, a folder comes twice or only holds folders of
+            shards, or a mixture file cannot be read; says which.
     """
     folders: list[MixedFolder] = []
     repeat = None
     for word in words:
-        number = _number(word)
+        number = _number(word, flag=flag)
         if number is None:
             named = _read_file(word) if word.endswith(".json") else (MixedFolder(path=word, repeat=1.0),)
             folders += [MixedFolder(path=f.path, repeat=f.repeat * (1.0 if repeat is None else repeat)) for f in named]
         elif repeat is not None:
-            raise ConfigError(f"--data-path: {word} comes after another number; give one number before each folder.")
+            raise ConfigError(f"{flag}: {word} comes after another number; give one number before each folder.")
         repeat = number
     if repeat is not None:
-        raise ConfigError(f"--data-path: no folder after {words[-1]}; a number goes before its folder.")
-    _check_once(folders)
+        raise ConfigError(f"{flag}: no folder after {words[-1]}; a number goes before its folder.")
+    _check_folders(folders, flag=flag)
     return tuple(folders)
 
 
-def _number(word: str) -> float | None:
+def _number(word: str, *, flag: str) -> float | None:
     try:
         number = float(word)
     except ValueError:
         return None
     if not 0 < number < math.inf:
         raise ConfigError(
-            f"--data-path: a folder cannot come {word} times an epoch; give a number above 0, or leave the folder out "
+            f"{flag}: a folder cannot come {word} times an epoch; give a number above 0, or leave the folder out "
             f"(a folder of that name is ./{word})."
         )
     return number
@@ -72,12 +72,12 @@ def _number(word: str) -> float | None:
 
 def _read_file(path: str) -> tuple[MixedFolder, ...]:
     """The folders of a mixture file, which are relative to it."""
+    base = os.path.dirname(path)  # of a URL too
     try:
-        with fsspec.open(path, "r", encoding="utf-8") as file:
-            content = json.load(file)
+        content = json.loads(open_storage(base or ".", StorageOptions()).read(os.path.basename(path)))
         if content["version"] != MIXTURE_VERSION:
             raise ConfigError(
-                f"--data-path {path}: mixture version {content['version']}, expected {MIXTURE_VERSION}; make it anew "
+                f"{path}: mixture version {content['version']}, expected {MIXTURE_VERSION}; make it anew "
                 "with `vico shards make`."
             )
         listed = [(entry["path"], entry.get("repeat", 1)) for entry in content["folders"]]
@@ -85,26 +85,28 @@ def _read_file(path: str) -> tuple[MixedFolder, ...]:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f'--data-path {path}: cannot be read as a mixture ({error!r}); expected {{"version": {MIXTURE_VERSION}, '
+            f'{path}: cannot be read as a mixture ({error!r}); expected {{"version": {MIXTURE_VERSION}, '
             '"folders": [{"path": "NAME", "repeat": 0.5}]}.'
         ) from error
     for name, repeat in listed:
         if isinstance(repeat, bool) or not isinstance(repeat, int | float) or not 0 < repeat < math.inf:
-            raise ConfigError(f"--data-path {path}: folder {name!r} has repeat {repeat!r}; expected a number above 0.")
-    base = path.rpartition("/")[0]
+            raise ConfigError(f"{path}: folder {name!r} has repeat {repeat!r}; expected a number above 0.")
     return tuple(
-        MixedFolder(path=name if not base or is_url(name) else os.path.join(base, name), repeat=float(repeat))
+        MixedFolder(path=name if is_url(name) else os.path.join(base, name), repeat=float(repeat))
         for name, repeat in listed
     )
 
 
-def _check_once(folders: Sequence[MixedFolder]) -> None:
+def _check_folders(folders: Sequence[MixedFolder], *, flag: str) -> None:
     seen: dict[str, str] = {}
     for folder in folders:
         place = folder.path.rstrip("/") if is_url(folder.path) else str(Path(folder.path).resolve())
         if place in seen:
             raise ConfigError(
-                f"--data-path: {folder.path} is the same folder as {seen[place]}; give it once, with the sum of both "
+                f"{flag}: {folder.path} is the same folder as {seen[place]}; give it once, with the sum of both "
                 "numbers before it."
             )
         seen[place] = folder.path
+        mixture = Path(folder.path) / MIXTURE_NAME
+        if mixture.is_file() and not mixture.with_name(INDEX_NAME).exists():
+            raise ConfigError(f"{flag} {folder.path}: no shards, but a mixture of folders; did you mean {mixture}?")

@@ -123,8 +123,8 @@ class PackPlan:
         per_epoch = sum(len(folder) * r for folder, r in zip(folders, self.inputs.repeats, strict=True))
         if per_epoch < 1:
             raise ConfigError(
-                f"--data-path: no samples ({per_epoch:g} an epoch); give at least one folder of shards, and larger "
-                "repeats if they are fractions."
+                f"no samples ({per_epoch:g} an epoch) in {', '.join(str(folder.path) for folder in folders)}; give at "
+                "least one folder of shards, and larger repeats if they are fractions."
             )
         self.num_tiles: IntArray = np.concatenate([folder.num_tiles for folder in folders])
         num_tokens = np.concatenate([folder.num_tokens for folder in folders])
@@ -164,17 +164,6 @@ class PackPlan:
         """All packs of one epoch, packed window by window as they are taken."""
         order = self._order(epoch)
         return itertools.chain.from_iterable(self._section(order, i) for i in range(self._num_sections(order)))
-
-    def step(self, step: int) -> StepPlan:
-        """A look at one step from the beginning of the run; packs all that is before it.
-
-        Args:
-            step: from 0.
-
-        Returns:
-            Its plan.
-        """
-        return next(itertools.islice(self.steps(), step, None))
 
     def _steps(self, state: PlanState) -> Iterator[StepPlan]:
         packs_on = self._packs(state)

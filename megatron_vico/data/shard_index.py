@@ -221,7 +221,7 @@ class FolderIndex:
         """
         path = folder / INDEX_NAME
         if not path.exists():
-            raise ConfigError(f"--data-path {folder}: no {INDEX_NAME} there; make the folder with `vico shards make`.")
+            raise ConfigError(f"{folder}: no {INDEX_NAME} there; make the folder with `vico shards make`.")
         return cls.parse(path.read_bytes(), where=str(folder))
 
     @classmethod
@@ -232,7 +232,7 @@ class FolderIndex:
             version = fields["version"]
             if version != INDEX_VERSION:
                 raise ConfigError(
-                    f"--data-path {where}: index version {version}, expected {INDEX_VERSION}; "
+                    f"{where}: index version {version}, expected {INDEX_VERSION}; "
                     "make it anew with `vico shards index`."
                 )
             fields["settings"] = EncodingSettings(**fields["settings"])

@@ -140,8 +140,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _source(name: str, fields: Any, *, where: str) -> Source:
     if not isinstance(fields, dict):
         raise ConfigError(f"{where}: {fields!r}; expected an object with {', '.join(_META_TYPES)}.")
-    if not name or Path(name).name != name or name.startswith(".") or name.endswith(".partial"):
-        raise ConfigError(f"{where}: a folder gets this name; use one without '/', a leading dot, or '.partial'.")
+    if not name or Path(name).name != name or name.startswith(".") or name.endswith((".partial", ".json")):
+        raise ConfigError(
+            f"{where}: a folder gets this name; use one without '/', a dot first, or '.partial' or '.json' last."
+        )
     for field, value in fields.items():
         if field not in _META_TYPES:
             raise ConfigError(f"{where}: unknown field {field!r}{nearest(field, _META_TYPES)}.")

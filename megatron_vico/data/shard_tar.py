@@ -5,6 +5,7 @@ The same samples give the same bytes, whatever the clock, the locale and the pro
 
 import os
 import tarfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,9 +69,10 @@ class ShardWriter:
         return _write_index(self.path, samples, index_path=self.path.with_suffix(".npz"))
 
     def discard(self) -> None:
-        """Give up: leave no file behind."""
-        self._writer.close()  # or tarfile would write its end into the closed file, and complain
-        self._file.close()
+        """Give up: leave no file behind, also where the disk is full."""
+        for opened in (self._writer, self._file):  # the file alone, and tarfile would write its end into it later
+            with suppress(OSError):
+                opened.close()
         self._temporary.unlink(missing_ok=True)
 
 

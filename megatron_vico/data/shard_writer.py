@@ -132,13 +132,15 @@ def make_shards(
         The index that was written.
 
     Raises:
-        ConfigError: if `out_dir` holds something else, a source does not exist, or a worker was killed.
+        ConfigError: if `out_dir` holds something else or cannot be written, a source does not exist, or a worker was
+            killed.
         SampleError: if more samples are broken than `options` allow; names cause, file and line.
     """
     source = Source(name=Path(jsonl).stem, annotation=Path(jsonl), root=Path(image_root))
     source.check()
     encoder = SampleEncoder(tokenizer=tokenizer, settings=settings)
-    return _make_folders([(source, Path(out_dir))], encoder=encoder, options=options or WriterOptions())[0].index
+    with _disk_errors_explained(out_dir):
+        return _make_folders([(source, Path(out_dir))], encoder=encoder, options=options or WriterOptions())[0].index
 
 
 def make_mixture(
@@ -162,15 +164,17 @@ def make_mixture(
         The folders, in the meta JSON's order.
 
     Raises:
-        ConfigError: if the meta JSON is wrong, a folder holds something else, or a worker was killed.
+        ConfigError: if the meta JSON is wrong, a folder holds something else or cannot be written, or a worker was
+            killed.
         SampleError: if more samples are broken than `options` allow; names cause, file and line.
     """
     out = Path(out_dir)
     encoder = SampleEncoder(tokenizer=tokenizer, settings=settings)
     targets = [(source, out / source.name) for source in read_meta(meta)]
-    made = _make_folders(targets, encoder=encoder, options=options or WriterOptions())
-    folders = [{"path": folder.source.name, "repeat": folder.source.repeat} for folder in made]
-    _write_json(out / MIXTURE_NAME, {"version": MIXTURE_VERSION, "folders": folders})
+    with _disk_errors_explained(out):
+        made = _make_folders(targets, encoder=encoder, options=options or WriterOptions())
+        folders = [{"path": folder.source.name, "repeat": folder.source.repeat} for folder in made]
+        _write_json(out / MIXTURE_NAME, {"version": MIXTURE_VERSION, "folders": folders})
     return made
 
 
@@ -368,6 +372,17 @@ def _make_folders(
     finally:
         for folder in folders.values():
             folder.close()
+
+
+@contextmanager
+def _disk_errors_explained(out: str | Path) -> Iterator[None]:
+    """What cannot be read of a sample's media is an error of the sample; this is all else, a full disk above all."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{out}: {error}; make room or correct the rights, and give the same command again: finished work is kept."
+        ) from error
 
 
 def _check_budget(folders: dict[str, _Folder], news: Sequence[str], *, most_skipped: int) -> None:

@@ -410,7 +410,7 @@ def _file_system(url: str) -> tuple[Any, str]:
     try:
         files, folder = fsspec.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"--data-path {url}: fsspec cannot open it: {error}.") from error
+        raise ConfigError(f"{url}: fsspec cannot open it: {error}.") from error
     return files, folder.rstrip("/")
 
 

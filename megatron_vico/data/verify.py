@@ -26,6 +26,7 @@ from megatron_vico.data.shard_journal import MADE_NAME
 from megatron_vico.data.tiling import decode_image
 from megatron_vico.data.tokenizer import Tokenizer
 from megatron_vico.data.webdataset import ShardFolder
+from megatron_vico.data.worker_life import live_as_long_as_parent
 from megatron_vico.errors import ConfigError, SampleError
 
 Cause = Literal[
@@ -159,6 +160,8 @@ class Verification:
         """
         if not 0 <= options.sample_share <= 1:
             raise ConfigError(f"--sample-share {options.sample_share}: expected a share from 0 to 1.")
+        if options.num_workers < 0:
+            raise ConfigError(f"--workers {options.num_workers}: expected at least 0.")
         self.options = options
         self._problems: list[Problem] = []
         self._jobs: list[_Job] = []
@@ -180,7 +183,7 @@ class Verification:
         hashes: dict[int, npt.NDArray[np.uint64]] = {}
         shards = _Shards(self._jobs, self.options)
         workers = min(self.options.num_workers, len(self._jobs))
-        for finding in DataLoader(shards, batch_size=None, num_workers=workers):
+        for finding in DataLoader(shards, batch_size=None, num_workers=workers, worker_init_fn=live_as_long_as_parent):
             if isinstance(finding, _Keys):
                 hashes[finding.job] = finding.hashes
             else:

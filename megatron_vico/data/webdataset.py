@@ -77,9 +77,7 @@ class ShardFolder:
         try:
             content = files.read(INDEX_NAME)
         except FileNotFoundError as error:
-            raise ConfigError(
-                f"--data-path {path}: no {INDEX_NAME} there; make the folder with `vico shards make`."
-            ) from error
+            raise ConfigError(f"{path}: no {INDEX_NAME} there; make the folder with `vico shards make`.") from error
         index = FolderIndex.parse(content, where=str(path))
         # Threads, because at a URL nearly all of the time is waiting.
         with ThreadPoolExecutor(INDEX_THREADS) as threads:
@@ -105,11 +103,11 @@ class ShardFolder:
         fix = "make the index anew with `vico shards index`, or train with the settings it was made with."
         if self.index.tokenizer != tokenizer.fingerprint:
             raise ConfigError(
-                f"--data-path {self.path}: indexed with tokenizer {self.index.tokenizer}, but --tokenizer-model "
+                f"{self.path}: indexed with tokenizer {self.index.tokenizer}, but --tokenizer-model "
                 f"{tokenizer.source} is {tokenizer.fingerprint}; {fix}"
             )
         if self.index.settings != settings:
-            raise ConfigError(f"--data-path {self.path}: indexed with {self.index.settings}, not {settings}; {fix}")
+            raise ConfigError(f"{self.path}: indexed with {self.index.settings}, not {settings}; {fix}")
 
     def read(self, number: int) -> ConversationSample:
         """Read one sample with one access to the file.

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from megatron_vico.data import parcel
 from megatron_vico.data.samples import PackedBatch
-from megatron_vico.errors import SampleError, WorkerError
+from megatron_vico.errors import ConfigError, SampleError, WorkerError
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.parallel.tile_parallel import TileShare, share_tiles
 
-LoaderError = SampleError | WorkerError
+LoaderError = SampleError | ConfigError | WorkerError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,7 +49,7 @@ def share_step(
         This rank's view of the step.
 
     Raises:
-        SampleError, WorkerError: on every rank, if the first one was given it.
+        SampleError, ConfigError, WorkerError: on every rank, if the first one was given it.
     """
     if groups.replica.size() == 1:
         if isinstance(packs, LoaderError):
@@ -85,13 +85,13 @@ class SharedBatches(Iterable[StepBatch]):
         self._groups, self._whole_images = groups, whole_images
 
     def __iter__(self) -> Iterator[StepBatch]:
-        """One StepBatch a step; raises SampleError or WorkerError on every rank of a replica whose reader met one."""
+        """One StepBatch a step; raises a LoaderError on every rank of a replica whose reader met one."""
         reading = iter(self._batches) if self._batches is not None else None
         for _ in range(self._num_steps):
             packs: Sequence[PackedBatch] | LoaderError | None = None
             try:
                 packs = next(reading) if reading is not None else None
-            except (SampleError, WorkerError) as error:
+            except (SampleError, ConfigError, WorkerError) as error:
                 packs = error
             yield share_step(packs, groups=self._groups, whole_images=self._whole_images)
 

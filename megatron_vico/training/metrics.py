@@ -167,7 +167,7 @@ def _router_figures(values: list[float]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationFigures:
-    """The validation set after one step, over all ranks; means over samples."""
+    """The validation set after one step, over all ranks; means over samples, NaN where none could be used."""
 
     iteration: int
     loss: float

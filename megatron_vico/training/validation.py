@@ -1,12 +1,14 @@
 """Figures over a validation set between two steps of training, which goes on as if nothing had happened.
 
 The packs, their order and their compression plans are the same at every evaluation and for every --seed, so that values
-compare over steps and runs. Each sample with an answer counts the same, once; broken ones are named and left out,
-beside the run's error budget. The packs that fill up the last global batch come from the next epoch and weigh nothing,
-so that all ranks make the same number of passes and no sample is left out.
+compare over steps and runs. Each sample with an answer counts the same, once or as often as its folder's repeat says
+(of a folder with 0.1, a tenth: the same one each time); broken ones are named and left out, beside the run's budget.
+The packs that fill up the last global batch come from the next epoch and weigh nothing, so that all ranks make the same
+number of passes and no sample is left out.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -126,7 +128,7 @@ def evaluate(run: Run, validation: ValidationSet, *, iteration: int) -> Validati
     run.policy.train_mode()
     torch.distributed.all_reduce(sums)
     samples, *totals = sums.tolist()
-    means = {name: total / max(samples, 1) for name, total in zip(names, totals, strict=True)}
+    means = {name: total / samples if samples else math.nan for name, total in zip(names, totals, strict=True)}
     return ValidationFigures(iteration=iteration, samples=int(samples), time_s=time.perf_counter() - started, **means)
 
 

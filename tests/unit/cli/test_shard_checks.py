@@ -88,6 +88,23 @@ def test_inspect_without_packs_where_the_tokens_of_a_tile_are_not_known(made, tm
     assert "packs of at most" in shown
 
 
+def test_inspect_counts_packs_of_a_url_too(made, capsys):
+    status, shown = run(capsys, "inspect", f"file://{made}/b")
+    assert status == 0
+    assert "packs of at most" in shown
+
+
+def test_verify_refuses_what_it_cannot_read(made, capsys):
+    for words, message in (
+        ((f"file://{made}/b",), "only local folders are verified"),
+        ((made / "b", "--workers", -1), "--workers -1: expected at least 0"),
+        ((made,), f"did you mean {made}/mixture.json"),
+    ):
+        status, shown = run(capsys, "verify", *words)
+        assert status == 2
+        assert message in shown
+
+
 def test_verify_says_what_is_wrong_by_its_status(made, tmp_path, capsys):
     flags = ("--tokenizer-model", made / "tok.model", "--workers", 0)
     status, shown = run(capsys, "verify", made / "mixture.json", *flags)

@@ -271,9 +271,10 @@ def test_files_are_asked_for_when_a_run_starts(tmp_path: Path) -> None:
     assert "stage 'consistency' has nothing to start from" in problem(*data)
     assert "stage 'router' needs --reference-load" in problem(*data, "--stage", "router", "--load", here)
     assert "gone: no such file or folder" in problem(*data, "--pretrained-checkpoint", "gone")
-    assert "--data-path qq://a: fsspec cannot open it" in problem(*data[2:], "--data-path", "qq://a", "--load", here)
+    assert "qq://a: fsspec cannot open it" in problem(*data[2:], "--data-path", "qq://a", "--load", here)
     validate(parse([*data[2:], "--data-path", "memory://a", "--stage", "pretrain"]), 1, check_files=True)
     assert "--valid-data-path gone: no such" in problem(*data, "--stage", "pretrain", "--valid-data-path", here, "gone")
+    assert "--valid-data-path: no folder after 2" in problem(*data, "--load", here, "--valid-data-path", here, "2")
     validate(parse([*data, "--pretrained-checkpoint", here]), 1, check_files=True)
     validate(parse([*data, "--stage", "pretrain"]), 1, check_files=True)
     mixture = ["--data-path", "0.5", here, "memory://bucket/folder"]  # reading says whether a URL is there

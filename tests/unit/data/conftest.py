@@ -90,6 +90,10 @@ def take(loader, steps):
     return list(itertools.islice(iter(loader), steps))
 
 
+def step_plan(plan, step):
+    return next(itertools.islice(plan.steps(), step, None))
+
+
 def flat(batch):
     """Everything in a batch as text, so that == compares it."""
     return repr(map_tensors(batch, lambda tensor: (tensor.dtype, tensor.shape, tensor.numpy().tobytes())))

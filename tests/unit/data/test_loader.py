@@ -19,7 +19,17 @@ from megatron_vico.data.webdataset import ShardFolder
 from megatron_vico.errors import ConfigError, SampleError
 from megatron_vico.vico import compression_plan
 from tests.toy_data import write_conversations
-from tests.unit.data.conftest import BUILDER, COST, GLOBAL_BATCH, NUM_SAMPLES, SETTINGS, flat, flat_steps, take
+from tests.unit.data.conftest import (
+    BUILDER,
+    COST,
+    GLOBAL_BATCH,
+    NUM_SAMPLES,
+    SETTINGS,
+    flat,
+    flat_steps,
+    step_plan,
+    take,
+)
 
 
 def naive_plans(sampler, samples, pack):
@@ -60,7 +70,7 @@ def test_batch_equals_its_samples_one_by_one(load, shards, tokenizer, sampler):
     folder, encoder = ShardFolder.open(shards), SampleEncoder(tokenizer=tokenizer, settings=SETTINGS)
     loader = load(xi_sampler=sampler)
     for step, batches in enumerate(take(loader, 3)):
-        plan = loader.plan.step(step)
+        plan = step_plan(loader.plan, step)
         for pack, batch in zip(plan.packs, batches, strict=True):
             samples = [encoder.encode(folder.read(i)) for i in pack.sample_ids]
             drawn = naive_plans(sampler, samples, pack)
@@ -107,7 +117,7 @@ def test_each_epoch_has_every_sample_once_and_another_order(load):
     for epoch in epochs:
         assert sorted(epoch) == list(range(NUM_SAMPLES))
     assert epochs[0] != epochs[1] != epochs[2]
-    packs = [pack for step in range(12) for pack in plan.step(step).packs]
+    packs = [pack for step in itertools.islice(plan.steps(), 12) for pack in step.packs]
     expected = [pack for epoch in range(4) for pack in plan.epoch(epoch)]
     assert packs == expected[: len(packs)]
     assert {pack.visits[0] for pack in packs} >= {0, 1, 2}
@@ -140,10 +150,10 @@ def test_ranks_share_the_packs_of_a_step_by_cost(load, dp_size):
     ranks = [flat_steps(take(load(cost=COST, dp_rank=rank, dp_size=dp_size), 8)) for rank in range(dp_size)]
     moved = 0
     for step, whole in enumerate(alone):
-        packs = loader.plan.step(step).packs
-        costs = [naive_cost(loader.plan, pack) for pack in packs]
-        np.testing.assert_allclose(loader.plan.step(step).costs, costs, rtol=1e-12)  # measured 0
-        assignment = assign(loader.plan.step(step).costs, num_ranks=dp_size)
+        plan = step_plan(loader.plan, step)
+        costs = [naive_cost(loader.plan, pack) for pack in plan.packs]
+        np.testing.assert_allclose(plan.costs, costs, rtol=1e-12)  # measured 0
+        assignment = assign(plan.costs, num_ranks=dp_size)
         for rank, numbers in zip(ranks, assignment, strict=True):
             assert rank[step] == [whole[number] for number in numbers]
         assert sorted(batch for rank in ranks for batch in rank[step]) == sorted(whole)
@@ -292,7 +302,7 @@ def test_augmentation_belongs_to_seed_visit_and_sample(load, augmented_shards, t
         found = {batch.position: flat(batch) for rank in ranks for batch in rank[step]}
         assert found == {batch.position: flat(batch) for batch in of_step}
         for batch in of_step:
-            pack = alone.plan.step(step).packs[batch.position]
+            pack = step_plan(alone.plan, step).packs[batch.position]
             tiles = torch.split(batch.tiles, batch.tiles_per_sample)
             for sample_id, visit, of_sample in zip(pack.sample_ids, pack.visits, tiles, strict=True):
                 random = compression_plan.generator(7, visit, sample_id, "augment")

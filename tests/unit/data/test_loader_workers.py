@@ -7,16 +7,19 @@ import os
 import pickle
 import random
 import re
+import select
 import shutil
 import signal
 import subprocess
+import threading
 
 import pytest
 
 from megatron_vico.data.loader import MAX_PIECES, worker_death_explained
 from megatron_vico.data.samples import map_tensors
+from megatron_vico.data.worker_life import live_as_long_as_parent
 from megatron_vico.errors import ConfigError, WorkerError
-from tests.unit.data.conftest import COST, GLOBAL_BATCH, flat, flat_steps, take
+from tests.unit.data.conftest import COST, GLOBAL_BATCH, flat, flat_steps, step_plan, take
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -49,7 +52,7 @@ def test_a_resumed_loader_goes_on_where_it_stopped(load, num_workers):
     whole = flat_steps(take(load(stage="router"), 14))
     stopped = load(stage="router", num_workers=num_workers)
     assert flat_steps(take(stopped, 9)) == whole[:9]
-    assert stopped.state_dict() == {"plan": stopped.plan.step(8).after.to_dict(), "skipped": []}
+    assert stopped.state_dict() == {"plan": step_plan(stopped.plan, 8).after.to_dict(), "skipped": []}
     resumed = load(stage="router", num_workers=num_workers, state=stopped.state_dict())
     assert flat_steps(take(resumed, 5)) == whole[9:]
     assert flat_steps(take(stopped, 2)) == whole[9:11]
@@ -135,6 +138,28 @@ def test_workers_outlive_a_schedulers_signal_but_not_their_parents(load):
     assert worker.exitcode == 0
 
 
+def test_a_worker_ends_with_a_parent_that_was_killed():
+    """Whatever it waits for: torch's waits for its queue to be read before it looks at its parent again."""
+    still_there, held = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        worker = multiprocessing.get_context("fork").Process(target=_wait_for_ever)
+        worker.start()
+        os.write(held, b"x")
+        worker.join()
+    os.close(held)
+    os.read(still_there, 1)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    assert select.select([still_there], [], [], 60)[0], "the worker is still there"
+    assert os.read(still_there, 1) == b""  # the last process that held the other end has ended
+
+
+def _wait_for_ever():
+    live_as_long_as_parent(0)
+    threading.Event().wait()
+
+
 def test_a_worker_that_is_killed_ends_the_run_with_the_likely_cause(load):
     """What the kernel does where memory ran out; torch notices wherever the process is then."""
     steps, worker = started(load(num_workers=1, prefetch_steps=1))
@@ -159,3 +184,10 @@ def test_a_shard_cut_short_is_named_also_from_a_worker(load, shards, tmp_path, n
     for skipped in found:
         assert skipped.cause == "unreadable shard"
         assert re.match(rf"sample '{skipped.key}': .* ends after 2000 bytes", skipped.reason)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_cache_that_is_too_small_is_one_line_also_from_a_worker(load, shards, tmp_path, num_workers):
+    cache = {"data_cache_dir": str(tmp_path), "data_cache_gb": 1e-6}
+    with pytest.raises(ConfigError, match=r"^--data-cache-gb 1e-06 is less than shard-\d+\.tar alone"):
+        take(load(data_path=(f"file://{shards}",), num_workers=num_workers, **cache), 1)

@@ -91,3 +91,16 @@ def test_what_makes_no_sense_is_refused(words, message):
 def test_a_mixture_file_that_makes_no_sense_is_refused(write, content, message):
     with pytest.raises(ConfigError, match=message):
         read_mixture([write(content)])
+
+
+def test_the_folder_that_holds_a_mixture_is_not_taken_for_shards(write, tmp_path):
+    path = write({"version": 1, "folders": [{"path": "docs"}]})
+    with pytest.raises(ConfigError, match=rf"--valid-data-path {tmp_path}: no shards, .*did you mean {path}\?"):
+        read_mixture([str(tmp_path)], flag="--valid-data-path")
+    (tmp_path / "index.json").touch()  # a folder of shards may have any other file beside them
+    assert folders(str(tmp_path)) == [(str(tmp_path), 1.0)]
+
+
+def test_a_mixture_file_at_a_url_without_a_driver_says_so():
+    with pytest.raises(ConfigError, match=r"nothing://a: fsspec cannot open it: Protocol not known"):
+        read_mixture(["nothing://a/mixture.json"])

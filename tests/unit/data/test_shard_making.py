@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -57,6 +58,26 @@ def with_broken_lines(folder, *, num_samples, broken):
     lines = jsonl.read_text().splitlines()
     jsonl.write_text("".join((line[:20] if n in broken else line) + "\n" for n, line in enumerate(lines, start=1)))
     return jsonl
+
+
+@contextlib.contextmanager
+def files_of_at_most(num_bytes):
+    """Writing on fails as on a full disk, with another number."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_is_named_and_left_clean(tmp_path, make):
+    jsonl = write_conversations(tmp_path / "raw", num_samples=8)
+    with files_of_at_most(8192), pytest.raises(ConfigError, match=r"out: .*File too large; make room"):
+        make(jsonl, tmp_path / "out", samples_per_shard=4)
+    assert [path.name for path in (tmp_path / "out.partial").iterdir()] == [JOURNAL_NAME]
+    make(jsonl, tmp_path / "out", samples_per_shard=4)
+    assert len(keys_of(tmp_path / "out")) == 8
 
 
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path, make):

@@ -216,6 +216,7 @@ def test_a_meta_that_is_none_is_refused(tmp_path):
         ({"n": {}}, "data set 'n': no annotation"),
         ({"a/b": entry}, "data set 'a/b': a folder gets this name"),
         ({"..": entry}, "a folder gets this name"),
+        ({"mixture.json": entry}, "a folder gets this name"),
         ({"a.b": entry, "a_b": entry}, "several data sets whose keys start with 'a_b'"),
         (f'{{"n": {json.dumps(entry)}, "n": {json.dumps(entry)}}}', "several entries 'n'"),
     ):

@@ -96,11 +96,11 @@ def test_a_sample_is_one_request(remote, flaky):
 def test_a_missing_driver_and_a_missing_folder_are_named(flaky, tmp_path, monkeypatch):
     driver = {"class": "no_such_module.Files", "err": "Install nofs to access nowhere"}
     monkeypatch.setitem(known_implementations, "nowhere", driver)
-    with pytest.raises(ConfigError, match=r"--data-path nowhere://a/b: .*Install nofs to access nowhere"):
+    with pytest.raises(ConfigError, match=r"^nowhere://a/b: .*Install nofs to access nowhere"):
         ShardFolder.open("nowhere://a/b")
-    with pytest.raises(ConfigError, match=r"--data-path nothing://a: .*Protocol not known: nothing"):
+    with pytest.raises(ConfigError, match=r"^nothing://a: .*Protocol not known: nothing"):
         ShardFolder.open("nothing://a")
-    with pytest.raises(ConfigError, match=r"--data-path flaky://.*: no index.json there"):
+    with pytest.raises(ConfigError, match=r"^flaky://.*: no index.json there"):
         ShardFolder.open(f"flaky://{tmp_path}")
 
 

@@ -1,6 +1,7 @@
 """Validation: training does not notice it, and its figures are those of plain computations over each sample once."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,35 @@ def test_equal_policy_and_reference_without_images_give_exactly_zero(
     assert (figures.samples, figures.loss, figures.loss_all_compressed) == (6, 0.0, 0.0)
     move_away(run)
     assert evaluate(run, opened(run), iteration=1).loss > 0
+
+
+def test_without_a_sample_to_ask_the_router_about_no_figure_looks_perfect(
+    toy_data: ToyData, base_checkpoint: Path, groups: Groups, tmp_path: Path
+) -> None:
+    jsonl = write_conversations(tmp_path, num_samples=2, images_per_sample=(0,))
+    text = make_toy_shards(tmp_path, jsonl, toy_data.tokenizer).shards
+    run = start_run(toy_data, "router", base_checkpoint, groups, valid_data_path=(str(text),))
+    run.window.push(torch.tensor([1.0]))
+    figures = evaluate(run, opened(run), iteration=1)
+    assert figures.samples == 0
+    assert math.isnan(figures.loss)
+
+
+def test_a_number_before_a_folder_weighs_it_and_takes_the_same_part_each_time(
+    toy_data: ToyData, base_checkpoint: Path, valid_path: str, groups: Groups
+) -> None:
+    run = start_run(toy_data, "pretrain", base_checkpoint, groups, valid_data_path=(valid_path,))
+
+    def figures(*words: str) -> tuple[int, float]:
+        data = dataclasses.replace(run.cfg.data, valid_data_path=(*words, valid_path))
+        validation = opened(dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, data=data)))
+        first, second = (evaluate(run, validation, iteration=step) for step in (1, 2))
+        assert (first.samples, first.loss) == (second.samples, second.loss)
+        return first.samples, first.loss
+
+    samples, loss = figures()
+    assert figures("2") == (2 * samples, pytest.approx(loss, rel=2e-6))
+    assert figures("0.3")[0] == 3
 
 
 def test_some_batches_are_the_first_ones(

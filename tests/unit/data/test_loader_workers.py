@@ -170,6 +170,18 @@ def test_a_worker_that_is_killed_ends_the_run_with_the_likely_cause(load):
         go_on()
 
 
+def test_a_worker_that_is_killed_while_it_hands_over_is_no_riddle(load, monkeypatch):
+    loader = load()
+
+    def broken_off():
+        yield loader._dataset[next(loader._pieces())]
+        raise ConnectionResetError("Connection reset by peer")
+
+    monkeypatch.setattr(loader, "_prepared", broken_off)
+    with pytest.raises(WorkerError, match=r"^a worker process of the loader died \(Connection reset by peer\)"):
+        take(loader, 1)
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_shard_cut_short_is_named_also_from_a_worker(load, shards, tmp_path, num_workers, tokenizer):
     copy = shutil.copytree(shards, tmp_path / "shards")

@@ -164,6 +164,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_the_likely_cause(load):
     @worker_death_explained()
     def go_on():
         os.kill(worker.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # or torch's handler may raise behind this test
         return list(steps)
 
     with pytest.raises(WorkerError, match=r"^a worker process of the loader died .*fewer --num-workers"):

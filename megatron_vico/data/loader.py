@@ -103,8 +103,11 @@ class Loader:
         self._begun.clear()
         pieces = self._prepared()
         while True:
-            with worker_death_explained():
-                step = list(itertools.islice(pieces, self._pieces_per_step))
+            try:
+                with worker_death_explained():
+                    step = list(itertools.islice(pieces, self._pieces_per_step))
+            except (ConnectionError, EOFError) as error:  # half handed over, before torch noticed
+                raise _death_of_a_worker(error) from error
             if not step:
                 return
             self.place = self._begun.popleft()
@@ -164,10 +167,14 @@ def worker_death_explained() -> Iterator[None]:
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        raise WorkerError(
-            f"a worker process of the loader died ({str(error).strip()}): so ends one that a machine has no memory for "
-            "(dmesg shows it); fewer --num-workers, --prefetch-steps or --max-tiles-per-pack take less."
-        ) from error
+        raise _death_of_a_worker(error) from error
+
+
+def _death_of_a_worker(error: Exception) -> WorkerError:
+    return WorkerError(
+        f"a worker process of the loader died ({str(error).strip()}): so ends one that a machine has no memory for "
+        "(dmesg shows it); fewer --num-workers, --prefetch-steps or --max-tiles-per-pack take less."
+    )
 
 
 def make_loader(

@@ -167,10 +167,23 @@ def test_a_worker_that_is_killed_ends_the_run_with_the_likely_cause(load):
     @worker_death_explained()
     def go_on():
         os.kill(worker.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # or torch's handler may raise behind this test
         return list(steps)
 
     with pytest.raises(WorkerError, match=r"^a worker process of the loader died .*fewer --num-workers"):
         go_on()
+
+
+def test_a_worker_that_is_killed_while_it_hands_over_is_no_riddle(load, monkeypatch):
+    loader = load()
+
+    def broken_off():
+        yield loader._dataset[next(loader._pieces())]
+        raise ConnectionResetError("Connection reset by peer")
+
+    monkeypatch.setattr(loader, "_prepared", broken_off)
+    with pytest.raises(WorkerError, match=r"^a worker process of the loader died \(Connection reset by peer\)"):
+        take(loader, 1)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

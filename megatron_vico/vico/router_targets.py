@@ -67,11 +67,10 @@ class RatioWindow:
     def threshold(self) -> Tensor:
         """tau of Eq. 3: the percentile of the ratios in the window, a float32 scalar.
 
-        Raises:
-            ValueError: if nothing was pushed yet.
+        NaN while the window is empty, as after a first step without any image: it has no question to label either.
         """
         if not len(self._ratios_W):
-            raise ValueError("the ratio window is empty; push a batch of ratios before asking for the threshold")
+            return torch.tensor(float("nan"))
         return torch.quantile(self._ratios_W, self.percentile / 100)
 
     def state(self) -> Tensor:

@@ -15,7 +15,8 @@ from megatron_vico.errors import CheckpointError, ConfigError
 from megatron_vico.models.language_model import LanguageModel
 from megatron_vico.training import trainer
 from megatron_vico.training.trainer import train
-from tests.training_runs import ToyData, read_metrics, toy_config, weights_of
+from tests.toy_data import write_conversations
+from tests.training_runs import ToyData, make_toy_shards, read_metrics, toy_config, weights_of
 
 STAGES = ("pretrain", "warmup", "consistency", "router")
 
@@ -89,6 +90,15 @@ def test_every_stage_learns(toy_data: ToyData, base_checkpoint: Path, tmp_path: 
         train(stage_config(toy_data, stage, base_checkpoint, train_iters=12, save=str(tmp_path / stage), lr=lr))
         losses = [row["loss"] for row in read_metrics(tmp_path / stage)]
         assert sum(losses[-3:]) < 0.9 * sum(losses[:3]), (stage, losses)
+
+
+def test_router_steps_without_an_image_teach_nothing(toy_data: ToyData, base_checkpoint: Path, tmp_path: Path) -> None:
+    """From the first step on, when there is no ratio for a threshold yet."""
+    texts = write_conversations(tmp_path / "texts", num_samples=12, images_per_sample=(0,))
+    data = make_toy_shards(tmp_path / "texts", texts, toy_data.tokenizer)
+    cfg = stage_config(data, "router", base_checkpoint, train_iters=2, save=str(tmp_path / "run"))
+    train(cfg)
+    assert [(row["loss"], row["grad_norm"]) for row in read_metrics(tmp_path / "run")] == [(0, 0), (0, 0)]
 
 
 @pytest.mark.parametrize("during", ["set_up", "_step"])  # while the weights are loaded, and in the first step

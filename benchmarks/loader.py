@@ -38,7 +38,7 @@ from megatron_vico.config.schema import STAGES, DataOptions, Stage  # noqa: E402
 from megatron_vico.data.encoding import EncodingSettings, SampleEncoder  # noqa: E402
 from megatron_vico.data.loader import Loader, make_loader  # noqa: E402
 from megatron_vico.data.pack_builder import PackBuilder  # noqa: E402
-from megatron_vico.data.shard_writer import WriterOptions, make_shards  # noqa: E402
+from megatron_vico.data.shards.writer import WriterOptions, make_shards  # noqa: E402
 from megatron_vico.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece  # noqa: E402
 from megatron_vico.models.registry import ModelConfig, get_model_config  # noqa: E402
 from megatron_vico.parallel.batch import share_step  # noqa: E402

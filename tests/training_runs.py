@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.data.encoding import EncodingSettings
-from megatron_vico.data.shard_writer import make_shards
+from megatron_vico.data.shards.writer import make_shards
 from megatron_vico.data.tokenizer import load_tokenizer, train_sentencepiece
 from tests.toy_data import write_conversations
 

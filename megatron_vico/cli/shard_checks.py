@@ -15,12 +15,12 @@ from megatron_vico.data.encoding import SampleEncoder
 from megatron_vico.data.mixture import MixedFolder, read_mixture
 from megatron_vico.data.pack_plan import FolderList
 from megatron_vico.data.packing import PackLimits
-from megatron_vico.data.sample_view import TRAINED, ViewedSample, image_lines, token_text, turn_lines, view
 from megatron_vico.data.shard_index import FolderIndex
-from megatron_vico.data.shard_report import PackingOptions, ShardStatistics
+from megatron_vico.data.shards.report import PackingOptions, ShardStatistics
+from megatron_vico.data.shards.sample_view import TRAINED, ViewedSample, image_lines, token_text, turn_lines, view
+from megatron_vico.data.shards.verify import Problem, Verification, VerifyOptions
 from megatron_vico.data.storage import is_url
 from megatron_vico.data.tokenizer import load_tokenizer
-from megatron_vico.data.verify import Problem, Verification, VerifyOptions
 from megatron_vico.data.webdataset import ShardFolder
 from megatron_vico.errors import ConfigError, SampleError
 from megatron_vico.evaluation.contact_sheet import contact_sheet

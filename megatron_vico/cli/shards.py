@@ -9,9 +9,9 @@ from megatron_vico.config.schema import DataOptions
 from megatron_vico.data.encoding import EncodingSettings
 from megatron_vico.data.mixture import MIXTURE_NAME
 from megatron_vico.data.shard_index import INDEX_NAME, FolderIndex
-from megatron_vico.data.shard_pool import usable_cpus
-from megatron_vico.data.shard_sources import FrameOptions
-from megatron_vico.data.shard_writer import (
+from megatron_vico.data.shards.pool import usable_cpus
+from megatron_vico.data.shards.sources import FrameOptions
+from megatron_vico.data.shards.writer import (
     WriterOptions,
     index_shards,
     make_mixture,

@@ -1,7 +1,7 @@
 """WebDataset tar shards with an index: read any sample by its number, check everything before training starts.
 
 A folder holds `shard-000000.tar`, ... (members KEY.json, KEY.0.jpg, KEY.1.png, ..., as any WebDataset reader
-expects) and their indexes (data/shard_index.py). Writing is in data/shard_writer.py, the files themselves are read in
+expects) and their indexes (data/shard_index.py). Writing is in data/shards/writer.py, the files themselves are read in
 data/storage.py.
 """
 

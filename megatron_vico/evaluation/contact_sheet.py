@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from megatron_vico.data.sample_view import ViewedImage, ViewedSample
+from megatron_vico.data.shards.sample_view import ViewedImage, ViewedSample
 from megatron_vico.data.tiling import decode_image
 from megatron_vico.errors import SampleError
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
 from megatron_vico.data.samples import IntArray
-from megatron_vico.data.shard_report import KINDS, PackingFill, ShardStatistics
+from megatron_vico.data.shards.report import KINDS, PackingFill, ShardStatistics
 
 _COLOURS = ("tab:grey", "tab:blue", "tab:orange")
 """Of KINDS."""

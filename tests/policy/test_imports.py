@@ -78,6 +78,14 @@ def test_data_and_equations_need_no_megatron() -> None:
     assert [path for path in paths for module in imports(path) if module.split(".")[0] == "megatron"] == []
 
 
+def test_training_needs_nothing_that_makes_shards() -> None:
+    making = "megatron_vico.data.shards"
+    users = {part_of(module_of(path)) for path in files() for module in imports(path) if module.startswith(making)}
+    assert users == {"data", "evaluation", "cli"}
+    for path in (PACKAGE / "data").glob("*.py"):
+        assert not [module for module in imports(path) if module.startswith(making)], path
+
+
 def test_equations_import_torch_only() -> None:
     for path in sorted((PACKAGE / "vico").glob("*.py")):
         roots = {module.split(".")[0] for module in imports(path)}

@@ -12,7 +12,7 @@ from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
 from megatron_vico.data.loader import make_loader
 from megatron_vico.data.pack_builder import PackBuilder
 from megatron_vico.data.samples import map_tensors
-from megatron_vico.data.shard_writer import WriterOptions, make_shards
+from megatron_vico.data.shards.writer import WriterOptions, make_shards
 from megatron_vico.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from tests.toy_data import write_conversations
 

@@ -18,8 +18,8 @@ from PIL import Image
 from megatron_vico.data.encoding import SampleEncoder
 from megatron_vico.data.samples import ConversationSample, Turn
 from megatron_vico.data.shard_index import FolderIndex, ShardIndex
-from megatron_vico.data.shard_journal import MADE_NAME
-from megatron_vico.data.shard_writer import WriterOptions, make_shards
+from megatron_vico.data.shards.journal import MADE_NAME
+from megatron_vico.data.shards.writer import WriterOptions, make_shards
 from megatron_vico.data.webdataset import ShardFolder
 from megatron_vico.errors import ConfigError, SampleError
 from tests.toy_data import write_conversations
@@ -274,7 +274,7 @@ def test_a_jpeg_with_flipped_bytes_is_decoded_or_named(tokenizer):
 
 MAKE = """
 import os, sys
-from megatron_vico.data.shard_writer import WriterOptions, make_shards
+from megatron_vico.data.shards.writer import WriterOptions, make_shards
 from megatron_vico.data.tokenizer import load_tokenizer
 from tests.unit.data.conftest import SETTINGS
 os.umask(0o077)

@@ -14,7 +14,7 @@ from megatron_vico.data.encoding import SampleEncoder
 from megatron_vico.data.image_tokens import expand
 from megatron_vico.data.loader import Loader
 from megatron_vico.data.pack_plan import Pack, PackPlan
-from megatron_vico.data.shard_writer import WriterOptions, make_shards
+from megatron_vico.data.shards.writer import WriterOptions, make_shards
 from megatron_vico.data.webdataset import ShardFolder
 from megatron_vico.errors import ConfigError, SampleError
 from megatron_vico.vico import compression_plan

@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from megatron_vico.cli.shards import main
-from megatron_vico.data.shard_journal import JOURNAL_NAME, Journal
-from megatron_vico.data.shard_pool import run_tasks
-from megatron_vico.data.shard_writer import WriterOptions, index_shards, make_mixture, make_shards
+from megatron_vico.data.shards.journal import JOURNAL_NAME, Journal
+from megatron_vico.data.shards.pool import run_tasks
+from megatron_vico.data.shards.writer import WriterOptions, index_shards, make_mixture, make_shards
 from megatron_vico.data.tokenizer import train_sentencepiece
 from megatron_vico.data.webdataset import ShardFolder
 from megatron_vico.errors import ConfigError, SampleError

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from megatron_vico.data import shard_report
 from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
 from megatron_vico.data.packing import PackLimits
-from megatron_vico.data.sample_view import image_lines, token_text, turn_lines, view
 from megatron_vico.data.samples import ConversationSample, Turn
-from megatron_vico.data.shard_report import PackingOptions, ShardStatistics, histogram, histogram_lines, spread
+from megatron_vico.data.shards import report
+from megatron_vico.data.shards.report import PackingOptions, ShardStatistics, histogram, histogram_lines, spread
+from megatron_vico.data.shards.sample_view import image_lines, token_text, turn_lines, view
 from megatron_vico.data.tokenizer import IMAGE_CONTEXT
 from megatron_vico.data.webdataset import ShardFolder
 from tests.unit.data.conftest import NUM_SAMPLES, SETTINGS
@@ -106,7 +106,7 @@ def test_a_folder_comes_as_often_as_the_mixture_says(shards, monkeypatch):
     assert len(found.num_tokens) == 2 * NUM_SAMPLES  # each once in the statistics
     assert found.packing.samples.sum() == NUM_SAMPLES // 2 + 2 * NUM_SAMPLES
     assert found.packing.tokens.sum() > 2 * (folder.num_tokens + 15 * folder.num_tiles).sum()
-    monkeypatch.setattr(shard_report, "MOST_PACKED", 30)
+    monkeypatch.setattr(report, "MOST_PACKED", 30)
     assert ShardStatistics.of([folder], repeats=[1], packing=options()).packing.samples.sum() == 30
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from megatron_vico.data.encoding import SampleEncoder
-from megatron_vico.data.shard_sources import (
+from megatron_vico.data.shards.sources import (
     FrameOptions,
     SampleReader,
     Source,

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_vico.data.packing import PackLimits
 from megatron_vico.data.shard_index import INDEX_NAME, FolderIndex, ShardIndex, hash_of_file
-from megatron_vico.data.verify import Problem, Verification, VerifyOptions
+from megatron_vico.data.shards.verify import Problem, Verification, VerifyOptions
 from megatron_vico.data.webdataset import ShardFolder
 from megatron_vico.errors import ConfigError
 from tests.unit.data.conftest import NUM_SAMPLES

@@ -12,8 +12,8 @@ from PIL import Image
 
 from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
 from megatron_vico.data.samples import ConversationSample, Turn
-from megatron_vico.data.shard_tar import members_of
-from megatron_vico.data.shard_writer import WriterOptions, index_shards, make_shards
+from megatron_vico.data.shards.tar import members_of
+from megatron_vico.data.shards.writer import WriterOptions, index_shards, make_shards
 from megatron_vico.data.webdataset import ShardFolder, parse_sample, sample_json
 from megatron_vico.errors import ConfigError, SampleError
 from tests.unit.data.conftest import NUM_SAMPLES, SETTINGS

@@ -8,9 +8,9 @@ from PIL import Image, ImageFont
 
 from megatron_vico.data.encoding import EncodingSettings
 from megatron_vico.data.packing import PackLimits
-from megatron_vico.data.sample_view import view
 from megatron_vico.data.samples import ConversationSample, Turn
-from megatron_vico.data.shard_report import PackingFill, ShardStatistics
+from megatron_vico.data.shards.report import PackingFill, ShardStatistics
+from megatron_vico.data.shards.sample_view import view
 from megatron_vico.evaluation.contact_sheet import CARD_WIDTH, contact_sheet, wrap
 from megatron_vico.evaluation.shard_plots import shard_figure
 from tests.toy_data import COLOURS

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
 from megatron_vico.data.mixture import MIXTURE_NAME, MIXTURE_VERSION
 from megatron_vico.data.shard_index import INDEX_NAME, FolderIndex, ShardFiles
-from megatron_vico.data.shard_journal import JOURNAL_NAME, MADE_NAME, FinishedRun, Journal, check_made
-from megatron_vico.data.shard_pool import Note, run_tasks
-from megatron_vico.data.shard_sources import (
+from megatron_vico.data.shards.journal import JOURNAL_NAME, MADE_NAME, FinishedRun, Journal, check_made
+from megatron_vico.data.shards.pool import Note, run_tasks
+from megatron_vico.data.shards.sources import (
     FrameOptions,
     LineRun,
     SampleReader,
@@ -31,7 +31,7 @@ from megatron_vico.data.shard_sources import (
     read_lines,
     read_meta,
 )
-from megatron_vico.data.shard_tar import NEW_INDEX, ShardWriter, count_anew
+from megatron_vico.data.shards.tar import NEW_INDEX, ShardWriter, count_anew
 from megatron_vico.data.tokenizer import Tokenizer
 from megatron_vico.errors import ConfigError, SampleError
 

@@ -22,7 +22,7 @@ from megatron_vico.data.encoding import SampleEncoder
 from megatron_vico.data.packing import PackLimits
 from megatron_vico.data.samples import ConversationSample
 from megatron_vico.data.shard_index import INDEX_NAME, FolderIndex, ShardFiles, ShardIndex, hash_of_file
-from megatron_vico.data.shard_journal import MADE_NAME
+from megatron_vico.data.shards.journal import MADE_NAME
 from megatron_vico.data.tiling import decode_image
 from megatron_vico.data.tokenizer import Tokenizer
 from megatron_vico.data.webdataset import ShardFolder

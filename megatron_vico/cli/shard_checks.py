@@ -113,9 +113,9 @@ def _show(data: FolderList, options: argparse.Namespace) -> list[ViewedSample]:
 def _number_of(key: str, data: FolderList) -> int:
     start = 0
     for folder in data.folders:
-        for number in range(len(folder)):
-            if folder.describe(number).key == key:
-                return start + number
+        number = folder.find(key)
+        if number is not None:
+            return start + number
         start += len(folder)
     raise ConfigError(f"--key {key}: no such sample in {', '.join(str(folder.path) for folder in data.folders)}.")
 

@@ -89,6 +89,14 @@ class ShardFolder:
     def __len__(self) -> int:
         return int(self._shard_starts[-1])
 
+    def find(self, key: str) -> int | None:
+        """Number of the sample of that name; None without one."""
+        for start, shard in zip(self._shard_starts.tolist(), self._shards, strict=False):
+            found = np.flatnonzero(shard.keys == key.encode())
+            if len(found):
+                return start + int(found[0])
+        return None
+
     def describe(self, number: int) -> IndexedSample:
         """What the index knows of a sample."""
         shard, local = self._locate(number)

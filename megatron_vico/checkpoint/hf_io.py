@@ -27,7 +27,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
+    *("merges.txt", "tokenizer.model", "sentencepiece.model", "chat_template.jinja", "chat_template.json"),
 )
 
 _INDEX = "model.safetensors.index.json"
@@ -65,6 +65,11 @@ class StoredTensor:
     def torch_dtype(self) -> torch.dtype:
         """Its format."""
         return _DTYPES[self.dtype]
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.torch_dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,11 +151,14 @@ def open_folder(path: str | Path) -> SafetensorsFolder:
     refuse_incomplete(folder)
     index_path = folder / _INDEX
     if index_path.exists():
-        weight_map: dict[str, str] = read_json(index_path).get("weight_map") or {}
+        weight_map = _weight_map(index_path)
         files = sorted({folder / name for name in weight_map.values()})
         absent = [file.name for file in files if not file.exists()]
         if absent:
             raise CheckpointError(f"{index_path} names {listed(absent)}, absent from the folder; copy them again.")
+        if (folder / _SINGLE).exists() and folder / _SINGLE not in files:
+            # transformers would load the single file, whatever the index says.
+            raise CheckpointError(f"{folder} has two sets of weights, {_SINGLE} and those of {_INDEX}; remove one.")
     else:
         files = [folder / _SINGLE]
         if not files[0].exists():
@@ -158,7 +166,12 @@ def open_folder(path: str | Path) -> SafetensorsFolder:
         weight_map = {}
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        tensors |= _read_header(file)
+        found = _read_header(file)
+        twice = [name for name in found if name in tensors]
+        if twice:
+            others = {tensors[name].file.name for name in twice}
+            raise CheckpointError(f"{file} holds tensors that {listed(others)} holds too: {listed(twice)}.")
+        tensors |= found
     lost = [name for name, file in weight_map.items() if name not in tensors or tensors[name].file.name != file]
     if lost:
         raise CheckpointError(f"{index_path} promises tensors that its files do not hold: {listed(lost)}.")
@@ -299,6 +312,8 @@ def read_json(path: Path) -> dict[str, Any]:
         contents = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file.") from error
+    except OSError as error:
+        raise CheckpointError(f"could not read {path}: {error}.") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(contents, dict):
@@ -328,37 +343,65 @@ def copy_files(source: Path, target: Path, names: Iterable[str]) -> list[str]:
     return present
 
 
+def _weight_map(path: Path) -> dict[str, str]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(_is_file_name(name) for name in weight_map.values()):
+        raise CheckpointError(f"{path}: weight_map is no table of tensors and files of this folder; copy it again.")
+    return weight_map
+
+
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name
+
+
 def _read_header(file: Path) -> dict[str, StoredTensor]:
     # The header alone, checked against the file's size: safetensors itself would map the whole file first.
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        header_len = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if 8 + header_len > size:
-            raise CheckpointError(f"{file} is cut short or not a safetensors file ({size} bytes); copy it again.")
-        try:
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            header_len = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+            if 8 + header_len > size:
+                raise CheckpointError(f"{file} is cut short or not a safetensors file ({size} bytes); copy it again.")
             header = json.loads(stream.read(header_len))
-        except ValueError as error:
-            raise CheckpointError(f"{file} is not a safetensors file: {error}.") from error
+    except OSError as error:
+        raise CheckpointError(f"could not read {file}: {error}.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not a safetensors file: {error}.") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file} is not a safetensors file: its header is no table of tensors.")
     header.pop("__metadata__", None)
-    tensors: dict[str, StoredTensor] = {}
-    end = 0
-    for name, entry in header.items():
-        shape = tuple(entry["shape"])
-        start_byte, end_byte = entry["data_offsets"]
-        if entry["dtype"] not in _DTYPES:
-            raise CheckpointError(
-                f"{file}: tensor {name!r} has format {entry['dtype']}; known are {', '.join(_DTYPES)}."
-            )
-        if math.prod(shape) * _DTYPES[entry["dtype"]].itemsize != end_byte - start_byte:
-            found = f"{shape} of {entry['dtype']} in {end_byte - start_byte} bytes"
-            raise CheckpointError(f"{file}: tensor {name!r} is said to be {found}, which does not fit.")
-        end = max(end, end_byte)
-        start = 8 + header_len + start_byte
-        tensors[name] = StoredTensor(file=file, shape=shape, dtype=entry["dtype"], start=start)
-    if size != 8 + header_len + end:
-        raise CheckpointError(f"{file} has {size} bytes, its header says {8 + header_len + end}; copy it again.")
+    tensors = {
+        name: _stored_tensor(entry, name=name, file=file, data_start=8 + header_len) for name, entry in header.items()
+    }
+    end = 8 + header_len
+    # As the format has it, without gaps; so no byte is read twice, or by nobody.
+    for each in sorted(tensors.values(), key=lambda each: (each.start, each.num_bytes)):
+        if each.start != end:
+            raise CheckpointError(f"{file}: byte {min(each.start, end)} belongs to no tensor or to two; copy it again.")
+        end += each.num_bytes
+    if size != end:
+        raise CheckpointError(f"{file} has {size} bytes, its header says {end}; copy it again.")
     return tensors
+
+
+def _stored_tensor(entry: Any, *, name: str, file: Path, data_start: int) -> StoredTensor:
+    """An entry of a header."""
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (fields.get(field) for field in ("dtype", "shape", "data_offsets"))
+    if not (isinstance(dtype, str) and _are_counts(shape) and _are_counts(offsets) and len(offsets) == 2):
+        raise CheckpointError(f"{file}: tensor {name!r} has the entry {entry!r}, which is none of safetensors.")
+    if dtype not in _DTYPES:
+        raise CheckpointError(f"{file}: tensor {name!r} has format {dtype}; known are {', '.join(_DTYPES)}.")
+    stored = StoredTensor(file=file, shape=tuple(shape), dtype=dtype, start=data_start + offsets[0])
+    if stored.num_bytes != offsets[1] - offsets[0]:
+        found = f"{stored.shape} of {dtype} in {offsets[1] - offsets[0]} bytes"
+        raise CheckpointError(f"{file}: tensor {name!r} is said to be {found}, which does not fit.")
+    return stored
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

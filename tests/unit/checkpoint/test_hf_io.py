@@ -87,6 +87,57 @@ def test_file_of_another_kind(tmp_path: Path) -> None:
         hf_io.open_folder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ([1], "its header is no table"),
+        ({"a": 3}, "'a' has the entry 3"),
+        ({"a": {"shape": [2], "data_offsets": [0, 8]}}, "none of safetensors"),
+        ({"a": {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}}, "none of safetensors"),
+        ({"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}, "none of safetensors"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}, "none of safetensors"),
+        ({"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 8]}}, "format F4; known are"),
+        ({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, "in 8 bytes, which does not fit"),
+        (
+            {name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for name in "ab"},
+            "no tensor or to two",
+        ),
+    ],
+)
+def test_headers_that_say_nonsense(header: object, message: str, tmp_path: Path) -> None:
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(CheckpointError, match=message):
+        hf_io.open_folder(tmp_path)
+
+
+def test_a_tensor_in_two_files(tmp_path: Path) -> None:
+    folder = broken_folder(tmp_path)
+    save_file({"second": torch.ones(7)}, folder / "model-00003-of-00002.safetensors")
+    index = folder / "model.safetensors.index.json"
+    contents = json.loads(index.read_text())
+    contents["weight_map"]["second"] = "model-00003-of-00002.safetensors"
+    index.write_text(json.dumps(contents))
+    with pytest.raises(CheckpointError, match="00003-of-00002.safetensors holds tensors that .* too: second"):
+        hf_io.open_folder(folder)
+
+
+def test_two_sets_of_weights(tmp_path: Path) -> None:
+    """transformers would take the single file."""
+    folder = broken_folder(tmp_path)
+    save_file({"first": torch.ones(4, 3)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="two sets of weights"):
+        hf_io.open_folder(folder)
+
+
+@pytest.mark.parametrize("weight_map", [None, ["first"], {"first": 1}, {"first": "../model.safetensors"}])
+def test_index_that_is_none(weight_map: object, tmp_path: Path) -> None:
+    folder = broken_folder(tmp_path)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match="weight_map is no table"):
+        hf_io.open_folder(folder)
+
+
 def test_index_that_promises_too_much(tmp_path: Path) -> None:
     folder = broken_folder(tmp_path)
     index = folder / "model.safetensors.index.json"
@@ -152,10 +203,10 @@ def test_writer_that_was_killed_can_start_over(tmp_path: Path) -> None:
 def test_files_that_travel_along(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir(), target.mkdir()
-    for name in ("tokenizer.json", "merges.txt"):
+    for name in ("tokenizer.json", "merges.txt", "sentencepiece.model"):
         (source / name).write_text(name)
     (target / "merges.txt").write_text("kept")
-    assert hf_io.copy_files(source, target, hf_io.TOKENIZER_FILES) == ["tokenizer.json"]
+    assert hf_io.copy_files(source, target, hf_io.TOKENIZER_FILES) == ["tokenizer.json", "sentencepiece.model"]
     assert (target / "tokenizer.json").read_text() == "tokenizer.json"
     assert (target / "merges.txt").read_text() == "kept"
 

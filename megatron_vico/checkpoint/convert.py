@@ -109,8 +109,8 @@ def convert(
             output's layout; if the output cannot be written, or differs from the input.
     """
     output, chosen = Path(output), options or ConversionOptions()
-    if not isinstance(source, Source) and output.resolve() == Path(source).resolve():
-        raise CheckpointError(f"{output} is both input and output; the input is never touched, so name another folder.")
+    if not isinstance(source, Source):
+        _refuse_overlap(Path(source).resolve(), output.resolve())
     _refuse_without_effect(layout, chosen)
     with launched() as ranks:
         opened = ranks.agree(lambda: _opened(source, layout, chosen))
@@ -229,6 +229,15 @@ def export_hf(
     return Path(out_dir)
 
 
+def _refuse_overlap(source: Path, output: Path) -> None:
+    # What is at the unfinished folder's path is removed.
+    if source in (output, *output.parents) or hf_io.unfinished_path(output) in (source, *source.parents):
+        raise CheckpointError(
+            f"the output {output} is the input {source}, or within it, or would take its place while it is written; "
+            "the input is never touched, so name another folder."
+        )
+
+
 def _refuse_without_effect(layout: Layout | Literal["megatron"], options: ConversionOptions) -> None:
     if layout == "megatron" and options.export is not None:
         raise ConfigError(
@@ -326,8 +335,8 @@ def _verify(output: Path, source: Source, *, options: ConversionOptions, ranks: 
     differing: list[str] = []
     everyones = [name for each in ranks.gather(ranks.agree(compare)) for name in each]
     if everyones:
-        marked = output.with_name(output.name + hf_io.INCOMPLETE_SUFFIX)
-        ranks.on_main(lambda: output.rename(marked))
+        marked = hf_io.unfinished_path(output.resolve())
+        ranks.on_main(lambda: output.resolve().rename(marked))
         raise CheckpointError(
             f"{output} differs from {source.where} in {hf_io.listed(everyones)}; it is now {marked}. The input has "
             "changed meanwhile, or the disk does not keep what is written to it; convert again."

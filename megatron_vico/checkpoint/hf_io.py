@@ -274,10 +274,13 @@ def new_folder(path: str | Path, *, ranks: Ranks | None = None) -> Iterator[Path
     Raises:
         CheckpointError: on all ranks, if there is something at `path` already, or the disk cannot take it.
     """
-    target, ranks = Path(path), ranks or Ranks()
-    unfinished = target.with_name(target.name + INCOMPLETE_SUFFIX)
+    # Where links point: a rename can replace an empty folder, but no link to one.
+    target, ranks = Path(path).resolve(), ranks or Ranks()
+    unfinished = unfinished_path(target)
 
     def look() -> None:
+        if os.path.ismount(target):
+            raise CheckpointError(f"{target} is a mount point, which nothing can be renamed to; name a folder in it.")
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise CheckpointError(f"{target} exists already and is not empty; remove it, or write to another folder.")
 
@@ -296,6 +299,11 @@ def new_folder(path: str | Path, *, ranks: Ranks | None = None) -> Iterator[Path
         if isinstance(error, FAILURES) and not isinstance(error, CheckpointError):
             raise CheckpointError(f"could not write {target}: {cause_of(error)}; nothing is left of it.") from error
         raise
+
+
+def unfinished_path(target: Path) -> Path:
+    """Where a folder is while it is being written."""
+    return target.parent / (target.name + INCOMPLETE_SUFFIX)
 
 
 def refuse_incomplete(folder: Path) -> None:

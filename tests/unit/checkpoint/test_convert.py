@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -266,8 +267,14 @@ def test_module_of_another_size(exported: Export, tmp_path: Path) -> None:
 def test_input_is_never_touched(exported: Export, tmp_path: Path) -> None:
     source = exported("toy-6b", "flash")
     before = {path.name: path.read_bytes() for path in source.iterdir()}
-    with pytest.raises(CheckpointError, match="both input and output"):
-        convert.convert(source, output=source, layout="megatron")
+    (tmp_path / "link").symlink_to(source)
+    for output in (source, source / "within", tmp_path / "link" / "within"):
+        with pytest.raises(CheckpointError, match=r"is the input .*, or within it"):
+            convert.convert(source, output=output, layout="megatron")
+    in_its_way = Path(shutil.copytree(source, tmp_path / "out.incomplete" / "source"))
+    with pytest.raises(CheckpointError, match="would take its place"):
+        convert.convert(in_its_way, output=tmp_path / "out", layout="megatron")
+    assert in_its_way.is_dir()
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/file").write_text("mine")
     for layout in ("megatron", "hf"):

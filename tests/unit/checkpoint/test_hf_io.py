@@ -118,7 +118,7 @@ def test_a_tensor_in_two_files(tmp_path: Path) -> None:
     contents = json.loads(index.read_text())
     contents["weight_map"]["second"] = "model-00003-of-00002.safetensors"
     index.write_text(json.dumps(contents))
-    with pytest.raises(CheckpointError, match="00003-of-00002.safetensors holds tensors that .* too: second"):
+    with pytest.raises(CheckpointError, match=r"00003\S* holds tensors that .* too: second"):
         hf_io.open_folder(folder)
 
 
@@ -174,6 +174,31 @@ def test_new_folder_never_replaces_anything(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="exists already"), hf_io.new_folder(tmp_path):
         pass
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_new_folder_where_a_link_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To another disk, most often: the unfinished folder has to be there too. And `.` has no name of its own."""
+    real = tmp_path / "disk" / "real"
+    real.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(real)
+    with hf_io.new_folder(tmp_path / "link") as folder:
+        (folder / "file").write_text("x")
+        assert folder.parent == real.parent
+    assert (real / "file").read_text() == "x"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with hf_io.new_folder(".") as folder:
+        (folder / "file").write_text("y")
+    assert (tmp_path / "here" / "file").read_text() == "y"
+
+
+def test_a_mount_point_is_no_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel would refuse the renaming, after all has been written."""
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path / "volume")
+    (tmp_path / "volume").mkdir()
+    with pytest.raises(CheckpointError, match="is a mount point"), hf_io.new_folder(tmp_path / "volume"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["volume"]
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])

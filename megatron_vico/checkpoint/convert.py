@@ -112,13 +112,15 @@ def convert(
     if not isinstance(source, Source):
         _refuse_overlap(Path(source).resolve(), output.resolve())
     _refuse_without_effect(layout, chosen)
+    # Before the weights: a wrong path is not to be found out hours later.
+    tokenizer = load_tokenizer(chosen.tokenizer_model) if chosen.tokenizer_model is not None else None
     with launched() as ranks:
         opened = ranks.agree(lambda: _opened(source, layout, chosen))
         with hf_io.new_folder(output, ranks=ranks) as folder:
             if layout == "megatron":
-                _write_megatron(folder, opened, options=chosen, ranks=ranks)
+                _write_megatron(folder, opened, tokenizer=tokenizer, options=chosen, ranks=ranks)
             else:
-                _write_hf(folder, opened, layout=layout, options=chosen, ranks=ranks)
+                _write_hf(folder, opened, layout=layout, tokenizer=tokenizer, options=chosen, ranks=ranks)
         if chosen.verify == "bits":
             _verify(output, opened, options=chosen, ranks=ranks)
     return output
@@ -270,13 +272,20 @@ def _opened(source: str | Path | Source, layout: Layout | Literal["megatron"], o
     return source
 
 
-def _write_hf(folder: Path, source: Source, *, layout: Layout, options: ConversionOptions, ranks: Ranks) -> None:
+def _write_hf(
+    folder: Path,
+    source: Source,
+    *,
+    layout: Layout,
+    tokenizer: Tokenizer | None,
+    options: ConversionOptions,
+    ranks: Ranks,
+) -> None:
     shards = ranks.agree(lambda: shards_of(source, layout, max_shard_bytes=options.max_shard_bytes))
     sizes = [shard.num_bytes for shard in shards]
     ranks.on_main(lambda: _check_space(folder, sum(sizes)))
     with _progress("writing", sizes, options=options, ranks=ranks) as written:
         write_weights(folder, source, layout=layout, shards=shards, ranks=ranks, written=written)
-    tokenizer = load_tokenizer(options.tokenizer_model) if options.tokenizer_model is not None else None
     companions = partial(
         write_companions,
         folder,
@@ -290,7 +299,9 @@ def _write_hf(folder: Path, source: Source, *, layout: Layout, options: Conversi
     ranks.on_main(companions)
 
 
-def _write_megatron(folder: Path, source: Source, *, options: ConversionOptions, ranks: Ranks) -> None:
+def _write_megatron(
+    folder: Path, source: Source, *, tokenizer: Tokenizer | None, options: ConversionOptions, ranks: Ranks
+) -> None:
     target = state.iteration_folder(folder, 0)
     padded = padded_vocab_size(source.model.language.vocab_size, options.tensor_parallel_size)
     sizes = sizes_of(source, padded_vocab_size=padded)
@@ -305,7 +316,6 @@ def _write_megatron(folder: Path, source: Source, *, options: ConversionOptions,
             written=written,
             max_file_bytes=options.max_shard_bytes,
         )
-    tokenizer = load_tokenizer(options.tokenizer_model) if options.tokenizer_model is not None else None
 
     def finish() -> None:
         if source.companions is not None:

@@ -35,13 +35,11 @@ def main(arguments: Sequence[str]) -> None:
         CheckpointError: if the input is broken, of another size, or lacks parts of the output's layout.
     """
     from megatron_vico.checkpoint.convert import ConversionOptions, convert
-    from megatron_vico.checkpoint.sources import is_megatron
 
     given = _parser().parse_args(arguments)
     _check(given)
-    if given.source != "parts" and is_megatron(given.input) != (given.source == "megatron"):
-        found = "megatron" if is_megatron(given.input) else "hf"
-        raise CheckpointError(f"{given.input} is no {given.source} checkpoint; if it is one at all, --from {found}.")
+    if given.source != "parts":
+        _check_form(given.input, given.source)
     is_main = os.environ.get("RANK", "0") == "0"
     for name in _ANY_LAYOUT_LOADS:
         if getattr(given, name) is not None and is_main:
@@ -64,14 +62,24 @@ def main(arguments: Sequence[str]) -> None:
             progress="bar",
         ),
     )
-    if given.source == "parts" and given.tokenizer_model is None and is_main:
-        print(
-            "note: the tokenizer beside the weights is the language model's own, without image tokens; train with "
-            "InternVL3.5's (tools/build_tokenizer.py makes it), or convert with it as --tokenizer-model.",
-            file=sys.stderr,
-        )
     if is_main:
+        for note in _tokenizer_notes(given, written):
+            print(f"note: {note}", file=sys.stderr)
         print(written)
+
+
+def _tokenizer_notes(given: argparse.Namespace, written: Path) -> list[str]:
+    if given.target == "hf" and not (written / "tokenizer_config.json").exists():
+        return [
+            "no tokenizer came with the input, so none is beside the weights; convert with --tokenizer-model, or copy "
+            "the files of one into the output."
+        ]
+    if given.source == "parts" and given.tokenizer_model is None:
+        return [
+            "the tokenizer beside the weights is the language model's own, without image tokens; train with "
+            "InternVL3.5's (tools/build_tokenizer.py makes it), or convert with it as --tokenizer-model."
+        ]
+    return []
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,6 +129,39 @@ def _joined(given: argparse.Namespace) -> "Source":
     return files_source(parts, model=parts.model, layout=parts.layout, without=(CONNECTOR_4X,))
 
 
+def _check_form(folder: Path, form: str) -> None:
+    from megatron_vico.checkpoint.hf_io import refuse_incomplete
+    from megatron_vico.checkpoint.sources import is_megatron
+
+    refuse_incomplete(folder)
+    if is_megatron(folder) != (form == "megatron"):
+        run = folder.resolve().parent
+        if folder.resolve().name.startswith("iter_") and is_megatron(run):
+            raise CheckpointError(f"{folder} is one step of a run; name the run's folder, {run}: its latest is taken.")
+        found = "megatron" if is_megatron(folder) else "hf"
+        raise CheckpointError(f"{folder} is no {form} checkpoint; if it is one at all, --from {found}.")
+
+
+def _check_exported(given: argparse.Namespace) -> None:
+    """Refuse what an exported config has no place for, and what the model code could not use."""
+    placeless = {
+        "internvl": ("flash_relative_threshold", "flash_absolute_threshold", "flash_decision_rule"),
+        "hf": ("flash_relative_threshold", "flash_absolute_threshold", "flash_decision_rule", "use_thumbnail"),
+    }
+    for name in placeless.get(given.layout, ()) if given.target == "hf" else ():
+        if getattr(given, name) is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} has no effect on the {given.layout} layout, whose config has no place for "
+                "it; leave it out."
+            )
+    for name in ("flash_relative_threshold", "flash_absolute_threshold"):
+        value = getattr(given, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: expected 0 to 1.")
+    if given.max_dynamic_patch is not None and given.max_dynamic_patch < 1:
+        raise ConfigError(f"--max-dynamic-patch {given.max_dynamic_patch}: expected 1 or more.")
+
+
 def _check(given: argparse.Namespace) -> None:
     joins = given.source == "parts"
     named = {name for name in ("input", "vit", "llm") if getattr(given, name) is not None}
@@ -137,6 +178,7 @@ def _check(given: argparse.Namespace) -> None:
         raise ConfigError(f"--tensor-model-parallel-size {given.tensor_model_parallel_size}: expected 1 or more.")
     if given.max_shard_bytes < 1:
         raise ConfigError(f"--max-shard-bytes {given.max_shard_bytes}: expected 1 or more; 5000000000 is usual.")
+    _check_exported(given)
 
 
 def _export_options(given: argparse.Namespace) -> "ExportOptions | None":

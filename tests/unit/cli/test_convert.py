@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vico.checkpoint.convert import export_hf
+from megatron_vico.checkpoint import hf_io
+from megatron_vico.checkpoint.convert import convert, export_hf
 from megatron_vico.checkpoint.dcp_reader import open_dcp
 from megatron_vico.checkpoint.hf_config import ExportOptions
 from megatron_vico.checkpoint.hf_io import read_json
@@ -38,6 +39,11 @@ def flash(tmp_path_factory: pytest.TempPathFactory, single_process_groups: None)
         ("--from hf --to hf --layout hf --tensor-model-parallel-size 2", "so leave it out"),
         ("--from hf --to megatron --max-dynamic-patch 4", "has no effect on a Megatron checkpoint"),
         ("--from hf --to megatron --max-shard-bytes 0", "ConfigError: --max-shard-bytes 0"),
+        ("--from hf --to hf --layout hf --use-thumbnail", "--use-thumbnail has no effect on the hf layout"),
+        ("--from hf --to hf --layout internvl --flash-absolute-threshold 0.5", "has no effect on the internvl layout"),
+        ("--from hf --to hf --layout flash --flash-relative-threshold 1.5", "threshold 1.5: expected 0 to 1"),
+        ("--from hf --to hf --layout flash --flash-absolute-threshold nan", "threshold nan: expected 0 to 1"),
+        ("--from hf --to hf --layout flash --max-dynamic-patch 0", "--max-dynamic-patch 0: expected 1 or more"),
         ("--from megatron --to hf --layout hf", "is no megatron checkpoint; if it is one at all, --from hf."),
         ("--from hf --to megatron --layout internvl", "has the flash layout, expected internvl; give --layout flash"),
     ],
@@ -67,3 +73,26 @@ def test_padding_and_what_the_config_says(flash: Path, tmp_path: Path, capsys: p
     assert (config["flash_relative_threshold"], config["flash_absolute_threshold"]) == (0.25, 0.75)
     assert config["max_dynamic_patch"] == 7
     assert (back / "model.safetensors").read_bytes() == (flash / "model.safetensors").read_bytes()
+
+
+def test_an_input_that_is_not_there_and_one_step_of_a_run(
+    flash: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["convert", "--from", "megatron", "--to", "hf", "--layout", "flash", "--output", str(tmp_path / "out")]
+    assert main([*words, "--input", str(tmp_path / "typo")]) == 2
+    assert "typo: no such folder" in capsys.readouterr().err
+    run = convert(flash, output=tmp_path / "run", layout="megatron")
+    assert main([*words, "--input", str(find_iteration(run))]) == 2
+    assert f"name the run's folder, {run}" in capsys.readouterr().err
+
+
+def test_tokenizers_that_are_not_there(
+    flash: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user is told that an export has none; a wrong path is found before the weights are written."""
+    words = ["convert", "--from", "hf", "--to", "hf", "--layout", "flash", "--input", str(flash), "--output"]
+    assert main([*words, str(tmp_path / "out")]) == 0
+    assert "note: no tokenizer came with the input" in capsys.readouterr().err
+    monkeypatch.setattr(hf_io, "write_shard", None)
+    assert main([*words, str(tmp_path / "never"), "--tokenizer-model", str(tmp_path / "typo")]) == 2
+    assert "typo: found neither a folder nor" in capsys.readouterr().err

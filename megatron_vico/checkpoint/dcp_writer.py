@@ -237,7 +237,13 @@ class _Writer(FileSystemWriter):
     ) -> None:
         start = stream.tell()
         if isinstance(data, Tensor):
-            torch.save(data, stream)
+            try:
+                torch.save(data, stream)
+            except RuntimeError as error:
+                # torch's archive complains of a wrong position where the file has said that the disk is full.
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
             self._written(data.nbytes)
         else:
             stream.write(data.getbuffer())

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -295,6 +296,20 @@ def test_full_disk_leaves_no_folder(exported: Export, tmp_path: Path, monkeypatc
     monkeypatch.setattr(hf_io, "write_shard", no_space)
     with pytest.raises(CheckpointError, match=r"could not write .*out: .*No space left on device"):
         convert.convert(source, output=tmp_path / "out", layout="hf")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layout", ["megatron", "internvl"])
+def test_full_disk_is_what_the_error_says(layout: str, exported: Export, tmp_path: Path) -> None:
+    """The limit on a file's size is the nearest that the kernel offers without root."""
+    source = exported("toy-6b", "flash")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"could not write .*out: .*File too large"):
+            convert.convert(source, output=tmp_path / "out", layout=layout)  # type: ignore[arg-type]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())
 
 

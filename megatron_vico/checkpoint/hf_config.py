@@ -350,6 +350,7 @@ _LANGUAGE_FIELDS = (
     ("head_dim", "head_dim"),
     ("vocab_size", "vocab_size"),
     ("rope_theta", "rope_theta"),
+    ("rope_type", "rope_type"),
     ("norm_eps", "rms_norm_eps"),
     ("num_experts", "num_experts", "num_local_experts"),
     ("moe_top_k", "num_experts_per_tok"),
@@ -362,7 +363,9 @@ _LANGUAGE_FIELDS = (
 
 def _stated_fields(config: Json, layout: Layout) -> Json:
     """Our names of fields -> what config.json says, for those it states."""
-    stated: Json = {}
+    whole = {"ps_version": config.get("ps_version"), "downsample_ratio": config.get("downsample_ratio")}
+    whole["select_layer"] = config.get("vision_feature_layer" if layout == "hf" else "select_layer")
+    stated: Json = {f"model.{name}": value for name, value in whole.items() if value is not None}
     vision = config.get("vision_config") or {}
     for ours, remote, native in _VISION_FIELDS:
         value = vision.get(native if layout == "hf" else remote)
@@ -370,7 +373,12 @@ def _stated_fields(config: Json, layout: Layout) -> Json:
             # Towers are square; transformers writes both sides.
             stated[f"vision.{ours}"] = value[0] if isinstance(value, list) else value
     language = dict(config.get("text_config" if layout == "hf" else "llm_config") or {})
-    language.setdefault("rope_theta", (language.get("rope_parameters") or {}).get("rope_theta"))
+    rope = language.get("rope_parameters") or {}
+    language.setdefault("rope_theta", rope.get("rope_theta"))
+    scaling = language.get("rope_scaling") or rope
+    kind = scaling.get("rope_type", scaling.get("type"))
+    # Dynamic scaling begins beyond the position limit, which is left out too.
+    language["rope_type"] = None if kind == "dynamic" else kind
     for ours, *names in _LANGUAGE_FIELDS:
         values = [language[name] for name in names if language.get(name) is not None]
         if values:
@@ -382,8 +390,12 @@ def _stated_fields(config: Json, layout: Layout) -> Json:
 
 def _differences(stated: Json, model: ModelConfig) -> list[str]:
     dense = model.language.num_experts is None
-    # Facts of the family rather than fields of a size.
+    # Facts of the family rather than fields of a size. Most change no tensor's shape: nothing else would tell.
     family = {
+        "model.ps_version": "v2",
+        "model.downsample_ratio": 0.5,
+        "model.select_layer": -1,
+        "language.rope_type": "default",
         "language.model_type": "qwen3" if dense else "qwen3_moe",
         "language.norm_topk_prob": True,
         "language.tie_word_embeddings": False,

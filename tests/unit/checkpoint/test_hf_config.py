@@ -134,6 +134,31 @@ def test_tied_embeddings_are_refused() -> None:
         model_of(config, layout="internvl", path="config.json")
 
 
+@pytest.mark.parametrize(
+    ("layout", "part", "field", "value", "message"),
+    [
+        ("internvl", None, "ps_version", "v1", "ps_version is 'v1', internvl3_5-1b has 'v2'"),
+        ("flash", None, "select_layer", -2, "select_layer is -2"),
+        ("hf", None, "vision_feature_layer", -2, "select_layer is -2"),
+        ("hf", None, "downsample_ratio", 0.25, r"downsample_ratio is 0\.25"),
+        ("internvl", "llm_config", "rope_scaling", {"type": "yarn", "factor": 4.0}, "rope_type is 'yarn'"),
+        ("hf", "text_config", "rope_parameters", {"rope_type": "yarn", "rope_theta": 1e6}, "rope_type is 'yarn'"),
+    ],
+)
+def test_what_no_tensor_would_tell(layout: Layout, part: str | None, field: str, value: object, message: str) -> None:
+    """Models whose tensors fit, but which compute something else."""
+    config = config_of("internvl3_5-1b", layout)
+    (config if part is None else config[part])[field] = value
+    with pytest.raises(CheckpointError, match=message):
+        model_of(config, layout=layout, path="config.json")
+
+
+def test_dynamic_scaling_changes_nothing_up_to_the_position_limit() -> None:
+    config = config_of("internvl3_5-1b", "internvl")
+    config["llm_config"]["rope_scaling"] = {"type": "dynamic", "factor": 2.0}
+    assert model_of(config, layout="internvl", path="config.json").name == "internvl3_5-1b"
+
+
 def test_layouts_that_contradict_themselves() -> None:
     with pytest.raises(CheckpointError, match="has no Flash form"):
         layout_of(config_of("toy", "hf") | {"flash_mode": True}, path="config.json")

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch.distributed.checkpoint import CheckpointException
@@ -16,6 +17,10 @@ from megatron_vico.errors import CheckpointError
 
 FAILURES = (OSError, CheckpointException, CheckpointError)
 """What reading and writing can fail with; anything else is a bug and ends its process."""
+
+_PATIENCE = timedelta(days=7)
+"""What a rank waits for the others, whose last file may take hours; torch's half hour would end a whole conversion. A
+rank that dies ends the others all the same: the launcher sees to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +116,7 @@ def launched() -> Iterator[Ranks]:
     if size == 1:
         yield Ranks()
         return
-    torch.distributed.init_process_group("gloo")
+    torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
     yield Ranks(rank=torch.distributed.get_rank(), size=size)
     # Not after an error: the process ends anyway.
     torch.distributed.destroy_process_group()

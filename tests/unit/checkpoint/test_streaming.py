@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
 
@@ -25,7 +26,7 @@ from megatron_vico.checkpoint import hf_io, state
 from megatron_vico.checkpoint.convert import ConversionOptions, convert, export_hf
 from megatron_vico.checkpoint.dcp_reader import open_dcp
 from megatron_vico.checkpoint.internvl_mapping import Layout
-from megatron_vico.checkpoint.ranks import Ranks
+from megatron_vico.checkpoint.ranks import Ranks, launched
 from megatron_vico.checkpoint.sources import Source, hf_source
 from megatron_vico.errors import CheckpointError
 from megatron_vico.models.registry import get_model_config
@@ -364,3 +365,16 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     return torch.equal(*(each.detach().contiguous().flatten().view(torch.uint8) for each in (one, other)))
+
+
+def test_ranks_wait_longer_than_any_file_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half an hour, torch's default, is less than a rank can need for its part of a large model."""
+    begun: list[timedelta] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: begun.append(timeout))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with launched() as ranks:
+        assert (ranks.rank, ranks.size) == (1, 2)
+    assert begun[0] >= timedelta(days=1)

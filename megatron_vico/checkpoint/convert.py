@@ -23,7 +23,7 @@ from megatron_vico.checkpoint.hf_export import carry_companions, shards_of, writ
 from megatron_vico.checkpoint.initial import CONNECTOR_16X_AND_VIR
 from megatron_vico.checkpoint.internvl_mapping import Entry, Layout, entries
 from megatron_vico.checkpoint.mappings import PaddedVocabulary
-from megatron_vico.checkpoint.ranks import Ranks, launched
+from megatron_vico.checkpoint.ranks import FAILURES, Ranks, cause_of, launched
 from megatron_vico.checkpoint.sources import (
     TOKENIZER_FOLDER,
     Source,
@@ -328,29 +328,39 @@ def _write_megatron(
 
 
 def _verify(output: Path, source: Source, *, options: ConversionOptions, ranks: Ranks) -> None:
-    """Compare all tensors that the output has; an output that differs gets the name of an unfinished one."""
+    """Compare all tensors of the output; one that differs or cannot be read gets the name of an unfinished one."""
+    problem = None
+    try:
+        differing = _differing(output, source, options=options, ranks=ranks)
+        if differing:
+            problem = f"differs from {source.where} in {hf_io.listed(differing)}"
+    except FAILURES as error:
+        problem = f"cannot be compared with {source.where}: {cause_of(error)}"
+    if problem is not None:
+        marked = hf_io.unfinished_path(output.resolve())
+        ranks.on_main(lambda: output.resolve().rename(marked))
+        raise CheckpointError(
+            f"{output} {problem}; it is now {marked}. The input has changed meanwhile, or the disk does not keep what "
+            "is written to it; convert again."
+        )
+
+
+def _differing(output: Path, source: Source, *, options: ConversionOptions, ranks: Ranks) -> list[str]:
+    """Names of the tensors that differ, on all ranks."""
     written = ranks.agree(lambda: open_source(output, model_size=source.model.name))
     names = list(written.forms)
     sizes = [form.num_bytes for form in written.forms.values()]
 
     def compare() -> list[str]:
+        own = []
         with _progress("verifying", sizes, options=options, ranks=ranks) as compared:
-            own = ranks.share(sizes)
-            for index in own:
+            for index in ranks.share(sizes):
                 if not _same_bits(written.read(names[index]), source.read(names[index])):
-                    differing.append(names[index])
+                    own.append(names[index])
                 compared(sizes[index])
-        return differing
+        return own
 
-    differing: list[str] = []
-    everyones = [name for each in ranks.gather(ranks.agree(compare)) for name in each]
-    if everyones:
-        marked = hf_io.unfinished_path(output.resolve())
-        ranks.on_main(lambda: output.resolve().rename(marked))
-        raise CheckpointError(
-            f"{output} differs from {source.where} in {hf_io.listed(everyones)}; it is now {marked}. The input has "
-            "changed meanwhile, or the disk does not keep what is written to it; convert again."
-        )
+    return [name for each in ranks.gather(ranks.agree(compare)) for name in each]
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -163,6 +163,25 @@ def test_verify_finds_a_flipped_bit(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("layout", ["megatron", "flash"])
+def test_verify_marks_what_it_cannot_read(
+    layout: Layout, flash: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from a disk that loses the end of a file."""
+    real = conversion.open_source
+
+    def after_a_cut(path: Path, **words: str) -> Source:
+        if Path(path) == tmp_path / "out":
+            largest = max((tmp_path / "out").rglob("*.*"), key=lambda each: each.stat().st_size)
+            os.truncate(largest, largest.stat().st_size // 2)
+        return real(path, **words)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(conversion, "open_source", after_a_cut)
+    with pytest.raises(CheckpointError, match=r"out cannot be compared with .*; it is now .*out\.incomplete"):
+        convert(flash("toy-6b"), output=tmp_path / "out", layout=layout, options=ConversionOptions(verify="bits"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.incomplete"]
+
+
 def flip(folder: Path) -> None:
     """Change the lowest bit of a number in the largest tensor's file, behind everything that describes the file."""
     path = max((path for path in folder.rglob("*") if path.suffix in (".distcp", ".safetensors")), key=size_of)

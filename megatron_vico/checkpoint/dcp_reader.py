@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata as Chunk
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
+from megatron_vico.checkpoint.hf_io import listed
 from megatron_vico.checkpoint.internvl_mapping import canonical_name
 from megatron_vico.errors import CheckpointError
 
@@ -97,18 +98,32 @@ def open_dcp(path: str | Path) -> DcpFolder:
         The folder; no tensor has been read.
 
     Raises:
-        CheckpointError: if the metadata cannot be read, or a tensor is not stored whole.
+        CheckpointError: if the metadata cannot be read, a file is absent or cut short, or a tensor is not stored whole.
     """
     folder = Path(path)
     try:
         metadata = FileSystemReader(folder).read_metadata()
     except (OSError, CheckpointException, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise CheckpointError(f"{folder} is not a readable checkpoint: {error}.") from error
+    _check_files(folder, metadata)
     tensors: dict[str, DcpTensor] = {}
     for key, stored in metadata.state_dict_metadata.items():
         if isinstance(stored, TensorStorageMetadata):
             tensors |= dict(_tensors_of(key, stored, folder))
     return DcpFolder(path=folder, tensors=tensors, metadata=metadata)
+
+
+def _check_files(folder: Path, metadata: Metadata) -> None:
+    """Compare the files with what the metadata says of them: to find out while reading can take hours."""
+    sizes: dict[str, int] = {}
+    for stored in metadata.storage_data.values():
+        sizes[stored.relative_path] = max(sizes.get(stored.relative_path, 0), stored.offset + stored.length)
+    absent = [name for name in sizes if not (folder / name).is_file()]
+    if absent:
+        raise CheckpointError(f"{folder} lacks {listed(absent)}, which its .metadata names; copy the folder again.")
+    short = [name for name, size in sizes.items() if (folder / name).stat().st_size < size]
+    if short:
+        raise CheckpointError(f"{folder}: {listed(short)} cut short; copy the folder again.")
 
 
 class _Into(DefaultLoadPlanner):

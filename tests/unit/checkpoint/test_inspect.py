@@ -255,9 +255,18 @@ def test_a_file_of_a_run_that_is_cut_short(folder: Folder, tmp_path: Path) -> No
     run = tmp_path / "run"
     shutil.copytree(folder("toy-6b", "megatron"), run)
     file = next(run.glob("iter_*/*.distcp"))
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"iter_0000000: \S+\.distcp cut short; copy the folder again"):
+        open_checkpoint(run)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"iter_0000000 lacks \S+\.distcp, which its \.metadata names"):
+        open_checkpoint(run)
+    file.write_bytes(whole)
+    opened = open_checkpoint(run)
+    file.write_bytes(whole[: len(whole) // 2])  # while it is read
     with pytest.raises(CheckpointError, match=r"could not read \S+ from .*iter_0000000: .*copy the folder again"):
-        compared(folder("toy-6b", "hf"), run)
+        compare(open_checkpoint(folder("toy-6b", "hf")), opened)
     (run / "iter_0000000/.metadata").write_bytes(b"no pickle")
     with pytest.raises(CheckpointError, match="is not a readable checkpoint"):
         open_checkpoint(run)

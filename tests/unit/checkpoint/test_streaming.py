@@ -339,10 +339,10 @@ def test_megatron_files_cut_short_or_absent(flash: Make, tmp_path: Path) -> None
     last = sorted(megatron.rglob("*.distcp"), key=lambda path: int(path.stem.split("_")[-1]))[-1]
     contents = last.read_bytes()
     last.write_bytes(contents[: len(contents) // 2])
-    with pytest.raises(CheckpointError, match=r"could not (read|write) .*"):
+    with pytest.raises(CheckpointError, match=rf"{last.name} cut short; copy"):
         convert(megatron, output=tmp_path / "out", layout="flash")
     last.unlink()
-    with pytest.raises(CheckpointError, match=rf"(?s)could not (read|write) .*{last.name}"):
+    with pytest.raises(CheckpointError, match=rf"lacks {last.name}, which its \.metadata"):
         convert(megatron, output=tmp_path / "out", layout="flash")
     (last.parent / ".metadata").unlink()
     with pytest.raises(CheckpointError, match="is not a readable checkpoint"):

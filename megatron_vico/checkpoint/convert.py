@@ -57,6 +57,9 @@ class ConversionOptions:
     model_size: str | None = None
     """An input of another size is refused; unset, any will do."""
 
+    iteration: int | None = None
+    """Step of a Megatron input; unset, its latest."""
+
     dtype: DTypeName | None = None
     """Of the output's weights; unset, each tensor keeps its own."""
 
@@ -257,7 +260,9 @@ def _opened(source: str | Path | Source, layout: Layout | Literal["megatron"], o
         folder = Path(source)
         if layout == "megatron" and is_megatron(folder):
             raise CheckpointError(f"{folder} is a Megatron checkpoint already; name a layout: internvl, hf or flash.")
-        source = open_source(folder, model_size=options.model_size, layout=options.input_layout)
+        source = open_source(
+            folder, model_size=options.model_size, layout=options.input_layout, iteration=options.iteration
+        )
     if layout == "megatron":
         source = completed(source, seed=options.seed)
     elif layout == "flash" and not any(name.startswith(CONNECTOR_16X_AND_VIR) for name in source.forms):

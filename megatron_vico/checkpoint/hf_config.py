@@ -8,6 +8,7 @@ from megatron_vico.checkpoint.internvl_mapping import Layout
 from megatron_vico.checkpoint.remote_code_files import AUTO_MAP
 from megatron_vico.errors import CheckpointError, ConfigError
 from megatron_vico.models.registry import MODELS, LanguageConfig, ModelConfig, VisionConfig, get_model_config
+from megatron_vico.vico.routing import FLASH_ABSOLUTE_THRESHOLD, FLASH_RELATIVE_THRESHOLD
 
 Json = dict[str, Any]
 
@@ -18,10 +19,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class ExportOptions:
     """What an exported checkpoint says beyond its weights."""
 
-    flash_relative_threshold: float = 0.0
+    flash_relative_threshold: float = FLASH_RELATIVE_THRESHOLD
     """Quantile of the conversation's tiles a tile must exceed to be compressed; the released value is not published."""
 
-    flash_absolute_threshold: float = 0.5
+    flash_absolute_threshold: float = FLASH_ABSOLUTE_THRESHOLD
     """Least probability of "compress"; 0.5 is the paper's rule."""
 
     flash_decision_rule: Literal["paper", "flash"] = "flash"

@@ -81,13 +81,16 @@ def is_megatron(folder: Path) -> bool:
     return (folder / state.LATEST_FILE).exists()
 
 
-def open_source(path: str | Path, *, model_size: str | None = None, layout: Layout | None = None) -> Source:
+def open_source(
+    path: str | Path, *, model_size: str | None = None, layout: Layout | None = None, iteration: int | None = None
+) -> Source:
     """A checkpoint folder as a source, whichever form it has.
 
     Args:
-        path: a run's folder (its latest step), or a Hugging Face folder.
+        path: a run's folder, or a Hugging Face folder.
         model_size: the size it should be; unset, the one it says it is.
         layout: a Hugging Face folder's should be; unset, any.
+        iteration: which step of a run; unset, the latest.
 
     Returns:
         The source.
@@ -98,7 +101,7 @@ def open_source(path: str | Path, *, model_size: str | None = None, layout: Layo
     folder = Path(path)
     hf_io.refuse_incomplete(folder)
     if is_megatron(folder):
-        return megatron_source(folder, model_size=model_size)
+        return megatron_source(folder, model_size=model_size, iteration=iteration)
     return hf_source(hf_io.open_folder(folder), model_size=model_size, layout=layout)
 
 

@@ -52,6 +52,7 @@ def main(arguments: Sequence[str]) -> None:
         options=ConversionOptions(
             input_layout=given.layout if given.target == "megatron" else None,
             model_size=given.model_size if given.source != "parts" else None,
+            iteration=given.ckpt_step,
             dtype=given.dtype,
             tokenizer_model=given.tokenizer_model,
             export=_export_options(given),
@@ -98,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     layout_help = "of the output; with --to megatron: refuse an input in any other (unset, it is found)"
     parser.add_argument("--layout", choices=get_args(Layout), help=layout_help)
     parser.add_argument("--model-size", help="refuse any other; unset, the one the input says it is")
+    parser.add_argument("--ckpt-step", type=int, help="with --from megatron: the run's step to take; unset, the latest")
     parser.add_argument("--dtype", choices=get_args(DTypeName), help="of the weights; unset, each tensor keeps its own")
     parser.add_argument("--tokenizer-model", type=Path, help="to put beside the weights; unset, the input's")
     seed_help = "of connectors and ViR where the input of --to megatron has none"
@@ -137,7 +139,7 @@ def _check_form(folder: Path, form: str) -> None:
     if is_megatron(folder) != (form == "megatron"):
         run = folder.resolve().parent
         if folder.resolve().name.startswith("iter_") and is_megatron(run):
-            raise CheckpointError(f"{folder} is one step of a run; name the run's folder, {run}: its latest is taken.")
+            raise CheckpointError(f"{folder} is one step of a run; name the run's folder, {run}, and --ckpt-step.")
         found = "megatron" if is_megatron(folder) else "hf"
         raise CheckpointError(f"{folder} is no {form} checkpoint; if it is one at all, --from {found}.")
 
@@ -168,6 +170,8 @@ def _check(given: argparse.Namespace) -> None:
     if named != ({"vit", "llm"} if joins else {"input"}):
         needed = "--vit and --llm" if joins else "--input"
         raise ConfigError(f"--from {given.source} takes {needed}, and no other input.")
+    if given.ckpt_step is not None and given.source != "megatron":
+        raise ConfigError(f"--ckpt-step {given.ckpt_step} has no effect with --from {given.source}; leave it out.")
     if joins and (given.target != "megatron" or given.layout is not None):
         raise ConfigError("--from parts makes a Megatron checkpoint to pretrain from: --to megatron, without --layout.")
     if given.target == "hf" and given.layout is None:

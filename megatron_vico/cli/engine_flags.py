@@ -18,6 +18,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: of the command.
     """
+    from megatron_vico.vico.routing import FLASH_ABSOLUTE_THRESHOLD, FLASH_RELATIVE_THRESHOLD
+
     defaults = DataOptions()
     model = parser.add_argument_group("model")
     model.add_argument("--load", type=Path, required=True, help="a run's folder, or a Hugging Face folder")
@@ -37,8 +39,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         default="paper",
         help="paper: p > 0.5; flash: the released models' quantile and threshold, over one conversation",
     )
-    plan.add_argument("--flash-relative-threshold", type=float, default=0.1, help="quantile of the flash rule")
-    plan.add_argument("--flash-absolute-threshold", type=float, default=0.5, help="least p of the flash rule")
+    plan.add_argument(
+        "--flash-relative-threshold", type=float, default=FLASH_RELATIVE_THRESHOLD, help="quantile of the flash rule"
+    )
+    plan.add_argument(
+        "--flash-absolute-threshold", type=float, default=FLASH_ABSOLUTE_THRESHOLD, help="least p of the flash rule"
+    )
 
 
 @contextmanager

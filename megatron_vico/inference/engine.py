@@ -25,7 +25,13 @@ from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel
 from megatron_vico.models.registry import ModelConfig
 from megatron_vico.vico.compression_plan import plan_all, plan_none
-from megatron_vico.vico.routing import compress_probability, flash_rule, paper_rule
+from megatron_vico.vico.routing import (
+    FLASH_ABSOLUTE_THRESHOLD,
+    FLASH_RELATIVE_THRESHOLD,
+    compress_probability,
+    flash_rule,
+    paper_rule,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +44,10 @@ class Routing:
     granularity: Literal["tile", "image"] = "tile"
     """What the router was trained to decide on."""
 
-    relative_threshold: float = 0.1
+    relative_threshold: float = FLASH_RELATIVE_THRESHOLD
     """Quantile of the flash rule."""
 
-    absolute_threshold: float = 0.5
+    absolute_threshold: float = FLASH_ABSOLUTE_THRESHOLD
     """Least probability of the flash rule."""
 
 

@@ -9,6 +9,12 @@ from torch import Tensor
 COMPRESS = 0
 """Index of "compress" in ViR's two-way head: p^0 of Eq. 4, and the first output of released Flash checkpoints."""
 
+FLASH_RELATIVE_THRESHOLD = 0.0
+"""Default quantile of the flash rule: nearest to the paper's. That of the released models is not published."""
+
+FLASH_ABSOLUTE_THRESHOLD = 0.5
+"""Default floor of the flash rule: the paper's."""
+
 
 def compress_probability(logits_N2: Tensor) -> Tensor:
     """p^0 of Eq. 4: how sure ViR is that a tile may be compressed. Returns [N] float32 in [0, 1]."""

@@ -9,7 +9,7 @@ from megatron_vico.checkpoint.convert import convert, export_hf
 from megatron_vico.checkpoint.dcp_reader import open_dcp
 from megatron_vico.checkpoint.hf_config import ExportOptions
 from megatron_vico.checkpoint.hf_io import read_json
-from megatron_vico.checkpoint.state import find_iteration
+from megatron_vico.checkpoint.state import CheckpointMetadata, find_iteration, save_checkpoint
 from megatron_vico.cli.main import main
 from megatron_vico.models.registry import get_model_config
 from tests.toy_models import make_encoder, make_language_model
@@ -38,6 +38,7 @@ def flash(tmp_path_factory: pytest.TempPathFactory, single_process_groups: None)
         ("--from hf --to megatron --tensor-model-parallel-size 0", "ConfigError: --tensor-model-parallel-size 0"),
         ("--from hf --to hf --layout hf --tensor-model-parallel-size 2", "so leave it out"),
         ("--from hf --to megatron --max-dynamic-patch 4", "has no effect on a Megatron checkpoint"),
+        ("--from hf --to megatron --ckpt-step 3", "ConfigError: --ckpt-step 3 has no effect with --from hf"),
         ("--from hf --to megatron --max-shard-bytes 0", "ConfigError: --max-shard-bytes 0"),
         ("--from hf --to hf --layout hf --use-thumbnail", "--use-thumbnail has no effect on the hf layout"),
         ("--from hf --to hf --layout internvl --flash-absolute-threshold 0.5", "has no effect on the internvl layout"),
@@ -84,6 +85,18 @@ def test_an_input_that_is_not_there_and_one_step_of_a_run(
     run = convert(flash, output=tmp_path / "run", layout="megatron")
     assert main([*words, "--input", str(find_iteration(run))]) == 2
     assert f"name the run's folder, {run}" in capsys.readouterr().err
+
+
+def test_the_step_of_a_run_that_is_asked_for(flash: Path, tmp_path: Path, single_process_groups: None) -> None:
+    run, model = convert(flash, output=tmp_path / "run", layout="megatron"), get_model_config("toy-6b")
+    modules = {"encoder": make_encoder(model, seed=5), "language_model": make_language_model(model, seed=5)}
+    save_checkpoint(run, 5, modules=modules, metadata=CheckpointMetadata(model_size="toy-6b", stage="pretrain"))
+    words = ["convert", "--from", "megatron", "--to", "hf", "--layout", "flash", "--input", str(run)]
+    assert main([*words, "--output", str(tmp_path / "first"), "--ckpt-step", "0"]) == 0
+    assert main([*words, "--output", str(tmp_path / "latest")]) == 0
+    first, latest = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "latest"))
+    assert first == (flash / "model.safetensors").read_bytes()
+    assert latest != first
 
 
 def test_tokenizers_that_are_not_there(

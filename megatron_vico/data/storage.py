@@ -33,9 +33,12 @@ FIRST_WAIT_S = 2.0
 
 PERMANENT = (
     *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError),
-    # Of a wrong URL, a driver that is not there, or our own bugs.
+    # Nothing of the network: a URL that its driver cannot parse, options it does not take, a name it does not know, a
+    # driver that is not installed, an operation that fsspec's base class raises for where a driver has none. Waiting
+    # mends none of them, and a bug must not hide behind a minute of tries.
     *(ValueError, TypeError, AttributeError, LookupError, ImportError, NotImplementedError),
 )
+"""What is not tried again. All else is: when a server is away drivers raise errors of their own, many no OSError."""
 TRANSIENT_STATUS = (408, 425, 429)
 
 

@@ -150,20 +150,10 @@ def tile_images(
 def blank_tiles(
     images: Sequence[bytes], *, key: str, image_size: int, max_dynamic_patch: int, use_thumbnail: bool
 ) -> list[ByteArray]:
-    """As `tile_images`, but the tiles are blank: images are decoded, and nothing is resized. For counting.
-
-    Args:
-        images: encoded files.
-        key: the sample's name, for errors.
-        image_size: side S of a tile, in px.
-        max_dynamic_patch: most tiles of all images together, at least one each, thumbnails not counted.
-        use_thumbnail: see `tile`.
+    """`tile_images` with blank tiles, for counting: images are decoded, with its errors, and nothing is resized.
 
     Returns:
         One [N_i, 3, S, S] uint8 array per image, a view of a single number.
-
-    Raises:
-        SampleError: if an image cannot be decoded.
     """
     most = tiles_of_image(max_dynamic_patch, num_images=len(images))
     sizes = [decode_image(encoded, key=key, number=number).size for number, encoded in enumerate(images)]

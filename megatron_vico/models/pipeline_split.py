@@ -79,8 +79,8 @@ def _chunks_of_layout(layout: str, *, stages: int, num_layers: int) -> int:
     try:
         parsed = PipelineParallelLayerLayout(layout, stages)
         parsed.validate_layer_layout(num_layers=num_layers, mtp_num_layers=None)
-    # These are how megatron-core's reader of layout strings turns a bad one down; it has no error class of its own.
-    except (AssertionError, IndexError, NotImplementedError) as error:
+    # megatron-core has no error class for a bad string: it asserts, and runs into an IndexError on empty parts ("|").
+    except (AssertionError, IndexError) as error:
         raise ConfigError(
             f"--pipeline-model-parallel-layout {layout!r} does not lay {num_layers} layers out on {stages} pipeline "
             f"stages ({' '.join(str(error).split())}); write one part a stage (or chunk), in order, separated by |, "

@@ -46,7 +46,7 @@ def validate(cfg: RunConfig, world_size: int, *, check_files: bool = False) -> N
     _check_frozen(cfg, model)
     _check_lr_mult(cfg.stage)
     _check_data(cfg, model)
-    _check_cache(cfg.data)
+    _check_reading(cfg.data)
     check_layout(cfg, model=model, world_size=world_size)
     _check_recompute(cfg, model)
     _check_optimizer(cfg)
@@ -443,7 +443,11 @@ def _check_files(cfg: RunConfig) -> None:
                 raise ConfigError(f"{flag} {path}: no such file or folder (looked from {Path.cwd()}).")
 
 
-def _check_cache(data: DataOptions) -> None:
+def _check_reading(data: DataOptions) -> None:
+    if data.num_workers == 0 and data.prefetch_steps != DataOptions().prefetch_steps:
+        raise ConfigError(
+            f"--prefetch-steps {data.prefetch_steps} has no effect without workers; leave it out, or set --num-workers."
+        )
     if (data.data_cache_dir is None) != (data.data_cache_gb is None):
         raise ConfigError(
             f"--data-cache-dir {data.data_cache_dir} and --data-cache-gb {data.data_cache_gb} "

@@ -39,6 +39,7 @@ BAD = [
     (f"{M8} {PP} 4 {FIRST} 0", 4, (f"{FIRST} is less than 1",)),
     (f"{M8} {PP} 4 {FIRST} 8 {LAST} 8 {VPP} 2", 4, ("5 chunks", f"{FIRST} 8 cannot be cut into as many", "use 5.")),
     (f"{M8} {PP} 2 {LAYOUT} Et*36|L|L", 2, ("does not lay 36 layers out on 2 pipeline stages", "separated by |")),
+    (f"{M8} {PP} 2 {LAYOUT} |", 2, ("does not lay 36 layers out", "36 times t")),
     (f"{M8} {PP} 2 {LAYOUT} Et*30|t*5L", 2, ("does not lay 36 layers out", "36 times t")),
     (f"{M8} {PP} 2 {LAYOUT} Ex*36|L", 2, ("Invalid layer character: x",)),
     (f"{M8} {PP} 2 {LAYOUT} Et*9|t*9|t*9|t*9L {B} 3", 2, (f"groups of {PP} 2, and there are 3", f"{B} 2 or 4")),

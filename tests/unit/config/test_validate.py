@@ -59,6 +59,7 @@ GOOD = [
 ]
 
 BAD = [
+    ("--num-workers 0 --prefetch-steps 4", 1, "--prefetch-steps 4 has no effect without workers"),
     ("--data-cache-dir x", 1, "--data-cache-dir x and --data-cache-gb None belong together; set both"),
     (
         "--data-path a --data-cache-dir x --data-cache-gb 1",

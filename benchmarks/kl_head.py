@@ -1,18 +1,21 @@
 #!/usr/bin/env python3
-"""Time and peak memory of the fused KL head beside the textbook formula, and beside Liger's kernel where installed.
+"""Time and peak memory of the fused KL head beside the textbook formula, and beside Liger's kernel
+where installed.
 
     python benchmarks/kl_head.py --json runs/kl_head.json
     python benchmarks/kl_head.py --shapes 8192x4096x151936 32768x4096x151936 --dtype bf16
 
-One pass is the loss, the gradient of the policy's rows and that of its head: ours adds the latter to a float32
-`main_grad`, as training does, the others return it. Peak memory is what a pass allocates above its inputs; the
-gradients are part of it and have a column of their own. Ratios are to ours in the same run. "-" stands for what did not
-fit into memory or is not installed; more than `--skip-above` GB by estimate is not tried. On the CPU, time is CPU time
-of one core, so that other work on the machine does not count, and memory is counted from what torch allocates, without
-the scratch memory inside an operator.
+One pass is the loss, the gradient of the policy's rows and that of its head: ours adds the latter
+to a float32 `main_grad`, as training does, the others return it. Peak memory is what a pass
+allocates above its inputs; the gradients are part of it and have a column of their own. Ratios are
+to ours in the same run. "-" stands for what did not fit into memory or is not installed; more than
+`--skip-above` GB by estimate is not tried. On the CPU, time is CPU time of one core, so that other
+work on the machine does not count, and memory is counted from what torch allocates, without the
+scratch memory inside an operator.
 
-The textbook formula is the one that the tests compare with. Liger's `LigerFusedLinearJSD(jsd_beta=0)` is KL(teacher ||
-student) as a mean over rows; it needs a GPU. Neither it nor any GPU row has been run by the authors of this file.
+The textbook formula is the one that the tests compare with. Liger's
+`LigerFusedLinearJSD(jsd_beta=0)` is KL(teacher || student) as a mean over rows; it needs a GPU.
+Neither it nor any GPU row has been run by the authors of this file.
 """
 
 import argparse
@@ -28,7 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only this folder is on the path
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # run as a script, only this folder is on the path
 
 from megatron_vico.parallel.fused_head import VocabularyShard
 from megatron_vico.parallel.fused_kl import kl_loss
@@ -36,7 +41,12 @@ from tests.peak_bytes import PeakBytes
 from tests.unit.parallel.test_fused_kl import Heads, make_heads, naive_kl_loss
 
 CPU_SHAPES = ((256, 256, 32768), (1024, 256, 32768), (4096, 256, 32768))
-GPU_SHAPES = ((1024, 4096, 151936), (4096, 4096, 151936), (8192, 4096, 151936), (32768, 4096, 151936))
+GPU_SHAPES = (
+    (1024, 4096, 151936),
+    (4096, 4096, 151936),
+    (8192, 4096, 151936),
+    (32768, 4096, 151936),
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Shape = tuple[int, int, int]
 
@@ -70,11 +80,16 @@ def ours(heads: Heads, chunk_rows: int) -> Tensor:
 
 
 def liger(heads: Heads) -> Tensor:
-    """Liger's fused linear JSD at beta 0; a mean over rows, so it equals ours for row weights of 1 / rows."""
+    """Liger's fused linear JSD at beta 0; a mean over rows, so it equals ours for row weights of 1
+    / rows."""
     from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
     loss: Tensor = LigerFusedLinearJSD(jsd_beta=0.0)(
-        heads.policy_rows_RH, heads.policy_weight_VH, heads.reference_rows_RH, heads.reference_weight_VH, None
+        heads.policy_rows_RH,
+        heads.policy_weight_VH,
+        heads.reference_rows_RH,
+        heads.reference_weight_VH,
+        None,
     )
     return loss
 
@@ -123,9 +138,13 @@ def measure_shape(shape: Shape, options: argparse.Namespace) -> list[Measured]:
     heads = replace(heads, row_weight_R=torch.full((num_rows,), 1 / num_rows, device=device))
     weight: Any = torch.nn.Parameter(heads.policy_weight_VH.detach().clone())
     weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
-    rows_bytes, weight_bytes = (t.numel() * t.element_size() for t in (heads.policy_rows_RH, weight))
+    rows_bytes, weight_bytes = (
+        t.numel() * t.element_size() for t in (heads.policy_rows_RH, weight)
+    )
 
-    def row(name: str, step: Callable[[Heads], Tensor], inputs: Heads, *, note: str = "") -> Measured:
+    def row(
+        name: str, step: Callable[[Heads], Tensor], inputs: Heads, *, note: str = ""
+    ) -> Measured:
         time_s = peak = None
         if not note:
             try:
@@ -150,7 +169,12 @@ def measure_shape(shape: Shape, options: argparse.Namespace) -> list[Measured]:
     too_large = num_rows * vocab_size * 28 > options.skip_above * 1e9
     return [
         row("ours", lambda h: ours(h, options.chunk_rows), replace(heads, policy_weight_VH=weight)),
-        row("textbook", naive_kl_loss, heads, note=f"over {options.skip_above:g} GB by estimate" if too_large else ""),
+        row(
+            "textbook",
+            naive_kl_loss,
+            heads,
+            note=f"over {options.skip_above:g} GB by estimate" if too_large else "",
+        ),
         row("liger", liger, heads, note=why_no_liger(device)),
     ]
 
@@ -174,8 +198,8 @@ def print_rows(rows: Sequence[Measured]) -> None:
         assert first.peak_bytes is not None
         times, memory = row.time_s / first.time_s, row.peak_bytes / first.peak_bytes
         print(
-            f"{line} {row.time_s * 1e3:7.1f} ms {times:7.2f}x {row.peak_bytes / 1e6:7.0f} MB {memory:7.2f}x "
-            f"{row.gradient_bytes / 1e6:9.0f} MB"
+            f"{line} {row.time_s * 1e3:7.1f} ms {times:7.2f}x {row.peak_bytes / 1e6:7.0f} MB"
+            f" {memory:7.2f}x {row.gradient_bytes / 1e6:9.0f} MB"
         )
 
 
@@ -188,7 +212,9 @@ def parse_shape(text: str) -> Shape:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every shape, print a table, write JSON."""
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", type=parse_shape, nargs="+", metavar="ROWSxHIDDENxVOCAB")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if on_gpu else "cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), help="fp32 on the CPU, bf16 on a GPU")
@@ -201,8 +227,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     options.dtype = options.dtype or ("bf16" if gpu else "fp32")
     options.skip_above = options.skip_above or (75 if gpu else 8)
-    print(f"{'rows':>6} {'hidden':>6} {'vocab':>7} {'dtype':5} {'who':9} {'time':>10} {'to ours':>8} {'peak':>10} "
-          f"{'to ours':>8} {'gradients':>12}")  # fmt: skip
+    print(
+        f"{'rows':>6} {'hidden':>6} {'vocab':>7} {'dtype':5} {'who':9} {'time':>10} {'to ours':>8}"
+        f" {'peak':>10} {'to ours':>8} {'gradients':>12}"
+    )
     rows: list[Measured] = []
     for shape in options.shapes or (GPU_SHAPES if gpu else CPU_SHAPES):
         found = measure_shape(shape, options)

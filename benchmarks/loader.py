@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
-"""What the loader prepares per second and core, and how much of a training loop's time goes to waiting for it.
+"""What the loader prepares per second and core, and how much of a training loop's time goes to
+waiting for it.
 
     python benchmarks/loader.py --out runs/loader.json
 
-Two kinds of sample, made in a temporary folder. The demo's: a 64x64 px PNG, 4 tiles of 32 px, 4 questions and answers,
-packs of 32 samples. Full size: a 1344x896 px JPEG, 6 tiles of 448 px and the thumbnail, one question.
+Two kinds of sample, made in a temporary folder. The demo's: a 64x64 px PNG, 4 tiles of 32 px, 4
+questions and answers, packs of 32 samples. Full size: a 1344x896 px JPEG, 6 tiles of 448 px and the
+thumbnail, one question.
 
-The first table is of one process: CPU time, so that other work on the machine does not count. MB are those of encoded
-images. The second one trains the toy model (for full size with tiles of 448 px, of which each takes 1,024 patches)
-from a loader with workers: what a core's consistency step consumes, how many times as much a core's loader prepares,
-and the share of the loop's wall time in which the step waits for its batch, which other work on the machine raises.
+The first table is of one process: CPU time, so that other work on the machine does not count. MB
+are those of encoded images. The second one trains the toy model (for full size with tiles of 448
+px, of which each takes 1,024 patches) from a loader with workers: what a core's consistency step
+consumes, how many times as much a core's loader prepares, and the share of the loop's wall time in
+which the step waits for its batch, which other work on the machine raises.
 """
 
 import argparse
@@ -22,7 +25,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only this folder is on the path
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # run as a script, only this folder is on the path
 
 from megatron_vico.parallel import cpu_stand_in
 
@@ -64,7 +69,9 @@ class Case:
     def model(self) -> ModelConfig:
         """The toy with this kind's tiles."""
         toy = get_model_config("toy")
-        vision = dataclasses.replace(toy.vision, image_size=self.image_size, patch_size=self.patch_size)
+        vision = dataclasses.replace(
+            toy.vision, image_size=self.image_size, patch_size=self.patch_size
+        )
         return dataclasses.replace(toy, vision=vision)
 
 
@@ -159,11 +166,16 @@ def loader_of(case: Case, data: DataOptions, *, stage: Stage, tokenizer: Tokeniz
     return make_loader(data, encoder=encoder, builder=builder, global_batch_size=1)
 
 
-def measure(case: Case, *, stage: Stage, data: DataOptions, tokenizer: Tokenizer, num_samples: int) -> Measured:
-    """Take steps of one pack until `num_samples` samples were seen; the first step is not counted."""
+def measure(
+    case: Case, *, stage: Stage, data: DataOptions, tokenizer: Tokenizer, num_samples: int
+) -> Measured:
+    """Take steps of one pack until `num_samples` samples were seen; the first step is not
+    counted."""
     loader = loader_of(case, data, stage=stage, tokenizer=tokenizer)
     (folder,) = loader.plan.data.folders
-    image_bytes = [sum(size for _, size in folder.describe(i).members[1:]) for i in range(len(folder))]
+    image_bytes = [
+        sum(size for _, size in folder.describe(i).members[1:]) for i in range(len(folder))
+    ]
     steps = iter(loader)
     next(steps)
     seen, tiles, read, start = 0, 0, 0, time.process_time()
@@ -183,9 +195,16 @@ def measure(case: Case, *, stage: Stage, data: DataOptions, tokenizer: Tokenizer
 
 
 def feed(
-    case: Case, *, data: DataOptions, tokenizer: Tokenizer, num_workers: int, num_steps: int, groups: Groups
+    case: Case,
+    *,
+    data: DataOptions,
+    tokenizer: Tokenizer,
+    num_workers: int,
+    num_steps: int,
+    groups: Groups,
 ) -> Fed:
-    """Train the toy on steps of one pack from a loader with workers; the first step is not counted."""
+    """Train the toy on steps of one pack from a loader with workers; the first step is not
+    counted."""
     cfg = stage_config(parse(["--num-workers", str(num_workers)]), "consistency")
     run = build_run(cfg, case.model(), groups)
     data = dataclasses.replace(data, num_workers=num_workers, **case.training_pack)
@@ -217,7 +236,9 @@ def run_case(case: Case, options: argparse.Namespace, groups: Groups) -> tuple[l
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        tokenizer = load_tokenizer(train_sentencepiece(["What is in tile 1?"], model_prefix=folder / "tok"))
+        tokenizer = load_tokenizer(
+            train_sentencepiece(["What is in tile 1?"], model_prefix=folder / "tok")
+        )
         make_shards(
             write_samples(case, folder),
             image_root=folder,
@@ -229,11 +250,13 @@ def run_case(case: Case, options: argparse.Namespace, groups: Groups) -> tuple[l
         data = dataclasses.replace(case.data, data_path=(str(folder / "shards"),))
         num_samples = options.samples or 2 * case.num_samples
         for stage in STAGES:
-            row = measure(case, stage=stage, data=data, tokenizer=tokenizer, num_samples=num_samples)
+            row = measure(
+                case, stage=stage, data=data, tokenizer=tokenizer, num_samples=num_samples
+            )
             rows.append(row)
             print(
-                f"{row.name:10} {row.stage:12} {row.samples_per_s:8.0f} samples/s {row.tiles_per_s:8.0f} tiles/s "
-                f"{row.mb_per_s:8.2f} MB/s per core"
+                f"{row.name:10} {row.stage:12} {row.samples_per_s:8.0f} samples/s"
+                f" {row.tiles_per_s:8.0f} tiles/s {row.mb_per_s:8.2f} MB/s per core"
             )
         fed = feed(
             case,
@@ -245,19 +268,25 @@ def run_case(case: Case, options: argparse.Namespace, groups: Groups) -> tuple[l
         )
     prepared = next(row.samples_per_s for row in rows if row.stage == "consistency")
     print(
-        f"{fed.name:10} {fed.consumed_per_s:.1f} samples/s per core go through the toy's step; a core prepares "
-        f"{prepared / fed.consumed_per_s:.1f} times as many; {fed.num_workers} workers, {fed.num_steps} steps: "
-        f"{fed.lost_share:.2%} of the time lost to data"
+        f"{fed.name:10} {fed.consumed_per_s:.1f} samples/s per core go through the toy's step; a core"
+        f" prepares {prepared / fed.consumed_per_s:.1f} times as many;"
+        f" {fed.num_workers} workers, {fed.num_steps} steps: {fed.lost_share:.2%} of the time lost to data"
     )
     return rows, fed
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every stage for both kinds of sample, print tables, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--samples", type=int, help="samples to read for each row; unset, two epochs")
-    parser.add_argument("--steps", type=int, default=12, help="steps of the toy for each kind of sample")
+    parser.add_argument(
+        "--samples", type=int, help="samples to read for each row; unset, two epochs"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=12, help="steps of the toy for each kind of sample"
+    )
     parser.add_argument("--num-workers", type=int, default=1, help="workers that feed the toy")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -270,7 +299,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             fed.append(row)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        tables = {"prepared": [asdict(row) for row in prepared], "fed": [asdict(row) for row in fed]}
+        tables = {
+            "prepared": [asdict(row) for row in prepared],
+            "fed": [asdict(row) for row in fed],
+        }
         options.out.write_text(json.dumps(tables, indent=2) + "\n")
 
 

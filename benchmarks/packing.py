@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""How full packs are, how fast they are made, and how evenly a step's packs load the ranks; one core, indexes only.
+"""How full packs are, how fast they are made, and how evenly a step's packs load the ranks; one
+core, indexes only.
 
     python benchmarks/packing.py --json runs/packing.json
 
-The mixture: text only 25 %, one image of 1 to 13 tiles 60 %, several images or a video of 4 to 40 tiles 15 %; texts are
-of lognormal length (at most 8,192 tokens), 3,200 tokens in the mean; packs of 32,768 tokens and 96 tiles. Costs are
-those of a consistency step of the 8B, 4 packs a rank. Shorter texts show where the limit on tiles binds: once more than
-75 % of all tokens are visual, packs cannot be full of tokens. Longer ones show where balance ends: no rank can have
-less than the dearest pack and the cheapest others. Speed is by CPU time, order and packing together.
+The mixture: text only 25 %, one image of 1 to 13 tiles 60 %, several images or a video of 4 to 40
+tiles 15 %; texts are of lognormal length (at most 8,192 tokens), 3,200 tokens in the mean; packs of
+32,768 tokens and 96 tiles. Costs are those of a consistency step of the 8B, 4 packs a rank. Shorter
+texts show where the limit on tiles binds: once more than 75 % of all tokens are visual, packs
+cannot be full of tokens. Longer ones show where balance ends: no rank can have less than the
+dearest pack and the cheapest others. Speed is by CPU time, order and packing together.
 """
 
 import argparse
@@ -70,13 +72,18 @@ class Balance:
     """The dearest pack with the cheapest others."""
 
 
-def mixture_folder(num_samples: int, *, text: float = 1.0, longest: int = 8192, seed: int = 0) -> ShardFolder:
-    """The index of a folder that holds the mixture, its texts `text` times as long but at most `longest` tokens."""
+def mixture_folder(
+    num_samples: int, *, text: float = 1.0, longest: int = 8192, seed: int = 0
+) -> ShardFolder:
+    """The index of a folder that holds the mixture, its texts `text` times as long but at most
+    `longest` tokens."""
     random = np.random.default_rng(seed)
     kind = random.choice(len(KINDS), size=num_samples, p=[share for share, *_ in KINDS])
     fewest, most, mean = (np.array([each[i] for each in KINDS])[kind] for i in (1, 2, 3))
     tiles = random.integers(fewest, most + 1)
-    texts = np.minimum(text * mean * np.exp(random.normal(0.0, 1.0, num_samples) - 0.5), longest).astype(np.int64)
+    texts = np.minimum(
+        text * mean * np.exp(random.normal(0.0, 1.0, num_samples) - 0.5), longest
+    ).astype(np.int64)
     texts = np.clip(texts, 16, DataOptions().seq_length - TOKENS_PER_TILE * tiles)
     shards = [
         ShardIndex(
@@ -87,18 +94,34 @@ def mixture_folder(num_samples: int, *, text: float = 1.0, longest: int = 8192, 
             num_responses=texts[part] // 2,
             tiles_per_image=tiles[part],
         )
-        for part in np.split(np.arange(num_samples), range(SAMPLES_PER_SHARD, num_samples, SAMPLES_PER_SHARD))
+        for part in np.split(
+            np.arange(num_samples), range(SAMPLES_PER_SHARD, num_samples, SAMPLES_PER_SHARD)
+        )
     ]
-    files = [ShardFiles(name="", num_bytes=0, sha256="", num_samples=len(each), index_sha256="") for each in shards]
+    files = [
+        ShardFiles(name="", num_bytes=0, sha256="", num_samples=len(each), index_sha256="")
+        for each in shards
+    ]
     settings = EncodingSettings(image_size=448, max_dynamic_patch=12, use_thumbnail=True)
-    return ShardFolder(Path(), FolderIndex(tokenizer="", settings=settings, shards=tuple(files)), shards)
+    return ShardFolder(
+        Path(), FolderIndex(tokenizer="", settings=settings, shards=tuple(files)), shards
+    )
 
 
-def plan_of(folder: ShardFolder, *, window: int = DataOptions().packing_window, packs: int = 1) -> PackPlan:
+def plan_of(
+    folder: ShardFolder, *, window: int = DataOptions().packing_window, packs: int = 1
+) -> PackPlan:
     """Packs of the folder, `packs` a step, at the cost of the 8B."""
     options = DataOptions(packing_window=window)
     cost = pack_cost(get_model_config("internvl3_5-8b"), StageOptions(stage="consistency"))
-    return PackPlan([folder], options=options, tokens_kept=TOKENS_PER_TILE, seed=0, global_batch_size=packs, cost=cost)
+    return PackPlan(
+        [folder],
+        options=options,
+        tokens_kept=TOKENS_PER_TILE,
+        seed=0,
+        global_batch_size=packs,
+        cost=cost,
+    )
 
 
 def measure_packing(folder: ShardFolder, *, window: int = DataOptions().packing_window) -> Packed:
@@ -128,7 +151,9 @@ def measure_balance(*, num_samples: int, longest: int, dp_size: int, num_steps: 
     for step in itertools.islice(plan.steps(), num_steps):
         costs, mean = sorted(step.costs), sum(step.costs) / dp_size
         floor.append(max(1.0, (costs[-1] + sum(costs[: PACKS_PER_RANK - 1])) / mean))
-        dealt.append(imbalance(step.costs, [range(rank, num_packs, dp_size) for rank in range(dp_size)]))
+        dealt.append(
+            imbalance(step.costs, [range(rank, num_packs, dp_size) for rank in range(dp_size)])
+        )
         assigned.append(imbalance(step.costs, assign(step.costs, num_ranks=dp_size)))
     return Balance(
         longest_text=longest,
@@ -148,14 +173,23 @@ def imbalance(costs: Sequence[float], ranks: Iterable[Iterable[int]]) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print two tables, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--num-samples", type=int, default=200_000, help="samples of the mixture")
-    parser.add_argument("--num-steps", type=int, default=30, help="steps over which balance is averaged")
+    parser.add_argument(
+        "--num-steps", type=int, default=30, help="steps over which balance is averaged"
+    )
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args(arguments)
     print("text  window  visual    fill  possible  of tiles  packs/s  tokens/s")
     packed = []
-    for text, window in [*((1.0, window) for window in (64, 128, 256, 512, 1024)), (0.6, 512), (0.5, 512), (0.35, 512)]:
+    for text, window in [
+        *((1.0, window) for window in (64, 128, 256, 512, 1024)),
+        (0.6, 512),
+        (0.5, 512),
+        (0.35, 512),
+    ]:
         row = measure_packing(mixture_folder(options.num_samples, text=text), window=window)
         packed.append({"text": text, **asdict(row)})
         print(
@@ -166,16 +200,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     balanced = []
     for longest, dp_size in itertools.product((8192, 32768), (8, 64)):
         balance = measure_balance(
-            num_samples=options.num_samples, longest=longest, dp_size=dp_size, num_steps=options.num_steps
+            num_samples=options.num_samples,
+            longest=longest,
+            dp_size=dp_size,
+            num_steps=options.num_steps,
         )
         balanced.append(asdict(balance))
         print(
-            f"{longest:12,}  {dp_size:5}  {balance.dealt:5.3f}  {balance.assigned:8.3f}  {balance.worst:5.3f}"
-            f"  {balance.floor:5.3f}"
+            f"{longest:12,}  {dp_size:5}  {balance.dealt:5.3f}  {balance.assigned:8.3f} "
+            f" {balance.worst:5.3f}  {balance.floor:5.3f}"
         )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"packing": packed, "balance": balanced}, indent=2) + "\n")
+        options.json.write_text(
+            json.dumps({"packing": packed, "balance": balanced}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,21 +1,26 @@
 #!/usr/bin/env python3
-"""Time of one consistency step over one plain fine-tuning (SFT) step on the same packs, phase by phase.
+"""Time of one consistency step over one plain fine-tuning (SFT) step on the same packs, phase by
+phase.
 
     python benchmarks/step.py --json runs/step.json
     torchrun --nproc-per-node 2 benchmarks/step.py --tensor-model-parallel-size 2
-    torchrun --nproc-per-node 8 benchmarks/step.py --size internvl3_5-8b --pack-tokens 32768 --bf16 ...
+    torchrun --nproc-per-node 8 benchmarks/step.py --size internvl3_5-8b --pack-tokens 32768 --bf16
+    ...
 
-Flags that are not listed by --help are those of `vico train` (layout, --bf16, --attention, --kl-chunk-rows, ...).
+Flags that are not listed by --help are those of `vico train` (layout, --bf16, --attention,
+--kl-chunk-rows, ...).
 
-The SFT step is next-token cross-entropy on the uncompressed stream, with the same response rows, the same chunked head
-and the same frozen ViT; it trains connector_4x and the language model, the consistency step connector_16x as well.
-Both kinds of step run in turns on the same packs in one run: reading, packing and sending packs to ranks is left out,
-everything else of the trainer's step is in. A pack has 75 % visual tokens, four samples of unequal lengths and, of its
-text, half in answers.
+The SFT step is next-token cross-entropy on the uncompressed stream, with the same response rows,
+the same chunked head and the same frozen ViT; it trains connector_4x and the language model, the
+consistency step connector_16x as well. Both kinds of step run in turns on the same packs in one
+run: reading, packing and sending packs to ranks is left out, everything else of the trainer's step
+is in. A pack has 75 % visual tokens, four samples of unequal lengths and, of its text, half in
+answers.
 
-On the CPU "time" is CPU time, summed over ranks, so that other work on the machine does not count, and wall time is
-printed beside it. On a GPU it is the time of the slowest rank's stream; this was never run on a GPU. The ratio is the
-median over pairs of steps. Then what the reference pass allocates: what is left after it must be the response rows.
+On the CPU "time" is CPU time, summed over ranks, so that other work on the machine does not count,
+and wall time is printed beside it. On a GPU it is the time of the slowest rank's stream; this was
+never run on a GPU. The ratio is the median over pairs of steps. Then what the reference pass
+allocates: what is left after it must be the response rows.
 """
 
 import argparse
@@ -32,7 +37,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only this folder is on the path
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # run as a script, only this folder is on the path
 
 from megatron_vico.parallel import cpu_stand_in
 
@@ -60,7 +67,8 @@ from tests.synthetic_packs import PackShape, synthetic_pack  # noqa: E402
 from tests.unit.training.test_reference_memory import PassBytes, pass_bytes  # noqa: E402
 
 PHASES = ("encode", "reference pass", "policy pass", "encoder backward", "optimizer", "other")
-"""In the order of a step; `other` is index work on the CPU, zeroing gradients and what stands between phases."""
+"""In the order of a step; `other` is index work on the CPU, zeroing gradients and what stands
+between phases."""
 
 KINDS: dict[str, Stage] = {"sft": "pretrain", "vico": "consistency"}
 MEMORY_PACKS = (2, 8)
@@ -149,12 +157,15 @@ class Clock:
         )
         with ExitStack() as stack:
             for phase, owner, name in places:
-                stack.enter_context(mock.patch.object(owner, name, self.timed(phase, getattr(owner, name))))
+                stack.enter_context(
+                    mock.patch.object(owner, name, self.timed(phase, getattr(owner, name)))
+                )
             yield
 
 
 def benchmark_model(name: str) -> ModelConfig:
-    """A size of the registry, or the benchmark's own: 8 layers of 256, a ViT of 4 layers of 128, 64 tokens a tile."""
+    """A size of the registry, or the benchmark's own: 8 layers of 256, a ViT of 4 layers of 128, 64
+    tokens a tile."""
     if name != "benchmark":
         return get_model_config(name)
     toy = get_model_config("toy")
@@ -162,7 +173,12 @@ def benchmark_model(name: str) -> ModelConfig:
         toy,
         name=name,
         vision=dataclasses.replace(
-            toy.vision, hidden_size=128, num_layers=4, ffn_hidden_size=512, image_size=128, patch_size=8
+            toy.vision,
+            hidden_size=128,
+            num_layers=4,
+            ffn_hidden_size=512,
+            image_size=128,
+            patch_size=8,
         ),
         language=dataclasses.replace(
             toy.language,
@@ -178,7 +194,8 @@ def benchmark_model(name: str) -> ModelConfig:
 
 
 def build_run(cfg: RunConfig, model: ModelConfig, groups: Groups) -> setup.Run:
-    """What `training/setup.py` sets up, from fresh weights; the reference has those of the policy."""
+    """What `training/setup.py` sets up, from fresh weights; the reference has those of the
+    policy."""
     encoder, chunks = setup.build_modules(cfg, model, groups)
     policy = wrap(encoder, chunks, setup.policy_options(cfg, groups), groups=groups)
     optimizer = build_optimizer(
@@ -191,12 +208,16 @@ def build_run(cfg: RunConfig, model: ModelConfig, groups: Groups) -> setup.Run:
     )
     reference = None
     if needs_reference(cfg.stage):
-        frozen_encoder, frozen_chunks = setup.build_modules(setup.reference_config(cfg), model, groups)
+        frozen_encoder, frozen_chunks = setup.build_modules(
+            setup.reference_config(cfg), model, groups
+        )
         frozen: list[torch.nn.Module] = [frozen_encoder, *frozen_chunks]
         trained: list[torch.nn.Module] = [encoder, *chunks]
         for mine, theirs in zip(frozen, trained, strict=True):
             mine.load_state_dict(theirs.state_dict())
-        reference = setup.freeze_reference(frozen_encoder, frozen_chunks, policy, cfg=cfg, groups=groups)
+        reference = setup.freeze_reference(
+            frozen_encoder, frozen_chunks, policy, cfg=cfg, groups=groups
+        )
         assert reference.shares_vit == ("vit" not in policy.trained)
     policy.train_mode()
     return setup.Run(
@@ -214,7 +235,13 @@ def build_run(cfg: RunConfig, model: ModelConfig, groups: Groups) -> setup.Run:
 
 
 def make_batch(
-    options: argparse.Namespace, cfg: RunConfig, *, model: ModelConfig, stage: Stage, step: int, groups: Groups
+    options: argparse.Namespace,
+    cfg: RunConfig,
+    *,
+    model: ModelConfig,
+    stage: Stage,
+    step: int,
+    groups: Groups,
 ) -> StepBatch:
     """One step's packs of this replica; the two stages get the same ones for the same step."""
     packs = None
@@ -248,7 +275,10 @@ def time_step(run: setup.Run, batch: StepBatch) -> Timed:
     torch.cuda.synchronize()
     wall = time.perf_counter() - wall
     total = clock.between(start, end)
-    phases = [sum(clock.between(a, b) for name, a, b in clock.spans if name == phase) for phase in PHASES[:-1]]
+    phases = [
+        sum(clock.between(a, b) for name, a, b in clock.spans if name == phase)
+        for phase in PHASES[:-1]
+    ]
     phases.append(total - sum(phases))
     op = torch.distributed.ReduceOp
     figures = torch.tensor([total, *phases], dtype=torch.float64, device=run.groups.device)
@@ -256,18 +286,27 @@ def time_step(run: setup.Run, batch: StepBatch) -> Timed:
     walls = torch.tensor(wall, dtype=torch.float64, device=run.groups.device)
     torch.distributed.all_reduce(walls, op=op.MAX)
     time_s, *phases_s = figures.tolist()
-    return Timed(time_s=time_s, wall_s=float(walls), phases_s=dict(zip(PHASES, phases_s, strict=True)))
+    return Timed(
+        time_s=time_s, wall_s=float(walls), phases_s=dict(zip(PHASES, phases_s, strict=True))
+    )
 
 
 def reference_bytes(options: argparse.Namespace, run: setup.Run, num_packs: int) -> PassBytes:
-    """The most that a reference pass over some packs allocates on any rank; called by every rank."""
+    """The most that a reference pass over some packs allocates on any rank; called by every
+    rank."""
     assert run.reference is not None
     as_many = argparse.Namespace(**vars(options) | {"num_packs": num_packs})
-    batch = make_batch(as_many, run.cfg, model=run.model, stage="consistency", step=0, groups=run.groups)
+    batch = make_batch(
+        as_many, run.cfg, model=run.model, stage="consistency", step=0, groups=run.groups
+    )
     device = run.groups.device
-    inputs = [language_inputs(pack.reference, run.policy.stream_cut, device) for pack in batch.packs]
+    inputs = [
+        language_inputs(pack.reference, run.policy.stream_cut, device) for pack in batch.packs
+    ]
     with torch.no_grad():
-        features = consistency_step.tile_features(run.policy.encoder, batch, device, chunk_tiles=run.policy.chunk_tiles)
+        features = consistency_step.tile_features(
+            run.policy.encoder, batch, device, chunk_tiles=run.policy.chunk_tiles
+        )
     tokens = run.reference.visual_tokens(batch, features, run.groups)
     reference = run.reference
     mine = pass_bytes(lambda: reference.response_rows(inputs, tokens, groups=run.groups), device)
@@ -277,9 +316,13 @@ def reference_bytes(options: argparse.Namespace, run: setup.Run, num_packs: int)
     return PassBytes(rows=rows, kept=kept, peak=peak)
 
 
-def measure(options: argparse.Namespace, cfg: RunConfig, model: ModelConfig, groups: Groups) -> Measured:
+def measure(
+    options: argparse.Namespace, cfg: RunConfig, model: ModelConfig, groups: Groups
+) -> Measured:
     """Both kinds of step in turns, then the reference's memory; called by every rank."""
-    runs = {kind: build_run(stage_config(cfg, stage), model, groups) for kind, stage in KINDS.items()}
+    runs = {
+        kind: build_run(stage_config(cfg, stage), model, groups) for kind, stage in KINDS.items()
+    }
     steps: dict[str, list[Timed]] = {kind: [] for kind in KINDS}
     tokens: Counter[str] = Counter()
     for step in range(options.warmup + options.steps):
@@ -299,16 +342,30 @@ def measure(options: argparse.Namespace, cfg: RunConfig, model: ModelConfig, gro
         world_size=torch.distributed.get_world_size(),
         num_pairs=options.steps,
         packs_per_step=cfg.training.global_batch_size,
-        tokens_per_pack={name: count / (options.steps * options.num_packs) for name, count in tokens.items()},
-        ratios=[vico.time_s / sft.time_s for sft, vico in zip(steps["sft"], steps["vico"], strict=True)],
-        wall_ratios=[vico.wall_s / sft.wall_s for sft, vico in zip(steps["sft"], steps["vico"], strict=True)],
-        time_s={kind: statistics.median(each.time_s for each in timed) for kind, timed in steps.items()},
-        wall_s={kind: statistics.median(each.wall_s for each in timed) for kind, timed in steps.items()},
+        tokens_per_pack={
+            name: count / (options.steps * options.num_packs) for name, count in tokens.items()
+        },
+        ratios=[
+            vico.time_s / sft.time_s for sft, vico in zip(steps["sft"], steps["vico"], strict=True)
+        ],
+        wall_ratios=[
+            vico.wall_s / sft.wall_s for sft, vico in zip(steps["sft"], steps["vico"], strict=True)
+        ],
+        time_s={
+            kind: statistics.median(each.time_s for each in timed) for kind, timed in steps.items()
+        },
+        wall_s={
+            kind: statistics.median(each.wall_s for each in timed) for kind, timed in steps.items()
+        },
         phases_s={
-            kind: {phase: statistics.median(each.phases_s[phase] for each in timed) for phase in PHASES}
+            kind: {
+                phase: statistics.median(each.phases_s[phase] for each in timed) for phase in PHASES
+            }
             for kind, timed in steps.items()
         },
-        reference_bytes={number: reference_bytes(options, runs["vico"], number) for number in MEMORY_PACKS},
+        reference_bytes={
+            number: reference_bytes(options, runs["vico"], number) for number in MEMORY_PACKS
+        },
     )
 
 
@@ -322,9 +379,12 @@ def stage_config(cfg: RunConfig, stage: Stage) -> RunConfig:
 def print_table(found: Measured) -> None:
     """One line a phase, then the ratio and the memory."""
     tokens = ", ".join(f"{count:.0f} {name}" for name, count in found.tokens_per_pack.items())
-    kind = "of the slowest rank's stream" if found.device == "cuda" else "of the CPU, over all ranks"
+    kind = (
+        "of the slowest rank's stream" if found.device == "cuda" else "of the CPU, over all ranks"
+    )
     print(
-        f"{found.size} on {found.world_size} {found.device} ranks; {found.packs_per_step} packs a step of {tokens} each"
+        f"{found.size} on {found.world_size} {found.device} ranks; {found.packs_per_step} packs a"
+        f" step of {tokens} each"
     )
     print(f"time {kind}; medians of {found.num_pairs} pairs of steps")
     print(f"{'phase':17} {'SFT':>10} {'ViCO':>10}")
@@ -336,11 +396,15 @@ def print_table(found: Measured) -> None:
         ("step, wall time", found.wall_s, found.wall_ratios),
     ):
         line = f"{name:17} {times['sft'] * 1e3:7.1f} ms {times['vico'] * 1e3:7.1f} ms"
-        print(f"{line}   ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+        print(
+            f"{line}   ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to"
+            f" {max(ratios):.3f})"
+        )
     for number, each in found.reference_bytes.items():
         print(
-            f"reference pass over {number} packs: rows of {each.rows:,} bytes; beyond them {each.kept - each.rows:,} "
-            f"bytes are kept; the peak beyond them is {each.peak - each.rows:,} bytes"
+            f"reference pass over {number} packs: rows of {each.rows:,} bytes; beyond them"
+            f" {each.kept - each.rows:,} bytes are kept; the peak beyond them is"
+            f" {each.peak - each.rows:,} bytes"
         )
 
 
@@ -348,11 +412,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print a table, write JSON."""
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--size", default="benchmark", help="a model size of the registry, or this benchmark's own")
+    parser.add_argument(
+        "--size", default="benchmark", help="a model size of the registry, or this benchmark's own"
+    )
     parser.add_argument("--pack-tokens", type=int, default=2048, help="reference tokens of a pack")
-    parser.add_argument("--num-packs", type=int, default=4, help="packs of a step and data-parallel rank")
+    parser.add_argument(
+        "--num-packs", type=int, default=4, help="packs of a step and data-parallel rank"
+    )
     parser.add_argument("--steps", type=int, default=9, help="pairs of steps to take the median of")
     parser.add_argument("--warmup", type=int, default=1, help="pairs before them")
     parser.add_argument("--json", type=Path, help="JSON file to write")

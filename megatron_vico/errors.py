@@ -9,20 +9,23 @@ Cause = Literal["unreadable shard", "broken image", "bad text"]
 
 
 class ConfigError(ValueError):
-    """A flag, recipe or layout that cannot work; raised before any process group or memory is taken."""
+    """A flag, recipe or layout that cannot work; raised before any process group or memory is
+    taken."""
 
 
 class SampleError(ValueError):
     """A training or evaluation sample that cannot be used; names the sample's key."""
 
     def __init__(self, message: str, *, cause: Cause = "bad text") -> None:
-        """Args: cause: text unless another is named, since all but two checks of a sample are of its text."""
+        """Args: cause: text unless another is named, since all but two checks of a sample are of
+        its text."""
         super().__init__(message)
         self.cause: Cause = cause
 
 
 class WorkerError(RuntimeError):
-    """A worker process of the loader that died; says how many there are and what makes them smaller."""
+    """A worker process of the loader that died; says how many there are and what makes them
+    smaller."""
 
 
 class CheckpointError(RuntimeError):

@@ -1,4 +1,5 @@
-"""A model with optimizer and scheduler that steps on made-up gradients, for the tests of training checkpoints."""
+"""A model with optimizer and scheduler that steps on made-up gradients, for the tests of training
+checkpoints."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,7 +54,9 @@ class Training:
         self.optimizer.step()
         self.scheduler.step(increment=1)
 
-    def save(self, folder: Path, iteration: int, trainer_state: dict[str, Any] | None = None) -> Path:
+    def save(
+        self, folder: Path, iteration: int, trainer_state: dict[str, Any] | None = None
+    ) -> Path:
         """Write a checkpoint with everything in it."""
         return state.save_checkpoint(
             folder,
@@ -112,7 +115,9 @@ def make_training(
     torch.manual_seed(seed)
     model = get_model_config(size) if isinstance(size, str) else size
     bf16, sharded = dtype == "bf16", optimizer == "sharded"
-    encoder = build_vision_encoder(model, vision_transformer_config(model, bf16=bf16), pg_collection=groups.encoder)
+    encoder = build_vision_encoder(
+        model, vision_transformer_config(model, bf16=bf16), pg_collection=groups.encoder
+    )
     chunks = build_language_chunks(
         model,
         language_transformer_config(model, bf16=bf16, parallel=parallel),
@@ -141,14 +146,25 @@ def make_training(
                 chunk.requires_grad_(False)
             continue
         group = groups.encoder if name == "encoder" else groups.language
-        own = [DistributedDataParallel(chunk.config, ddp, chunk, pg_collection=group) for chunk in parts]
+        own = [
+            DistributedDataParallel(chunk.config, ddp, chunk, pg_collection=group)
+            for chunk in parts
+        ]
         for chunk in own:
             chunk.broadcast_params()
-        built = get_megatron_optimizer(options, own, use_gloo_process_groups=False, pg_collection=group)
+        built = get_megatron_optimizer(
+            options, own, use_gloo_process_groups=False, pg_collection=group
+        )
         chained += getattr(built, "chained_optimizers", [built])
         wrapped += own
     joined = ChainedOptimizer(chained)
-    return Training(size=model.name, modules=modules, wrapped=wrapped, optimizer=joined, scheduler=_scheduler(joined))
+    return Training(
+        size=model.name,
+        modules=modules,
+        wrapped=wrapped,
+        optimizer=joined,
+        scheduler=_scheduler(joined),
+    )
 
 
 def _scheduler(optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -1,4 +1,5 @@
-"""Fixtures shared by all tests: the CPU stand-in, a world of one process, a data set and a model to start from."""
+"""Fixtures shared by all tests: the CPU stand-in, a world of one process, a data set and a model to
+start from."""
 
 import os
 from pathlib import Path
@@ -11,20 +12,24 @@ from tests.training_runs import ToyData, make_toy_data, toy_config
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 cpu_stand_in.install()
-# No test is about time: on a busy machine an example may take longer than hypothesis allows by default.
+# No test is about time: on a busy machine an example may take longer than hypothesis allows by
+# default.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
 def single_process_groups() -> None:
-    """A gloo world of one, with megatron-core's groups and seeds, shared by the whole test session."""
+    """A gloo world of one, with megatron-core's groups and seeds, shared by the whole test
+    session."""
     import torch
     from megatron.core import parallel_state, tensor_parallel
 
     torch.set_num_threads(1)
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
         parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
 
@@ -36,7 +41,9 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> ToyData:
 
 
 @pytest.fixture(scope="session")
-def base_checkpoint(tmp_path_factory: pytest.TempPathFactory, toy_data: ToyData, single_process_groups: None) -> Path:
+def base_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, toy_data: ToyData, single_process_groups: None
+) -> Path:
     """A toy model that was pretrained for two steps, for the stages that start from one."""
     from megatron_vico.training.trainer import train
 

@@ -1,9 +1,11 @@
-"""Converts a made-up checkpoint of some gigabytes both ways, and measures each conversion's memory and speed.
+"""Converts a made-up checkpoint of some gigabytes both ways, and measures each conversion's memory
+and speed.
 
     python -m tests.large_conversion FOLDER GIGABYTES
 
-Each conversion is a process of its own, whose peak memory the kernel counts. The disk's own speed is that of copying
-the same files, each flushed to the disk as a conversion does, and nothing is in the page cache before either.
+Each conversion is a process of its own, whose peak memory the kernel counts. The disk's own speed
+is that of copying the same files, each flushed to the disk as a conversion does, and nothing is in
+the page cache before either.
 """
 
 import os
@@ -44,14 +46,16 @@ class Measured:
 
     @property
     def share_of_copy_speed(self) -> float:
-        """1 where converting takes as long as copying; starting Python and importing torch count as converting."""
+        """1 where converting takes as long as copying; starting Python and importing torch count as
+        converting."""
         return self.copy_seconds / self.seconds
 
     def __str__(self) -> str:
         speed, copied = (self.num_bytes / each / 1e6 for each in (self.seconds, self.copy_seconds))
         return (
-            f"{self.what}: {self.num_bytes / 1e9:.1f} GB, peak memory {self.peak_bytes / 1e9:.2f} GB, {speed:.0f} MB/s "
-            f"({self.share_of_copy_speed:.2f} of the {copied:.0f} MB/s of a copy)"
+            f"{self.what}: {self.num_bytes / 1e9:.1f} GB, peak memory {self.peak_bytes / 1e9:.2f}"
+            f" GB, {speed:.0f} MB/s ({self.share_of_copy_speed:.2f} of the {copied:.0f} MB/s of a"
+            " copy)"
         )
 
 
@@ -71,7 +75,8 @@ def measure(folder: Path, num_gb: float, *, num_attempts: int = 2) -> list[Measu
     found = []
     for source, target, layout in ((files, megatron, "megatron"), (megatron, back, "flash")):
         copies, conversions, peaks = [], [], []
-        # The best of several, taken in turns: a disk that others use is half as fast from one minute to the next.
+        # The best of several, taken in turns: a disk that others use is half as fast from one
+        # minute to the next.
         for _ in range(num_attempts):
             start = time.monotonic()
             _copied(source, folder / "copy")
@@ -99,7 +104,17 @@ def measure(folder: Path, num_gb: float, *, num_attempts: int = 2) -> list[Measu
 def _child(job: str, folder: Path, num_gb: float, *words: str) -> int:
     """Runs this file in another process; returns its peak memory in bytes."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.large_conversion", job, str(folder), str(num_gb), *words],
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "tests.large_conversion",
+            job,
+            str(folder),
+            str(num_gb),
+            *words,
+        ],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -128,13 +143,15 @@ def _in_child(job: str, folder: Path, num_gb: float, *words: str) -> None:
 
 
 def _large_model(num_gb: float) -> "ModelConfig":
-    """Layers like those of the 8B, as many as make the size; a small vision tower and vocabulary."""
+    """Layers like those of the 8B, as many as make the size; a small vision tower and
+    vocabulary."""
     from megatron_vico.models.registry import get_model_config
 
     language = replace(get_model_config("internvl3_5-8b").language, num_layers=1, vocab_size=1003)
     model = replace(get_model_config("toy-6b"), name="large", language=language)
     one, two = (
-        replace(model, language=replace(language, num_layers=count)).parameter_counts().total for count in (1, 2)
+        replace(model, language=replace(language, num_layers=count)).parameter_counts().total
+        for count in (1, 2)
     )
     num_layers = 1 + max(1, round((num_gb * 1e9 / 2 - one) / (two - one)))
     return replace(model, language=replace(language, num_layers=num_layers))
@@ -149,18 +166,25 @@ def _make(folder: Path, model: "ModelConfig") -> None:
     from megatron_vico.checkpoint.ranks import Ranks
     from megatron_vico.checkpoint.sources import Source
 
-    forms = {row.megatron: TensorForm(shape=row.shape, dtype=torch.bfloat16) for row in entries(model, layout="flash")}
+    forms = {
+        row.megatron: TensorForm(shape=row.shape, dtype=torch.bfloat16)
+        for row in entries(model, layout="flash")
+    }
 
     def read(name: str) -> torch.Tensor:
         # Any bits will do; those of tensors that could be mistaken for one another differ.
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        bits = torch.randint(-(2**15), 2**15, forms[name].shape, dtype=torch.int16, generator=generator)
+        bits = torch.randint(
+            -(2**15), 2**15, forms[name].shape, dtype=torch.int16, generator=generator
+        )
         return bits.view(torch.bfloat16)
 
     source = Source(model=model, where="made up", forms=forms, read=read)
     folder.mkdir()
     shards = shards_of(source, "flash", max_shard_bytes=SHARD_BYTES)
-    write_weights(folder, source, layout="flash", shards=shards, ranks=Ranks(), written=lambda num_bytes: None)
+    write_weights(
+        folder, source, layout="flash", shards=shards, ranks=Ranks(), written=lambda num_bytes: None
+    )
     write_companions(folder, model=model, layout="flash", dtype=torch.bfloat16, options=None)
 
 

@@ -30,9 +30,15 @@ class NoMemory(TorchFunctionMode):
 def build_without_memory(model: ModelConfig) -> tuple[VisionEncoder, LanguageModel]:
     """Both modules of a model; needs process groups of one."""
     with NoMemory():
-        encoder = build_vision_encoder(model, vision_transformer_config(model, perform_initialization=False))
-        language_model = build_language_model(
-            model, language_transformer_config(model, perform_initialization=False), attention="sdpa"
+        encoder = build_vision_encoder(
+            model, vision_transformer_config(model, perform_initialization=False)
         )
-    assert all(param.is_meta for module in (encoder, language_model) for param in module.parameters())
+        language_model = build_language_model(
+            model,
+            language_transformer_config(model, perform_initialization=False),
+            attention="sdpa",
+        )
+    assert all(
+        param.is_meta for module in (encoder, language_model) for param in module.parameters()
+    )
     return encoder, language_model

@@ -1,4 +1,5 @@
-"""Packs of random samples of given lengths: real plans and streams, without shards or a tokenizer."""
+"""Packs of random samples of given lengths: real plans and streams, without shards or a
+tokenizer."""
 
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ from megatron_vico.models.registry import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class PackShape:
-    """What the samples of a pack are like; each has one image and then text, of which the second half is the answer."""
+    """What the samples of a pack are like; each has one image and then text, of which the second
+    half is the answer."""
 
     tiles: tuple[int, ...]
     """Tiles of each sample."""
@@ -22,14 +24,18 @@ class PackShape:
     """Text tokens of each sample, at least 2."""
 
     @classmethod
-    def of_length(cls, num_tokens: int, *, model: ModelConfig, visual_share: float = 0.75) -> "PackShape":
+    def of_length(
+        cls, num_tokens: int, *, model: ModelConfig, visual_share: float = 0.75
+    ) -> "PackShape":
         """Four samples of unequal length that fill a pack of `num_tokens` reference tokens."""
         num_tiles = round(num_tokens * visual_share / model.visual_tokens_per_tile)
         num_text = num_tokens - num_tiles * model.visual_tokens_per_tile
         # 9 : 7 : 5 : 3 of the tiles and as much text in each.
         ends = [round(num_tiles * share / 24) for share in (0, 9, 16, 21, 24)]
         text_ends = [num_text * sample // 4 for sample in range(5)]
-        return cls(tiles=tuple(np.diff(ends).tolist()), text_lens=tuple(np.diff(text_ends).tolist()))
+        return cls(
+            tiles=tuple(np.diff(ends).tolist()), text_lens=tuple(np.diff(text_ends).tolist())
+        )
 
 
 def synthetic_pack(
@@ -62,7 +68,9 @@ def synthetic_pack(
     return builder.build(samples, pack=pack, samples_in_global_batch=samples_in_global_batch)
 
 
-def _sample(num_tiles: int, num_text: int, model: ModelConfig, random: np.random.Generator) -> EncodedSample:
+def _sample(
+    num_tiles: int, num_text: int, model: ModelConfig, random: np.random.Generator
+) -> EncodedSample:
     size = model.vision.image_size
     text = random.integers(model.image_token_id + 1, model.language.vocab_size, num_text)
     return EncodedSample(

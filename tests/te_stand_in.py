@@ -1,13 +1,16 @@
-"""TransformerEngine's names without TransformerEngine, which needs a GPU: what its spec saves, and loads.
+"""TransformerEngine's names without TransformerEngine, which needs a GPU: what its spec saves, and
+loads.
 
-Usage: te_stand_in.py FOLDER. It puts modules into the place of the package that have TransformerEngine's parameters and
-extra state (transformer_engine/pytorch: Linear, LayerNormLinear, GroupedLinear, RMSNorm; that of version 2) and compute
-nothing. megatron-core's TransformerEngine layers subclass them, so which keys a checkpoint gets is decided by
-megatron-core's own code: the layer spec, and every sharded_state_dict. It runs in a process of its own, for
-megatron-core asks once, when it is imported, whether the package is there.
+Usage: te_stand_in.py FOLDER. It puts modules into the place of the package that have
+TransformerEngine's parameters and extra state (transformer_engine/pytorch: Linear, LayerNormLinear,
+GroupedLinear, RMSNorm; that of version 2) and compute nothing. megatron-core's TransformerEngine
+layers subclass them, so which keys a checkpoint gets is decided by megatron-core's own code: the
+layer spec, and every sharded_state_dict. It runs in a process of its own, for megatron-core asks
+once, when it is imported, whether the package is there.
 
-For each of SIZES, FOLDER/SIZE is a checkpoint of the local spec. It is loaded into TransformerEngine's modules; these
-save it again as FOLDER/te-KIND; and FOLDER/keys.json gets the keys of each kind.
+For each of SIZES, FOLDER/SIZE is a checkpoint of the local spec. It is loaded into
+TransformerEngine's modules; these save it again as FOLDER/te-KIND; and FOLDER/keys.json gets the
+keys of each kind.
 """
 
 import importlib.abc
@@ -27,7 +30,8 @@ SIZES = {"dense": "toy", "moe": "toy-moe", "moe-grouped": "toy-moe"}
 
 
 class WithExtraState(nn.Module):
-    """As TransformerEngine's modules where FP8 is not in use: an empty tensor, and None is taken for nothing saved."""
+    """As TransformerEngine's modules where FP8 is not in use: an empty tensor, and None is taken
+    for nothing saved."""
 
     def get_extra_state(self) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8)
@@ -37,7 +41,9 @@ class WithExtraState(nn.Module):
 
 
 class Linear(WithExtraState):
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, **kwargs: Any
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         if bias:
@@ -45,7 +51,9 @@ class Linear(WithExtraState):
 
 
 class LayerNormLinear(Linear):
-    def __init__(self, in_features: int, *args: Any, normalization: str = "LayerNorm", **kwargs: Any) -> None:
+    def __init__(
+        self, in_features: int, *args: Any, normalization: str = "LayerNorm", **kwargs: Any
+    ) -> None:
         super().__init__(in_features, *args, **kwargs)
         self.layer_norm_weight = nn.Parameter(torch.empty(in_features))
         if normalization == "LayerNorm":
@@ -53,7 +61,9 @@ class LayerNormLinear(Linear):
 
 
 class GroupedLinear(WithExtraState):
-    def __init__(self, num_gemms: int, in_features: int, out_features: int, bias: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, num_gemms: int, in_features: int, out_features: int, bias: bool = True, **kwargs: Any
+    ) -> None:
         super().__init__()
         self.num_gemms, self.use_bias = num_gemms, bias
         self.fp8_meta: dict[str, Any] = {"fp8_checkpoint": False, "recipe": None}
@@ -118,11 +128,14 @@ def keys_of(state: dict[str, Any]) -> list[str]:
     parts = [part for part in nested_values(state) if not isinstance(part, ShardedTensorFactory)]
     factories = [part for part in nested_values(state) if isinstance(part, ShardedTensorFactory)]
     parts += [part for factory in factories for part in nested_values(factory.build())]
-    return sorted({f"{'weight' if isinstance(part, ShardedTensor) else 'extra'} {part.key}" for part in parts})
+    return sorted(
+        {f"{'weight' if isinstance(part, ShardedTensor) else 'extra'} {part.key}" for part in parts}
+    )
 
 
 def main(folder: Path) -> None:
-    """All kinds; imports stand here because each save starts a process that imports this file again."""
+    """All kinds; imports stand here because each save starts a process that imports this file
+    again."""
     sys.meta_path.insert(0, Finder())
     from megatron_vico.parallel import cpu_stand_in
 
@@ -145,13 +158,17 @@ def main(folder: Path) -> None:
                 moe_grouped_gemm=kind == "moe-grouped",
             )
             module = build.build_language_model(model, config, pg_collection=groups.language)
-            assert type(module.gpt.decoder.layers[0].self_attention.linear_qkv).__name__.startswith("TE")
+            assert type(module.gpt.decoder.layers[0].self_attention.linear_qkv).__name__.startswith(
+                "TE"
+            )
             # What sharded_state_dict is given in state.py.
             sharding = {"singleton_local_shards": False, "dp_cp_group": groups.language.dp_cp}
             keys[kind] = keys_of(module.sharded_state_dict(metadata=sharding))
             state.load_weights(folder / size, modules={"language_model": module}, model_size=size)
             metadata = state.CheckpointMetadata(model_size=size, stage="pretrain")
-            state.save_checkpoint(folder / f"te-{kind}", 0, modules={"language_model": module}, metadata=metadata)
+            state.save_checkpoint(
+                folder / f"te-{kind}", 0, modules={"language_model": module}, metadata=metadata
+            )
     (folder / "keys.json").write_text(json.dumps(keys))
 
 

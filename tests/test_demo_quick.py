@@ -32,14 +32,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def losses(run: Path, stage: str) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["loss"]
+        for line in (run / stage / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.mark.slow
 def test_the_table_has_its_rows_and_their_figures_fit_together(run: Path) -> None:
     rows = json.loads((run / "results.json").read_text())
     assert [row["row"] for row in rows] == list(ROWS)
-    assert all(set(row) == {"row", "score", "retention", "compressed_tiles", "visual_token_reduction"} for row in rows)
+    assert all(
+        set(row) == {"row", "score", "retention", "compressed_tiles", "visual_token_reduction"}
+        for row in rows
+    )
     table = {row["row"]: row for row in rows}
     assert table["vanilla"]["compressed_tiles"] == float(plan_none(4).float().mean())
     assert table["vanilla"]["retention"] == 1.0
@@ -58,7 +64,9 @@ def test_every_stage_learns_and_reports(run: Path) -> None:
         assert sum(found[-5:]) < 0.8 * sum(found[:5]), (stage, found)
     for stage in STAGES:
         assert (run / stage / "latest_checkpointed_iteration.txt").exists()
-        assert (run / stage / "config.yaml").exists() or list((run / stage).glob("iter_*/config.yaml"))
+        assert (run / stage / "config.yaml").exists() or list(
+            (run / stage).glob("iter_*/config.yaml")
+        )
         assert list((run / stage / "tensorboard").iterdir())
 
 
@@ -70,7 +78,11 @@ def test_the_export_has_router_and_second_connector(run: Path) -> None:
     for path in (run / "flash").glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             keys |= set(file.keys())
-    assert {"mlp2.7.weight", "gating.gate.1.weight", "pooling_before_gating.attn4.in_proj_weight"} <= keys
+    assert {
+        "mlp2.7.weight",
+        "gating.gate.1.weight",
+        "pooling_before_gating.attn4.in_proj_weight",
+    } <= keys
 
 
 @pytest.mark.slow

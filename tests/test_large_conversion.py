@@ -1,4 +1,5 @@
-"""A checkpoint of gigabytes converts both ways in bounded memory; `make test-large` does it with eight of them."""
+"""A checkpoint of gigabytes converts both ways in bounded memory; `make test-large` does it with
+eight of them."""
 
 import os
 from pathlib import Path
@@ -21,6 +22,6 @@ def test_memory_and_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         if NUM_GB >= 8:
             assert each.share_of_copy_speed > 0.5
         else:
-            # The bound above is more than all of it: what is held must be a few tensors of 0.2 GB, and the programs
-            # (0.6 GB).
+            # The bound above is more than all of it: what is held must be a few tensors of 0.2 GB,
+            # and the programs (0.6 GB).
             assert each.peak_bytes < 1_500_000_000

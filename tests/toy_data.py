@@ -1,4 +1,5 @@
-"""A data set of a few pictures and questions that the training tests share: text only, one image and two images.
+"""A data set of a few pictures and questions that the training tests share: text only, one image
+and two images.
 
 And videos whose frames show their number.
 """
@@ -13,7 +14,12 @@ from PIL import Image
 
 from megatron_vico.data.webdataset import ShardFolder
 
-COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 210), "grey": (128, 128, 128)}
+COLOURS = {
+    "red": (200, 30, 30),
+    "green": (30, 180, 40),
+    "blue": (40, 60, 210),
+    "grey": (128, 128, 128),
+}
 
 
 def write_conversations(
@@ -24,7 +30,8 @@ def write_conversations(
     images_per_sample: Sequence[int] = (1, 1, 2, 0),
     noisy: bool = False,
 ) -> Path:
-    """Images of stripes, with noise or without, and a JSONL file in the official chat format beside them: its path."""
+    """Images of stripes, with noise or without, and a JSONL file in the official chat format beside
+    them: its path."""
     rng, noise = random.Random(seed), np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -37,7 +44,9 @@ def write_conversations(
             pixels = np.full((size[1], size[0], 3), COLOURS[word], dtype=np.uint8)
             pixels[:: rng.randint(2, 6)] //= 2
             if noisy:
-                pixels = (pixels + noise.integers(0, 256, pixels.shape)).astype(np.uint8)  # modulo 256
+                pixels = (pixels + noise.integers(0, 256, pixels.shape)).astype(
+                    np.uint8
+                )  # modulo 256
             names.append(f"{index:03d}_{image}.png")
             words.append(word)
             Image.fromarray(pixels).save(folder / names[-1])
@@ -86,7 +95,11 @@ def write_video(path: Path, num_frames: int, *, codec: str = "mpeg4", rate: int 
 
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "rgb8" if codec == "gif" else "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = (
+            64,
+            48,
+            "rgb8" if codec == "gif" else "yuv420p",
+        )
         for number in range(num_frames):
             levels = np.repeat(np.array(divmod(number, 8), dtype=np.uint8) * FRAME_STEP, 32)
             pixels = np.broadcast_to(levels[None, :, None], (48, 64, 3)).copy()

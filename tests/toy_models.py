@@ -18,19 +18,26 @@ from megatron_vico.models.registry import ModelConfig
 from megatron_vico.parallel.streams import StreamCut, language_inputs
 
 
-def make_encoder(model: ModelConfig, *, seed: int = 0, drop_path_rate: float = 0.0) -> VisionEncoder:
+def make_encoder(
+    model: ModelConfig, *, seed: int = 0, drop_path_rate: float = 0.0
+) -> VisionEncoder:
     """An encoder whose every parameter is random."""
-    encoder = build_vision_encoder(model, vision_transformer_config(model, drop_path_rate=drop_path_rate))
+    encoder = build_vision_encoder(
+        model, vision_transformer_config(model, drop_path_rate=drop_path_rate)
+    )
     return randomise(encoder, seed=seed)
 
 
 def make_language_model(model: ModelConfig, *, seed: int = 1) -> LanguageModel:
     """A language model whose every parameter is random."""
-    return randomise(build_language_model(model, language_transformer_config(model), attention="sdpa"), seed=seed)
+    return randomise(
+        build_language_model(model, language_transformer_config(model), attention="sdpa"), seed=seed
+    )
 
 
 def randomise[M: nn.Module](module: M, *, seed: int) -> M:
-    """Give each parameter values of a size it has in a trained model, biases and norms too, so that none is a no-op."""
+    """Give each parameter values of a size it has in a trained model, biases and norms too, so that
+    none is a no-op."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, param in module.named_parameters():
@@ -48,7 +55,11 @@ def random_tiles(model: ModelConfig, num_tiles: int, *, seed: int = 0) -> Tensor
     """[N, 3, S, S] uint8."""
     size = model.vision.image_size
     return torch.randint(
-        0, 256, (num_tiles, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+        0,
+        256,
+        (num_tiles, 3, size, size),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(seed),
     )
 
 
@@ -68,6 +79,8 @@ def pack(
         visual_positions=torch.tensor(visual_positions, dtype=torch.int64),
         cu_seqlens=torch.tensor([0, *document_lens]).cumsum(0).int(),
         max_seqlen=max(document_lens),
-        response_rows=torch.tensor(range(num_tokens) if response_rows is None else response_rows, dtype=torch.int64),
+        response_rows=torch.tensor(
+            range(num_tokens) if response_rows is None else response_rows, dtype=torch.int64
+        ),
     )
     return language_inputs(stream, cut or StreamCut(), torch.device("cpu"))

@@ -1,4 +1,5 @@
-"""Tiny runs of the real trainer for tests: shared data set, configurations of the four stages, figures of a run."""
+"""Tiny runs of the real trainer for tests: shared data set, configurations of the four stages,
+figures of a run."""
 
 import dataclasses
 import importlib.util
@@ -31,7 +32,9 @@ def make_toy_data(folder: Path, *, num_samples: int = 48) -> ToyData:
     """Tokenizer and shards of `tests/toy_data.py`."""
     jsonl = write_conversations(folder / "raw", num_samples=num_samples)
     words = [f"{line} {index}\n" for index, line in enumerate(jsonl.read_text().splitlines())]
-    tokenizer_path = train_sentencepiece(words * 3, model_prefix=folder / "tokenizer", vocab_size=400)
+    tokenizer_path = train_sentencepiece(
+        words * 3, model_prefix=folder / "tokenizer", vocab_size=400
+    )
     return make_toy_shards(folder, jsonl, tokenizer_path)
 
 
@@ -69,8 +72,14 @@ def toy_config(data: ToyData, stage: str, **options: Any) -> RunConfig:
     for section in dataclasses.fields(RunConfig):
         value = getattr(config, section.name)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            mine = {field.name: fields.pop(field.name) for field in dataclasses.fields(value) if field.name in fields}
-            config = dataclasses.replace(config, **{section.name: dataclasses.replace(value, **mine)})
+            mine = {
+                field.name: fields.pop(field.name)
+                for field in dataclasses.fields(value)
+                if field.name in fields
+            }
+            config = dataclasses.replace(
+                config, **{section.name: dataclasses.replace(value, **mine)}
+            )
     assert not fields, f"no such options: {sorted(fields)}"
     return config
 
@@ -80,7 +89,9 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def weights_of(cfg: RunConfig, folder: Path, iteration: int | None = None) -> tuple["VisionEncoder", "LanguageModel"]:
+def weights_of(
+    cfg: RunConfig, folder: Path, iteration: int | None = None
+) -> tuple["VisionEncoder", "LanguageModel"]:
     """Encoder and language model of a toy run's checkpoint."""
     from megatron_vico.checkpoint import state
     from megatron_vico.models.registry import get_model_config
@@ -89,13 +100,17 @@ def weights_of(cfg: RunConfig, folder: Path, iteration: int | None = None) -> tu
 
     with started(cfg.parallel, seed=1, timeout_minutes=1) as groups:
         encoder, chunks = build_modules(cfg, get_model_config("toy"), groups)
-        state.load_weights(folder, modules=named_modules(encoder, chunks), model_size="toy", iteration=iteration)
+        state.load_weights(
+            folder, modules=named_modules(encoder, chunks), model_size="toy", iteration=iteration
+        )
     return encoder, chunks[0]
 
 
 def load_tool(name: str) -> ModuleType:
     """A script of tools/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "tools" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(
+        name, Path(__file__).parents[1] / "tools" / f"{name}.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Compares two runs step by step: losses and gradient norms of two metrics.jsonl files or golden JSON files.
+"""Compares two runs step by step: losses and gradient norms of two metrics.jsonl files or golden
+JSON files.
 
     python tools/compare_runs.py runs/a runs/b --rtol 1e-5
 
-A run is a folder with metrics.jsonl, a .jsonl file with one object a line, or a .json list of such objects. Exits with
-status 1 where a step differs by more than the tolerance or stands in one run only.
+A run is a folder with metrics.jsonl, a .jsonl file with one object a line, or a .json list of such
+objects. Exits with status 1 where a step differs by more than the tolerance or stands in one run
+only.
 """
 
 import argparse
@@ -36,7 +38,11 @@ def read_run(path: Path) -> dict[int, dict[str, float]]:
     """
     path = path / "metrics.jsonl" if path.is_dir() else path
     text = path.read_text()
-    rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+    rows = (
+        json.loads(text)
+        if path.suffix == ".json"
+        else [json.loads(line) for line in text.splitlines()]
+    )
     steps = {}
     for row in rows:
         if "valid_loss" in row:
@@ -50,7 +56,9 @@ def read_run(path: Path) -> dict[int, dict[str, float]]:
     return steps
 
 
-def compare(first: dict[int, dict[str, float]], second: dict[int, dict[str, float]]) -> list[Difference]:
+def compare(
+    first: dict[int, dict[str, float]], second: dict[int, dict[str, float]]
+) -> list[Difference]:
     """The largest relative difference of each field over the steps that both runs have."""
     shared = sorted(first.keys() & second.keys())
     return [
@@ -78,10 +86,14 @@ def _relative(x: float, y: float) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the comparison; 0 where both runs agree."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("first", type=Path)
     parser.add_argument("second", type=Path)
-    parser.add_argument("--rtol", type=float, default=1e-5, help="largest relative difference that counts as equal")
+    parser.add_argument(
+        "--rtol", type=float, default=1e-5, help="largest relative difference that counts as equal"
+    )
     args = parser.parse_args(argv)
     first, second = read_run(args.first), read_run(args.second)
     agree = True
@@ -94,8 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         ok = worst.relative <= args.rtol
         agree = agree and ok
         print(
-            f"{worst.field:10s} largest relative difference {worst.relative:.2e} at step {worst.iteration} "
-            f"({worst.first:.8g} against {worst.second:.8g}): {'ok' if ok else f'above {args.rtol:g}'}"
+            f"{worst.field:10s} largest relative difference {worst.relative:.2e} at step"
+            f" {worst.iteration} ({worst.first:.8g} against {worst.second:.8g}):"
+            f" {'ok' if ok else f'above {args.rtol:g}'}"
         )
     return 0 if agree else 1
 

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Draws which tiles of given images a trained router compresses, as in Figures 3-5 of the ViCO paper.
+"""Draws which tiles of given images a trained router compresses, as in Figures 3-5 of the ViCO
+paper.
 
 python tools/visualize_routing.py --load runs/demo/flash --output routing.png a.png b.jpg
-python tools/visualize_routing.py --load runs/demo/router --tokenizer-model runs/demo/tokenizer/demo.model \
+python tools/visualize_routing.py --load runs/demo/router --tokenizer-model
+runs/demo/tokenizer/demo.model \
     --output routing.png --max-dynamic-patch 4 --no-use-thumbnail runs/demo/data/test/00000*.png
 
 The thumbnail is routed too, but not drawn: it shows the whole image once more.
@@ -28,15 +30,36 @@ def main() -> int:
         Exit status: 0, or 2 after an error of the user's.
     """
     defaults = DataOptions()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("images", type=Path, nargs="+", help="image files")
-    parser.add_argument("--load", type=Path, required=True, help="a run's folder, or an exported flash folder")
+    parser.add_argument(
+        "--load", type=Path, required=True, help="a run's folder, or an exported flash folder"
+    )
     parser.add_argument("--output", type=Path, required=True, help="picture to write")
     parser.add_argument("--tokenizer-model", type=Path, help="unset, the one in --load")
-    parser.add_argument("--max-dynamic-patch", type=int, default=defaults.max_dynamic_patch, help="most tiles an image")
-    parser.add_argument("--use-thumbnail", action=argparse.BooleanOptionalAction, default=defaults.use_thumbnail)
-    parser.add_argument("--granularity", choices=("tile", "image"), default="tile", help="what the router decides on")
-    parser.add_argument("--rule", choices=("paper", "flash"), default="paper", help="p > 0.5, or the released models'")
+    parser.add_argument(
+        "--max-dynamic-patch",
+        type=int,
+        default=defaults.max_dynamic_patch,
+        help="most tiles an image",
+    )
+    parser.add_argument(
+        "--use-thumbnail", action=argparse.BooleanOptionalAction, default=defaults.use_thumbnail
+    )
+    parser.add_argument(
+        "--granularity",
+        choices=("tile", "image"),
+        default="tile",
+        help="what the router decides on",
+    )
+    parser.add_argument(
+        "--rule",
+        choices=("paper", "flash"),
+        default="paper",
+        help="p > 0.5, or the released models'",
+    )
     parser.add_argument("--tile-px", type=int, default=112, help="side of a tile in the picture")
     parser.add_argument("--columns", type=int, default=4, help="images in a row of the picture")
     cpu_stand_in.install()  # before megatron is imported, which the functions below do
@@ -76,7 +99,9 @@ def draw(options: argparse.Namespace, *, groups: "Groups") -> None:
         groups=groups,
         tokenizer=load_tokenizer(options.tokenizer_model or options.load),
         settings=EncodingSettings(
-            image_size=image_size, max_dynamic_patch=options.max_dynamic_patch, use_thumbnail=options.use_thumbnail
+            image_size=image_size,
+            max_dynamic_patch=options.max_dynamic_patch,
+            use_thumbnail=options.use_thumbnail,
         ),
         batch_size=8,
     )
@@ -86,11 +111,17 @@ def draw(options: argparse.Namespace, *, groups: "Groups") -> None:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise SampleError(f"{path}: {error.strerror}; give image files that can be read.") from error
+            raise SampleError(
+                f"{path}: {error.strerror}; give image files that can be read."
+            ) from error
         size = decode_image(content, key=str(path), number=0).size
-        grids.append(choose_grid(*size, image_size=image_size, max_dynamic_patch=options.max_dynamic_patch))
+        grids.append(
+            choose_grid(*size, image_size=image_size, max_dynamic_patch=options.max_dynamic_patch)
+        )
         turns = (Turn("human", "<image>"),)  # the router does not see the text
-        prompts.append(engine.prompt(ConversationSample(key=str(path), turns=turns, images=(content,))))
+        prompts.append(
+            engine.prompt(ConversationSample(key=str(path), turns=turns, images=(content,)))
+        )
     routed = engine.route(prompts, Routing(rule=options.rule, granularity=options.granularity))
     pictures = []
     for path, prompt, (columns, rows), (compressed_N, probability_N) in zip(

@@ -1,6 +1,7 @@
 """Evaluate the demo's models on its held-out images: the six rows of Table 3, and the pictures.
 
-Run: python examples/quickstart/evaluate.py --run runs/demo    (after the training stages and the export)
+Run: python examples/quickstart/evaluate.py --run runs/demo (after the training stages and the
+export)
 """
 
 import argparse
@@ -24,9 +25,12 @@ NUM_PICTURED = 12
 
 
 def main() -> None:
-    """Write results.json, details.json, table.txt and .md, routing.png and loss.png into the run's folder."""
+    """Write results.json, details.json, table.txt and .md, routing.png and loss.png into the run's
+    folder."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the demo's run")
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/demo"), help="folder of the demo's run"
+    )
     parser.add_argument("--split", choices=("val", "test"), default="test", help="which images")
     parser.add_argument("--seed", type=int, default=1234, help="of the random row")
     args = parser.parse_args()
@@ -61,7 +65,9 @@ def evaluate(run: Path, *, groups: "Groups", split: str, seed: int) -> None:
         get_model_config("toy"),
         groups=groups,
         tokenizer=load_tokenizer(run / "flash"),
-        settings=EncodingSettings(image_size=32, max_dynamic_patch=4, use_thumbnail=False, tile_tags="numbered"),
+        settings=EncodingSettings(
+            image_size=32, max_dynamic_patch=4, use_thumbnail=False, tile_tags="numbered"
+        ),
         batch_size=128,
     )
     folders: dict[Weights, str] = {
@@ -79,7 +85,10 @@ def evaluate(run: Path, *, groups: "Groups", split: str, seed: int) -> None:
     evaluations = run_ablations(engine_with, samples, seed=seed, max_new_tokens=MAX_NEW_TOKENS)
     rows = table_rows(evaluations)
     tables.write_json(details(evaluations), run / "details.json")
-    counts = f"{len(samples)} {split} images, {sum(evaluations[0].result.num_questions_by_kind.values())} questions"
+    counts = (
+        f"{len(samples)} {split} images,"
+        f" {sum(evaluations[0].result.num_questions_by_kind.values())} questions"
+    )
     text = f"{counts}\n\n{tables.as_text(rows)}\n"
     (run / "table.txt").write_text(text, encoding="utf-8")
     (run / "table.md").write_text(tables.as_markdown(rows) + "\n", encoding="utf-8")

@@ -1,8 +1,9 @@
-"""Make the demo's data: images of four tiles, conversations about them in the official chat format, tokenizer text.
+"""Make the demo's data: images of four tiles, conversations about them in the official chat format,
+tokenizer text.
 
-Each image is a 2x2 grid of tiles with one question per tile. How much of an image is dense text varies strongly from
-image to image (a U-shaped Beta), as it does between a page and a photo, so that choosing per tile can beat choosing
-per image. The same seed gives the same bytes.
+Each image is a 2x2 grid of tiles with one question per tile. How much of an image is dense text
+varies strongly from image to image (a U-shaped Beta), as it does between a page and a photo, so
+that choosing per tile can beat choosing per image. The same seed gives the same bytes.
 
 Run: python examples/quickstart/make_data.py --out runs/demo/data
 """
@@ -28,10 +29,21 @@ QUESTIONS = ("tile one?", "tile two?", "tile three?", "tile four?")
 # Share of each kind in a split's pool of tiles, and among the tiles of an image that are not dense.
 POOL_SHARES = {"dense": 0.38, "glyph": 0.30, "photo": 0.20, "chart": 0.07, "blank": 0.05}
 EASY_SHARES = {"glyph": 0.375, "photo": 0.40, "chart": 0.075, "blank": 0.15}
-# Beta(0.4, 0.8) has mean 1/3 and most of its mass at both ends: two images in five have no dense tile at all.
+# Beta(0.4, 0.8) has mean 1/3 and most of its mass at both ends: two images in five have no dense
+# tile at all.
 DENSE_BETA = (0.4, 0.8)
 
-DOCSTRING_MODULES = ("argparse", "collections", "csv", "datetime", "json", "logging", "random", "shutil", "textwrap")
+DOCSTRING_MODULES = (
+    "argparse",
+    "collections",
+    "csv",
+    "datetime",
+    "json",
+    "logging",
+    "random",
+    "shutil",
+    "textwrap",
+)
 MAX_TEXT_ROWS = 4000
 TEMPLATE_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
@@ -44,14 +56,21 @@ class Sizes:
     pool_tiles: dict[str, int]
 
 
-FULL = Sizes(images={"train": 20000, "val": 512, "test": 1536}, pool_tiles={"train": 60000, "val": 8000, "test": 8000})
-QUICK = Sizes(images={"train": 2000, "val": 64, "test": 96}, pool_tiles={"train": 6000, "val": 256, "test": 384})
+FULL = Sizes(
+    images={"train": 20000, "val": 512, "test": 1536},
+    pool_tiles={"train": 60000, "val": 8000, "test": 8000},
+)
+QUICK = Sizes(
+    images={"train": 2000, "val": 64, "test": 96},
+    pool_tiles={"train": 6000, "val": 256, "test": 384},
+)
 
 
 def make_split(
     split: str, *, num_images: int, num_pool_tiles: int, out_dir: Path, seed: int
 ) -> list[dict[str, object]]:
-    """Draw one split's tiles, put them together into images, and write the images and their conversations.
+    """Draw one split's tiles, put them together into images, and write the images and their
+    conversations.
 
     Args:
         split: train, val or test.
@@ -74,7 +93,8 @@ def make_split(
     for index in tqdm(range(num_images), desc=f"{split} images", mininterval=1.0):
         tiles = [pool[kind][rng.integers(len(pool[kind]))] for kind in image_composition(rng)]
         name = f"{split}/{index:06d}.png"
-        # Level 1: the files are read far more often than written, and noise does not compress anyway.
+        # Level 1: the files are read far more often than written, and noise does not compress
+        # anyway.
         image_of(tiles).save(out_dir / name, compress_level=1)
         rows.append(row_of(name, tiles=tiles))
     with open(out_dir / f"{split}.jsonl", "w", encoding="utf-8") as file:
@@ -83,7 +103,8 @@ def make_split(
 
 
 def image_composition(rng: np.random.Generator) -> list[str]:
-    """Kinds of the four tiles of one image: each dense with the image's own probability, else an easy kind.
+    """Kinds of the four tiles of one image: each dense with the image's own probability, else an
+    easy kind.
 
     Args:
         rng: the split's stream.
@@ -98,7 +119,8 @@ def image_composition(rng: np.random.Generator) -> list[str]:
 
 
 def image_of(tiles: list[Tile]) -> Image.Image:
-    """Put four tiles into a 2x2 grid, row by row, which the official tiling takes apart again exactly.
+    """Put four tiles into a 2x2 grid, row by row, which the official tiling takes apart again
+    exactly.
 
     Args:
         tiles: four tiles.
@@ -112,7 +134,8 @@ def image_of(tiles: list[Tile]) -> Image.Image:
 
 
 def row_of(name: str, *, tiles: list[Tile]) -> dict[str, object]:
-    """One line of the JSONL file, in the official chat format plus the questions' `kinds` and `metrics`.
+    """One line of the JSONL file, in the official chat format plus the questions' `kinds` and
+    `metrics`.
 
     Args:
         name: the image's path under the image root.
@@ -138,7 +161,8 @@ def row_of(name: str, *, tiles: list[Tile]) -> dict[str, object]:
 
 
 def tokenizer_text(rows: list[dict[str, object]]) -> Iterator[str]:
-    """Lines to train the tokenizer on: the conversations, and English that comes with Python and matplotlib.
+    """Lines to train the tokenizer on: the conversations, and English that comes with Python and
+    matplotlib.
 
     Args:
         rows: rows of the training split.
@@ -150,23 +174,40 @@ def tokenizer_text(rows: list[dict[str, object]]) -> Iterator[str]:
         turns = row["conversations"]
         assert isinstance(turns, list)
         for turn in turns:
-            # The template puts these names before each turn; text is cut into turns before it is tokenized.
+            # The template puts these names before each turn; text is cut into turns before it is
+            # tokenized.
             yield TEMPLATE_ROLES[turn["from"]]
             yield turn["value"].removeprefix("<image>\n")
     yield from (FONT_FOLDER / "LICENSE_DEJAVU").read_text(encoding="utf-8").splitlines()
     for name in DOCSTRING_MODULES:
         module = importlib.import_module(name)
-        members = [module, *(member for _, member in sorted(inspect.getmembers(module, callable), key=lambda m: m[0]))]
+        members = [
+            module,
+            *(
+                member
+                for _, member in sorted(inspect.getmembers(module, callable), key=lambda m: m[0])
+            ),
+        ]
         for member in members:
             yield from (inspect.getdoc(member) or "").splitlines()
 
 
 def main() -> None:
-    """Write all splits, the tokenizer's text, and a summary whose presence says that the folder is complete."""
+    """Write all splits, the tokenizer's text, and a summary whose presence says that the folder is
+    complete."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo/data"), help="folder to write to")
-    parser.add_argument("--seed", type=int, default=1234, help="another seed draws other tiles, not other photo cells")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the data: mechanics, not quality")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo/data"), help="folder to write to"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=1234,
+        help="another seed draws other tiles, not other photo cells",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a tenth of the data: mechanics, not quality"
+    )
     args = parser.parse_args()
     sizes = QUICK if args.quick else FULL
     summary: dict[str, object] = {"seed": args.seed, "images": sizes.images}
@@ -181,9 +222,14 @@ def main() -> None:
         kinds = Counter(str(kind) for row in rows for kind in row["kinds"])  # type: ignore[attr-defined]
         shares = {kind: round(count / kinds.total(), 4) for kind, count in sorted(kinds.items())}
         summary[f"{split}_tile_shares"] = shares
-        print(f"{split}: {len(rows)} images; tiles: " + ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
+        print(
+            f"{split}: {len(rows)} images; tiles: "
+            + ", ".join(f"{k} {v:.1%}" for k, v in shares.items())
+        )
         if split == "train":
-            (args.out / "text.txt").write_text("\n".join(tokenizer_text(rows)) + "\n", encoding="utf-8")
+            (args.out / "text.txt").write_text(
+                "\n".join(tokenizer_text(rows)) + "\n", encoding="utf-8"
+            )
     (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,8 +1,9 @@
-"""The whole method at toy size on the CPU: data, tokenizer, shards, five training stages, Flash export, evaluation.
+"""The whole method at toy size on the CPU: data, tokenizer, shards, five training stages, Flash
+export, evaluation.
 
 Run: python examples/quickstart/run.py            (make demo; at most 20 minutes on 2 cores)
-     python examples/quickstart/run.py --quick    (make demo-quick; 3 minutes, mechanics and not quality)
-     python examples/quickstart/run.py --resume   (go on where an interrupted run stopped)
+     python examples/quickstart/run.py --quick (make demo-quick; 3 minutes, mechanics and not
+     quality) python examples/quickstart/run.py --resume   (go on where an interrupted run stopped)
 
 Every step is a command that can be run by itself; the driver prints it.
 """
@@ -34,7 +35,8 @@ class Stage:
     """Stage whose checkpoint it starts from."""
 
     quick_iters: int
-    """Steps under --quick: enough for losses to fall and for the router to see that tiles differ."""
+    """Steps under --quick: enough for losses to fall and for the router to see that tiles
+    differ."""
 
     reference: str | None = None
     """Stage whose checkpoint is the frozen reference, where that is not `start`."""
@@ -56,7 +58,8 @@ class Step:
     name: str
     command: Sequence[str]
     outputs: tuple[str, ...]
-    """What it makes in the run's folder, besides its log; removed before a run that does not resume."""
+    """What it makes in the run's folder, besides its log; removed before a run that does not
+    resume."""
 
     shows: str
     """What a line of its output holds to be worth showing; all lines go to the log."""
@@ -78,11 +81,32 @@ def steps(run: Path, *, quick: bool, processes: int, seed: int) -> list[Step]:
         The steps.
     """
     tokenizer = run / "tokenizer" / "demo.model"
-    make_data = _command(HERE / "make_data.py", "--out", run / "data", "--seed", seed, *(["--quick"] if quick else []))
-    make_tokenizer = _command(HERE / "make_tokenizer.py", "--text", run / "data" / "text.txt", "--out", tokenizer)
-    make_shards = _command("-m", "megatron_vico", "shards", "make", "--jsonl", run / "data" / "train.jsonl")
-    make_shards += ["--out", f"{run / 'shards'}", "--tokenizer-model", f"{tokenizer}", "--model-size", "toy", *TILING]
-    export = _command("-m", "megatron_vico", "convert", "--input", run / "router", "--output", run / "flash")
+    make_data = _command(
+        HERE / "make_data.py",
+        "--out",
+        run / "data",
+        "--seed",
+        seed,
+        *(["--quick"] if quick else []),
+    )
+    make_tokenizer = _command(
+        HERE / "make_tokenizer.py", "--text", run / "data" / "text.txt", "--out", tokenizer
+    )
+    make_shards = _command(
+        "-m", "megatron_vico", "shards", "make", "--jsonl", run / "data" / "train.jsonl"
+    )
+    make_shards += [
+        "--out",
+        f"{run / 'shards'}",
+        "--tokenizer-model",
+        f"{tokenizer}",
+        "--model-size",
+        "toy",
+        *TILING,
+    ]
+    export = _command(
+        "-m", "megatron_vico", "convert", "--input", run / "router", "--output", run / "flash"
+    )
     export += [
         "--from",
         "megatron",
@@ -100,24 +124,45 @@ def steps(run: Path, *, quick: bool, processes: int, seed: int) -> list[Step]:
         Step(name="data", command=make_data, outputs=("data",), shows="images;"),
         Step(name="tokenizer", command=make_tokenizer, outputs=("tokenizer",), shows="pieces"),
         Step(name="shards", command=make_shards, outputs=("shards",), shows="samples in"),
-        *(_train(stage, run, quick=quick, processes=processes, seed=seed, tokenizer=tokenizer) for stage in STAGES),
+        *(
+            _train(stage, run, quick=quick, processes=processes, seed=seed, tokenizer=tokenizer)
+            for stage in STAGES
+        ),
         Step(name="export", command=export, outputs=("flash",), shows="flash"),
         Step(name="evaluation", command=evaluate, outputs=results, shows=" test images"),
     ]
 
 
-def _train(stage: Stage, run: Path, *, quick: bool, processes: int, seed: int, tokenizer: Path) -> Step:
+def _train(
+    stage: Stage, run: Path, *, quick: bool, processes: int, seed: int, tokenizer: Path
+) -> Step:
     command = _command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes)
     command += ["-m", "megatron_vico", "train", "--recipe", f"{HERE / 'recipes' / stage.name}.yaml"]
-    command += ["--seed", f"{seed}", "--data-path", f"{run / 'shards'}", "--tokenizer-model", f"{tokenizer}"]
+    command += [
+        "--seed",
+        f"{seed}",
+        "--data-path",
+        f"{run / 'shards'}",
+        "--tokenizer-model",
+        f"{tokenizer}",
+    ]
     command += ["--save", f"{run / stage.name}", "--load", f"{run / stage.name}"]
     if stage.start is not None:
         command += ["--pretrained-checkpoint", f"{run / stage.start}"]
     if stage.reference is not None:
         command += ["--reference-load", f"{run / stage.reference}"]
     if quick:
-        command += ["--train-iters", f"{stage.quick_iters}", "--lr-warmup-iters", "5", "--log-interval", "10"]
-    return Step(name=stage.name, command=command, outputs=(stage.name,), shows="] iteration ", goes_on=True)
+        command += [
+            "--train-iters",
+            f"{stage.quick_iters}",
+            "--lr-warmup-iters",
+            "5",
+            "--log-interval",
+            "10",
+        ]
+    return Step(
+        name=stage.name, command=command, outputs=(stage.name,), shows="] iteration ", goes_on=True
+    )
 
 
 def _command(*words: object) -> list[str]:
@@ -131,11 +176,21 @@ def main() -> int:
         Exit status: that of the step that failed, or 0.
     """
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the data and few steps: mechanics only")
-    parser.add_argument("--resume", action="store_true", help="keep what an interrupted run has finished")
-    parser.add_argument("--out", type=Path, help="folder to write to; unset, runs/demo or runs/demo-quick")
-    parser.add_argument("--processes", type=int, default=2, help="training processes; losses do not depend on it")
-    parser.add_argument("--seed", type=int, default=1234, help="of data, initialisation, order and plans")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tenth of the data and few steps: mechanics only"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what an interrupted run has finished"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder to write to; unset, runs/demo or runs/demo-quick"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=2, help="training processes; losses do not depend on it"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1234, help="of data, initialisation, order and plans"
+    )
     args = parser.parse_args()
     run = (args.out or ROOT / "runs" / ("demo-quick" if args.quick else "demo")).resolve()
     all_steps = steps(run, quick=args.quick, processes=args.processes, seed=args.seed)
@@ -156,20 +211,27 @@ def main() -> int:
         began = time.perf_counter()
         status = execute(step, run)
         if status:
-            print(f"\nstep {step.name!r} failed with status {status}; its log: {run / 'logs' / step.name}.log")
+            print(
+                f"\nstep {step.name!r} failed with status {status}; its log:"
+                f" {run / 'logs' / step.name}.log"
+            )
             words = [word for word in sys.argv if word != "--resume"]
             print(f"Mend the cause and go on with: python {shlex.join(words)} --resume", flush=True)
             return status
         _done_mark(step, run).touch()
         times.append((step.name, time.perf_counter() - began))
-        print(f"{step.name}: {times[-1][1]:.0f} s, {time.perf_counter() - started:.0f} s in all", flush=True)
+        print(
+            f"{step.name}: {times[-1][1]:.0f} s, {time.perf_counter() - started:.0f} s in all",
+            flush=True,
+        )
     print("\n" + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in times))
     _report(run)
     return 0
 
 
 def execute(step: Step, run: Path) -> int:
-    """Run one step's command; its output goes to its log, and what is worth showing to the terminal.
+    """Run one step's command; its output goes to its log, and what is worth showing to the
+    terminal.
 
     Args:
         step: what to run.
@@ -178,18 +240,32 @@ def execute(step: Step, run: Path) -> int:
     Returns:
         The command's exit status.
     """
-    # No GPU: the demo is the same on every machine. One thread a process: two would fight over the two cores.
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # No GPU: the demo is the same on every machine. One thread a process: two would fight over the
+    # two cores.
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     tail: list[str] = []
     full_bar = ""
     with open(run / "logs" / f"{step.name}.log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(
-            step.command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            step.command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         assert process.stdout is not None
-        # newline="": a progress bar's carriage return ends a line too, and is told from a line feed.
-        for line in io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline=""):
+        # newline="": a progress bar's carriage return ends a line too, and is told from a line
+        # feed.
+        for line in io.TextIOWrapper(
+            process.stdout, encoding="utf-8", errors="replace", newline=""
+        ):
             text = line.strip()
             title, bar, _ = text.partition("%|")
             if bar and sys.stdout.isatty():

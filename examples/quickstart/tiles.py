@@ -1,8 +1,10 @@
-"""Tiles of the demo's images: dense digits, one glyph, a crop of a real photo, a bar chart, a blank.
+"""Tiles of the demo's images: dense digits, one glyph, a crop of a real photo, a bar chart, a
+blank.
 
-A tile is 32 px square. The toy's vision tower cuts it into 16 patches, which become 4 visual tokens, or 1 when the
-tile is compressed. Four digits fill a tile so that each uncompressed token sees one of them, and one compressed token
-would have to carry all four; every other kind fits into one token. That is what the router has to find out.
+A tile is 32 px square. The toy's vision tower cuts it into 16 patches, which become 4 visual
+tokens, or 1 when the tile is compressed. Four digits fill a tile so that each uncompressed token
+sees one of them, and one compressed token would have to carry all four; every other kind fits into
+one token. That is what the router has to find out.
 """
 
 from dataclasses import dataclass
@@ -20,7 +22,8 @@ SPLITS = ("train", "val", "test")
 KINDS = ("dense", "glyph", "photo", "chart", "blank")
 
 FONT_FOLDER = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-# Faces whose digits a person still tells apart at 14 px; the slanted ones are used for the big glyphs only.
+# Faces whose digits a person still tells apart at 14 px; the slanted ones are used for the big
+# glyphs only.
 DENSE_FACES = (
     "DejaVuSans",
     "DejaVuSans-Bold",
@@ -30,7 +33,12 @@ DENSE_FACES = (
     "DejaVuSerif-Bold",
     "DejaVuSans-Oblique",
 )
-GLYPH_FACES = (*DENSE_FACES, "DejaVuSans-BoldOblique", "DejaVuSerif-Italic", "DejaVuSansMono-Oblique")
+GLYPH_FACES = (
+    *DENSE_FACES,
+    "DejaVuSans-BoldOblique",
+    "DejaVuSerif-Italic",
+    "DejaVuSansMono-Oblique",
+)
 DENSE_FONT_PX = 14
 GLYPH_FONT_PX = 24
 
@@ -64,11 +72,12 @@ class Tile:
 
 
 def photo_cells() -> dict[str, dict[str, list[Pixels]]]:
-    """Cut every photo into 48-px cells and give each cell to one split, so that no two splits share a pixel.
+    """Cut every photo into 48-px cells and give each cell to one split, so that no two splits share
+    a pixel.
 
-    The assignment does not depend on the demo's seed: held-out cells stay held out whatever the seed. Cells with
-    hardly any contrast (night sky, blank paper, the black around the retina) are left out, since nothing in them
-    tells one photo from another, or from a blank tile.
+    The assignment does not depend on the demo's seed: held-out cells stay held out whatever the
+    seed. Cells with hardly any contrast (night sky, blank paper, the black around the retina) are
+    left out, since nothing in them tells one photo from another, or from a blank tile.
 
     Returns:
         split -> photo class -> cells, each [48, 48, 3] uint8.
@@ -92,9 +101,12 @@ def photo_cells() -> dict[str, dict[str, list[Pixels]]]:
 def _cut(path: Path, *, shrink: bool) -> list[Pixels]:
     image = Image.open(path).convert("RGB")
     if shrink:
-        # At 240 px a 32-px crop still shows something of the object; page scans keep their size, else text is mush.
+        # At 240 px a 32-px crop still shows something of the object; page scans keep their size,
+        # else text is mush.
         scale = PHOTO_SIDE_PX / min(image.size)
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+        image = image.resize(
+            (round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS
+        )
     pixels = np.asarray(image)
     corners = [
         (y, x)
@@ -189,7 +201,9 @@ class TileMaker:
         for i in range(num_bars):
             left = 2 + i * slot + slot * 0.2
             top = self._rng.uniform(4, 20)
-            pen.rectangle((left, top, left + slot * 0.6, TILE_SIZE - 3), fill=(ink[0], ink[1], ink[2]))
+            pen.rectangle(
+                (left, top, left + slot * 0.6, TILE_SIZE - 3), fill=(ink[0], ink[1], ink[2])
+            )
         return np.asarray(canvas), f"{num_bars} bars"
 
     def _blank(self) -> tuple[Pixels, str]:
@@ -197,10 +211,14 @@ class TileMaker:
         if self._rng.random() < 0.5:
             bottom = top
         ramp = np.linspace(0, 1, TILE_SIZE)[:, None, None]
-        pixels = top * (1 - ramp) + bottom * ramp + self._rng.normal(0, 4, (TILE_SIZE, TILE_SIZE, 3))
+        pixels = (
+            top * (1 - ramp) + bottom * ramp + self._rng.normal(0, 4, (TILE_SIZE, TILE_SIZE, 3))
+        )
         return np.clip(pixels, 0, 255).astype(np.uint8), "blank"
 
 
 def _font(face: str, *, size: int) -> ImageFont.FreeTypeFont:
     # The basic layout engine gives the same pixels whether or not libraqm is installed.
-    return ImageFont.truetype(FONT_FOLDER / f"{face}.ttf", size, layout_engine=ImageFont.Layout.BASIC)
+    return ImageFont.truetype(
+        FONT_FOLDER / f"{face}.ttf", size, layout_engine=ImageFont.Layout.BASIC
+    )

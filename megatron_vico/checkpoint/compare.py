@@ -1,6 +1,8 @@
-"""How two checkpoints differ, tensor by tensor under the mapping table's names, whatever the forms of the two.
+"""How two checkpoints differ, tensor by tensor under the mapping table's names, whatever the forms
+of the two.
 
-One pair of tensors is in memory at a time. Optimizers are not compared, nor the rows that pad a vocabulary.
+One pair of tensors is in memory at a time. Optimizers are not compared, nor the rows that pad a
+vocabulary.
 """
 
 import functools
@@ -15,10 +17,13 @@ from torch import Tensor
 from megatron_vico.checkpoint.inspect import Checkpoint, Weight, matching
 from megatron_vico.errors import CheckpointError
 
-Kind = Literal["values differ", "dtype differs", "shape differs", "only in the first", "only in the second"]
+Kind = Literal[
+    "values differ", "dtype differs", "shape differs", "only in the first", "only in the second"
+]
 
 _BLOCK = 1 << 22
-"""Numbers whose difference is taken at once: their float64 copies take 100 MB, whatever the tensor's size."""
+"""Numbers whose difference is taken at once: their float64 copies take 100 MB, whatever the
+tensor's size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +94,9 @@ def bytes_to_compare(first: Checkpoint, second: Checkpoint, *, match: str | None
 
 
 def _difference(name: str, first: Weight | None, second: Weight | None) -> Difference | None:
-    differing = functools.partial(Difference, name=name, first=_described(first), second=_described(second))
+    differing = functools.partial(
+        Difference, name=name, first=_described(first), second=_described(second)
+    )
     if first is None:
         return differing(kind="only in the second")
     if second is None:
@@ -102,7 +109,9 @@ def _difference(name: str, first: Weight | None, second: Weight | None) -> Diffe
         return None
     largest, relative = _distance(one, other)
     return differing(
-        kind="values differ" if same_format else "dtype differs", max_difference=largest, relative_norm=relative
+        kind="values differ" if same_format else "dtype differs",
+        max_difference=largest,
+        relative_norm=relative,
     )
 
 
@@ -119,9 +128,12 @@ def _same_bits(first: Tensor, second: Tensor) -> bool:
 
 
 def _distance(first: Tensor, second: Tensor) -> tuple[float, float]:
-    """(largest |second - first|, norm of second - first over that of first), NaN where either has one."""
+    """(largest |second - first|, norm of second - first over that of first), NaN where either has
+    one."""
     largest, squares, reference = 0.0, 0.0, 0.0
-    for one, other in zip(first.flatten().split(_BLOCK), second.flatten().split(_BLOCK), strict=True):
+    for one, other in zip(
+        first.flatten().split(_BLOCK), second.flatten().split(_BLOCK), strict=True
+    ):
         start = one.double()
         change = other.double() - start
         top = float(change.abs().max())

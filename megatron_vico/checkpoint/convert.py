@@ -1,7 +1,9 @@
-"""Checkpoints from one form to another, a tensor at a time; and models in memory in and out of Hugging Face's form.
+"""Checkpoints from one form to another, a tensor at a time; and models in memory in and out of
+Hugging Face's form.
 
-A conversion holds one tensor and what is made of it, whatever the model's size. Processes that torchrun has started
-share it. Its output has another name until it is whole; a conversion that was interrupted starts over.
+A conversion holds one tensor and what is made of it, whatever the model's size. Processes that
+torchrun has started share it. Its output has another name until it is whole; a conversion that was
+interrupted starts over.
 """
 
 import shutil
@@ -19,7 +21,12 @@ from tqdm import tqdm
 from megatron_vico.checkpoint import hf_io, state
 from megatron_vico.checkpoint.dcp_writer import check_formats, sizes_of, write_dcp
 from megatron_vico.checkpoint.hf_config import ExportOptions
-from megatron_vico.checkpoint.hf_export import carry_companions, shards_of, write_companions, write_weights
+from megatron_vico.checkpoint.hf_export import (
+    carry_companions,
+    shards_of,
+    write_companions,
+    write_weights,
+)
 from megatron_vico.checkpoint.initial import CONNECTOR_16X_AND_VIR
 from megatron_vico.checkpoint.internvl_mapping import Entry, Layout, entries
 from megatron_vico.checkpoint.mappings import PaddedVocabulary
@@ -73,10 +80,12 @@ class ConversionOptions:
     """Of connector_16x and ViR where the input has none; see checkpoint/initial.py."""
 
     tensor_parallel_size: int = 1
-    """Pads the vocabulary of a Megatron output, as a model of this tensor-parallel size has it; others load it too."""
+    """Pads the vocabulary of a Megatron output, as a model of this tensor-parallel size has it;
+    others load it too."""
 
     max_shard_bytes: int = hf_io.MAX_SHARD_BYTES
-    """Size above which a new file begins, in either form; processes share a Hugging Face output file by file."""
+    """Size above which a new file begins, in either form; processes share a Hugging Face output
+    file by file."""
 
     verify: Literal["no", "bits"] = "no"
     """Whether the output is read back and compared with the input, every bit of every tensor."""
@@ -92,14 +101,15 @@ def convert(
     layout: Layout | Literal["megatron"],
     options: ConversionOptions | None = None,
 ) -> Path:
-    """Convert a checkpoint between Megatron's form and Hugging Face's, or between two layouts of the latter.
+    """Convert a checkpoint between Megatron's form and Hugging Face's, or between two layouts of
+    the latter.
 
     Called by every process that torchrun started; torch.distributed need not run yet.
 
     Args:
-        source: a run's folder (megatron-core's form) or a Hugging Face folder; which one is found from its files. Or a
-            source, such as of two folders joined. What it lacks of connectors and ViR gets initial values on the way
-            to Megatron's form.
+        source: a run's folder (megatron-core's form) or a Hugging Face folder; which one is found
+            from its files. Or a source, such as of two folders joined. What it lacks of connectors
+            and ViR gets initial values on the way to Megatron's form.
         output: where to; must not exist, or be empty.
         layout: of the output.
         options: unset, the defaults.
@@ -108,22 +118,27 @@ def convert(
         The output folder.
 
     Raises:
-        CheckpointError: on all processes, if the source is broken, of another size, or has no tensors for parts of the
-            output's layout; if the output cannot be written, or differs from the input.
+        CheckpointError: on all processes, if the source is broken, of another size, or has no
+            tensors for parts of the output's layout; if the output cannot be written, or differs
+            from the input.
     """
     output, chosen = Path(output), options or ConversionOptions()
     if not isinstance(source, Source):
         _refuse_overlap(Path(source).resolve(), output.resolve())
     _refuse_without_effect(layout, chosen)
     # Before the weights: a wrong path is not to be found out hours later.
-    tokenizer = load_tokenizer(chosen.tokenizer_model) if chosen.tokenizer_model is not None else None
+    tokenizer = (
+        load_tokenizer(chosen.tokenizer_model) if chosen.tokenizer_model is not None else None
+    )
     with launched() as ranks:
         opened = ranks.agree(lambda: _opened(source, layout, chosen))
         with hf_io.new_folder(output, ranks=ranks) as folder:
             if layout == "megatron":
                 _write_megatron(folder, opened, tokenizer=tokenizer, options=chosen, ranks=ranks)
             else:
-                _write_hf(folder, opened, layout=layout, tokenizer=tokenizer, options=chosen, ranks=ranks)
+                _write_hf(
+                    folder, opened, layout=layout, tokenizer=tokenizer, options=chosen, ranks=ranks
+                )
         if chosen.verify == "bits":
             _verify(output, opened, options=chosen, ranks=ranks)
     return output
@@ -131,7 +146,8 @@ def convert(
 
 @dataclass(frozen=True, kw_only=True)
 class ImportedModel:
-    """A Hugging Face folder under Megatron's names; its tensors are read when they are asked for."""
+    """A Hugging Face folder under Megatron's names; its tensors are read when they are asked
+    for."""
 
     source: Source
     absent: tuple[str, ...]
@@ -160,7 +176,8 @@ class ImportedModel:
 
 
 def import_hf(directory: str | Path, *, model_size: str | None = None) -> ImportedModel:
-    """Open a Hugging Face checkpoint; its layout and size are found from config.json and checked against the tensors.
+    """Open a Hugging Face checkpoint; its layout and size are found from config.json and checked
+    against the tensors.
 
     Args:
         directory: a folder in any of the three layouts.
@@ -170,15 +187,19 @@ def import_hf(directory: str | Path, *, model_size: str | None = None) -> Import
         Its tensors under Megatron's names, as stored; none has been read yet.
 
     Raises:
-        CheckpointError: if a file is broken, the size is another one, or a tensor is missing, unknown or misshapen.
+        CheckpointError: if a file is broken, the size is another one, or a tensor is missing,
+            unknown or misshapen.
     """
     source = hf_source(hf_io.open_folder(directory), model_size=model_size)
     absent = tuple(name for name in _rows(source.model) if name not in source.forms)
     return ImportedModel(source=source, absent=absent)
 
 
-def load_imported(imported: ImportedModel, *, encoder: VisionEncoder, language_model: LanguageModel) -> None:
-    """Read imported tensors into modules; what the layout does not hold keeps the module's fresh values.
+def load_imported(
+    imported: ImportedModel, *, encoder: VisionEncoder, language_model: LanguageModel
+) -> None:
+    """Read imported tensors into modules; what the layout does not hold keeps the module's fresh
+    values.
 
     Args:
         imported: from `import_hf`.
@@ -186,7 +207,8 @@ def load_imported(imported: ImportedModel, *, encoder: VisionEncoder, language_m
         language_model: of the same size.
 
     Raises:
-        CheckpointError: if a module has a tensor that was not imported, or lacks one that was, or has another shape.
+        CheckpointError: if a module has a tensor that was not imported, or lacks one that was, or
+            has another shape.
     """
     target = canonical_state({"encoder": encoder, "language_model": language_model})
     where = "the model to load into"
@@ -224,51 +246,74 @@ def export_hf(
         The folder.
 
     Raises:
-        CheckpointError: if a tensor is not in the table, one of the table is missing, or the folder cannot be written.
+        CheckpointError: if a tensor is not in the table, one of the table is missing, or the folder
+            cannot be written.
     """
     source = module_source({"encoder": encoder, "language_model": language_model}, model=model)
     with hf_io.new_folder(out_dir) as folder:
         shards = shards_of(source, layout)
         write_weights(folder, source, layout=layout, shards=shards, ranks=Ranks(), written=_ignored)
-        write_companions(folder, model=model, layout=layout, dtype=source.dtype, options=options, tokenizer=tokenizer)
+        write_companions(
+            folder,
+            model=model,
+            layout=layout,
+            dtype=source.dtype,
+            options=options,
+            tokenizer=tokenizer,
+        )
     return Path(out_dir)
 
 
 def _refuse_overlap(source: Path, output: Path) -> None:
     # What is at the unfinished folder's path is removed.
-    if source in (output, *output.parents) or hf_io.unfinished_path(output) in (source, *source.parents):
+    if source in (output, *output.parents) or hf_io.unfinished_path(output) in (
+        source,
+        *source.parents,
+    ):
         raise CheckpointError(
-            f"the output {output} is the input {source}, or within it, or would take its place while it is written; "
-            "the input is never touched, so name another folder."
+            f"the output {output} is the input {source}, or within it, or would take its place"
+            " while it is written; the input is never touched, so name another folder."
         )
 
 
-def _refuse_without_effect(layout: Layout | Literal["megatron"], options: ConversionOptions) -> None:
+def _refuse_without_effect(
+    layout: Layout | Literal["megatron"], options: ConversionOptions
+) -> None:
     if layout == "megatron" and options.export is not None:
         raise ConfigError(
-            "what an exported config says has no effect on a Megatron checkpoint; give it when exporting."
+            "what an exported config says has no effect on a Megatron checkpoint; give it when"
+            " exporting."
         )
     if layout != "megatron" and options.tensor_parallel_size != 1:
         raise ConfigError(
-            "--tensor-model-parallel-size pads the vocabulary of a Megatron checkpoint; a Hugging Face folder has none "
-            "of that padding, so leave it out."
+            "--tensor-model-parallel-size pads the vocabulary of a Megatron checkpoint; a Hugging"
+            " Face folder has none of that padding, so leave it out."
         )
 
 
-def _opened(source: str | Path | Source, layout: Layout | Literal["megatron"], options: ConversionOptions) -> Source:
+def _opened(
+    source: str | Path | Source, layout: Layout | Literal["megatron"], options: ConversionOptions
+) -> Source:
     if not isinstance(source, Source):
         folder = Path(source)
         if layout == "megatron" and is_megatron(folder):
-            raise CheckpointError(f"{folder} is a Megatron checkpoint already; name a layout: internvl, hf or flash.")
+            raise CheckpointError(
+                f"{folder} is a Megatron checkpoint already; name a layout: internvl, hf or flash."
+            )
         source = open_source(
-            folder, model_size=options.model_size, layout=options.input_layout, iteration=options.iteration
+            folder,
+            model_size=options.model_size,
+            layout=options.input_layout,
+            iteration=options.iteration,
         )
     if layout == "megatron":
         source = completed(source, seed=options.seed)
-    elif layout == "flash" and not any(name.startswith(CONNECTOR_16X_AND_VIR) for name in source.forms):
+    elif layout == "flash" and not any(
+        name.startswith(CONNECTOR_16X_AND_VIR) for name in source.forms
+    ):
         raise CheckpointError(
-            f"{source.where} has no connector_16x and no ViR, so it is no Flash model yet; convert it to Megatron's "
-            "form, train it, and export that."
+            f"{source.where} has no connector_16x and no ViR, so it is no Flash model yet; convert"
+            " it to Megatron's form, train it, and export that."
         )
     if options.dtype is not None:
         source = cast(source, hf_io.as_dtype(options.dtype))
@@ -305,7 +350,12 @@ def _write_hf(
 
 
 def _write_megatron(
-    folder: Path, source: Source, *, tokenizer: Tokenizer | None, options: ConversionOptions, ranks: Ranks
+    folder: Path,
+    source: Source,
+    *,
+    tokenizer: Tokenizer | None,
+    options: ConversionOptions,
+    ranks: Ranks,
 ) -> None:
     target = state.iteration_folder(folder, 0)
     padded = padded_vocab_size(source.model.language.vocab_size, options.tensor_parallel_size)
@@ -325,7 +375,9 @@ def _write_megatron(
     def finish() -> None:
         if source.companions is not None:
             carry_companions(source.companions, folder / TOKENIZER_FOLDER, tokenizer=tokenizer)
-        metadata = state.CheckpointMetadata(model_size=source.model.name, stage="converted", layout="1 rank")
+        metadata = state.CheckpointMetadata(
+            model_size=source.model.name, stage="converted", layout="1 rank"
+        )
         state.describe(target, metadata)
         state.point_to(folder, 0)
 
@@ -333,7 +385,8 @@ def _write_megatron(
 
 
 def _verify(output: Path, source: Source, *, options: ConversionOptions, ranks: Ranks) -> None:
-    """Compare all tensors of the output; one that differs or cannot be read gets the name of an unfinished one."""
+    """Compare all tensors of the output; one that differs or cannot be read gets the name of an
+    unfinished one."""
     problem = None
     try:
         differing = _differing(output, source, options=options, ranks=ranks)
@@ -345,12 +398,14 @@ def _verify(output: Path, source: Source, *, options: ConversionOptions, ranks: 
         marked = hf_io.unfinished_path(output.resolve())
         ranks.on_main(lambda: output.resolve().rename(marked))
         raise CheckpointError(
-            f"{output} {problem}; it is now {marked}. The input has changed meanwhile, or the disk does not keep what "
-            "is written to it; convert again."
+            f"{output} {problem}; it is now {marked}. The input has changed meanwhile, or the disk"
+            " does not keep what is written to it; convert again."
         )
 
 
-def _differing(output: Path, source: Source, *, options: ConversionOptions, ranks: Ranks) -> list[str]:
+def _differing(
+    output: Path, source: Source, *, options: ConversionOptions, ranks: Ranks
+) -> list[str]:
     """Names of the tensors that differ, on all ranks."""
     written = ranks.agree(lambda: open_source(output, model_size=source.model.name))
     names = list(written.forms)
@@ -370,7 +425,11 @@ def _differing(output: Path, source: Source, *, options: ConversionOptions, rank
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
     # As bytes: numbers that are no numbers are equal too, and 0 is not -0.
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(_bits(one), _bits(other))
+    return (
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and torch.equal(_bits(one), _bits(other))
+    )
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -381,7 +440,8 @@ def _check_space(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise CheckpointError(
-            f"{folder} needs {num_bytes / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; nothing was written."
+            f"{folder} needs {num_bytes / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free;"
+            " nothing was written."
         )
 
 

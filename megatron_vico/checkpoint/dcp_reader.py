@@ -1,8 +1,10 @@
-"""The tensors of a Megatron checkpoint one at a time, under the mapping table's names, whatever layout it was saved in.
+"""The tensors of a Megatron checkpoint one at a time, under the mapping table's names, whatever
+layout it was saved in.
 
-megatron-core stores a layer's parameter of all layers under one key, as one tensor with a leading dimension for the
-layer (and a second one for the expert), cut into chunks by the ranks that wrote it. Here each layer's part is a tensor
-of its own again, and reading one reads no more than the chunks it lies in: no process groups, no model, one process.
+megatron-core stores a layer's parameter of all layers under one key, as one tensor with a leading
+dimension for the layer (and a second one for the expert), cut into chunks by the ranks that wrote
+it. Here each layer's part is a tensor of its own again, and reading one reads no more than the
+chunks it lies in: no process groups, no model, one process.
 """
 
 import itertools
@@ -38,10 +40,12 @@ class DcpTensor:
     """megatron-core's, shared by all layers and experts."""
 
     place: Place
-    """Where it is in the leading dimensions that megatron-core added: (), (layer,) or (layer, expert)."""
+    """Where it is in the leading dimensions that megatron-core added: (), (layer,) or (layer,
+    expert)."""
 
     shape: tuple[int, ...]
-    """Without those dimensions; an embedding's and the head's rows are padded as they were when it was saved."""
+    """Without those dimensions; an embedding's and the head's rows are padded as they were when it
+    was saved."""
 
     dtype: torch.dtype
     chunks: tuple[Chunk, ...]
@@ -59,7 +63,8 @@ class DcpFolder:
 
     path: Path
     tensors: dict[str, DcpTensor]
-    """By the table's name; the optimizer's under `optimizer.state.KIND.` and the parameter's name."""
+    """By the table's name; the optimizer's under `optimizer.state.KIND.` and the parameter's
+    name."""
 
     metadata: Metadata
 
@@ -82,9 +87,19 @@ class DcpFolder:
         reader = FileSystemReader(self.path)
         try:
             reader.set_up_storage_reader(self.metadata, is_coordinator=True)
-            reader.read_data(LoadPlan(items), _Into(target.view((1,) * num_leading + wanted.shape))).wait()
-        except (OSError, CheckpointException, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise CheckpointError(f"could not read {name} from {self.path}: {error}; copy the folder again.") from error
+            reader.read_data(
+                LoadPlan(items), _Into(target.view((1,) * num_leading + wanted.shape))
+            ).wait()
+        except (
+            OSError,
+            CheckpointException,
+            RuntimeError,
+            pickle.UnpicklingError,
+            EOFError,
+        ) as error:
+            raise CheckpointError(
+                f"could not read {name} from {self.path}: {error}; copy the folder again."
+            ) from error
         return target
 
 
@@ -92,13 +107,15 @@ def open_dcp(path: str | Path) -> DcpFolder:
     """Open one step's folder of a run.
 
     Args:
-        path: the folder that holds .metadata and the .distcp files, as `state.find_iteration` finds it.
+        path: the folder that holds .metadata and the .distcp files, as `state.find_iteration` finds
+            it.
 
     Returns:
         The folder; no tensor has been read.
 
     Raises:
-        CheckpointError: if the metadata cannot be read, a file is absent or cut short, or a tensor is not stored whole.
+        CheckpointError: if the metadata cannot be read, a file is absent or cut short, or a tensor
+            is not stored whole.
     """
     folder = Path(path)
     try:
@@ -114,13 +131,18 @@ def open_dcp(path: str | Path) -> DcpFolder:
 
 
 def _check_files(folder: Path, metadata: Metadata) -> None:
-    """Compare the files with what the metadata says of them: to find out while reading can take hours."""
+    """Compare the files with what the metadata says of them: to find out while reading can take
+    hours."""
     sizes: dict[str, int] = {}
     for stored in metadata.storage_data.values():
-        sizes[stored.relative_path] = max(sizes.get(stored.relative_path, 0), stored.offset + stored.length)
+        sizes[stored.relative_path] = max(
+            sizes.get(stored.relative_path, 0), stored.offset + stored.length
+        )
     absent = [name for name in sizes if not (folder / name).is_file()]
     if absent:
-        raise CheckpointError(f"{folder} lacks {listed(absent)}, which its .metadata names; copy the folder again.")
+        raise CheckpointError(
+            f"{folder} lacks {listed(absent)}, which its .metadata names; copy the folder again."
+        )
     short = [name for name, size in sizes.items() if (folder / name).stat().st_size < size]
     if short:
         raise CheckpointError(f"{folder}: {listed(short)} cut short; copy the folder again.")
@@ -135,7 +157,9 @@ class _Into(DefaultLoadPlanner):
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         part = self._target
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+        for dim, (start, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
             part = part.narrow(dim, start, length)
         return part
 
@@ -143,7 +167,9 @@ class _Into(DefaultLoadPlanner):
         """Nothing is left to do: the reader has copied into the target."""
 
 
-def _tensors_of(key: str, stored: TensorStorageMetadata, folder: Path) -> Iterator[tuple[str, DcpTensor]]:
+def _tensors_of(
+    key: str, stored: TensorStorageMetadata, folder: Path
+) -> Iterator[tuple[str, DcpTensor]]:
     num_leading = _num_leading(key)
     size = tuple(stored.size)
     shape = size[num_leading:]
@@ -156,21 +182,31 @@ def _tensors_of(key: str, stored: TensorStorageMetadata, folder: Path) -> Iterat
         held = sum(math.prod(chunk.sizes[num_leading:]) for chunk in chunks)
         if held != math.prod(shape):
             raise CheckpointError(
-                f"{folder} holds {held} of the {math.prod(shape)} numbers of {name}; a rank's part was never written."
+                f"{folder} holds {held} of the {math.prod(shape)} numbers of {name}; a rank's part"
+                " was never written."
             )
         yield (
             name,
-            DcpTensor(key=key, place=place, shape=shape, dtype=stored.properties.dtype, chunks=tuple(chunks)),
+            DcpTensor(
+                key=key,
+                place=place,
+                shape=shape,
+                dtype=stored.properties.dtype,
+                chunks=tuple(chunks),
+            ),
         )
 
 
 def _chunks_by_place(chunks: Sequence[Chunk], num_leading: int) -> dict[Place, list[Chunk]]:
-    # Once for all: to search a key's chunks for each of its tensors is 3e8 steps with 94 layers of 128 experts.
+    # Once for all: to search a key's chunks for each of its tensors is 3e8 steps with 94 layers of
+    # 128 experts.
     found: dict[Place, list[Chunk]] = {}
     for chunk in chunks:
         spans = [
             range(start, start + length)
-            for start, length in zip(chunk.offsets[:num_leading], chunk.sizes[:num_leading], strict=True)
+            for start, length in zip(
+                chunk.offsets[:num_leading], chunk.sizes[:num_leading], strict=True
+            )
         ]
         for place in itertools.product(*spans):
             found.setdefault(place, []).append(chunk)
@@ -189,7 +225,11 @@ def _unstacked(key: str, place: Place) -> str:
         return key
     layer, *expert = place
     name = _STACKED.sub(f".layers.{layer}.", key)
-    return name.replace(_STACKED_EXPERTS, f".mlp.experts.local_experts.{expert[0]}.") if expert else name
+    return (
+        name.replace(_STACKED_EXPERTS, f".mlp.experts.local_experts.{expert[0]}.")
+        if expert
+        else name
+    )
 
 
 def _read_item(key: str, chunk: Chunk, place: Place) -> ReadItem:

@@ -1,8 +1,10 @@
-"""Writes a Megatron checkpoint one tensor at a time, the same as `state.save_checkpoint` writes of a model in memory.
+"""Writes a Megatron checkpoint one tensor at a time, the same as `state.save_checkpoint` writes of
+a model in memory.
 
-megatron-core's dist_checkpointing.save takes the whole state at once. Here torch's distributed checkpointing gets a
-planner that knows keys, places and shapes from the mapping table, and makes a tensor when its turn to be written comes.
-Every layout, and both kinds of layers, read the result: the keys are TransformerEngine's, as in training checkpoints.
+megatron-core's dist_checkpointing.save takes the whole state at once. Here torch's distributed
+checkpointing gets a planner that knows keys, places and shapes from the mapping table, and makes a
+tensor when its turn to be written comes. Every layout, and both kinds of layers, read the result:
+the keys are TransformerEngine's, as in training checkpoints.
 """
 
 import contextlib
@@ -23,8 +25,19 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, FileSystemWriter, _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -45,7 +58,8 @@ _LINEAR_IN_LAYER = re.compile(r"\.layers\..*\.linear_(qkv|proj|fc1|fc2)\.weight$
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
-    """Where megatron-core keeps a tensor: the parameters of all layers, and of all experts, are one tensor."""
+    """Where megatron-core keeps a tensor: the parameters of all layers, and of all experts, are one
+    tensor."""
 
     key: str
     index: tuple[int, ...]
@@ -90,12 +104,18 @@ def write_dcp(
     own = ranks.share(sizes_of(source, padded_vocab_size=padded_vocab_size))
     planner = _LazyPlanner(source, rows, own=own, is_main=ranks.is_main)
     with _quiet():
-        dcp.save({}, storage_writer=_Writer(folder, written, max_file_bytes), planner=planner, no_dist=ranks.size == 1)
+        dcp.save(
+            {},
+            storage_writer=_Writer(folder, written, max_file_bytes),
+            planner=planner,
+            no_dist=ranks.size == 1,
+        )
     ranks.on_main(lambda: save_config(CheckpointingConfig("torch_dist", 1), str(folder)))
 
 
 def sizes_of(source: Source, *, padded_vocab_size: int) -> list[int]:
-    """Bytes of each tensor as it will be stored, in the order of the table; arguments as `write_dcp`."""
+    """Bytes of each tensor as it will be stored, in the order of the table; arguments as
+    `write_dcp`."""
     return [
         TensorForm(shape=row.shape, dtype=source.forms[row.megatron].dtype).num_bytes
         for row in entries(source.model, layout="flash", padded_vocab_size=padded_vocab_size)
@@ -103,9 +123,11 @@ def sizes_of(source: Source, *, padded_vocab_size: int) -> list[int]:
 
 
 def check_formats(source: Source) -> None:
-    """CheckpointError if layers, or experts, that are one tensor in a Megatron checkpoint differ in format.
+    """CheckpointError if layers, or experts, that are one tensor in a Megatron checkpoint differ in
+    format.
 
-    The checkpoint notes one format a tensor, in which the others would be read: a loss that nobody sees.
+    The checkpoint notes one format a tensor, in which the others would be read: a loss that nobody
+    sees.
     """
     first: dict[str, str] = {}
     for row in entries(source.model, layout="flash"):
@@ -113,8 +135,9 @@ def check_formats(source: Source) -> None:
         formats = [hf_io.dtype_name(source.forms[name].dtype) for name in (other, row.megatron)]
         if formats[0] != formats[1]:
             raise CheckpointError(
-                f"{source.where}: {other} is {formats[0]}, {row.megatron} is {formats[1]}; a Megatron checkpoint keeps "
-                "all layers of a weight in one format: give --dtype (fp32 loses nothing)."
+                f"{source.where}: {other} is {formats[0]}, {row.megatron} is {formats[1]}; a"
+                " Megatron checkpoint keeps all layers of a weight in one format: give --dtype"
+                " (fp32 loses nothing)."
             )
 
 
@@ -142,7 +165,8 @@ class _LazyPlanner(SavePlanner):
         return SavePlan(self._items)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """What all ranks write. Not checked for overlaps as torch does, in minutes where there are 128 experts."""
+        """What all ranks write. Not checked for overlaps as torch does, in minutes where there are
+        128 experts."""
         return create_default_global_save_plan(all_plans)
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
@@ -159,7 +183,8 @@ class _LazyPlanner(SavePlanner):
         assert write_item.index.offset is not None
         part = self._parts[write_item.index.fqn, tuple(write_item.index.offset)]
         rows = self._whole(part.name)[part.first_row : part.first_row + part.num_rows]
-        # torch.save stores all of the memory that a view belongs to: by way of numpy, these rows are all of it.
+        # torch.save stores all of the memory that a view belongs to: by way of numpy, these rows
+        # are all of it.
         memory = rows.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy()
         return torch.from_numpy(memory).view(rows.dtype).view(write_item.tensor_data.chunk.sizes)
 
@@ -173,15 +198,19 @@ class _LazyPlanner(SavePlanner):
         return self._latest[1]
 
     def _add_objects(self) -> None:
-        # As save_checkpoint stores them: what is not a tensor, and TransformerEngine's state of each linear layer,
-        # which holds nothing without FP8 but is asked for by name.
+        # As save_checkpoint stores them: what is not a tensor, and TransformerEngine's state of
+        # each linear layer, which holds nothing without FP8 but is asked for by name.
         self._objects["common_state/shard_0_1"] = {"scheduler": {}, "trainer_state": {}}
         for row in self._rows.values():
             if _LINEAR_IN_LAYER.search(row.megatron):
                 place = _place(row, self._source.model)
                 index, counts = (".".join(map(str, each)) for each in (place.index, place.counts))
-                self._objects[f"{place.key.removesuffix('weight')}_extra_state/shard_{index}_{counts}"] = None
-        self._items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._objects]
+                self._objects[
+                    f"{place.key.removesuffix('weight')}_extra_state/shard_{index}_{counts}"
+                ] = None
+        self._items += [
+            WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._objects
+        ]
 
     def _add_tensor(self, row: Entry) -> None:
         place = _place(row, self._source.model)
@@ -192,16 +221,23 @@ class _LazyPlanner(SavePlanner):
         for first_row in range(0, row.shape[0], num_rows):
             offsets = torch.Size((*place.index, first_row, *(0 for _ in row.shape[1:])))
             data = TensorWriteData(
-                chunk=ChunkStorageMetadata(offsets=offsets, sizes=torch.Size((*ones, num_rows, *row.shape[1:]))),
+                chunk=ChunkStorageMetadata(
+                    offsets=offsets, sizes=torch.Size((*ones, num_rows, *row.shape[1:]))
+                ),
                 properties=TensorProperties(dtype=self._source.forms[row.megatron].dtype),
                 size=torch.Size((*place.counts, *row.shape)),
             )
-            self._items.append(WriteItem(MetadataIndex(place.key, offsets), WriteItemType.SHARD, tensor_data=data))
-            self._parts[place.key, tuple(offsets)] = _Part(name=row.megatron, first_row=first_row, num_rows=num_rows)
+            self._items.append(
+                WriteItem(MetadataIndex(place.key, offsets), WriteItemType.SHARD, tensor_data=data)
+            )
+            self._parts[place.key, tuple(offsets)] = _Part(
+                name=row.megatron, first_row=first_row, num_rows=num_rows
+            )
 
 
 class _Writer(FileSystemWriter):
-    """torch's writer, but an item is written while the next is made, and dropped; torch keeps a file's tensors."""
+    """torch's writer, but an item is written while the next is made, and dropped; torch keeps a
+    file's tensors."""
 
     def __init__(self, path: Path, written: Callable[[int], object], max_file_bytes: int) -> None:
         super().__init__(path)
@@ -210,7 +246,8 @@ class _Writer(FileSystemWriter):
         self._max_file_bytes = max_file_bytes
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's items in the order of the plan, in files of about the largest size asked for."""
+        """Write this rank's items in the order of the plan, in files of about the largest size
+        asked for."""
         results: list[WriteResult] = []
         items = deque(plan.items)
         number = 0
@@ -223,7 +260,9 @@ class _Writer(FileSystemWriter):
                     while items and num_bytes < self._max_file_bytes:
                         item = items.popleft()
                         data = planner.resolve_data(item)
-                        num_bytes += data.nbytes if isinstance(data, Tensor) else data.getbuffer().nbytes
+                        num_bytes += (
+                            data.nbytes if isinstance(data, Tensor) else data.getbuffer().nbytes
+                        )
                         behind(partial(self._write, item, data, stream, name, results))
                         del data  # the thread has it: or two would wait beside the one that is made
                 stream.flush()
@@ -233,14 +272,20 @@ class _Writer(FileSystemWriter):
         return future
 
     def _write(
-        self, item: WriteItem, data: Tensor | io.BytesIO, stream: Any, file: str, results: list[WriteResult]
+        self,
+        item: WriteItem,
+        data: Tensor | io.BytesIO,
+        stream: Any,
+        file: str,
+        results: list[WriteResult],
     ) -> None:
         start = stream.tell()
         if isinstance(data, Tensor):
             try:
                 torch.save(data, stream)
             except RuntimeError as error:
-                # torch's archive complains of a wrong position where the file has said that the disk is full.
+                # torch's archive complains of a wrong position where the file has said that the
+                # disk is full.
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from None
                 raise
@@ -259,7 +304,9 @@ def _place(row: Entry, model: ModelConfig) -> _Place:
     layer, expert = _LAYER.search(name), _EXPERT.search(name)
     if layer is not None:
         index.append(int(layer[1]))
-        counts.append(model.vision.num_layers if name.startswith("encoder.") else language.num_layers)
+        counts.append(
+            model.vision.num_layers if name.startswith("encoder.") else language.num_layers
+        )
         name = name.replace(layer[0], ".layers.", 1)
     if expert is not None:
         assert language.num_experts is not None, "only a model with experts has such names"
@@ -267,7 +314,8 @@ def _place(row: Entry, model: ModelConfig) -> _Place:
         counts.append(language.num_experts)
         name = name.replace(expert[0], ".experts.experts.", 1)
     if name.startswith("language_model."):
-        # TransformerEngine's norms are part of the linear layer behind them, but for the one before the experts.
+        # TransformerEngine's norms are part of the linear layer behind them, but for the one before
+        # the experts.
         name = name.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
         if language.num_experts is None:
             name = name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")

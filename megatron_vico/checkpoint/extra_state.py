@@ -1,8 +1,10 @@
-"""What TransformerEngine's modules save beside their weights: FP8 scales, under keys that end in _extra_state.
+"""What TransformerEngine's modules save beside their weights: FP8 scales, under keys that end in
+_extra_state.
 
-megatron-core's own linear layers save an empty object under the same keys, but its norms save none, while
-TransformerEngine's have one each since version 2. So a checkpoint that was written on a CPU, or by a conversion, lacks
-objects that a model on a GPU asks for; without them its modules keep the scales they were built with.
+megatron-core's own linear layers save an empty object under the same keys, but its norms save none,
+while TransformerEngine's have one each since version 2. So a checkpoint that was written on a CPU,
+or by a conversion, lacks objects that a model on a GPU asks for; without them its modules keep the
+scales they were built with.
 """
 
 from collections.abc import Collection
@@ -22,7 +24,11 @@ def leave_out_unstored(weights: dict[str, Any], *, stored: Collection[str]) -> N
         stored: unique keys of what the checkpoint holds.
     """
     for key, each in list(weights.items()):
-        if isinstance(each, ShardedObject) and each.key.endswith(_SUFFIX) and each.unique_key not in stored:
+        if (
+            isinstance(each, ShardedObject)
+            and each.key.endswith(_SUFFIX)
+            and each.unique_key not in stored
+        ):
             del weights[key]
 
 
@@ -33,7 +39,12 @@ def load_state(module: nn.Module, state: dict[str, Any]) -> None:
         module: to load into.
         state: what was read of it, by the module's own names.
     """
-    # Attention is one more that has extra state and, in megatron-core's checkpoints, never any stored.
+    # Attention is one more that has extra state and, in megatron-core's checkpoints, never any
+    # stored.
     found = module.load_state_dict(state, strict=False)
-    unfit = [key for key in (*found.missing_keys, *found.unexpected_keys) if not key.endswith(_SUFFIX)]
-    assert not unfit, f"a checkpoint's names are compared before it is read, but these do not fit: {unfit}"
+    unfit = [
+        key for key in (*found.missing_keys, *found.unexpected_keys) if not key.endswith(_SUFFIX)
+    ]
+    assert not unfit, (
+        f"a checkpoint's names are compared before it is read, but these do not fit: {unfit}"
+    )

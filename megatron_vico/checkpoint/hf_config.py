@@ -1,4 +1,5 @@
-"""The JSON files beside an InternVL3.5 checkpoint's weights: written for a model, and read to find which it is."""
+"""The JSON files beside an InternVL3.5 checkpoint's weights: written for a model, and read to find
+which it is."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -7,7 +8,13 @@ from typing import Any, Literal
 from megatron_vico.checkpoint.internvl_mapping import Layout
 from megatron_vico.checkpoint.remote_code_files import AUTO_MAP
 from megatron_vico.errors import CheckpointError, ConfigError
-from megatron_vico.models.registry import MODELS, LanguageConfig, ModelConfig, VisionConfig, get_model_config
+from megatron_vico.models.registry import (
+    MODELS,
+    LanguageConfig,
+    ModelConfig,
+    VisionConfig,
+    get_model_config,
+)
 from megatron_vico.vico.routing import FLASH_ABSOLUTE_THRESHOLD, FLASH_RELATIVE_THRESHOLD
 
 Json = dict[str, Any]
@@ -20,13 +27,15 @@ class ExportOptions:
     """What an exported checkpoint says beyond its weights."""
 
     flash_relative_threshold: float = FLASH_RELATIVE_THRESHOLD
-    """Quantile of the conversation's tiles a tile must exceed to be compressed; the released value is not published."""
+    """Quantile of the conversation's tiles a tile must exceed to be compressed; the released value
+    is not published."""
 
     flash_absolute_threshold: float = FLASH_ABSOLUTE_THRESHOLD
     """Least probability of "compress"; 0.5 is the paper's rule."""
 
     flash_decision_rule: Literal["paper", "flash"] = "flash"
-    """What the exported model code does: paper, p > 0.5; flash, both thresholds, as released models and servers do."""
+    """What the exported model code does: paper, p > 0.5; flash, both thresholds, as released models
+    and servers do."""
 
     max_dynamic_patch: int = 12
     """Most tiles of one image, thumbnail not counted."""
@@ -100,8 +109,8 @@ def model_json(model: ModelConfig, *, layout: Layout, dtype: str, options: Expor
         config["flash_mode"] = True
         config["flash_relative_threshold"] = options.flash_relative_threshold
         config["flash_absolute_threshold"] = options.flash_absolute_threshold
-        # Not released fields: the released code knows the flash rule only, and has 16 heads built in, which toys cannot
-        # have.
+        # Not released fields: the released code knows the flash rule only, and has 16 heads built
+        # in, which toys cannot have.
         config["flash_decision_rule"] = options.flash_decision_rule
         config["vir_num_heads"] = model.vir_num_heads
     return config
@@ -109,13 +118,22 @@ def model_json(model: ModelConfig, *, layout: Layout, dtype: str, options: Expor
 
 def generation_json(options: ExportOptions) -> Json:
     """generation_config.json: greedy, and where to stop."""
-    return {"do_sample": False, "eos_token_id": options.eos_token_id, "pad_token_id": options.pad_token_id}
+    return {
+        "do_sample": False,
+        "eos_token_id": options.eos_token_id,
+        "pad_token_id": options.pad_token_id,
+    }
 
 
 def preprocessor_json(model: ModelConfig, *, layout: Layout, options: ExportOptions) -> Json:
-    """preprocessor_config.json: transformers' own image processor for `hf`, the remote code's CLIP one otherwise."""
+    """preprocessor_config.json: transformers' own image processor for `hf`, the remote code's CLIP
+    one otherwise."""
     size = model.vision.image_size
-    normalisation = {"do_normalize": True, "image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD)}
+    normalisation = {
+        "do_normalize": True,
+        "image_mean": list(IMAGENET_MEAN),
+        "image_std": list(IMAGENET_STD),
+    }
     if layout == "hf":
         return {
             "image_processor_type": "GotOcr2ImageProcessor",
@@ -157,7 +175,11 @@ def options_of(config: Json) -> ExportOptions:
     )
     said = {name: config[name] for name in names if config.get(name) is not None}
     language = config.get("llm_config") or config.get("text_config") or {}
-    said |= {name: language[name] for name in ("eos_token_id", "pad_token_id") if isinstance(language.get(name), int)}
+    said |= {
+        name: language[name]
+        for name in ("eos_token_id", "pad_token_id")
+        if isinstance(language.get(name), int)
+    }
     return ExportOptions(**said)
 
 
@@ -167,7 +189,8 @@ def layout_of(config: Json, *, path: str, tensors: Collection[str] = ()) -> Layo
     Args:
         config: contents of its config.json.
         path: of the file, for the error.
-        tensors: names of its tensors; with them, a Flash model whose flash_mode was switched off is known as one.
+        tensors: names of its tensors; with them, a Flash model whose flash_mode was switched off is
+            known as one.
 
     Returns:
         The layout; whether all tensors agree is checked against the table when they are read.
@@ -175,30 +198,38 @@ def layout_of(config: Json, *, path: str, tensors: Collection[str] = ()) -> Layo
     Raises:
         CheckpointError: if it is no InternVL checkpoint, or announces two layouts at once.
     """
-    model_type, flash = config.get("model_type"), bool(config.get("flash_mode")) or "mlp2.0.weight" in tensors
+    model_type, flash = (
+        config.get("model_type"),
+        bool(config.get("flash_mode")) or "mlp2.0.weight" in tensors,
+    )
     native = any(name.startswith("vision_tower.") for name in tensors)
     if native and model_type != "internvl":
         raise CheckpointError(
-            f"{path}: model_type {model_type!r} is that of the remote-code layouts (internvl, flash), but the tensors "
-            "have the names of transformers' own layout (hf), such as vision_tower.*; use the config.json that came "
-            "with these weights."
+            f"{path}: model_type {model_type!r} is that of the remote-code layouts (internvl,"
+            " flash), but the tensors have the names of transformers' own layout (hf), such as"
+            " vision_tower.*; use the config.json that came with these weights."
         )
     if model_type == "internvl" and flash:
         raise CheckpointError(
-            f"{path}: model_type 'internvl' (transformers' own layout) has no Flash form, but this claims to be one; "
-            "remove flash_mode, or use the remote-code Flash checkpoint (model_type 'internvl_chat')."
+            f"{path}: model_type 'internvl' (transformers' own layout) has no Flash form, but this"
+            " claims to be one; remove flash_mode, or use the remote-code Flash checkpoint"
+            " (model_type 'internvl_chat')."
         )
     if model_type == "internvl":
         return "hf"
     if model_type == "internvl_chat" or config.get("architectures") == ["InternVLChatModel"]:
         return "flash" if flash else "internvl"
     raise CheckpointError(
-        f"{path}: model_type is {model_type!r}, expected 'internvl' or 'internvl_chat'; this is no InternVL checkpoint."
+        f"{path}: model_type is {model_type!r}, expected 'internvl' or 'internvl_chat'; this is no"
+        " InternVL checkpoint."
     )
 
 
-def model_of(config: Json, *, layout: Layout, path: str, expected: str | None = None) -> ModelConfig:
-    """The size that a config.json describes; fields it does not state are left to the check of tensor shapes.
+def model_of(
+    config: Json, *, layout: Layout, path: str, expected: str | None = None
+) -> ModelConfig:
+    """The size that a config.json describes; fields it does not state are left to the check of
+    tensor shapes.
 
     Args:
         config: its contents.
@@ -210,7 +241,8 @@ def model_of(config: Json, *, layout: Layout, path: str, expected: str | None = 
         The size, from the registry.
 
     Raises:
-        CheckpointError: if it is not the expected size, none of the known ones, or could be several.
+        CheckpointError: if it is not the expected size, none of the known ones, or could be
+            several.
     """
     stated = _stated_fields(config, layout)
     if expected is not None:
@@ -222,15 +254,17 @@ def model_of(config: Json, *, layout: Layout, path: str, expected: str | None = 
         if differing:
             found = [each.name for each in MODELS.values() if not _differences(stated, each)]
             raise CheckpointError(
-                f"{path}: the checkpoint is {' or '.join(found) or 'of no known size'}, expected {expected}: "
-                f"{'; '.join(differing)}."
+                f"{path}: the checkpoint is {' or '.join(found) or 'of no known size'}, expected"
+                f" {expected}: {'; '.join(differing)}."
             )
         return model
     found = [each.name for each in MODELS.values() if not _differences(stated, each)]
     if len(found) == 1:
         return MODELS[found[0]]
     if found:
-        raise CheckpointError(f"{path} fits several sizes ({', '.join(found)}); say which with --model-size.")
+        raise CheckpointError(
+            f"{path} fits several sizes ({', '.join(found)}); say which with --model-size."
+        )
     nearest_size = min(MODELS.values(), key=lambda each: len(_differences(stated, each)))
     raise CheckpointError(
         f"{path} describes no known size; the nearest is {nearest_size.name}, but: "
@@ -341,8 +375,9 @@ _VISION_FIELDS = (
     ("qkv_bias", "qkv_bias", "attention_bias"),
     ("qk_norm", "qk_normalization", "use_qk_norm"),
 )
-# Ours, then the names that transformers' releases have used, in llm_config and text_config alike. Left out: the
-# position limit, which changes neither weights nor outputs, and the dense width beside experts, which nothing uses.
+# Ours, then the names that transformers' releases have used, in llm_config and text_config alike.
+# Left out: the position limit, which changes neither weights nor outputs, and the dense width
+# beside experts, which nothing uses.
 _LANGUAGE_FIELDS = (
     ("hidden_size", "hidden_size"),
     ("num_layers", "num_hidden_layers"),
@@ -364,7 +399,10 @@ _LANGUAGE_FIELDS = (
 
 def _stated_fields(config: Json, layout: Layout) -> Json:
     """Our names of fields -> what config.json says, for those it states."""
-    whole = {"ps_version": config.get("ps_version"), "downsample_ratio": config.get("downsample_ratio")}
+    whole = {
+        "ps_version": config.get("ps_version"),
+        "downsample_ratio": config.get("downsample_ratio"),
+    }
     whole["select_layer"] = config.get("vision_feature_layer" if layout == "hf" else "select_layer")
     stated: Json = {f"model.{name}": value for name, value in whole.items() if value is not None}
     vision = config.get("vision_config") or {}
@@ -391,7 +429,8 @@ def _stated_fields(config: Json, layout: Layout) -> Json:
 
 def _differences(stated: Json, model: ModelConfig) -> list[str]:
     dense = model.language.num_experts is None
-    # Facts of the family rather than fields of a size. Most change no tensor's shape: nothing else would tell.
+    # Facts of the family rather than fields of a size. Most change no tensor's shape: nothing else
+    # would tell.
     family = {
         "model.ps_version": "v2",
         "model.downsample_ratio": 0.5,

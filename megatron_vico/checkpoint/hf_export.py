@@ -1,4 +1,5 @@
-"""Writes a model as a Hugging Face folder: the weights file by file, and everything that belongs beside them."""
+"""Writes a model as a Hugging Face folder: the weights file by file, and everything that belongs
+beside them."""
 
 import shutil
 from collections.abc import Callable
@@ -26,11 +27,17 @@ from megatron_vico.data.tokenizer import Tokenizer
 from megatron_vico.models.registry import ModelConfig
 
 _GENERATION = "generation_config.json"
-_PREPROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_PREPROCESSORS = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 _CARRIED_CONFIG = "source_config.json"
 
 
-def shards_of(source: Source, layout: Layout, *, max_shard_bytes: int = hf_io.MAX_SHARD_BYTES) -> list[Shard]:
+def shards_of(
+    source: Source, layout: Layout, *, max_shard_bytes: int = hf_io.MAX_SHARD_BYTES
+) -> list[Shard]:
     """The files that a model's weights make.
 
     Args:
@@ -47,7 +54,11 @@ def shards_of(source: Source, layout: Layout, *, max_shard_bytes: int = hf_io.MA
     rows = [row for row in entries(source.model, layout=layout) if row.files]
     wanted = {row.megatron for row in rows}
     # A source may have more: connector_16x and ViR, where the layout has no place for them.
-    check_names(source.forms.keys() & wanted, wanted, where=f"{source.where}, to be written in the {layout} layout")
+    check_names(
+        source.forms.keys() & wanted,
+        wanted,
+        where=f"{source.where}, to be written in the {layout} layout",
+    )
     groups: list[Group] = [
         {
             name: TensorForm(shape=shape, dtype=source.forms[row.megatron].dtype)
@@ -105,7 +116,8 @@ def write_companions(
     tokenizer: Tokenizer | None = None,
     carried_from: Path | None = None,
 ) -> None:
-    """Write what belongs beside the weights: config.json and its kin, and the tokenizer; by one process.
+    """Write what belongs beside the weights: config.json and its kin, and the tokenizer; by one
+    process.
 
     Args:
         folder: of the weights.
@@ -114,7 +126,8 @@ def write_companions(
         dtype: their format.
         options: what the config files say; unset, what the source's said.
         tokenizer: written beside the weights; unset, the source's files travel along as they are.
-        carried_from: folder of the source's small files: itself, or what `carry_companions` made of it.
+        carried_from: folder of the source's small files: itself, or what `carry_companions` made of
+            it.
     """
     config = carried_config(carried_from)
     chosen = options or (options_of(config) if config else ExportOptions())
@@ -124,7 +137,12 @@ def write_companions(
             chosen = replace(chosen, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
     elif carried_from is not None:
         hf_io.copy_files(carried_from, folder, (*hf_io.TOKENIZER_FILES, _GENERATION))
-    if options is None and config and carried_from is not None and _is_native(config) == (layout == "hf"):
+    if (
+        options is None
+        and config
+        and carried_from is not None
+        and _is_native(config) == (layout == "hf")
+    ):
         hf_io.copy_files(carried_from, folder, _PREPROCESSORS)
     written = model_json(model, layout=layout, dtype=hf_io.dtype_name(dtype), options=chosen)
     hf_io.write_json(folder / "config.json", written)
@@ -139,7 +157,8 @@ def write_companions(
 
 
 def carry_companions(source: Path, folder: Path, *, tokenizer: Tokenizer | None = None) -> None:
-    """Keep a Hugging Face folder's small files in a Megatron checkpoint, for the way back; by one process.
+    """Keep a Hugging Face folder's small files in a Megatron checkpoint, for the way back; by one
+    process.
 
     Args:
         source: the Hugging Face folder.
@@ -159,7 +178,8 @@ def carry_companions(source: Path, folder: Path, *, tokenizer: Tokenizer | None 
 
 
 def carried_config(folder: Path | None) -> Json | None:
-    """config.json of a Hugging Face folder, or of the one that a Megatron checkpoint came from; None without one."""
+    """config.json of a Hugging Face folder, or of the one that a Megatron checkpoint came from;
+    None without one."""
     for name in ("config.json", _CARRIED_CONFIG):
         if folder is not None and (folder / name).exists():
             return hf_io.read_json(folder / name)

@@ -1,4 +1,5 @@
-"""Folders in Hugging Face's form: safetensors with or without an index, JSON files, and files that travel along."""
+"""Folders in Hugging Face's form: safetensors with or without an index, JSON files, and files that
+travel along."""
 
 import contextlib
 import json
@@ -26,8 +27,20 @@ MAX_SHARD_BYTES = 5_000_000_000
 """Size of a safetensors file above which a checkpoint is cut into several, as transformers does."""
 
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "tokenizer.model", "sentencepiece.model", "chat_template.jinja", "chat_template.json"),
+    *(
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+    ),
+    *(
+        "merges.txt",
+        "tokenizer.model",
+        "sentencepiece.model",
+        "chat_template.jinja",
+        "chat_template.json",
+    ),
 )
 
 _INDEX = "model.safetensors.index.json"
@@ -128,10 +141,14 @@ class SafetensorsFolder:
                 while len(remaining):
                     num_read = stream.readinto(remaining)
                     if not num_read:
-                        raise CheckpointError(f"{stored.file} ends within tensor {name!r}; copy it again.")
+                        raise CheckpointError(
+                            f"{stored.file} ends within tensor {name!r}; copy it again."
+                        )
                     remaining = remaining[num_read:]
         except OSError as error:
-            raise CheckpointError(f"could not read {name!r} from {stored.file}: {error}.") from error
+            raise CheckpointError(
+                f"could not read {name!r} from {stored.file}: {error}."
+            ) from error
         return tensor
 
 
@@ -145,7 +162,8 @@ def open_folder(path: str | Path) -> SafetensorsFolder:
         The folder; nothing but headers has been read.
 
     Raises:
-        CheckpointError: if it is unfinished, has no weights, lacks a shard, or a file is cut short or not safetensors.
+        CheckpointError: if it is unfinished, has no weights, lacks a shard, or a file is cut short
+            or not safetensors.
     """
     folder = Path(path)
     refuse_incomplete(folder)
@@ -155,14 +173,20 @@ def open_folder(path: str | Path) -> SafetensorsFolder:
         files = sorted({folder / name for name in weight_map.values()})
         absent = [file.name for file in files if not file.exists()]
         if absent:
-            raise CheckpointError(f"{index_path} names {listed(absent)}, absent from the folder; copy them again.")
+            raise CheckpointError(
+                f"{index_path} names {listed(absent)}, absent from the folder; copy them again."
+            )
         if (folder / _SINGLE).exists() and folder / _SINGLE not in files:
             # transformers would load the single file, whatever the index says.
-            raise CheckpointError(f"{folder} has two sets of weights, {_SINGLE} and those of {_INDEX}; remove one.")
+            raise CheckpointError(
+                f"{folder} has two sets of weights, {_SINGLE} and those of {_INDEX}; remove one."
+            )
     else:
         files = [folder / _SINGLE]
         if not files[0].exists():
-            raise CheckpointError(f"{folder}: neither {_SINGLE} nor {_INDEX} is there; this is no safetensors folder.")
+            raise CheckpointError(
+                f"{folder}: neither {_SINGLE} nor {_INDEX} is there; this is no safetensors folder."
+            )
         weight_map = {}
     tensors: dict[str, StoredTensor] = {}
     for file in files:
@@ -170,11 +194,19 @@ def open_folder(path: str | Path) -> SafetensorsFolder:
         twice = [name for name in found if name in tensors]
         if twice:
             others = {tensors[name].file.name for name in twice}
-            raise CheckpointError(f"{file} holds tensors that {listed(others)} holds too: {listed(twice)}.")
+            raise CheckpointError(
+                f"{file} holds tensors that {listed(others)} holds too: {listed(twice)}."
+            )
         tensors |= found
-    lost = [name for name, file in weight_map.items() if name not in tensors or tensors[name].file.name != file]
+    lost = [
+        name
+        for name, file in weight_map.items()
+        if name not in tensors or tensors[name].file.name != file
+    ]
     if lost:
-        raise CheckpointError(f"{index_path} promises tensors that its files do not hold: {listed(lost)}.")
+        raise CheckpointError(
+            f"{index_path} promises tensors that its files do not hold: {listed(lost)}."
+        )
     return SafetensorsFolder(path=folder, tensors=tensors)
 
 
@@ -183,7 +215,8 @@ def plan_shards(groups: Iterable[Group], *, max_shard_bytes: int = MAX_SHARD_BYT
 
     Args:
         groups: in the order they are to be stored.
-        max_shard_bytes: size above which a new file begins; a single larger group gets a file of its own.
+        max_shard_bytes: size above which a new file begins; a single larger group gets a file of
+            its own.
 
     Returns:
         The files, at least one.
@@ -206,11 +239,17 @@ def plan_shards(groups: Iterable[Group], *, max_shard_bytes: int = MAX_SHARD_BYT
 
 
 def write_shard(
-    folder: Path, shard: Shard, *, make: Callable[[Group], Sequence[Tensor]], written: Callable[[int], object]
+    folder: Path,
+    shard: Shard,
+    *,
+    make: Callable[[Group], Sequence[Tensor]],
+    written: Callable[[int], object],
 ) -> None:
-    """Write one file; holds no more than two groups' tensors at a time, one written while the next is made.
+    """Write one file; holds no more than two groups' tensors at a time, one written while the next
+    is made.
 
-    The safetensors library writes only what is in memory whole; the format is a length, a JSON header and the bytes.
+    The safetensors library writes only what is in memory whole; the format is a length, a JSON
+    header and the bytes.
 
     Args:
         folder: an existing folder.
@@ -223,7 +262,11 @@ def write_shard(
     for group in shard.groups:
         for name, form in group.items():
             start, end = end, end + form.num_bytes
-            header[name] = {"dtype": _DTYPE_NAMES[form.dtype], "shape": form.shape, "data_offsets": (start, end)}
+            header[name] = {
+                "dtype": _DTYPE_NAMES[form.dtype],
+                "shape": form.shape,
+                "data_offsets": (start, end),
+            }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with (folder / shard.file).open("wb") as stream:
@@ -238,12 +281,18 @@ def write_shard(
 def write_index(folder: Path, shards: Sequence[Shard]) -> None:
     """Write the file that says which tensor is where; a single file needs none."""
     if len(shards) > 1:
-        weight_map = {name: shard.file for shard in shards for group in shard.groups for name in group}
+        weight_map = {
+            name: shard.file for shard in shards for group in shard.groups for name in group
+        }
         total_bytes = sum(shard.num_bytes for shard in shards)
-        write_json(folder / _INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+        write_json(
+            folder / _INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        )
 
 
-def write_folder(path: Path, *, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def write_folder(
+    path: Path, *, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
     """Write tensors that are in memory as safetensors.
 
     Args:
@@ -252,10 +301,18 @@ def write_folder(path: Path, *, tensors: Iterable[tuple[str, Tensor]], max_shard
         max_shard_bytes: see `plan_shards`.
     """
     given = dict(tensors)
-    groups = [{name: TensorForm(shape=tuple(each.shape), dtype=each.dtype)} for name, each in given.items()]
+    groups = [
+        {name: TensorForm(shape=tuple(each.shape), dtype=each.dtype)}
+        for name, each in given.items()
+    ]
     shards = plan_shards(groups, max_shard_bytes=max_shard_bytes)
     for shard in shards:
-        write_shard(path, shard, make=lambda group: [given[name] for name in group], written=lambda num_bytes: None)
+        write_shard(
+            path,
+            shard,
+            make=lambda group: [given[name] for name in group],
+            written=lambda num_bytes: None,
+        )
     write_index(path, shards)
 
 
@@ -268,11 +325,12 @@ def new_folder(path: str | Path, *, ranks: Ranks | None = None) -> Iterator[Path
         ranks: the processes that write it together; unset, this one alone.
 
     Yields:
-        A folder beside it to write to, removed if the writing fails. What a killed writer has left there is removed
-        first: it starts over.
+        A folder beside it to write to, removed if the writing fails. What a killed writer has left
+        there is removed first: it starts over.
 
     Raises:
-        CheckpointError: on all ranks, if there is something at `path` already, or the disk cannot take it.
+        CheckpointError: on all ranks, if there is something at `path` already, or the disk cannot
+            take it.
     """
     # Where links point: a rename can replace an empty folder, but no link to one.
     target, ranks = Path(path).resolve(), ranks or Ranks()
@@ -280,9 +338,13 @@ def new_folder(path: str | Path, *, ranks: Ranks | None = None) -> Iterator[Path
 
     def look() -> None:
         if os.path.ismount(target):
-            raise CheckpointError(f"{target} is a mount point, which nothing can be renamed to; name a folder in it.")
+            raise CheckpointError(
+                f"{target} is a mount point, which nothing can be renamed to; name a folder in it."
+            )
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise CheckpointError(f"{target} exists already and is not empty; remove it, or write to another folder.")
+            raise CheckpointError(
+                f"{target} exists already and is not empty; remove it, or write to another folder."
+            )
 
     def begin() -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -297,7 +359,9 @@ def new_folder(path: str | Path, *, ranks: Ranks | None = None) -> Iterator[Path
         if ranks.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
         if isinstance(error, FAILURES) and not isinstance(error, CheckpointError):
-            raise CheckpointError(f"could not write {target}: {cause_of(error)}; nothing is left of it.") from error
+            raise CheckpointError(
+                f"could not write {target}: {cause_of(error)}; nothing is left of it."
+            ) from error
         raise
 
 
@@ -331,7 +395,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, contents: dict[str, Any]) -> None:
     """Write a JSON file as transformers does: indented, sorted, with a final newline."""
-    path.write_text(json.dumps(contents, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(contents, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> list[str]:
@@ -353,8 +419,12 @@ def copy_files(source: Path, target: Path, names: Iterable[str]) -> list[str]:
 
 def _weight_map(path: Path) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(_is_file_name(name) for name in weight_map.values()):
-        raise CheckpointError(f"{path}: weight_map is no table of tensors and files of this folder; copy it again.")
+    if not isinstance(weight_map, dict) or not all(
+        _is_file_name(name) for name in weight_map.values()
+    ):
+        raise CheckpointError(
+            f"{path}: weight_map is no table of tensors and files of this folder; copy it again."
+        )
     return weight_map
 
 
@@ -363,30 +433,39 @@ def _is_file_name(name: object) -> bool:
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
-    # The header alone, checked against the file's size: safetensors itself would map the whole file first.
+    # The header alone, checked against the file's size: safetensors itself would map the whole file
+    # first.
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
             start = stream.read(8)
             header_len = struct.unpack("<Q", start)[0] if len(start) == 8 else size
             if 8 + header_len > size:
-                raise CheckpointError(f"{file} is cut short or not a safetensors file ({size} bytes); copy it again.")
+                raise CheckpointError(
+                    f"{file} is cut short or not a safetensors file ({size} bytes); copy it again."
+                )
             header = json.loads(stream.read(header_len))
     except OSError as error:
         raise CheckpointError(f"could not read {file}: {error}.") from error
     except ValueError as error:
         raise CheckpointError(f"{file} is not a safetensors file: {error}.") from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{file} is not a safetensors file: its header is no table of tensors.")
+        raise CheckpointError(
+            f"{file} is not a safetensors file: its header is no table of tensors."
+        )
     header.pop("__metadata__", None)
     tensors = {
-        name: _stored_tensor(entry, name=name, file=file, data_start=8 + header_len) for name, entry in header.items()
+        name: _stored_tensor(entry, name=name, file=file, data_start=8 + header_len)
+        for name, entry in header.items()
     }
     end = 8 + header_len
     # As the format has it, without gaps; so no byte is read twice, or by nobody.
     for each in sorted(tensors.values(), key=lambda each: (each.start, each.num_bytes)):
         if each.start != end:
-            raise CheckpointError(f"{file}: byte {min(each.start, end)} belongs to no tensor or to two; copy it again.")
+            raise CheckpointError(
+                f"{file}: byte {min(each.start, end)} belongs to no tensor or to two; copy it"
+                " again."
+            )
         end += each.num_bytes
     if size != end:
         raise CheckpointError(f"{file} has {size} bytes, its header says {end}; copy it again.")
@@ -397,10 +476,16 @@ def _stored_tensor(entry: Any, *, name: str, file: Path, data_start: int) -> Sto
     """An entry of a header."""
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (fields.get(field) for field in ("dtype", "shape", "data_offsets"))
-    if not (isinstance(dtype, str) and _are_counts(shape) and _are_counts(offsets) and len(offsets) == 2):
-        raise CheckpointError(f"{file}: tensor {name!r} has the entry {entry!r}, which is none of safetensors.")
+    if not (
+        isinstance(dtype, str) and _are_counts(shape) and _are_counts(offsets) and len(offsets) == 2
+    ):
+        raise CheckpointError(
+            f"{file}: tensor {name!r} has the entry {entry!r}, which is none of safetensors."
+        )
     if dtype not in _DTYPES:
-        raise CheckpointError(f"{file}: tensor {name!r} has format {dtype}; known are {', '.join(_DTYPES)}.")
+        raise CheckpointError(
+            f"{file}: tensor {name!r} has format {dtype}; known are {', '.join(_DTYPES)}."
+        )
     stored = StoredTensor(file=file, shape=tuple(shape), dtype=dtype, start=data_start + offsets[0])
     if stored.num_bytes != offsets[1] - offsets[0]:
         found = f"{stored.shape} of {dtype} in {offsets[1] - offsets[0]} bytes"
@@ -416,7 +501,9 @@ def _bytes_of(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _write_group(stream: IO[bytes], group: Group, tensors: Sequence[Tensor], written: Callable[[int], object]) -> None:
+def _write_group(
+    stream: IO[bytes], group: Group, tensors: Sequence[Tensor], written: Callable[[int], object]
+) -> None:
     for (name, form), tensor in zip(group.items(), tensors, strict=True):
         assert (tuple(tensor.shape), tensor.dtype) == (form.shape, form.dtype), name
         stream.write(memoryview(_bytes_of(tensor.detach().to("cpu").contiguous()).numpy()))

@@ -1,8 +1,9 @@
-"""Values for tensors that a checkpoint has not yet: connector_16x and ViR at a ViCO start, connector_4x between parts.
+"""Values for tensors that a checkpoint has not yet: connector_16x and ViR at a ViCO start,
+connector_4x between parts.
 
-Each tensor is drawn from a generator of its own, seeded from (seed, its name): the same values whatever is drawn before
-it, in one process or in several. The distributions are those that torch gives the modules of models/connector.py and
-models/vir.py when they are built.
+Each tensor is drawn from a generator of its own, seeded from (seed, its name): the same values
+whatever is drawn before it, in one process or in several. The distributions are those that torch
+gives the modules of models/connector.py and models/vir.py when they are built.
 """
 
 import hashlib
@@ -24,8 +25,9 @@ CONNECTOR_4X = "encoder.connector_4x."
 def initial_tensor(name: str, *, shapes: Mapping[str, Shape], seed: int) -> Tensor:
     """The value that a tensor starts with.
 
-    Norms: weight 1, bias 0. Linear layers: weight and bias uniform within 1 / sqrt(inputs). Attention's in_proj_weight:
-    uniform within sqrt(6 / (rows + columns)), its biases 0. The query token: standard normal.
+    Norms: weight 1, bias 0. Linear layers: weight and bias uniform within 1 / sqrt(inputs).
+    Attention's in_proj_weight: uniform within sqrt(6 / (rows + columns)), its biases 0. The query
+    token: standard normal.
 
     Args:
         name: under the table's names; in a connector or in ViR.
@@ -47,5 +49,7 @@ def initial_tensor(name: str, *, shapes: Mapping[str, Shape], seed: int) -> Tens
         return values.fill_(1.0 if kind == "weight" else 0.0)
     if kind == "in_proj_bias" or name.endswith("out_proj.bias"):
         return values.zero_()
-    bound = math.sqrt(6 / sum(shape)) if kind == "in_proj_weight" else 1 / math.sqrt(weight_shape[1])
+    bound = (
+        math.sqrt(6 / sum(shape)) if kind == "in_proj_weight" else 1 / math.sqrt(weight_shape[1])
+    )
     return values.uniform_(-bound, bound, generator=generator)

@@ -1,7 +1,9 @@
-"""What a checkpoint folder holds, Megatron's or Hugging Face's: read from headers and metadata alone.
+"""What a checkpoint folder holds, Megatron's or Hugging Face's: read from headers and metadata
+alone.
 
-Its weights are at hand under the mapping table's names whatever the form, to be read one at a time, so that a run's
-folder of any parallel layout can be compared with an export in any of Hugging Face's layouts (compare.py).
+Its weights are at hand under the mapping table's names whatever the form, to be read one at a time,
+so that a run's folder of any parallel layout can be compared with an export in any of Hugging
+Face's layouts (compare.py).
 """
 
 import math
@@ -49,7 +51,8 @@ class TensorFacts:
     """One tensor of a folder, unread."""
 
     name: str
-    """In a Hugging Face folder the file's; in a Megatron one the mapping table's, a layer and an expert at a time."""
+    """In a Hugging Face folder the file's; in a Megatron one the mapping table's, a layer and an
+    expert at a time."""
 
     module: str
     """The model's part it belongs to: vit, connector_4x, ..., `optimizer`, or `unmapped`."""
@@ -94,7 +97,8 @@ class Checkpoint:
 
     tensors: tuple[TensorFacts, ...]
     problems: tuple[str, ...]
-    """Tensors that are missing, unknown or misshapen for the model; empty when the folder is whole."""
+    """Tensors that are missing, unknown or misshapen for the model; empty when the folder is
+    whole."""
 
     weights: Mapping[str, Weight]
     """By the table's name; a tensor that no row maps is here under its own."""
@@ -114,7 +118,8 @@ def open_checkpoint(
         The checkpoint; problems with its tensors are listed in it rather than raised.
 
     Raises:
-        CheckpointError: if there is no checkpoint, it is unfinished or cannot be read, or of another or no known size.
+        CheckpointError: if there is no checkpoint, it is unfinished or cannot be read, or of
+            another or no known size.
     """
     path = Path(directory)
     hf_io.refuse_incomplete(path)
@@ -125,16 +130,19 @@ def open_checkpoint(
         return _open_megatron(path, iteration=iteration, model_size=model_size)
     if not list(path.glob("*.safetensors*")):
         raise CheckpointError(
-            f"{path} is no checkpoint: it has neither {state.LATEST_FILE}, as a run's folder has, nor safetensors, as "
-            "one of Hugging Face's has."
+            f"{path} is no checkpoint: it has neither {state.LATEST_FILE}, as a run's folder has,"
+            " nor safetensors, as one of Hugging Face's has."
         )
     if iteration is not None:
-        raise CheckpointError(f"{path} is a Hugging Face folder, which has no steps; leave out --ckpt-step.")
+        raise CheckpointError(
+            f"{path} is a Hugging Face folder, which has no steps; leave out --ckpt-step."
+        )
     return _open_hf(path, model_size=model_size)
 
 
 def matching(names: Iterable[str], pattern: str | None) -> list[str]:
-    """Names in which a glob is found somewhere, in their order; all of them where there is no pattern."""
+    """Names in which a glob is found somewhere, in their order; all of them where there is no
+    pattern."""
     return [name for name in names if pattern is None or fnmatchcase(name, f"*{pattern}*")]
 
 
@@ -148,7 +156,9 @@ def _open_megatron(root: Path, *, iteration: int | None, model_size: str | None)
     tensors, weights, misshapen = [], {}, []
     for name, stored in folder.tensors.items():
         module = _module_of(name) if name in expected or name.startswith("optimizer.") else UNMAPPED
-        tensors.append(TensorFacts(name=name, module=module, shape=stored.shape, dtype=stored.dtype))
+        tensors.append(
+            TensorFacts(name=name, module=module, shape=stored.shape, dtype=stored.dtype)
+        )
         if module == OPTIMIZER:
             continue
         weights[name] = _dcp_weight(name, folder, model)
@@ -163,12 +173,17 @@ def _open_megatron(root: Path, *, iteration: int | None, model_size: str | None)
             "stage": metadata.stage,
             "iteration": str(metadata.iteration),
             "layout": metadata.layout or "unknown",
-            "has_optimizer": str(metadata.has_optimizer) + (f" ({metadata.optimizer})" if metadata.optimizer else ""),
+            "has_optimizer": (
+                str(metadata.has_optimizer)
+                + (f" ({metadata.optimizer})" if metadata.optimizer else "")
+            ),
         },
         tensors=_in_order(tensors),
         problems=_problems(weights.keys(), expected.keys(), misshapen),
         weights={
-            name: weights[name] for name in [*expected, *sorted(weights.keys() - expected.keys())] if name in weights
+            name: weights[name]
+            for name in [*expected, *sorted(weights.keys() - expected.keys())]
+            if name in weights
         },
     )
 
@@ -190,7 +205,8 @@ def _open_hf(path: Path, *, model_size: str | None) -> Checkpoint:
     for row in rows:
         wrong = list(_misshapen(row, folder))
         misshapen += wrong
-        # A misshapen or half-present tensor cannot be put together; its parts are compared under their own names.
+        # A misshapen or half-present tensor cannot be put together; its parts are compared under
+        # their own names.
         if not wrong and all(name in folder.tensors for name in row.files):
             weights[row.megatron] = _hf_weight(row, folder)
     used = {name for row in rows if row.megatron in weights for name in row.files}
@@ -209,7 +225,8 @@ def _open_hf(path: Path, *, model_size: str | None) -> Checkpoint:
 
 def _dcp_weight(name: str, folder: DcpFolder, model: ModelConfig) -> Weight:
     stored = folder.tensors[name]
-    # Rows beyond the vocabulary are there to be divided by the ranks: no token reads them, and no file holds them.
+    # Rows beyond the vocabulary are there to be divided by the ranks: no token reads them, and no
+    # file holds them.
     is_vocabulary = name.endswith((".word_embeddings.weight", ".gpt.output_layer.weight"))
     num_rows = min(stored.shape[0], model.language.vocab_size) if is_vocabulary else None
     shape = stored.shape if num_rows is None else (num_rows, *stored.shape[1:])
@@ -253,7 +270,9 @@ def _module_of(name: str) -> str:
     return next((module for module, pattern in _MODULES if re.match(pattern, name)), UNMAPPED)
 
 
-def _problems(found: Collection[str], expected: Collection[str], misshapen: list[str]) -> tuple[str, ...]:
+def _problems(
+    found: Collection[str], expected: Collection[str], misshapen: list[str]
+) -> tuple[str, ...]:
     absent, unknown = set(expected) - set(found), set(found) - set(expected)
     return (
         *((f"missing: {hf_io.listed(absent)}",) if absent else ()),
@@ -268,6 +287,8 @@ def _in_order(tensors: Iterable[TensorFacts]) -> tuple[TensorFacts, ...]:
 
     def key(tensor: TensorFacts) -> tuple[int, list[tuple[int, str]]]:
         words = re.split(r"(\d+)", tensor.name)
-        return place.get(tensor.module, len(place)), [(int(word) if word.isdecimal() else -1, word) for word in words]
+        return place.get(tensor.module, len(place)), [
+            (int(word) if word.isdecimal() else -1, word) for word in words
+        ]
 
     return tuple(sorted(tensors, key=key))

@@ -1,9 +1,11 @@
-"""The table: each tensor of the Megatron model beside its name in the three layouts of InternVL3.5 checkpoints.
+"""The table: each tensor of the Megatron model beside its name in the three layouts of InternVL3.5
+checkpoints.
 
-Layouts: `internvl` is the remote-code format, `hf` is transformers' own on disk, `flash` is `internvl` plus
-connector_16x and ViR. The table is read in both directions; a new model family is new rows. Names on the Megatron side
-are the canonical ones, `encoder.` or `language_model.` plus the parameter's name under megatron-core's local spec;
-`canonical_name` is the one place that knows what the TransformerEngine spec calls them.
+Layouts: `internvl` is the remote-code format, `hf` is transformers' own on disk, `flash` is
+`internvl` plus connector_16x and ViR. The table is read in both directions; a new model family is
+new rows. Names on the Megatron side are the canonical ones, `encoder.` or `language_model.` plus
+the parameter's name under megatron-core's local spec; `canonical_name` is the one place that knows
+what the TransformerEngine spec calls them.
 """
 
 import itertools
@@ -12,7 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_vico.checkpoint.mappings import DIRECT, GatedMLP, JoinedQKV, Mapping, PaddedVocabulary, SplitQKV
+from megatron_vico.checkpoint.mappings import (
+    DIRECT,
+    GatedMLP,
+    JoinedQKV,
+    Mapping,
+    PaddedVocabulary,
+    SplitQKV,
+)
 from megatron_vico.models.registry import LanguageConfig, ModelConfig, VisionConfig
 
 Layout = Literal["internvl", "hf", "flash"]
@@ -31,7 +40,8 @@ class Files:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One tensor of the Megatron model, or one for each layer and expert where names hold {layer} and {expert}."""
+    """One tensor of the Megatron model, or one for each layer and expert where names hold {layer}
+    and {expert}."""
 
     megatron: str
     shape: Shape
@@ -63,7 +73,8 @@ def table(model: ModelConfig, *, padded_vocab_size: int | None = None) -> tuple[
 
     Args:
         model: the size.
-        padded_vocab_size: rows of the Megatron model's embedding and output layer; unset, no more than the vocabulary.
+        padded_vocab_size: rows of the Megatron model's embedding and output layer; unset, no more
+            than the vocabulary.
 
     Returns:
         The rows, in the order of a forward pass.
@@ -78,7 +89,9 @@ def table(model: ModelConfig, *, padded_vocab_size: int | None = None) -> tuple[
     )
 
 
-def entries(model: ModelConfig, *, layout: Layout, padded_vocab_size: int | None = None) -> Iterator[Entry]:
+def entries(
+    model: ModelConfig, *, layout: Layout, padded_vocab_size: int | None = None
+) -> Iterator[Entry]:
     """The table of one layout, a line for each tensor of the Megatron model.
 
     Args:
@@ -103,7 +116,10 @@ def entries(model: ModelConfig, *, layout: Layout, padded_vocab_size: int | None
 _TRANSFORMER_ENGINE = (
     (re.compile(r"self_attention\.linear_qkv\.layer_norm_(weight|bias)$"), r"input_layernorm.\1"),
     (re.compile(r"mlp\.linear_fc1\.layer_norm_(weight|bias)$"), r"pre_mlp_layernorm.\1"),
-    (re.compile(r"mlp\.experts\.linear_fc([12])\.weight(\d+)$"), r"mlp.experts.local_experts.\2.linear_fc\1.weight"),
+    (
+        re.compile(r"mlp\.experts\.linear_fc([12])\.weight(\d+)$"),
+        r"mlp.experts.local_experts.\2.linear_fc\1.weight",
+    ),
 )
 
 
@@ -114,7 +130,8 @@ def canonical_name(name: str) -> str | None:
         name: a key of a module's state_dict(), with or without the module's own prefix.
 
     Returns:
-        The local spec's name, or None for TransformerEngine's `_extra_state`, which holds no weights.
+        The local spec's name, or None for TransformerEngine's `_extra_state`, which holds no
+        weights.
     """
     if name.endswith("_extra_state"):
         return None
@@ -124,7 +141,12 @@ def canonical_name(name: str) -> str | None:
 
 
 def _everywhere(
-    megatron: str, shape: Shape, *names: str, kind: Mapping = DIRECT, layers: int = 1, experts: int = 1
+    megatron: str,
+    shape: Shape,
+    *names: str,
+    kind: Mapping = DIRECT,
+    layers: int = 1,
+    experts: int = 1,
 ) -> Row:
     files = Files(names, kind)
     return Row(
@@ -138,10 +160,14 @@ def _everywhere(
     )
 
 
-def _vision(megatron: str, shape: Shape, internvl: str | Files, hf: str | Files, *, layers: int = 1) -> Row:
+def _vision(
+    megatron: str, shape: Shape, internvl: str | Files, hf: str | Files, *, layers: int = 1
+) -> Row:
     remote = Files((internvl,)) if isinstance(internvl, str) else internvl
     native = Files((hf,)) if isinstance(hf, str) else hf
-    return Row(megatron=megatron, shape=shape, internvl=remote, hf=native, flash=remote, num_layers=layers)
+    return Row(
+        megatron=megatron, shape=shape, internvl=remote, hf=native, flash=remote, num_layers=layers
+    )
 
 
 def _flash_only(megatron: str, shape: Shape, name: str) -> Row:
@@ -155,9 +181,16 @@ def _vit_rows(config: VisionConfig) -> Iterator[Row]:
     projection = native + "patch_embeddings.projection."
     yield _vision(vit + "class_token", (1, 1, d), remote + "class_embedding", native + "cls_token")
     for end, shape in (("weight", (d, 3, patch, patch)), ("bias", (d,))):
-        yield _vision(f"{vit}patch_embedding.{end}", shape, f"{remote}patch_embedding.{end}", projection + end)
+        yield _vision(
+            f"{vit}patch_embedding.{end}", shape, f"{remote}patch_embedding.{end}", projection + end
+        )
     positions = (1, 1 + config.num_patches, d)
-    yield _vision(vit + "position_embedding", positions, remote + "position_embedding", native + "position_embeddings")
+    yield _vision(
+        vit + "position_embedding",
+        positions,
+        remote + "position_embedding",
+        native + "position_embeddings",
+    )
 
     layer, remote, native = (
         "encoder.vit.transformer.layers.{layer}.",
@@ -165,14 +198,32 @@ def _vit_rows(config: VisionConfig) -> Iterator[Row]:
         "vision_tower.encoder.layer.{layer}.",
     )
     num_layers = config.num_layers
-    yield from _vit_qkv_rows(config, layer + "self_attention.", remote + "attn.", native + "attention.")
+    yield from _vit_qkv_rows(
+        config, layer + "self_attention.", remote + "attn.", native + "attention."
+    )
     norm_ends = ("weight", "bias") if config.norm_type == "layer_norm" else ("weight",)
     same: tuple[tuple[str, Shape, str, str], ...] = (
-        *((f"input_layernorm.{end}", (d,), f"norm1.{end}", f"layernorm_before.{end}") for end in norm_ends),
-        ("self_attention.linear_proj.weight", (d, d), "attn.proj.weight", "attention.projection_layer.weight"),
-        ("self_attention.linear_proj.bias", (d,), "attn.proj.bias", "attention.projection_layer.bias"),
+        *(
+            (f"input_layernorm.{end}", (d,), f"norm1.{end}", f"layernorm_before.{end}")
+            for end in norm_ends
+        ),
+        (
+            "self_attention.linear_proj.weight",
+            (d, d),
+            "attn.proj.weight",
+            "attention.projection_layer.weight",
+        ),
+        (
+            "self_attention.linear_proj.bias",
+            (d,),
+            "attn.proj.bias",
+            "attention.projection_layer.bias",
+        ),
         ("self_attn_bda.scale", (d,), "ls1", "lambda_1"),
-        *((f"pre_mlp_layernorm.{end}", (d,), f"norm2.{end}", f"layernorm_after.{end}") for end in norm_ends),
+        *(
+            (f"pre_mlp_layernorm.{end}", (d,), f"norm2.{end}", f"layernorm_after.{end}")
+            for end in norm_ends
+        ),
         ("mlp.linear_fc1.weight", (f, d), "mlp.fc1.weight", "mlp.fc1.weight"),
         ("mlp.linear_fc1.bias", (f,), "mlp.fc1.bias", "mlp.fc1.bias"),
         ("mlp.linear_fc2.weight", (d, f), "mlp.fc2.weight", "mlp.fc2.weight"),
@@ -180,7 +231,9 @@ def _vit_rows(config: VisionConfig) -> Iterator[Row]:
         ("mlp_bda.scale", (d,), "ls2", "lambda_2"),
     )
     for megatron, shape, remote_name, native_name in same:
-        yield _vision(layer + megatron, shape, remote + remote_name, native + native_name, layers=num_layers)
+        yield _vision(
+            layer + megatron, shape, remote + remote_name, native + native_name, layers=num_layers
+        )
 
 
 def _vit_qkv_rows(config: VisionConfig, attention: str, remote: str, native: str) -> Iterator[Row]:
@@ -212,7 +265,9 @@ def _connector_4x_rows(d: int, h: int) -> Iterator[Row]:
     ):
         for end, shape in _weight_and_bias(out, in_):
             name = f"encoder.connector_4x.{megatron}.{end}"
-            yield _vision(name, shape, f"mlp1.{remote}.{end}", f"multi_modal_projector.{native}.{end}")
+            yield _vision(
+                name, shape, f"mlp1.{remote}.{end}", f"multi_modal_projector.{native}.{end}"
+            )
 
 
 def _connector_16x_rows(d: int, h: int) -> Iterator[Row]:
@@ -223,11 +278,14 @@ def _connector_16x_rows(d: int, h: int) -> Iterator[Row]:
         ("linear_3", "7", h, 2 * h),
     ):
         for end, shape in _weight_and_bias(out, in_):
-            yield _flash_only(f"encoder.connector_16x.{megatron}.{end}", shape, f"mlp2.{remote}.{end}")
+            yield _flash_only(
+                f"encoder.connector_16x.{megatron}.{end}", shape, f"mlp2.{remote}.{end}"
+            )
 
 
 def _vir_rows(d: int) -> Iterator[Row]:
-    # attn3, attn4, norm3 and norm4 are in every released checkpoint though no forward pass uses them.
+    # attn3, attn4, norm3 and norm4 are in every released checkpoint though no forward pass uses
+    # them.
     shape: Shape
     pooling, gating = "encoder.vir.pooling.", "encoder.vir.gating."
     remote = "pooling_before_gating."
@@ -245,36 +303,53 @@ def _vir_rows(d: int) -> Iterator[Row]:
     for n in range(1, 5):
         for index, out, in_ in ((0, 4 * d, d), (3, d, 4 * d), (5, d, None)):
             for end, shape in _weight_and_bias(out, in_):
-                yield _flash_only(f"{gating}block{n}.{index}.{end}", shape, f"gating.block{n}.{index}.{end}")
+                yield _flash_only(
+                    f"{gating}block{n}.{index}.{end}", shape, f"gating.block{n}.{index}.{end}"
+                )
     for index, out, in_ in ((0, d, None), (1, 2, d)):
         for end, shape in _weight_and_bias(out, in_):
             yield _flash_only(f"{gating}gate.{index}.{end}", shape, f"gating.gate.{index}.{end}")
 
 
 def _weight_and_bias(out: int, in_: int | None) -> tuple[tuple[str, Shape], ...]:
-    """Names and shapes of a linear layer's parameters, or of a LayerNorm's where there is no input width."""
+    """Names and shapes of a linear layer's parameters, or of a LayerNorm's where there is no input
+    width."""
     return ("weight", (out,) if in_ is None else (out, in_)), ("bias", (out,))
 
 
 def _language_rows(config: LanguageConfig, padded_vocab_size: int) -> Iterator[Row]:
-    h, heads, groups, width = config.hidden_size, config.num_heads, config.num_query_groups, config.head_dim
+    h, heads, groups, width = (
+        config.hidden_size,
+        config.num_heads,
+        config.num_query_groups,
+        config.head_dim,
+    )
     num_layers = config.num_layers
     gpt, file = "language_model.gpt.", "language_model.model."
     layer, file_layer = gpt + "decoder.layers.{layer}.", file + "layers.{layer}."
     vocabulary = PaddedVocabulary(vocab_size=config.vocab_size, padded_vocab_size=padded_vocab_size)
     qkv = SplitQKV(num_heads=heads, num_query_groups=groups, head_dim=width)
 
-    def each(megatron: str, shape: Shape, *names: str, kind: Mapping = DIRECT, experts: int = 1) -> Row:
+    def each(
+        megatron: str, shape: Shape, *names: str, kind: Mapping = DIRECT, experts: int = 1
+    ) -> Row:
         names = tuple(file_layer + name for name in names)
-        return _everywhere(layer + megatron, shape, *names, kind=kind, layers=num_layers, experts=experts)
+        return _everywhere(
+            layer + megatron, shape, *names, kind=kind, layers=num_layers, experts=experts
+        )
 
     embedding = (padded_vocab_size, h)
     yield _everywhere(
-        gpt + "embedding.word_embeddings.weight", embedding, file + "embed_tokens.weight", kind=vocabulary
+        gpt + "embedding.word_embeddings.weight",
+        embedding,
+        file + "embed_tokens.weight",
+        kind=vocabulary,
     )
     yield each("input_layernorm.weight", (h,), "input_layernorm.weight")
     names = tuple(f"self_attn.{part}_proj.weight" for part in "qkv")
-    yield each("self_attention.linear_qkv.weight", ((heads + 2 * groups) * width, h), *names, kind=qkv)
+    yield each(
+        "self_attention.linear_qkv.weight", ((heads + 2 * groups) * width, h), *names, kind=qkv
+    )
     yield each("self_attention.q_layernorm.weight", (width,), "self_attn.q_norm.weight")
     yield each("self_attention.k_layernorm.weight", (width,), "self_attn.k_norm.weight")
     yield each("self_attention.linear_proj.weight", (h, heads * width), "self_attn.o_proj.weight")
@@ -283,11 +358,17 @@ def _language_rows(config: LanguageConfig, padded_vocab_size: int) -> Iterator[R
         mlp, file_mlp, f, experts = "mlp.", "mlp.", config.ffn_hidden_size, 1
     else:
         assert config.moe_ffn_hidden_size is not None, "a model with experts has a width for them"
-        mlp, file_mlp, f = "mlp.experts.local_experts.{expert}.", "mlp.experts.{expert}.", config.moe_ffn_hidden_size
+        mlp, file_mlp, f = (
+            "mlp.experts.local_experts.{expert}.",
+            "mlp.experts.{expert}.",
+            config.moe_ffn_hidden_size,
+        )
         experts = config.num_experts
         yield each("mlp.router.weight", (experts, h), "mlp.gate.weight")
     names = (file_mlp + "gate_proj.weight", file_mlp + "up_proj.weight")
     yield each(mlp + "linear_fc1.weight", (2 * f, h), *names, kind=GatedMLP(), experts=experts)
     yield each(mlp + "linear_fc2.weight", (h, f), file_mlp + "down_proj.weight", experts=experts)
     yield _everywhere(gpt + "decoder.final_layernorm.weight", (h,), file + "norm.weight")
-    yield _everywhere(gpt + "output_layer.weight", embedding, "language_model.lm_head.weight", kind=vocabulary)
+    yield _everywhere(
+        gpt + "output_layer.weight", embedding, "language_model.lm_head.weight", kind=vocabulary
+    )

@@ -1,7 +1,8 @@
-"""The kinds of correspondence between one Megatron tensor and the file tensors that hold the same numbers, both ways.
+"""The kinds of correspondence between one Megatron tensor and the file tensors that hold the same
+numbers, both ways.
 
-A kind only splits, joins or reorders rows, so a trip there and back returns every bit. It works on meta tensors too,
-which is how the table's file shapes are known without memory.
+A kind only splits, joins or reorders rows, so a trip there and back returns every bit. It works on
+meta tensors too, which is how the table's file shapes are known without memory.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ from torch import Tensor
 
 
 class Mapping(Protocol):
-    """One kind of correspondence; the shapes of what it is given have been checked against the table."""
+    """One kind of correspondence; the shapes of what it is given have been checked against the
+    table."""
 
     def to_hf(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """The file tensors of a Megatron tensor, in the order of the row's file names."""
@@ -43,8 +45,8 @@ DIRECT = Direct()
 class SplitQKV:
     """Megatron's fused linear_qkv <-> three tensors q, k, v; for weights and biases.
 
-    Megatron interleaves by query group: the group's query heads, then its key head, then its value head. With as many
-    groups as heads this is its layout of plain multi-head attention.
+    Megatron interleaves by query group: the group's query heads, then its key head, then its value
+    head. With as many groups as heads this is its layout of plain multi-head attention.
     """
 
     num_heads: int
@@ -67,7 +69,8 @@ class SplitQKV:
 
 @dataclass(frozen=True, kw_only=True)
 class JoinedQKV:
-    """Megatron's fused linear_qkv <-> one tensor whose rows are q, then k, then v, as remote-code InternViT has it."""
+    """Megatron's fused linear_qkv <-> one tensor whose rows are q, then k, then v, as remote-code
+    InternViT has it."""
 
     num_heads: int
     head_dim: int
@@ -83,12 +86,15 @@ class JoinedQKV:
 
     @property
     def _split(self) -> SplitQKV:
-        return SplitQKV(num_heads=self.num_heads, num_query_groups=self.num_heads, head_dim=self.head_dim)
+        return SplitQKV(
+            num_heads=self.num_heads, num_query_groups=self.num_heads, head_dim=self.head_dim
+        )
 
 
 @dataclass(frozen=True)
 class GatedMLP:
-    """Megatron's linear_fc1 of a gated MLP or of one expert, rows gate | up <-> two tensors gate, up."""
+    """Megatron's linear_fc1 of a gated MLP or of one expert, rows gate | up <-> two tensors gate,
+    up."""
 
     def to_hf(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """(gate, up)."""
@@ -101,7 +107,8 @@ class GatedMLP:
 
 @dataclass(frozen=True, kw_only=True)
 class PaddedVocabulary:
-    """A matrix with one row per token <-> the same without the rows that Megatron adds so that ranks divide them."""
+    """A matrix with one row per token <-> the same without the rows that Megatron adds so that
+    ranks divide them."""
 
     vocab_size: int
     padded_vocab_size: int

@@ -1,8 +1,10 @@
-"""A vision tower and a language model that have never met, an InternViT and a Qwen3 folder, as if they were one folder.
+"""A vision tower and a language model that have never met, an InternViT and a Qwen3 folder, as if
+they were one folder.
 
-That is what a first pretraining starts from. Together they look like an InternVL3.5 folder without connector_4x: names
-get the prefix they have there, and nothing is read. Where the language model ties its head to its embedding, as Qwen3
-does up to 4B, the head is a copy of the embedding, for InternVL3.5 ties no size.
+That is what a first pretraining starts from. Together they look like an InternVL3.5 folder without
+connector_4x: names get the prefix they have there, and nothing is read. Where the language model
+ties its head to its embedding, as Qwen3 does up to 4B, the head is a copy of the embedding, for
+InternVL3.5 ties no size.
 """
 
 from collections.abc import Collection, Mapping
@@ -12,7 +14,13 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_vico.checkpoint.hf_config import Json, model_of
-from megatron_vico.checkpoint.hf_io import SafetensorsFolder, StoredTensor, listed, open_folder, read_json
+from megatron_vico.checkpoint.hf_io import (
+    SafetensorsFolder,
+    StoredTensor,
+    listed,
+    open_folder,
+    read_json,
+)
 from megatron_vico.checkpoint.internvl_mapping import Layout, entries
 from megatron_vico.errors import CheckpointError
 from megatron_vico.models.registry import ModelConfig
@@ -31,10 +39,15 @@ class _VisionForm:
     """Name of the language model's part of that layout's config.json."""
 
 
-# By model_type of the tower's own config.json: the remote code's (of both towers, in all releases), and transformers'.
+# By model_type of the tower's own config.json: the remote code's (of both towers, in all releases),
+# and transformers'.
 _VISION_FORMS = {
-    "intern_vit_6b": _VisionForm(layout="internvl", prefix="vision_model.", language_config="llm_config"),
-    "internvl_vision": _VisionForm(layout="hf", prefix="vision_tower.", language_config="text_config"),
+    "intern_vit_6b": _VisionForm(
+        layout="internvl", prefix="vision_model.", language_config="llm_config"
+    ),
+    "internvl_vision": _VisionForm(
+        layout="hf", prefix="vision_tower.", language_config="text_config"
+    ),
 }
 
 
@@ -49,7 +62,8 @@ class Parts:
     """The size whose tower and language model these are."""
 
     layout: Layout
-    """Whose names the tensors have: `internvl`, or `hf` where the tower is in transformers' own form."""
+    """Whose names the tensors have: `internvl`, or `hf` where the tower is in transformers' own
+    form."""
 
     tensors: dict[str, StoredTensor]
     """By name in that layout; there is no connector."""
@@ -71,10 +85,12 @@ class Parts:
 
 
 def open_parts(vit: str | Path, llm: str | Path, *, model_size: str | None = None) -> Parts:
-    """Open a folder of InternViT and one of Qwen3 or Qwen3-MoE, and find the size that consists of them.
+    """Open a folder of InternViT and one of Qwen3 or Qwen3-MoE, and find the size that consists of
+    them.
 
     Args:
-        vit: folder of the tower alone, in the remote code's form (as OpenGVLab releases it) or in transformers' own.
+        vit: folder of the tower alone, in the remote code's form (as OpenGVLab releases it) or in
+            transformers' own.
         llm: folder of the language model alone.
         model_size: the size it should be; unset, any known one.
 
@@ -82,21 +98,28 @@ def open_parts(vit: str | Path, llm: str | Path, *, model_size: str | None = Non
         The two as one.
 
     Raises:
-        CheckpointError: if a folder is broken or holds another kind of model, if the two are of no known size or not of
-            the expected one (with what differs), or if a tensor is missing or unknown.
+        CheckpointError: if a folder is broken or holds another kind of model, if the two are of no
+            known size or not of the expected one (with what differs), or if a tensor is missing or
+            unknown.
     """
     tower, language = open_folder(vit), open_folder(llm)
-    vision_config, language_config = read_json(tower.path / "config.json"), read_json(language.path / "config.json")
+    vision_config, language_config = (
+        read_json(tower.path / "config.json"),
+        read_json(language.path / "config.json"),
+    )
     form = _VISION_FORMS.get(str(vision_config.get("model_type")))
     if form is None:
         raise CheckpointError(
-            f"{tower.path / 'config.json'}: model_type is {vision_config.get('model_type')!r}, expected "
-            f"{' or '.join(map(repr, _VISION_FORMS))}; give the folder of a vision tower alone as --vit."
+            f"{tower.path / 'config.json'}: model_type is {vision_config.get('model_type')!r},"
+            f" expected {' or '.join(map(repr, _VISION_FORMS))}; give the folder of a vision tower"
+            " alone as --vit."
         )
     is_tied = bool(language_config.get("tie_word_embeddings"))
     joined: Json = {
         "vision_config": vision_config,
-        form.language_config: {name: value for name, value in language_config.items() if name != "tie_word_embeddings"},
+        form.language_config: {
+            name: value for name, value in language_config.items() if name != "tie_word_embeddings"
+        },
     }
     where = f"{tower.path / 'config.json'} with {language.path / 'config.json'}"
     model = model_of(joined, layout=form.layout, path=where, expected=model_size)
@@ -112,7 +135,9 @@ def open_parts(vit: str | Path, llm: str | Path, *, model_size: str | None = Non
         path=language.path,
         model=model,
         layout=form.layout,
-        tensors={name: folder.tensors[stored_name] for name, (folder, stored_name) in origins.items()},
+        tensors={
+            name: folder.tensors[stored_name] for name, (folder, stored_name) in origins.items()
+        },
         origins=origins,
     )
 
@@ -129,6 +154,6 @@ def _check_names(
     if _HEAD in expected - own:
         hint = f" A language model without {_HEAD} has tie_word_embeddings in its config.json."
     raise CheckpointError(
-        f"{path}, as a part of {model.name}: missing tensors: {listed(expected - own)}; tensors that no row maps: "
-        f"{listed(own - expected)}.{hint}"
+        f"{path}, as a part of {model.name}: missing tensors: {listed(expected - own)}; tensors"
+        f" that no row maps: {listed(own - expected)}.{hint}"
     )

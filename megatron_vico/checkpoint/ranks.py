@@ -1,6 +1,8 @@
-"""The processes that share a conversion: who does which part, and how a failure of one ends it for all.
+"""The processes that share a conversion: who does which part, and how a failure of one ends it for
+all.
 
-Nothing here needs a GPU or megatron-core's groups: they talk through gloo, or there is only one of them.
+Nothing here needs a GPU or megatron-core's groups: they talk through gloo, or there is only one of
+them.
 """
 
 import itertools
@@ -19,8 +21,8 @@ FAILURES = (OSError, CheckpointException, CheckpointError)
 """What reading and writing can fail with; anything else is a bug and ends its process."""
 
 _PATIENCE = timedelta(days=7)
-"""What a rank waits for the others, whose last file may take hours; torch's half hour would end a whole conversion. A
-rank that dies ends the others all the same: the launcher sees to it."""
+"""What a rank waits for the others, whose last file may take hours; torch's half hour would end a
+whole conversion. A rank that dies ends the others all the same: the launcher sees to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +52,15 @@ class Ranks:
             sizes: bytes of each job.
 
         Returns:
-            Indices: a run of neighbours, so that files are read from one end to the other, about as many bytes for each
-            process, none left out and none given twice.
+            Indices: a run of neighbours, so that files are read from one end to the other, about as
+            many bytes for each process, none left out and none given twice.
         """
         total = max(sum(sizes), 1)
         ends = list(itertools.accumulate(sizes, initial=0))
         # A job belongs where its middle falls; the middles grow, so each process gets neighbours.
         owners = [
-            min((start + end) * self.size // (2 * total), self.size - 1) for start, end in itertools.pairwise(ends)
+            min((start + end) * self.size // (2 * total), self.size - 1)
+            for start, end in itertools.pairwise(ends)
         ]
         own = [index for index, owner in enumerate(owners) if owner == self.rank]
         return range(own[0], own[-1] + 1) if own else range(0)
@@ -82,12 +85,18 @@ class Ranks:
             result = action()
         except FAILURES as error:
             failure = _Failure(told=cause_of(error), is_of_users=isinstance(error, CheckpointError))
-        failures = {rank: each for rank, each in enumerate(self.gather(failure)) if each is not None}
+        failures = {
+            rank: each for rank, each in enumerate(self.gather(failure)) if each is not None
+        }
         if failures:
             # Often all of them have met the same.
             first = {each.told: rank for rank, each in reversed(failures.items())}
             told = "; ".join(f"rank {rank}: {each}" for each, rank in reversed(first.items()))
-            raise CheckpointError(told) if all(each.is_of_users for each in failures.values()) else OSError(told)
+            raise (
+                CheckpointError(told)
+                if all(each.is_of_users for each in failures.values())
+                else OSError(told)
+            )
         return result  # type: ignore[return-value]
 
     def gather[T](self, value: T) -> list[T]:
@@ -98,7 +107,8 @@ class Ranks:
         return everyones
 
     def on_main(self, action: Callable[[], object]) -> None:
-        """Do something with files once, on the main process; all others wait, and fail if it does."""
+        """Do something with files once, on the main process; all others wait, and fail if it
+        does."""
         self.agree(action if self.is_main else lambda: None)
 
 
@@ -126,6 +136,8 @@ def cause_of(error: BaseException) -> str:
     """What went wrong, in a line; torch's CheckpointException says it rank by rank."""
     failures = getattr(error, "failures", None)
     if failures:
-        causes = {str(wrapped[0]) or type(wrapped[0]).__name__: rank for rank, wrapped in failures.items()}
+        causes = {
+            str(wrapped[0]) or type(wrapped[0]).__name__: rank for rank, wrapped in failures.items()
+        }
         return "; ".join(causes)
     return str(error) or type(error).__name__

@@ -1,4 +1,5 @@
-"""Puts the model code of checkpoint/remote_code/ beside exported weights, where `trust_remote_code=True` finds it."""
+"""Puts the model code of checkpoint/remote_code/ beside exported weights, where
+`trust_remote_code=True` finds it."""
 
 import shutil
 from pathlib import Path

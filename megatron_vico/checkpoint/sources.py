@@ -1,7 +1,9 @@
-"""Where a conversion's tensors come from: a Hugging Face folder, a Megatron checkpoint, modules in memory.
+"""Where a conversion's tensors come from: a Hugging Face folder, a Megatron checkpoint, modules in
+memory.
 
-All look the same: names of the table, forms without reading anything, and a function that reads one tensor. Embedding
-and head have the real vocabulary's rows: what Megatron adds to them stays on its side.
+All look the same: names of the table, forms without reading anything, and a function that reads one
+tensor. Embedding and head have the real vocabulary's rows: what Megatron adds to them stays on its
+side.
 """
 
 from collections import Counter
@@ -82,7 +84,11 @@ def is_megatron(folder: Path) -> bool:
 
 
 def open_source(
-    path: str | Path, *, model_size: str | None = None, layout: Layout | None = None, iteration: int | None = None
+    path: str | Path,
+    *,
+    model_size: str | None = None,
+    layout: Layout | None = None,
+    iteration: int | None = None,
 ) -> Source:
     """A checkpoint folder as a source, whichever form it has.
 
@@ -96,7 +102,8 @@ def open_source(
         The source.
 
     Raises:
-        CheckpointError: if it is broken, of another size or layout, or a tensor is missing, unknown or misshapen.
+        CheckpointError: if it is broken, of another size or layout, or a tensor is missing, unknown
+            or misshapen.
     """
     folder = Path(path)
     hf_io.refuse_incomplete(folder)
@@ -105,8 +112,11 @@ def open_source(
     return hf_source(hf_io.open_folder(folder), model_size=model_size, layout=layout)
 
 
-def hf_source(folder: TensorFolder, *, model_size: str | None = None, layout: Layout | None = None) -> Source:
-    """A Hugging Face folder as a source; layout and size are found from config.json and checked against the tensors.
+def hf_source(
+    folder: TensorFolder, *, model_size: str | None = None, layout: Layout | None = None
+) -> Source:
+    """A Hugging Face folder as a source; layout and size are found from config.json and checked
+    against the tensors.
 
     Args:
         folder: with config.json beside the weights.
@@ -117,34 +127,39 @@ def hf_source(folder: TensorFolder, *, model_size: str | None = None, layout: La
         The source, without what the layout does not hold.
 
     Raises:
-        CheckpointError: if the size or layout is another one, or a tensor is missing, unknown or misshapen.
+        CheckpointError: if the size or layout is another one, or a tensor is missing, unknown or
+            misshapen.
     """
     path = folder.path / "config.json"
     config = hf_io.read_json(path)
     found = layout_of(config, path=str(path), tensors=folder.tensors.keys())
     if layout not in (None, found):
         raise CheckpointError(
-            f"{folder.path} has the {found} layout, expected {layout}; give --layout {found}, or none."
+            f"{folder.path} has the {found} layout, expected {layout}; give --layout {found}, or"
+            " none."
         )
     model = model_of(config, layout=found, path=str(path), expected=model_size)
     return files_source(folder, model=model, layout=found)
 
 
-def files_source(folder: TensorFolder, *, model: ModelConfig, layout: Layout, without: Sequence[str] = ()) -> Source:
+def files_source(
+    folder: TensorFolder, *, model: ModelConfig, layout: Layout, without: Sequence[str] = ()
+) -> Source:
     """Tensors of known size and layout as a source; needs no config.json.
 
     Args:
         folder: of the tensors.
         model: their size.
         layout: whose names they have.
-        without: beginnings of the table's names that the folder lacks beyond what the layout lacks, such as
-            `initial.CONNECTOR_4X` where a vision tower and a language model come apart.
+        without: beginnings of the table's names that the folder lacks beyond what the layout lacks,
+            such as `initial.CONNECTOR_4X` where a vision tower and a language model come apart.
 
     Returns:
         The source.
 
     Raises:
-        CheckpointError: if a tensor is missing, unknown or misshapen, or has no floating-point format.
+        CheckpointError: if a tensor is missing, unknown or misshapen, or has no floating-point
+            format.
     """
     rows = {
         row.megatron: row
@@ -152,17 +167,23 @@ def files_source(folder: TensorFolder, *, model: ModelConfig, layout: Layout, wi
         if row.files and not row.megatron.startswith(tuple(without))
     }
     where = f"{folder.path} ({layout} layout of {model.name})"
-    check_names(folder.tensors.keys(), [name for row in rows.values() for name in row.files], where=where)
+    check_names(
+        folder.tensors.keys(), [name for row in rows.values() for name in row.files], where=where
+    )
     forms = {name: _checked_form(row, folder.tensors) for name, row in rows.items()}
 
     def read(name: str) -> Tensor:
         row = rows[name]
         return row.kind.to_megatron([folder.read(file) for file in row.files])
 
-    return Source(model=model, where=where, forms=forms, read=read, companions=folder.path, layout=layout)
+    return Source(
+        model=model, where=where, forms=forms, read=read, companions=folder.path, layout=layout
+    )
 
 
-def megatron_source(path: str | Path, *, model_size: str | None = None, iteration: int | None = None) -> Source:
+def megatron_source(
+    path: str | Path, *, model_size: str | None = None, iteration: int | None = None
+) -> Source:
     """A Megatron checkpoint's weights as a source, saved under whatever layout.
 
     Args:
@@ -174,12 +195,15 @@ def megatron_source(path: str | Path, *, model_size: str | None = None, iteratio
         The source.
 
     Raises:
-        CheckpointError: if it is no checkpoint, of another size, or a tensor is missing, unknown or misshapen.
+        CheckpointError: if it is no checkpoint, of another size, or a tensor is missing, unknown or
+            misshapen.
     """
     folder = state.find_iteration(path, iteration)
     metadata = state.read_metadata(path, iteration)
     if model_size not in (None, metadata.model_size):
-        raise CheckpointError(f"{folder} is of {metadata.model_size}, expected {model_size}; set --model-size.")
+        raise CheckpointError(
+            f"{folder} is of {metadata.model_size}, expected {model_size}; set --model-size."
+        )
     model = get_model_config(metadata.model_size)
     stored = open_dcp(folder)
     tables = {row.megatron: row for row in entries(model, layout="flash")}
@@ -197,7 +221,9 @@ def megatron_source(path: str | Path, *, model_size: str | None = None, iteratio
     def read(name: str) -> Tensor:
         return stored.read(name)[: forms[name].shape[0]]
 
-    return Source(model=model, where=where, forms=forms, read=read, companions=Path(path) / TOKENIZER_FOLDER)
+    return Source(
+        model=model, where=where, forms=forms, read=read, companions=Path(path) / TOKENIZER_FOLDER
+    )
 
 
 def module_source(modules: Mapping[str, MegatronModule], *, model: ModelConfig) -> Source:
@@ -211,7 +237,8 @@ def module_source(modules: Mapping[str, MegatronModule], *, model: ModelConfig) 
         The source; reading gives the modules' own tensors, not copies.
 
     Raises:
-        CheckpointError: if a tensor is not in the table, or one of the table is missing or misshapen.
+        CheckpointError: if a tensor is not in the table, or one of the table is missing or
+            misshapen.
     """
     tensors = canonical_state(modules)
     where = f"the model to export as {model.name}"
@@ -221,7 +248,10 @@ def module_source(modules: Mapping[str, MegatronModule], *, model: ModelConfig) 
         if isinstance(row.kind, PaddedVocabulary):
             tensors[name] = tensors[name][: row.shape[0]]
         check_shape(name, tensors[name].shape, row.shape, where=where)
-    forms = {name: TensorForm(shape=tuple(tensors[name].shape), dtype=tensors[name].dtype) for name in tables}
+    forms = {
+        name: TensorForm(shape=tuple(tensors[name].shape), dtype=tensors[name].dtype)
+        for name in tables
+    }
     return Source(model=model, where=where, forms=forms, read=tensors.__getitem__)
 
 
@@ -255,7 +285,10 @@ def completed(source: Source, *, seed: int) -> Source:
     """
     shapes = {row.megatron: row.shape for row in entries(source.model, layout="flash")}
     dtype = source.dtype
-    forms = {name: source.forms.get(name) or TensorForm(shape=shape, dtype=dtype) for name, shape in shapes.items()}
+    forms = {
+        name: source.forms.get(name) or TensorForm(shape=shape, dtype=dtype)
+        for name, shape in shapes.items()
+    }
 
     def read(name: str) -> Tensor:
         if name in source.forms:
@@ -276,20 +309,26 @@ def check_names(found: Iterable[str], expected: Iterable[str], *, where: str) ->
     found, expected = set(found), set(expected)
     if found != expected:
         absent, unknown = hf_io.listed(expected - found), hf_io.listed(found - expected)
-        raise CheckpointError(f"{where}: missing tensors: {absent}; tensors that no row maps: {unknown}.")
+        raise CheckpointError(
+            f"{where}: missing tensors: {absent}; tensors that no row maps: {unknown}."
+        )
 
 
 def check_shape(name: str, found: Sequence[int], expected: Sequence[int], *, where: str) -> None:
     """CheckpointError with both shapes if they differ."""
     if tuple(found) != tuple(expected):
-        raise CheckpointError(f"{where}: {name} has shape {tuple(found)}, expected {tuple(expected)}.")
+        raise CheckpointError(
+            f"{where}: {name} has shape {tuple(found)}, expected {tuple(expected)}."
+        )
 
 
 def file_shapes(row: Entry) -> tuple[tuple[int, ...], ...]:
     """Shapes of a row's file tensors, in the order of their names."""
     if not row.files:
         return ()
-    return tuple(tuple(tensor.shape) for tensor in row.kind.to_hf(torch.empty(row.shape, device="meta")))
+    return tuple(
+        tuple(tensor.shape) for tensor in row.kind.to_hf(torch.empty(row.shape, device="meta"))
+    )
 
 
 def _checked_form(row: Entry, stored: Mapping[str, StoredTensor]) -> TensorForm:
@@ -298,8 +337,12 @@ def _checked_form(row: Entry, stored: Mapping[str, StoredTensor]) -> TensorForm:
     formats = {stored[name].torch_dtype for name in row.files}
     if len(formats) > 1:
         each = ", ".join(f"{name} is {stored[name].dtype}" for name in row.files)
-        raise CheckpointError(f"{stored[row.files[0]].file}: {each}; tensors that Megatron joins need one format.")
+        raise CheckpointError(
+            f"{stored[row.files[0]].file}: {each}; tensors that Megatron joins need one format."
+        )
     if not formats <= set(_FORMATS):
         name = row.files[0]
-        raise CheckpointError(f"{stored[name].file}: {name} is {stored[name].dtype}, expected BF16, F16 or F32.")
+        raise CheckpointError(
+            f"{stored[name].file}: {name} is {stored[name].dtype}, expected BF16, F16 or F32."
+        )
     return TensorForm(shape=row.shape, dtype=formats.pop())

@@ -1,11 +1,14 @@
-"""Training checkpoints: weights, optimizer and the loop's own state through megatron-core's dist_checkpointing.
+"""Training checkpoints: weights, optimizer and the loop's own state through megatron-core's
+dist_checkpointing.
 
     SAVE/latest_checkpointed_iteration.txt   the newest finished step, written last
-    SAVE/iter_0000100/                       megatron-core's torch_dist files, checkpoint.json, config.yaml
+    SAVE/iter_0000100/ megatron-core's torch_dist files, checkpoint.json, config.yaml
 
-A step's folder has the suffix .incomplete until every rank has written its part, so what an interrupted save leaves
-behind is never taken for a checkpoint, and the one before it stays the latest. Tensors are stored under parameter names
-and in global shapes, those of the optimizer too, so that every layout reads what any other wrote.
+
+A step's folder has the suffix .incomplete until every rank has written its part, so what an
+interrupted save leaves behind is never taken for a checkpoint, and the one before it stays the
+latest. Tensors are stored under parameter names and in global shapes, those of the optimizer too,
+so that every layout reads what any other wrote.
 """
 
 import contextlib
@@ -33,19 +36,27 @@ from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vico.checkpoint.extra_state import leave_out_unstored, load_state
-from megatron_vico.checkpoint.hf_io import INCOMPLETE_SUFFIX, listed, read_json, refuse_incomplete, write_json
+from megatron_vico.checkpoint.hf_io import (
+    INCOMPLETE_SUFFIX,
+    listed,
+    read_json,
+    refuse_incomplete,
+    write_json,
+)
 from megatron_vico.errors import CheckpointError
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 
 Modules = Mapping[str, MegatronModule | Sequence[MegatronModule]]
-"""By name, outside of DDP: a module, or the chunks of it that a pipeline rank has, in the order of the layers."""
+"""By name, outside of DDP: a module, or the chunks of it that a pipeline rank has, in the order of
+the layers."""
 
 _METADATA_FILE, _CONFIG_FILE = "checkpoint.json", "config.yaml"
 _FORMAT_VERSION = 1
 
-# What megatron-core's parts are asked for: the distributed optimizer's state under parameter names and in their shapes,
-# which every layout can read, at the price of gathering it over the data-parallel ranks at each save.
+# What megatron-core's parts are asked for: the distributed optimizer's state under parameter names
+# and in their shapes, which every layout can read, at the price of gathering it over the
+# data-parallel ranks at each save.
 _SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
@@ -70,10 +81,12 @@ class CheckpointMetadata:
     """Optimizer steps of the stage; filled in when it is saved."""
 
     layout: str = ""
-    """Parallel sizes it was saved under, to be read by people: any layout can load it; filled in when it is saved."""
+    """Parallel sizes it was saved under, to be read by people: any layout can load it; filled in
+    when it is saved."""
 
     optimizer: Literal["replicated", "distributed"] | None = None
-    """Kind of its optimizer; None where it has none or was saved before this was noted. Filled in when it is saved."""
+    """Kind of its optimizer; None where it has none or was saved before this was noted. Filled in
+    when it is saved."""
 
     format_version: int = _FORMAT_VERSION
 
@@ -96,9 +109,11 @@ def save_checkpoint(
         iteration: optimizer steps done.
         modules: what is saved; a module's name is the prefix of its tensors.
         metadata: what this is.
-        optimizer: of these modules, after at least one step (before it there is no state); unset, weights only.
+        optimizer: of these modules, after at least one step (before it there is no state); unset,
+            weights only.
         scheduler: of the learning rate.
-        trainer_state: the loop's own, equal on every rank: numbers, strings, tensors, and lists and dicts of them.
+        trainer_state: the loop's own, equal on every rank: numbers, strings, tensors, and lists and
+            dicts of them.
         config_yaml: the resolved configuration, stored beside it.
 
     Returns:
@@ -132,14 +147,17 @@ def save_checkpoint(
         state = _sharded_state(modules, optimizer, is_loading=False)
         state["scheduler"] = scheduler.state_dict() if scheduler is not None else {}
         state["trainer_state"] = trainer_state or {}
-        # Every rank reaches the collectives inside: a rank whose write failed reports it through them.
+        # Every rank reaches the collectives inside: a rank whose write failed reports it through
+        # them.
         with _quiet():
             dist_checkpointing.save(state, str(unfinished))
         _on_main_rank(finish)
     except (OSError, CheckpointingException, CheckpointException) as error:
         if torch.distributed.get_rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
-        raise CheckpointError(f"could not save {target}: {_cause(error)}; {_last_good(root)}") from error
+        raise CheckpointError(
+            f"could not save {target}: {_cause(error)}; {_last_good(root)}"
+        ) from error
     return target
 
 
@@ -163,7 +181,8 @@ def load_checkpoint(
     model_size: str,
     iteration: int | None = None,
 ) -> dict[str, Any]:
-    """Put a checkpoint's weights, optimizer and scheduler state back in place, to resume; called by every rank.
+    """Put a checkpoint's weights, optimizer and scheduler state back in place, to resume; called by
+    every rank.
 
     Args:
         directory: of the run.
@@ -183,24 +202,28 @@ def load_checkpoint(
     metadata = _checked_metadata(folder, model_size)
     if not metadata.has_optimizer:
         raise CheckpointError(
-            f"{folder} holds weights only, so training cannot resume from it; give it as --pretrained-checkpoint."
+            f"{folder} holds weights only, so training cannot resume from it; give it as"
+            " --pretrained-checkpoint."
         )
     if metadata.optimizer not in (None, _kind(optimizer)):
         raise CheckpointError(
-            f"{folder} has the state of a {metadata.optimizer} optimizer, this run's is {_kind(optimizer)}; resume "
-            "with --use-distributed-optimizer as it was saved, or give it as --pretrained-checkpoint to start from its "
-            "weights."
+            f"{folder} has the state of a {metadata.optimizer} optimizer, this run's is"
+            f" {_kind(optimizer)}; resume with --use-distributed-optimizer as it was saved, or give"
+            " it as --pretrained-checkpoint to start from its weights."
         )
     loaded = _load(folder, modules, optimizer)
     try:
-        with torch.no_grad():  # in fp32 the distributed optimizer copies into views of leaf parameters
+        with (
+            torch.no_grad()
+        ):  # in fp32 the distributed optimizer copies into views of leaf parameters
             optimizer.load_state_dict(loaded["optimizer"])
         scheduler.load_state_dict(loaded["scheduler"])
     except (KeyError, ValueError, RuntimeError, AssertionError) as error:
         raise CheckpointError(
-            f"{folder}, saved under {metadata.layout or 'an unknown layout'}: the optimizer's state does not fit this "
-            f"run's: {_cause(error)}; resume with the stage, the trained modules, the learning rates and the optimizer "
-            "it was saved with, or give it as --pretrained-checkpoint to start from its weights."
+            f"{folder}, saved under {metadata.layout or 'an unknown layout'}: the optimizer's state"
+            f" does not fit this run's: {_cause(error)}; resume with the stage, the trained"
+            " modules, the learning rates and the optimizer it was saved with, or give it as"
+            " --pretrained-checkpoint to start from its weights."
         ) from error
     trainer_state: dict[str, Any] = loaded["trainer_state"]
     return trainer_state
@@ -209,7 +232,8 @@ def load_checkpoint(
 def load_weights(
     directory: str | Path, *, modules: Modules, model_size: str, iteration: int | None = None
 ) -> CheckpointMetadata:
-    """Load weights only, to start another stage or to evaluate; called by every rank, before an optimizer is built.
+    """Load weights only, to start another stage or to evaluate; called by every rank, before an
+    optimizer is built.
 
     Args:
         directory: of the run.
@@ -251,7 +275,9 @@ def read_metadata(directory: str | Path, iteration: int | None = None) -> Checkp
     contents = read_json(path)
     if contents.get("format_version") != _FORMAT_VERSION:
         found = contents.get("format_version")
-        raise CheckpointError(f"{path}: format version {found}, this program reads {_FORMAT_VERSION}.")
+        raise CheckpointError(
+            f"{path}: format version {found}, this program reads {_FORMAT_VERSION}."
+        )
     try:
         return CheckpointMetadata(**contents)
     except TypeError as error:
@@ -293,12 +319,15 @@ def latest_iteration(directory: str | Path) -> int | None:
         return None
     text = path.read_text(encoding="utf-8").strip()
     if not text.isdecimal():
-        raise CheckpointError(f"{path} holds {text[:40]!r}, expected a step; write that of a finished folder into it.")
+        raise CheckpointError(
+            f"{path} holds {text[:40]!r}, expected a step; write that of a finished folder into it."
+        )
     return int(text)
 
 
 def find_iteration(directory: str | Path, iteration: int | None = None) -> Path:
-    """The folder of a step, of the latest where none is given; CheckpointError where there is none."""
+    """The folder of a step, of the latest where none is given; CheckpointError where there is
+    none."""
     root = Path(directory)
     if not root.is_dir():
         raise CheckpointError(f"{root}: no such folder; give the folder of --save of a former run.")
@@ -310,14 +339,18 @@ def find_iteration(directory: str | Path, iteration: int | None = None) -> Path:
     if not (folder / _METADATA_FILE).is_file():
         finished = [each.parent.name for each in sorted(root.glob(f"iter_*/{_METADATA_FILE}"))]
         finished = [name for name in finished if not name.endswith(INCOMPLETE_SUFFIX)]
-        raise CheckpointError(f"{folder} is no finished checkpoint; finished here: {', '.join(finished) or 'none'}.")
+        raise CheckpointError(
+            f"{folder} is no finished checkpoint; finished here: {', '.join(finished) or 'none'}."
+        )
     return folder
 
 
 def _checked_metadata(folder: Path, model_size: str) -> CheckpointMetadata:
     metadata = read_metadata(folder.parent, int(folder.name.removeprefix("iter_")))
     if metadata.model_size != model_size:
-        raise CheckpointError(f"{folder} is of {metadata.model_size}, this run is of {model_size}; set --model-size.")
+        raise CheckpointError(
+            f"{folder} is of {metadata.model_size}, this run is of {model_size}; set --model-size."
+        )
     return metadata
 
 
@@ -331,11 +364,14 @@ def _describe_layout(modules: Modules) -> str:
     sizes = {
         "tensor parallel": [config.tensor_model_parallel_size for config in configs],
         "pipeline parallel": [config.pipeline_model_parallel_size for config in configs],
-        "virtual pipeline": [config.virtual_pipeline_model_parallel_size or 1 for config in configs],
+        "virtual pipeline": [
+            config.virtual_pipeline_model_parallel_size or 1 for config in configs
+        ],
         "context parallel": [config.context_parallel_size for config in configs],
         "expert parallel": [config.expert_model_parallel_size for config in configs],
         "expert tensor parallel": [
-            config.expert_tensor_parallel_size or 1 if config.num_moe_experts else 1 for config in configs
+            config.expert_tensor_parallel_size or 1 if config.num_moe_experts else 1
+            for config in configs
         ],
     }
     split = [f"{name} {max(each)}" for name, each in sizes.items() if max(each) > 1]
@@ -344,23 +380,34 @@ def _describe_layout(modules: Modules) -> str:
 
 def _kind(optimizer: MegatronOptimizer) -> Literal["replicated", "distributed"]:
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return "distributed" if any(isinstance(part, DistributedOptimizer) for part in parts) else "replicated"
+    return (
+        "distributed"
+        if any(isinstance(part, DistributedOptimizer) for part in parts)
+        else "replicated"
+    )
 
 
-def _sharded_state(modules: Modules, optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
-    """The state as dist_checkpointing wants it; modules apart, for each has data-parallel groups of its own."""
+def _sharded_state(
+    modules: Modules, optimizer: MegatronOptimizer | None, *, is_loading: bool
+) -> dict[str, Any]:
+    """The state as dist_checkpointing wants it; modules apart, for each has data-parallel groups of
+    its own."""
     weights: dict[str, dict[int, Any]] = {}
     for name, module in modules.items():
-        # Dicts, not lists: megatron-core joins this with what the saving rank had, which may be other chunks.
+        # Dicts, not lists: megatron-core joins this with what the saving rank had, which may be
+        # other chunks.
         weights[name] = {
             index: chunk.sharded_state_dict(
-                prefix=f"{name}.", metadata={**_SHARDING, "dp_cp_group": _data_parallel_group(chunk)}
+                prefix=f"{name}.",
+                metadata={**_SHARDING, "dp_cp_group": _data_parallel_group(chunk)},
             )
             for index, chunk in enumerate(_chunks(module))
         }
     state: dict[str, Any] = {"modules": weights}
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(_SHARDING))
+        state["optimizer"] = optimizer.sharded_state_dict(
+            weights, is_loading=is_loading, metadata=dict(_SHARDING)
+        )
     return state
 
 
@@ -378,7 +425,9 @@ def _load(folder: Path, modules: Modules, optimizer: MegatronOptimizer | None) -
             leave_out_unstored(weights, stored=stored)
     try:
         with _quiet():
-            loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+            loaded = dist_checkpointing.load(
+                state, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED
+            )
     except (OSError, CheckpointingException, CheckpointException, RuntimeError) as error:
         raise CheckpointError(f"could not read {folder}: {_cause(error)}.") from error
     for name, module in modules.items():
@@ -389,11 +438,16 @@ def _load(folder: Path, modules: Modules, optimizer: MegatronOptimizer | None) -
     return loaded
 
 
-def _check_tensors(folder: Path, state: dict[str, Any], modules: Iterable[str], stored: dict[str, Any]) -> None:
+def _check_tensors(
+    folder: Path, state: dict[str, Any], modules: Iterable[str], stored: dict[str, Any]
+) -> None:
     """Compare names and global shapes before anything is read, so that the error can list them."""
     stored = {key: each for key, each in stored.items() if isinstance(each, ShardedTensor)}
-    own = {part.key: part.without_data() for each in nested_values(state) for part in _tensors_of(each)}
-    # Of all ranks, for a pipeline stage has a part of the names; and so that all ranks come to the same verdict.
+    own = {
+        part.key: part.without_data() for each in nested_values(state) for part in _tensors_of(each)
+    }
+    # Of all ranks, for a pipeline stage has a part of the names; and so that all ranks come to the
+    # same verdict.
     everyones: list[dict[str, ShardedTensor]] = [{}] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyones, own)
     asked = {key: part for parts in everyones for key, part in parts.items()}
@@ -402,12 +456,13 @@ def _check_tensors(folder: Path, state: dict[str, Any], modules: Iterable[str], 
     unknown = {key for key in stored.keys() - asked.keys() if key.startswith(prefixes)}
     if absent or unknown:
         raise CheckpointError(
-            f"{folder} does not fit the model: it lacks {listed(absent)}; it has, beyond the model, {listed(unknown)}."
+            f"{folder} does not fit the model: it lacks {listed(absent)}; it has, beyond the model,"
+            f" {listed(unknown)}."
         )
     for key, part in asked.items():
         found, expected = tuple(stored[key].global_shape), tuple(part.global_shape)
-        # A vocabulary padded to another number of ranks is allowed to differ: megatron-core takes what both have, and
-        # zeros beyond.
+        # A vocabulary padded to another number of ranks is allowed to differ: megatron-core takes
+        # what both have, and zeros beyond.
         if found != expected and not part.allow_shape_mismatch:
             raise CheckpointError(f"{folder}: {key} is {found}, the model's is {expected}.")
 
@@ -417,7 +472,13 @@ def _stored(folder: Path) -> dict[str, Any]:
     try:
         with _quiet():
             stored: dict[str, Any] = load_sharded_metadata(str(folder))
-    except (OSError, CheckpointingException, CheckpointException, pickle.UnpicklingError, EOFError) as error:
+    except (
+        OSError,
+        CheckpointingException,
+        CheckpointException,
+        pickle.UnpicklingError,
+        EOFError,
+    ) as error:
         raise CheckpointError(f"{folder} is not a readable checkpoint: {_cause(error)}.") from error
     return stored
 
@@ -431,7 +492,8 @@ def _tensors_of(value: Any) -> list[ShardedTensor]:
 
 
 def _on_main_rank(action: Callable[[], None]) -> None:
-    """Do something with files once; if it fails, every rank raises, so that none waits for the others."""
+    """Do something with files once; if it fails, every rank raises, so that none waits for the
+    others."""
     failure: list[str | None] = [None]
     if torch.distributed.get_rank() == 0:
         try:
@@ -445,7 +507,8 @@ def _on_main_rank(action: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep megatron-core's and torch's notes about each other's deprecated parts, which no user can act on, to them."""
+    """Keep megatron-core's and torch's notes about each other's deprecated parts, which no user can
+    act on, to them."""
     logger = logging.getLogger("megatron.core.dist_checkpointing.strategies.torch")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -458,7 +521,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _replace_folder(source: Path, target: Path) -> None:
-    # A step may be written twice (a resumed run); the old folder goes only when the new one is whole.
+    # A step may be written twice (a resumed run); the old folder goes only when the new one is
+    # whole.
     old = target.with_name(target.name + ".old" + INCOMPLETE_SUFFIX)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -492,4 +556,7 @@ def _last_good(root: Path) -> str:
         return "there is no earlier checkpoint of this run."
     # megatron-core's error does not say that a disk was full; the space left does.
     free = f"{shutil.disk_usage(root).free / 1e9:.1f} GB are free there"
-    return f"{free}; the last good checkpoint is {iteration_folder(root, step)}, from which the run can be resumed."
+    return (
+        f"{free}; the last good checkpoint is {iteration_folder(root, step)}, from which the run"
+        " can be resumed."
+    )

@@ -1,4 +1,5 @@
-"""Writes one thing while the next is being made: on two cores, converting is little slower than copying."""
+"""Writes one thing while the next is being made: on two cores, converting is little slower than
+copying."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,7 +8,8 @@ from typing import Self
 
 
 class WriteBehind:
-    """Does one action at a time, in order, in a thread of its own; at most one waits to be done with."""
+    """Does one action at a time, in order, in a thread of its own; at most one waits to be done
+    with."""
 
     def __enter__(self) -> Self:
         self._thread = ThreadPoolExecutor(max_workers=1)
@@ -27,7 +29,12 @@ class WriteBehind:
             self._latest.result()
         self._latest = self._thread.submit(action)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         self._thread.shutdown()  # waits
         if error is None and self._latest is not None:
             self._latest.result()

@@ -1,4 +1,5 @@
-"""`vico checkpoint inspect`: what a checkpoint folder holds, and with --diff how it differs from another."""
+"""`vico checkpoint inspect`: what a checkpoint folder holds, and with --diff how it differs from
+another."""
 
 import argparse
 import dataclasses
@@ -43,12 +44,18 @@ def main(arguments: Sequence[str]) -> int:
         parser.error("--diff-ckpt-step is of the folder of --diff: give that with it")
     from megatron_vico.checkpoint.inspect import open_checkpoint
 
-    first = open_checkpoint(options.folder, iteration=options.ckpt_step, model_size=options.model_size)
+    first = open_checkpoint(
+        options.folder, iteration=options.ckpt_step, model_size=options.model_size
+    )
     if options.diff is None:
         shown = _listed(first, options.match) if options.tensors else []
-        print(json.dumps(_as_json(first, shown), indent=2) if options.json else _as_text(first, shown))
+        print(
+            json.dumps(_as_json(first, shown), indent=2) if options.json else _as_text(first, shown)
+        )
         return 0
-    second = open_checkpoint(options.diff, iteration=options.diff_ckpt_step, model_size=options.model_size)
+    second = open_checkpoint(
+        options.diff, iteration=options.diff_ckpt_step, model_size=options.model_size
+    )
     found = _compared(first, second, match=options.match)
     if options.json:
         print(json.dumps(_comparison_json(first, second, found), indent=2))
@@ -60,24 +67,45 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vico checkpoint inspect",
-        description="What a checkpoint folder holds; nothing but headers is read, unless --diff compares the weights.",
-        epilog="Exit status of --diff: 0 if all weights are equal bit for bit, 1 if not, 2 after an error.",
+        description=(
+            "What a checkpoint folder holds; nothing but headers is read, unless --diff compares"
+            " the weights."
+        ),
+        epilog=(
+            "Exit status of --diff: 0 if all weights are equal bit for bit, 1 if not, 2 after an"
+            " error."
+        ),
     )
     parser.add_argument(
-        "folder", type=Path, help="a run's --save folder, one of its iter_ folders, or a Hugging Face one"
+        "folder",
+        type=Path,
+        help="a run's --save folder, one of its iter_ folders, or a Hugging Face one",
     )
     parser.add_argument("--ckpt-step", type=int, help="which step of a run; unset, the latest")
-    parser.add_argument("--model-size", help="refuse any other; unset, the one the folder says it is")
-    parser.add_argument("--tensors", action="store_true", help="list every tensor; with --diff, every difference")
-    parser.add_argument("--match", metavar="PATTERN", help="only tensors in whose name this glob is found somewhere")
-    parser.add_argument("--json", action="store_true", help="print JSON, with bytes and counts as plain numbers")
+    parser.add_argument(
+        "--model-size", help="refuse any other; unset, the one the folder says it is"
+    )
+    parser.add_argument(
+        "--tensors", action="store_true", help="list every tensor; with --diff, every difference"
+    )
+    parser.add_argument(
+        "--match", metavar="PATTERN", help="only tensors in whose name this glob is found somewhere"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON, with bytes and counts as plain numbers"
+    )
     parser.add_argument(
         "--diff",
         type=Path,
         metavar="OTHER",
-        help="compare the weights, tensor by tensor, with those of a folder of any form; optimizers are left out",
+        help=(
+            "compare the weights, tensor by tensor, with those of a folder of any form; optimizers"
+            " are left out"
+        ),
     )
-    parser.add_argument("--diff-ckpt-step", type=int, metavar="STEP", help="which step of OTHER; unset, the latest")
+    parser.add_argument(
+        "--diff-ckpt-step", type=int, metavar="STEP", help="which step of OTHER; unset, the latest"
+    )
     return parser
 
 
@@ -98,7 +126,15 @@ def _compared(first: "Checkpoint", second: "Checkpoint", *, match: str | None) -
 
     total = bytes_to_compare(first, second, match=match)
     # Drawn on a terminal only, and not for what takes less than a second.
-    with tqdm(total=total, unit="B", unit_scale=True, desc="comparing", disable=None, delay=1, file=sys.stderr) as bar:
+    with tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        desc="comparing",
+        disable=None,
+        delay=1,
+        file=sys.stderr,
+    ) as bar:
         return compare(first, second, match=match, advance=bar.update)
 
 
@@ -106,22 +142,35 @@ def _as_text(checkpoint: "Checkpoint", shown: Sequence["TensorFacts"]) -> str:
     lines = [str(checkpoint.path), f"  form: {_FORMS[checkpoint.form]}"]
     lines += [f"  {name}: {value}" for name, value in checkpoint.facts.items()]
     lines += [f"  problem: {problem}" for problem in checkpoint.problems]
-    lines += ["", *_table(["module", "tensors", "parameters", "bytes", "dtypes"], _module_rows(checkpoint))]
+    lines += [
+        "",
+        *_table(["module", "tensors", "parameters", "bytes", "dtypes"], _module_rows(checkpoint)),
+    ]
     if shown:
-        rows = [[each.name, _dtype(each), "x".join(map(str, each.shape)), f"{each.num_bytes:,}"] for each in shown]
+        rows = [
+            [each.name, _dtype(each), "x".join(map(str, each.shape)), f"{each.num_bytes:,}"]
+            for each in shown
+        ]
         lines += ["", *_table(["tensor", "dtype", "shape", "bytes"], rows)]
     return "\n".join(lines)
 
 
 def _module_rows(checkpoint: "Checkpoint") -> list[list[str]]:
     return [
-        [name, f"{each['tensors']:,}", f"{each['parameters']:,}", f"{each['bytes']:,}", " ".join(each["dtypes"])]
+        [
+            name,
+            f"{each['tensors']:,}",
+            f"{each['parameters']:,}",
+            f"{each['bytes']:,}",
+            " ".join(each["dtypes"]),
+        ]
         for name, each in _modules(checkpoint).items()
     ]
 
 
 def _modules(checkpoint: "Checkpoint") -> dict[str, dict[str, Any]]:
-    """Sums over modules, over the language model's parts, and over all weights; the optimizer comes after those."""
+    """Sums over modules, over the language model's parts, and over all weights; the optimizer comes
+    after those."""
     from megatron_vico.checkpoint.inspect import OPTIMIZER
 
     groups: dict[str, list[TensorFacts]] = {}
@@ -168,7 +217,9 @@ def _as_json(checkpoint: "Checkpoint", shown: Sequence["TensorFacts"]) -> dict[s
     return contents
 
 
-def _comparison_text(first: "Checkpoint", second: "Checkpoint", found: "Comparison", *, everything: bool) -> str:
+def _comparison_text(
+    first: "Checkpoint", second: "Checkpoint", found: "Comparison", *, everything: bool
+) -> str:
     lines = [f"first:  {first.path}", f"second: {second.path}", f"same: {found.num_same} tensors"]
     kinds: dict[str, list[Difference]] = {}
     for each in found.differences:
@@ -199,14 +250,17 @@ def _difference_rows(members: Sequence["Difference"]) -> tuple[list[str], list[l
     return titles, rows
 
 
-def _comparison_json(first: "Checkpoint", second: "Checkpoint", found: "Comparison") -> dict[str, Any]:
+def _comparison_json(
+    first: "Checkpoint", second: "Checkpoint", found: "Comparison"
+) -> dict[str, Any]:
     return {
         "first": str(first.path),
         "second": str(second.path),
         "equal": not found.differences,
         "num_same": found.num_same,
         "differences": [
-            {name: _plain(value) for name, value in dataclasses.asdict(each).items()} for each in found.differences
+            {name: _plain(value) for name, value in dataclasses.asdict(each).items()}
+            for each in found.differences
         ],
     }
 
@@ -217,7 +271,8 @@ def _plain(value: Any) -> Any:
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of columns, the first and the last aligned to the left, numbers between them to the right."""
+    """Lines of columns, the first and the last aligned to the left, numbers between them to the
+    right."""
     table = [titles, *rows]
     widths = [max(len(row[column]) for row in table) for column in range(len(titles))]
     lines = []

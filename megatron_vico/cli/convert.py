@@ -1,6 +1,8 @@
-"""`vico convert`: a checkpoint between Megatron's form and Hugging Face's layouts, or two parts to Megatron's form.
+"""`vico convert`: a checkpoint between Megatron's form and Hugging Face's layouts, or two parts to
+Megatron's form.
 
-Peak host memory is a few tensors, whatever the model's size. Under torchrun the processes share the work.
+Peak host memory is a few tensors, whatever the model's size. Under torchrun the processes share the
+work.
 """
 
 import argparse
@@ -32,7 +34,8 @@ def main(arguments: Sequence[str]) -> None:
 
     Raises:
         ConfigError: if flags do not go together.
-        CheckpointError: if the input is broken, of another size, or lacks parts of the output's layout.
+        CheckpointError: if the input is broken, of another size, or lacks parts of the output's
+            layout.
     """
     from megatron_vico.checkpoint.convert import ConversionOptions, convert
 
@@ -44,7 +47,10 @@ def main(arguments: Sequence[str]) -> None:
     for name in _ANY_LAYOUT_LOADS:
         if getattr(given, name) is not None and is_main:
             flag = f"--{name.replace('_', '-')}"
-            print(f"note: {flag} has no effect: runs of every layout load a Megatron checkpoint.", file=sys.stderr)
+            print(
+                f"note: {flag} has no effect: runs of every layout load a Megatron checkpoint.",
+                file=sys.stderr,
+            )
     written = convert(
         _joined(given) if given.source == "parts" else given.input,
         output=given.output,
@@ -72,13 +78,14 @@ def main(arguments: Sequence[str]) -> None:
 def _tokenizer_notes(given: argparse.Namespace, written: Path) -> list[str]:
     if given.target == "hf" and not (written / "tokenizer_config.json").exists():
         return [
-            "no tokenizer came with the input, so none is beside the weights; convert with --tokenizer-model, or copy "
-            "the files of one into the output."
+            "no tokenizer came with the input, so none is beside the weights; convert with"
+            " --tokenizer-model, or copy the files of one into the output."
         ]
     if given.source == "parts" and given.tokenizer_model is None:
         return [
-            "the tokenizer beside the weights is the language model's own, without image tokens; train with "
-            "InternVL3.5's (tools/build_tokenizer.py makes it), or convert with it as --tokenizer-model."
+            "the tokenizer beside the weights is the language model's own, without image tokens;"
+            " train with InternVL3.5's (tools/build_tokenizer.py makes it), or convert with it as"
+            " --tokenizer-model."
         ]
     return []
 
@@ -89,30 +96,71 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(prog="vico convert", description=__doc__)
     forms = ("hf", "megatron")
-    from_help = "form of the input; parts: a vision tower and a language model apart, before a first pretraining"
-    parser.add_argument("--from", dest="source", choices=(*forms, "parts"), required=True, help=from_help)
-    parser.add_argument("--to", dest="target", choices=forms, required=True, help="form of the output")
-    parser.add_argument("--input", type=Path, help="a Hugging Face folder, or a run's (its latest step)")
+    from_help = (
+        "form of the input; parts: a vision tower and a language model apart, before a first"
+        " pretraining"
+    )
+    parser.add_argument(
+        "--from", dest="source", choices=(*forms, "parts"), required=True, help=from_help
+    )
+    parser.add_argument(
+        "--to", dest="target", choices=forms, required=True, help="form of the output"
+    )
+    parser.add_argument(
+        "--input", type=Path, help="a Hugging Face folder, or a run's (its latest step)"
+    )
     parser.add_argument("--vit", type=Path, help="with --from parts: folder of an InternViT")
-    parser.add_argument("--llm", type=Path, help="with --from parts: folder of a Qwen3 or Qwen3-MoE")
+    parser.add_argument(
+        "--llm", type=Path, help="with --from parts: folder of a Qwen3 or Qwen3-MoE"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
-    layout_help = "of the output; with --to megatron: refuse an input in any other (unset, it is found)"
+    layout_help = (
+        "of the output; with --to megatron: refuse an input in any other (unset, it is found)"
+    )
     parser.add_argument("--layout", choices=get_args(Layout), help=layout_help)
-    parser.add_argument("--model-size", help="refuse any other; unset, the one the input says it is")
-    parser.add_argument("--ckpt-step", type=int, help="with --from megatron: the run's step to take; unset, the latest")
-    parser.add_argument("--dtype", choices=get_args(DTypeName), help="of the weights; unset, each tensor keeps its own")
-    parser.add_argument("--tokenizer-model", type=Path, help="to put beside the weights; unset, the input's")
+    parser.add_argument(
+        "--model-size", help="refuse any other; unset, the one the input says it is"
+    )
+    parser.add_argument(
+        "--ckpt-step",
+        type=int,
+        help="with --from megatron: the run's step to take; unset, the latest",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=get_args(DTypeName),
+        help="of the weights; unset, each tensor keeps its own",
+    )
+    parser.add_argument(
+        "--tokenizer-model", type=Path, help="to put beside the weights; unset, the input's"
+    )
     seed_help = "of connectors and ViR where the input of --to megatron has none"
     parser.add_argument("--seed", type=int, default=ConversionOptions().seed, help=seed_help)
-    shard_help = "size above which a new file begins; processes share a Hugging Face output file by file"
-    parser.add_argument("--max-shard-bytes", type=int, default=ConversionOptions().max_shard_bytes, help=shard_help)
-    parser.add_argument("--verify", action="store_true", help="read the output back and compare every bit of it")
-    padding_help = "with --to megatron: pad the vocabulary as for this size; runs of other sizes load it all the same"
+    shard_help = (
+        "size above which a new file begins; processes share a Hugging Face output file by file"
+    )
+    parser.add_argument(
+        "--max-shard-bytes", type=int, default=ConversionOptions().max_shard_bytes, help=shard_help
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read the output back and compare every bit of it"
+    )
+    padding_help = (
+        "with --to megatron: pad the vocabulary as for this size; runs of other sizes load it all"
+        " the same"
+    )
     parser.add_argument("--tensor-model-parallel-size", type=int, metavar="N", help=padding_help)
     for name in _ANY_LAYOUT_LOADS:
         flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=int, metavar="N", help="no effect: a Megatron checkpoint loads in every layout")
-    exported = parser.add_argument_group("what an exported config says; unset, what the input's says")
+        parser.add_argument(
+            flag,
+            type=int,
+            metavar="N",
+            help="no effect: a Megatron checkpoint loads in every layout",
+        )
+    exported = parser.add_argument_group(
+        "what an exported config says; unset, what the input's says"
+    )
     exported.add_argument("--flash-relative-threshold", type=float)
     exported.add_argument("--flash-absolute-threshold", type=float)
     exported.add_argument("--flash-decision-rule", choices=("paper", "flash"))
@@ -139,22 +187,31 @@ def _check_form(folder: Path, form: str) -> None:
     if is_megatron(folder) != (form == "megatron"):
         run = folder.resolve().parent
         if folder.resolve().name.startswith("iter_") and is_megatron(run):
-            raise CheckpointError(f"{folder} is one step of a run; name the run's folder, {run}, and --ckpt-step.")
+            raise CheckpointError(
+                f"{folder} is one step of a run; name the run's folder, {run}, and --ckpt-step."
+            )
         found = "megatron" if is_megatron(folder) else "hf"
-        raise CheckpointError(f"{folder} is no {form} checkpoint; if it is one at all, --from {found}.")
+        raise CheckpointError(
+            f"{folder} is no {form} checkpoint; if it is one at all, --from {found}."
+        )
 
 
 def _check_exported(given: argparse.Namespace) -> None:
     """Refuse what an exported config has no place for, and what the model code could not use."""
     placeless = {
         "internvl": ("flash_relative_threshold", "flash_absolute_threshold", "flash_decision_rule"),
-        "hf": ("flash_relative_threshold", "flash_absolute_threshold", "flash_decision_rule", "use_thumbnail"),
+        "hf": (
+            "flash_relative_threshold",
+            "flash_absolute_threshold",
+            "flash_decision_rule",
+            "use_thumbnail",
+        ),
     }
     for name in placeless.get(given.layout, ()) if given.target == "hf" else ():
         if getattr(given, name) is not None:
             raise ConfigError(
-                f"--{name.replace('_', '-')} has no effect on the {given.layout} layout, whose config has no place for "
-                "it; leave it out."
+                f"--{name.replace('_', '-')} has no effect on the {given.layout} layout, whose"
+                " config has no place for it; leave it out."
             )
     for name in ("flash_relative_threshold", "flash_absolute_threshold"):
         value = getattr(given, name)
@@ -171,22 +228,35 @@ def _check(given: argparse.Namespace) -> None:
         needed = "--vit and --llm" if joins else "--input"
         raise ConfigError(f"--from {given.source} takes {needed}, and no other input.")
     if given.ckpt_step is not None and given.source != "megatron":
-        raise ConfigError(f"--ckpt-step {given.ckpt_step} has no effect with --from {given.source}; leave it out.")
+        raise ConfigError(
+            f"--ckpt-step {given.ckpt_step} has no effect with --from {given.source}; leave it out."
+        )
     if joins and (given.target != "megatron" or given.layout is not None):
-        raise ConfigError("--from parts makes a Megatron checkpoint to pretrain from: --to megatron, without --layout.")
+        raise ConfigError(
+            "--from parts makes a Megatron checkpoint to pretrain from: --to megatron, without"
+            " --layout."
+        )
     if given.target == "hf" and given.layout is None:
         raise ConfigError("--to hf needs --layout: internvl, hf or flash.")
     if given.source == given.target == "megatron":
-        raise ConfigError("--from megatron --to megatron converts nothing; a run of any layout loads the checkpoint.")
+        raise ConfigError(
+            "--from megatron --to megatron converts nothing; a run of any layout loads the"
+            " checkpoint."
+        )
     if given.tensor_model_parallel_size is not None and given.tensor_model_parallel_size < 1:
-        raise ConfigError(f"--tensor-model-parallel-size {given.tensor_model_parallel_size}: expected 1 or more.")
+        raise ConfigError(
+            f"--tensor-model-parallel-size {given.tensor_model_parallel_size}: expected 1 or more."
+        )
     if given.max_shard_bytes < 1:
-        raise ConfigError(f"--max-shard-bytes {given.max_shard_bytes}: expected 1 or more; 5000000000 is usual.")
+        raise ConfigError(
+            f"--max-shard-bytes {given.max_shard_bytes}: expected 1 or more; 5000000000 is usual."
+        )
     _check_exported(given)
 
 
 def _export_options(given: argparse.Namespace) -> "ExportOptions | None":
-    """What the input's config says, with what the command line says instead; None: nothing is said here."""
+    """What the input's config says, with what the command line says instead; None: nothing is said
+    here."""
     from megatron_vico.checkpoint.hf_config import ExportOptions, options_of
     from megatron_vico.checkpoint.hf_export import carried_config
     from megatron_vico.checkpoint.sources import TOKENIZER_FOLDER
@@ -194,7 +264,9 @@ def _export_options(given: argparse.Namespace) -> "ExportOptions | None":
     said = {name: getattr(given, name) for name in _EXPORTED if getattr(given, name) is not None}
     if not said:
         return None
-    config = carried_config(given.input / TOKENIZER_FOLDER if given.source == "megatron" else given.input)
+    config = carried_config(
+        given.input / TOKENIZER_FOLDER if given.source == "megatron" else given.input
+    )
     options = options_of(config) if config else ExportOptions()
     if given.tokenizer_model is not None:
         options = replace(options, eos_token_id=None, pad_token_id=None)  # the tokenizer's count

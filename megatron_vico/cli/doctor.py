@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Literal
 
 REQUIRED = (
-    *("torch", "megatron-core", "transformers", "safetensors", "sentencepiece", "webdataset", "numpy", "pillow"),
+    *(
+        "torch",
+        "megatron-core",
+        "transformers",
+        "safetensors",
+        "sentencepiece",
+        "webdataset",
+        "numpy",
+        "pillow",
+    ),
     *("PyYAML", "tqdm", "tensorboard", "matplotlib", "psutil"),
 )
 DEMO = ("scikit-image", "scikit-learn")
@@ -47,7 +56,10 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{finding.state:8} {finding.name:20} {finding.version:12} {finding.note}".rstrip())
     missing = [finding.name for finding in found if finding.state == "missing"]
     if missing:
-        print(f"\nmissing: {', '.join(missing)}; run `make venv`, or pip install -c constraints.txt -e .")
+        print(
+            f"\nmissing: {', '.join(missing)}; run `make venv`, or pip install -c constraints.txt"
+            " -e ."
+        )
     return 1 if missing else 0
 
 
@@ -67,7 +79,9 @@ def findings() -> list[Finding]:
         *packages,
         *_devices(),
         _transformer_engine(),
-        _accelerator("flash-attn", module="flash_attn", fallback="attention of TransformerEngine or torch"),
+        _accelerator(
+            "flash-attn", module="flash_attn", fallback="attention of TransformerEngine or torch"
+        ),
         _apex(),
         *[_package(name, note="only the demo needs it", optional=True) for name in DEMO],
         _package("av", note="only videos need it", optional=True),
@@ -87,7 +101,10 @@ def _devices() -> list[Finding]:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         major, minor = torch.cuda.get_device_capability()
-        names = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, capability {major}.{minor}"
+        names = (
+            f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, capability"
+            f" {major}.{minor}"
+        )
         cuda = Finding(name="CUDA", state="ok", version=str(torch.version.cuda), note=names)
     else:
         cuda = Finding(name="CUDA", state="absent", note=_NO_GPU)
@@ -104,7 +121,9 @@ def _devices() -> list[Finding]:
             note="" if has_nccl else "collectives go through gloo",
         ),
         Finding(
-            name="gloo", state="ok" if has_gloo else "missing", note="" if on_gpu else "collectives of runs on the CPU"
+            name="gloo",
+            state="ok" if has_gloo else "missing",
+            note="" if on_gpu else "collectives of runs on the CPU",
         ),
     ]
 
@@ -115,10 +134,17 @@ def _transformer_engine() -> Finding:
     name = "transformer-engine"
     fallback = "megatron-core's local layers with torch's attention; no FP8"
     if not torch.cuda.is_available():
-        return Finding(name=name, state="absent", version=_version(name) or "", note=f"needs a GPU; {fallback}")
+        return Finding(
+            name=name, state="absent", version=_version(name) or "", note=f"needs a GPU; {fallback}"
+        )
     finding = _accelerator(name, module="transformer_engine.pytorch", fallback=fallback)
     if finding.state == "ok" and torch.cuda.get_device_capability() < (9, 0):
-        return Finding(name=name, state="ok", version=finding.version, note="no FP8: needs capability 9.0 (Hopper)")
+        return Finding(
+            name=name,
+            state="ok",
+            version=finding.version,
+            note="no FP8: needs capability 9.0 (Hopper)",
+        )
     return finding
 
 
@@ -132,22 +158,34 @@ def _accelerator(name: str, *, module: str, fallback: str) -> Finding:
     except (ImportError, OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return Finding(
-            name=name, state="absent", version=version, note=f"cannot be imported ({reason}); falls back to {fallback}"
+            name=name,
+            state="absent",
+            version=version,
+            note=f"cannot be imported ({reason}); falls back to {fallback}",
         )
     return Finding(name=name, state="ok", version=version)
 
 
 def _apex() -> Finding:
-    """NVIDIA's apex; the package index has an unrelated one of that name, and even NVIDIA's may lack its kernels."""
+    """NVIDIA's apex; the package index has an unrelated one of that name, and even NVIDIA's may
+    lack its kernels."""
     fallback = "optimizers and norms fall back to TransformerEngine's or torch's"
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return Finding(name="apex", state="absent", note=fallback)
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     if not any((folder / "optimizers").is_dir() for folder in folders):
-        return Finding(name="apex", state="absent", note=f"another package of that name is installed; {fallback}")
+        return Finding(
+            name="apex",
+            state="absent",
+            note=f"another package of that name is installed; {fallback}",
+        )
     if importlib.util.find_spec("amp_C") is None:
-        return Finding(name="apex", state="absent", note=f"installed without its CUDA kernels (amp_C); {fallback}")
+        return Finding(
+            name="apex",
+            state="absent",
+            note=f"installed without its CUDA kernels (amp_C); {fallback}",
+        )
     return Finding(name="apex", state="ok", version=_version("apex") or "")
 
 

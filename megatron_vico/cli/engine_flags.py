@@ -1,4 +1,5 @@
-"""The flags that `generate` and `evaluate` share: a checkpoint, its tokenizer and tiling, and where plans come from."""
+"""The flags that `generate` and `evaluate` share: a checkpoint, its tokenizer and tiling, and where
+plans come from."""
 
 import argparse
 from collections.abc import Iterator
@@ -22,28 +23,57 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 
     defaults = DataOptions()
     model = parser.add_argument_group("model")
-    model.add_argument("--load", type=Path, required=True, help="a run's folder, or a Hugging Face folder")
-    model.add_argument("--tokenizer-model", type=Path, help="tokenizer folder or .model file; unset, the one in --load")
+    model.add_argument(
+        "--load", type=Path, required=True, help="a run's folder, or a Hugging Face folder"
+    )
+    model.add_argument(
+        "--tokenizer-model",
+        type=Path,
+        help="tokenizer folder or .model file; unset, the one in --load",
+    )
     model.add_argument("--bf16", action="store_true", help="compute in bfloat16, not fp32")
     model.add_argument("--batch-size", type=int, default=16, help="conversations answered together")
     model.add_argument("--max-new-tokens", type=int, default=64, help="longest answer")
-    model.add_argument("--max-dynamic-patch", type=int, default=defaults.max_dynamic_patch, help="most tiles an image")
-    model.add_argument("--use-thumbnail", action=argparse.BooleanOptionalAction, default=defaults.use_thumbnail)
+    model.add_argument(
+        "--max-dynamic-patch",
+        type=int,
+        default=defaults.max_dynamic_patch,
+        help="most tiles an image",
+    )
+    model.add_argument(
+        "--use-thumbnail", action=argparse.BooleanOptionalAction, default=defaults.use_thumbnail
+    )
     model.add_argument("--tile-tags", choices=("none", "numbered"), default=defaults.tile_tags)
     plan = parser.add_argument_group("compression")
-    plan.add_argument("--plan", choices=("vir", "none", "all"), default="vir", help="which tiles get the 16x connector")
-    plan.add_argument("--router-granularity", choices=("tile", "image"), default="tile", help="as ViR was trained")
+    plan.add_argument(
+        "--plan",
+        choices=("vir", "none", "all"),
+        default="vir",
+        help="which tiles get the 16x connector",
+    )
+    plan.add_argument(
+        "--router-granularity", choices=("tile", "image"), default="tile", help="as ViR was trained"
+    )
     plan.add_argument(
         "--router-rule",
         choices=("paper", "flash"),
         default="paper",
-        help="paper: p > 0.5; flash: the released models' quantile and threshold, over one conversation",
+        help=(
+            "paper: p > 0.5; flash: the released models' quantile and threshold, over one"
+            " conversation"
+        ),
     )
     plan.add_argument(
-        "--flash-relative-threshold", type=float, default=FLASH_RELATIVE_THRESHOLD, help="quantile of the flash rule"
+        "--flash-relative-threshold",
+        type=float,
+        default=FLASH_RELATIVE_THRESHOLD,
+        help="quantile of the flash rule",
     )
     plan.add_argument(
-        "--flash-absolute-threshold", type=float, default=FLASH_ABSOLUTE_THRESHOLD, help="least p of the flash rule"
+        "--flash-absolute-threshold",
+        type=float,
+        default=FLASH_ABSOLUTE_THRESHOLD,
+        help="least p of the flash rule",
     )
 
 

@@ -19,8 +19,12 @@ def main(arguments: Sequence[str]) -> None:
         CheckpointError: if --load is no checkpoint.
     """
     parser = argparse.ArgumentParser(prog="vico evaluate", description=__doc__)
-    parser.add_argument("--jsonl", type=Path, required=True, help="official chat format, with `metrics` a question")
-    parser.add_argument("--image-root", type=Path, help="folder that image paths start from; unset, the JSONL's own")
+    parser.add_argument(
+        "--jsonl", type=Path, required=True, help="official chat format, with `metrics` a question"
+    )
+    parser.add_argument(
+        "--image-root", type=Path, help="folder that image paths start from; unset, the JSONL's own"
+    )
     parser.add_argument("--limit", type=int, help="use only so many conversations")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     add_engine_flags(parser)
@@ -33,12 +37,22 @@ def main(arguments: Sequence[str]) -> None:
     )
     with open_engine(options) as engine:
         result = evaluate(
-            engine, samples, row=options.plan, plan=plan_source(options), max_new_tokens=options.max_new_tokens
+            engine,
+            samples,
+            row=options.plan,
+            plan=plan_source(options),
+            max_new_tokens=options.max_new_tokens,
         ).result
     print(f"{len(samples)} conversations: score {result.score:.2%} +- {result.standard_error:.2%}")
     for kind, score in result.score_by_kind.items():
         print(f"  {kind}: {score:.2%} of {result.num_questions_by_kind[kind]} questions")
-    print(f"{result.compressed_tiles:.1%} of tiles compressed, {result.visual_token_reduction:.1%} fewer visual tokens")
+    print(
+        f"{result.compressed_tiles:.1%} of tiles compressed, {result.visual_token_reduction:.1%}"
+        " fewer visual tokens"
+    )
     if options.output is not None:
-        shares = {"compressed_tiles": result.compressed_tiles, "visual_token_reduction": result.visual_token_reduction}
+        shares = {
+            "compressed_tiles": result.compressed_tiles,
+            "visual_token_reduction": result.visual_token_reduction,
+        }
         write_json(dataclasses.asdict(result) | shares, options.output)

@@ -1,4 +1,5 @@
-"""`vico generate`: ask a model about images or a video, and see how many of their tiles it compressed."""
+"""`vico generate`: ask a model about images or a video, and see how many of their tiles it
+compressed."""
 
 import argparse
 from collections.abc import Sequence
@@ -24,11 +25,20 @@ def main(arguments: Sequence[str]) -> None:
     """
     parser = argparse.ArgumentParser(prog="vico generate", description=__doc__)
     seen = parser.add_mutually_exclusive_group()
-    seen.add_argument("--image", type=Path, nargs="+", default=[], help="image files, in the order of their <image>")
+    seen.add_argument(
+        "--image",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="image files, in the order of their <image>",
+    )
     seen.add_argument("--video", type=Path, help="a video file, shown as frames of one tile each")
     parser.add_argument("--num-frames", type=int, help="frames of the video; default: 8")
     parser.add_argument(
-        "--prompt", action="append", required=True, help="a question; may be repeated, each sees the answers before it"
+        "--prompt",
+        action="append",
+        required=True,
+        help="a question; may be repeated, each sees the answers before it",
     )
     add_engine_flags(parser)
     options = parser.parse_args(arguments)
@@ -37,13 +47,16 @@ def main(arguments: Sequence[str]) -> None:
     sample = _sample(options)
     with open_engine(options) as engine:
         (answers,) = engine.answer(
-            [engine.prompt(sample)], plan=plan_source(options), max_new_tokens=options.max_new_tokens
+            [engine.prompt(sample)],
+            plan=plan_source(options),
+            max_new_tokens=options.max_new_tokens,
         )
     for question, text in zip(options.prompt, answers.texts, strict=True):
         print(f"> {question}\n{text}\n")
     num_tiles = len(answers.compressed_N)
     print(
-        f"{int(answers.compressed_N.sum())} of {num_tiles} tiles compressed, {answers.num_visual_tokens} visual tokens"
+        f"{int(answers.compressed_N.sum())} of {num_tiles} tiles compressed,"
+        f" {answers.num_visual_tokens} visual tokens"
     )
 
 
@@ -53,7 +66,9 @@ def _sample(options: argparse.Namespace) -> "ConversationSample":
 
     turns = tuple(Turn("human", text) for text in options.prompt)
     if options.video is None:
-        return ConversationSample(key="prompt", turns=turns, images=tuple(_read(path) for path in options.image))
+        return ConversationSample(
+            key="prompt", turns=turns, images=tuple(_read(path) for path in options.image)
+        )
     frames = middle_frames(options.video, num_frames=options.num_frames or 8)
     turns = with_frames(turns, len(frames), frame_text=INFERENCE_TEXT, key="prompt")
     return ConversationSample(key="prompt", turns=turns, images=tuple(frames), max_dynamic_patch=1)
@@ -63,4 +78,6 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise SampleError(f"{path}: {error.strerror}; give an image file that can be read.") from error
+        raise SampleError(
+            f"{path}: {error.strerror}; give an image file that can be read."
+        ) from error

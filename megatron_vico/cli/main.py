@@ -1,6 +1,7 @@
 """`vico COMMAND ...`: finds the command's file, runs it, and prints a user's error as one line.
 
-Nothing heavy is imported here: megatron takes four seconds, and `vico --help` or `vico doctor` must not wait for it.
+Nothing heavy is imported here: megatron takes four seconds, and `vico --help` or `vico doctor` must
+not wait for it.
 """
 
 import importlib
@@ -31,14 +32,23 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
-    "train": Command(summary="run one stage: pretrain, warmup, consistency or router", uses_megatron=True),
+    "train": Command(
+        summary="run one stage: pretrain, warmup, consistency or router", uses_megatron=True
+    ),
     "generate": Command(summary="ask a model about images", uses_megatron=True),
     "evaluate": Command(summary="score a model on a file of questions", uses_megatron=True),
     "plot": Command(summary="draw loss curves, print the ablation table", uses_megatron=False),
-    "convert": Command(summary="convert checkpoints: Megatron's form, and Hugging Face's layouts", uses_megatron=True),
-    "shards": Command(summary="make, index, inspect and verify WebDataset shards", uses_megatron=False),
+    "convert": Command(
+        summary="convert checkpoints: Megatron's form, and Hugging Face's layouts",
+        uses_megatron=True,
+    ),
+    "shards": Command(
+        summary="make, index, inspect and verify WebDataset shards", uses_megatron=False
+    ),
     "checkpoint": Command(summary="say what a run's checkpoint is", uses_megatron=True),
-    "doctor": Command(summary="say what is installed and usable, and what falls back to what", uses_megatron=False),
+    "doctor": Command(
+        summary="say what is installed and usable, and what falls back to what", uses_megatron=False
+    ),
 }
 
 
@@ -49,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; None, this process's own.
 
     Returns:
-        Exit status: 0, or 2 after an error of the user's. One of several ranks does not return from an error; it ends.
+        Exit status: 0, or 2 after an error of the user's. One of several ranks does not return from
+        an error; it ends.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
@@ -57,7 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if words else USER_ERROR
     name, *rest = words
     if name not in COMMANDS:
-        print(f"vico: unknown command {name!r}{nearest(name, COMMANDS)}\n\n{_help()}", file=sys.stderr)
+        print(
+            f"vico: unknown command {name!r}{nearest(name, COMMANDS)}\n\n{_help()}", file=sys.stderr
+        )
         return USER_ERROR
     _leave_warnings_to_rank_0()
     if COMMANDS[name].uses_megatron:
@@ -79,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _leave_warnings_to_rank_0() -> None:
-    """Libraries' warnings are the same on every rank: 128 times each, they would bury what one rank has to say.
+    """Libraries' warnings are the same on every rank: 128 times each, they would bury what one rank
+    has to say.
 
     Python's -W and PYTHONWARNINGS win.
     """
@@ -90,4 +104,6 @@ def _leave_warnings_to_rank_0() -> None:
 def _help() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(["usage: vico COMMAND ...", "", *lines, "", "`vico COMMAND --help` shows its flags."])
+    return "\n".join(
+        ["usage: vico COMMAND ...", "", *lines, "", "`vico COMMAND --help` shows its flags."]
+    )

@@ -1,4 +1,5 @@
-"""`vico plot loss | trace | table`: loss curves, one step's trace and the ablation table, from the files of runs."""
+"""`vico plot loss | trace | table`: loss curves, one step's trace and the ablation table, from the
+files of runs."""
 
 import argparse
 import json
@@ -20,14 +21,24 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="vico plot", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     loss = actions.add_parser(
-        "loss", help="one panel a run: every step in light, a running mean in dark, validation as points"
+        "loss",
+        help="one panel a run: every step in light, a running mean in dark, validation as points",
     )
-    loss.add_argument("runs", nargs="+", metavar="TITLE=FOLDER", help="a run's --save folder, or its metrics.jsonl")
-    loss.add_argument("--output", type=Path, required=True, help="picture to write; its ending says the format")
+    loss.add_argument(
+        "runs",
+        nargs="+",
+        metavar="TITLE=FOLDER",
+        help="a run's --save folder, or its metrics.jsonl",
+    )
+    loss.add_argument(
+        "--output", type=Path, required=True, help="picture to write; its ending says the format"
+    )
     trace = actions.add_parser("trace", help="who did what when in one step: a row a rank")
     trace.add_argument("folder", type=Path, help="what --trace-step N wrote: <save>/trace/step_N")
     trace.add_argument("--title", default="", help="line above the picture")
-    trace.add_argument("--output", type=Path, required=True, help="picture to write; its ending says the format")
+    trace.add_argument(
+        "--output", type=Path, required=True, help="picture to write; its ending says the format"
+    )
     table = actions.add_parser("table", help="print a results.json")
     table.add_argument("results", type=Path)
     table.add_argument("--format", choices=("text", "markdown"), default="text")
@@ -51,7 +62,9 @@ def _table(path: Path, *, markdown: bool) -> None:
     try:
         rows = read_results(path)
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; give the results.json of an evaluation.") from error
+        raise ConfigError(
+            f"{path}: {error.strerror}; give the results.json of an evaluation."
+        ) from error
     except (json.JSONDecodeError, TypeError) as error:
         raise ConfigError(f"{path}: not a results.json ({error}).") from error
     print(as_markdown(rows) if markdown else as_text(rows))
@@ -62,7 +75,9 @@ def _trace(folder: Path, output: Path, *, title: str) -> None:
 
     boxes = read_trace(folder)
     if not boxes:
-        raise ConfigError(f"{folder}: no rank_*.json; give <save>/trace/step_N of a run with --trace-step N.")
+        raise ConfigError(
+            f"{folder}: no rank_*.json; give <save>/trace/step_N of a run with --trace-step N."
+        )
     trace_picture(boxes, title=title).savefig(output, dpi=110)
     print(output)
 
@@ -72,5 +87,7 @@ def _metrics_file(word: str) -> tuple[str, Path]:
     path = Path(place)
     file = path / "metrics.jsonl" if path.is_dir() else path
     if not file.is_file():
-        raise ConfigError(f"{file}: no such file; give TITLE=FOLDER with the --save folder of a run.")
+        raise ConfigError(
+            f"{file}: no such file; give TITLE=FOLDER with the --save folder of a run."
+        )
     return (title if equals else path.name or place), file

@@ -1,7 +1,9 @@
-"""How one of many ranks ends when it fails: at once, with its number and the cause, never waiting for the others.
+"""How one of many ranks ends when it fails: at once, with its number and the cause, never waiting
+for the others.
 
-Left to itself a failing rank can wait forever: closing NCCL's process groups waits for collectives that the other ranks
-never join, and so do destructors at the interpreter's end. The launcher ends the others once it sees one process gone.
+Left to itself a failing rank can wait forever: closing NCCL's process groups waits for collectives
+that the other ranks never join, and so do destructors at the interpreter's end. The launcher ends
+the others once it sees one process gone.
 """
 
 import os
@@ -15,8 +17,8 @@ from megatron_vico.errors import CheckpointError, ConfigError, SampleError, Work
 USER_ERRORS = (ConfigError, SampleError, WorkerError, CheckpointError)
 
 PEER_GRACE_S = 3.0
-"""What a rank waits that failed in a collective: the launcher names the first process to end as the root cause, and the
-rank that made the collective fail must be it."""
+"""What a rank waits that failed in a collective: the launcher names the first process to end as the
+root cause, and the rank that made the collective fail must be it."""
 
 
 def is_one_of_many() -> bool:
@@ -27,7 +29,8 @@ def is_one_of_many() -> bool:
 def end_rank(error: Exception, *, status: int) -> NoReturn:
     """Say what went wrong on this rank, tell torchrun, and end the process without any clean-up.
 
-    To be called where the error was caught: the traceback that torchrun shows is that of the exception in flight.
+    To be called where the error was caught: the traceback that torchrun shows is that of the
+    exception in flight.
 
     Args:
         error: what ended the run.
@@ -40,7 +43,8 @@ def end_rank(error: Exception, *, status: int) -> NoReturn:
     if isinstance(error, USER_ERRORS):
         lines = [f"{type(error).__name__}: {error}"]
     elif _is_of_a_collective(error):
-        # Every other rank fails so; 50 lines from each would bury the cause. torchrun's summary has them.
+        # Every other rank fails so; 50 lines from each would bury the cause. torchrun's summary has
+        # them.
         lines = traceback.format_exception_only(error)[0].splitlines()[:1]
     else:
         lines = "".join(traceback.format_exception(error)).splitlines()

@@ -1,4 +1,5 @@
-"""`vico shards inspect | verify`: what is in shards, as text and pictures, and what is wrong with them."""
+"""`vico shards inspect | verify`: what is in shards, as text and pictures, and what is wrong with
+them."""
 
 import argparse
 import os
@@ -17,7 +18,14 @@ from megatron_vico.data.pack_plan import FolderList
 from megatron_vico.data.packing import PackLimits
 from megatron_vico.data.shard_index import FolderIndex
 from megatron_vico.data.shards.report import PackingOptions, ShardStatistics
-from megatron_vico.data.shards.sample_view import TRAINED, ViewedSample, image_lines, token_text, turn_lines, view
+from megatron_vico.data.shards.sample_view import (
+    TRAINED,
+    ViewedSample,
+    image_lines,
+    token_text,
+    turn_lines,
+    view,
+)
 from megatron_vico.data.shards.verify import Problem, Verification, VerifyOptions
 from megatron_vico.data.storage import is_url
 from megatron_vico.data.tokenizer import load_tokenizer
@@ -38,11 +46,17 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--start", type=int, default=0, help="number of the first sample to show")
     place.add_argument("--key", help="key of the first sample to show")
-    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the samples that are shown")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the statistics as DIR/shards.png")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE.png", help="draw the samples that are shown"
+    )
+    parser.add_argument(
+        "--plots", type=Path, metavar="DIR", help="draw the statistics as DIR/shards.png"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the statistics")
     parser.add_argument("--packing-window", type=int, default=DataOptions().packing_window)
-    parser.add_argument("--seed", type=int, default=TrainingOptions().seed, help="of the order that is packed")
+    parser.add_argument(
+        "--seed", type=int, default=TrainingOptions().seed, help="of the order that is packed"
+    )
 
 
 def inspect(options: argparse.Namespace) -> None:
@@ -55,18 +69,29 @@ def inspect(options: argparse.Namespace) -> None:
     mixture = read_mixture([options.folder])
     folders = [ShardFolder.open(folder.path) for folder in mixture]
     for folder, part in zip(folders, mixture, strict=True):
-        print(f"{folder.path}: {len(folder):,} samples in {len(folder.index.shards)} shards, repeat {part.repeat:g}")
+        print(
+            f"{folder.path}: {len(folder):,} samples in {len(folder.index.shards)} shards, repeat"
+            f" {part.repeat:g}"
+        )
         print(f"  tokenizer {folder.index.tokenizer}, {folder.index.settings}")
         for message in folder.index.skipped:
             print(f"  left out: {message}")
-    tokens_kept, packing = _tokens_kept(options.model_size, folders[0].index.settings.image_size), None
+    tokens_kept, packing = (
+        _tokens_kept(options.model_size, folders[0].index.settings.image_size),
+        None,
+    )
     if tokens_kept is None:
         print("packs are not counted: the tokens of a tile are not known; give --model-size.")
     else:
         packing = PackingOptions(
-            limits=_limits(options), window=options.packing_window, tokens_kept=tokens_kept, seed=options.seed
+            limits=_limits(options),
+            window=options.packing_window,
+            tokens_kept=tokens_kept,
+            seed=options.seed,
         )
-    statistics = ShardStatistics.of(folders, repeats=[folder.repeat for folder in mixture], packing=packing)
+    statistics = ShardStatistics.of(
+        folders, repeats=[folder.repeat for folder in mixture], packing=packing
+    )
     print(f"\n{statistics.as_text()}")
     if options.json is not None:
         write_json(statistics.as_json(), options.json)
@@ -94,9 +119,16 @@ def _show(data: FolderList, options: argparse.Namespace) -> list[ViewedSample]:
     shown = []
     for number in range(start, min(start + options.samples, len(data))):
         folder, local = data.locate(number)
-        sample, indexed, settings = folder.read(local), folder.describe(local), folder.index.settings
+        sample, indexed, settings = (
+            folder.read(local),
+            folder.describe(local),
+            folder.index.settings,
+        )
         shown.append(view(sample, tiles_per_image=indexed.tiles_per_image, settings=settings))
-        counts = f"{indexed.num_tokens} tokens, {indexed.num_responses} trained, {sum(indexed.tiles_per_image)} tiles"
+        counts = (
+            f"{indexed.num_tokens} tokens, {indexed.num_responses} trained,"
+            f" {sum(indexed.tiles_per_image)} tiles"
+        )
         print(f"\n{number}: {sample.key} ({counts})")
         print(indent("".join(f"{line}\n" for line in image_lines(shown[-1].images)), "  "), end="")
         if tokenizer is None:
@@ -117,17 +149,25 @@ def _number_of(key: str, data: FolderList) -> int:
         if number is not None:
             return start + number
         start += len(folder)
-    raise ConfigError(f"--key {key}: no such sample in {', '.join(str(folder.path) for folder in data.folders)}.")
+    raise ConfigError(
+        f"--key {key}: no such sample in {', '.join(str(folder.path) for folder in data.folders)}."
+    )
 
 
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `verify`."""
     _add_common(parser)
     parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; 0, none but this one"
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="processes; 0, none but this one",
     )
     parser.add_argument(
-        "--sample-share", type=float, default=1.0, help="share of the samples that are decoded; all are hashed"
+        "--sample-share",
+        type=float,
+        default=1.0,
+        help="share of the samples that are decoded; all are hashed",
     )
     parser.epilog = "Exit status: 0 if nothing is wrong, 1 if something is, 2 after an error."
 
@@ -141,7 +181,10 @@ def verify(options: argparse.Namespace) -> int:
     folders = read_mixture([options.folder])
     for folder in folders:
         if is_url(folder.path):
-            raise ConfigError(f"{folder.path}: only local folders are verified; copy it, or verify it where it lies.")
+            raise ConfigError(
+                f"{folder.path}: only local folders are verified; copy it, or verify it where it"
+                " lies."
+            )
     tokens_kept = _tokens_kept(options.model_size, _image_size(folders))
     verification = Verification(
         [Path(folder.path) for folder in folders],
@@ -156,7 +199,14 @@ def verify(options: argparse.Namespace) -> int:
     problems: list[Problem] = []
     num_samples = 0
     # Drawn on a terminal only, and not for what takes less than a second.
-    with tqdm(total=verification.num_bytes, unit="B", unit_scale=True, disable=None, delay=1, file=sys.stderr) as bar:
+    with tqdm(
+        total=verification.num_bytes,
+        unit="B",
+        unit_scale=True,
+        disable=None,
+        delay=1,
+        file=sys.stderr,
+    ) as bar:
         for finding in verification:
             for problem in finding.problems:
                 bar.write(str(problem), file=sys.stdout)
@@ -164,8 +214,9 @@ def verify(options: argparse.Namespace) -> int:
             num_samples += finding.num_samples
             bar.update(finding.num_bytes)
     print(
-        f"{options.folder}: {len(folders)} folders, {verification.num_shards} shards, {verification.num_bytes:,} "
-        f"bytes, {num_samples:,} samples decoded: {len(problems)} problems"
+        f"{options.folder}: {len(folders)} folders, {verification.num_shards} shards,"
+        f" {verification.num_bytes:,} bytes, {num_samples:,} samples decoded: {len(problems)}"
+        " problems"
     )
     if problems:
         print(_causes(problems))
@@ -188,18 +239,25 @@ def _causes(problems: Sequence[Problem]) -> str:
 def _add_common(parser: argparse.ArgumentParser) -> None:
     defaults = DataOptions()
     parser.add_argument("folder", help="a folder of shards, or a mixture.json")
-    parser.add_argument("--tokenizer-model", help="tokenizer folder, or SentencePiece .model; encodes the samples")
     parser.add_argument(
-        "--model-size", help="gives the tokens of a tile; unset, those that all models of its size have"
+        "--tokenizer-model", help="tokenizer folder, or SentencePiece .model; encodes the samples"
     )
-    parser.add_argument("--seq-length", type=int, default=defaults.seq_length, help="most tokens in a pack")
+    parser.add_argument(
+        "--model-size",
+        help="gives the tokens of a tile; unset, those that all models of its size have",
+    )
+    parser.add_argument(
+        "--seq-length", type=int, default=defaults.seq_length, help="most tokens in a pack"
+    )
     parser.add_argument("--max-tiles-per-pack", type=int, default=defaults.max_tiles_per_pack)
     parser.add_argument("--max-samples-per-pack", type=int, default=defaults.max_samples_per_pack)
 
 
 def _limits(options: argparse.Namespace) -> PackLimits:
     return PackLimits(
-        capacity=options.seq_length, max_tiles=options.max_tiles_per_pack, max_samples=options.max_samples_per_pack
+        capacity=options.seq_length,
+        max_tiles=options.max_tiles_per_pack,
+        max_samples=options.max_samples_per_pack,
     )
 
 
@@ -207,7 +265,11 @@ def _tokens_kept(model_size: str | None, image_size: int | None) -> int | None:
     """Visual tokens of a tile that is not compressed; None where that is not known."""
     if model_size is not None:
         return get_model_config(model_size).visual_tokens_per_tile
-    known = {model.visual_tokens_per_tile for model in MODELS.values() if model.vision.image_size == image_size}
+    known = {
+        model.visual_tokens_per_tile
+        for model in MODELS.values()
+        if model.vision.image_size == image_size
+    }
     return known.pop() if len(known) == 1 else None
 
 

@@ -1,4 +1,5 @@
-"""`vico shards make | index | inspect | verify`: shards from JSONL and images, a new index, a look, a check."""
+"""`vico shards make | index | inspect | verify`: shards from JSONL and images, a new index, a look,
+a check."""
 
 import argparse
 from collections.abc import Sequence
@@ -30,15 +31,25 @@ NUM_LISTED = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the actions and their flags."""
     actions = parser.add_subparsers(dest="action", required=True)
-    make = actions.add_parser("make", help="write data sets as shards; given again, go on where it was interrupted")
+    make = actions.add_parser(
+        "make", help="write data sets as shards; given again, go on where it was interrupted"
+    )
     _add_make(make)
-    index = actions.add_parser("index", help="count tokens and tiles anew; the tar files stay as they are")
+    index = actions.add_parser(
+        "index", help="count tokens and tiles anew; the tar files stay as they are"
+    )
     index.add_argument("folder", type=Path)
     for command in (make, index):
         _add_settings(command)
-        command.add_argument("--workers", type=int, default=usable_cpus(), help="processes (default: one a CPU)")
-    shard_checks.add_inspect_arguments(actions.add_parser("inspect", help="show samples and statistics"))
-    shard_checks.add_verify_arguments(actions.add_parser("verify", help="read everything once and say what is wrong"))
+        command.add_argument(
+            "--workers", type=int, default=usable_cpus(), help="processes (default: one a CPU)"
+        )
+    shard_checks.add_inspect_arguments(
+        actions.add_parser("inspect", help="show samples and statistics")
+    )
+    shard_checks.add_verify_arguments(
+        actions.add_parser("verify", help="read everything once and say what is wrong")
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -51,14 +62,19 @@ def run(options: argparse.Namespace) -> int:
     tokenizer, settings = load_tokenizer(options.tokenizer_model), _settings(options)
     if options.action == "index":
         counting = {"num_workers": options.workers, "show_progress": True}
-        _report(options.folder, index_shards(options.folder, tokenizer=tokenizer, settings=settings, **counting))
+        _report(
+            options.folder,
+            index_shards(options.folder, tokenizer=tokenizer, settings=settings, **counting),
+        )
         return 0
     _make(options, tokenizer=tokenizer, settings=settings)
     return 0
 
 
 def _make(options: argparse.Namespace, *, tokenizer: Tokenizer, settings: EncodingSettings) -> None:
-    frames = FrameOptions(seed=options.seed, min_num_frame=options.min_num_frame, max_num_frame=options.max_num_frame)
+    frames = FrameOptions(
+        seed=options.seed, min_num_frame=options.min_num_frame, max_num_frame=options.max_num_frame
+    )
     writer = WriterOptions(
         samples_per_shard=options.samples_per_shard,
         max_shard_bytes=options.max_shard_bytes,
@@ -81,8 +97,13 @@ def _make(options: argparse.Namespace, *, tokenizer: Tokenizer, settings: Encodi
         )
         return
     if options.image_root is not None:
-        raise ConfigError("--image-root has no effect with --meta, which gives each data set its own root; remove it.")
-    folders = make_mixture(options.meta, out_dir=options.out, tokenizer=tokenizer, settings=settings, options=writer)
+        raise ConfigError(
+            "--image-root has no effect with --meta, which gives each data set its own root;"
+            " remove it."
+        )
+    folders = make_mixture(
+        options.meta, out_dir=options.out, tokenizer=tokenizer, settings=settings, options=writer
+    )
     for folder in folders:
         _report(folder.path, folder.index)
         if folder.warning:
@@ -101,38 +122,67 @@ def _add_make(parser: argparse.ArgumentParser) -> None:
     defaults, frames = WriterOptions(), FrameOptions()
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--jsonl", type=Path, help="one sample a line, in the official chat format")
-    source.add_argument("--meta", type=Path, help="the official meta JSON: every data set becomes a folder of --out")
+    source.add_argument(
+        "--meta", type=Path, help="the official meta JSON: every data set becomes a folder of --out"
+    )
     parser.add_argument(
-        "--image-root", type=Path, help="folder or .tar that paths in --jsonl start from; unset, the JSONL's folder"
+        "--image-root",
+        type=Path,
+        help="folder or .tar that paths in --jsonl start from; unset, the JSONL's folder",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument(
         "--samples-per-shard",
         type=int,
         default=defaults.samples_per_shard,
-        help="lines that become a shard; the unit of work, so give fewer if there are more workers than shards",
+        help=(
+            "lines that become a shard; the unit of work, so give fewer if there are more workers"
+            " than shards"
+        ),
     )
     parser.add_argument(
-        "--max-shard-bytes", type=int, default=defaults.max_shard_bytes, help="where a shard goes on in another file"
+        "--max-shard-bytes",
+        type=int,
+        default=defaults.max_shard_bytes,
+        help="where a shard goes on in another file",
     )
-    parser.add_argument("--max-skipped", type=int, default=defaults.max_skipped, help="broken samples to leave out")
+    parser.add_argument(
+        "--max-skipped", type=int, default=defaults.max_skipped, help="broken samples to leave out"
+    )
     parser.add_argument(
         "--max-skipped-share",
         type=float,
         default=defaults.max_skipped_share,
         help="the same as a share of all samples, such as 0.01; the larger limit holds",
     )
-    parser.add_argument("--seed", type=int, default=frames.seed, help="of the frames that are taken from videos")
-    parser.add_argument("--min-num-frame", type=int, default=frames.min_num_frame, help="fewest frames of a video")
-    parser.add_argument("--max-num-frame", type=int, default=frames.max_num_frame, help="most frames of a video")
+    parser.add_argument(
+        "--seed", type=int, default=frames.seed, help="of the frames that are taken from videos"
+    )
+    parser.add_argument(
+        "--min-num-frame", type=int, default=frames.min_num_frame, help="fewest frames of a video"
+    )
+    parser.add_argument(
+        "--max-num-frame", type=int, default=frames.max_num_frame, help="most frames of a video"
+    )
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     defaults = DataOptions()
-    parser.add_argument("--tokenizer-model", required=True, help="tokenizer folder, or SentencePiece .model")
-    parser.add_argument("--model-size", required=True, help="gives the side of a tile; a name of models/registry.py")
-    parser.add_argument("--max-dynamic-patch", type=int, default=defaults.max_dynamic_patch, help="most tiles an image")
-    parser.add_argument("--use-thumbnail", action=argparse.BooleanOptionalAction, default=defaults.use_thumbnail)
+    parser.add_argument(
+        "--tokenizer-model", required=True, help="tokenizer folder, or SentencePiece .model"
+    )
+    parser.add_argument(
+        "--model-size", required=True, help="gives the side of a tile; a name of models/registry.py"
+    )
+    parser.add_argument(
+        "--max-dynamic-patch",
+        type=int,
+        default=defaults.max_dynamic_patch,
+        help="most tiles an image",
+    )
+    parser.add_argument(
+        "--use-thumbnail", action=argparse.BooleanOptionalAction, default=defaults.use_thumbnail
+    )
     parser.add_argument("--tile-tags", choices=("none", "numbered"), default=defaults.tile_tags)
 
 
@@ -150,9 +200,15 @@ def _report(folder: Path, index: FolderIndex) -> None:
         print(f"left out: {message}")
     if len(index.skipped) > NUM_LISTED:
         print(f"... and {len(index.skipped) - NUM_LISTED} more, which {folder / INDEX_NAME} lists")
-    print(f"{folder}: {index.num_samples} samples in {len(index.shards)} shards, {len(index.skipped)} left out")
+    print(
+        f"{folder}: {index.num_samples} samples in {len(index.shards)} shards, {len(index.skipped)}"
+        " left out"
+    )
     if index.skipped:
         print(table_of_causes(index.skipped))
     shards = ShardFolder.open(folder)
     num_bytes = sum(shard.num_bytes for shard in index.shards)
-    print(f"{num_bytes} bytes, {shards.num_tokens.sum()} tokens (one a tile), {shards.num_tiles.sum()} tiles")
+    print(
+        f"{num_bytes} bytes, {shards.num_tokens.sum()} tokens (one a tile),"
+        f" {shards.num_tiles.sum()} tiles"
+    )

@@ -37,7 +37,9 @@ def main(arguments: Sequence[str]) -> None:
     if given.check or given.print_config:
         return
     if given.world_size is not None:
-        raise ConfigError("--world-size belongs to --check; a run takes its ranks from the launcher (torchrun).")
+        raise ConfigError(
+            "--world-size belongs to --check; a run takes its ranks from the launcher (torchrun)."
+        )
     from megatron_vico.training.trainer import train
 
     train(cfg)
@@ -60,11 +62,12 @@ def summary(cfg: RunConfig, world_size: int) -> str:
         width = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
         extras.append(f"expert {parallel.expert_model_parallel_size} x expert tensor {width}")
     lines = [
-        f"OK: stage {cfg.stage.stage} of {cfg.model.model_size} on {world_size} ranks: "
-        f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x "
-        f"context {parallel.context_parallel_size} x data {data_parallel_size(parallel, world_size)}"
-        f"{''.join(f', {extra}' for extra in extras)}; {num_microbatches(cfg, world_size)} microbatches of up to "
-        f"{cfg.data.seq_length} tokens a step, {cfg.training.train_iters} steps."
+        f"OK: stage {cfg.stage.stage} of {cfg.model.model_size} on {world_size} ranks: tensor"
+        f" {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size}"
+        f" x context {parallel.context_parallel_size} x data"
+        f" {data_parallel_size(parallel, world_size)}{''.join(f', {extra}' for extra in extras)};"
+        f" {num_microbatches(cfg, world_size)} microbatches of up to {cfg.data.seq_length} tokens a"
+        f" step, {cfg.training.train_iters} steps."
     ]
     lines += [f"note: {remark}" for remark in remarks(cfg, world_size)]
     try:
@@ -77,13 +80,18 @@ def summary(cfg: RunConfig, world_size: int) -> str:
 def _own_flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vico train",
-        usage="%(prog)s [--recipe RECIPE.yaml] [flags]    (under torchrun: python -m megatron_vico train ...)",
+        usage=(
+            "%(prog)s [--recipe RECIPE.yaml] [flags]    (under torchrun: python -m megatron_vico"
+            " train ...)"
+        ),
         description="Run one stage of training. What counts: default < recipe < command line.",
         add_help=False,
         allow_abbrev=False,
     )
     parser.add_argument("-h", "--help", action="store_true", help="show all flags, Megatron's too")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved run as a recipe, and stop")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved run as a recipe, and stop"
+    )
     parser.add_argument(
         "--check",
         nargs="?",

@@ -30,27 +30,32 @@ def parse(argv: Sequence[str]) -> RunConfig:
     megatron is imported (seconds) only if an option is used that no section of ours has.
 
     Args:
-        argv: `--recipe R.yaml` and any of Megatron's and ViCO's flags, in any order; the command line wins.
+        argv: `--recipe R.yaml` and any of Megatron's and ViCO's flags, in any order; the command
+            line wins.
 
     Returns:
         The resolved run.
 
     Raises:
-        ConfigError: for an unknown or refused flag or recipe key, naming the nearest known one or the reason, and for
-            a value of the wrong type.
+        ConfigError: for an unknown or refused flag or recipe key, naming the nearest known one or
+            the reason, and for a value of the wrong type.
     """
     given, rest = _recipe_parser().parse_known_args(argv)
     values = load_recipe(given.recipe) if given.recipe is not None else {}
     own, rest = _own_parser().parse_known_args(rest)
     flags = vars(own)
     if rest:
-        _check_names([word.split("=", 1)[0] for word in rest if word.startswith("--")], origin="command line")
+        _check_names(
+            [word.split("=", 1)[0] for word in rest if word.startswith("--")], origin="command line"
+        )
         passed, rest = _passed_on_parser().parse_known_args(rest)
         flags |= vars(passed)
     if rest:
         raise ConfigError(f"command line: {' '.join(rest)!r} belongs to no flag")
     options = own_options() if flags.keys() <= own_options().keys() else all_options()
-    values |= {name: options[name].value(value, origin="command line") for name, value in flags.items()}
+    values |= {
+        name: options[name].value(value, origin="command line") for name, value in flags.items()
+    }
     return _run_config(values)
 
 
@@ -58,7 +63,8 @@ def load_recipe(path: str | Path) -> dict[str, OptionValue]:
     """The values of a recipe and of those it includes.
 
     Args:
-        path: YAML file, a flat mapping of option names with underscores; `include` names another, relative to itself.
+        path: YAML file, a flat mapping of option names with underscores; `include` names another,
+            relative to itself.
 
     Returns:
         Option name -> typed value, only of what the files set.
@@ -70,7 +76,9 @@ def load_recipe(path: str | Path) -> dict[str, OptionValue]:
     for file, content in reversed(_chain(Path(path), ())):
         _check_names([f"--{key.replace('_', '-')}" for key in content], origin=str(file))
         options = own_options() if content.keys() <= own_options().keys() else all_options()
-        values |= {key: options[key].value(value, origin=str(file)) for key, value in content.items()}
+        values |= {
+            key: options[key].value(value, origin=str(file)) for key, value in content.items()
+        }
     return values
 
 
@@ -86,7 +94,9 @@ def to_yaml(config: RunConfig) -> str:
     blocks = []
     for section, config_class in _sections().items():
         lines = yaml.safe_dump(
-            _plain(dataclasses.asdict(getattr(config, section))), sort_keys=False, allow_unicode=True
+            _plain(dataclasses.asdict(getattr(config, section))),
+            sort_keys=False,
+            allow_unicode=True,
         )
         blocks.append(f"# {(config_class.__doc__ or '').splitlines()[0]}\n{lines}")
     passed = {
@@ -95,7 +105,9 @@ def to_yaml(config: RunConfig) -> str:
         for field, value in getattr(config, section).items()
     }
     if passed:
-        blocks.append(f"# Passed on to megatron-core.\n{yaml.safe_dump(_plain(passed), allow_unicode=True)}")
+        blocks.append(
+            f"# Passed on to megatron-core.\n{yaml.safe_dump(_plain(passed), allow_unicode=True)}"
+        )
     return "\n".join(blocks)
 
 
@@ -121,12 +133,18 @@ def help_text() -> str:
     """
     parser = argparse.ArgumentParser(prog="", usage=argparse.SUPPRESS, add_help=False)
     group = parser.add_argument_group("recipe")
-    group.add_argument("--recipe", help="YAML file of options, with underscores; may `include` another")
+    group.add_argument(
+        "--recipe", help="YAML file of options, with underscores; may `include` another"
+    )
     for section, config_class in _sections().items():
-        group = parser.add_argument_group(f"{section} options", (config_class.__doc__ or "").splitlines()[0])
+        group = parser.add_argument_group(
+            f"{section} options", (config_class.__doc__ or "").splitlines()[0]
+        )
         for option in section_options(section, config_class).values():
             option.add_to(group)
-    group = parser.add_argument_group("Megatron's options", "Passed on to megatron-core's config classes.")
+    group = parser.add_argument_group(
+        "Megatron's options", "Passed on to megatron-core's config classes."
+    )
     for option in _passed_on().values():
         option.add_to(group)
     return parser.format_help()
@@ -149,11 +167,17 @@ def all_options() -> dict[str, Option]:
 
 
 def _passed_on() -> dict[str, Option]:
-    return {name: option for name, option in megatron_flags.passed_on().items() if name not in own_options()}
+    return {
+        name: option
+        for name, option in megatron_flags.passed_on().items()
+        if name not in own_options()
+    }
 
 
 def _sections() -> dict[str, type]:
-    factories: dict[str, Any] = {field.name: field.default_factory for field in dataclasses.fields(RunConfig)}
+    factories: dict[str, Any] = {
+        field.name: field.default_factory for field in dataclasses.fields(RunConfig)
+    }
     return {name: factory for name, factory in factories.items() if isinstance(factory, type)}
 
 
@@ -229,24 +253,35 @@ def _run_config(values: Mapping[str, OptionValue]) -> RunConfig:
             placed.setdefault(section, {})[field] = value
     sections = _sections()
     built: dict[str, Any] = {
-        section: sections[section](**fields) if section in sections else Overrides(tuple(sorted(fields.items())))
+        section: sections[section](**fields)
+        if section in sections
+        else Overrides(tuple(sorted(fields.items())))
         for section, fields in placed.items()
     }
     return RunConfig(**built)
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
+    }
 
 
 def _megatron_value(value: OptionValue, kind: Any, name: str) -> Any:
     if isinstance(value, str) and name.endswith("_dtype"):
         import torch
 
-        names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
+        names = {
+            "fp32": torch.float32,
+            "bf16": torch.bfloat16,
+            "fp16": torch.float16,
+            "fp8": torch.uint8,
+        }
         return names[value]  # uint8: what megatron-core's optimizer takes for FP8 moments
     if isinstance(value, str) and isinstance(kind, enum.EnumMeta):
         return kind[value]
     return (
-        list(value) if isinstance(value, tuple) and name != "param_name_patterns_for_fp32_local_accumulation" else value
+        list(value)
+        if isinstance(value, tuple) and name != "param_name_patterns_for_fp32_local_accumulation"
+        else value
     )

@@ -1,6 +1,8 @@
-"""Whether a layout fits a model and a number of ranks; megatron-core asserts the same, but late and without advice.
+"""Whether a layout fits a model and a number of ranks; megatron-core asserts the same, but late and
+without advice.
 
-Every offer in a message was itself put through these checks, so that following it does not lead to the next error.
+Every offer in a message was itself put through these checks, so that following it does not lead to
+the next error.
 """
 
 import dataclasses
@@ -17,7 +19,11 @@ from megatron_vico.models.registry import LanguageConfig, ModelConfig
 
 WORLD, BATCH = "world_size", "global_batch_size"
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
-EP, ETP, CHUNK = "expert_model_parallel_size", "expert_tensor_parallel_size", "num_layers_per_virtual_pipeline_stage"
+EP, ETP, CHUNK = (
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "num_layers_per_virtual_pipeline_stage",
+)
 _SIZES = (TP, PP, CHUNK, CP, EP, ETP)
 _GROUP = "microbatch_group_size_per_vp_stage"
 _MOST_OFFERS = 4
@@ -54,7 +60,9 @@ class _Layout:
         """One of `_SIZES`, WORLD or BATCH."""
         if name == WORLD:
             return self.world_size
-        found = self.cfg.training.global_batch_size if name == BATCH else getattr(self.parallel, name)
+        found = (
+            self.cfg.training.global_batch_size if name == BATCH else getattr(self.parallel, name)
+        )
         return found if found is None else int(found)
 
     def replaced(self, name: str, value: int) -> "_Layout":
@@ -96,15 +104,20 @@ def num_microbatches(cfg: RunConfig, world_size: int) -> int:
 
 
 def layers_of_a_stage(cfg: RunConfig, language: LanguageConfig) -> int:
-    """Layers of a middle pipeline stage, embedding and loss counted where they are told to count; 0 if not whole."""
+    """Layers of a middle pipeline stage, embedding and loss counted where they are told to count; 0
+    if not whole."""
     return pipeline_split.layers_of_a_stage(
-        language.num_layers, stages=cfg.parallel.pipeline_model_parallel_size, given=cfg.transformer_overrides
+        language.num_layers,
+        stages=cfg.parallel.pipeline_model_parallel_size,
+        given=cfg.transformer_overrides,
     )
 
 
 def virtual_stages(cfg: RunConfig, language: LanguageConfig) -> int | None:
     """Chunks of each pipeline stage in the interleaved schedule; None without interleaving."""
-    return pipeline_split.virtual_stages(language.num_layers, cfg.parallel, cfg.transformer_overrides)
+    return pipeline_split.virtual_stages(
+        language.num_layers, cfg.parallel, cfg.transformer_overrides
+    )
 
 
 def _size_problem(layout: _Layout) -> _Problem | None:
@@ -124,19 +137,27 @@ def _tensor_problem(layout: _Layout) -> _Problem | None:
             return _Problem(text=f"{_shown(TP)} {tensor} {found}", change=(TP,))
     if parallel.sequence_parallel and tensor == 1:
         return _Problem(
-            text=f"--sequence-parallel shards over the tensor-parallel ranks, and {_shown(TP)} is 1",
+            text=(
+                f"--sequence-parallel shards over the tensor-parallel ranks, and {_shown(TP)} is 1"
+            ),
             advice="leave it out, or use 2 or more",
         )
     if language.num_experts is not None and tensor > 1 and not parallel.sequence_parallel:
         return _Problem(
-            text=f"{_shown(TP)} {tensor} with the experts of {model.name} needs --sequence-parallel", advice="add it"
+            text=(
+                f"{_shown(TP)} {tensor} with the experts of {model.name} needs --sequence-parallel"
+            ),
+            advice="add it",
         )
     return None
 
 
 def _expert_problem(layout: _Layout) -> _Problem | None:
     parallel, model, language = layout.parallel, layout.model, layout.model.language
-    experts, expert_tensor = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
+    experts, expert_tensor = (
+        parallel.expert_model_parallel_size,
+        parallel.expert_tensor_parallel_size,
+    )
     if language.num_experts is None:
         idle = {
             f"{_shown(EP)} {experts}": experts > 1,
@@ -145,7 +166,9 @@ def _expert_problem(layout: _Layout) -> _Problem | None:
         }
         for flag, given in idle.items():
             if given:
-                return _Problem(text=f"{flag} has no effect: {model.name} has no experts", advice="leave it out")
+                return _Problem(
+                    text=f"{flag} has no effect: {model.name} has no experts", advice="leave it out"
+                )
         return None
     if language.num_experts % experts:
         found = f"does not divide the {language.num_experts} experts of {model.name}"
@@ -155,8 +178,10 @@ def _expert_problem(layout: _Layout) -> _Problem | None:
     if language.moe_ffn_hidden_size % width:
         unset = "" if expert_tensor is not None else f" (unset, so {_shown(TP)})"
         return _Problem(
-            text=f"{_shown(ETP)} {width}{unset} does not divide moe_ffn_hidden_size {language.moe_ffn_hidden_size} of "
-            f"{model.name}",
+            text=(
+                f"{_shown(ETP)} {width}{unset} does not divide moe_ffn_hidden_size"
+                f" {language.moe_ffn_hidden_size} of {model.name}"
+            ),
             change=(ETP,),
         )
     return None
@@ -169,13 +194,18 @@ def _pipeline_problem(layout: _Layout) -> _Problem | None:
     if stages == 1:
         idle = [_shown(CHUNK)] * (chunk is not None) + given
         if idle:
-            return _Problem(text=f"{idle[0]} has no effect: {_shown(PP)} is 1", advice="leave it out")
+            return _Problem(
+                text=f"{idle[0]} has no effect: {_shown(PP)} is 1", advice="leave it out"
+            )
         return None
     if LAYOUT in overrides:
         if chunk is not None or len(given) > 1:
             return _Problem(
                 text="--pipeline-model-parallel-layout names the layers of every stage",
-                advice=f"leave out {_shown(CHUNK)}, --decoder-*-pipeline-num-layers and --account-for-*",
+                advice=(
+                    f"leave out {_shown(CHUNK)}, --decoder-*-pipeline-num-layers and"
+                    " --account-for-*"
+                ),
             )
         virtual_stages(layout.cfg, layout.model.language)  # reads and checks the string
         return None
@@ -185,14 +215,19 @@ def _pipeline_problem(layout: _Layout) -> _Problem | None:
         return _Problem(text=f"{empty[0]} is less than 1", advice="leave it out, or use 1 or more")
     if fixed and (overrides.get(EMBEDDING) or overrides.get(LOSS)):
         return _Problem(
-            text=f"{', '.join(given)} are two ways to make stages uneven, and megatron-core takes one",
+            text=(
+                f"{', '.join(given)} are two ways to make stages uneven, and megatron-core"
+                " takes one"
+            ),
             advice="use --decoder-*-pipeline-num-layers or --account-for-*",
         )
     layers = layers_of_a_stage(layout.cfg, layout.model.language)
     if not layers:
         return _Problem(
-            text=f"the {layout.model.language.num_layers} layers of {name} cannot be shared equally by {_shown(PP)} "
-            f"{stages} (with {', '.join(given) or 'no uneven stages'})",
+            text=(
+                f"the {layout.model.language.num_layers} layers of {name} cannot be shared equally"
+                f" by {_shown(PP)} {stages} (with {', '.join(given) or 'no uneven stages'})"
+            ),
             change=(PP,),
             advice=_uneven_advice(layout.model.language.num_layers, stages),
         )
@@ -206,19 +241,26 @@ def _chunk_problem(layout: _Layout, layers: int) -> _Problem | None:
     change = (CHUNK,) if layers > 1 else ()
     if layers % chunk:
         return _Problem(
-            text=f"{_shown(CHUNK)} {chunk} does not divide the {layers} layers of a pipeline stage", change=change
+            text=f"{_shown(CHUNK)} {chunk} does not divide the {layers} layers of a pipeline stage",
+            change=change,
         )
     if layers == chunk:
         return _Problem(
-            text=f"{_shown(CHUNK)} {chunk} is all layers of a pipeline stage, so that nothing interleaves",
+            text=(
+                f"{_shown(CHUNK)} {chunk} is all layers of a pipeline stage, so that nothing"
+                " interleaves"
+            ),
             change=change,
             advice="leave it out",
         )
     for field, fixed in pipeline_split.fixed_stages(layout.cfg.transformer_overrides).items():
         if fixed % (layers // chunk):
             return _Problem(
-                text=f"{_shown(CHUNK)} {chunk} cuts the {layers} layers of a stage into {layers // chunk} chunks, and "
-                f" {flag_of(TRANSFORMER, field)} {fixed} cannot be cut into as many",
+                text=(
+                    f"{_shown(CHUNK)} {chunk} cuts the {layers} layers of a stage into"
+                    f" {layers // chunk} chunks, and  {flag_of(TRANSFORMER, field)} {fixed} cannot"
+                    " be cut into as many"
+                ),
                 change=(CHUNK,),
             )
     return None
@@ -239,7 +281,9 @@ def _context_problem(layout: _Layout) -> _Problem | None:
     kind = layout.cfg.transformer_overrides.get("cp_comm_type")
     if parallel.context_parallel_size == 1:
         if kind is not None:
-            return _Problem(text=f"--cp-comm-type has no effect: {_shown(CP)} is 1", advice="leave it out")
+            return _Problem(
+                text=f"--cp-comm-type has no effect: {_shown(CP)} is 1", advice="leave it out"
+            )
         return None
     if kind not in (None, "p2p"):
         return _Problem(
@@ -249,8 +293,10 @@ def _context_problem(layout: _Layout) -> _Problem | None:
     unit = 2 * parallel.context_parallel_size
     if unit > seq_length:
         return _Problem(
-            text=f"{_shown(CP)} {parallel.context_parallel_size} pads every document to a multiple of {unit} tokens, "
-            f"more than --seq-length {seq_length}",
+            text=(
+                f"{_shown(CP)} {parallel.context_parallel_size} pads every document to a multiple"
+                f" of {unit} tokens, more than --seq-length {seq_length}"
+            ),
             change=(CP,),
         )
     return None
@@ -261,47 +307,69 @@ def _world_problem(layout: _Layout) -> _Problem | None:
     replica = _replica_size(parallel)
     if world_size % replica:
         return _Problem(
-            text=f"world size {world_size} is not a multiple of {_product(parallel)} = {replica} ranks",
+            text=(
+                f"world size {world_size} is not a multiple of {_product(parallel)} = {replica}"
+                " ranks"
+            ),
             change=(WORLD, TP, PP, CP),
         )
     width, needed = _expert_width(parallel), _expert_size(parallel)
     if layout.model.language.num_experts is not None and world_size % needed:
         return _Problem(
-            text=f"world size {world_size} is not a multiple of {_shown(EP)} {parallel.expert_model_parallel_size} x "
-            f"{_shown(ETP)} {width} x {_shown(PP)} {parallel.pipeline_model_parallel_size} = {needed}",
+            text=(
+                f"world size {world_size} is not a multiple of {_shown(EP)}"
+                f" {parallel.expert_model_parallel_size} x {_shown(ETP)} {width} x {_shown(PP)}"
+                f" {parallel.pipeline_model_parallel_size} = {needed}"
+            ),
             change=(WORLD, EP, ETP),
         )
     return None
 
 
 def _batch_problem(layout: _Layout) -> _Problem | None:
-    batch, data_parallel = layout.cfg.training.global_batch_size, data_parallel_size(layout.parallel, layout.world_size)
+    batch, data_parallel = (
+        layout.cfg.training.global_batch_size,
+        data_parallel_size(layout.parallel, layout.world_size),
+    )
     if batch % data_parallel:
         return _Problem(
-            text=f"--global-batch-size {batch} is not a multiple of the data-parallel size {data_parallel} "
-            f"({layout.world_size} ranks over {_product(layout.parallel)})",
+            text=(
+                f"--global-batch-size {batch} is not a multiple of the data-parallel size"
+                f" {data_parallel} ({layout.world_size} ranks over {_product(layout.parallel)})"
+            ),
             change=(BATCH, WORLD),
         )
     return _interleaving_problem(layout, microbatches=batch // data_parallel)
 
 
 def _interleaving_problem(layout: _Layout, *, microbatches: int) -> _Problem | None:
-    stages, given = layout.parallel.pipeline_model_parallel_size, layout.cfg.transformer_overrides.get(_GROUP)
+    stages, given = (
+        layout.parallel.pipeline_model_parallel_size,
+        layout.cfg.transformer_overrides.get(_GROUP),
+    )
     if virtual_stages(layout.cfg, layout.model.language) is None:
         if given is not None:
             flag = flag_of(TRANSFORMER, _GROUP)
-            return _Problem(text=f"{flag} has no effect without interleaving ({_shown(CHUNK)})", advice="leave it out")
+            return _Problem(
+                text=f"{flag} has no effect without interleaving ({_shown(CHUNK)})",
+                advice="leave it out",
+            )
         return None
     group = given if isinstance(given, int) else stages
     flag = _shown(PP) if given is None else flag_of(TRANSFORMER, _GROUP)
     if group < stages:
-        return _Problem(text=f"{flag} {group} is less than {_shown(PP)} {stages}", advice=f"use {stages} or more")
+        return _Problem(
+            text=f"{flag} {group} is less than {_shown(PP)} {stages}",
+            advice=f"use {stages} or more",
+        )
     if group > microbatches or 0 < microbatches % group < stages:
         data_parallel = data_parallel_size(layout.parallel, layout.world_size)
         return _Problem(
-            text=f"the interleaved schedule runs microbatches in groups of {flag} {group}, and there are "
-            f"{microbatches} (--global-batch-size {layout.cfg.training.global_batch_size} over {data_parallel} "
-            "data-parallel ranks)",
+            text=(
+                f"the interleaved schedule runs microbatches in groups of {flag} {group}, and there"
+                f" are {microbatches} (--global-batch-size {layout.cfg.training.global_batch_size}"
+                f" over {data_parallel} data-parallel ranks)"
+            ),
             change=(BATCH, WORLD),
             advice="do without interleaving",
         )
@@ -331,7 +399,9 @@ def _advice(layout: _Layout, problem: _Problem, checks: tuple[_Check, ...]) -> s
         if values and name == WORLD:
             offers.append(f"{_either(values)} ranks")
         elif values:
-            offers.append(_either(values) if len(problem.change) == 1 else f"{_shown(name)} {_either(values)}")
+            offers.append(
+                _either(values) if len(problem.change) == 1 else f"{_shown(name)} {_either(values)}"
+            )
     parts = [f"use {', or '.join(offers)}"] if offers else []
     if problem.advice:
         parts.append(f"or {problem.advice}" if offers else problem.advice)
@@ -341,7 +411,8 @@ def _advice(layout: _Layout, problem: _Problem, checks: tuple[_Check, ...]) -> s
 
 
 def _nearest_that_work(layout: _Layout, name: str, checks: tuple[_Check, ...]) -> list[int]:
-    """Values of one setting with which all else works: of sizes the nearest few, of ranks and packs the neighbours."""
+    """Values of one setting with which all else works: of sizes the nearest few, of ranks and packs
+    the neighbours."""
 
     def works(value: int) -> bool:
         try:
@@ -352,16 +423,30 @@ def _nearest_that_work(layout: _Layout, name: str, checks: tuple[_Check, ...]) -
     given = layout.value(name)
     wanted = 1 if given is None else given
     if name not in (WORLD, BATCH):
-        found = [value for value in range(1, _limit(layout, name) + 1) if value != given and works(value)]
+        found = [
+            value for value in range(1, _limit(layout, name) + 1) if value != given and works(value)
+        ]
         return sorted(sorted(found, key=lambda value: abs(value - wanted))[:_MOST_OFFERS])
-    unit = data_parallel_size(layout.parallel, layout.world_size) if name == BATCH else _replica_size(layout.parallel)
+    unit = (
+        data_parallel_size(layout.parallel, layout.world_size)
+        if name == BATCH
+        else _replica_size(layout.parallel)
+    )
     if name == WORLD and layout.model.language.num_experts is not None:
         unit = math.lcm(unit, _expert_size(layout.parallel))
-    # More data-parallel ranks than packs cannot work; of packs, a few groups of microbatches are far enough.
-    most = layout.cfg.training.global_batch_size * unit if name == WORLD else wanted + _MOST_TRIED * unit
+    # More data-parallel ranks than packs cannot work; of packs, a few groups of microbatches are
+    # far enough.
+    most = (
+        layout.cfg.training.global_batch_size * unit
+        if name == WORLD
+        else wanted + _MOST_TRIED * unit
+    )
     below = range(wanted // unit * unit, 0, -unit)
     above = range((wanted // unit + 1) * unit, most + 1, unit)
-    near = [next((value for value in values if value != wanted and works(value)), None) for values in (below, above)]
+    near = [
+        next((value for value in values if value != wanted and works(value)), None)
+        for values in (below, above)
+    ]
     return [value for value in near if value is not None]
 
 
@@ -380,7 +465,11 @@ def _limit(layout: _Layout, name: str) -> int:
 
 
 def _replica_size(parallel: ParallelOptions) -> int:
-    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    return (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.context_parallel_size
+    )
 
 
 def _expert_width(parallel: ParallelOptions) -> int:
@@ -388,13 +477,17 @@ def _expert_width(parallel: ParallelOptions) -> int:
 
 
 def _expert_size(parallel: ParallelOptions) -> int:
-    return parallel.expert_model_parallel_size * _expert_width(parallel) * parallel.pipeline_model_parallel_size
+    return (
+        parallel.expert_model_parallel_size
+        * _expert_width(parallel)
+        * parallel.pipeline_model_parallel_size
+    )
 
 
 def _product(parallel: ParallelOptions) -> str:
     return (
-        f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x "
-        f"context {parallel.context_parallel_size}"
+        f"tensor {parallel.tensor_model_parallel_size} x pipeline"
+        f" {parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size}"
     )
 
 

@@ -1,7 +1,9 @@
-"""The one table of how Megatron's flags come in: which are renamed, and which are refused, with the reason.
+"""The one table of how Megatron's flags come in: which are renamed, and which are refused, with the
+reason.
 
-Everything else that is a field of megatron-core's TransformerConfig (of the language model), OptimizerConfig or
-DistributedDataParallelConfig is passed on as it is. A test holds this table against Megatron's own parser.
+Everything else that is a field of megatron-core's TransformerConfig (of the language model),
+OptimizerConfig or DistributedDataParallelConfig is passed on as it is. A test holds this table
+against Megatron's own parser.
 """
 
 import dataclasses
@@ -21,13 +23,17 @@ RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
     "check_for_nan_in_loss_and_grad": ((DDP, "check_for_nan_in_grad"),),
     "ddp_bucket_size": ((DDP, "bucket_size"),),
     "ddp_pad_buckets_for_high_nccl_busbw": ((DDP, "pad_buckets_for_high_nccl_busbw"),),
-    "ddp_param_name_patterns_for_fp32_local_accumulation": ((DDP, "param_name_patterns_for_fp32_local_accumulation"),),
+    "ddp_param_name_patterns_for_fp32_local_accumulation": (
+        (DDP, "param_name_patterns_for_fp32_local_accumulation"),
+    ),
     "ddp_reduce_scatter_with_fp32_accumulation": ((DDP, "reduce_scatter_with_fp32_accumulation"),),
     "decoder_first_pipeline_num_layers": ((TRANSFORMER, "num_layers_in_first_pipeline_stage"),),
     "decoder_last_pipeline_num_layers": ((TRANSFORMER, "num_layers_in_last_pipeline_stage"),),
     "fp8_param_gather": ((TRANSFORMER, "fp8_param"), (DDP, "fp8_param_gather")),
     "initialization": ((TRANSFORMER, "perform_initialization"),),
-    "microbatch_group_size_per_virtual_pipeline_stage": ((TRANSFORMER, "microbatch_group_size_per_vp_stage"),),
+    "microbatch_group_size_per_virtual_pipeline_stage": (
+        (TRANSFORMER, "microbatch_group_size_per_vp_stage"),
+    ),
     "overlap_p2p_communication_warmup_flush": ((TRANSFORMER, "overlap_p2p_comm_warmup_flush"),),
     "rope_fusion": ((TRANSFORMER, "apply_rope_fusion"),),
 }
@@ -40,7 +46,9 @@ KINDS: Mapping[str, Any] = {
     "exp_avg_sq_dtype": _DTYPE,
     "main_grads_dtype": Literal["fp32", "bf16"],
     "main_params_dtype": Literal["fp32", "fp16"],
-    "moe_router_load_balancing_type": Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "none"],
+    "moe_router_load_balancing_type": Literal[
+        "aux_loss", "seq_aux_loss", "global_aux_loss", "none"
+    ],
     "param_name_patterns_for_fp32_local_accumulation": tuple[str, ...],
     "pipeline_model_parallel_layout": str | None,
 }
@@ -49,25 +57,30 @@ _SIZE = "fixed by --model-size; sizes are names, never numbers"
 _TRAINER = "set by the trainer, which relies on its value"
 _LOGGING = "training/metrics.py decides what is logged: a log line, TensorBoard and metrics.jsonl"
 _PACKS = "the data are packed conversations in WebDataset shards; see --data-path and --seq-length"
-_ITERATIONS = "runs and schedules are counted in optimizer steps; see --train-iters and --lr-decay-iters"
+_ITERATIONS = (
+    "runs and schedules are counted in optimizer steps; see --train-iters and --lr-decay-iters"
+)
 _CHECKPOINTS = (
-    "checkpoints are written in one way (torch_dist, whole state); see --save, --load and --pretrained-checkpoint"
+    "checkpoints are written in one way (torch_dist, whole state); see --save, --load and"
+    " --pretrained-checkpoint"
 )
 _ADAMW = "the optimizer is AdamW, as in the paper (section 4.1)"
 _FSDP = "weights are not sharded by FSDP; shard optimizer state with --use-distributed-optimizer"
 _NO_GRAPHS = "packs have unequal lengths, and CUDA graphs need fixed ones"
 _NO_EVAL = (
-    "validation is --valid-data-path with --eval-interval and --eval-iters, and never trains or generates; answers are "
-    "scored by `vico evaluate`"
+    "validation is --valid-data-path with --eval-interval and --eval-iters, and never trains or"
+    " generates; answers are scored by `vico evaluate`"
 )
 _INFERENCE = "an option of Megatron's inference engine; use `vico generate`"
 _NOT_HERE = "no part of ViCO training"
 _RESILIENCE = "restarts are left to the launcher; a run resumes from --load"
-_DISPATCHER = "unequal sequence lengths need the alltoall dispatcher, and this belongs to the flex one"
+_DISPATCHER = (
+    "unequal sequence lengths need the alltoall dispatcher, and this belongs to the flex one"
+)
 
 REFUSED: Mapping[str, str] = {
-    # Pattern of flags and fields, with underscores and without leading dashes: why it is refused. First match counts.
-    # What the model is.
+    # Pattern of flags and fields, with underscores and without leading dashes: why it is refused.
+    # First match counts. What the model is.
     "num_layers": _SIZE,
     "encoder_num_layers": _SIZE,
     "decoder_num_layers": _SIZE,
@@ -138,8 +151,12 @@ REFUSED: Mapping[str, str] = {
     "transformer_impl": "layer specs are chosen by models/build.py; see --attention",
     "use_flash_attn": "chosen by --attention-backend",
     "use_mcore_models": "all models are megatron-core's",
-    "*init_method_xavier_uniform": "released weights are loaded; training from scratch starts from --init-method-std",
-    "*init_method": "released weights are loaded; training from scratch starts from --init-method-std",
+    "*init_method_xavier_uniform": (
+        "released weights are loaded; training from scratch starts from --init-method-std"
+    ),
+    "*init_method": (
+        "released weights are loaded; training from scratch starts from --init-method-std"
+    ),
     "init_model_with_meta_device": _FSDP,
     "apply_query_key_layer_scaling": "a remedy for fp16, which is not offered; use --bf16",
     "bias_gelu_fusion": "the fused form is the tanh GELU; InternVL's is erf",
@@ -155,10 +172,16 @@ REFUSED: Mapping[str, str] = {
     "*_context": _TRAINER,
     "batch_p2p_*": _TRAINER,
     "overlap_p2p_comm": _TRAINER,
-    "overlap_p2p_communication": "set by the layout: the interleaved schedule gives wrong gradients without it",
-    "use_ring_exchange_p2p": "needs a PyTorch built for it; point-to-point communication is set by the layout",
+    "overlap_p2p_communication": (
+        "set by the layout: the interleaved schedule gives wrong gradients without it"
+    ),
+    "use_ring_exchange_p2p": (
+        "needs a PyTorch built for it; point-to-point communication is set by the layout"
+    ),
     "virtual_pipeline_model_parallel_size": "use --num-layers-per-virtual-pipeline-stage",
-    "num_virtual_stages_per_pipeline_rank": "use --num-layers-per-virtual-pipeline-stage, uneven stages too",
+    "num_virtual_stages_per_pipeline_rank": (
+        "use --num-layers-per-virtual-pipeline-stage, uneven stages too"
+    ),
     "model_parallel_size": "use --tensor-model-parallel-size",
     "average_in_collective": _TRAINER,
     "ddp_average_in_collective": _TRAINER,
@@ -166,20 +189,40 @@ REFUSED: Mapping[str, str] = {
     "num_buckets": "use --ddp-bucket-size",
     "grad_reduce_in_bf16": "use --no-accumulate-allreduce-grads-in-fp32",
     "align_grad_reduce": _TRAINER,
-    "*cross_entropy*": "the losses are ViCO's own, in vico/consistency.py and vico/router_targets.py",
-    "*embedding_wgrad*": "the loss reads the output layer itself, so its weight gradient cannot be put off",
-    "wgrad_deferral_limit": "the loss reads the output layer itself, so its weight gradient cannot be put off",
-    "*delay_wgrad*": "part of the combined 1F1B schedule, which would take the forward step over from ViCO",
-    "*moe_expert_parallel_comm": "part of the combined 1F1B schedule, which would take the forward step over from ViCO",
-    "*with_experts_wgrad": "part of the combined 1F1B schedule, which would take the forward step over from ViCO",
-    "ep_overlap_*": "part of the combined 1F1B schedule, which would take the forward step over from ViCO",
-    "overlap_param_gather_with_optimizer_step": "not wired into this training loop; see --overlap-param-gather",
+    "*cross_entropy*": (
+        "the losses are ViCO's own, in vico/consistency.py and vico/router_targets.py"
+    ),
+    "*embedding_wgrad*": (
+        "the loss reads the output layer itself, so its weight gradient cannot be put off"
+    ),
+    "wgrad_deferral_limit": (
+        "the loss reads the output layer itself, so its weight gradient cannot be put off"
+    ),
+    "*delay_wgrad*": (
+        "part of the combined 1F1B schedule, which would take the forward step over from ViCO"
+    ),
+    "*moe_expert_parallel_comm": (
+        "part of the combined 1F1B schedule, which would take the forward step over from ViCO"
+    ),
+    "*with_experts_wgrad": (
+        "part of the combined 1F1B schedule, which would take the forward step over from ViCO"
+    ),
+    "ep_overlap_*": (
+        "part of the combined 1F1B schedule, which would take the forward step over from ViCO"
+    ),
+    "overlap_param_gather_with_optimizer_step": (
+        "not wired into this training loop; see --overlap-param-gather"
+    ),
     "tp_comm_*": "TransformerEngine's communication buffers are not started by this trainer",
     "*num_weight_shards": "weights are sharded by tensor, pipeline and expert parallelism only",
     "*gtp_*": "weights are sharded by tensor, pipeline and expert parallelism only",
-    "hierarchical_context_parallel_sizes": "context parallelism has one level; see --context-parallel-size",
+    "hierarchical_context_parallel_sizes": (
+        "context parallelism has one level; see --context-parallel-size"
+    ),
     "max_seqlen_per_dp_cp_rank": "context parallelism has one level; see --context-parallel-size",
-    "num_distributed_optimizer_instances": "optimizer state is sharded over all data-parallel ranks",
+    "num_distributed_optimizer_instances": (
+        "optimizer state is sharded over all data-parallel ranks"
+    ),
     "recompute_activations": "use --recompute-granularity selective",
     "checkpoint_activations": "use --recompute-granularity",
     "moe_layer_recompute": "use --recompute-granularity selective --recompute-modules moe",
@@ -229,7 +272,9 @@ REFUSED: Mapping[str, str] = {
     "lr_warmup_*": "use --lr-warmup-iters",
     "lr_wsd_*": "use --lr-decay-style",
     "*_samples": _ITERATIONS,
-    "*_opt_param_scheduler": "a resumed run continues its schedule; a new one starts from --pretrained-checkpoint",
+    "*_opt_param_scheduler": (
+        "a resumed run continues its schedule; a new one starts from --pretrained-checkpoint"
+    ),
     "*_weight_decay": "weight decay is constant; see --weight-decay",
     "weight_decay_incr_style": "weight decay is constant; see --weight-decay",
     "no_weight_decay_cond_type": "biases and one-dimensional weights have no weight decay",
@@ -241,7 +286,9 @@ REFUSED: Mapping[str, str] = {
     "rampup_batch_size": "the batch size is constant; see --global-batch-size",
     "step_batch_size_schedule": "the batch size is constant; see --global-batch-size",
     "decrease_batch_size_if_needed": "the batch size is constant; see --global-batch-size",
-    "empty_unused_memory_level": "the loop never empties the allocator's cache; set PYTORCH_CUDA_ALLOC_CONF instead",
+    "empty_unused_memory_level": (
+        "the loop never empties the allocator's cache; set PYTORCH_CUDA_ALLOC_CONF instead"
+    ),
     "train_sync_interval": "the step has no synchronisation of its own",
     "exit_*": "use --exit-interval",
     "manual_gc*": "Python's garbage collector is left alone",
@@ -398,7 +445,9 @@ def refusal(name: str) -> str | None:
         The reason, or None where the table has no row for it.
     """
     bare = name.removeprefix("no_").removeprefix("disable_")
-    rows = (row for row in REFUSED if fnmatch.fnmatchcase(name, row) or fnmatch.fnmatchcase(bare, row))
+    rows = (
+        row for row in REFUSED if fnmatch.fnmatchcase(name, row) or fnmatch.fnmatchcase(bare, row)
+    )
     row = next(rows, None)
     return None if row is None else REFUSED[row]
 
@@ -423,7 +472,8 @@ def flag_of(section: str, field: str) -> str:
 
 @functools.cache
 def passed_on() -> dict[str, Option]:
-    """The options that go to megatron-core's config classes unread, by name; imports megatron (seconds)."""
+    """The options that go to megatron-core's config classes unread, by name; imports megatron
+    (seconds)."""
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig
     from megatron.core.transformer import TransformerConfig
@@ -447,5 +497,7 @@ def passed_on() -> dict[str, Option]:
     return options
 
 
-def _under(name: str, targets: tuple[tuple[str, str], ...], fields: Mapping[tuple[str, str], Option]) -> Option:
+def _under(
+    name: str, targets: tuple[tuple[str, str], ...], fields: Mapping[tuple[str, str], Option]
+) -> Option:
     return dataclasses.replace(fields[targets[0]], name=name, targets=targets)

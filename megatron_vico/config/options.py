@@ -1,8 +1,10 @@
-"""One option: its name, type and help, read from a field of a dataclass; from the command line and from a recipe.
+"""One option: its name, type and help, read from a field of a dataclass; from the command line and
+from a recipe.
 
-Megatron's own generator (megatron.training.argument_utils.ArgumentGroupFactory) is not used: it has no tuples, gives a
-boolean only one of --flag and --no-flag, cannot tell a default from a value that the user set, and importing it costs
-four seconds, which `--help` and `--print-config` of a recipe need not pay.
+Megatron's own generator (megatron.training.argument_utils.ArgumentGroupFactory) is not used: it has
+no tuples, gives a boolean only one of --flag and --no-flag, cannot tell a default from a value that
+the user set, and importing it costs four seconds, which `--help` and `--print-config` of a recipe
+need not pay.
 """
 
 import argparse
@@ -55,10 +57,18 @@ class Option:
         if self.kind is bool:
             aliases = ["--disable-" + self.name.replace("_", "-")]
             group.add_argument(
-                self.flag, dest=self.name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+                self.flag,
+                dest=self.name,
+                action=argparse.BooleanOptionalAction,
+                default=argparse.SUPPRESS,
+                help=text,
             )
             group.add_argument(
-                *aliases, dest=self.name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+                *aliases,
+                dest=self.name,
+                action="store_false",
+                default=argparse.SUPPRESS,
+                help=argparse.SUPPRESS,
             )
             return
         group.add_argument(
@@ -66,7 +76,9 @@ class Option:
             dest=self.name,
             nargs="*" if self.many else None,
             default=argparse.SUPPRESS,
-            metavar="{" + ",".join(map(str, self.choices)) + "}" if self.choices else self.kind.__name__.upper(),
+            metavar="{" + ",".join(map(str, self.choices)) + "}"
+            if self.choices
+            else self.kind.__name__.upper(),
             help=text,
         )
 
@@ -83,7 +95,11 @@ class Option:
         Raises:
             ConfigError: if it is not one.
         """
-        if self.optional and (given is None or given == UNSET or given == [UNSET]) and UNSET not in self.choices:
+        if (
+            self.optional
+            and (given is None or given == UNSET or given == [UNSET])
+            and UNSET not in self.choices
+        ):
             return None
         if self.many:
             items = given if isinstance(given, list | tuple) else [given]
@@ -93,7 +109,9 @@ class Option:
     def _single(self, given: Any, *, origin: str) -> Any:
         value = _converted(given, self.kind)
         if value is None:
-            raise ConfigError(f"{origin}: {self.flag} is {given!r}, expected {_KIND_NAMES[self.kind]}")
+            raise ConfigError(
+                f"{origin}: {self.flag} is {given!r}, expected {_KIND_NAMES[self.kind]}"
+            )
         if self.choices and value not in self.choices:
             known = ", ".join(map(str, self.choices))
             raise ConfigError(f"{origin}: {self.flag} is {value!r}, expected one of {known}")
@@ -104,7 +122,8 @@ _KIND_NAMES = {bool: "true or false", int: "a whole number", float: "a number", 
 
 
 def _converted(given: Any, kind: type) -> Any:
-    """`given` as `kind`, or None; text may hold a number, since YAML reads 4e-6 as text (it wants 4.0e-6)."""
+    """`given` as `kind`, or None; text may hold a number, since YAML reads 4e-6 as text (it wants
+    4.0e-6)."""
     if isinstance(given, bool) or kind is bool:
         return given if isinstance(given, bool) and kind is bool else None
     if kind is str:
@@ -129,12 +148,17 @@ def section_options(section: str, config_class: type) -> dict[str, Option]:
         One option a field.
     """
     found = field_options(section, config_class)
-    assert len(found) == len(dataclasses.fields(config_class)), f"{config_class.__name__}: a field no flag can set"
+    assert len(found) == len(dataclasses.fields(config_class)), (
+        f"{config_class.__name__}: a field no flag can set"
+    )
     return found
 
 
-def field_options(section: str, config_class: type, kinds: Mapping[str, Any] | None = None) -> dict[str, Option]:
-    """The options of a dataclass, by field name; fields of a type that no flag can have are left out.
+def field_options(
+    section: str, config_class: type, kinds: Mapping[str, Any] | None = None
+) -> dict[str, Option]:
+    """The options of a dataclass, by field name; fields of a type that no flag can have are left
+    out.
 
     Args:
         section: field of RunConfig that holds the values.
@@ -152,7 +176,9 @@ def field_options(section: str, config_class: type, kinds: Mapping[str, Any] | N
             text = docs.get(item.name, "")
             if item.default not in (None, (), dataclasses.MISSING):
                 text = f"{text} (default: {item.default})".strip()
-            options[item.name] = Option(name=item.name, targets=((section, item.name),), help=text, **described)
+            options[item.name] = Option(
+                name=item.name, targets=((section, item.name),), help=text, **described
+            )
     return options
 
 

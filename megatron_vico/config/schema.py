@@ -1,7 +1,8 @@
 """What a run is: frozen, typed sections of options; the docstring under a field is its help text.
 
-Only this project's own options are here. Megatron's options (parallelism, optimizer, DDP, schedule) keep Megatron's
-names and come from Megatron's own dataclasses; `config/arguments.py` joins both into one `RunConfig`.
+Only this project's own options are here. Megatron's options (parallelism, optimizer, DDP, schedule)
+keep Megatron's names and come from Megatron's own dataclasses; `config/arguments.py` joins both
+into one `RunConfig`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,16 +22,20 @@ class ModelOptions:
     """Which model, and the few of its settings that are not fixed by its size."""
 
     model_size: str = "toy"
-    """Name in models/registry.py, such as internvl3_5-8b; sizes are names, never numbers in a recipe."""
+    """Name in models/registry.py, such as internvl3_5-8b; sizes are names, never numbers in a
+    recipe."""
 
     drop_path_rate: float = 0.0
-    """Stochastic depth of the vision tower, growing linearly from 0 (first layer) to this (last layer); in [0, 1)."""
+    """Stochastic depth of the vision tower, growing linearly from 0 (first layer) to this (last
+    layer); in [0, 1)."""
 
     attention: Literal["auto", "sdpa"] = "auto"
-    """Attention of the language model: TransformerEngine where there is a GPU (auto), or torch's own (sdpa)."""
+    """Attention of the language model: TransformerEngine where there is a GPU (auto), or torch's
+    own (sdpa)."""
 
     encoder_chunk_tiles: int = 16
-    """Tiles the vision tower works on at once; a trained tower is recomputed chunk by chunk in the backward pass."""
+    """Tiles the vision tower works on at once; a trained tower is recomputed chunk by chunk in the
+    backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,34 +43,42 @@ class StageOptions:
     """What is trained, against what, and ViCO's own settings."""
 
     stage: Stage = "consistency"
-    """pretrain (cross-entropy), warmup (KL, connector_16x only), consistency (Eq. 1) or router (Eq. 2-4)."""
+    """pretrain (cross-entropy), warmup (KL, connector_16x only), consistency (Eq. 1) or router (Eq.
+    2-4)."""
 
     train_modules: tuple[Module, ...] | None = None
-    """Modules that get gradients; all others are frozen. Unset: the stage's own choice (training/stages.py)."""
+    """Modules that get gradients; all others are frozen. Unset: the stage's own choice
+    (training/stages.py)."""
 
     lr_mult: tuple[str, ...] = ()
-    """Learning rate of a module as a multiple of --lr, as MODULE=FACTOR, such as connector_16x=3."""
+    """Learning rate of a module as a multiple of --lr, as MODULE=FACTOR, such as
+    connector_16x=3."""
 
     reference_load: str | None = None
-    """Checkpoint of the frozen reference; unset, --pretrained-checkpoint. The router stage must name it: there the
-    reference is the model from before consistency training."""
+    """Checkpoint of the frozen reference; unset, --pretrained-checkpoint. The router stage must
+    name it: there the reference is the model from before consistency training."""
 
     reference_offload: Literal["none", "host"] = "none"
-    """Where the frozen reference's weights are kept while the policy runs: on the GPU (none), or in host memory."""
+    """Where the frozen reference's weights are kept while the policy runs: on the GPU (none), or in
+    host memory."""
 
     freeze_moe_router: bool = False
-    """Keep the weights of the expert router as they are while the rest of the language model is trained."""
+    """Keep the weights of the expert router as they are while the rest of the language model is
+    trained."""
 
     kl_chunk_rows: int = 1024
-    """Rows whose logits exist at once in a loss: fewer take less memory, more read the head's weights less often."""
+    """Rows whose logits exist at once in a loss: fewer take less memory, more read the head's
+    weights less often."""
 
     xi_sampler: Literal["stratified", "bernoulli", "exact-count"] = "stratified"
-    """How an image's share xi ~ U[0, 1] of compressed tiles is drawn: one stratum of [0, 1) for each image of a pack,
-    so that packs have policy streams of like length (stratified), or for each image alone, and then each tile with
-    probability xi (bernoulli) or exactly round(xi * N) tiles (exact-count)."""
+    """How an image's share xi ~ U[0, 1] of compressed tiles is drawn: one stratum of [0, 1) for
+    each image of a pack, so that packs have policy streams of like length (stratified), or for each
+    image alone, and then each tile with probability xi (bernoulli) or exactly round(xi * N) tiles
+    (exact-count)."""
 
     router_granularity: Literal["tile", "image"] = "tile"
-    """What ViR decides on: each tile (ViCO), or all tiles of an image together (the image-level row of Table 3)."""
+    """What ViR decides on: each tile (ViCO), or all tiles of an image together (the image-level row
+    of Table 3)."""
 
     router_window: int = 2048
     """How many past loss ratios r of Eq. 2 the threshold is taken from."""
@@ -74,7 +87,8 @@ class StageOptions:
     """Percentile of the window that is the threshold of Eq. 3, in [0, 100]."""
 
     router_eps: float = 1e-6
-    """Added to both KL values of Eq. 2, in nats, so that a policy equal to its reference gives a ratio near 1."""
+    """Added to both KL values of Eq. 2, in nats, so that a policy equal to its reference gives a
+    ratio near 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,25 +96,27 @@ class DataOptions:
     """Shards, tokenizer, tiling and packing."""
 
     data_path: tuple[str, ...] = ()
-    """Folders of WebDataset shards made by `vico shards make`, read as one data set; also any URL that fsspec opens,
-    such as s3://bucket/shards (needs s3fs). A number before a folder says how often its samples come in an epoch
-    (`0.5 /a 2 /b`; once if there is none); a mixture.json stands for its folders."""
+    """Folders of WebDataset shards made by `vico shards make`, read as one data set; also any URL
+    that fsspec opens, such as s3://bucket/shards (needs s3fs). A number before a folder says how
+    often its samples come in an epoch (`0.5 /a 2 /b`; once if there is none); a mixture.json stands
+    for its folders."""
 
     data_cache_dir: str | None = None
-    """Folder of a local disk in which whole shards of a URL are kept. Unset, each sample is one request."""
+    """Folder of a local disk in which whole shards of a URL are kept. Unset, each sample is one
+    request."""
 
     data_cache_gb: float | None = None
-    """Most gigabytes (1e9 bytes) of --data-cache-dir; the shards used longest ago make room. The order of a run is
-    shuffled within blocks of --shuffle-shards shards, so that room for two blocks means that each shard is fetched
-    about once an epoch."""
+    """Most gigabytes (1e9 bytes) of --data-cache-dir; the shards used longest ago make room. The
+    order of a run is shuffled within blocks of --shuffle-shards shards, so that room for two blocks
+    means that each shard is fetched about once an epoch."""
 
     data_retries: int = 5
-    """How often a read from a URL is tried again after an error that may pass, each time after about twice the wait;
-    5 take about a minute."""
+    """How often a read from a URL is tried again after an error that may pass, each time after
+    about twice the wait; 5 take about a minute."""
 
     valid_data_path: tuple[str, ...] = ()
-    """Folders of shards, as --data-path, that the stage's loss is taken of without training on them; a number
-    weighs a folder (0.1: a tenth of its samples, the same ones each time)."""
+    """Folders of shards, as --data-path, that the stage's loss is taken of without training on
+    them; a number weighs a folder (0.1: a tenth of its samples, the same ones each time)."""
 
     tokenizer_model: str | None = None
     """A Hugging Face tokenizer folder, or a SentencePiece .model file."""
@@ -115,14 +131,16 @@ class DataOptions:
     """Most samples in a pack; unset, as many as fit."""
 
     packing_window: int = 512
-    """How many samples of the global order are packed together (best-fit decreasing, with carry-over)."""
+    """How many samples of the global order are packed together (best-fit decreasing, with
+    carry-over)."""
 
     shuffle_shards: int = 64
-    """Shards of the shuffled list whose samples are shuffled together; about as many files are read at a time."""
+    """Shards of the shuffled list whose samples are shuffled together; about as many files are read
+    at a time."""
 
     override_data_state: bool = False
-    """Resume at the same place though shards, repeats, seed or packing options changed since the checkpoint; without it
-    such a run is refused."""
+    """Resume at the same place though shards, repeats, seed or packing options changed since the
+    checkpoint; without it such a run is refused."""
 
     max_dynamic_patch: int = 12
     """Most tiles of one image, thumbnail not counted (the official name)."""
@@ -131,18 +149,20 @@ class DataOptions:
     """Append the whole image as one more tile when it was cut into several."""
 
     tile_tags: Literal["none", "numbered"] = "none"
-    """Text before each tile: nothing (InternVL), or <tile_1>, ... (NVLM's 1-D tile tags, which small models need)."""
+    """Text before each tile: nothing (InternVL), or <tile_1>, ... (NVLM's 1-D tile tags, which
+    small models need)."""
 
     num_workers: int = 2
     """Processes that read, decode, tile and pack; 0 does it on the training thread."""
 
     prefetch_steps: int = 2
-    """Steps that all workers of a data-parallel rank together prepare ahead (a pack each at least); a pack of 96 tiles
-    of 448 px takes 58 MB. Without workers nothing is prepared ahead."""
+    """Steps that all workers of a data-parallel rank together prepare ahead (a pack each at least);
+    a pack of 96 tiles of 448 px takes 58 MB. Without workers nothing is prepared ahead."""
 
     max_skipped_share: float = 0.001
-    """Largest share of broken samples, in [0, 1], among those seen so far, or among 10,000 if there were fewer. A
-    broken sample leaves its place in the pack empty; more of them end the run with a table of causes."""
+    """Largest share of broken samples, in [0, 1], among those seen so far, or among 10,000 if there
+    were fewer. A broken sample leaves its place in the pack empty; more of them end the run with a
+    table of causes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +173,8 @@ class TrainingOptions:
     """Optimizer steps of the stage."""
 
     global_batch_size: int = 256
-    """Packs in one optimizer step, over all data-parallel ranks (packed training counts packs, not samples)."""
+    """Packs in one optimizer step, over all data-parallel ranks (packed training counts packs, not
+    samples)."""
 
     seed: int = 1234
     """Seeds initialisation, data order, plans and dropout."""
@@ -174,11 +195,12 @@ class TrainingOptions:
     """Steps between two passes over --valid-data-path; unset, only at the end."""
 
     eval_iters: int | None = None
-    """Global batches of --valid-data-path in one pass, the same ones each time; unset, all of it once."""
+    """Global batches of --valid-data-path in one pass, the same ones each time; unset, all of it
+    once."""
 
     trace_step: int | None = None
-    """Optimizer step whose forward and backward passes are recorded to <save>/trace, a file a rank in Chrome's trace
-    format; `vico plot trace` draws them. Unset, none."""
+    """Optimizer step whose forward and backward passes are recorded to <save>/trace, a file a rank
+    in Chrome's trace format; `vico plot trace` draws them. Unset, none."""
 
     distributed_timeout_minutes: int = 10
     """Minutes a collective may wait before the run is ended."""
@@ -189,13 +211,16 @@ class CheckpointOptions:
     """Where the run comes from and where it goes."""
 
     save: str | None = None
-    """Folder to write checkpoints to; also gets metrics.jsonl, config.yaml and TensorBoard files."""
+    """Folder to write checkpoints to; also gets metrics.jsonl, config.yaml and TensorBoard
+    files."""
 
     load: str | None = None
-    """Checkpoint folder to resume from, with all state; may be the same as --save. Empty, the run starts anew."""
+    """Checkpoint folder to resume from, with all state; may be the same as --save. Empty, the run
+    starts anew."""
 
     pretrained_checkpoint: str | None = None
-    """Checkpoint folder whose weights, and nothing else, the run starts from when there is nothing to resume."""
+    """Checkpoint folder whose weights, and nothing else, the run starts from when there is nothing
+    to resume."""
 
     ckpt_step: int | None = None
     """Which step of --load to take; unset, the one named by its `latest` pointer."""
@@ -206,7 +231,8 @@ class CheckpointOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
-    """AdamW with a warm-up and a decay, under Megatron's names; handed to megatron-core's OptimizerConfig."""
+    """AdamW with a warm-up and a decay, under Megatron's names; handed to megatron-core's
+    OptimizerConfig."""
 
     lr: float = 4e-6
     """Highest learning rate."""
@@ -253,7 +279,8 @@ class ParallelOptions:
     """Stages the layers of the language model are cut into."""
 
     num_layers_per_virtual_pipeline_stage: int | None = None
-    """Layers of one chunk of the interleaved schedule, in a middle stage; unset, no interleaving."""
+    """Layers of one chunk of the interleaved schedule, in a middle stage; unset, no
+    interleaving."""
 
     context_parallel_size: int = 1
     """Ranks that share each sequence."""
@@ -300,7 +327,8 @@ class ParallelOptions:
 
 @dataclass(frozen=True)
 class Overrides(Mapping[str, OptionValue]):
-    """Fields of one of megatron-core's config classes that the user set; immutable, hashable and picklable."""
+    """Fields of one of megatron-core's config classes that the user set; immutable, hashable and
+    picklable."""
 
     pairs: tuple[tuple[str, OptionValue], ...] = ()
     """(field, value), sorted by field."""
@@ -328,7 +356,8 @@ class RunConfig:
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
 
     transformer_overrides: Overrides = Overrides()
-    """Fields of the language model's TransformerConfig; `config_kwargs` in config/arguments.py types them for it."""
+    """Fields of the language model's TransformerConfig; `config_kwargs` in config/arguments.py
+    types them for it."""
 
     optimizer_overrides: Overrides = Overrides()
     """Fields of OptimizerConfig."""

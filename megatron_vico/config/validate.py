@@ -1,4 +1,5 @@
-"""Checks of a whole run before any process group, memory or GPU is taken: pure functions on a RunConfig."""
+"""Checks of a whole run before any process group, memory or GPU is taken: pure functions on a
+RunConfig."""
 
 import math
 from pathlib import Path
@@ -68,13 +69,23 @@ def remarks(cfg: RunConfig, world_size: int) -> list[str]:
         One sentence each.
     """
     found = []
-    data_parallel, context = data_parallel_size(cfg.parallel, world_size), cfg.parallel.context_parallel_size
-    microbatches, pipeline = num_microbatches(cfg, world_size), cfg.parallel.pipeline_model_parallel_size
+    data_parallel, context = (
+        data_parallel_size(cfg.parallel, world_size),
+        cfg.parallel.context_parallel_size,
+    )
+    microbatches, pipeline = (
+        num_microbatches(cfg, world_size),
+        cfg.parallel.pipeline_model_parallel_size,
+    )
     if data_parallel * context == 1:
         # The encoder is data-parallel over all ranks, so its optimizer state is sharded even then.
-        encoder_is_sharded = world_size > 1 and set(stages.train_modules(cfg.stage)) != {"language_model"}
+        encoder_is_sharded = world_size > 1 and set(stages.train_modules(cfg.stage)) != {
+            "language_model"
+        }
         settings = {
-            "--use-distributed-optimizer": cfg.optimizer.use_distributed_optimizer and not encoder_is_sharded,
+            "--use-distributed-optimizer": (
+                cfg.optimizer.use_distributed_optimizer and not encoder_is_sharded
+            ),
             "--overlap-grad-reduce": cfg.parallel.overlap_grad_reduce,
             "--overlap-param-gather": cfg.parallel.overlap_param_gather,
         }
@@ -83,23 +94,30 @@ def remarks(cfg: RunConfig, world_size: int) -> list[str]:
             found.append(f"{', '.join(idle)}: no effect with one data-parallel rank.")
     if context > 1:
         found.append(
-            f"each document is padded to a multiple of {2 * context} tokens (2 x --context-parallel-size), so that a "
-            f"pack can be longer than --seq-length by up to {2 * context - 1} tokens a document."
+            f"each document is padded to a multiple of {2 * context} tokens (2 x"
+            " --context-parallel-size), so that a pack can be longer than --seq-length by up to"
+            f" {2 * context - 1} tokens a document."
         )
     if cfg.stage.freeze_moe_router and cfg.parallel.moe_aux_loss_coeff:
-        found.append("--freeze-moe-router: the load-balancing loss can only act on the layers before each router.")
+        found.append(
+            "--freeze-moe-router: the load-balancing loss can only act on the layers before each"
+            " router."
+        )
     if pipeline > 1 and microbatches < 2 * pipeline:
         found.append(
-            f"{microbatches} microbatches on {pipeline} pipeline stages leave much of the pipeline empty; "
-            f"{2 * pipeline} or more are better."
+            f"{microbatches} microbatches on {pipeline} pipeline stages leave much of the pipeline"
+            f" empty; {2 * pipeline} or more are better."
         )
     if cfg.checkpoint.save is None:
-        found.append("--save is not set: no checkpoint, metrics or TensorBoard file will be written.")
+        found.append(
+            "--save is not set: no checkpoint, metrics or TensorBoard file will be written."
+        )
     return found
 
 
 def supported_now(cfg: RunConfig) -> None:
-    """Raises for what `validate` accepts and the trainer or megatron-core would refuse once it runs; imports megatron.
+    """Raises for what `validate` accepts and the trainer or megatron-core would refuse once it
+    runs; imports megatron.
 
     Args:
         cfg: a run that `validate` accepts.
@@ -109,8 +127,9 @@ def supported_now(cfg: RunConfig) -> None:
     """
     if cfg.parallel.fp8_format is not None:
         raise ConfigError(
-            f"--fp8-format {cfg.parallel.fp8_format}: checked by `vico train --check`, but not trained with until "
-            "the KL between an FP8 and a bf16 reference has been measured on a GPU; leave it out."
+            f"--fp8-format {cfg.parallel.fp8_format}: checked by `vico train --check`, but not"
+            " trained with until the KL between an FP8 and a bf16 reference has been measured on a"
+            " GPU; leave it out."
         )
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig
@@ -127,9 +146,13 @@ def supported_now(cfg: RunConfig) -> None:
             **config_kwargs(cfg.transformer_overrides, TransformerConfig),
         )
         OptimizerConfig(**config_kwargs(cfg.optimizer_overrides, OptimizerConfig))
-        DistributedDataParallelConfig(**config_kwargs(cfg.ddp_overrides, DistributedDataParallelConfig))
+        DistributedDataParallelConfig(
+            **config_kwargs(cfg.ddp_overrides, DistributedDataParallelConfig)
+        )
     except (ValueError, AssertionError) as error:
-        raise ConfigError(f"megatron-core refuses these flags: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"megatron-core refuses these flags: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _check_ranges(cfg: RunConfig) -> None:
@@ -182,9 +205,13 @@ def _check_ranges(cfg: RunConfig) -> None:
         if not 0.0 <= value < 1.0:
             raise ConfigError(f"{flag} is {value}, expected a number in [0, 1).")
     if not 0.0 <= cfg.data.max_skipped_share <= 1.0:
-        raise ConfigError(f"--max-skipped-share is {cfg.data.max_skipped_share}, expected a number in [0, 1].")
+        raise ConfigError(
+            f"--max-skipped-share is {cfg.data.max_skipped_share}, expected a number in [0, 1]."
+        )
     if not 0.0 <= cfg.stage.router_percentile <= 100.0:
-        raise ConfigError(f"--router-percentile is {cfg.stage.router_percentile}, expected a number in [0, 100].")
+        raise ConfigError(
+            f"--router-percentile is {cfg.stage.router_percentile}, expected a number in [0, 100]."
+        )
     if not cfg.stage.router_eps >= 0.0:
         raise ConfigError(f"--router-eps is {cfg.stage.router_eps}, expected 0 or more.")
 
@@ -192,12 +219,18 @@ def _check_ranges(cfg: RunConfig) -> None:
 def _check_stage(cfg: RunConfig) -> None:
     options, stage = cfg.stage, cfg.stage.stage
     if options.train_modules is not None:
-        if not options.train_modules or len(set(options.train_modules)) < len(options.train_modules):
-            raise ConfigError(f"--train-modules is {options.train_modules}, expected one or more modules, each once.")
+        if not options.train_modules or len(set(options.train_modules)) < len(
+            options.train_modules
+        ):
+            raise ConfigError(
+                f"--train-modules is {options.train_modules}, expected one or more modules, each"
+                " once."
+            )
         for module in options.train_modules:
             if module not in TRAINABLE[stage]:
                 raise ConfigError(
-                    f"--train-modules {module}: stage {stage!r} can train {', '.join(TRAINABLE[stage])} only."
+                    f"--train-modules {module}: stage {stage!r} can train"
+                    f" {', '.join(TRAINABLE[stage])} only."
                 )
     defaults = StageOptions()
     for name, where in {
@@ -211,12 +244,21 @@ def _check_stage(cfg: RunConfig) -> None:
     }.items():
         if stage not in where and getattr(options, name) != getattr(defaults, name):
             flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} has no effect in stage {stage!r} (only in {', '.join(where)}); leave it out.")
+            raise ConfigError(
+                f"{flag} has no effect in stage {stage!r} (only in {', '.join(where)}); leave it"
+                " out."
+            )
     trained = stages.train_modules(options)
     if cfg.model.drop_path_rate and "vit" not in trained:
         raise ConfigError(
-            f"--drop-path-rate {cfg.model.drop_path_rate} has no effect: the vision tower is frozen; leave it out, or "
-            f"{'train it: --train-modules vit ...' if 'vit' in TRAINABLE[stage] else 'use another stage'}."
+            f"--drop-path-rate {cfg.model.drop_path_rate} has no effect: the vision tower is"
+            " frozen; leave it out, or "
+            + (
+                "train it: --train-modules vit ..."
+                if "vit" in TRAINABLE[stage]
+                else "use another stage"
+            )
+            + "."
         )
 
 
@@ -226,7 +268,8 @@ def _check_frozen(cfg: RunConfig, model: ModelConfig) -> None:
     settings = {
         "--moe-aux-loss-coeff": bool(cfg.parallel.moe_aux_loss_coeff),
         "--freeze-moe-router": options.freeze_moe_router,
-        # The encoder's gradients arrive after the schedule, when there is nothing left to overlap with.
+        # The encoder's gradients arrive after the schedule, when there is nothing left to overlap
+        # with.
         "--overlap-grad-reduce": cfg.parallel.overlap_grad_reduce,
         "--overlap-param-gather": cfg.parallel.overlap_param_gather,
     }
@@ -234,12 +277,19 @@ def _check_frozen(cfg: RunConfig, model: ModelConfig) -> None:
         if given and not trained:
             raise ConfigError(f"{flag} has no effect: the language model is frozen; leave it out.")
     if options.freeze_moe_router and model.language.num_experts is None:
-        raise ConfigError(f"--freeze-moe-router has no effect: {model.name} has no experts; leave it out.")
-    own = options.reference_load not in (None, cfg.checkpoint.pretrained_checkpoint)
-    if options.reference_offload != "none" and options.stage != "router" and not trained and not own:
         raise ConfigError(
-            f"--reference-offload {options.reference_offload} has no effect: the language model is frozen, so that "
-            "policy and reference share its weights; leave it out."
+            f"--freeze-moe-router has no effect: {model.name} has no experts; leave it out."
+        )
+    own = options.reference_load not in (None, cfg.checkpoint.pretrained_checkpoint)
+    if (
+        options.reference_offload != "none"
+        and options.stage != "router"
+        and not trained
+        and not own
+    ):
+        raise ConfigError(
+            f"--reference-offload {options.reference_offload} has no effect: the language model is"
+            " frozen, so that policy and reference share its weights; leave it out."
         )
 
 
@@ -249,22 +299,27 @@ def _check_lr_mult(options: StageOptions) -> None:
     for item in options.lr_mult:
         module, equals, factor = item.partition("=")
         if not equals:
-            raise ConfigError(f"--lr-mult {item!r}: expected MODULE=FACTOR, such as connector_16x=3.")
+            raise ConfigError(
+                f"--lr-mult {item!r}: expected MODULE=FACTOR, such as connector_16x=3."
+            )
         if module not in MODULES:
             raise ConfigError(
-                f"--lr-mult {item!r}: unknown module{nearest(module, MODULES)} (known: {', '.join(MODULES)})."
+                f"--lr-mult {item!r}: unknown module{nearest(module, MODULES)} (known:"
+                f" {', '.join(MODULES)})."
             )
         if module not in trained:
             raise ConfigError(
-                f"--lr-mult {item!r} has no effect: {module} is frozen (trained: {', '.join(trained)}); leave it out, "
-                "or name it in --train-modules."
+                f"--lr-mult {item!r} has no effect: {module} is frozen (trained:"
+                f" {', '.join(trained)}); leave it out, or name it in --train-modules."
             )
         try:
             value = float(factor)
         except ValueError:
             value = math.nan
         if not (value > 0 and math.isfinite(value)):
-            raise ConfigError(f"--lr-mult {item!r}: the factor is {factor!r}, expected a number above 0.")
+            raise ConfigError(
+                f"--lr-mult {item!r}: the factor is {factor!r}, expected a number above 0."
+            )
         if module in seen:
             raise ConfigError(f"--lr-mult names {module} twice; name it once.")
         seen.add(module)
@@ -276,30 +331,40 @@ def _check_data(cfg: RunConfig, model: ModelConfig) -> None:
     tiles = data.max_dynamic_patch + thumbnail
     if tiles > data.max_tiles_per_pack:
         raise ConfigError(
-            f"--max-tiles-per-pack {data.max_tiles_per_pack} is less than the {tiles} tiles of one large image "
-            f"(--max-dynamic-patch {data.max_dynamic_patch} and {thumbnail} thumbnail); use {tiles} or more."
+            f"--max-tiles-per-pack {data.max_tiles_per_pack} is less than the {tiles} tiles of one"
+            f" large image (--max-dynamic-patch {data.max_dynamic_patch} and {thumbnail}"
+            f" thumbnail); use {tiles} or more."
         )
     tokens = tiles * model.visual_tokens_per_tile
     if tokens > data.seq_length:
         raise ConfigError(
-            f"--seq-length {data.seq_length} is less than the {tokens} visual tokens of one large image ({tiles} tiles "
-            f"of {model.visual_tokens_per_tile}); use more, or --max-dynamic-patch "
-            f"{max(1, data.seq_length // model.visual_tokens_per_tile - 1)}."
+            f"--seq-length {data.seq_length} is less than the {tokens} visual tokens of one large"
+            f" image ({tiles} tiles of {model.visual_tokens_per_tile}); use more, or"
+            f" --max-dynamic-patch {max(1, data.seq_length // model.visual_tokens_per_tile - 1)}."
         )
-    for flag, value in (("--eval-interval", cfg.training.eval_interval), ("--eval-iters", cfg.training.eval_iters)):
+    for flag, value in (
+        ("--eval-interval", cfg.training.eval_interval),
+        ("--eval-iters", cfg.training.eval_iters),
+    ):
         if value is not None and not data.valid_data_path:
-            raise ConfigError(f"{flag} {value} has no effect without --valid-data-path; add it, or leave this out.")
+            raise ConfigError(
+                f"{flag} {value} has no effect without --valid-data-path; add it, or leave this"
+                " out."
+            )
 
 
 def _check_recompute(cfg: RunConfig, model: ModelConfig) -> None:
     parallel, moe = cfg.parallel, model.language.num_experts is not None
     granularity = parallel.recompute_granularity
     if granularity is not None and cfg.stage.stage == "router":
-        raise ConfigError("--recompute-granularity has no effect in stage 'router': nothing of the policy is stored.")
+        raise ConfigError(
+            "--recompute-granularity has no effect in stage 'router': nothing of the policy is"
+            " stored."
+        )
     if granularity != "full" and (parallel.recompute_method or parallel.recompute_num_layers):
         raise ConfigError(
-            "--recompute-method and --recompute-num-layers belong to --recompute-granularity full, found "
-            f"{granularity}; leave them out, or use full."
+            "--recompute-method and --recompute-num-layers belong to --recompute-granularity full,"
+            f" found {granularity}; leave them out, or use full."
         )
     if granularity == "full":
         if parallel.recompute_method is None or parallel.recompute_num_layers is None:
@@ -310,15 +375,19 @@ def _check_recompute(cfg: RunConfig, model: ModelConfig) -> None:
         chunks = virtual_stages(cfg, model.language) or 1
         layers = (layers_of_a_stage(cfg, model.language) or model.language.num_layers) // chunks
         if parallel.recompute_num_layers > layers:
-            part = "pipeline stage" if chunks == 1 else f"chunk of a pipeline stage ({chunks} chunks a stage)"
+            part = (
+                "pipeline stage"
+                if chunks == 1
+                else f"chunk of a pipeline stage ({chunks} chunks a stage)"
+            )
             raise ConfigError(
-                f"--recompute-num-layers {parallel.recompute_num_layers} is more than the {layers} layers of a "
-                f"{part} of {model.name}; use {layers} or fewer."
+                f"--recompute-num-layers {parallel.recompute_num_layers} is more than the {layers}"
+                f" layers of a {part} of {model.name}; use {layers} or fewer."
             )
     if granularity != "selective" and parallel.recompute_modules:
         raise ConfigError(
-            f"--recompute-modules belongs to --recompute-granularity selective, found {granularity}; leave it out, or "
-            "use selective."
+            "--recompute-modules belongs to --recompute-granularity selective, found"
+            f" {granularity}; leave it out, or use selective."
         )
     for module in parallel.recompute_modules:
         if module not in RECOMPUTE_MODULES:
@@ -328,37 +397,54 @@ def _check_recompute(cfg: RunConfig, model: ModelConfig) -> None:
             )
         if (module in ("moe", "moe_act") and not moe) or (module == "mlp" and moe):
             fitting = "mlp" if not moe else "moe"
-            raise ConfigError(f"--recompute-modules {module} has no effect on {model.name}; use {fitting}.")
-    if "moe_act" in parallel.recompute_modules and not cfg.transformer_overrides.get("moe_grouped_gemm"):
-        raise ConfigError("--recompute-modules moe_act needs --moe-grouped-gemm; add it, or use moe.")
+            raise ConfigError(
+                f"--recompute-modules {module} has no effect on {model.name}; use {fitting}."
+            )
+    if "moe_act" in parallel.recompute_modules and not cfg.transformer_overrides.get(
+        "moe_grouped_gemm"
+    ):
+        raise ConfigError(
+            "--recompute-modules moe_act needs --moe-grouped-gemm; add it, or use moe."
+        )
 
 
 def _check_optimizer(cfg: RunConfig) -> None:
     optimizer, parallel, given = cfg.optimizer, cfg.parallel, cfg.optimizer_overrides
     if optimizer.min_lr > optimizer.lr:
-        raise ConfigError(f"--min-lr {optimizer.min_lr} is more than --lr {optimizer.lr}; use at most --lr.")
+        raise ConfigError(
+            f"--min-lr {optimizer.min_lr} is more than --lr {optimizer.lr}; use at most --lr."
+        )
     decay = optimizer.lr_decay_iters or cfg.training.train_iters
     if optimizer.lr_warmup_iters >= decay and optimizer.lr_warmup_iters:
         raise ConfigError(
-            f"--lr-warmup-iters {optimizer.lr_warmup_iters} leaves nothing of the {decay} steps of decay; use fewer."
+            f"--lr-warmup-iters {optimizer.lr_warmup_iters} leaves nothing of the {decay} steps of"
+            " decay; use fewer."
         )
-    if parallel.overlap_param_gather and not (optimizer.use_distributed_optimizer and parallel.overlap_grad_reduce):
+    if parallel.overlap_param_gather and not (
+        optimizer.use_distributed_optimizer and parallel.overlap_grad_reduce
+    ):
         raise ConfigError(
             "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce; "
             "add both, or leave it out."
         )
     if given.get("optimizer_cpu_offload") and not given.get("optimizer_offload_fraction"):
-        # Megatron's own flag defaults to 1.0, megatron-core's field to 0.0: without it nothing would move.
+        # Megatron's own flag defaults to 1.0, megatron-core's field to 0.0: without it nothing
+        # would move.
         raise ConfigError(
-            "--optimizer-cpu-offload moves nothing without --optimizer-offload-fraction; add it (1.0: all)."
+            "--optimizer-cpu-offload moves nothing without --optimizer-offload-fraction; add it"
+            " (1.0: all)."
         )
     precision_aware = bool(given.get("use_precision_aware_optimizer"))
     if precision_aware and not optimizer.use_distributed_optimizer:
-        raise ConfigError("--use-precision-aware-optimizer needs --use-distributed-optimizer; add it.")
+        raise ConfigError(
+            "--use-precision-aware-optimizer needs --use-distributed-optimizer; add it."
+        )
     for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
         if given.get(name, "fp32") != "fp32" and not precision_aware:
             flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} {given[name]} needs --use-precision-aware-optimizer; add it.")
+            raise ConfigError(
+                f"{flag} {given[name]} needs --use-precision-aware-optimizer; add it."
+            )
 
 
 def _check_precision(cfg: RunConfig) -> None:
@@ -366,14 +452,18 @@ def _check_precision(cfg: RunConfig) -> None:
         for name, value in cfg.transformer_overrides.items():
             if "fp8" in name and value:
                 flag = flag_of(TRANSFORMER, name)
-                raise ConfigError(f"{flag} has no effect without --fp8-format; add it, or leave this out.")
+                raise ConfigError(
+                    f"{flag} has no effect without --fp8-format; add it, or leave this out."
+                )
         return
     if not cfg.training.bf16:
-        raise ConfigError(f"--fp8-format {cfg.parallel.fp8_format} needs --bf16 for all that is not FP8; add it.")
+        raise ConfigError(
+            f"--fp8-format {cfg.parallel.fp8_format} needs --bf16 for all that is not FP8; add it."
+        )
     if cfg.model.attention == "sdpa":
         raise ConfigError(
-            f"--fp8-format {cfg.parallel.fp8_format} needs TransformerEngine's layers, which --attention sdpa leaves "
-            "out; use --attention auto."
+            f"--fp8-format {cfg.parallel.fp8_format} needs TransformerEngine's layers, which"
+            " --attention sdpa leaves out; use --attention auto."
         )
 
 
@@ -383,54 +473,69 @@ def _check_passed_on(cfg: RunConfig, model: ModelConfig) -> None:
         for name in given:
             if name.startswith("moe_"):
                 raise ConfigError(
-                    f"--{name.replace('_', '-')} has no effect: {model.name} has no experts; leave it out."
+                    f"--{name.replace('_', '-')} has no effect: {model.name} has no experts; leave"
+                    " it out."
                 )
     offload, modules = given.get("fine_grained_activation_offloading"), given.get("offload_modules")
     if bool(offload) != bool(modules):
         raise ConfigError(
-            "--fine-grained-activation-offloading and --offload-modules belong together; give both (such as "
-            "--offload-modules core_attn attn_proj) or neither."
+            "--fine-grained-activation-offloading and --offload-modules belong together; give both"
+            " (such as --offload-modules core_attn attn_proj) or neither."
         )
 
 
 def _check_checkpoints(cfg: RunConfig) -> None:
     files = cfg.checkpoint
     if files.ckpt_step is not None and files.load is None:
-        raise ConfigError(f"--ckpt-step {files.ckpt_step} chooses a step of --load, which is not set; set it.")
+        raise ConfigError(
+            f"--ckpt-step {files.ckpt_step} chooses a step of --load, which is not set; set it."
+        )
     if cfg.data.override_data_state and files.load is None:
-        raise ConfigError("--override-data-state is about a run that goes on, but --load is not set; set it.")
+        raise ConfigError(
+            "--override-data-state is about a run that goes on, but --load is not set; set it."
+        )
     if cfg.training.save_interval is not None and files.save is None:
-        raise ConfigError(f"--save-interval {cfg.training.save_interval} needs --save; set it to a folder.")
+        raise ConfigError(
+            f"--save-interval {cfg.training.save_interval} needs --save; set it to a folder."
+        )
     step = cfg.training.trace_step
     if step is not None and files.save is None:
         raise ConfigError(f"--trace-step {step} needs --save; set it to a folder.")
     if step is not None and step > cfg.training.train_iters:
         raise ConfigError(
-            f"--trace-step {step} is never reached: --train-iters is {cfg.training.train_iters}; use at most that."
+            f"--trace-step {step} is never reached: --train-iters is {cfg.training.train_iters};"
+            " use at most that."
         )
 
 
 def _check_files(cfg: RunConfig) -> None:
     stage = cfg.stage.stage
     if not cfg.data.data_path:
-        raise ConfigError("--data-path is not set: give one or more folders made by `vico shards make`.")
-    if cfg.data.tokenizer_model is None:
-        raise ConfigError("--tokenizer-model is not set: give a Hugging Face tokenizer folder or a .model file.")
-    if stages.needs_reference(cfg.stage) and not (cfg.checkpoint.pretrained_checkpoint or cfg.checkpoint.load):
         raise ConfigError(
-            f"stage {stage!r} has nothing to start from: give --pretrained-checkpoint (made by `vico convert` or by "
-            "the stage before), or --load to resume."
+            "--data-path is not set: give one or more folders made by `vico shards make`."
+        )
+    if cfg.data.tokenizer_model is None:
+        raise ConfigError(
+            "--tokenizer-model is not set: give a Hugging Face tokenizer folder or a .model file."
+        )
+    if stages.needs_reference(cfg.stage) and not (
+        cfg.checkpoint.pretrained_checkpoint or cfg.checkpoint.load
+    ):
+        raise ConfigError(
+            f"stage {stage!r} has nothing to start from: give --pretrained-checkpoint (made by"
+            " `vico convert` or by the stage before), or --load to resume."
         )
     if stage == "router" and cfg.stage.reference_load is None:
         raise ConfigError(
-            "stage 'router' needs --reference-load: the checkpoint from before consistency training, which the policy "
-            "is compared with."
+            "stage 'router' needs --reference-load: the checkpoint from before consistency"
+            " training, which the policy is compared with."
         )
     paths = {
         "--tokenizer-model": (cfg.data.tokenizer_model,),
         "--data-path": tuple(folder.path for folder in read_mixture(cfg.data.data_path)),
         "--valid-data-path": tuple(
-            folder.path for folder in read_mixture(cfg.data.valid_data_path, flag="--valid-data-path")
+            folder.path
+            for folder in read_mixture(cfg.data.valid_data_path, flag="--valid-data-path")
         ),
         "--pretrained-checkpoint": (cfg.checkpoint.pretrained_checkpoint,),
         "--reference-load": (cfg.stage.reference_load,),
@@ -440,13 +545,16 @@ def _check_files(cfg: RunConfig) -> None:
             if flag.endswith("data-path") and path is not None and is_url(path):
                 check_url(path)
             elif path is not None and not Path(path).exists():
-                raise ConfigError(f"{flag} {path}: no such file or folder (looked from {Path.cwd()}).")
+                raise ConfigError(
+                    f"{flag} {path}: no such file or folder (looked from {Path.cwd()})."
+                )
 
 
 def _check_reading(data: DataOptions) -> None:
     if data.num_workers == 0 and data.prefetch_steps != DataOptions().prefetch_steps:
         raise ConfigError(
-            f"--prefetch-steps {data.prefetch_steps} has no effect without workers; leave it out, or set --num-workers."
+            f"--prefetch-steps {data.prefetch_steps} has no effect without workers; leave it out,"
+            " or set --num-workers."
         )
     if (data.data_cache_dir is None) != (data.data_cache_gb is None):
         raise ConfigError(
@@ -456,9 +564,12 @@ def _check_reading(data: DataOptions) -> None:
     if (
         data.data_cache_dir is not None
         and data.data_path
-        and not any(is_url(path) or path.endswith(".json") for path in (*data.data_path, *data.valid_data_path))
+        and not any(
+            is_url(path) or path.endswith(".json")
+            for path in (*data.data_path, *data.valid_data_path)
+        )
     ):
         raise ConfigError(
-            f"--data-cache-dir {data.data_cache_dir} has no effect: no --data-path is a URL; leave it out, or write "
-            "file:///... for a folder of a slow file system."
+            f"--data-cache-dir {data.data_cache_dir} has no effect: no --data-path is a URL; leave"
+            " it out, or write file:///... for a folder of a slow file system."
         )

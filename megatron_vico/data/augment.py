@@ -14,8 +14,8 @@ QUALITIES = (75, 100)
 def jpeg_degrade(tiles: ByteArray, *, random: torch.Generator) -> ByteArray:
     """Tiles after JPEG compression, each of a quality drawn uniformly from 75 to 100.
 
-    As in the official code a tile is compressed after it was cut out. The frames of a video are compressed there
-    before they are resized to a tile; here they are tiles like any other.
+    As in the official code a tile is compressed after it was cut out. The frames of a video are
+    compressed there before they are resized to a tile; here they are tiles like any other.
 
     Args:
         tiles: [N, 3, S, S] uint8 RGB.
@@ -24,7 +24,9 @@ def jpeg_degrade(tiles: ByteArray, *, random: torch.Generator) -> ByteArray:
     Returns:
         [N, 3, S, S] uint8, another array.
     """
-    qualities = torch.randint(QUALITIES[0], QUALITIES[1] + 1, (len(tiles),), generator=random).tolist()
+    qualities = torch.randint(
+        QUALITIES[0], QUALITIES[1] + 1, (len(tiles),), generator=random
+    ).tolist()
     degraded = np.empty_like(tiles)
     for number, quality in enumerate(qualities):
         file = io.BytesIO()

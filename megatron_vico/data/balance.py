@@ -1,9 +1,11 @@
-"""Which data-parallel rank gets which packs of a step: equal counts, and costs as equal as a greedy rule makes them.
+"""Which data-parallel rank gets which packs of a step: equal counts, and costs as equal as a greedy
+rule makes them.
 
-Ranks wait for each other once a step, so the step takes as long as the rank with the most work. Packs are equally full
-but not equally dear: attention grows with the squares of the samples' lengths, the vision tower with the tiles.
-Pure functions of the shards' index; every rank computes the same assignment and talks to no other. Plain Python
-floats, since NumPy's sums round differently on different processors.
+Ranks wait for each other once a step, so the step takes as long as the rank with the most work.
+Packs are equally full but not equally dear: attention grows with the squares of the samples'
+lengths, the vision tower with the tiles. Pure functions of the shards' index; every rank computes
+the same assignment and talks to no other. Plain Python floats, since NumPy's sums round differently
+on different processors.
 """
 
 import heapq
@@ -13,16 +15,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class PackCost:
-    """Estimated FLOPs of one pack in one step; the coefficients follow from model and stage (training/flops.py).
+    """Estimated FLOPs of one pack in one step; the coefficients follow from model and stage
+    (training/flops.py).
 
-    A pass is the forward FLOPs of the language model: a trained model has three, its backward pass counting two.
+    A pass is the forward FLOPs of the language model: a trained model has three, its backward pass
+    counting two.
     """
 
     per_token: float
     """FLOPs a token costs in the linear layers of one pass."""
 
     per_token_squared: float
-    """FLOPs that one pass spends on attention, divided by the sum of the squares of the samples' lengths."""
+    """FLOPs that one pass spends on attention, divided by the sum of the squares of the samples'
+    lengths."""
 
     per_tile: float
     """FLOPs that all passes of the vision tower spend on one tile."""
@@ -39,9 +44,9 @@ class PackCost:
     def flops(self, lengths: Sequence[int], *, tiles: Sequence[int]) -> float:
         """The estimate for a pack.
 
-        The compressed stream is counted at its expected length: which tiles are compressed is drawn when the pack is
-        made, and stratified draws stay near the mean. The language model head is left out (1 % at the real sizes):
-        the index does not count response tokens.
+        The compressed stream is counted at its expected length: which tiles are compressed is drawn
+        when the pack is made, and stratified draws stay near the mean. The language model head is
+        left out (1 % at the real sizes): the index does not count response tokens.
 
         Args:
             lengths: tokens of each sample of the pack, no tile compressed.
@@ -50,17 +55,29 @@ class PackCost:
         Returns:
             FLOPs.
         """
-        shorter = [length - self.saved_per_tile * count for length, count in zip(lengths, tiles, strict=True)]
+        shorter = [
+            length - self.saved_per_tile * count
+            for length, count in zip(lengths, tiles, strict=True)
+        ]
         passes = ((self.full_passes, lengths), (self.compressed_passes, shorter))
         language = sum(
-            number * (self.per_token * sum(each) + self.per_token_squared * sum(length * length for length in each))
+            number
+            * (
+                self.per_token * sum(each)
+                + self.per_token_squared * sum(length * length for length in each)
+            )
             for number, each in passes
         )
         return language + self.per_tile * sum(tiles)
 
 
 EQUAL_COST = PackCost(
-    per_token=0.0, per_token_squared=0.0, per_tile=0.0, full_passes=0.0, compressed_passes=0.0, saved_per_tile=0.0
+    per_token=0.0,
+    per_token_squared=0.0,
+    per_tile=0.0,
+    full_passes=0.0,
+    compressed_passes=0.0,
+    saved_per_tile=0.0,
 )
 """Every pack counts the same; packs are then dealt one after the other."""
 
@@ -71,34 +88,41 @@ PARTNERS = 64
 """With how many ranks, those that have the least, swaps are tried."""
 
 ROUNDING = 1e-9
-"""A swap that gains less may gain nothing: sums of floats differ that much, and swapping would go on for ever."""
+"""A swap that gains less may gain nothing: sums of floats differ that much, and swapping would go
+on for ever."""
 
 
 def assign(costs: Sequence[float], *, num_ranks: int) -> tuple[tuple[int, ...], ...]:
-    """As many packs for each rank, so that the rank with the highest cost has little more than the mean.
+    """As many packs for each rank, so that the rank with the highest cost has little more than the
+    mean.
 
-    Longest processing time first: the dearest pack goes to the rank with the least so far that may still take one.
-    Equal counts are a constraint (pipeline schedules and collectives need the same number of microbatches everywhere),
-    which leaves the ranks of the dearest packs with too much; so packs are swapped while that helps: with 64 ranks of 4
-    packs the highest is 1.005 of the mean instead of 1.027 (benchmarks/packing.py).
+    Longest processing time first: the dearest pack goes to the rank with the least so far that may
+    still take one. Equal counts are a constraint (pipeline schedules and collectives need the same
+    number of microbatches everywhere), which leaves the ranks of the dearest packs with too much;
+    so packs are swapped while that helps: with 64 ranks of 4 packs the highest is 1.005 of the mean
+    instead of 1.027 (benchmarks/packing.py).
 
     Args:
         costs: of the packs of a step, >= 0.
         num_ranks: data-parallel ranks.
 
     Returns:
-        For each rank its packs as ascending positions in `costs`; r, r + num_ranks, ... for rank r if all costs are
-        equal. The highest cost of a rank is never above what that order gives.
+        For each rank its packs as ascending positions in `costs`; r, r + num_ranks, ... for rank r
+        if all costs are equal. The highest cost of a rank is never above what that order gives.
 
     Raises:
         ValueError: if the packs do not divide over the ranks.
     """
     if len(costs) % num_ranks:
-        raise ValueError(f"{len(costs)} packs do not divide over {num_ranks} ranks; choose a multiple")
+        raise ValueError(
+            f"{len(costs)} packs do not divide over {num_ranks} ranks; choose a multiple"
+        )
     per_rank = len(costs) // num_ranks
     members: list[list[int]] = [[] for _ in range(num_ranks)]
     not_full = [(0.0, rank) for rank in range(num_ranks)]  # a heap of (cost so far, rank)
-    for pack in sorted(range(len(costs)), key=lambda i: -costs[i]):  # stable: equal costs stay in order
+    for pack in sorted(
+        range(len(costs)), key=lambda i: -costs[i]
+    ):  # stable: equal costs stay in order
         load, rank = heapq.heappop(not_full)
         members[rank].append(pack)
         if len(members[rank]) < per_rank:
@@ -106,11 +130,16 @@ def assign(costs: Sequence[float], *, num_ranks: int) -> tuple[tuple[int, ...], 
     _swap(members, costs)
     greedy = tuple(tuple(sorted(each)) for each in members)
     dealt = tuple(tuple(range(rank, len(costs), num_ranks)) for rank in range(num_ranks))
-    return min(dealt, greedy, key=lambda assignment: max(sum(costs[i] for i in each) for each in assignment))
+    return min(
+        dealt,
+        greedy,
+        key=lambda assignment: max(sum(costs[i] for i in each) for each in assignment),
+    )
 
 
 def _swap(members: list[list[int]], costs: Sequence[float]) -> None:
-    """Swap a pack of the rank with the most for a cheaper one, each time the one that lowers the pair's maximum most.
+    """Swap a pack of the rank with the most for a cheaper one, each time the one that lowers the
+    pair's maximum most.
 
     Args:
         members: packs of each rank; changed in place.

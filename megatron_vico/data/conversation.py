@@ -1,7 +1,9 @@
-"""Turns to token ids and response mask by the official `internvl2_5` template (InternVL3.5 with Qwen3 uses it).
+"""Turns to token ids and response mask by the official `internvl2_5` template (InternVL3.5 with
+Qwen3 uses it).
 
-Each turn is tokenised by itself. Only answers and their `<|im_end|>` are trained. Here an image is `<img>`, ONE
-`<IMG_CONTEXT>` per tile, `</img>`; data/image_tokens.py repeats it once a compression plan exists.
+Each turn is tokenised by itself. Only answers and their `<|im_end|>` are trained. Here an image is
+`<img>`, ONE `<IMG_CONTEXT>` per tile, `</img>`; data/image_tokens.py repeats it once a compression
+plan exists.
 """
 
 from collections.abc import Sequence
@@ -11,15 +13,23 @@ from typing import Literal
 import numpy as np
 
 from megatron_vico.data.samples import BoolArray, IntArray, Turn
-from megatron_vico.data.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, TURN_END, TURN_START, Tokenizer
+from megatron_vico.data.tokenizer import (
+    IMAGE_CONTEXT,
+    IMAGE_END,
+    IMAGE_START,
+    TURN_END,
+    TURN_START,
+    Tokenizer,
+)
 from megatron_vico.errors import SampleError
 
 TileTags = Literal["none", "numbered"]
 
 IMAGE_TAG = "<image>"
 ASSISTANT_PREFIX = f"{TURN_START}assistant\n"
-# The official message, Chinese as the released models saw it in training, written in escapes to keep the file ASCII:
-# "I am Shusheng Wanxiang, in English InternVL, a multimodal model by Shanghai AI Laboratory, Tsinghua and others."
+# The official message, Chinese as the released models saw it in training, written in escapes to
+# keep the file ASCII: "I am Shusheng Wanxiang, in English InternVL, a multimodal model by Shanghai
+# AI Laboratory, Tsinghua and others."
 DEFAULT_SYSTEM_MESSAGE = (
     "\u4f60\u662f\u4e66\u751f\u00b7\u4e07\u8c61\uff0c\u82f1\u6587\u540d\u662fInternVL\uff0c\u662f\u7531"
     "\u4e0a\u6d77\u4eba\u5de5\u667a\u80fd\u5b9e\u9a8c\u5ba4\u3001\u6e05\u534e\u5927\u5b66\u53ca"
@@ -49,8 +59,9 @@ def encode_conversation(
 ) -> EncodedText:
     """Ids and response mask of a conversation with its answers.
 
-    Trained are each `gpt` turn's text and `<|im_end|>`, but neither `<|im_start|>assistant\\n` nor the last newline; of
-    a `pretrain` conversation, everything outside images but its first token (which nothing predicts).
+    Trained are each `gpt` turn's text and `<|im_end|>`, but neither `<|im_start|>assistant\\n` nor
+    the last newline; of a `pretrain` conversation, everything outside images but its first token
+    (which nothing predicts).
 
     Args:
         turns: the conversation; a missing system turn is added with the official default.
@@ -63,7 +74,8 @@ def encode_conversation(
         Ids and mask.
 
     Raises:
-        SampleError: if tags and images do not match, roles are out of place, or there is no answer or an empty one.
+        SampleError: if tags and images do not match, roles are out of place, or there is no answer
+            or an empty one.
     """
     _check_turns(turns, key)
     placed = _place_images(turns, tiles_per_image, tile_tags, key)
@@ -73,7 +85,10 @@ def encode_conversation(
         raise SampleError(f"sample {key!r}: no answer to train on; add a turn from 'gpt'.")
     for number, turn in enumerate(turns):
         if turn.role == "gpt" and not turn.text.strip():
-            raise SampleError(f"sample {key!r}: turn {number + 1} is an empty answer; remove the turn or the sample.")
+            raise SampleError(
+                f"sample {key!r}: turn {number + 1} is an empty answer; remove the turn or the"
+                " sample."
+            )
     prefix_len = len(tokenizer.encode_fixed(ASSISTANT_PREFIX))
     token_ids: list[int] = []
     trained: list[tuple[int, int]] = []
@@ -113,16 +128,22 @@ def encode_prompt(
     """
     _check_turns(turns, key)
     if turns[-1].role != "human":
-        raise SampleError(f"sample {key!r}: a prompt ends with role {turns[-1].role!r}; expected 'human'.")
+        raise SampleError(
+            f"sample {key!r}: a prompt ends with role {turns[-1].role!r}; expected 'human'."
+        )
     token_ids: list[int] = []
     for turn in _with_system_turn(_place_images(turns, tiles_per_image, tile_tags, key)):
         token_ids += _encode_turn(turn, tokenizer)
     token_ids += tokenizer.encode_fixed(ASSISTANT_PREFIX)
-    return EncodedText(token_ids=np.array(token_ids, dtype=np.int64), is_response=np.zeros(len(token_ids), np.bool_))
+    return EncodedText(
+        token_ids=np.array(token_ids, dtype=np.int64),
+        is_response=np.zeros(len(token_ids), np.bool_),
+    )
 
 
 def encode_follow_up(question: str, *, tokenizer: Tokenizer) -> IntArray:
-    """Ids from an answer's `<|im_end|>` (not in it) to the next answer: newline, the question's turn, the prefix.
+    """Ids from an answer's `<|im_end|>` (not in it) to the next answer: newline, the question's
+    turn, the prefix.
 
     Args:
         question: a later question of the conversation, without images.
@@ -146,7 +167,9 @@ def _encode_pretrain(text: str, tile_tags: str, tokenizer: Tokenizer) -> Encoded
     token_ids = np.array(tokenizer.encode(text), dtype=np.int64)
     start, end = tokenizer.token_id(IMAGE_START), tokenizer.token_id(IMAGE_END)
     is_response = ~np.isin(token_ids, (start, tokenizer.image_token_id, end))
-    if tile_tags == "numbered":  # no part of the official template: the tags within an image are not trained either
+    if (
+        tile_tags == "numbered"
+    ):  # no part of the official template: the tags within an image are not trained either
         is_response &= np.cumsum(token_ids == start) == np.cumsum(token_ids == end)
     is_response[:1] = False
     return EncodedText(token_ids=token_ids, is_response=is_response)
@@ -161,21 +184,30 @@ def _check_turns(turns: Sequence[Turn], key: str) -> None:
     if not roles:
         raise SampleError(f"sample {key!r}: the conversation is empty; expected at least one turn.")
     if "pretrain" in roles and len(roles) > 1:
-        raise SampleError(f"sample {key!r}: a 'pretrain' turn among {len(roles)} turns; it must be the only one.")
+        raise SampleError(
+            f"sample {key!r}: a 'pretrain' turn among {len(roles)} turns; it must be the only one."
+        )
     if "system" in roles[1:]:
         raise SampleError(
-            f"sample {key!r}: turn {roles.index('system', 1) + 1} is from 'system'; it must be the first."
+            f"sample {key!r}: turn {roles.index('system', 1) + 1} is from 'system'; it must be the"
+            " first."
         )
     for number, turn in enumerate(turns):
         if IMAGE_CONTEXT in turn.text:
-            raise SampleError(f"sample {key!r}: turn {number + 1} contains {IMAGE_CONTEXT}; use {IMAGE_TAG} tags.")
+            raise SampleError(
+                f"sample {key!r}: turn {number + 1} contains {IMAGE_CONTEXT}; use {IMAGE_TAG} tags."
+            )
 
 
-def _place_images(turns: Sequence[Turn], tiles_per_image: Sequence[int], tile_tags: str, key: str) -> list[Turn]:
-    """Turns with each `<image>` tag replaced; without any tag, all images come before the first question.
+def _place_images(
+    turns: Sequence[Turn], tiles_per_image: Sequence[int], tile_tags: str, key: str
+) -> list[Turn]:
+    """Turns with each `<image>` tag replaced; without any tag, all images come before the first
+    question.
 
-    Only questions and `pretrain` texts are searched. The official code puts tags before the first question also when
-    a later one has them, and then leaves the later tags as plain text; here tags stay where the data has them.
+    Only questions and `pretrain` texts are searched. The official code puts tags before the first
+    question also when a later one has them, and then leaves the later tags as plain text; here tags
+    stay where the data has them.
     """
     placed = list(turns)
     holders = [number for number, turn in enumerate(turns) if turn.role in ("human", "pretrain")]
@@ -194,12 +226,18 @@ def _place_images(turns: Sequence[Turn], tiles_per_image: Sequence[int], tile_ta
     images = iter(tiles_per_image)
     for number in holders:
         pieces = placed[number].text.split(IMAGE_TAG)
-        text = pieces[0] + "".join(_image_text(next(images), tile_tags) + piece for piece in pieces[1:])
+        text = pieces[0] + "".join(
+            _image_text(next(images), tile_tags) + piece for piece in pieces[1:]
+        )
         placed[number] = Turn(placed[number].role, text)
     return placed
 
 
 def _image_text(num_tiles: int, tile_tags: str) -> str:
     if tile_tags == "numbered":
-        return IMAGE_START + "".join(f"<tile_{i}>{IMAGE_CONTEXT}" for i in range(1, num_tiles + 1)) + IMAGE_END
+        return (
+            IMAGE_START
+            + "".join(f"<tile_{i}>{IMAGE_CONTEXT}" for i in range(1, num_tiles + 1))
+            + IMAGE_END
+        )
     return IMAGE_START + IMAGE_CONTEXT * num_tiles + IMAGE_END

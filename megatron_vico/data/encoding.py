@@ -1,4 +1,5 @@
-"""A conversation sample to an encoded one: tiling and template together, with the settings that both depend on."""
+"""A conversation sample to an encoded one: tiling and template together, with the settings that
+both depend on."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +18,8 @@ from megatron_vico.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingSettings:
-    """What the number of tokens and tiles of a sample depends on, besides the tokenizer; written into shard indexes."""
+    """What the number of tokens and tiles of a sample depends on, besides the tokenizer; written
+    into shard indexes."""
 
     image_size: int
     """Side S of a tile in px."""
@@ -49,19 +51,23 @@ class SampleEncoder:
     tokenizer: Tokenizer
     settings: EncodingSettings
 
-    def encode(self, sample: ConversationSample, *, random: torch.Generator | None = None) -> EncodedSample:
+    def encode(
+        self, sample: ConversationSample, *, random: torch.Generator | None = None
+    ) -> EncodedSample:
         """Ids, response mask and tiles of a sample with its answers.
 
         Args:
             sample: any.
-            random: the stream that augmentation draws from, where the sample has `data_augment`; None, for indexing
-                and evaluation, leaves the tiles as they are. Their number is the same either way.
+            random: the stream that augmentation draws from, where the sample has `data_augment`;
+                None, for indexing and evaluation, leaves the tiles as they are. Their number is the
+                same either way.
 
         Returns:
             The encoded sample.
 
         Raises:
-            SampleError: if an image is broken, tags and images do not match, or an answer is missing or empty.
+            SampleError: if an image is broken, tags and images do not match, or an answer is
+                missing or empty.
         """
         encoded = self._encode(sample, conversation.encode_conversation)
         if random is None or not sample.data_augment:
@@ -69,18 +75,23 @@ class SampleEncoder:
         return replace(encoded, tiles=jpeg_degrade(encoded.tiles, random=random))
 
     def encode_blank(self, sample: ConversationSample) -> EncodedSample:
-        """As `encode`, but with blank tiles: all that can be counted and every error, at a fraction of the time.
+        """As `encode`, but with blank tiles: all that can be counted and every error, at a fraction
+        of the time.
 
         Raises:
-            SampleError: if an image is broken, tags and images do not match, or an answer is missing or empty.
+            SampleError: if an image is broken, tags and images do not match, or an answer is
+                missing or empty.
         """
-        return self._encode(sample, conversation.encode_conversation, tile_images=tiling.blank_tiles)
+        return self._encode(
+            sample, conversation.encode_conversation, tile_images=tiling.blank_tiles
+        )
 
     def encode_prompt(self, sample: ConversationSample) -> EncodedSample:
         """Ids and tiles of a sample that ends with a question; nothing is a response.
 
         Raises:
-            SampleError: if an image is broken, tags and images do not match, or the last turn is not a question.
+            SampleError: if an image is broken, tags and images do not match, or the last turn is
+                not a question.
         """
         return self._encode(sample, conversation.encode_prompt)
 

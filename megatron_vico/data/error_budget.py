@@ -1,7 +1,9 @@
-"""Broken samples: each leaves a gap in its pack and is counted by cause; too many of them end the run with a table.
+"""Broken samples: each leaves a gap in its pack and is counted by cause; too many of them end the
+run with a table.
 
-A gap is one token that nothing is trained on, without tiles. The plan of packs, the weights of the other samples and
-their compression plans stay as they are, so every rank and every resumed run stays in step.
+A gap is one token that nothing is trained on, without tiles. The plan of packs, the weights of the
+other samples and their compression plans stay as they are, so every rank and every resumed run
+stays in step.
 """
 
 from collections import Counter
@@ -15,8 +17,9 @@ from megatron_vico.data.samples import EncodedSample, Skipped
 from megatron_vico.errors import SampleError
 
 MIN_SAMPLES = 10_000
-"""Samples that a run counts as seen from its first step on: with a share of 0.001, ten broken samples are within the
-budget at any time, so that one among the first hundred ends no run, and the eleventh of a missing folder does."""
+"""Samples that a run counts as seen from its first step on: with a share of 0.001, ten broken
+samples are within the budget at any time, so that one among the first hundred ends no run, and the
+eleventh of a missing folder does."""
 
 GAP_TOKEN_ID = 0
 """The one token of a gap: a text token of every tokenizer, the one that streams are padded with."""
@@ -29,11 +32,13 @@ class Gap(EncodedSample):
     """What stands in a pack for a sample that could not be used."""
 
     missing_tiles: tuple[int, ...]
-    """Tiles per image that the sample would have: plans are drawn for them too, so that its neighbours keep theirs."""
+    """Tiles per image that the sample would have: plans are drawn for them too, so that its
+    neighbours keep theirs."""
 
     @classmethod
     def of(cls, key: str, *, tiles_per_image: tuple[int, ...], image_size: int) -> Self:
-        """The gap of a sample whose index has `tiles_per_image`; tiles have a side of `image_size` px."""
+        """The gap of a sample whose index has `tiles_per_image`; tiles have a side of `image_size`
+        px."""
         return cls(
             key=key,
             token_ids=np.array([GAP_TOKEN_ID], dtype=np.int64),
@@ -69,15 +74,21 @@ class SkipList:
 
     @classmethod
     def merged(cls, lists: Iterable["SkipList"], *, from_pack: int) -> Self:
-        """The lists of all readers as one; what only its finder knew is not read again by anyone from `from_pack` on.
+        """The lists of all readers as one; what only its finder knew is not read again by anyone
+        from `from_pack` on.
 
-        A rank whose workers have begun a pack cannot leave out of it what another rank found, so `from_pack` is one
-        that no rank has begun; it is part of the state, and a resumed run reads and leaves out the same.
+        A rank whose workers have begun a pack cannot leave out of it what another rank found, so
+        `from_pack` is one that no rank has begun; it is part of the state, and a resumed run reads
+        and leaves out the same.
         """
         everyones = sorted(
-            (each for one in lists for each in one), key=lambda each: (each.sample_id, each.from_pack is None)
+            (each for one in lists for each in one),
+            key=lambda each: (each.sample_id, each.from_pack is None),
         )
-        return cls(each if each.from_pack is not None else replace(each, from_pack=from_pack) for each in everyones)
+        return cls(
+            each if each.from_pack is not None else replace(each, from_pack=from_pack)
+            for each in everyones
+        )
 
     def to_state(self) -> list[list[Any]]:
         """For a checkpoint: numbers and strings."""
@@ -113,7 +124,8 @@ class ErrorBudget:
     """Samples of all steps so far, each as often as it came."""
 
     skipped: int = 0
-    """Broken ones among them. Until the ranks' lists are merged, one that two ranks met counts twice."""
+    """Broken ones among them. Until the ranks' lists are merged, one that two ranks met counts
+    twice."""
 
     @property
     def exceeded(self) -> bool:
@@ -123,7 +135,7 @@ class ErrorBudget:
     def error(self, skips: SkipList) -> SampleError:
         """What the run stops with."""
         return SampleError(
-            f"{self.skipped} broken samples among {self.seen} seen, more than --max-skipped-share {self.max_share} "
-            f"of at least {MIN_SAMPLES}; `vico shards verify` names them all. Correct the shards, or raise the share.\n"
-            + skips.table()
+            f"{self.skipped} broken samples among {self.seen} seen, more than --max-skipped-share"
+            f" {self.max_share} of at least {MIN_SAMPLES}; `vico shards verify` names them all."
+            " Correct the shards, or raise the share.\n" + skips.table()
         )

@@ -1,7 +1,8 @@
-"""The one place where a compression plan meets the text: each tile's single image token becomes its visual tokens.
+"""The one place where a compression plan meets the text: each tile's single image token becomes its
+visual tokens.
 
-Everything that depends on positions (where visual tokens go, which hidden states predict responses) is computed here,
-once, so that the reference and the policy stream cannot drift apart.
+Everything that depends on positions (where visual tokens go, which hidden states predict responses)
+is computed here, once, so that the reference and the policy stream cannot drift apart.
 """
 
 from collections.abc import Sequence
@@ -36,12 +37,15 @@ def expand(
         Ids, the positions of visual tokens, and the rows that predict responses.
 
     Raises:
-        SampleError: if the number of image tokens, tiles or plan entries differ, or the first token is a response.
+        SampleError: if the number of image tokens, tiles or plan entries differ, or the first token
+            is a response.
     """
     check_image_tokens(sample, image_token_id=image_token_id)
     plan_N = _as_bool(plan)
     if plan_N.shape != (sample.num_tiles,):
-        raise SampleError(f"sample {sample.key!r}: a plan for {plan_N.size} tiles but {sample.num_tiles} tiles.")
+        raise SampleError(
+            f"sample {sample.key!r}: a plan for {plan_N.size} tiles but {sample.num_tiles} tiles."
+        )
     tokens_per_tile = np.where(plan_N, tokens_compressed, tokens_kept)
     stream, _ = _expand(sample.token_ids, sample.is_response, tokens_per_tile, image_token_id)
     return stream
@@ -55,7 +59,8 @@ def expand_pack(
     tokens_compressed: int,
     image_token_id: int,
 ) -> PackedStream:
-    """The streams of several samples, joined; equal to `expand` of each one, with positions shifted.
+    """The streams of several samples, joined; equal to `expand` of each one, with positions
+    shifted.
 
     Args:
         samples: at least one, checked by `check_image_tokens`.
@@ -84,7 +89,8 @@ def expand_pack(
 
 
 def check_image_tokens(sample: EncodedSample, *, image_token_id: int) -> None:
-    """Check that a sample has one image token per tile and that something predicts each response token.
+    """Check that a sample has one image token per tile and that something predicts each response
+    token.
 
     Raises:
         SampleError: if not.
@@ -92,11 +98,14 @@ def check_image_tokens(sample: EncodedSample, *, image_token_id: int) -> None:
     num_placeholders = int(np.count_nonzero(sample.token_ids == image_token_id))
     if num_placeholders != sample.num_tiles or sum(sample.tiles_per_image) != sample.num_tiles:
         raise SampleError(
-            f"sample {sample.key!r}: {num_placeholders} image placeholders but {sample.num_tiles} tiles "
-            f"({sum(sample.tiles_per_image)} over its images); check the <image> tags of the conversation."
+            f"sample {sample.key!r}: {num_placeholders} image placeholders but {sample.num_tiles}"
+            f" tiles ({sum(sample.tiles_per_image)} over its images); check the <image> tags of the"
+            " conversation."
         )
     if sample.is_response[:1].any():
-        raise SampleError(f"sample {sample.key!r}: the first token is a response; nothing predicts it.")
+        raise SampleError(
+            f"sample {sample.key!r}: the first token is a response; nothing predicts it."
+        )
 
 
 def _expand(

@@ -1,8 +1,8 @@
 """A rank's packed batches, one list a step, prepared ahead by worker processes.
 
-Data-parallel ranks share the packs of a step by their estimated cost (data/balance.py), as many for each. The state is
-the place in the plan of packs and the broken samples (data/error_budget.py): any number of ranks and workers goes on
-from it.
+Data-parallel ranks share the packs of a step by their estimated cost (data/balance.py), as many for
+each. The state is the place in the plan of packs and the broken samples (data/error_budget.py): any
+number of ranks and workers goes on from it.
 """
 
 import contextlib
@@ -33,7 +33,8 @@ from megatron_vico.errors import ConfigError, SampleError, WorkerError
 from megatron_vico.vico import compression_plan
 
 MAX_PIECES = 32
-"""Pieces that a rank's packs of a step are prepared in: each takes one of the 1,024 files a process may have open."""
+"""Pieces that a rank's packs of a step are prepared in: each takes one of the 1,024 files a process
+may have open."""
 
 UserError = SampleError | ConfigError
 """What a worker hands over as it is; torch would wrap it in a traceback."""
@@ -65,17 +66,19 @@ class Loader:
             state: of the loader that this one goes on from.
 
         Raises:
-            ConfigError: if the packs of a step do not divide over the ranks, or tokenizer, model and index differ.
+            ConfigError: if the packs of a step do not divide over the ranks, or tokenizer, model
+                and index differ.
         """
         if plan.global_batch_size % dp_size:
             raise ConfigError(
-                f"--global-batch-size {plan.global_batch_size} is not a multiple of the {dp_size} data-parallel "
-                "ranks; choose one that is."
+                f"--global-batch-size {plan.global_batch_size} is not a multiple of the {dp_size}"
+                " data-parallel ranks; choose one that is."
             )
         if builder.image_token_id != encoder.tokenizer.image_token_id:
             raise ConfigError(
-                f"--tokenizer-model {encoder.tokenizer.source}: <IMG_CONTEXT> is {encoder.tokenizer.image_token_id}, "
-                f"but the model expects {builder.image_token_id}; use the tokenizer that belongs to the model."
+                f"--tokenizer-model {encoder.tokenizer.source}: <IMG_CONTEXT> is"
+                f" {encoder.tokenizer.image_token_id}, but the model expects"
+                f" {builder.image_token_id}; use the tokenizer that belongs to the model."
             )
         for folder in plan.data.folders:
             folder.check_encoding(tokenizer=encoder.tokenizer, settings=encoder.settings)
@@ -83,7 +86,11 @@ class Loader:
         self.place = plan.start if state is None else PlanState.from_dict(state["plan"])
         """The next pack of the run; it counts what was handed out."""
 
-        self.skips = SkipList() if state is None else _known_here(SkipList.from_state(state["skipped"]), plan.data)
+        self.skips = (
+            SkipList()
+            if state is None
+            else _known_here(SkipList.from_state(state["skipped"]), plan.data)
+        )
         self.num_steps = num_steps
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._begun: deque[PlanState] = deque()
@@ -97,7 +104,8 @@ class Loader:
 
         Raises:
             SampleError: if shard and index differ; the same in a worker as without workers.
-            ConfigError: if a shard does not fit into the cache, or that cannot be written; likewise.
+            ConfigError: if a shard does not fit into the cache, or that cannot be written;
+                likewise.
             WorkerError: if a worker died.
         """
         self._begun.clear()
@@ -139,7 +147,8 @@ class Loader:
         return (parcel.unwrap(_unless_error(sent)) for sent in parcels)
 
     def _pieces(self) -> Iterator["_Piece"]:
-        """What there is to prepare; workers get it from the training process, where packing is done once."""
+        """What there is to prepare; workers get it from the training process, where packing is done
+        once."""
         for step in itertools.islice(self.plan.steps(self.place), self.num_steps):
             self._begun.append(step.after)
             first = step.after.consumed_packs - len(step.packs)
@@ -156,12 +165,15 @@ class Loader:
                 yield _Piece(packs=packs, num_samples=step.num_samples, left_out=left_out)
 
     def _without_known(self, batch: PackedBatch) -> PackedBatch:
-        return dataclasses.replace(batch, skipped=tuple(each for each in batch.skipped if self.skips.add(each)))
+        return dataclasses.replace(
+            batch, skipped=tuple(each for each in batch.skipped if self.skips.add(each))
+        )
 
 
 @contextlib.contextmanager
 def worker_death_explained() -> Iterator[None]:
-    """Says what a worker's sudden end means. torch raises it wherever the training process is at that moment."""
+    """Says what a worker's sudden end means. torch raises it wherever the training process is at
+    that moment."""
     try:
         yield
     except RuntimeError as error:
@@ -172,8 +184,9 @@ def worker_death_explained() -> Iterator[None]:
 
 def _death_of_a_worker(error: Exception) -> WorkerError:
     return WorkerError(
-        f"a worker process of the loader died ({str(error).strip()}): so ends one that a machine has no memory for "
-        "(dmesg shows it); fewer --num-workers, --prefetch-steps or --max-tiles-per-pack take less."
+        f"a worker process of the loader died ({str(error).strip()}): so ends one that a machine"
+        " has no memory for (dmesg shows it); fewer --num-workers, --prefetch-steps or"
+        " --max-tiles-per-pack take less."
     )
 
 
@@ -218,7 +231,13 @@ def make_loader(
         cost=builder.cost,
     )
     return Loader(
-        plan, encoder=encoder, builder=builder, dp_rank=dp_rank, dp_size=dp_size, num_steps=num_steps, state=state
+        plan,
+        encoder=encoder,
+        builder=builder,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        num_steps=num_steps,
+        state=state,
     )
 
 
@@ -247,7 +266,8 @@ class _Pieces(Sampler[_Piece]):
 
 
 class _PieceDataset(Dataset[list[PackedBatch] | UserError]):
-    """Piece -> packed batches, or what is wrong with them (torch would wrap an error in a worker)."""
+    """Piece -> packed batches, or what is wrong with them (torch would wrap an error in a
+    worker)."""
 
     def __init__(self, data: FolderList, *, encoder: SampleEncoder, builder: PackBuilder) -> None:
         self._data, self._encoder, self._builder = data, encoder, builder
@@ -267,7 +287,9 @@ class _PieceDataset(Dataset[list[PackedBatch] | UserError]):
             if isinstance(sample, Skipped):
                 skipped.append(sample)
             samples.append(sample if isinstance(sample, EncodedSample) else self._gap(sample_id))
-        batch = self._builder.build(samples, pack=pack, samples_in_global_batch=piece.num_samples, position=number)
+        batch = self._builder.build(
+            samples, pack=pack, samples_in_global_batch=piece.num_samples, position=number
+        )
         return dataclasses.replace(batch, skipped=tuple(skipped))
 
     def _read(self, sample_id: int, visit: int) -> EncodedSample | Skipped:
@@ -279,12 +301,15 @@ class _PieceDataset(Dataset[list[PackedBatch] | UserError]):
             cause = error.cause if isinstance(error, SampleError) else "unreadable shard"
             key = folder.describe(number).key
             return Skipped(sample_id=sample_id, key=key, cause=cause, reason=str(error))
-        if encoded.token_ids.size != folder.num_tokens[number] or encoded.num_tiles != folder.num_tiles[number]:
+        if (
+            encoded.token_ids.size != folder.num_tokens[number]
+            or encoded.num_tiles != folder.num_tiles[number]
+        ):
             # Not in the budget: packs were made for another sample, and so may all others be.
             raise SampleError(
-                f"sample {encoded.key!r}: {encoded.token_ids.size} tokens and {encoded.num_tiles} tiles, but the index "
-                f"of {folder.path} says {folder.num_tokens[number]} and {folder.num_tiles[number]}; make the index "
-                "anew with `vico shards index`."
+                f"sample {encoded.key!r}: {encoded.token_ids.size} tokens and {encoded.num_tiles}"
+                f" tiles, but the index of {folder.path} says {folder.num_tokens[number]} and"
+                f" {folder.num_tiles[number]}; make the index anew with `vico shards index`."
             )
         return encoded
 
@@ -298,11 +323,16 @@ class _PieceDataset(Dataset[list[PackedBatch] | UserError]):
     def _gap(self, sample_id: int) -> Gap:
         folder, number = self._data.locate(sample_id)
         known = folder.describe(number)
-        return Gap.of(known.key, tiles_per_image=known.tiles_per_image, image_size=self._encoder.settings.image_size)
+        return Gap.of(
+            known.key,
+            tiles_per_image=known.tiles_per_image,
+            image_size=self._encoder.settings.image_size,
+        )
 
 
 def _known_here(skips: SkipList, data: FolderList) -> SkipList:
-    """Those still where they were: with other shards (--override-data-state) a number may be another sample."""
+    """Those still where they were: with other shards (--override-data-state) a number may be
+    another sample."""
 
     def is_here(skipped: Skipped) -> bool:
         if skipped.sample_id >= len(data):

@@ -1,4 +1,5 @@
-"""Which folders of shards a run reads, and how often each comes in an epoch: the words of `--data-path`."""
+"""Which folders of shards a run reads, and how often each comes in an epoch: the words of
+`--data-path`."""
 
 import json
 import math
@@ -30,26 +31,35 @@ def read_mixture(words: Sequence[str], *, flag: str = "--data-path") -> tuple[Mi
     """The folders of a run.
 
     Args:
-        words: folders, each with its repeat before it where it is not 1 (Megatron's blend syntax), and mixture files,
-            whose own repeats are multiplied by the number before them.
+        words: folders, each with its repeat before it where it is not 1 (Megatron's blend syntax),
+            and mixture files, whose own repeats are multiplied by the number before them.
         flag: that they were given to, for errors.
 
     Returns:
         The folders in order.
 
     Raises:
-        ConfigError: if a number is not above 0 or has no folder after it, a folder comes twice or only holds folders of
-            shards, or a mixture file cannot be read; says which.
+        ConfigError: if a number is not above 0 or has no folder after it, a folder comes twice or
+            only holds folders of shards, or a mixture file cannot be read; says which.
     """
     folders: list[MixedFolder] = []
     repeat = None
     for word in words:
         number = _number(word, flag=flag)
         if number is None:
-            named = _read_file(word) if word.endswith(".json") else (MixedFolder(path=word, repeat=1.0),)
-            folders += [MixedFolder(path=f.path, repeat=f.repeat * (1.0 if repeat is None else repeat)) for f in named]
+            named = (
+                _read_file(word)
+                if word.endswith(".json")
+                else (MixedFolder(path=word, repeat=1.0),)
+            )
+            folders += [
+                MixedFolder(path=f.path, repeat=f.repeat * (1.0 if repeat is None else repeat))
+                for f in named
+            ]
         elif repeat is not None:
-            raise ConfigError(f"{flag}: {word} comes after another number; give one number before each folder.")
+            raise ConfigError(
+                f"{flag}: {word} comes after another number; give one number before each folder."
+            )
         repeat = number
     if repeat is not None:
         raise ConfigError(f"{flag}: no folder after {words[-1]}; a number goes before its folder.")
@@ -64,8 +74,8 @@ def _number(word: str, *, flag: str) -> float | None:
         return None
     if not 0 < number < math.inf:
         raise ConfigError(
-            f"{flag}: a folder cannot come {word} times an epoch; give a number above 0, or leave the folder out "
-            f"(a folder of that name is ./{word})."
+            f"{flag}: a folder cannot come {word} times an epoch; give a number above 0, or leave"
+            f" the folder out (a folder of that name is ./{word})."
         )
     return number
 
@@ -74,23 +84,31 @@ def _read_file(path: str) -> tuple[MixedFolder, ...]:
     """The folders of a mixture file, which are relative to it."""
     base = os.path.dirname(path)  # of a URL too
     try:
-        content = json.loads(open_storage(base or ".", StorageOptions()).read(os.path.basename(path)))
+        content = json.loads(
+            open_storage(base or ".", StorageOptions()).read(os.path.basename(path))
+        )
         if content["version"] != MIXTURE_VERSION:
             raise ConfigError(
-                f"{path}: mixture version {content['version']}, expected {MIXTURE_VERSION}; make it anew "
-                "with `vico shards make`."
+                f"{path}: mixture version {content['version']}, expected {MIXTURE_VERSION}; make it"
+                " anew with `vico shards make`."
             )
         listed = [(entry["path"], entry.get("repeat", 1)) for entry in content["folders"]]
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f'{path}: cannot be read as a mixture ({error!r}); expected {{"version": {MIXTURE_VERSION}, '
-            '"folders": [{"path": "NAME", "repeat": 0.5}]}.'
+            f'{path}: cannot be read as a mixture ({error!r}); expected {{"version":'
+            f' {MIXTURE_VERSION}, "folders": [{{"path": "NAME", "repeat": 0.5}}]}}.'
         ) from error
     for name, repeat in listed:
-        if isinstance(repeat, bool) or not isinstance(repeat, int | float) or not 0 < repeat < math.inf:
-            raise ConfigError(f"{path}: folder {name!r} has repeat {repeat!r}; expected a number above 0.")
+        if (
+            isinstance(repeat, bool)
+            or not isinstance(repeat, int | float)
+            or not 0 < repeat < math.inf
+        ):
+            raise ConfigError(
+                f"{path}: folder {name!r} has repeat {repeat!r}; expected a number above 0."
+            )
     return tuple(
         MixedFolder(path=name if is_url(name) else os.path.join(base, name), repeat=float(repeat))
         for name, repeat in listed
@@ -103,10 +121,13 @@ def _check_folders(folders: Sequence[MixedFolder], *, flag: str) -> None:
         place = folder.path.rstrip("/") if is_url(folder.path) else str(Path(folder.path).resolve())
         if place in seen:
             raise ConfigError(
-                f"{flag}: {folder.path} is the same folder as {seen[place]}; give it once, with the sum of both "
-                "numbers before it."
+                f"{flag}: {folder.path} is the same folder as {seen[place]}; give it once, with the"
+                " sum of both numbers before it."
             )
         seen[place] = folder.path
         mixture = Path(folder.path) / MIXTURE_NAME
         if mixture.is_file() and not mixture.with_name(INDEX_NAME).exists():
-            raise ConfigError(f"{flag} {folder.path}: no shards, but a mixture of folders; did you mean {mixture}?")
+            raise ConfigError(
+                f"{flag} {folder.path}: no shards, but a mixture of folders; did you mean"
+                f" {mixture}?"
+            )

@@ -1,4 +1,5 @@
-"""The packed batch of a stage from encoded samples: both streams, weights, and the compression plans that it draws."""
+"""The packed batch of a stage from encoded samples: both streams, weights, and the compression
+plans that it draws."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,18 +29,26 @@ class PackBuilder:
     xi_sampler: Literal["stratified", "bernoulli", "exact-count"] = "stratified"
     router_granularity: Literal["tile", "image"] = "tile"
     views: Literal["training", "validation"] = "training"
-    """validation: where a stage compares plans with Eq. 1, a second policy view with everything compressed."""
+    """validation: where a stage compares plans with Eq. 1, a second policy view with everything
+    compressed."""
 
     cost: PackCost = EQUAL_COST
-    """What a pack of the stage costs, by which `make_loader` spreads the packs over data-parallel ranks."""
+    """What a pack of the stage costs, by which `make_loader` spreads the packs over data-parallel
+    ranks."""
 
     def build(
-        self, samples: Sequence[EncodedSample], *, pack: Pack, samples_in_global_batch: int, position: int = 0
+        self,
+        samples: Sequence[EncodedSample],
+        *,
+        pack: Pack,
+        samples_in_global_batch: int,
+        position: int = 0,
     ) -> PackedBatch:
         """Pack samples: tiles, reference stream, and the stage's policy streams.
 
         Args:
-            samples: encoded, in the order of `pack.sample_ids`; gaps among them have no rows and no tiles.
+            samples: encoded, in the order of `pack.sample_ids`; gaps among them have no rows and no
+                tiles.
             pack: their indices and visits, which seed the compression plans.
             samples_in_global_batch: samples of the whole step, over all ranks and microbatches.
             position: the pack's place in the step.
@@ -47,7 +56,9 @@ class PackBuilder:
         Returns:
             The batch, on the CPU.
         """
-        rows_per_sample = np.array([int(sample.is_response.sum()) for sample in samples], dtype=np.int64)
+        rows_per_sample = np.array(
+            [int(sample.is_response.sum()) for sample in samples], dtype=np.int64
+        )
         weights = 1.0 / (np.maximum(rows_per_sample, 1) * float(samples_in_global_batch))
         question, router_tile_sample = self._router_question(samples, pack)
         plans = self._plans(samples, pack, question)
@@ -79,28 +90,46 @@ class PackBuilder:
         )
         return PolicyView(compressed=torch.from_numpy(plan), stream=stream)
 
-    def _plans(self, samples: Sequence[EncodedSample], pack: Pack, question: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _plans(
+        self, samples: Sequence[EncodedSample], pack: Pack, question: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
         if self.stage == "pretrain":
             return ()
         if self.stage == "router":
             return (np.zeros_like(question), question)
         if self.xi_sampler == "stratified":
-            # A sample comes once a visit, so the first one names the pack; no other pack draws from this stream.
-            random = compression_plan.generator(self.seed, pack.visits[0], pack.sample_ids[0], "xi-of-pack")
-            # The images of gaps get their shares too, so that those of the other samples stay what they are.
-            images = [each.missing_tiles if isinstance(each, Gap) else each.tiles_per_image for each in samples]
-            plan = compression_plan.plan_stratified([count for each in images for count in each], generator=random)
-            is_gap = np.repeat([isinstance(each, Gap) for each in samples], [sum(each) for each in images])
+            # A sample comes once a visit, so the first one names the pack; no other pack draws from
+            # this stream.
+            random = compression_plan.generator(
+                self.seed, pack.visits[0], pack.sample_ids[0], "xi-of-pack"
+            )
+            # The images of gaps get their shares too, so that those of the other samples stay what
+            # they are.
+            images = [
+                each.missing_tiles if isinstance(each, Gap) else each.tiles_per_image
+                for each in samples
+            ]
+            plan = compression_plan.plan_stratified(
+                [count for each in images for count in each], generator=random
+            )
+            is_gap = np.repeat(
+                [isinstance(each, Gap) for each in samples], [sum(each) for each in images]
+            )
             return (plan.numpy()[~is_gap],)
         plans = []
         for sample, sample_id, visit in zip(samples, pack.sample_ids, pack.visits, strict=True):
             random = compression_plan.generator(self.seed, visit, sample_id, "xi")
-            plan = compression_plan.plan_fraction(sample.tiles_per_image, generator=random, sampler=self.xi_sampler)
+            plan = compression_plan.plan_fraction(
+                sample.tiles_per_image, generator=random, sampler=self.xi_sampler
+            )
             plans.append(plan.numpy())
         return (np.concatenate(plans),)
 
-    def _router_question(self, samples: Sequence[EncodedSample], pack: Pack) -> tuple[np.ndarray, torch.Tensor]:
-        """The plan of Eq. 2 over all tiles of the pack, and the local sample of each compressed tile."""
+    def _router_question(
+        self, samples: Sequence[EncodedSample], pack: Pack
+    ) -> tuple[np.ndarray, torch.Tensor]:
+        """The plan of Eq. 2 over all tiles of the pack, and the local sample of each compressed
+        tile."""
         plans = []
         for sample, sample_id, visit in zip(samples, pack.sample_ids, pack.visits, strict=True):
             if self.stage != "router" or not sample.num_tiles:

@@ -1,7 +1,8 @@
 """Which samples share a pack: a pure function of their lengths and tiles, in order.
 
-No I/O and no ranks here. Best-fit decreasing inside a window of the global order; packs that are not nearly full at
-the end of a window are opened again and their samples go first in the next window (carry-over).
+No I/O and no ranks here. Best-fit decreasing inside a window of the global order; packs that are
+not nearly full at the end of a window are opened again and their samples go first in the next
+window (carry-over).
 """
 
 import bisect
@@ -11,14 +12,17 @@ from dataclasses import dataclass, field
 from megatron_vico.errors import SampleError
 
 FULL = 0.98
-"""A pack this full (in tokens, tiles or samples) is not carried over; benchmarks/packing.py: packs are 99.7 % full."""
+"""A pack this full (in tokens, tiles or samples) is not carried over; benchmarks/packing.py: packs
+are 99.7 % full."""
 
 MAX_CARRIES = 4
-"""How often a sample may be carried over before its pack is emitted as it is, so that no sample starves."""
+"""How often a sample may be carried over before its pack is emitted as it is, so that no sample
+starves."""
 
 LARGE = 1 / 8
-"""Share of the capacity from which a sample is packed in order of length. Smaller ones are packed in the global
-order: they fill the gaps just as well, and sorting them would put samples of one kind into one pack."""
+"""Share of the capacity from which a sample is packed in order of length. Smaller ones are packed
+in the global order: they fill the gaps just as well, and sorting them would put samples of one kind
+into one pack."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +61,8 @@ def pack(
         window: samples that are packed together.
 
     Returns:
-        Packs as tuples of positions in `lengths`, ascending inside a pack; packs ordered by their first position
-        within each window.
+        Packs as tuples of positions in `lengths`, ascending inside a pack; packs ordered by their
+        first position within each window.
 
     Raises:
         SampleError: if one sample alone is more than a pack can hold.
@@ -82,7 +86,10 @@ def iter_packs(
         for packed in bins:
             too_old = any(carried.get(i, 0) >= MAX_CARRIES for i in packed.members)
             (emitted if is_last or too_old or _is_full(packed, limits) else reopened).append(packed)
-        carried = {i: carried.get(i, 0) + 1 for i in sorted(i for packed in reopened for i in packed.members)}
+        carried = {
+            i: carried.get(i, 0) + 1
+            for i in sorted(i for packed in reopened for i in packed.members)
+        }
         yield from sorted(tuple(sorted(packed.members)) for packed in emitted)
 
 
@@ -91,10 +98,11 @@ def _best_fit(
 ) -> list[_Bin]:
     """Each candidate goes into the fullest bin that still takes it, large ones first.
 
-    A bin is opened only for a candidate that no other takes. So there are at most d + 1 times the fewest possible bins
-    if d limits bind (Kou and Markowsky, 1977: "any fit"). If only tokens do: less than 8/7 of the fewest + 1 where a
-    small candidate opens the last bin, since all others are then 7/8 full; otherwise best-fit decreasing of the large
-    ones, at most 11/9 of the fewest + 4 (Johnson et al., 1974).
+    A bin is opened only for a candidate that no other takes. So there are at most d + 1 times the
+    fewest possible bins if d limits bind (Kou and Markowsky, 1977: "any fit"). If only tokens do:
+    less than 8/7 of the fewest + 1 where a small candidate opens the last bin, since all others are
+    then 7/8 full; otherwise best-fit decreasing of the large ones, at most 11/9 of the fewest + 4
+    (Johnson et al., 1974).
     """
     bins: list[_Bin] = []
     open_bins: list[tuple[int, int]] = []  # (remaining tokens, number of the bin), ascending
@@ -102,8 +110,8 @@ def _best_fit(
         length, num_tiles = int(lengths[i]), int(tiles[i])
         if length > limits.capacity or num_tiles > limits.max_tiles:
             raise SampleError(
-                f"sample {i} of the stream: {length} tokens and {num_tiles} tiles, but a pack holds "
-                f"{limits.capacity} tokens and {limits.max_tiles} tiles."
+                f"sample {i} of the stream: {length} tokens and {num_tiles} tiles, but a pack holds"
+                f" {limits.capacity} tokens and {limits.max_tiles} tiles."
             )
         place = bisect.bisect_left(open_bins, (length, -1))
         while place < len(open_bins) and bins[open_bins[place][1]].remaining_tiles < num_tiles:
@@ -111,7 +119,9 @@ def _best_fit(
         if place < len(open_bins):
             chosen = bins[open_bins.pop(place)[1]]
         else:
-            chosen = _Bin(number=len(bins), remaining=limits.capacity, remaining_tiles=limits.max_tiles)
+            chosen = _Bin(
+                number=len(bins), remaining=limits.capacity, remaining_tiles=limits.max_tiles
+            )
             bins.append(chosen)
         chosen.members.append(i)
         chosen.remaining -= length

@@ -1,7 +1,9 @@
-"""A step's batches as one block of bytes, for the way from a loader's worker to the training process.
+"""A step's batches as one block of bytes, for the way from a loader's worker to the training
+process.
 
-torch sends each tensor through its own shared file: 20 tensors a batch, times batches of a step, workers and prefetched
-steps, is more than the 1,024 files a process may have open on most machines. A parcel is one tensor.
+torch sends each tensor through its own shared file: 20 tensors a batch, times batches of a step,
+workers and prefetched steps, is more than the 1,024 files a process may have open on most machines.
+A parcel is one tensor.
 """
 
 import math

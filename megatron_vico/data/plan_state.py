@@ -1,7 +1,9 @@
-"""Where a run is in its data, and what that place belongs to: a few hundred bytes of plain numbers in a checkpoint.
+"""Where a run is in its data, and what that place belongs to: a few hundred bytes of plain numbers
+in a checkpoint.
 
-The place is the same for every number of ranks, workers, steps prefetched and packs a step. It means something only for
-the order and packing that it was counted in, so these travel with it and are compared when a run goes on.
+The place is the same for every number of ranks, workers, steps prefetched and packs a step. It
+means something only for the order and packing that it was counted in, so these travel with it and
+are compared when a run goes on.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -10,7 +12,8 @@ from typing import Any
 from megatron_vico.errors import CheckpointError
 
 PACKER_VERSION = 1
-"""Raised whenever the same shards and options give other packs than before (data/order.py, data/packing.py)."""
+"""Raised whenever the same shards and options give other packs than before (data/order.py,
+data/packing.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +52,14 @@ class PlanInputs:
         if len(self.folders) != len(now.folders):
             found.append(f"--data-path had {len(self.folders)} folders, now {len(now.folders)}")
         else:
-            changed = [path for path, a, b in zip(paths, self.folders, now.folders, strict=True) if a != b]
+            changed = [
+                path for path, a, b in zip(paths, self.folders, now.folders, strict=True) if a != b
+            ]
             found += [f"the shards of {path} changed" for path in changed]
             repeats = zip(paths, self.repeats, now.repeats, strict=True)
-            found += [f"{path} came {a:g} times an epoch, now {b:g}" for path, a, b in repeats if a != b]
+            found += [
+                f"{path} came {a:g} times an epoch, now {b:g}" for path, a, b in repeats if a != b
+            ]
         names = {"tokens_per_tile": "tokens per tile", "packer_version": "the version of packing"}
         for field in fields(self):
             before, after = getattr(self, field.name), getattr(now, field.name)
@@ -68,7 +75,8 @@ class PlanState:
 
     epoch: int
     section: int
-    """Of the epoch; a section is packed by itself, so that finding the place packs no more than one."""
+    """Of the epoch; a section is packed by itself, so that finding the place packs no more than
+    one."""
 
     pack: int
     """Packs taken of the section."""
@@ -95,6 +103,7 @@ class PlanState:
             return cls(**{**content, "inputs": PlanInputs(**inputs)})
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"state of the data {content}: not what this version writes ({error!r}); load a checkpoint of this "
-                "version, or begin a new run from its weights with --pretrained-checkpoint."
+                f"state of the data {content}: not what this version writes ({error!r}); load a"
+                " checkpoint of this version, or begin a new run from its weights with"
+                " --pretrained-checkpoint."
             ) from error

@@ -1,8 +1,10 @@
-"""The exact InternVL3.5 tokenizer from a `qwen.tiktoken` file: Qwen's byte-level BPE and all added tokens.
+"""The exact InternVL3.5 tokenizer from a `qwen.tiktoken` file: Qwen's byte-level BPE and all added
+tokens.
 
-The file comes with the Apache-2.0 packages qwen-agent (qwen_agent/utils) and dashscope (dashscope/resources). A line
-is a token in base64 and its rank. Ranks are ids, and the merge that makes a token has the token's rank; which two
-tokens it merges is found by running BPE on the token with only the merges of lower rank.
+The file comes with the Apache-2.0 packages qwen-agent (qwen_agent/utils) and dashscope
+(dashscope/resources). A line is a token in base64 and its rank. Ranks are ids, and the merge that
+makes a token has the token's rank; which two tokens it merges is found by running BPE on the token
+with only the merges of lower rank.
 """
 
 import base64
@@ -19,7 +21,8 @@ from megatron_vico.errors import ConfigError
 
 # Qwen2's and Qwen3's pre-tokeniser: how text is cut before BPE.
 PRE_TOKENIZER_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN3_SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -37,7 +40,8 @@ QWEN3_SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-# Also added by Qwen3, but ordinary text to it: kept when special tokens are left out of decoded text.
+# Also added by Qwen3, but ordinary text to it: kept when special tokens are left out of decoded
+# text.
 QWEN3_PLAIN_TOKENS = (
     "<tool_call>",
     "</tool_call>",
@@ -73,7 +77,10 @@ def read_tiktoken(path: str | Path) -> dict[bytes, int]:
     """
     source = Path(path)
     if not source.is_file():
-        raise ConfigError(f"{source}: no such file; expected qwen.tiktoken of the package qwen-agent or dashscope.")
+        raise ConfigError(
+            f"{source}: no such file; expected qwen.tiktoken of the package qwen-agent or"
+            " dashscope."
+        )
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(source.read_bytes().splitlines(), start=1):
         if not line:
@@ -82,9 +89,15 @@ def read_tiktoken(path: str | Path) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
-            raise ConfigError(f"{source}:{number}: expected 'base64 rank', found {line[:40]!r}.") from error
-    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([byte]) in ranks for byte in range(256)):
-        raise ConfigError(f"{source}: {len(ranks)} tokens, but ranks are not 0, 1, 2, ... or a byte is missing.")
+            raise ConfigError(
+                f"{source}:{number}: expected 'base64 rank', found {line[:40]!r}."
+            ) from error
+    if sorted(ranks.values()) != list(range(len(ranks))) or not all(
+        bytes([byte]) in ranks for byte in range(256)
+    ):
+        raise ConfigError(
+            f"{source}: {len(ranks)} tokens, but ranks are not 0, 1, 2, ... or a byte is missing."
+        )
     return ranks
 
 
@@ -103,9 +116,13 @@ def build_tokenizer(ranks: dict[bytes, int]) -> tokenizers.Tokenizer:
     for token in sorted(ranks, key=ranks.__getitem__):
         if len(token) > 1:
             parts = _split_before(token, ranks)
-            if len(parts) == 2:  # a token that no merge can reach stays without one, as in tiktoken itself
+            if (
+                len(parts) == 2
+            ):  # a token that no merge can reach stays without one, as in tiktoken itself
                 merges.append((_spell(parts[0], letters), _spell(parts[1], letters)))
-    fast = tokenizers.Tokenizer(BPE(vocab=vocabulary, merges=merges, fuse_unk=False, byte_fallback=False))
+    fast = tokenizers.Tokenizer(
+        BPE(vocab=vocabulary, merges=merges, fuse_unk=False, byte_fallback=False)
+    )
     fast.normalizer = normalizers.NFC()
     fast.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -144,12 +161,14 @@ def write_tokenizer(fast: tokenizers.Tokenizer, folder: str | Path) -> None:
 
 
 def _split_before(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """What BPE makes of `token` with merges of lower rank only: two parts, if the token is reachable."""
+    """What BPE makes of `token` with merges of lower rank only: two parts, if the token is
+    reachable."""
     limit = ranks[token]
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 1:
         rank, place = min(
-            (ranks.get(left + right, limit), i) for i, (left, right) in enumerate(itertools.pairwise(parts))
+            (ranks.get(left + right, limit), i)
+            for i, (left, right) in enumerate(itertools.pairwise(parts))
         )
         if rank >= limit:
             break
@@ -162,10 +181,14 @@ def _spell(token: bytes, letters: dict[int, str]) -> str:
 
 
 def _byte_letters() -> dict[int, str]:
-    """A printable letter for each byte, as byte-level BPE writes its vocabulary (GPT-2's convention).
+    """A printable letter for each byte, as byte-level BPE writes its vocabulary (GPT-2's
+    convention).
 
-    Printable Latin-1 bytes stand for themselves; the others take the letters from U+0100 on, in order.
+    Printable Latin-1 bytes stand for themselves; the others take the letters from U+0100 on, in
+    order.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(0x100 + i) for i, byte in enumerate(others)
+    }

@@ -1,10 +1,13 @@
-"""The types a sample passes through, from the shard to the packed batch; nothing else of `data` is needed to read them.
+"""The types a sample passes through, from the shard to the packed batch; nothing else of `data` is
+needed to read them.
 
 ConversationSample (text and image files) -> EncodedSample (ids and tiles, one image token per tile)
--> Stream (ids under one compression plan) -> PackedStream and PackedBatch (several samples, torch tensors).
+-> Stream (ids under one compression plan) -> PackedStream and PackedBatch (several samples, torch
+tensors).
 
-Shape letters: L tokens of a sample before expansion, S tokens of a sample after it, T tokens of a pack, D samples
-(documents) of a pack, N tiles, V visual tokens, R response rows, M tiles the router is asked about.
+Shape letters: L tokens of a sample before expansion, S tokens of a sample after it, T tokens of a
+pack, D samples (documents) of a pack, N tiles, V visual tokens, R response rows, M tiles the router
+is asked about.
 """
 
 import dataclasses
@@ -32,7 +35,8 @@ class Turn:
     """One turn of a conversation; `text` may hold `<image>` tags."""
 
     role: Role
-    """Who speaks; `pretrain` is plain text of which every token is trained (the official data format)."""
+    """Who speaks; `pretrain` is plain text of which every token is trained (the official data
+    format)."""
 
     text: str
     """What is said, without any template."""
@@ -49,10 +53,12 @@ class ConversationSample:
     """At least one; answers are the `gpt` turns."""
 
     images: tuple[bytes, ...] = ()
-    """Encoded image files (JPEG, PNG, ...), in the order of the `<image>` tags; of a video, its frames."""
+    """Encoded image files (JPEG, PNG, ...), in the order of the `<image>` tags; of a video, its
+    frames."""
 
     max_dynamic_patch: int | None = None
-    """Most tiles of an image, where the sample's data set says so (1 for the frames of a video); None, the run's."""
+    """Most tiles of an image, where the sample's data set says so (1 for the frames of a video);
+    None, the run's."""
 
     data_augment: bool = False
     """Whether its tiles go through JPEG compression of a random quality when it is trained."""
@@ -70,7 +76,8 @@ class EncodedSample:
     """[L] bool: the trained tokens (answers and their end mark); never the first token."""
 
     tiles: ByteArray
-    """[N, 3, S, S] uint8 RGB, in the order of the image tokens; a thumbnail is the last tile of its image."""
+    """[N, 3, S, S] uint8 RGB, in the order of the image tokens; a thumbnail is the last tile of its
+    image."""
 
     tiles_per_image: tuple[int, ...] = ()
     """Sums to N."""
@@ -104,7 +111,8 @@ class Skipped:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stream:
-    """One sample under one plan: every image token expanded to as many as its tile has visual tokens."""
+    """One sample under one plan: every image token expanded to as many as its tile has visual
+    tokens."""
 
     token_ids: IntArray
     """[S] int64."""
@@ -113,12 +121,14 @@ class Stream:
     """[V] int64, where visual token v goes."""
 
     response_rows: IntArray
-    """[R] int64, the position whose hidden state predicts response token r: the token's own position - 1."""
+    """[R] int64, the position whose hidden state predicts response token r: the token's own
+    position - 1."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedStream:
-    """The streams of several samples, one after the other; positions and rows count from the start of the pack."""
+    """The streams of several samples, one after the other; positions and rows count from the start
+    of the pack."""
 
     token_ids: Tensor
     """[T] int64."""
@@ -148,7 +158,8 @@ class PolicyView:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedBatch:
-    """One pack (a microbatch): tiles, the uncompressed reference stream, and the stage's policy streams.
+    """One pack (a microbatch): tiles, the uncompressed reference stream, and the stage's policy
+    streams.
 
     Row r of the reference and of every policy view predicts the same response token, `labels[r]`.
     """
@@ -181,8 +192,8 @@ class PackedBatch:
     """Nothing compressed."""
 
     policies: tuple[PolicyView, ...]
-    """pretrain: none; warmup and consistency: one, and for validation one more with everything compressed; router:
-    nothing compressed, then the router's question."""
+    """pretrain: none; warmup and consistency: one, and for validation one more with everything
+    compressed; router: nothing compressed, then the router's question."""
 
     position: int = 0
     """The pack's place among those of its step, over all ranks."""
@@ -207,7 +218,8 @@ class PackedBatch:
 
 
 def map_tensors[T](value: T, function: Callable[[Any], Any], *, leaf: type = Tensor) -> T:
-    """`value` with `function` applied to every tensor (or other `leaf`) in its nested dataclasses, lists and tuples."""
+    """`value` with `function` applied to every tensor (or other `leaf`) in its nested dataclasses,
+    lists and tuples."""
     mapped: Any = value
     if isinstance(value, leaf):
         mapped = function(value)

@@ -1,7 +1,9 @@
-"""What is known of shards without opening them: where each sample lies, and how many tokens and tiles it has.
+"""What is known of shards without opening them: where each sample lies, and how many tokens and
+tiles it has.
 
-Each tar file has its index beside it (`shard-000000.tar`, `shard-000000.npz`), columns of numbers that load in
-milliseconds; `index.json` lists the shards, with the hash of each file and the settings that the numbers hold for.
+Each tar file has its index beside it (`shard-000000.tar`, `shard-000000.npz`), columns of numbers
+that load in milliseconds; `index.json` lists the shards, with the hash of each file and the
+settings that the numbers hold for.
 """
 
 import hashlib
@@ -77,7 +79,9 @@ class ShardIndex:
             members=np.array(members, dtype=np.int64).reshape(-1, 2),
             num_tokens=np.array([sample.num_tokens for sample in samples], dtype=np.int64),
             num_responses=np.array([sample.num_responses for sample in samples], dtype=np.int64),
-            tiles_per_image=np.array([n for sample in samples for n in sample.tiles_per_image], dtype=np.int64),
+            tiles_per_image=np.array(
+                [n for sample in samples for n in sample.tiles_per_image], dtype=np.int64
+            ),
         )
 
     def __len__(self) -> int:
@@ -108,14 +112,20 @@ class ShardIndex:
 
     def _check_columns(self) -> None:
         num_members = len(self.members)
-        found = (len(self.keys), len(self.member_starts) - 1, len(self.num_responses), len(self.tiles_per_image))
+        found = (
+            len(self.keys),
+            len(self.member_starts) - 1,
+            len(self.num_responses),
+            len(self.tiles_per_image),
+        )
         expected = (len(self), len(self), len(self), num_members - len(self))
         ends = self.member_starts[[0, -1]].tolist()
         if found != expected or ends != [0, num_members] or (self.num_images < 0).any():
             raise ValueError("its columns do not fit together")
 
     def write(self, path: Path) -> None:
-        """Write the file; a reader sees it whole or not at all, and the same content gives the same bytes."""
+        """Write the file; a reader sees it whole or not at all, and the same content gives the same
+        bytes."""
         temporary = path.with_name(path.name + ".partial")
         with temporary.open("wb") as file:
             np.savez(file, **{name: getattr(self, name) for name in self.__dataclass_fields__})
@@ -131,7 +141,9 @@ class ShardIndex:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise SampleError(f"{path}: cannot be read ({error}); make it anew with `vico shards index`.") from error
+            raise SampleError(
+                f"{path}: cannot be read ({error}); make it anew with `vico shards index`."
+            ) from error
         return cls.parse(content, where=str(path))
 
     @classmethod
@@ -146,7 +158,9 @@ class ShardIndex:
                 index = cls(**{name: columns[name] for name in cls.__dataclass_fields__})
             index._check_columns()
         except Exception as error:  # a damaged zip file raises almost anything
-            raise SampleError(f"{where}: broken index ({error!r}); make it anew with `vico shards index`.") from error
+            raise SampleError(
+                f"{where}: broken index ({error!r}); make it anew with `vico shards index`."
+            ) from error
         return index
 
 
@@ -206,7 +220,8 @@ class FolderIndex:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def write(self, folder: Path) -> None:
-        """Write `index.json` so that a reader sees the old file or the new one, never half of it."""
+        """Write `index.json` so that a reader sees the old file or the new one, never half of
+        it."""
         temporary = folder / (INDEX_NAME + ".partial")
         temporary.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
         os.replace(temporary, folder / INDEX_NAME)
@@ -221,7 +236,9 @@ class FolderIndex:
         """
         path = folder / INDEX_NAME
         if not path.exists():
-            raise ConfigError(f"{folder}: no {INDEX_NAME} there; make the folder with `vico shards make`.")
+            raise ConfigError(
+                f"{folder}: no {INDEX_NAME} there; make the folder with `vico shards make`."
+            )
         return cls.parse(path.read_bytes(), where=str(folder))
 
     @classmethod
@@ -246,7 +263,8 @@ class FolderIndex:
             return cls(**fields)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise SampleError(
-                f"{where}/{INDEX_NAME}: broken index ({error!r}); make it anew with `vico shards index`."
+                f"{where}/{INDEX_NAME}: broken index ({error!r}); make it anew with `vico shards"
+                " index`."
             ) from error
 
 

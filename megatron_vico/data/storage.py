@@ -1,7 +1,9 @@
-"""Files of a shard folder, on this machine or at any URL that fsspec opens: reads by range, retries, a local cache.
+"""Files of a shard folder, on this machine or at any URL that fsspec opens: reads by range,
+retries, a local cache.
 
-Nothing here stays open across a fork: local files are read at given offsets, and fsspec's own cache of file systems is
-asked for one before each read (it begins anew in each process; an asynchronous file system does not outlive a fork).
+Nothing here stays open across a fork: local files are read at given offsets, and fsspec's own cache
+of file systems is asked for one before each read (it begins anew in each process; an asynchronous
+file system does not outlive a fork).
 """
 
 import errno
@@ -33,12 +35,14 @@ FIRST_WAIT_S = 2.0
 
 PERMANENT = (
     *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError),
-    # Nothing of the network: a URL that its driver cannot parse, options it does not take, a name it does not know, a
-    # driver that is not installed, an operation that fsspec's base class raises for where a driver has none. Waiting
-    # mends none of them, and a bug must not hide behind a minute of tries.
+    # Nothing of the network: a URL that its driver cannot parse, options it does not take, a name
+    # it does not know, a driver that is not installed, an operation that fsspec's base class raises
+    # for where a driver has none. Waiting mends none of them, and a bug must not hide behind a
+    # minute of tries.
     *(ValueError, TypeError, AttributeError, LookupError, ImportError, NotImplementedError),
 )
-"""What is not tried again. All else is: when a server is away drivers raise errors of their own, many no OSError."""
+"""What is not tried again. All else is: when a server is away drivers raise errors of their own,
+many no OSError."""
 TRANSIENT_STATUS = (408, 425, 429)
 
 
@@ -47,7 +51,8 @@ class StorageOptions:
     """How files at a URL are read; without effect on local paths."""
 
     cache_dir: str | None = None
-    """Local folder that whole shards are kept in; None, each sample is read by a request of its own."""
+    """Local folder that whole shards are kept in; None, each sample is read by a request of its
+    own."""
 
     cache_bytes: int = 0
     """Most bytes of `cache_dir`."""
@@ -69,7 +74,8 @@ class StorageOptions:
 
 
 class Storage(Protocol):
-    """A folder's files; safe to fork and to pickle. Every method raises FileNotFoundError for a missing file."""
+    """A folder's files; safe to fork and to pickle. Every method raises FileNotFoundError for a
+    missing file."""
 
     def where(self, name: str) -> str:
         """Path or URL of a file, for messages."""
@@ -100,7 +106,8 @@ class Storage(Protocol):
 
 
 def is_url(path: str | Path) -> bool:
-    """Whether fsspec reads this path; file:///data/shards is a local folder with retries and a cache."""
+    """Whether fsspec reads this path; file:///data/shards is a local folder with retries and a
+    cache."""
     return "://" in str(path)
 
 
@@ -149,7 +156,8 @@ class LocalStorage:
     def read_range(self, shard: ShardFiles, start: int, end: int) -> bytes:
         """See `Storage`."""
         with self._errors(shard.name):
-            # At an offset, so that processes that share the descriptor by a fork do not disturb each other.
+            # At an offset, so that processes that share the descriptor by a fork do not disturb
+            # each other.
             return os.pread(self._file(shard.name), end - start, start)
 
     def sha256(self, shard: ShardFiles) -> str:
@@ -165,7 +173,8 @@ class LocalStorage:
             raise
         except OSError as error:
             raise SampleError(
-                f"{self.where(name)}: cannot be read ({error}); check disk and rights.", cause="unreadable shard"
+                f"{self.where(name)}: cannot be read ({error}); check disk and rights.",
+                cause="unreadable shard",
             ) from error
 
     def _file(self, name: str) -> int:
@@ -233,7 +242,10 @@ class RemoteStorage:
         def read() -> bytes:
             content = self._cat(name, start=start, end=end)
             if len(content) > end - start:
-                raise ValueError("more came than was asked for; the server must answer requests for a range of bytes")
+                raise ValueError(
+                    "more came than was asked for; the server must answer requests for a range of"
+                    " bytes"
+                )
             if len(content) < end - start:
                 size = self._size(name)
                 if size is None or size >= end or len(content) != max(0, size - start):
@@ -279,18 +291,21 @@ class RemoteStorage:
             raise
         except Exception as error:
             raise SampleError(
-                f"{self.where(name)}: cannot be read; tries: {retrying.statistics['attempt_number']}, last cause: "
-                f"{_cause(error)}; check the network and the right to read, or raise --data-retries.",
+                f"{self.where(name)}: cannot be read; tries:"
+                f" {retrying.statistics['attempt_number']}, last cause: {_cause(error)}; check the"
+                " network and the right to read, or raise --data-retries.",
                 cause="unreadable shard",
             ) from error
 
 
 class ShardCache:
-    """Whole shards in a local folder, named by their sha256, so that neither a URL nor a new version is confused.
+    """Whole shards in a local folder, named by their sha256, so that neither a URL nor a new
+    version is confused.
 
-    A shard is opened anew for each sample (some microseconds), so that removing it frees its space at once and the
-    reader of that moment reads on: POSIX keeps a file until its last descriptor is closed. All changes of names happen
-    under one lock; whoever fetches a shard holds the shard's own lock as well.
+    A shard is opened anew for each sample (some microseconds), so that removing it frees its space
+    at once and the reader of that moment reads on: POSIX keeps a file until its last descriptor is
+    closed. All changes of names happen under one lock; whoever fetches a shard holds the shard's
+    own lock as well.
     """
 
     def __init__(self, folder: Path, *, max_bytes: int) -> None:
@@ -298,12 +313,18 @@ class ShardCache:
 
         Args:
             folder: made when it is needed.
-            max_bytes: of all files in it; exceeded only by shards that are fetched at the same time.
+            max_bytes: of all files in it; exceeded only by shards that are fetched at the same
+                time.
         """
         self._folder, self._max_bytes = folder, max_bytes
 
     def read_range(
-        self, shard: ShardFiles, start: int, end: int, *, fetch: Callable[[ShardFiles], Iterator[bytes]]
+        self,
+        shard: ShardFiles,
+        start: int,
+        end: int,
+        *,
+        fetch: Callable[[ShardFiles], Iterator[bytes]],
     ) -> bytes:
         """Bytes `start` to `end` of a shard, which is fetched if it is not there.
 
@@ -352,7 +373,8 @@ class ShardCache:
         return file
 
     def _fetch(self, shard: ShardFiles, content: Iterator[bytes]) -> int:
-        """A descriptor of the fetched shard: another process may remove the name before it could be opened."""
+        """A descriptor of the fetched shard: another process may remove the name before it could be
+        opened."""
         partial = self._path(shard).with_suffix(".partial")
         with self._lock("names"):
             self._make_room(shard, own=partial)
@@ -364,11 +386,13 @@ class ShardCache:
                 for chunk in content:
                     digest.update(chunk)
                     written.write(chunk)
-            os.fsync(file)  # or a machine that fails could leave a file of the right size without its content
+            os.fsync(
+                file
+            )  # or a machine that fails could leave a file of the right size without its content
             if digest.hexdigest() != shard.sha256:
                 raise SampleError(
-                    f"{shard.name}: fetched into {self._folder}, its content is not what was indexed (sha256 differs); "
-                    "copy the shard to its URL again.",
+                    f"{shard.name}: fetched into {self._folder}, its content is not what was"
+                    " indexed (sha256 differs); copy the shard to its URL again.",
                     cause="unreadable shard",
                 )
             with self._lock("names"):
@@ -384,8 +408,8 @@ class ShardCache:
         """Remove those used longest ago, and what an ended process left half fetched."""
         if shard.num_bytes > self._max_bytes:
             raise ConfigError(
-                f"--data-cache-gb {self._max_bytes / 1e9:g} is less than {shard.name} alone, {shard.num_bytes / 1e9:g} "
-                "GB; raise it to at least --shuffle-shards shards."
+                f"--data-cache-gb {self._max_bytes / 1e9:g} is less than {shard.name} alone,"
+                f" {shard.num_bytes / 1e9:g} GB; raise it to at least --shuffle-shards shards."
             )
         own.unlink(missing_ok=True)
         for partial in self._folder.glob("*.partial"):
@@ -396,7 +420,9 @@ class ShardCache:
                 continue  # being fetched
         room = self._max_bytes - shard.num_bytes
         room -= sum(partial.stat().st_size for partial in self._folder.glob("*.partial"))
-        for path in sorted(self._folder.glob("*.tar"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        for path in sorted(
+            self._folder.glob("*.tar"), key=lambda path: path.stat().st_mtime_ns, reverse=True
+        ):
             room -= path.stat().st_size
             if room < 0:
                 path.unlink()
@@ -420,8 +446,8 @@ def _file_system(url: str) -> tuple[Any, str]:
 def _is_transient(error: BaseException) -> bool:
     """Whether a read may work a moment later.
 
-    Drivers raise errors of their own for a broken connection, so that all but the known ones are tried again: a minute
-    lost to an error that stays is cheaper than a run lost to one that passes.
+    Drivers raise errors of their own for a broken connection, so that all but the known ones are
+    tried again: a minute lost to an error that stays is cheaper than a run lost to one that passes.
     """
     status = getattr(error, "status", getattr(error, "code", None))  # of aiohttp, gcsfs
     if isinstance(status, int) and 400 <= status < 500:

@@ -1,7 +1,8 @@
 """Images to tiles by the official dynamic-resolution algorithm of InternVL (`dynamic_preprocess`).
 
-An image is resized to the grid of square tiles whose shape is closest to its own, and cut row by row; if that gives
-more than one tile, the whole image at the size of one tile (the thumbnail) follows.
+An image is resized to the grid of square tiles whose shape is closest to its own, and cut row by
+row; if that gives more than one tile, the whole image at the size of one tile (the thumbnail)
+follows.
 """
 
 import io
@@ -19,8 +20,9 @@ from megatron_vico.errors import SampleError
 def grids(max_dynamic_patch: int) -> tuple[tuple[int, int], ...]:
     """All (columns, rows) with at most `max_dynamic_patch` tiles, in the official order.
 
-    The official code sorts a set by the number of tiles alone, so that grids of equal size keep the set's own order.
-    For tuples of integers that order depends only on how the set was filled; it is filled in the same way here.
+    The official code sorts a set by the number of tiles alone, so that grids of equal size keep the
+    set's own order. For tuples of integers that order depends only on how the set was filled; it is
+    filled in the same way here.
     """
     shapes: set[tuple[int, int]] = set()
     for n in range(1, max_dynamic_patch + 1):
@@ -32,11 +34,13 @@ def grids(max_dynamic_patch: int) -> tuple[tuple[int, int], ...]:
 
 
 @lru_cache(maxsize=4096)
-def choose_grid(width: int, height: int, *, image_size: int, max_dynamic_patch: int) -> tuple[int, int]:
+def choose_grid(
+    width: int, height: int, *, image_size: int, max_dynamic_patch: int
+) -> tuple[int, int]:
     """(columns, rows) for an image of `width` x `height` px.
 
-    The closest aspect ratio wins; of several at the same distance (1x1, 2x2, 3x3) the largest whose area is less than
-    twice the image's, so that small pictures are not blown up.
+    The closest aspect ratio wins; of several at the same distance (1x1, 2x2, 3x3) the largest whose
+    area is less than twice the image's, so that small pictures are not blown up.
 
     Args:
         width: of the image, in px.
@@ -53,23 +57,33 @@ def choose_grid(width: int, height: int, *, image_size: int, max_dynamic_patch: 
         difference = abs(aspect_ratio - columns / rows)
         if difference < best_difference:
             best, best_difference = (columns, rows), difference
-        elif difference == best_difference and width * height > 0.5 * image_size * image_size * columns * rows:
+        elif (
+            difference == best_difference
+            and width * height > 0.5 * image_size * image_size * columns * rows
+        ):
             best = (columns, rows)
     return best
 
 
 def tiles_of_image(max_dynamic_patch: int, *, num_images: int) -> int:
-    """The most tiles each of `num_images` images of a sample may have (official rule: they share the budget)."""
+    """The most tiles each of `num_images` images of a sample may have (official rule: they share
+    the budget)."""
     return max(1, max_dynamic_patch // max(1, num_images))
 
 
-def count_tiles(width: int, height: int, *, image_size: int, max_dynamic_patch: int, use_thumbnail: bool) -> int:
+def count_tiles(
+    width: int, height: int, *, image_size: int, max_dynamic_patch: int, use_thumbnail: bool
+) -> int:
     """How many tiles `tile` cuts an image of this size into, thumbnail included."""
-    columns, rows = choose_grid(width, height, image_size=image_size, max_dynamic_patch=max_dynamic_patch)
+    columns, rows = choose_grid(
+        width, height, image_size=image_size, max_dynamic_patch=max_dynamic_patch
+    )
     return columns * rows + (1 if use_thumbnail and columns * rows > 1 else 0)
 
 
-def tile(image: Image.Image, *, image_size: int, max_dynamic_patch: int, use_thumbnail: bool) -> ByteArray:
+def tile(
+    image: Image.Image, *, image_size: int, max_dynamic_patch: int, use_thumbnail: bool
+) -> ByteArray:
     """Cut an image into tiles.
 
     Args:
@@ -81,9 +95,13 @@ def tile(image: Image.Image, *, image_size: int, max_dynamic_patch: int, use_thu
     Returns:
         [N, 3, S, S] uint8, row by row.
     """
-    columns, rows = choose_grid(*image.size, image_size=image_size, max_dynamic_patch=max_dynamic_patch)
+    columns, rows = choose_grid(
+        *image.size, image_size=image_size, max_dynamic_patch=max_dynamic_patch
+    )
     num_tiles = columns * rows
-    tiles = np.empty((num_tiles + (use_thumbnail and num_tiles > 1), 3, image_size, image_size), dtype=np.uint8)
+    tiles = np.empty(
+        (num_tiles + (use_thumbnail and num_tiles > 1), 3, image_size, image_size), dtype=np.uint8
+    )
     grid = _pixels(image, image_size * columns, image_size * rows)
     grid = grid.reshape(rows, image_size, columns, image_size, 3).transpose(0, 2, 4, 1, 3)
     tiles[:num_tiles] = grid.reshape(num_tiles, 3, image_size, image_size)
@@ -93,7 +111,8 @@ def tile(image: Image.Image, *, image_size: int, max_dynamic_patch: int, use_thu
 
 
 def decode_image(encoded: bytes, *, key: str, number: int) -> Image.Image:
-    """Decode an image file to RGB; as the official code, transparency is dropped and EXIF rotation ignored.
+    """Decode an image file to RGB; as the official code, transparency is dropped and EXIF rotation
+    ignored.
 
     Args:
         encoded: content of the file.
@@ -104,12 +123,15 @@ def decode_image(encoded: bytes, *, key: str, number: int) -> Image.Image:
         The image, fully read.
 
     Raises:
-        SampleError: if the file is truncated, broken, no image, or far too large (Pillow's limit of 179 megapixels).
+        SampleError: if the file is truncated, broken, no image, or far too large (Pillow's limit of
+            179 megapixels).
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             return image.convert("RGB")
-    except Exception as error:  # broken bytes end in whatever their decoder meets (AVIF: RuntimeError)
+    except (
+        Exception
+    ) as error:  # broken bytes end in whatever their decoder meets (AVIF: RuntimeError)
         raise SampleError(
             f"sample {key!r}: image {number} ({len(encoded)} bytes) cannot be decoded: {error}; "
             "replace the file or remove the sample.",
@@ -118,7 +140,12 @@ def decode_image(encoded: bytes, *, key: str, number: int) -> Image.Image:
 
 
 def tile_images(
-    images: Sequence[bytes], *, key: str, image_size: int, max_dynamic_patch: int, use_thumbnail: bool
+    images: Sequence[bytes],
+    *,
+    key: str,
+    image_size: int,
+    max_dynamic_patch: int,
+    use_thumbnail: bool,
 ) -> list[ByteArray]:
     """Decode and tile all images of a sample, which share the budget of tiles.
 
@@ -126,7 +153,8 @@ def tile_images(
         images: encoded files.
         key: the sample's name, for errors.
         image_size: side S of a tile, in px.
-        max_dynamic_patch: most tiles of all images together, at least one each, thumbnails not counted.
+        max_dynamic_patch: most tiles of all images together, at least one each, thumbnails not
+            counted.
         use_thumbnail: see `tile`.
 
     Returns:
@@ -148,20 +176,36 @@ def tile_images(
 
 
 def blank_tiles(
-    images: Sequence[bytes], *, key: str, image_size: int, max_dynamic_patch: int, use_thumbnail: bool
+    images: Sequence[bytes],
+    *,
+    key: str,
+    image_size: int,
+    max_dynamic_patch: int,
+    use_thumbnail: bool,
 ) -> list[ByteArray]:
-    """`tile_images` with blank tiles, for counting: images are decoded, with its errors, and nothing is resized.
+    """`tile_images` with blank tiles, for counting: images are decoded, with its errors, and
+    nothing is resized.
 
     Returns:
         One [N_i, 3, S, S] uint8 array per image, a view of a single number.
     """
     most = tiles_of_image(max_dynamic_patch, num_images=len(images))
-    sizes = [decode_image(encoded, key=key, number=number).size for number, encoded in enumerate(images)]
+    sizes = [
+        decode_image(encoded, key=key, number=number).size for number, encoded in enumerate(images)
+    ]
     counts = [
-        count_tiles(width, height, image_size=image_size, max_dynamic_patch=most, use_thumbnail=use_thumbnail)
+        count_tiles(
+            width,
+            height,
+            image_size=image_size,
+            max_dynamic_patch=most,
+            use_thumbnail=use_thumbnail,
+        )
         for width, height in sizes
     ]
-    return [np.broadcast_to(np.uint8(0), (num_tiles, 3, image_size, image_size)) for num_tiles in counts]
+    return [
+        np.broadcast_to(np.uint8(0), (num_tiles, 3, image_size, image_size)) for num_tiles in counts
+    ]
 
 
 def _pixels(image: Image.Image, width: int, height: int) -> ByteArray:

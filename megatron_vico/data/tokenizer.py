@@ -1,7 +1,8 @@
-"""Text to ids and back: a Hugging Face tokenizer folder, or a SentencePiece model of our own (the toy models).
+"""Text to ids and back: a Hugging Face tokenizer folder, or a SentencePiece model of our own (the
+toy models).
 
-Both kinds give plain ids (nothing is added), know the chat template's special strings, pickle (for loader workers),
-and are written by `save_to` as files that transformers loads with the same ids.
+Both kinds give plain ids (nothing is added), know the chat template's special strings, pickle (for
+loader workers), and are written by `save_to` as files that transformers loads with the same ids.
 """
 
 import hashlib
@@ -75,7 +76,8 @@ class Tokenizer(ABC):
 
     @property
     def vocab_size(self) -> int:
-        """One more than the highest id; a model's vocabulary may be larger (InternVL3.5: 151,678 of 151,936)."""
+        """One more than the highest id; a model's vocabulary may be larger (InternVL3.5: 151,678 of
+        151,936)."""
         return len(self.tokens())
 
     @cached_property
@@ -87,7 +89,8 @@ class Tokenizer(ABC):
         return {}
 
     def encode_fixed(self, text: str) -> tuple[int, ...]:
-        """Ids of a string that comes again and again (a prefix, a system turn), from a cache of at most 1,024."""
+        """Ids of a string that comes again and again (a prefix, a system turn), from a cache of at
+        most 1,024."""
         ids = self._fixed.get(text)
         if ids is None:
             ids = tuple(self.encode(text))
@@ -104,8 +107,8 @@ class Tokenizer(ABC):
         ids = self.encode(token)
         if len(ids) != 1:
             raise ConfigError(
-                f"--tokenizer-model {self.source}: {token!r} becomes {len(ids)} tokens, expected 1; "
-                "use an InternVL3.5 tokenizer, or make one with tools/build_tokenizer.py."
+                f"--tokenizer-model {self.source}: {token!r} becomes {len(ids)} tokens, expected 1;"
+                " use an InternVL3.5 tokenizer, or make one with tools/build_tokenizer.py."
             )
         return ids[0]
 
@@ -126,7 +129,8 @@ class Tokenizer(ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all tokens and of how they are applied; the same after `save_to` and loading again."""
+        """A hash of all tokens and of how they are applied; the same after `save_to` and loading
+        again."""
         digest = hashlib.sha256()
         for token in self.tokens():
             digest.update(token.encode() + b"\0")
@@ -144,16 +148,20 @@ class HFTokenizer(Tokenizer):
 
     @classmethod
     def from_folder(cls, folder: Path) -> "HFTokenizer":
-        """Load `tokenizer.json`, or let transformers convert older files (vocab.json, merges.txt)."""
+        """Load `tokenizer.json`, or let transformers convert older files (vocab.json,
+        merges.txt)."""
         if (folder / "tokenizer.json").exists():
-            return cls(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), source=str(folder))
+            return cls(
+                tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), source=str(folder)
+            )
         from transformers import AutoTokenizer  # slow to import, and rarely needed
 
         try:
             loaded: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"--tokenizer-model {folder}: no tokenizer.json, and transformers cannot load it: {error}"
+                f"--tokenizer-model {folder}: no tokenizer.json, and transformers cannot load it:"
+                f" {error}"
             ) from error
         return cls(loaded.backend_tokenizer, source=str(folder))
 
@@ -174,7 +182,8 @@ class HFTokenizer(Tokenizer):
         return tokens
 
     def save_to(self, folder: str | Path) -> None:
-        """Copy the tokenizer's files; `tokenizer.json` is written anew where the source has none."""
+        """Copy the tokenizer's files; `tokenizer.json` is written anew where the source has
+        none."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         for name in _HF_FILES:
@@ -200,14 +209,17 @@ class SentencePieceTokenizer(Tokenizer):
         return _unpickle_sentencepiece, (self._proto, self.source)
 
     def encode(self, text: str) -> list[int]:
-        """See `Tokenizer.encode`. One text a call: SentencePiece's own batching starts threads, 80x slower here."""
+        """See `Tokenizer.encode`. One text a call: SentencePiece's own batching starts threads, 80x
+        slower here."""
         ids: list[int] = self._processor.encode(text)
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """See `Tokenizer.decode`."""
         special = set(self._ids_of_special_strings.values()) if skip_special_tokens else set()
-        return str(self._processor.decode([int(token_id) for token_id in ids if token_id not in special]))
+        return str(
+            self._processor.decode([int(token_id) for token_id in ids if token_id not in special])
+        )
 
     def tokens(self) -> list[str]:
         """See `Tokenizer.tokens`."""
@@ -224,8 +236,9 @@ class SentencePieceTokenizer(Tokenizer):
     def as_fast_tokenizer(self) -> tokenizers.Tokenizer:
         """The same tokenizer in the `tokenizers` package.
 
-        Exact because the model is BPE without normalisation or dummy prefix: SentencePiece joins whichever
-        neighbours form the best-ranked piece, so each way to split a piece into two pieces is a merge of its rank.
+        Exact because the model is BPE without normalisation or dummy prefix: SentencePiece joins
+        whichever neighbours form the best-ranked piece, so each way to split a piece into two
+        pieces is a merge of its rank.
         """
         sp = self._processor
         pieces = self.tokens()
@@ -233,7 +246,8 @@ class SentencePieceTokenizer(Tokenizer):
         normal = [
             piece
             for i, piece in enumerate(pieces)
-            if not (sp.is_unknown(i) or sp.is_control(i) or sp.is_byte(i)) and piece not in _symbols()
+            if not (sp.is_unknown(i) or sp.is_control(i) or sp.is_byte(i))
+            and piece not in _symbols()
         ]
         known = set(normal)
         merges = []
@@ -241,11 +255,21 @@ class SentencePieceTokenizer(Tokenizer):
             splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
             merges += [(left, right) for left, right in splits if left in known and right in known]
         fast = tokenizers.Tokenizer(
-            BPE(vocab=ids, merges=merges, byte_fallback=True, unk_token=pieces[sp.unk_id()], fuse_unk=False)
+            BPE(
+                vocab=ids,
+                merges=merges,
+                byte_fallback=True,
+                unk_token=pieces[sp.unk_id()],
+                fuse_unk=False,
+            )
         )
         fast.normalizer = normalizers.Replace(" ", _SPACE)
-        fast.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-        fast.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in SPECIAL_STRINGS])
+        fast.decoder = decoders.Sequence(
+            [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+        fast.add_special_tokens(
+            [AddedToken(text, normalized=False, special=True) for text in SPECIAL_STRINGS]
+        )
         others = [symbol for symbol in _symbols() if symbol not in SPECIAL_STRINGS]
         fast.add_tokens([AddedToken(text, normalized=False, special=False) for text in others])
         return fast
@@ -255,7 +279,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer and check that it knows the chat template's special strings.
 
     Args:
-        path: a Hugging Face tokenizer folder, or a SentencePiece .model file of `train_sentencepiece`.
+        path: a Hugging Face tokenizer folder, or a SentencePiece .model file of
+            `train_sentencepiece`.
 
     Returns:
         The tokenizer.
@@ -279,13 +304,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return loaded
 
 
-def train_sentencepiece(texts: Iterable[str], *, model_prefix: str | Path, vocab_size: int = 512) -> Path:
+def train_sentencepiece(
+    texts: Iterable[str], *, model_prefix: str | Path, vocab_size: int = 512
+) -> Path:
     """Train a small SentencePiece model on `texts` and write `<model_prefix>.model`.
 
-    Ids are always: 0 `<|endoftext|>` (padding), 1 unknown, 2 `<|im_start|>`, 3 `<|im_end|>`, 4 `<img>`,
-    5 `<IMG_CONTEXT>`, 6 `</img>`, 7 newline, 8 to 20 `<tile_1>` to `<tile_13>`, then 256 bytes, then pieces.
-    Text is kept exactly (no normalisation, no dummy prefix), digits are single tokens, and a character that
-    `texts` does not have is spelled in bytes. BPE, since that converts exactly to a fast tokenizer.
+    Ids are always: 0 `<|endoftext|>` (padding), 1 unknown, 2 `<|im_start|>`, 3 `<|im_end|>`, 4
+    `<img>`, 5 `<IMG_CONTEXT>`, 6 `</img>`, 7 newline, 8 to 20 `<tile_1>` to `<tile_13>`, then 256
+    bytes, then pieces. Text is kept exactly (no normalisation, no dummy prefix), digits are single
+    tokens, and a character that `texts` does not have is spelled in bytes. BPE, since that converts
+    exactly to a fast tokenizer.
 
     Args:
         texts: sentences to learn pieces from; short ones, without special strings.
@@ -300,7 +328,9 @@ def train_sentencepiece(texts: Iterable[str], *, model_prefix: str | Path, vocab
     """
     fewest = len(_symbols()) + 1 + 256
     if not fewest < vocab_size <= MAX_SENTENCEPIECE_VOCAB:
-        raise ConfigError(f"vocab_size {vocab_size} is not in [{fewest + 1}, {MAX_SENTENCEPIECE_VOCAB}].")
+        raise ConfigError(
+            f"vocab_size {vocab_size} is not in [{fewest + 1}, {MAX_SENTENCEPIECE_VOCAB}]."
+        )
     path = Path(f"{model_prefix}.model")
     path.parent.mkdir(parents=True, exist_ok=True)
     written = io.BytesIO()
@@ -345,7 +375,8 @@ def _unpickle_sentencepiece(model_proto: bytes, source: str) -> SentencePieceTok
 def _write_tokenizer_config(folder: Path) -> None:
     """Write what transformers needs beside `tokenizer.json`.
 
-    No unknown token is named: transformers would then turn the text "<unk>" into it, which SentencePiece does not.
+    No unknown token is named: transformers would then turn the text "<unk>" into it, which
+    SentencePiece does not.
     """
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

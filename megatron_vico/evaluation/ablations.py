@@ -1,12 +1,13 @@
-"""The rows of Table 3 of the ViCO paper: which weights, and where each row's compression plan comes from.
+"""The rows of Table 3 of the ViCO paper: which weights, and where each row's compression plan comes
+from.
 
 row              weights                                 plan
 vanilla          before consistency training             nothing compressed
 vanilla_vir      the same, and the warmed-up 16x         ViCO's final router decisions, replayed
                  connector, which the original lacks
 all_compress     after consistency training              everything compressed
-random_compress  after consistency training              random, exactly as many tiles as ViCO compressed
-image_level      with the image-level router             that router's, per image
+random_compress after consistency training random, exactly as many tiles as ViCO compressed
+ image_level      with the image-level router             that router's, per image
 vico             with the tile-level router              the router's, per tile
 """
 
@@ -37,9 +38,9 @@ def run_ablations(
     """Evaluate all rows.
 
     Args:
-        engine_with: gives an engine with the named weights; it may be one engine whose weights change, since a row is
-            finished before the next weights are asked for. "vico" serves three rows: router training leaves all else
-            as consistency training made it.
+        engine_with: gives an engine with the named weights; it may be one engine whose weights
+            change, since a row is finished before the next weights are asked for. "vico" serves
+            three rows: router training leaves all else as consistency training made it.
         samples: the questions.
         seed: of the random row.
         max_new_tokens: longest answer.
@@ -51,7 +52,9 @@ def run_ablations(
     prompts = [engine.prompt(sample.conversation) for sample in samples]
 
     def run(row: str, plan: Literal["none", "all"] | Routing | Sequence[Tensor]) -> Evaluation:
-        return evaluate(engine, samples, row=row, plan=plan, prompts=prompts, max_new_tokens=max_new_tokens)
+        return evaluate(
+            engine, samples, row=row, plan=plan, prompts=prompts, max_new_tokens=max_new_tokens
+        )
 
     done = {"vico": run("vico", Routing())}
     decisions = [answer.compressed_N for answer in done["vico"].answers]
@@ -67,7 +70,8 @@ def run_ablations(
 
 
 def random_plans(decisions: Sequence[Tensor], *, seed: int) -> list[Tensor]:
-    """Plans with exactly as many compressed tiles over the whole set, drawn without regard to content.
+    """Plans with exactly as many compressed tiles over the whole set, drawn without regard to
+    content.
 
     Args:
         decisions: [N] bool of each conversation.

@@ -1,4 +1,5 @@
-"""A picture of samples: a card each, with its text and its images, over which the grid of their tiles is drawn."""
+"""A picture of samples: a card each, with its text and its images, over which the grid of their
+tiles is drawn."""
 
 import math
 import re
@@ -73,7 +74,9 @@ def contact_sheet(samples: Sequence[ViewedSample], *, columns: int = 2) -> Conta
     pen = ImageDraw.Draw(canvas)
     for card, (left, top) in zip(cards, places, strict=True):
         canvas.paste(card.picture, (left, top))
-        pen.rectangle((left - 1, top - 1, left + CARD_WIDTH, top + card.picture.height), outline=_EDGE)
+        pen.rectangle(
+            (left - 1, top - 1, left + CARD_WIDTH, top + card.picture.height), outline=_EDGE
+        )
     boxes = tuple(
         tuple((x0 + left, y0 + top, x1 + left, y1 + top) for x0, y0, x1, y1 in card.boxes)
         for card, (left, top) in zip(cards, places, strict=True)
@@ -87,18 +90,33 @@ def _draw_card(viewed: ViewedSample) -> _Card:
     shown = viewed.images[:_MOST_SHOWN]
     most = _TEXT_LINES["with images" if shown else "text only"]
     lines = [("key", line) for line in wrap(viewed.sample.key, font, width=inner, most=1)]
-    lines += [("question", line) for line in wrap(_first(viewed, "human"), font, width=inner, most=most)]
-    lines += [("answer", line) for line in wrap(_first(viewed, "gpt"), font, width=inner, most=most)]
-    height = next((px for most, px in _THUMBNAIL_HEIGHTS if len(viewed.images) <= most), _FRAME_HEIGHT)
+    lines += [
+        ("question", line) for line in wrap(_first(viewed, "human"), font, width=inner, most=most)
+    ]
+    lines += [
+        ("answer", line) for line in wrap(_first(viewed, "gpt"), font, width=inner, most=most)
+    ]
+    height = next(
+        (px for most, px in _THUMBNAIL_HEIGHTS if len(viewed.images) <= most), _FRAME_HEIGHT
+    )
     captions = [_caption(image) if height > _FRAME_HEIGHT else "" for image in shown]
-    pictures = [_thumbnail(image, height=height, width=inner, key=viewed.sample.key) for image in shown]
+    pictures = [
+        _thumbnail(image, height=height, width=inner, key=viewed.sample.key) for image in shown
+    ]
     top = _PADDING + _LINE * len(lines) + (_GAP if shown else 0)
     cells = [
-        (max(picture.width, math.ceil(small.getlength(caption))), picture.height + (_LINE if caption else 0))
+        (
+            max(picture.width, math.ceil(small.getlength(caption))),
+            picture.height + (_LINE if caption else 0),
+        )
         for picture, caption in zip(pictures, captions, strict=True)
     ]
     places, bottom = _flow(cells, top=top, width=inner)
-    notes = _notes(viewed, len(shown)) if not all(captions) or not shown or len(shown) < len(viewed.images) else ""
+    notes = (
+        _notes(viewed, len(shown))
+        if not all(captions) or not shown or len(shown) < len(viewed.images)
+        else ""
+    )
     canvas = Image.new("RGB", (CARD_WIDTH, bottom + (_LINE if notes else 0) + _PADDING), _CARD)
     pen = ImageDraw.Draw(canvas)
     for number, (kind, line) in enumerate(lines):
@@ -114,8 +132,11 @@ def _draw_card(viewed: ViewedSample) -> _Card:
     return _Card(picture=canvas, boxes=tuple(boxes))
 
 
-def _flow(cells: Sequence[tuple[int, int]], *, top: int, width: int) -> tuple[list[tuple[int, int]], int]:
-    """Cells of (width, height) in rows, as words in a text; their corners, and the bottom of the last row."""
+def _flow(
+    cells: Sequence[tuple[int, int]], *, top: int, width: int
+) -> tuple[list[tuple[int, int]], int]:
+    """Cells of (width, height) in rows, as words in a text; their corners, and the bottom of the
+    last row."""
     places = []
     left, bottom = _PADDING, top
     for cell_width, cell_height in cells:
@@ -168,14 +189,16 @@ def _notes(viewed: ViewedSample, num_shown: int) -> str:
 
 
 def _first(viewed: ViewedSample, role: str) -> str:
-    """The first text of a role on one line, without the tags of images and the numbers of frames."""
+    """The first text of a role on one line, without the tags of images and the numbers of
+    frames."""
     roles = ("human", "pretrain") if role == "human" else (role,)
     text = next((turn.text for turn in viewed.sample.turns if turn.role in roles), "")
     return " ".join(re.sub(r"(Frame-?\d+: *)?<image>", " ", text).split())
 
 
 def wrap(text: str, font: _Font, *, width: int, most: int) -> list[str]:
-    """Lines that are no wider than `width` px, at most `most` of them; a word that is too long is broken.
+    """Lines that are no wider than `width` px, at most `most` of them; a word that is too long is
+    broken.
 
     Args:
         text: one line.

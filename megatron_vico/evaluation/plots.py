@@ -1,4 +1,5 @@
-"""Pictures: which tiles the router compresses (Figures 3-5 of the ViCO paper), losses of training, a step's trace."""
+"""Pictures: which tiles the router compresses (Figures 3-5 of the ViCO paper), losses of training,
+a step's trace."""
 
 import json
 import math
@@ -35,8 +36,11 @@ class RoutedImage:
     """[N], p_compress in [0, 1], printed on the tile."""
 
 
-def routing_picture(images: Sequence[RoutedImage], *, tile_px: int = 112, columns: int = 4) -> Image.Image:
-    """Images side by side, compressed tiles shaded grey, the router's p_compress printed on each tile.
+def routing_picture(
+    images: Sequence[RoutedImage], *, tile_px: int = 112, columns: int = 4
+) -> Image.Image:
+    """Images side by side, compressed tiles shaded grey, the router's p_compress printed on each
+    tile.
 
     Args:
         images: what to show, in reading order.
@@ -57,9 +61,14 @@ def routing_picture(images: Sequence[RoutedImage], *, tile_px: int = 112, column
     size = (columns * cell_width + _MARGIN_PX, rows * cell_height + _MARGIN_PX + caption_height)
     canvas = Image.new("RGB", size, "white")
     for index, picture in enumerate(drawn):
-        corner = (_MARGIN_PX + index % columns * cell_width, _MARGIN_PX + index // columns * cell_height)
+        corner = (
+            _MARGIN_PX + index % columns * cell_width,
+            _MARGIN_PX + index // columns * cell_height,
+        )
         canvas.paste(picture, corner)
-    ImageDraw.Draw(canvas).text((_MARGIN_PX, rows * cell_height + _MARGIN_PX), caption, fill="black", font=font)
+    ImageDraw.Draw(canvas).text(
+        (_MARGIN_PX, rows * cell_height + _MARGIN_PX), caption, fill="black", font=font
+    )
     return canvas
 
 
@@ -80,11 +89,14 @@ def _draw_image(image: RoutedImage, *, tile_px: int) -> Image.Image:
             pixels = Image.blend(pixels, Image.new("RGB", pixels.size, _GREY), _SHADE)
         canvas.paste(pixels, (left, top))
         text = f"{probability:.2f}"
-        # Half way down the left edge the label hides least of a tile with something in its corners or its middle; it
-        # has a ground of its own since no colour of text can be read on every photo.
+        # Half way down the left edge the label hides least of a tile with something in its corners
+        # or its middle; it has a ground of its own since no colour of text can be read on every
+        # photo.
         place = (left + 3, top + tile_px // 2)
         box = pen.textbbox(place, text, font=font, anchor="lm")
-        pen.rectangle((left, box[1] - 2, box[2] + 2, box[3] + 2), fill="black" if compressed else "white")
+        pen.rectangle(
+            (left, box[1] - 2, box[2] + 2, box[3] + 2), fill="black" if compressed else "white"
+        )
         pen.text(place, text, font=font, anchor="lm", fill="white" if compressed else "black")
     return canvas
 
@@ -109,16 +121,21 @@ def read_metrics(path: Path) -> dict[str, npt.NDArray[np.float64]]:
         except json.JSONDecodeError:
             break
     keys = {key for line in lines for key, value in line.items() if isinstance(value, int | float)}
-    return {key: np.array([line.get(key, math.nan) for line in lines], dtype=np.float64) for key in sorted(keys)}
+    return {
+        key: np.array([line.get(key, math.nan) for line in lines], dtype=np.float64)
+        for key in sorted(keys)
+    }
 
 
 def loss_curves(metrics_files: Mapping[str, Path], *, columns: int = 3) -> Figure:
-    """The loss of each stage over its steps, one panel a stage: every step in light, a running mean in dark.
+    """The loss of each stage over its steps, one panel a stage: every step in light, a running mean
+    in dark.
 
     Losses on the validation set are points.
 
     Args:
-        metrics_files: stage's title -> its metrics.jsonl; a file without losses leaves its panel empty.
+        metrics_files: stage's title -> its metrics.jsonl; a file without losses leaves its panel
+            empty.
         columns: panels in a row.
 
     Returns:
@@ -155,7 +172,9 @@ def _draw_loss(panel: Axes, metrics: Mapping[str, npt.NDArray[np.float64]], *, t
     window = max(1, len(loss) // 20)
     smooth = np.convolve(loss, np.full(window, 1 / window), mode="valid")
     panel.plot(steps[window - 1 :], smooth, color="tab:blue", linewidth=1.6)
-    panel.text(0.97, 0.95, f"end: {smooth[-1]:.3g}", ha="right", va="top", transform=panel.transAxes)
+    panel.text(
+        0.97, 0.95, f"end: {smooth[-1]:.3g}", ha="right", va="top", transform=panel.transAxes
+    )
 
 
 _COLOURS = {
@@ -215,10 +234,11 @@ def read_trace(folder: Path) -> list[TraceBox]:
 
 
 def trace_picture(boxes: Sequence[TraceBox], *, title: str = "") -> Figure:
-    """Who does what when in one step: a row a rank, a colour for each kind of work, the microbatch in each box.
+    """Who does what when in one step: a row a rank, a colour for each kind of work, the microbatch
+    in each box.
 
-    Two lines mark the moments between which reference and policy overlap: the first policy forward pass on any rank
-    begins, the last reference forward pass on any rank ends.
+    Two lines mark the moments between which reference and policy overlap: the first policy forward
+    pass on any rank begins, the last reference forward pass on any rank ends.
 
     Args:
         boxes: from `read_trace`; not empty.
@@ -250,7 +270,15 @@ def trace_picture(boxes: Sequence[TraceBox], *, title: str = "") -> Figure:
         text = _box_text(box, num_chunks)
         if len(text) * _CHARACTER_INCHES < 13 * length_ms / end_ms:
             ink = "white" if box.model == "reference" else "black"
-            axes.text(box.start_ms + length_ms / 2, row, text, ha="center", va="center", fontsize=8, color=ink)
+            axes.text(
+                box.start_ms + length_ms / 2,
+                row,
+                text,
+                ha="center",
+                va="center",
+                fontsize=8,
+                color=ink,
+            )
     axes.set_yticks(range(len(ranks)), [f"rank {rank}" for rank in ranks])
     axes.set_ylim(len(ranks) - 0.5, -1.1)
     axes.set_xlim(0, end_ms)
@@ -262,14 +290,17 @@ def trace_picture(boxes: Sequence[TraceBox], *, title: str = "") -> Figure:
 
 
 def _box_text(box: TraceBox, num_chunks: int) -> str:
-    """The microbatch, and a letter for the chunk where a rank has several; nothing for other phases."""
+    """The microbatch, and a letter for the chunk where a rank has several; nothing for other
+    phases."""
     if box.microbatch is None or box.kind == "loss":
         return ""
     return str(box.microbatch) + (chr(ord("a") + (box.chunk or 0)) if num_chunks > 1 else "")
 
 
 def _mark_overlap(axes: Axes, boxes: Sequence[TraceBox]) -> None:
-    begins = [box.start_ms for box in boxes if box.model.startswith("policy") and box.kind == "forward"]
+    begins = [
+        box.start_ms for box in boxes if box.model.startswith("policy") and box.kind == "forward"
+    ]
     ends = [box.end_ms for box in boxes if box.model == "reference"]
     if not begins or not ends:
         return

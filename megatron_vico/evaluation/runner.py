@@ -1,4 +1,5 @@
-"""Runs a model over a set of questions under one compression plan, and counts what it saw and how it scored."""
+"""Runs a model over a set of questions under one compression plan, and counts what it saw and how
+it scored."""
 
 import json
 import math
@@ -51,7 +52,8 @@ class RowResult:
     score_by_kind: Mapping[str, float]
     num_questions_by_kind: Mapping[str, int]
     compressed_by_kind: Mapping[str, float]
-    """Share of tiles compressed by the kind of the question about them; empty unless there is a question per tile."""
+    """Share of tiles compressed by the kind of the question about them; empty unless there is a
+    question per tile."""
 
     num_tiles: int
     num_compressed: int
@@ -80,11 +82,13 @@ class Evaluation:
 def read_evaluation_set(
     jsonl: str | Path, *, image_root: str | Path, limit: int | None = None
 ) -> list[EvaluationSample]:
-    """Read questions with their scoring: the official chat format with `metrics`, and optionally `kinds` and `answers`.
+    """Read questions with their scoring: the official chat format with `metrics`, and optionally
+    `kinds` and `answers`.
 
     Args:
-        jsonl: one conversation a line. `metrics` names a scorer per question; `kinds` a group per question (default:
-            its metric); `answers` lists accepted answers per question (default: the `gpt` turn that follows it).
+        jsonl: one conversation a line. `metrics` names a scorer per question; `kinds` a group per
+            question (default: its metric); `answers` lists accepted answers per question (default:
+            the `gpt` turn that follows it).
         image_root: folder that image paths start from.
         limit: read at most so many lines.
 
@@ -92,7 +96,8 @@ def read_evaluation_set(
         The conversations in file order.
 
     Raises:
-        SampleError: if a line is broken, an image is missing, or a list has another length than the questions.
+        SampleError: if a line is broken, an image is missing, or a list has another length than the
+            questions.
     """
     samples: list[EvaluationSample] = []
     with Path(jsonl).open(encoding="utf-8") as file:
@@ -100,7 +105,9 @@ def read_evaluation_set(
             if limit is not None and len(samples) >= limit:
                 break
             if line.strip():
-                samples.append(_read_line(line, where=f"{jsonl}:{number}", image_root=Path(image_root)))
+                samples.append(
+                    _read_line(line, where=f"{jsonl}:{number}", image_root=Path(image_root))
+                )
     if not samples:
         raise SampleError(f"{jsonl}: no conversation in it; expected one JSON object a line.")
     return samples
@@ -112,10 +119,15 @@ def _read_line(line: str, *, where: str, image_root: Path) -> EvaluationSample:
         turns = tuple(Turn(turn["from"], turn["value"]) for turn in record["conversations"])
         metrics = list(record["metrics"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise SampleError(f"{where}: broken line ({error!r}); expected 'conversations' and 'metrics'.") from error
+        raise SampleError(
+            f"{where}: broken line ({error!r}); expected 'conversations' and 'metrics'."
+        ) from error
     names = record.get("image") or []
     try:
-        images = tuple((image_root / name).read_bytes() for name in ([names] if isinstance(names, str) else names))
+        images = tuple(
+            (image_root / name).read_bytes()
+            for name in ([names] if isinstance(names, str) else names)
+        )
     except OSError as error:
         raise SampleError(
             f"{where}: {error.filename}: {error.strerror}; restore the image or remove the line."
@@ -125,7 +137,9 @@ def _read_line(line: str, *, where: str, image_root: Path) -> EvaluationSample:
     kinds = record.get("kinds") or metrics
     for name, values in (("metrics", metrics), ("kinds", kinds), ("answers", answers)):
         if len(values) != num_questions:
-            raise SampleError(f"{where}: {len(values)} {name} for {num_questions} questions; give one for each.")
+            raise SampleError(
+                f"{where}: {len(values)} {name} for {num_questions} questions; give one for each."
+            )
     for metric in metrics:
         if metric not in SCORERS:
             raise SampleError(f"{where}: unknown metric {metric!r}{nearest(metric, SCORERS)}.")
@@ -134,7 +148,9 @@ def _read_line(line: str, *, where: str, image_root: Path) -> EvaluationSample:
         for accepted, metric, kind in zip(answers, metrics, kinds, strict=True)
     )
     key = str(record.get("id", where))
-    return EvaluationSample(conversation=ConversationSample(key=key, turns=turns, images=images), questions=questions)
+    return EvaluationSample(
+        conversation=ConversationSample(key=key, turns=turns, images=images), questions=questions
+    )
 
 
 def evaluate(
@@ -159,15 +175,26 @@ def evaluate(
     Returns:
         Figures and answers.
     """
-    prompts = prompts if prompts is not None else [engine.prompt(sample.conversation) for sample in samples]
+    prompts = (
+        prompts
+        if prompts is not None
+        else [engine.prompt(sample.conversation) for sample in samples]
+    )
     found = engine.answer(prompts, plan=plan, max_new_tokens=max_new_tokens)
     answers = tuple(tqdm(found, total=len(prompts), desc=f"{row:16}", mininterval=1.0))
     tokens_per_tile = engine.model.visual_tokens_per_tile
-    return Evaluation(result=summarise(samples, answers, row=row, tokens_per_tile=tokens_per_tile), answers=answers)
+    return Evaluation(
+        result=summarise(samples, answers, row=row, tokens_per_tile=tokens_per_tile),
+        answers=answers,
+    )
 
 
 def summarise(
-    samples: Sequence[EvaluationSample], answers: Sequence[Answers], *, row: str, tokens_per_tile: int
+    samples: Sequence[EvaluationSample],
+    answers: Sequence[Answers],
+    *,
+    row: str,
+    tokens_per_tile: int,
 ) -> RowResult:
     """Score answers and count tiles and tokens.
 
@@ -192,7 +219,9 @@ def summarise(
         for question, score in zip(sample.questions, scores, strict=True):
             by_kind[question.kind].append(score)
         if len(sample.questions) == len(answer.compressed_N):
-            for question, compressed in zip(sample.questions, answer.compressed_N.tolist(), strict=True):
+            for question, compressed in zip(
+                sample.questions, answer.compressed_N.tolist(), strict=True
+            ):
                 compressed_by_kind[question.kind].append(compressed)
     scores = [score for each in by_kind.values() for score in each]
     mean = sum(means) / len(means)
@@ -204,7 +233,9 @@ def summarise(
         standard_error=math.sqrt(variance / len(means)),
         score_by_kind={kind: sum(each) / len(each) for kind, each in sorted(by_kind.items())},
         num_questions_by_kind={kind: len(each) for kind, each in sorted(by_kind.items())},
-        compressed_by_kind={kind: sum(each) / len(each) for kind, each in sorted(compressed_by_kind.items())},
+        compressed_by_kind={
+            kind: sum(each) / len(each) for kind, each in sorted(compressed_by_kind.items())
+        },
         num_tiles=num_tiles,
         num_compressed=sum(int(answer.compressed_N.sum()) for answer in answers),
         num_visual_tokens=sum(answer.num_visual_tokens for answer in answers),

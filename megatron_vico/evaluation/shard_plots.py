@@ -18,7 +18,8 @@ _LOG_FROM = 10
 
 
 def shard_figure(statistics: ShardStatistics, *, title: str = "") -> Figure:
-    """One panel for each number a sample has, stacked by kind of sample, and two for the packs where there are any.
+    """One panel for each number a sample has, stacked by kind of sample, and two for the packs
+    where there are any.
 
     Args:
         statistics: of at least one sample.
@@ -31,7 +32,10 @@ def shard_figure(statistics: ShardStatistics, *, title: str = "") -> Figure:
     columns = 2 if packing is None else 3
     figure = Figure(figsize=(4.4 * columns, 6.6), layout="constrained")
     panels: list[Axes] = list(figure.subplots(2, columns).flat)
-    names = ["tokens, one per tile" if statistics.lengths is None else "tokens, uncompressed", "trained tokens"]
+    names = [
+        "tokens, one per tile" if statistics.lengths is None else "tokens, uncompressed",
+        "trained tokens",
+    ]
     for panel, name in zip(panels, names, strict=False):
         _stacked(panel, statistics, name=name, may_be_log=True)
     for panel, name in zip(panels[columns:], ("tiles", "images"), strict=False):
@@ -78,7 +82,9 @@ def _fill(panel: Axes, packing: PackingFill, sums: IntArray, most: int, *, unit:
     else:
         panel.set_title(f"no packs, in {unit}")
     panel.set_xlim(0, 100)
-    panel.set_xlabel(f"% of {most:,} {unit}\n{len(sums):,} packs, {packing.samples_per_pack:.1f} samples each")
+    panel.set_xlabel(
+        f"% of {most:,} {unit}\n{len(sums):,} packs, {packing.samples_per_pack:.1f} samples each"
+    )
     _count_axis(panel, "packs")
 
 
@@ -95,7 +101,8 @@ def _log_bins(values: IntArray) -> npt.NDArray[np.float64]:
 
 
 def _whole_bins(values: IntArray) -> npt.NDArray[np.float64]:
-    """Edges half way between whole numbers, several numbers in a bar where there would be too many bars."""
+    """Edges half way between whole numbers, several numbers in a bar where there would be too many
+    bars."""
     low, high = int(values.min()), int(values.max())
     step = (high - low) // _MOST_BARS + 1
     return np.arange(low - 0.5, high + step, step)

@@ -22,7 +22,8 @@ class TableRow:
     """Compressed tiles over all tiles of the set."""
 
     visual_token_reduction: float
-    """1 - visual tokens that the language model saw / visual tokens without compression, both counted."""
+    """1 - visual tokens that the language model saw / visual tokens without compression, both
+    counted."""
 
 
 TITLES = {
@@ -64,7 +65,10 @@ def as_text(rows: Sequence[TableRow]) -> str:
     cells = [_HEADINGS, *(_cells(row) for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(_HEADINGS))]
     lines = [
-        "  ".join(text.ljust(width) if column == 0 else text.rjust(width) for column, (text, width) in enumerate(pairs))
+        "  ".join(
+            text.ljust(width) if column == 0 else text.rjust(width)
+            for column, (text, width) in enumerate(pairs)
+        )
         for pairs in (list(zip(row, widths, strict=True)) for row in cells)
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

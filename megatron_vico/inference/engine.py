@@ -1,7 +1,8 @@
-"""Answers conversations: tiles -> ViT -> router -> plan -> prompt -> greedy decoding with a KV cache, in batches.
+"""Answers conversations: tiles -> ViT -> router -> plan -> prompt -> greedy decoding with a KV
+cache, in batches.
 
-The only place where a compression plan can depend on what the tiles look like. Later questions of a conversation see
-the model's own earlier answers.
+The only place where a compression plan can depend on what the tiles look like. Later questions of a
+conversation see the model's own earlier answers.
 
 Shapes: N tiles of a conversation, V visual tokens, B conversations of a batch, S tokens.
 """
@@ -39,7 +40,8 @@ class Routing:
     """How ViR's scores become a plan."""
 
     rule: Literal["paper", "flash"] = "paper"
-    """paper: p_compress > 0.5; flash: the released models' rule, over all tiles of one conversation."""
+    """paper: p_compress > 0.5; flash: the released models' rule, over all tiles of one
+    conversation."""
 
     granularity: Literal["tile", "image"] = "tile"
     """What the router was trained to decide on."""
@@ -63,7 +65,8 @@ class Prompt:
     """Up to the first answer, with all tiles; one image token a tile."""
 
     follow_ups: tuple[IntArray, ...] = ()
-    """Tokens between two answers, from the newline after `<|im_end|>` on; one entry per later question."""
+    """Tokens between two answers, from the newline after `<|im_end|>` on; one entry per later
+    question."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -124,16 +127,19 @@ class Engine:
             The prompt.
 
         Raises:
-            SampleError: if an image is broken, there is no question, or a later question has an image.
+            SampleError: if an image is broken, there is no question, or a later question has an
+                image.
         """
         questions = [number for number, turn in enumerate(sample.turns) if turn.role == "human"]
         if not questions:
-            raise SampleError(f"sample {sample.key!r}: no turn from 'human'; there is nothing to answer.")
+            raise SampleError(
+                f"sample {sample.key!r}: no turn from 'human'; there is nothing to answer."
+            )
         later = [sample.turns[number].text for number in questions[1:]]
         if any(IMAGE_TAG in text for text in later):
             raise SampleError(
-                f"sample {sample.key!r}: an image comes after the first answer; put all {IMAGE_TAG} tags into the "
-                "first question."
+                f"sample {sample.key!r}: an image comes after the first answer; put all {IMAGE_TAG}"
+                " tags into the first question."
             )
         first = replace(sample, turns=sample.turns[: questions[0] + 1])
         return Prompt(
@@ -157,7 +163,9 @@ class Engine:
                 routed += self._route(batch, self._features(batch), routing)
         return routed
 
-    def answer(self, prompts: Sequence[Prompt], *, plan: PlanSource, max_new_tokens: int = 64) -> Iterator[Answers]:
+    def answer(
+        self, prompts: Sequence[Prompt], *, plan: PlanSource, max_new_tokens: int = 64
+    ) -> Iterator[Answers]:
         """Answer every question of every conversation, greedily.
 
         Args:
@@ -175,12 +183,15 @@ class Engine:
         for batch in _batches(prompts, self.batch_size):
             given = plan if isinstance(plan, str | Routing) else plan[start : start + len(batch)]
             start += len(batch)
-            # Not kept on while the caller looks at an answer: inference mode would leak into its code.
+            # Not kept on while the caller looks at an answer: inference mode would leak into its
+            # code.
             with torch.inference_mode():
                 answers = self._answer_batch(batch, plan=given, max_new_tokens=max_new_tokens)
             yield from answers
 
-    def _answer_batch(self, batch: Sequence[Prompt], *, plan: PlanSource, max_new_tokens: int) -> list[Answers]:
+    def _answer_batch(
+        self, batch: Sequence[Prompt], *, plan: PlanSource, max_new_tokens: int
+    ) -> list[Answers]:
         features_NPD = self._features(batch)
         probabilities: list[Tensor] | list[None] = [None] * len(batch)
         if isinstance(plan, Routing):
@@ -214,17 +225,22 @@ class Engine:
             device=self._device,
         )
         positions = [stream.visual_positions for stream in streams]
-        tokens = decoder.say([stream.token_ids for stream in streams], max_new_tokens, visual_tokens_VH, positions)
+        tokens = decoder.say(
+            [stream.token_ids for stream in streams], max_new_tokens, visual_tokens_VH, positions
+        )
         said = [[ids] for ids in tokens]
         for turn in range(num_turns - 1):
             segments = [
-                prompt.follow_ups[turn] if turn < len(prompt.follow_ups) else np.empty(0, np.int64) for prompt in batch
+                prompt.follow_ups[turn] if turn < len(prompt.follow_ups) else np.empty(0, np.int64)
+                for prompt in batch
             ]
             for answers, ids in zip(said, decoder.say(segments, max_new_tokens), strict=True):
                 answers.append(ids)
         return [
             Answers(
-                texts=tuple(self.tokenizer.decode(ids) for ids in answers[: 1 + len(prompt.follow_ups)]),
+                texts=tuple(
+                    self.tokenizer.decode(ids) for ids in answers[: 1 + len(prompt.follow_ups)]
+                ),
                 compressed_N=each,
                 probability_N=probability,
                 num_visual_tokens=stream.visual_positions.size,
@@ -235,12 +251,18 @@ class Engine:
         ]
 
     def _features(self, batch: Sequence[Prompt]) -> Tensor:
-        tiles = torch.from_numpy(np.concatenate([prompt.first.tiles for prompt in batch])).to(self._device)
+        tiles = torch.from_numpy(np.concatenate([prompt.first.tiles for prompt in batch])).to(
+            self._device
+        )
         return self.encoder.features(self.encoder.normalise(tiles))
 
-    def _route(self, batch: Sequence[Prompt], features_NPD: Tensor, routing: Routing) -> list[tuple[Tensor, Tensor]]:
+    def _route(
+        self, batch: Sequence[Prompt], features_NPD: Tensor, routing: Routing
+    ) -> list[tuple[Tensor, Tensor]]:
         by_image = [count for prompt in batch for count in prompt.first.tiles_per_image]
-        logits_N2 = self.encoder.vir(features_NPD, by_image if routing.granularity == "image" else None).cpu()
+        logits_N2 = self.encoder.vir(
+            features_NPD, by_image if routing.granularity == "image" else None
+        ).cpu()
         routed = []
         for logits in logits_N2.split([prompt.first.num_tiles for prompt in batch]):
             if routing.rule == "paper":
@@ -304,32 +326,46 @@ class _Decoder:
         next_B = self._read(tokens, visual_tokens_VH, visual_positions)
         for count in range(1, max_new_tokens + 1):
             talks_B = talks_B & (next_B != self._tokenizer.eos_id)
-            for answer, token, talks in zip(answers, next_B.tolist(), talks_B.tolist(), strict=True):
+            for answer, token, talks in zip(
+                answers, next_B.tolist(), talks_B.tolist(), strict=True
+            ):
                 if talks:
                     answer.append(token)
             if count == max_new_tokens or not talks_B.any():
                 break
-            # Conversations that are silent run along with padding, which their length does not count.
-            next_B = self._step(torch.where(talks_B, next_B, self._tokenizer.pad_id)[:, None], talks_B.long())
+            # Conversations that are silent run along with padding, which their length does not
+            # count.
+            next_B = self._step(
+                torch.where(talks_B, next_B, self._tokenizer.pad_id)[:, None], talks_B.long()
+            )
         self._unseen = [
-            # An answer that was cut off has its last token left to run; every answer gets its end mark.
+            # An answer that was cut off has its last token left to run; every answer gets its end
+            # mark.
             [*(answer[-1:] if cut_off else []), self._tokenizer.eos_id]
             for answer, cut_off in zip(answers, talks_B.tolist(), strict=True)
         ]
         return answers
 
     def _read(
-        self, tokens: list[list[int]], visual_tokens_VH: Tensor | None, visual_positions: Sequence[IntArray]
+        self,
+        tokens: list[list[int]],
+        visual_tokens_VH: Tensor | None,
+        visual_positions: Sequence[IntArray],
     ) -> Tensor:
         lens = [len(ids) for ids in tokens]
         longest = max(lens)
-        token_ids_BS = torch.tensor([ids + [self._tokenizer.pad_id] * (longest - len(ids)) for ids in tokens])
+        token_ids_BS = torch.tensor(
+            [ids + [self._tokenizer.pad_id] * (longest - len(ids)) for ids in tokens]
+        )
         index = None
         if visual_tokens_VH is not None:
             places = [row * longest + positions for row, positions in enumerate(visual_positions)]
             index = torch.from_numpy(np.concatenate(places)).to(self._device)
         return self._step(
-            token_ids_BS.to(self._device), torch.tensor(lens, device=self._device), visual_tokens_VH, index
+            token_ids_BS.to(self._device),
+            torch.tensor(lens, device=self._device),
+            visual_tokens_VH,
+            index,
         )
 
     def _step(
@@ -339,14 +375,23 @@ class _Decoder:
         visual_tokens_VH: Tensor | None = None,
         visual_index: Tensor | None = None,
     ) -> Tensor:
-        """Run new tokens; the most likely next token after the last real one of each conversation, [B] int64."""
-        position_ids_BS = self._cache.lengths[:, None] + torch.arange(token_ids_BS.size(1), device=self._device)
+        """Run new tokens; the most likely next token after the last real one of each conversation,
+        [B] int64."""
+        position_ids_BS = self._cache.lengths[:, None] + torch.arange(
+            token_ids_BS.size(1), device=self._device
+        )
         hidden_BSH = self._language_model.forward_batch(
-            token_ids_BS, position_ids_BS, visual_tokens_VH, visual_index, self._cache, num_new_B=num_new_B
+            token_ids_BS,
+            position_ids_BS,
+            visual_tokens_VH,
+            visual_index,
+            self._cache,
+            num_new_B=num_new_B,
         )
         last_B = (num_new_B - 1).clamp_min(0)
         rows_BH = hidden_BSH[torch.arange(len(last_B), device=self._device), last_B]
-        # The model's vocabulary is larger than the tokenizer's (151,936 and 151,678): the rest has no text.
+        # The model's vocabulary is larger than the tokenizer's (151,936 and 151,678): the rest has
+        # no text.
         return self._language_model.response_logits(rows_BH)[:, : self._vocab_size].argmax(dim=-1)
 
 
@@ -356,4 +401,6 @@ def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]
 
 
 def _longest(batch: Sequence[Prompt], turn: int) -> int:
-    return max(prompt.follow_ups[turn].size if turn < len(prompt.follow_ups) else 0 for prompt in batch)
+    return max(
+        prompt.follow_ups[turn].size if turn < len(prompt.follow_ups) else 0 for prompt in batch
+    )

@@ -1,4 +1,5 @@
-"""Builds an engine and puts a checkpoint's weights into it, whichever of the two forms the checkpoint has."""
+"""Builds an engine and puts a checkpoint's weights into it, whichever of the two forms the
+checkpoint has."""
 
 from pathlib import Path
 
@@ -43,9 +44,13 @@ def build_engine(
     encoder = build_vision_encoder(
         model, vision_transformer_config(model, bf16=bf16), pg_collection=groups.encoder
     ).requires_grad_(False)
-    # mcore's local layers with torch's attention, also on a GPU: they are the ones that know the KV cache.
+    # mcore's local layers with torch's attention, also on a GPU: they are the ones that know the KV
+    # cache.
     language_model = build_language_model(
-        model, language_transformer_config(model, bf16=bf16), pg_collection=groups.language, attention="sdpa"
+        model,
+        language_transformer_config(model, bf16=bf16),
+        pg_collection=groups.language,
+        attention="sdpa",
     ).requires_grad_(False)
     dtype = language_model.config.params_dtype
     return Engine(
@@ -63,8 +68,9 @@ def load_weights(engine: Engine, source: str | Path) -> None:
 
     Args:
         engine: of the checkpoint's size.
-        source: a run's folder (its latest step), or a Hugging Face folder in any layout. What a layout does not hold
-            (connector_16x and ViR outside of flash) keeps the engine's weights.
+        source: a run's folder (its latest step), or a Hugging Face folder in any layout. What a
+            layout does not hold (connector_16x and ViR outside of flash) keeps the engine's
+            weights.
 
     Raises:
         CheckpointError: if it is no checkpoint, broken, or of another size.

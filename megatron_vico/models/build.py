@@ -22,7 +22,10 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.utils import get_pg_rank
@@ -38,11 +41,16 @@ from megatron_vico.models.pipeline_split import virtual_stages
 from megatron_vico.models.registry import ModelConfig
 
 _VOCAB_MULTIPLE = 128
-"""The vocabulary is padded to a multiple of this times the tensor-parallel size, as Megatron does by default."""
+"""The vocabulary is padded to a multiple of this times the tensor-parallel size, as Megatron does
+by default."""
 
 
 def language_transformer_config(
-    model: ModelConfig, *, bf16: bool = False, parallel: ParallelOptions | None = None, **overrides: Any
+    model: ModelConfig,
+    *,
+    bf16: bool = False,
+    parallel: ParallelOptions | None = None,
+    **overrides: Any,
 ) -> TransformerConfig:
     """mcore's configuration of a model's language model.
 
@@ -71,7 +79,9 @@ def language_transformer_config(
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "bias_activation_fusion": on_gpu,
-        "use_te_activation_func": not on_gpu,  # mcore's name for "the layer spec brings the activation": SwiGLU below
+        "use_te_activation_func": (
+            not on_gpu
+        ),  # mcore's name for "the layer spec brings the activation": SwiGLU below
         "bias_dropout_fusion": on_gpu,
         "apply_rope_fusion": on_gpu and transformer_engine_usable(),
         "deallocate_pipeline_outputs": True,
@@ -119,23 +129,31 @@ def vision_transformer_config(
         "add_qkv_bias": vision.qkv_bias,
         "gated_linear_unit": False,
         "activation_func": F.gelu,
-        "bias_activation_fusion": False,  # mcore's fused bias-GELU is the tanh form; InternViT has erf
+        "bias_activation_fusion": (
+            False
+        ),  # mcore's fused bias-GELU is the tanh form; InternViT has erf
         "bias_dropout_fusion": False,
     }
-    config = TransformerConfig(**(fields | _common_fields(vision.hidden_size, bf16=bf16) | overrides))
+    config = TransformerConfig(
+        **(fields | _common_fields(vision.hidden_size, bf16=bf16) | overrides)
+    )
     config.drop_path_rate = drop_path_rate
     return config
 
 
 def build_vision_encoder(
-    model: ModelConfig, config: TransformerConfig, *, pg_collection: ProcessGroupCollection | None = None
+    model: ModelConfig,
+    config: TransformerConfig,
+    *,
+    pg_collection: ProcessGroupCollection | None = None,
 ) -> VisionEncoder:
     """A model's vision tower, connectors and router, with fresh weights.
 
     Args:
         model: which model.
         config: from `vision_transformer_config`, used by no other module.
-        pg_collection: groups in which tensor, pipeline and context parallel have one rank; None, mcore's own.
+        pg_collection: groups in which tensor, pipeline and context parallel have one rank; None,
+            mcore's own.
 
     Returns:
         The encoder.
@@ -166,8 +184,9 @@ def build_language_model(
         pre_process: whether the chunk has the embedding.
         post_process: whether the chunk has the final norm and the head.
         vp_stage: the chunk's place among the chunks of its rank, with interleaving.
-        attention: "auto" takes TransformerEngine's layers where there are CUDA and TransformerEngine; "sdpa", and
-            "auto" elsewhere, mcore's local layers with torch's attention.
+        attention: "auto" takes TransformerEngine's layers where there are CUDA and
+            TransformerEngine; "sdpa", and "auto" elsewhere, mcore's local layers with torch's
+            attention.
         head_chunk_rows: rows whose logits exist at once when a loss is taken.
 
     Returns:
@@ -179,13 +198,17 @@ def build_language_model(
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=get_pg_rank(groups.pp))
     gpt = GPTModel(
         config=config,
-        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm),
+        transformer_layer_spec=TransformerBlockSubmodules(
+            layer_specs=[spec] * num_layers, layer_norm=RMSNorm
+        ),
         vocab_size=padded_vocab_size(model.language.vocab_size, config.tensor_model_parallel_size),
         max_sequence_length=model.language.max_position_embeddings,
         pre_process=pre_process,
         post_process=post_process,
         share_embeddings_and_output_weights=False,
-        position_embedding_type="rope" if engine else "none",  # without TransformerEngine, attention.py rotates
+        position_embedding_type=(
+            "rope" if engine else "none"
+        ),  # without TransformerEngine, attention.py rotates
         rotary_base=int(model.language.rope_theta),
         scatter_embedding_sequence_parallel=False,  # visual tokens are put in first
         pg_collection=groups,
@@ -203,11 +226,14 @@ def build_language_model(
         gpt.setup_embeddings_and_output_layer()
     for name, param in gpt.named_parameters():
         if ".experts." in name:
-            # Megatron's mark of what has gradient buffers and an optimizer of its own. It sets it at EP > 1 only, and
-            # with another number of optimizers a checkpoint of EP 1 would not load there.
+            # Megatron's mark of what has gradient buffers and an optimizer of its own. It sets it
+            # at EP > 1 only, and with another number of optimizers a checkpoint of EP 1 would not
+            # load there.
             param.allreduce = False
     layout = "te" if engine else "sdpa"
-    return LanguageModel(gpt, language=model.language, layout=layout, head_chunk_rows=head_chunk_rows)
+    return LanguageModel(
+        gpt, language=model.language, layout=layout, head_chunk_rows=head_chunk_rows
+    )
 
 
 def build_language_chunks(
@@ -218,11 +244,13 @@ def build_language_chunks(
     attention: Literal["auto", "sdpa"] = "auto",
     head_chunk_rows: int = 1024,
 ) -> tuple[LanguageModel, ...]:
-    """A pipeline rank's chunks of a model's language model: one, or with the interleaved schedule several.
+    """A pipeline rank's chunks of a model's language model: one, or with the interleaved schedule
+    several.
 
     Args:
         model: which model.
-        config: from `language_transformer_config`, used by no other module; it says into how many chunks.
+        config: from `language_transformer_config`, used by no other module; it says into how many
+            chunks.
         pg_collection: process groups.
         attention: as in `build_language_model`.
         head_chunk_rows: as in `build_language_model`.
@@ -277,7 +305,9 @@ def _common_fields(hidden_size: int, *, bf16: bool) -> dict[str, Any]:
     }
 
 
-def _parallel_fields(model: ModelConfig, parallel: ParallelOptions, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _parallel_fields(
+    model: ModelConfig, parallel: ParallelOptions, overrides: Mapping[str, Any]
+) -> dict[str, Any]:
     fields: dict[str, Any] = {
         name: getattr(parallel, name)
         for name in (
@@ -311,13 +341,16 @@ def _parallel_fields(model: ModelConfig, parallel: ParallelOptions, overrides: M
 
 def _transformer_engine_layer(config: TransformerConfig) -> ModuleSpec:
     submodules = get_gpt_layer_with_transformer_engine_submodules(
-        num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=True
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=True,
     )
     return ModuleSpec(module=Layer, submodules=submodules)
 
 
 class _LocalBackend(LocalSpecProvider):
-    """mcore's local modules with this project's SwiGLU; mcore takes it where `use_te_activation_func` is set."""
+    """mcore's local modules with this project's SwiGLU; mcore takes it where
+    `use_te_activation_func` is set."""
 
     def activation_func(self) -> type[SwiGLU]:
         return SwiGLU
@@ -335,9 +368,9 @@ def _local_layer(config: TransformerConfig) -> ModuleSpec:
             k_layernorm=RMSNorm,
         ),
     )
-    # Checkpoints have TransformerEngine's names, so that one written on a CPU loads on a GPU and back. There the norm
-    # is part of the linear layer behind it, except that an MoE layer keeps its pre_mlp_layernorm (mcore's own map of
-    # its local layers renames that one too, wrongly).
+    # Checkpoints have TransformerEngine's names, so that one written on a CPU loads on a GPU and
+    # back. There the norm is part of the linear layer behind it, except that an MoE layer keeps its
+    # pre_mlp_layernorm (mcore's own map of its local layers renames that one too, wrongly).
     names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if config.num_moe_experts is None:
         names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"

@@ -1,6 +1,8 @@
-"""From patch features to visual tokens: pixel shuffle, and the connectors for kept and for compressed tiles.
+"""From patch features to visual tokens: pixel shuffle, and the connectors for kept and for
+compressed tiles.
 
-Shapes: N tiles, P patches of a tile, Q visual tokens of a tile, D channels of the ViT, H of the language model.
+Shapes: N tiles, P patches of a tile, Q visual tokens of a tile, D channels of the ViT, H of the
+language model.
 """
 
 import math
@@ -10,19 +12,23 @@ from torch import Tensor, nn
 
 
 def pixel_shuffle(features_NPD: Tensor, ratio: int) -> Tensor:
-    """Fold each ratio x ratio square of patches into one vector (the released models' pixel shuffle "v2").
+    """Fold each ratio x ratio square of patches into one vector (the released models' pixel shuffle
+    "v2").
 
     Args:
         features_NPD: [N, P, D], patches row by row; P is a square number.
         ratio: side of a square, in patches.
 
     Returns:
-        [N, P / ratio^2, ratio^2 * D], squares row by row, channels of a square patch by patch, row by row.
+        [N, P / ratio^2, ratio^2 * D], squares row by row, channels of a square patch by patch, row
+        by row.
     """
     num_tiles, num_patches, width = features_NPD.shape
     side = math.isqrt(num_patches)
     squares = features_NPD.view(num_tiles, side // ratio, ratio, side // ratio, ratio, width)
-    return squares.permute(0, 1, 3, 2, 4, 5).reshape(num_tiles, num_patches // ratio**2, ratio**2 * width)
+    return squares.permute(0, 1, 3, 2, 4, 5).reshape(
+        num_tiles, num_patches // ratio**2, ratio**2 * width
+    )
 
 
 class Connector4x(nn.Module):
@@ -44,8 +50,9 @@ class Connector4x(nn.Module):
 class Connector16x(nn.Module):
     """Visual tokens of a compressed tile: one for each 4x4 patches (64 of 1024).
 
-    The released module has dropout 0.1 after each GELU. Its rate is 0 here by default: dropout is not a function of
-    (seed, epoch, sample), so that results would depend on layout and restart, and the paper's target is a KL of 0.
+    The released module has dropout 0.1 after each GELU. Its rate is 0 here by default: dropout is
+    not a function of (seed, epoch, sample), so that results would depend on layout and restart, and
+    the paper's target is a KL of 0.
     """
 
     def __init__(self, *, vision_size: int, language_size: int, dropout: float = 0.0) -> None:

@@ -1,7 +1,7 @@
 """InternViT, both kinds (300M and 6B), on megatron-core's TransformerBlock.
 
-Tiles stay first, [N, S, D] with S = 1 + P: nothing in mcore's layer but the core attention looks at the order of the
-first two dimensions, and this order keeps a tile's memory together.
+Tiles stay first, [N, S, D] with S = 1 + P: nothing in mcore's layer but the core attention looks at
+the order of the first two dimensions, and this order keeps a tile's memory together.
 
 Shapes: N tiles, P patches of a tile, D channels.
 """
@@ -42,12 +42,17 @@ class PatchEmbedding(nn.Module):
         """[N, 3, S, S] pixels to [N, P, D], row by row."""
         num_tiles, _, height, width = tiles_N3SS.shape
         size = self.patch_size
-        patches = tiles_N3SS.view(num_tiles, 3, height // size, size, width // size, size).permute(0, 2, 4, 1, 3, 5)
-        return F.linear(patches.reshape(num_tiles, -1, 3 * size**2), self.weight.flatten(1), self.bias)
+        patches = tiles_N3SS.view(num_tiles, 3, height // size, size, width // size, size).permute(
+            0, 2, 4, 1, 3, 5
+        )
+        return F.linear(
+            patches.reshape(num_tiles, -1, 3 * size**2), self.weight.flatten(1), self.bias
+        )
 
 
 class InternViT(MegatronModule):
-    """The vision tower: from normalised pixels to the last hidden state of each patch, without a final norm."""
+    """The vision tower: from normalised pixels to the last hidden state of each patch, without a
+    final norm."""
 
     def __init__(
         self,
@@ -60,9 +65,15 @@ class InternViT(MegatronModule):
         super().__init__(config=config)
         self.tp_group = pg_collection.tp
         width, dtype = vision.hidden_size, config.params_dtype
-        self.class_token = nn.Parameter(torch.randn(1, 1, width, dtype=dtype) * config.init_method_std)
-        self.patch_embedding = PatchEmbedding(patch_size=vision.patch_size, hidden_size=width, dtype=dtype)
-        positions = torch.randn(1, 1 + vision.num_patches, width, dtype=dtype) * config.init_method_std
+        self.class_token = nn.Parameter(
+            torch.randn(1, 1, width, dtype=dtype) * config.init_method_std
+        )
+        self.patch_embedding = PatchEmbedding(
+            patch_size=vision.patch_size, hidden_size=width, dtype=dtype
+        )
+        positions = (
+            torch.randn(1, 1 + vision.num_patches, width, dtype=dtype) * config.init_method_std
+        )
         self.position_embedding = nn.Parameter(positions)
         self.transformer = TransformerBlock(
             config,
@@ -87,7 +98,9 @@ class InternViT(MegatronModule):
         return features[:, 1:]
 
 
-def _block_spec(vision: VisionConfig, *, drop_path_rate: float, dtype: torch.dtype) -> TransformerBlockSubmodules:
+def _block_spec(
+    vision: VisionConfig, *, drop_path_rate: float, dtype: torch.dtype
+) -> TransformerBlockSubmodules:
     """One spec a layer: drop path grows linearly from 0 to its rate."""
     norm = LayerNorm if vision.norm_type == "layer_norm" else RMSNorm
     last = max(vision.num_layers - 1, 1)
@@ -120,7 +133,9 @@ def _block_spec(vision: VisionConfig, *, drop_path_rate: float, dtype: torch.dty
             pre_mlp_layernorm=norm,
             mlp=functools.partial(
                 MLP.as_mlp_submodule,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
+                ),
             ),
             mlp_bda=add,
         )

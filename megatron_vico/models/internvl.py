@@ -1,7 +1,8 @@
-"""The vision side of InternVL3.5-Flash: tower, both connectors and the router, from pixels to visual tokens.
+"""The vision side of InternVL3.5-Flash: tower, both connectors and the router, from pixels to
+visual tokens.
 
-Shapes: N tiles, S pixels of a tile's side, P patches of a tile, D channels of the ViT, V visual tokens of all tiles,
-H channels of the language model.
+Shapes: N tiles, S pixels of a tile's side, P patches of a tile, D channels of the ViT, V visual
+tokens of all tiles, H channels of the language model.
 """
 
 import torch
@@ -20,7 +21,8 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class VisionEncoder(MegatronModule):
-    """Tower, connectors and router of one model; which connector a tile goes through is the plan's choice."""
+    """Tower, connectors and router of one model; which connector a tile goes through is the plan's
+    choice."""
 
     def __init__(
         self,
@@ -35,21 +37,36 @@ class VisionEncoder(MegatronModule):
         self.model = model
         vision_size, language_size = model.vision.hidden_size, model.language.hidden_size
         dtype = config.params_dtype
-        self.vit = InternViT(config, vision=model.vision, drop_path_rate=drop_path_rate, pg_collection=pg_collection)
-        self.connector_4x = Connector4x(vision_size=vision_size, language_size=language_size).to(dtype)
-        self.connector_16x = Connector16x(vision_size=vision_size, language_size=language_size).to(dtype)
+        self.vit = InternViT(
+            config, vision=model.vision, drop_path_rate=drop_path_rate, pg_collection=pg_collection
+        )
+        self.connector_4x = Connector4x(vision_size=vision_size, language_size=language_size).to(
+            dtype
+        )
+        self.connector_16x = Connector16x(vision_size=vision_size, language_size=language_size).to(
+            dtype
+        )
         self.vir = ViR(hidden_size=vision_size, num_heads=model.vir_num_heads).to(dtype)
 
     def normalise(self, tiles_uint8: Tensor) -> Tensor:
-        """Pixels 0..255, [N, 3, S, S], to ImageNet-normalised values in the dtype of the weights."""
-        mean, std = (torch.tensor(x, device=tiles_uint8.device).view(3, 1, 1) for x in (_IMAGENET_MEAN, _IMAGENET_STD))
+        """Pixels 0..255, [N, 3, S, S], to ImageNet-normalised values in the dtype of the
+        weights."""
+        mean, std = (
+            torch.tensor(x, device=tiles_uint8.device).view(3, 1, 1)
+            for x in (_IMAGENET_MEAN, _IMAGENET_STD)
+        )
         pixels = tiles_uint8.to(torch.float32).div_(255.0).sub_(mean).div_(std)
         return pixels.to(self.config.params_dtype)
 
     def features(self, tiles_N3SS: Tensor) -> Tensor:
-        """ViT outputs of normalised tiles, [N, 3, S, S] to [N, P, D]; without a graph where gradients are off."""
-        if not len(tiles_N3SS):  # a batch of text only; mcore's attention cannot reshape an empty batch
-            return tiles_N3SS.new_zeros(0, self.model.vision.num_patches, self.model.vision.hidden_size)
+        """ViT outputs of normalised tiles, [N, 3, S, S] to [N, P, D]; without a graph where
+        gradients are off."""
+        if not len(
+            tiles_N3SS
+        ):  # a batch of text only; mcore's attention cannot reshape an empty batch
+            return tiles_N3SS.new_zeros(
+                0, self.model.vision.num_patches, self.model.vision.hidden_size
+            )
         features_NPD: Tensor = self.vit(tiles_N3SS)
         return features_NPD if torch.is_grad_enabled() else features_NPD.detach()
 
@@ -58,14 +75,16 @@ class VisionEncoder(MegatronModule):
 
         Args:
             features_NPD: [N, P, D], ViT outputs.
-            compressed_N: [N] bool, on the CPU, True = compressed; None: nothing is. A connector that no tile goes
-                through is not touched.
+            compressed_N: [N] bool, on the CPU, True = compressed; None: nothing is. A connector
+                that no tile goes through is not touched.
 
         Returns:
             [V, H]: the tiles' tokens in tile order, those of a tile together and row by row.
         """
         num_tiles = features_NPD.size(0)
-        assert compressed_N is None or compressed_N.shape == (num_tiles,), "one entry of the plan a tile"
+        assert compressed_N is None or compressed_N.shape == (num_tiles,), (
+            "one entry of the plan a tile"
+        )
         num_compressed = 0 if compressed_N is None else int(compressed_N.sum())
         if num_tiles == 0:
             return features_NPD.new_zeros(0, self.model.language.hidden_size)
@@ -87,4 +106,6 @@ class VisionEncoder(MegatronModule):
 
     def tokens_per_tile(self, compressed_N: Tensor) -> Tensor:
         """Visual tokens of each tile under a plan, [N] int64."""
-        return torch.where(compressed_N, self.model.compressed_tokens_per_tile, self.model.visual_tokens_per_tile)
+        return torch.where(
+            compressed_N, self.model.compressed_tokens_per_tile, self.model.visual_tokens_per_tile
+        )

@@ -1,8 +1,10 @@
-"""The language model: an mcore GPTModel that takes visual tokens in and gives the hidden states of response rows out.
+"""The language model: an mcore GPTModel that takes visual tokens in and gives the hidden states of
+response rows out.
 
 The only file that knows GPTModel, which mcore will replace one day.
 
-Shapes: T packed tokens, V visual tokens, R response rows, B samples, S tokens of a sample, H channels.
+Shapes: T packed tokens, V visual tokens, R response rows, B samples, S tokens of a sample, H
+channels.
 """
 
 from collections.abc import Callable
@@ -35,7 +37,8 @@ class LanguageInputs:
     """One rank's part of a packed stream; made by parallel/streams.py, which knows the layout."""
 
     token_ids_T: Tensor
-    """[T] int64, the tokens of this context-parallel rank; what stands at a visual position does not matter."""
+    """[T] int64, the tokens of this context-parallel rank; what stands at a visual position does
+    not matter."""
 
     visual_positions_V: Tensor
     """[V] int64, where among these tokens the rank's visual tokens go."""
@@ -47,13 +50,15 @@ class LanguageInputs:
     """[D + 1] int32, where each of the D documents of the whole pack begins, and the end."""
 
     document_lens: tuple[int, ...]
-    """Tokens of each document, padding included: what `cu_seqlens` says, known without asking the device."""
+    """Tokens of each document, padding included: what `cu_seqlens` says, known without asking the
+    device."""
 
     response_rows_R: Tensor
     """[R] int64, the rows that this rank picks from the hidden states it holds."""
 
     gathered_rows_R: Tensor | None = None
-    """[R'] int64, the rows wanted here among those that all ranks picked; None: a rank picks what it wants."""
+    """[R'] int64, the rows wanted here among those that all ranks picked; None: a rank picks what
+    it wants."""
 
     shard_len: int
     """Hidden states that this rank holds between layers: T, over the sequence-parallel ranks."""
@@ -62,8 +67,9 @@ class LanguageInputs:
 class VocabularyHead(ColumnParallelLinear):
     """The output layer, with logits accumulated and kept in float32.
 
-    A module of its own, so that the hook that gathers parameters for `overlap_param_gather` sees its weight used. It
-    does not sum the gradient of its input over tensor-parallel ranks: `LanguageModel.forward` does that for its rows.
+    A module of its own, so that the hook that gathers parameters for `overlap_param_gather` sees
+    its weight used. It does not sum the gradient of its input over tensor-parallel ranks:
+    `LanguageModel.forward` does that for its rows.
     """
 
     def forward(
@@ -74,7 +80,8 @@ class VocabularyHead(ColumnParallelLinear):
         *,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, None]:
-        """[..., H] to float32 [..., vocabulary of this rank]; or, with `loss`, what that makes of rows and weight."""
+        """[..., H] to float32 [..., vocabulary of this rank]; or, with `loss`, what that makes of
+        rows and weight."""
         assert weight is None, "InternVL3.5 does not tie embeddings"
         if loss is not None:
             return loss(input_, self.weight), None
@@ -84,13 +91,17 @@ class VocabularyHead(ColumnParallelLinear):
 class LanguageModel(MegatronModule):
     """One pipeline chunk of Qwen3 or Qwen3-MoE; what DDP wraps and mcore's schedules call."""
 
-    def __init__(self, gpt: GPTModel, *, language: LanguageConfig, layout: str, head_chunk_rows: int = 1024) -> None:
+    def __init__(
+        self, gpt: GPTModel, *, language: LanguageConfig, layout: str, head_chunk_rows: int = 1024
+    ) -> None:
         """Wrap a GPTModel.
 
         Args:
-            gpt: built by `build_language_model`, with a VocabularyHead where it has an output layer.
+            gpt: built by `build_language_model`, with a VocabularyHead where it has an output
+                layer.
             language: its sizes.
-            layout: "sdpa" if its layers have this project's attention, "te" if they have TransformerEngine's.
+            layout: "sdpa" if its layers have this project's attention, "te" if they have
+                TransformerEngine's.
             head_chunk_rows: rows whose logits exist at once when a loss is taken.
         """
         super().__init__(config=gpt.config)
@@ -98,7 +109,9 @@ class LanguageModel(MegatronModule):
         self.language = language
         self.tp_group = gpt.pg_collection.tp
         self.cp_group = gpt.pg_collection.cp
-        self.shard = VocabularyShard(group=self.tp_group, vocab_size=language.vocab_size, chunk_rows=head_chunk_rows)
+        self.shard = VocabularyShard(
+            group=self.tp_group, vocab_size=language.vocab_size, chunk_rows=head_chunk_rows
+        )
         self.pre_process: bool = gpt.pre_process
         self.post_process: bool = gpt.post_process
         self.vp_stage: int | None = gpt.vp_stage
@@ -123,8 +136,9 @@ class LanguageModel(MegatronModule):
             visual_tokens_VH: [V, H], all of the pack's, looked at by the first stage only.
 
         Returns:
-            The wanted rows [R, H], after the final norm, on the last stage; elsewhere hidden states [s, 1, h]. Under
-            tensor parallelism each rank hands back its own share of the rows' gradient: it is summed here.
+            The wanted rows [R, H], after the final norm, on the last stage; elsewhere hidden states
+            [s, 1, h]. Under tensor parallelism each rank hands back its own share of the rows'
+            gradient: it is summed here.
         """
         embedded = self._embed_pack(inputs, visual_tokens_VH) if self.pre_process else None
         output: Tensor = self.gpt(
@@ -139,7 +153,8 @@ class LanguageModel(MegatronModule):
         return output
 
     def response_logits(self, rows_RH: Tensor) -> Tensor:
-        """Logits [R, V] in float32 over the real vocabulary; [R, H] from `forward` or [..., H] from `forward_batch`."""
+        """Logits [R, V] in float32 over the real vocabulary; [R, H] from `forward` or [..., H] from
+        `forward_batch`."""
         logits, _ = self.gpt.output_layer(rows_RH)
         if self.tp_group.size() > 1:
             logits = gather_from_tensor_model_parallel_region(logits, group=self.tp_group)
@@ -147,7 +162,12 @@ class LanguageModel(MegatronModule):
         return real
 
     def consistency_loss(
-        self, rows_RH: Tensor, row_weight_R: Tensor, *, reference: "LanguageModel", reference_rows_RH: Tensor
+        self,
+        rows_RH: Tensor,
+        row_weight_R: Tensor,
+        *,
+        reference: "LanguageModel",
+        reference_rows_RH: Tensor,
     ) -> Tensor:
         """Eq. 1 over the rows of one pack, weighted and summed.
 
@@ -158,7 +178,8 @@ class LanguageModel(MegatronModule):
             reference_rows_RH: [R, H], the same response tokens, from `forward` of the reference.
 
         Returns:
-            Scalar float32, the same on all tensor-parallel ranks. See parallel/fused_kl.py for its gradients.
+            Scalar float32, the same on all tensor-parallel ranks. See parallel/fused_kl.py for its
+            gradients.
         """
 
         def loss(rows_RH: Tensor, weight_VH: Tensor) -> Tensor:
@@ -174,8 +195,11 @@ class LanguageModel(MegatronModule):
         value: Tensor = self.gpt.output_layer(rows_RH, loss=loss)[0]
         return value
 
-    def consistency_rows(self, rows_RH: Tensor, *, reference: "LanguageModel", reference_rows_RH: Tensor) -> Tensor:
-        """KL(reference || this model) of each row, [R] float32, without a gradient; arguments as `consistency_loss`."""
+    def consistency_rows(
+        self, rows_RH: Tensor, *, reference: "LanguageModel", reference_rows_RH: Tensor
+    ) -> Tensor:
+        """KL(reference || this model) of each row, [R] float32, without a gradient; arguments as
+        `consistency_loss`."""
         return kl_rows(
             rows_RH,
             policy_weight_VH=self.head_weight,
@@ -185,7 +209,8 @@ class LanguageModel(MegatronModule):
         )
 
     def cross_entropy(self, rows_RH: Tensor, labels_R: Tensor, row_weight_R: Tensor) -> Tensor:
-        """Next-token cross-entropy over the rows of one pack, weighted and summed; a float32 scalar.
+        """Next-token cross-entropy over the rows of one pack, weighted and summed; a float32
+        scalar.
 
         Args:
             rows_RH: [R, H] from `forward`.
@@ -198,7 +223,11 @@ class LanguageModel(MegatronModule):
 
         def loss(rows_RH: Tensor, weight_VH: Tensor) -> Tensor:
             return cross_entropy_loss(
-                rows_RH, weight_VH=weight_VH, labels_R=labels_R, row_weight_R=row_weight_R, shard=self.shard
+                rows_RH,
+                weight_VH=weight_VH,
+                labels_R=labels_R,
+                row_weight_R=row_weight_R,
+                shard=self.shard,
             )
 
         value: Tensor = self.gpt.output_layer(rows_RH, loss=loss)[0]
@@ -206,7 +235,8 @@ class LanguageModel(MegatronModule):
 
     @property
     def head_weight(self) -> Tensor:
-        """This rank's shard of the vocabulary head [V / tensor ranks, H]; the chunk must be the last one."""
+        """This rank's shard of the vocabulary head [V / tensor ranks, H]; the chunk must be the
+        last one."""
         weight: Tensor = self.gpt.output_layer.weight
         return weight
 
@@ -232,15 +262,16 @@ class LanguageModel(MegatronModule):
         *,
         num_new_B: Tensor | None = None,
     ) -> Tensor:
-        """Run the whole model over a batch, for generation: prefill with S tokens each, then decode with S = 1.
+        """Run the whole model over a batch, for generation: prefill with S tokens each, then decode
+        with S = 1.
 
         Args:
             token_ids_BS: [B, S] int64, padded at the right where samples differ in length.
             position_ids_BS: [B, S] int64, position of each token in its sample.
             visual_tokens_VH: [V, H], or None where the batch has no new visual tokens.
             visual_index: [V] int64, where each goes in the flattened [B * S].
-            cache: what the samples have seen before; the new tokens are added after each sample's `lengths`, which
-                grow by `num_new_B`.
+            cache: what the samples have seen before; the new tokens are added after each sample's
+                `lengths`, which grow by `num_new_B`.
             num_new_B: [B] int64, tokens of each sample that are real; None: all S.
 
         Returns:
@@ -257,20 +288,30 @@ class LanguageModel(MegatronModule):
             flat = hidden.flatten(0, 1).index_copy(0, rows_V, visual_tokens_VH.to(hidden.dtype))
             hidden = flat.view(hidden.shape)
         layout = batch_layout(position_ids_BS, cache=cache, rotary=self.rotary, dtype=hidden.dtype)
-        output: Tensor = self.gpt.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=layout)
+        output: Tensor = self.gpt.decoder(
+            hidden_states=hidden, attention_mask=None, packed_seq_params=layout
+        )
         if cache is not None:
             cache.lengths = cache.lengths + (length if num_new_B is None else num_new_B)
         return output.transpose(0, 1)
 
     def _embed_pack(self, inputs: LanguageInputs, visual_tokens_VH: Tensor | None) -> Tensor:
-        hidden: Tensor = self.gpt.embedding(inputs.token_ids_T[None], None)  # [s, 1, h], whole on every rank
+        hidden: Tensor = self.gpt.embedding(
+            inputs.token_ids_T[None], None
+        )  # [s, 1, h], whole on every rank
         if visual_tokens_VH is not None and len(inputs.visual_positions_V):
             if inputs.visual_index_V is not None:
                 visual_tokens_VH = visual_tokens_VH.index_select(0, inputs.visual_index_V)
-            hidden = hidden.index_copy(0, inputs.visual_positions_V, visual_tokens_VH.unsqueeze(1).to(hidden.dtype))
-        if self.config.recompute_granularity == "full" and torch.is_grad_enabled() and not hidden.requires_grad:
-            # Under a frozen embedding and without images nothing would: mcore's checkpoint then drops the gradients
-            # of the layers' weights.
+            hidden = hidden.index_copy(
+                0, inputs.visual_positions_V, visual_tokens_VH.unsqueeze(1).to(hidden.dtype)
+            )
+        if (
+            self.config.recompute_granularity == "full"
+            and torch.is_grad_enabled()
+            and not hidden.requires_grad
+        ):
+            # Under a frozen embedding and without images nothing would: mcore's checkpoint then
+            # drops the gradients of the layers' weights.
             hidden.requires_grad_()
         if self.config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden, group=self.tp_group)
@@ -296,8 +337,8 @@ class LanguageModel(MegatronModule):
     def _rows(self, *, hidden_states: Tensor, context: LanguageInputs, **unused: Any) -> Tensor:
         """Wanted rows, in response order.
 
-        Of the gradient of a row each tensor-parallel rank has the part that belongs to its share of the vocabulary;
-        all gathers below sum over ranks in their backward pass.
+        Of the gradient of a row each tensor-parallel rank has the part that belongs to its share of
+        the vocabulary; all gathers below sum over ranks in their backward pass.
         """
         rows_RH = hidden_states[:, 0].index_select(0, context.response_rows_R)
         if self.config.sequence_parallel:

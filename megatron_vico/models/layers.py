@@ -1,4 +1,5 @@
-"""What this project changes in megatron-core's transformer layer: gradient mode, layer scale and drop path."""
+"""What this project changes in megatron-core's transformer layer: gradient mode, layer scale and
+drop path."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,8 +15,8 @@ BiasDropoutAdd = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
 class Layer(TransformerLayer):
     """mcore's layer, but its residual additions honour no_grad.
 
-    mcore runs them under enable_grad, and a no_grad pass over weights that require gradients would then keep a graph,
-    and with it every layer's activations.
+    mcore runs them under enable_grad, and a no_grad pass over weights that require gradients would
+    then keep a graph, and with it every layer's activations.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -26,26 +27,35 @@ class Layer(TransformerLayer):
 class LayerScaleAdd(nn.Module):
     """InternViT's residual addition, in the place of mcore's bias-dropout-add.
 
-    residual + drop_path((x + bias) * scale): drop path leaves the branch out for whole tiles, in training, and scales
-    up the others.
+    residual + drop_path((x + bias) * scale): drop path leaves the branch out for whole tiles, in
+    training, and scales up the others.
     """
 
-    def __init__(self, *, hidden_size: int, init: float, drop_path_rate: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self, *, hidden_size: int, init: float, drop_path_rate: float, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         assert 0.0 <= drop_path_rate < 1.0
         self.drop_path_rate = drop_path_rate
         self.scale = nn.Parameter(torch.full((hidden_size,), init, dtype=dtype))
 
     def forward(self, training: bool, fused: bool) -> BiasDropoutAdd:
-        """The function that the layer applies; mcore asks for it in each call, with its own two arguments."""
+        """The function that the layer applies; mcore asks for it in each call, with its own two
+        arguments."""
         return self._add_dropped if training and self.drop_path_rate else self._add
 
-    def _add(self, x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
+    def _add(
+        self, x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float
+    ) -> Tensor:
         x, bias = x_with_bias
         return torch.addcmul(residual, x if bias is None else x + bias, self.scale)
 
-    def _add_dropped(self, x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
+    def _add_dropped(
+        self, x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float
+    ) -> Tensor:
         x, bias = x_with_bias
         keep = 1.0 - self.drop_path_rate
         kept = torch.rand(x.size(0), 1, 1, device=x.device) < keep  # tiles come first in InternViT
-        return torch.addcmul(residual, x if bias is None else x + bias, self.scale * (kept / keep).to(x.dtype))
+        return torch.addcmul(
+            residual, x if bias is None else x + bias, self.scale * (kept / keep).to(x.dtype)
+        )

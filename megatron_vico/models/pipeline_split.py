@@ -1,6 +1,8 @@
-"""How the layers of a language model are cut into pipeline stages, and those into chunks of the interleaved schedule.
+"""How the layers of a language model are cut into pipeline stages, and those into chunks of the
+interleaved schedule.
 
-No torch here, as in registry.py; a layout string is the one thing that is left to megatron-core, which defines it.
+No torch here, as in registry.py; a layout string is the one thing that is left to megatron-core,
+which defines it.
 """
 
 from collections.abc import Mapping
@@ -28,7 +30,8 @@ def fixed_stages(given: Mapping[str, object]) -> dict[str, int]:
 
 
 def layers_of_a_stage(num_layers: int, *, stages: int, given: Mapping[str, object]) -> int:
-    """Layers of a middle pipeline stage, as megatron-core splits them when there is no layout string.
+    """Layers of a middle pipeline stage, as megatron-core splits them when there is no layout
+    string.
 
     Args:
         num_layers: of the language model.
@@ -36,18 +39,25 @@ def layers_of_a_stage(num_layers: int, *, stages: int, given: Mapping[str, objec
         given: fields of TransformerConfig that the user set.
 
     Returns:
-        Layers, with embedding and loss counted where they are told to count; of the first stage where its number and
-        the last one's are given and nothing is between them; 0 if the layers cannot be shared so.
+        Layers, with embedding and loss counted where they are told to count; of the first stage
+        where its number and the last one's are given and nothing is between them; 0 if the layers
+        cannot be shared so.
     """
     fixed = fixed_stages(given)
-    layers = num_layers + sum(bool(given.get(name, False)) for name in (EMBEDDING, LOSS)) - sum(fixed.values())
+    layers = (
+        num_layers
+        + sum(bool(given.get(name, False)) for name in (EMBEDDING, LOSS))
+        - sum(fixed.values())
+    )
     middle = stages - len(fixed)
     if middle == 0 and layers == 0:
         return fixed[FIRST]
     return layers // middle if middle > 0 and layers > 0 and layers % middle == 0 else 0
 
 
-def virtual_stages(num_layers: int, parallel: ParallelOptions, given: Mapping[str, object]) -> int | None:
+def virtual_stages(
+    num_layers: int, parallel: ParallelOptions, given: Mapping[str, object]
+) -> int | None:
     """Chunks that each pipeline stage has in the interleaved schedule.
 
     Args:
@@ -79,11 +89,13 @@ def _chunks_of_layout(layout: str, *, stages: int, num_layers: int) -> int:
     try:
         parsed = PipelineParallelLayerLayout(layout, stages)
         parsed.validate_layer_layout(num_layers=num_layers, mtp_num_layers=None)
-    # megatron-core has no error class for a bad string: it asserts, and runs into an IndexError on empty parts ("|").
+    # megatron-core has no error class for a bad string: it asserts, and runs into an IndexError on
+    # empty parts ("|").
     except (AssertionError, IndexError) as error:
         raise ConfigError(
-            f"--pipeline-model-parallel-layout {layout!r} does not lay {num_layers} layers out on {stages} pipeline "
-            f"stages ({' '.join(str(error).split())}); write one part a stage (or chunk), in order, separated by |, "
-            f"with E, {num_layers} times t, and L, such as E{'t' * 2}|t*{max(num_layers - 2, 1)}L."
+            f"--pipeline-model-parallel-layout {layout!r} does not lay {num_layers} layers out on"
+            f" {stages} pipeline stages ({' '.join(str(error).split())}); write one part a stage"
+            f" (or chunk), in order, separated by |, with E, {num_layers} times t, and L, such as"
+            f" E{'t' * 2}|t*{max(num_layers - 2, 1)}L."
         ) from error
     return int(parsed.virtual_pipeline_model_parallel_size)

@@ -1,4 +1,5 @@
-"""The model sizes: every number that is fixed by a size's name, and the parameter counts that follow from them.
+"""The model sizes: every number that is fixed by a size's name, and the parameter counts that
+follow from them.
 
 No torch here, so that recipes and layouts can be checked on a machine without it.
 """
@@ -34,7 +35,8 @@ class VisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageConfig:
-    """A Qwen3 or (with `num_experts`) Qwen3-MoE language model; embeddings are never tied in InternVL3.5."""
+    """A Qwen3 or (with `num_experts`) Qwen3-MoE language model; embeddings are never tied in
+    InternVL3.5."""
 
     hidden_size: int
     num_layers: int
@@ -53,7 +55,8 @@ class LanguageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
-    """Parameters of each module; `vir` includes the four dead submodules that released checkpoints carry."""
+    """Parameters of each module; `vir` includes the four dead submodules that released checkpoints
+    carry."""
 
     vit: int
     connector_4x: int
@@ -105,7 +108,9 @@ class ModelConfig:
 def _vit_parameters(config: VisionConfig) -> int:
     d, f = config.hidden_size, config.ffn_hidden_size
     embeddings = d + (1 + config.num_patches) * d + (3 * config.patch_size**2 * d + d)
-    attention = 3 * d * d + d * d + d + (3 * d if config.qkv_bias else 0) + (2 * d if config.qk_norm else 0)
+    attention = (
+        3 * d * d + d * d + d + (3 * d if config.qkv_bias else 0) + (2 * d if config.qk_norm else 0)
+    )
     mlp = 2 * d * f + f + d
     norms = 2 * (2 * d if config.norm_type == "layer_norm" else d)
     return embeddings + config.num_layers * (attention + mlp + norms + 2 * d)
@@ -192,9 +197,9 @@ _TOY = ModelConfig(
     vir_num_heads=4,
     image_token_id=5,
 )
-# The 6B kind of tower: RMSNorm, norm of queries and keys, no qkv bias, an odd number of heads. Its language model has
-# grouped queries and a head_dim that is not hidden_size / num_heads, as half of the real sizes do; and, as that of
-# toy-moe, four layers for four pipeline stages.
+# The 6B kind of tower: RMSNorm, norm of queries and keys, no qkv bias, an odd number of heads. Its
+# language model has grouped queries and a head_dim that is not hidden_size / num_heads, as half of
+# the real sizes do; and, as that of toy-moe, four layers for four pipeline stages.
 _TOY_6B = ModelConfig(
     name="toy-6b",
     vision=VisionConfig(
@@ -314,5 +319,7 @@ def get_model_config(name: str) -> ModelConfig:
         ConfigError: if there is no such model; names the nearest.
     """
     if name not in MODELS:
-        raise ConfigError(f"unknown model size {name!r}{nearest(name, MODELS)} (known: {', '.join(MODELS)})")
+        raise ConfigError(
+            f"unknown model size {name!r}{nearest(name, MODELS)} (known: {', '.join(MODELS)})"
+        )
     return MODELS[name]

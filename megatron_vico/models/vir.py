@@ -13,22 +13,27 @@ _DEAD = ("attn3", "attn4", "norm3", "norm4")
 
 
 def is_dead(name: str) -> bool:
-    """Whether a parameter of ViR, by its name there, is stored in released checkpoints and used by nothing."""
+    """Whether a parameter of ViR, by its name there, is stored in released checkpoints and used by
+    nothing."""
     return not set(_DEAD).isdisjoint(name.split("."))
 
 
 class Pooling(nn.Module):
     """One vector from any number of patches: a learned query attends four times.
 
-    The released forward pass uses attn2 and norm2 three times and never attn3, attn4, norm3 and norm4. Those are kept,
-    frozen, so that a checkpoint goes in and out without loss.
+    The released forward pass uses attn2 and norm2 three times and never attn3, attn4, norm3 and
+    norm4. Those are kept, frozen, so that a checkpoint goes in and out without loss.
     """
 
     def __init__(self, *, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.query_token = nn.Parameter(torch.randn(1, hidden_size))
         for index in range(1, 5):
-            setattr(self, f"attn{index}", nn.MultiheadAttention(hidden_size, num_heads, batch_first=True))
+            setattr(
+                self,
+                f"attn{index}",
+                nn.MultiheadAttention(hidden_size, num_heads, batch_first=True),
+            )
             setattr(self, f"norm{index}", nn.LayerNorm(hidden_size))
         for name in _DEAD:
             getattr(self, name).requires_grad_(False)
@@ -84,9 +89,9 @@ class ViR(nn.Module):
 
         Args:
             features_NPD: [N, P, D], ViT outputs.
-            tiles_per_image: tiles of each image, in order, adding up to N: then the pooling runs over all patches of an
-                image, and every tile of it gets the image's logits (the image-level router of Table 3). None: one
-                decision a tile.
+            tiles_per_image: tiles of each image, in order, adding up to N: then the pooling runs
+                over all patches of an image, and every tile of it gets the image's logits (the
+                image-level router of Table 3). None: one decision a tile.
 
         Returns:
             [N, 2], in the dtype of the weights.
@@ -95,7 +100,9 @@ class ViR(nn.Module):
             logits: Tensor = self.gating(self.pooling(features_NPD))
             return logits
         counts = list(tiles_per_image)
-        assert sum(counts) == features_NPD.size(0), f"{counts} tiles an image, {features_NPD.size(0)} tiles"
+        assert sum(counts) == features_NPD.size(0), (
+            f"{counts} tiles an image, {features_NPD.size(0)} tiles"
+        )
         images = [image for image in features_NPD.split(counts) if len(image)]
         if not images:
             return features_NPD.new_zeros(0, 2)

@@ -1,7 +1,9 @@
-"""One optimizer step's packs on every rank of a model replica: read once, text to all, each tile to one rank.
+"""One optimizer step's packs on every rank of a model replica: read once, text to all, each tile to
+one rank.
 
-The first rank of a replica reads; the others get the packs without tiles by broadcast, and the tiles that they encode
-from it. An error of its loader is an error on all ranks, so that none waits for the others.
+The first rank of a replica reads; the others get the packs without tiles by broadcast, and the
+tiles that they encode from it. An error of its loader is an error on all ranks, so that none waits
+for the others.
 """
 
 import dataclasses
@@ -23,7 +25,8 @@ LoaderError = SampleError | ConfigError | WorkerError
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepBatch:
-    """The packs of one replica for one optimizer step, and the tiles of them that this rank encodes."""
+    """The packs of one replica for one optimizer step, and the tiles of them that this rank
+    encodes."""
 
     packs: tuple[PackedBatch, ...]
     """All packs, on the CPU, the same on every rank of the replica; their `tiles` are empty."""
@@ -56,12 +59,19 @@ def share_step(
             raise packs
         assert packs is not None
         share = _share(packs, groups, whole_images)
-        return StepBatch(packs=_without_tiles(packs), tiles=_run(packs, share.mine, groups), share=share)
+        return StepBatch(
+            packs=_without_tiles(packs), tiles=_run(packs, share.mine, groups), share=share
+        )
     header = _broadcast_header(packs, groups)
-    block = header["block"] if groups.replica.rank() == 0 else torch.empty(header["num_bytes"], dtype=torch.uint8)
+    block = (
+        header["block"]
+        if groups.replica.rank() == 0
+        else torch.empty(header["num_bytes"], dtype=torch.uint8)
+    )
     block = block.to(groups.device)
     torch.distributed.broadcast(block, group=groups.replica, group_src=0)
-    # Back to the CPU, where lengths and positions are worked out; it happens once, before the step begins.
+    # Back to the CPU, where lengths and positions are worked out; it happens once, before the step
+    # begins.
     received = tuple(parcel.unwrap(parcel.Parcel(block=block.cpu(), batches=header["batches"])))
     share = _share(received, groups, whole_images)
     tiles = _scatter_tiles(packs, share, header["tile_shape"], groups)
@@ -79,13 +89,17 @@ class SharedBatches(Iterable[StepBatch]):
         groups: Groups,
         whole_images: bool = False,
     ) -> None:
-        """Args: batches: the loader, on the replica's first rank; num_steps: how many steps are left, on every rank."""
-        assert (batches is not None) == (groups.replica.rank() == 0), "the first rank of a replica reads"
+        """Args: batches: the loader, on the replica's first rank; num_steps: how many steps are
+        left, on every rank."""
+        assert (batches is not None) == (groups.replica.rank() == 0), (
+            "the first rank of a replica reads"
+        )
         self._batches, self._num_steps = batches, num_steps
         self._groups, self._whole_images = groups, whole_images
 
     def __iter__(self) -> Iterator[StepBatch]:
-        """One StepBatch a step; raises a LoaderError on every rank of a replica whose reader met one."""
+        """One StepBatch a step; raises a LoaderError on every rank of a replica whose reader met
+        one."""
         reading = iter(self._batches) if self._batches is not None else None
         for _ in range(self._num_steps):
             packs: Sequence[PackedBatch] | LoaderError | None = None
@@ -96,7 +110,9 @@ class SharedBatches(Iterable[StepBatch]):
             yield share_step(packs, groups=self._groups, whole_images=self._whole_images)
 
 
-def _broadcast_header(packs: Sequence[PackedBatch] | LoaderError | None, groups: Groups) -> dict[str, Any]:
+def _broadcast_header(
+    packs: Sequence[PackedBatch] | LoaderError | None, groups: Groups
+) -> dict[str, Any]:
     """What is needed to receive the packs; on the sending rank also their block of bytes."""
     sent: list[Any] = [None]
     block = None
@@ -109,7 +125,9 @@ def _broadcast_header(packs: Sequence[PackedBatch] | LoaderError | None, groups:
             block = wrapped.block
             shape = tuple(packs[0].tiles.shape[1:])
             sent = [{"batches": wrapped.batches, "num_bytes": block.numel(), "tile_shape": shape}]
-    torch.distributed.broadcast_object_list(sent, group=groups.replica, group_src=0, device=groups.device)
+    torch.distributed.broadcast_object_list(
+        sent, group=groups.replica, group_src=0, device=groups.device
+    )
     header: dict[str, Any] = sent[0]
     if "error" in header:
         raise header["error"]
@@ -117,9 +135,13 @@ def _broadcast_header(packs: Sequence[PackedBatch] | LoaderError | None, groups:
 
 
 def _scatter_tiles(
-    packs: Sequence[PackedBatch] | LoaderError | None, share: TileShare, shape: tuple[int, ...], groups: Groups
+    packs: Sequence[PackedBatch] | LoaderError | None,
+    share: TileShare,
+    shape: tuple[int, ...],
+    groups: Groups,
 ) -> Tensor:
-    """Each rank's run of tiles; the runs are cut and sent one after the other, so that only one is held twice."""
+    """Each rank's run of tiles; the runs are cut and sent one after the other, so that only one is
+    held twice."""
     if groups.replica.rank() == 0:
         assert packs is not None
         assert not isinstance(packs, LoaderError)
@@ -142,7 +164,8 @@ def _share(packs: Sequence[PackedBatch], groups: Groups, whole_images: bool) -> 
 
 
 def _run(packs: Sequence[PackedBatch], run: slice, groups: Groups) -> Tensor:
-    """Tiles run.start to run.stop of a step; page-locked where a GPU will take them, so that compute goes on meanwhile.
+    """Tiles run.start to run.stop of a step; page-locked where a GPU will take them, so that
+    compute goes on meanwhile.
 
     They come from memory that workers share and are copied once, here.
     """
@@ -150,7 +173,9 @@ def _run(packs: Sequence[PackedBatch], run: slice, groups: Groups) -> Tensor:
     for pack in packs:
         parts.append(pack.tiles[max(run.start - first, 0) : max(run.stop - first, 0)])
         first += len(pack.tiles)
-    whole = parts[0].new_empty(run.stop - run.start, *parts[0].shape[1:], pin_memory=groups.device.type == "cuda")
+    whole = parts[0].new_empty(
+        run.stop - run.start, *parts[0].shape[1:], pin_memory=groups.device.type == "cuda"
+    )
     return torch.cat(parts, out=whole)
 
 

@@ -1,8 +1,8 @@
 """Lets megatron-core run where there is no GPU: in this process "cuda" then means "cpu".
 
-Installed by the entry points and the test fixtures, never at import of the package, and before the first import of
-`megatron` (mcore decides some things while it is imported). Does nothing where CUDA is available: on a GPU nothing
-is patched.
+Installed by the entry points and the test fixtures, never at import of the package, and before the
+first import of `megatron` (mcore decides some things while it is imported). Does nothing where CUDA
+is available: on a GPU nothing is patched.
 """
 
 import functools
@@ -17,7 +17,20 @@ from torch.optim.adamw import adamw
 from torch.utils import _device as torch_device
 
 _FACTORIES = (
-    *("empty", "zeros", "ones", "full", "tensor", "arange", "eye", "rand", "randn", "randint", "randperm", "linspace"),
+    *(
+        "empty",
+        "zeros",
+        "ones",
+        "full",
+        "tensor",
+        "arange",
+        "eye",
+        "rand",
+        "randn",
+        "randint",
+        "randperm",
+        "linspace",
+    ),
     *("as_tensor", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
 )
 _TENSOR_FACTORIES = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
@@ -42,8 +55,8 @@ class _Nothing:
 class CPUAdam(torch.optim.Optimizer):
     """AdamW with TransformerEngine's state layout: one step count in each parameter group.
 
-    megatron-core's DistributedOptimizer cannot load a checkpoint of torch's AdamW, which counts steps per parameter;
-    with this layout a checkpoint written on a CPU also loads on a GPU.
+    megatron-core's DistributedOptimizer cannot load a checkpoint of torch's AdamW, which counts
+    steps per parameter; with this layout a checkpoint written on a CPU also loads on a GPU.
     """
 
     def __init__(
@@ -57,7 +70,9 @@ class CPUAdam(torch.optim.Optimizer):
         **unused: Any,
     ) -> None:
         assert adam_w_mode, "only decoupled weight decay"
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -67,7 +82,10 @@ class CPUAdam(torch.optim.Optimizer):
             params = [param for param in group["params"] if param.grad is not None]
             for param in params:
                 if not self.state[param]:
-                    self.state[param] = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+                    self.state[param] = {
+                        "exp_avg": torch.zeros_like(param),
+                        "exp_avg_sq": torch.zeros_like(param),
+                    }
             adamw(
                 params,
                 [param.grad for param in params],
@@ -86,7 +104,8 @@ class CPUAdam(torch.optim.Optimizer):
 
 
 def install() -> None:
-    """Make this process run megatron-core on the CPU; no effect where CUDA is available or when called again."""
+    """Make this process run megatron-core on the CPU; no effect where CUDA is available or when
+    called again."""
     if torch.cuda.is_available() or getattr(torch.cuda, "_vico_stand_in", False):
         return
     torch.cuda._vico_stand_in = True  # type: ignore[attr-defined]
@@ -94,7 +113,8 @@ def install() -> None:
     _redirect_cuda_module()
     _redirect_rng()
     _redirect_collectives()
-    # mcore's jit_fuser is torch.compile, which costs a C++ compiler and seconds per function on the CPU.
+    # mcore's jit_fuser is torch.compile, which costs a C++ compiler and seconds per function on the
+    # CPU.
     torch.compile = lambda model=None, **kwargs: model if model is not None else (lambda fn: fn)  # type: ignore[assignment]
     _install_adam()
 
@@ -106,8 +126,8 @@ def _to_cpu(value: Any, *, index_is_device: bool) -> Any:
 
 
 def _factory(create: Callable[..., Any]) -> Callable[..., Any]:
-    # Factories are wrapped one by one: a TorchFunctionMode would be off inside autograd's backward, where
-    # sequence-parallel linear layers allocate.
+    # Factories are wrapped one by one: a TorchFunctionMode would be off inside autograd's backward,
+    # where sequence-parallel linear layers allocate.
     @functools.wraps(create)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs:
@@ -120,8 +140,8 @@ def _factory(create: Callable[..., Any]) -> Callable[..., Any]:
 
 def _redirect_tensors() -> None:
     tensor: Any = torch.Tensor
-    # torch finds out once which functions `with torch.device(...)` reaches; it must find the real ones, or transformers
-    # leaves the buffers of a model that it builds on "meta" without values.
+    # torch finds out once which functions `with torch.device(...)` reaches; it must find the real
+    # ones, or transformers leaves the buffers of a model that it builds on "meta" without values.
     torch_device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _factory(getattr(torch, name)))
@@ -130,7 +150,9 @@ def _redirect_tensors() -> None:
     move, type_name = tensor.to, tensor.type
 
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
-        named = {name: _to_cpu(value, index_is_device=name == "device") for name, value in kwargs.items()}
+        named = {
+            name: _to_cpu(value, index_is_device=name == "device") for name, value in kwargs.items()
+        }
         return move(self, *(_to_cpu(value, index_is_device=True) for value in args), **named)
 
     def type_(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -143,12 +165,21 @@ def _redirect_tensors() -> None:
 
 
 def _constant(value: Any = None) -> Callable[..., Any]:
-    return lambda *args, **kwargs: value  # a new function each time: torch._dynamo rejects one object under two names
+    return lambda *args, **kwargs: (
+        value
+    )  # a new function each time: torch._dynamo rejects one object under two names
 
 
 def _redirect_cuda_module() -> None:
     cuda: Any = torch.cuda
-    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "set_stream", "_lazy_init"):
+    for name in (
+        "set_device",
+        "synchronize",
+        "empty_cache",
+        "reset_peak_memory_stats",
+        "set_stream",
+        "_lazy_init",
+    ):
         setattr(cuda, name, _constant())
     for name in (
         "current_device",
@@ -164,7 +195,9 @@ def _redirect_cuda_module() -> None:
     cuda.memory_stats = _constant({})
     cuda.is_current_stream_capturing = _constant(False)
     cuda.get_device_capability = _constant((0, 0))
-    cuda.get_device_properties = _constant(types.SimpleNamespace(name="cpu", major=0, minor=0, total_memory=0))
+    cuda.get_device_properties = _constant(
+        types.SimpleNamespace(name="cpu", major=0, minor=0, total_memory=0)
+    )
     cuda.nvtx.range_push, cuda.nvtx.range_pop, cuda.nvtx.range = _constant(), _constant(), _Nothing
 
 
@@ -174,8 +207,11 @@ def _redirect_rng() -> None:
     cuda.default_generators = (torch.default_generator,)
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
-    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-    # mcore warns that the CPU generator moved inside a CUDA one's context; here they are the same generator.
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(
+        state
+    )
+    # mcore warns that the CPU generator moved inside a CUDA one's context; here they are the same
+    # generator.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
@@ -196,17 +232,22 @@ def _redirect_collectives() -> None:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        return all_to_all(output, tensor, plain(output_split_sizes), plain(input_split_sizes), *args, **kwargs)
+        return all_to_all(
+            output, tensor, plain(output_split_sizes), plain(input_split_sizes), *args, **kwargs
+        )
 
     torch.distributed.all_to_all_single = all_to_all_single  # type: ignore[assignment]
     _allow_unequal_parts()
 
 
 def _allow_unequal_parts() -> None:
-    # NCCL gathers and scatters parts of unequal lengths, which experts over tensor-parallel ranks have; gloo does not.
+    # NCCL gathers and scatters parts of unequal lengths, which experts over tensor-parallel ranks
+    # have; gloo does not.
     all_gather, reduce_scatter = torch.distributed.all_gather, torch.distributed.reduce_scatter
 
-    def unequal_all_gather(outputs: list[Any], tensor: Any, group: Any = None, **kwargs: Any) -> Any:
+    def unequal_all_gather(
+        outputs: list[Any], tensor: Any, group: Any = None, **kwargs: Any
+    ) -> Any:
         if len({each.shape for each in outputs}) == 1:
             return all_gather(outputs, tensor, group=group, **kwargs)
         padded = tensor.new_zeros(max(len(each) for each in outputs), *tensor.shape[1:])
@@ -217,7 +258,9 @@ def _allow_unequal_parts() -> None:
             output.copy_(part[: len(output)])
         return None
 
-    def unequal_reduce_scatter(output: Any, inputs: list[Any], group: Any = None, **kwargs: Any) -> Any:
+    def unequal_reduce_scatter(
+        output: Any, inputs: list[Any], group: Any = None, **kwargs: Any
+    ) -> Any:
         if len({each.shape for each in inputs}) == 1:
             return reduce_scatter(output, inputs, group=group, **kwargs)
         assert not kwargs
@@ -232,7 +275,8 @@ def _allow_unequal_parts() -> None:
 
 def _install_adam() -> None:
     with warnings.catch_warnings():
-        # That there is no TransformerEngine or Apex is what this file is for; `vico doctor` says so once.
+        # That there is no TransformerEngine or Apex is what this file is for; `vico doctor` says so
+        # once.
         warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
         from megatron.core import optimizer
         from megatron.core.optimizer import distrib_optimizer

@@ -1,9 +1,11 @@
-"""Next-token cross-entropy from hidden rows and a vocabulary head, chunked over rows and split over the vocabulary.
+"""Next-token cross-entropy from hidden rows and a vocabulary head, chunked over rows and split over
+the vocabulary.
 
-The loss of pretraining, and of the plain fine-tuning step that a consistency step is measured against.
+The loss of pretraining, and of the plain fine-tuning step that a consistency step is measured
+against.
 
-Shape suffixes: R response rows, C rows of one chunk, B rows of one block, H channels, V vocabulary entries that this
-rank holds.
+Shape suffixes: R response rows, C rows of one chunk, B rows of one block, H channels, V vocabulary
+entries that this rank holds.
 """
 
 from dataclasses import dataclass
@@ -15,12 +17,18 @@ from megatron_vico.parallel.fused_head import VocabularyShard, check_head, head_
 
 
 def cross_entropy_loss(
-    rows_RH: Tensor, *, weight_VH: Tensor, labels_R: Tensor, row_weight_R: Tensor, shard: VocabularyShard
+    rows_RH: Tensor,
+    *,
+    weight_VH: Tensor,
+    labels_R: Tensor,
+    row_weight_R: Tensor,
+    shard: VocabularyShard,
 ) -> Tensor:
     """Sum over rows of weight * -log p(label).
 
-    Gradients as `fused_head.head_loss` says: that of the rows is this rank's share, to be summed over the group; the
-    weight's goes into `main_grad` where there is one, for an incoming gradient of 1.
+    Gradients as `fused_head.head_loss` says: that of the rows is this rank's share, to be summed
+    over the group; the weight's goes into `main_grad` where there is one, for an incoming gradient
+    of 1.
 
     Args:
         rows_RH: [R, H], after the final norm; the same on all ranks of the group.
@@ -34,16 +42,19 @@ def cross_entropy_loss(
 
     Raises:
         ValueError: if shapes or dtypes do not fit one another.
-        RuntimeError: if a label lies outside the vocabulary; on a GPU when the device is next waited for.
+        RuntimeError: if a label lies outside the vocabulary; on a GPU when the device is next
+            waited for.
     """
     check_head(rows_RH, weight_VH, shard, name="cross-entropy")
     if labels_R.shape != rows_RH.shape[:1] or row_weight_R.shape != rows_RH.shape[:1]:
         raise ValueError(
-            f"{len(rows_RH)} rows but labels of shape {tuple(labels_R.shape)} and row weights of shape "
-            f"{tuple(row_weight_R.shape)}"
+            f"{len(rows_RH)} rows but labels of shape {tuple(labels_R.shape)} and row weights of"
+            f" shape {tuple(row_weight_R.shape)}"
         )
     inside = ((labels_R >= 0) & (labels_R < shard.vocab_size)).all()
-    torch._assert_async(inside, f"a label lies outside the vocabulary of {shard.vocab_size} entries")
+    torch._assert_async(
+        inside, f"a label lies outside the vocabulary of {shard.vocab_size} entries"
+    )
     loss = _CrossEntropy(labels_R=labels_R - shard.first(weight_VH), shard=shard)
     return head_loss(rows_RH, weight_VH, row_weight_R, loss=loss, shard=shard)
 
@@ -53,7 +64,8 @@ class _CrossEntropy:
     """-log p(label) of each row; a `RowLoss`."""
 
     labels_R: Tensor
-    """[R] int64, counted from this rank's first entry; negative or too large where another rank holds the label."""
+    """[R] int64, counted from this rank's first entry; negative or too large where another rank
+    holds the label."""
 
     shard: VocabularyShard
 
@@ -74,7 +86,8 @@ class _CrossEntropy:
         return values_C
 
     def _normaliser(self, logits_CV: Tensor) -> tuple[Tensor, Tensor]:
-        """The largest logit, [C], and the logarithm of sum e^(logit - largest), [C], over the whole vocabulary."""
+        """The largest logit, [C], and the logarithm of sum e^(logit - largest), [C], over the whole
+        vocabulary."""
         statistics_KC = logits_CV.new_zeros(2, len(logits_CV))
         if logits_CV.shape[1] == 0:
             statistics_KC[0] = -torch.inf

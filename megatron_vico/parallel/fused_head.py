@@ -1,11 +1,13 @@
-"""What every loss on a vocabulary head shares: logits a chunk of rows at a time, and gradients in the same pass.
+"""What every loss on a vocabulary head shares: logits a chunk of rows at a time, and gradients in
+the same pass.
 
-The logits of 32,768 rows over 151,936 entries are 20 GB in float32, for each of two models. Here one chunk of them
-lives at a time: its loss, the gradient of its rows and its share of the weight's gradient are done before the next
-chunk begins. The head may be split over the vocabulary (Megatron's tensor parallelism).
+The logits of 32,768 rows over 151,936 entries are 20 GB in float32, for each of two models. Here
+one chunk of them lives at a time: its loss, the gradient of its rows and its share of the weight's
+gradient are done before the next chunk begins. The head may be split over the vocabulary
+(Megatron's tensor parallelism).
 
-Shape suffixes: R rows, C rows of one chunk, B rows of one block of a chunk, H channels, V vocabulary entries that this
-rank holds, K numbers a row.
+Shape suffixes: R rows, C rows of one chunk, B rows of one block of a chunk, H channels, V
+vocabulary entries that this rank holds, K numbers a row.
 """
 
 from collections.abc import Iterator
@@ -18,8 +20,8 @@ from torch.autograd.function import once_differentiable
 
 # Numbers in a block of the weight: 32 MiB in float32, which fits the second-level cache of an H100.
 _WEIGHT_BLOCK = 2**23
-# Numbers in a block of the logits, for elementwise work: 1 MiB in float32 stays in a CPU core's cache; a GPU wants few
-# large launches, and 64 MiB are 5 % of a chunk of 1,024 rows.
+# Numbers in a block of the logits, for elementwise work: 1 MiB in float32 stays in a CPU core's
+# cache; a GPU wants few large launches, and 64 MiB are 5 % of a chunk of 1,024 rows.
 _CPU_BLOCK, _GPU_BLOCK = 2**18, 2**24
 
 
@@ -28,13 +30,16 @@ class VocabularyShard:
     """How a vocabulary head is split, and how many rows of it are worked on at a time."""
 
     group: torch.distributed.ProcessGroup | None
-    """The tensor-parallel group, each rank with an equal share of the weight's rows; None: one rank holds them all."""
+    """The tensor-parallel group, each rank with an equal share of the weight's rows; None: one rank
+    holds them all."""
 
     vocab_size: int
-    """Real entries, over all ranks; the weight's rows beyond them are padding and never take part."""
+    """Real entries, over all ranks; the weight's rows beyond them are padding and never take
+    part."""
 
     chunk_rows: int = 1024
-    """Rows worked on at a time. Fewer save memory (8 bytes a row and entry); below 1,024 a GPU waits for the weight."""
+    """Rows worked on at a time. Fewer save memory (8 bytes a row and entry); below 1,024 a GPU
+    waits for the weight."""
 
     @property
     def size(self) -> int:
@@ -73,7 +78,8 @@ class RowLoss(Protocol):
         Args:
             logits_CV: [C, V] float32, over this rank's real entries; overwritten.
             rows: which of all rows the chunk holds.
-            scale_C: [C] float32: then the logits are overwritten by their gradient times this. None: with anything.
+            scale_C: [C] float32: then the logits are overwritten by their gradient times this.
+                None: with anything.
 
         Returns:
             [C] float32, this rank's part of each row's loss: the sum over ranks is the loss.
@@ -90,15 +96,20 @@ def check_head(rows_RH: Tensor, weight_VH: Tensor, shard: VocabularyShard, *, na
     """Raise ValueError unless rows and weight fit one another and the vocabulary."""
     if rows_RH.dim() != 2 or weight_VH.dim() != 2 or rows_RH.shape[1] != weight_VH.shape[1]:
         raise ValueError(
-            f"{name}: rows are {tuple(rows_RH.shape)} and the head's weight is {tuple(weight_VH.shape)}; expected "
-            "[rows, hidden] and [vocabulary of this rank, hidden] with the same hidden"
+            f"{name}: rows are {tuple(rows_RH.shape)} and the head's weight is"
+            f" {tuple(weight_VH.shape)}; expected [rows, hidden] and [vocabulary of this rank,"
+            " hidden] with the same hidden"
         )
     if rows_RH.dtype != weight_VH.dtype:
-        raise ValueError(f"{name}: rows are {rows_RH.dtype} but the head's weight is {weight_VH.dtype}; cast the rows")
+        raise ValueError(
+            f"{name}: rows are {rows_RH.dtype} but the head's weight is {weight_VH.dtype}; cast the"
+            " rows"
+        )
     if shard.size * len(weight_VH) < shard.vocab_size:
         raise ValueError(
-            f"{name}: {shard.size} ranks with {len(weight_VH)} rows of the head each hold fewer than the "
-            f"{shard.vocab_size} entries of the vocabulary; the group has to be the one that the head is split over"
+            f"{name}: {shard.size} ranks with {len(weight_VH)} rows of the head each hold fewer"
+            f" than the {shard.vocab_size} entries of the vocabulary; the group has to be the one"
+            " that the head is split over"
         )
 
 
@@ -111,7 +122,8 @@ def row_blocks(logits_CV: Tensor) -> Iterator[slice]:
 def logits_of(rows_CH: Tensor, weight_VH: Tensor) -> Tensor:
     """[C, V], accumulated and kept in float32.
 
-    Rounded to bf16, logits put an error of 5 % on the gradient of the KL at 0.2 nats and of 44 % at 2e-3 nats.
+    Rounded to bf16, logits put an error of 5 % on the gradient of the KL at 0.2 nats and of 44 % at
+    2e-3 nats.
     """
     dtype = accumulation_dtype(rows_CH.dtype)
     if rows_CH.dtype == dtype:
@@ -125,27 +137,42 @@ def logits_of(rows_CH: Tensor, weight_VH: Tensor) -> Tensor:
     return logits_CV
 
 
-def row_values(rows_RH: Tensor, weight_VH: Tensor, *, loss: RowLoss, shard: VocabularyShard) -> Tensor:
+def row_values(
+    rows_RH: Tensor, weight_VH: Tensor, *, loss: RowLoss, shard: VocabularyShard
+) -> Tensor:
     """[R] float32, the loss of each row, equal on all ranks of the group; no gradient."""
     with torch.no_grad():
-        return _sweep(rows_RH, weight_VH, None, _Gradients(rows_RH=None, weight_VH=None), loss=loss, shard=shard)
+        return _sweep(
+            rows_RH,
+            weight_VH,
+            None,
+            _Gradients(rows_RH=None, weight_VH=None),
+            loss=loss,
+            shard=shard,
+        )
 
 
 def head_loss(
-    rows_RH: Tensor, weight_VH: Tensor, row_weight_R: Tensor, *, loss: RowLoss, shard: VocabularyShard
+    rows_RH: Tensor,
+    weight_VH: Tensor,
+    row_weight_R: Tensor,
+    *,
+    loss: RowLoss,
+    shard: VocabularyShard,
 ) -> Tensor:
     """Weighted sum of the rows' losses, with both gradients made in the same pass.
 
-    The gradient of the rows is this rank's share, over its part of the vocabulary: whoever made the rows sums it over
-    the group. The weight's gradient is added to `weight.main_grad` where there is one, as Megatron's own fused layers
-    do, here in the forward pass: it takes the gradient that comes in for 1, which it is unless the loss is scaled
-    (float16), divided or multiplied after this call. The rows' gradient, and a weight's that has no `main_grad`, are
-    multiplied by what comes in.
+    The gradient of the rows is this rank's share, over its part of the vocabulary: whoever made the
+    rows sums it over the group. The weight's gradient is added to `weight.main_grad` where there is
+    one, as Megatron's own fused layers do, here in the forward pass: it takes the gradient that
+    comes in for 1, which it is unless the loss is scaled (float16), divided or multiplied after
+    this call. The rows' gradient, and a weight's that has no `main_grad`, are multiplied by what
+    comes in.
 
     Args:
         rows_RH: [R, H], the same on all ranks of the group.
-        weight_VH: [V, H], this rank's share, of the rows' dtype. Without `main_grad`, its gradient is gathered in
-            float32 and handed back in its dtype.
+        weight_VH: [V, H], this rank's share, of the rows' dtype. Without `main_grad`, its gradient
+            is gathered in float32 and handed back in its dtype.
         row_weight_R: [R] float32.
         loss: what is taken of each row.
         shard: how the head is split.
@@ -174,10 +201,17 @@ class _Gradients:
 class _FusedHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows_RH: Tensor, weight_VH: Tensor, row_weight_R: Tensor, loss: RowLoss, shard: VocabularyShard
+        ctx: Any,
+        rows_RH: Tensor,
+        weight_VH: Tensor,
+        row_weight_R: Tensor,
+        loss: RowLoss,
+        shard: VocabularyShard,
     ) -> Tensor:
         rows_wanted, weight_wanted = ctx.needs_input_grad[:2]
-        main_grad_VH: Tensor | None = getattr(weight_VH, "main_grad", None) if weight_wanted else None
+        main_grad_VH: Tensor | None = (
+            getattr(weight_VH, "main_grad", None) if weight_wanted else None
+        )
         own_grad_VH = None
         if weight_wanted and main_grad_VH is None:
             own_grad_VH = torch.zeros_like(weight_VH, dtype=accumulation_dtype(weight_VH.dtype))
@@ -202,9 +236,13 @@ class _FusedHead(torch.autograd.Function):
         if grad_weight_VH is not None:
             grad_weight_VH = grad_weight_VH.mul_(grad).to(ctx.weight_dtype)
         elif ctx.weight_VH is not None:
-            # DDP's hook hangs on the weight's gradient, with no rows too. It is not read, unless `zero_out_wgrad`
-            # says that it will be added.
-            make = torch.zeros_like if getattr(ctx.weight_VH, "zero_out_wgrad", False) else torch.empty_like
+            # DDP's hook hangs on the weight's gradient, with no rows too. It is not read, unless
+            # `zero_out_wgrad` says that it will be added.
+            make = (
+                torch.zeros_like
+                if getattr(ctx.weight_VH, "zero_out_wgrad", False)
+                else torch.empty_like
+            )
             grad_weight_VH = make(ctx.weight_VH)
         return grad_rows_RH, grad_weight_VH, None, None, None
 
@@ -218,22 +256,35 @@ def _sweep(
     loss: RowLoss,
     shard: VocabularyShard,
 ) -> Tensor:
-    """[R], the loss of each row over the whole vocabulary; fills the gradients. The chunks depend on R alone."""
+    """[R], the loss of each row over the whole vocabulary; fills the gradients. The chunks depend
+    on R alone."""
     real = _Gradients(
-        rows_RH=gradients.rows_RH, weight_VH=None if gradients.weight_VH is None else shard.real(gradients.weight_VH)
+        rows_RH=gradients.rows_RH,
+        weight_VH=None if gradients.weight_VH is None else shard.real(gradients.weight_VH),
     )
     weight_VH = shard.real(weight_VH)
     values_R = rows_RH.new_empty(len(rows_RH), dtype=accumulation_dtype(rows_RH.dtype))
     for rows in _blocks(len(rows_RH), shard.chunk_rows):
-        scale_C = row_weight_R[rows].to(values_R.dtype) if row_weight_R is not None and real.wanted else None
+        scale_C = (
+            row_weight_R[rows].to(values_R.dtype)
+            if row_weight_R is not None and real.wanted
+            else None
+        )
         values_R[rows] = _one_chunk(rows_RH, weight_VH, rows, scale_C, gradients=real, loss=loss)
     return shard.sum_(values_R)
 
 
 def _one_chunk(
-    rows_RH: Tensor, weight_VH: Tensor, rows: slice, scale_C: Tensor | None, *, gradients: _Gradients, loss: RowLoss
+    rows_RH: Tensor,
+    weight_VH: Tensor,
+    rows: slice,
+    scale_C: Tensor | None,
+    *,
+    gradients: _Gradients,
+    loss: RowLoss,
 ) -> Tensor:
-    """A function of its own, so that the logits of one chunk are gone before those of the next are made."""
+    """A function of its own, so that the logits of one chunk are gone before those of the next are
+    made."""
     rows_CH = rows_RH[rows]
     logits_CV = logits_of(rows_CH, weight_VH)
     values_C = loss.chunk(logits_CV, rows, scale_C=scale_C)
@@ -263,7 +314,8 @@ def _rows_gradient(grad_CV: Tensor, weight_VH: Tensor) -> Tensor:
 
 
 def _add_weight_gradient(total_VH: Tensor, grad_CV: Tensor, rows_CH: Tensor) -> None:
-    """Add grad^T rows; no [V, H] temporary, which would be 2.5 GB for a vocabulary of 151,936 and 4,096 channels."""
+    """Add grad^T rows; no [V, H] temporary, which would be 2.5 GB for a vocabulary of 151,936 and
+    4,096 channels."""
     if grad_CV.dtype == total_VH.dtype:
         total_VH.addmm_(grad_CV.T, rows_CH.to(grad_CV.dtype))
         return
@@ -277,7 +329,8 @@ def _add_weight_gradient(total_VH: Tensor, grad_CV: Tensor, rows_CH: Tensor) -> 
 
 
 def _has_wide_product(tensor: Tensor) -> bool:
-    """Whether bf16 matrices are multiplied into float32; the CPU cannot. Not run on a GPU so far: tests emulate it."""
+    """Whether bf16 matrices are multiplied into float32; the CPU cannot. Not run on a GPU so far:
+    tests emulate it."""
     return tensor.device.type != "cpu" and tensor.dtype in (torch.bfloat16, torch.float16)
 
 

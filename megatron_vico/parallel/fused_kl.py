@@ -1,9 +1,11 @@
-"""Eq. 1 of the ViCO paper from hidden rows and both vocabulary heads, chunked over rows and split over the vocabulary.
+"""Eq. 1 of the ViCO paper from hidden rows and both vocabulary heads, chunked over rows and split
+over the vocabulary.
 
-Equals `vico/consistency.py`'s `forward_kl` on whole logits, and is right to the last digits for the same reasons.
+Equals `vico/consistency.py`'s `forward_kl` on whole logits, and is right to the last digits for the
+same reasons.
 
-Shape suffixes: R response rows, C rows of one chunk, B rows of one block, H channels, V vocabulary entries that this
-rank holds.
+Shape suffixes: R response rows, C rows of one chunk, B rows of one block, H channels, V vocabulary
+entries that this rank holds.
 """
 
 from dataclasses import dataclass
@@ -33,27 +35,38 @@ def kl_loss(
 ) -> Tensor:
     """Sum over response rows of weight * KL(reference || policy); Eq. 1 of the ViCO paper.
 
-    Gradients as `fused_head.head_loss` says: that of the rows is this rank's share, to be summed over the group; the
-    weight's goes into `main_grad` where there is one, for an incoming gradient of 1.
+    Gradients as `fused_head.head_loss` says: that of the rows is this rank's share, to be summed
+    over the group; the weight's goes into `main_grad` where there is one, for an incoming gradient
+    of 1.
 
     Args:
-        policy_rows_RH: [R, H], after the final norm, from the compressed image; the same on all ranks of the group.
+        policy_rows_RH: [R, H], after the final norm, from the compressed image; the same on all
+            ranks of the group.
         policy_weight_VH: [V, H], this rank's rows of the policy's head.
-        reference_rows_RH: [R, H], the same tokens in the same order, from the uncompressed image; gets no gradient.
-        reference_weight_VH: [V, H], this rank's rows of the reference's head, split as the policy's; no gradient.
-        row_weight_R: [R] float32, 1 / (response tokens of the row's sample * samples in the global batch).
+        reference_rows_RH: [R, H], the same tokens in the same order, from the uncompressed image;
+            gets no gradient.
+        reference_weight_VH: [V, H], this rank's rows of the reference's head, split as the
+            policy's; no gradient.
+        row_weight_R: [R] float32, 1 / (response tokens of the row's sample * samples in the global
+            batch).
         shard: how both heads are split.
 
     Returns:
-        Scalar float32, nats, equal on all ranks of the group; exactly 0, with exactly zero gradients, where rows and
-        heads of the two models are bitwise equal. Not a view, as Megatron's pipeline schedules want it.
+        Scalar float32, nats, equal on all ranks of the group; exactly 0, with exactly zero
+        gradients, where rows and heads of the two models are bitwise equal. Not a view, as
+        Megatron's pipeline schedules want it.
 
     Raises:
         ValueError: if shapes or dtypes do not fit one another.
     """
-    loss = _to_reference(policy_rows_RH, policy_weight_VH, reference_rows_RH, reference_weight_VH, shard)
+    loss = _to_reference(
+        policy_rows_RH, policy_weight_VH, reference_rows_RH, reference_weight_VH, shard
+    )
     if row_weight_R.shape != policy_rows_RH.shape[:1]:
-        raise ValueError(f"{len(policy_rows_RH)} policy rows but row weights of shape {tuple(row_weight_R.shape)}")
+        raise ValueError(
+            f"{len(policy_rows_RH)} policy rows but row weights of shape"
+            f" {tuple(row_weight_R.shape)}"
+        )
     return head_loss(policy_rows_RH, policy_weight_VH, row_weight_R, loss=loss, shard=shard)
 
 
@@ -65,11 +78,14 @@ def kl_rows(
     reference_weight_VH: Tensor,
     shard: VocabularyShard,
 ) -> Tensor:
-    """KL(reference || policy) of each row, [R] float32 nats, without gradient: what the ratio of Eq. 2 is made of.
+    """KL(reference || policy) of each row, [R] float32 nats, without gradient: what the ratio of
+    Eq. 2 is made of.
 
     Arguments, equality on all ranks and errors as in `kl_loss`.
     """
-    loss = _to_reference(policy_rows_RH, policy_weight_VH, reference_rows_RH, reference_weight_VH, shard)
+    loss = _to_reference(
+        policy_rows_RH, policy_weight_VH, reference_rows_RH, reference_weight_VH, shard
+    )
     return row_values(policy_rows_RH, policy_weight_VH, loss=loss, shard=shard)
 
 
@@ -84,8 +100,8 @@ def _to_reference(
     check_head(reference_rows_RH, reference_weight_VH, shard, name="reference")
     if len(policy_rows_RH) != len(reference_rows_RH):
         raise ValueError(
-            f"{len(reference_rows_RH)} reference rows but {len(policy_rows_RH)} policy rows; both streams must give "
-            "the same response rows"
+            f"{len(reference_rows_RH)} reference rows but {len(policy_rows_RH)} policy rows; both"
+            " streams must give the same response rows"
         )
     if len(policy_weight_VH) != len(reference_weight_VH):
         raise ValueError(
@@ -93,7 +109,9 @@ def _to_reference(
             f"{len(policy_weight_VH)}; both must be split and padded alike"
         )
     return _KLToReference(
-        rows_RH=reference_rows_RH.detach(), weight_VH=shard.real(reference_weight_VH.detach()), shard=shard
+        rows_RH=reference_rows_RH.detach(),
+        weight_VH=shard.real(reference_weight_VH.detach()),
+        shard=shard,
     )
 
 
@@ -132,8 +150,8 @@ class _KLToReference:
 
 
 def _statistics(policy_BV: Tensor, reference_BV: Tensor, *, out_KB: Tensor) -> None:
-    """Over this rank's entries: of q the largest logit, the sum of e^(logit - largest) and the near sum; of p the first
-    two; the largest difference of logits."""
+    """Over this rank's entries: of q the largest logit, the sum of e^(logit - largest) and the near
+    sum; of p the first two; the largest difference of logits."""
     if policy_BV.shape[1] == 0:  # a rank that holds nothing but padding
         out_KB[0], out_KB[3] = -torch.inf, -torch.inf
         return
@@ -154,20 +172,21 @@ def _normaliser(statistics: Tensor) -> _Normaliser:
     q_share = (q_max - q_top_C).exp()
     q_total_C = (q_sum * q_share).sum(dim=0)
     p_total_C = (p_sum * (p_max - p_top_C).exp()).sum(dim=0)
-    # The sum of q (p' / q - 1), p' the policy before it is normalised: keeps its digits where both are near, and is of
-    # no use (perhaps infinite) where they are far.
+    # The sum of q (p' / q - 1), p' the policy before it is normalised: keeps its digits where both
+    # are near, and is of no use (perhaps infinite) where they are far.
     near_C = ((near * q_share).sum(dim=0) / q_total_C).log1p()
     far_C = (p_top_C - q_top_C) + (p_total_C / q_total_C).log()
     return _Normaliser(q_top_C + q_total_C.log(), torch.where(delta.amax(dim=0) < 1, near_C, far_C))
 
 
 def _to_difference(policy_BV: Tensor, reference_BV: Tensor, normaliser: _Normaliser) -> Tensor:
-    """Turn the policy's logits into p - q in place; returns this rank's part of the KL, [B]. The reference's are spent.
+    """Turn the policy's logits into p - q in place; returns this rank's part of the KL, [B]. The
+    reference's are spent.
 
-    With x = log q - log p from the difference of the logits, p - q is q (e^-x - 1) and the KL the sum of
-    q (e^-x - 1 + x), whose terms are all >= 0: see `vico/consistency.py`. Where p is the larger, p (1 - e^x) is the
-    same and cannot overflow. Written for the larger of both, it needs no choice between two forms, which on a CPU
-    costs more than an exponential.
+    With x = log q - log p from the difference of the logits, p - q is q (e^-x - 1) and the KL the
+    sum of q (e^-x - 1 + x), whose terms are all >= 0: see `vico/consistency.py`. Where p is the
+    larger, p (1 - e^x) is the same and cannot overflow. Written for the larger of both, it needs no
+    choice between two forms, which on a CPU costs more than an exponential.
     """
     x_BV = (reference_BV - policy_BV).add_(normaliser.shift_C)
     log_larger_BV = reference_BV.sub_(normaliser.reference_C).sub_(x_BV.clamp_max(0))

@@ -1,4 +1,5 @@
-"""Starts the process groups of a run: Megatron's for the language model, and those of the vision encoder."""
+"""Starts the process groups of a run: Megatron's for the language model, and those of the vision
+encoder."""
 
 import os
 from collections.abc import Iterator
@@ -21,11 +22,13 @@ class Groups:
     """Megatron's groups of the language model."""
 
     encoder: ProcessGroupCollection
-    """Groups of the vision encoder: data-parallel over all ranks (it is never split), all else of one rank."""
+    """Groups of the vision encoder: data-parallel over all ranks (it is never split), all else of
+    one rank."""
 
     replica: torch.distributed.ProcessGroup
-    """Ranks that share one model replica (tensor x context x pipeline) and so work on the same packs; tensor ranks
-    are neighbours in it, and the ranks of the first pipeline stage come first."""
+    """Ranks that share one model replica (tensor x context x pipeline) and so work on the same
+    packs; tensor ranks are neighbours in it, and the ranks of the first pipeline stage come first.
+    """
 
     device: torch.device
     """Where this rank computes."""
@@ -62,7 +65,8 @@ class Groups:
 
     @property
     def counts_loss(self) -> bool:
-        """Whether this rank's loss enters the sum over all ranks: the others have none, or the same one."""
+        """Whether this rank's loss enters the sum over all ranks: the others have none, or the same
+        one."""
         return self.is_last_stage and self.language.tp.rank() == 0
 
 
@@ -83,11 +87,16 @@ def started(options: ParallelOptions, *, seed: int, timeout_minutes: int) -> Ite
         timeout_minutes: how long a collective may wait before the run is ended.
 
     Yields:
-        The groups of this rank; what was started here ends with the context, unless that ends with an error.
+        The groups of this rank; what was started here ends with the context, unless that ends with
+        an error.
     """
     owned = not torch.distributed.is_initialized()
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if on_gpu
+        else torch.device("cpu")
+    )
     if on_gpu:
         torch.cuda.set_device(device)
     if owned:
@@ -109,7 +118,8 @@ def started(options: ParallelOptions, *, seed: int, timeout_minutes: int) -> Ite
             distributed_timeout_minutes=timeout_minutes,
         )
     yield current_groups(seed=seed, device=device)
-    # Not after an error: closing NCCL's groups may wait for ranks that never come, and the process ends anyway.
+    # Not after an error: closing NCCL's groups may wait for ranks that never come, and the process
+    # ends anyway.
     if owned:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
@@ -128,25 +138,51 @@ def current_groups(*, seed: int, device: torch.device) -> Groups:
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     language = ProcessGroupCollection.use_mpu_process_groups()
-    return Groups(language=language, encoder=_encoder_groups(), replica=_replica_group(language), device=device)
+    return Groups(
+        language=language,
+        encoder=_encoder_groups(),
+        replica=_replica_group(language),
+        device=device,
+    )
 
 
 def _replica_group(language: ProcessGroupCollection) -> torch.distributed.ProcessGroup:
-    """megatron-core has no group of all ranks of a replica; its rank order is tensor, context, data, pipeline."""
-    tensor, context, data, pipeline = (getattr(language, name).size() for name in ("tp", "cp", "dp", "pp"))
+    """megatron-core has no group of all ranks of a replica; its rank order is tensor, context,
+    data, pipeline."""
+    tensor, context, data, pipeline = (
+        getattr(language, name).size() for name in ("tp", "cp", "dp", "pp")
+    )
     ranks = torch.arange(tensor * context * data * pipeline).view(pipeline, data, context, tensor)
     place = tuple(getattr(language, name).rank() for name in ("pp", "dp", "cp", "tp"))
-    assert int(ranks[place]) == torch.distributed.get_rank(), "megatron-core orders its ranks in another way"
+    assert int(ranks[place]) == torch.distributed.get_rank(), (
+        "megatron-core orders its ranks in another way"
+    )
     # Every rank makes every group, as torch asks for.
-    groups = [torch.distributed.new_group(ranks[:, index].flatten().tolist()) for index in range(data)]
+    groups = [
+        torch.distributed.new_group(ranks[:, index].flatten().tolist()) for index in range(data)
+    ]
     return groups[place[1]]
 
 
 def _encoder_groups() -> ProcessGroupCollection:
     world = torch.distributed.group.WORLD
-    one = torch.distributed.new_group([torch.distributed.get_rank()], use_local_synchronization=True)
+    one = torch.distributed.new_group(
+        [torch.distributed.get_rank()], use_local_synchronization=True
+    )
     groups = ProcessGroupCollection()
-    for name in ("tp", "pp", "cp", "ep", "mp", "embd", "pos_embd", "tp_cp", "tp_ep_pp", "expt_tp", "tp_ep"):
+    for name in (
+        "tp",
+        "pp",
+        "cp",
+        "ep",
+        "mp",
+        "embd",
+        "pos_embd",
+        "tp_cp",
+        "tp_ep_pp",
+        "expt_tp",
+        "tp_ep",
+    ):
         setattr(groups, name, one)
     for name in ("dp", "dp_cp", "expt_dp", "intra_dp_cp", "intra_expt_dp", "intra_dist_opt"):
         setattr(groups, name, world)

@@ -1,7 +1,8 @@
-"""A packed stream as one rank takes it: padded to what the layout needs, cut over context and sequence ranks.
+"""A packed stream as one rank takes it: padded to what the layout needs, cut over context and
+sequence ranks.
 
-Everything here is integer arithmetic on the CPU, done once a pack. The ranks of a replica hold the same pack, so each
-also knows what the others hold: no length and no row has to be asked for.
+Everything here is integer arithmetic on the CPU, done once a pack. The ranks of a replica hold the
+same pack, so each also knows what the others hold: no length and no row has to be asked for.
 
 Shapes: T tokens of a pack, D documents (samples) of it, V visual tokens, R response rows.
 """
@@ -18,23 +19,26 @@ from megatron_vico.parallel.groups import Groups
 from megatron_vico.parallel.zigzag import zigzag_positions
 
 FP8_ALIGNMENT = {"tensorwise": 16, "blockwise": 128}
-"""Tokens of a rank's shard must be a multiple of this under FP8: a weight's gradient is a product over tokens, and
-TransformerEngine quantises them in such blocks."""
+"""Tokens of a rank's shard must be a multiple of this under FP8: a weight's gradient is a product
+over tokens, and TransformerEngine quantises them in such blocks."""
 
 _PAD_ID = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamCut:
-    """How packed streams are padded and cut over the ranks of a model replica, and which part is this rank's."""
+    """How packed streams are padded and cut over the ranks of a model replica, and which part is
+    this rank's."""
 
     context_size: int = 1
-    """Ranks that share each document: rank r of n takes chunks r and 2n - 1 - r of the document's 2n."""
+    """Ranks that share each document: rank r of n takes chunks r and 2n - 1 - r of the document's
+    2n."""
 
     context_rank: int = 0
 
     sequence_size: int = 1
-    """Tensor-parallel ranks that share the hidden states of a context rank; 1 without sequence parallelism."""
+    """Tensor-parallel ranks that share the hidden states of a context rank; 1 without sequence
+    parallelism."""
 
     sequence_rank: int = 0
 
@@ -76,15 +80,17 @@ class StreamCut:
 def pad_stream(stream: PackedStream, cut: StreamCut) -> PackedStream:
     """Pad a stream to what a layout needs.
 
-    Each document is padded at its own end (causality keeps that out of sight), and the pack by one document more, of
-    padding only. Padding is no response and gets no visual token, so it has no loss.
+    Each document is padded at its own end (causality keeps that out of sight), and the pack by one
+    document more, of padding only. Padding is no response and gets no visual token, so it has no
+    loss.
 
     Args:
         stream: packed documents.
         cut: the layout.
 
     Returns:
-        The stream with `document_multiple` and `pack_multiple` fulfilled; `stream` itself if it fulfils them already.
+        The stream with `document_multiple` and `pack_multiple` fulfilled; `stream` itself if it
+        fulfils them already.
     """
     lens_D = stream.cu_seqlens.diff().long()
     each = cut.document_multiple
@@ -142,27 +148,35 @@ def language_inputs(stream: PackedStream, cut: StreamCut, device: torch.device) 
 
 
 def row_share(num_rows: int, *, size: int, rank: int) -> slice:
-    """The response rows of a pack that a context rank works on: an equal run of both streams, in response order."""
+    """The response rows of a pack that a context rank works on: an equal run of both streams, in
+    response order."""
     return slice(num_rows * rank // size, num_rows * (rank + 1) // size)
 
 
 def _places(padded: PackedStream, cut: StreamCut) -> tuple[Tensor, Tensor]:
-    """Positions that this context rank holds, in its order; and for each position, rank * local length + place."""
+    """Positions that this context rank holds, in its order; and for each position, rank * local
+    length + place."""
     if cut.context_size == 1:
         every_T = torch.arange(len(padded.token_ids))
         return every_T, every_T
     lens = padded.cu_seqlens.diff().tolist()
-    held = [zigzag_positions(lens, cp_size=cut.context_size, cp_rank=rank) for rank in range(cut.context_size)]
+    held = [
+        zigzag_positions(lens, cp_size=cut.context_size, cp_rank=rank)
+        for rank in range(cut.context_size)
+    ]
     where_T = torch.empty(len(padded.token_ids), dtype=torch.int64)
     where_T[torch.cat(held)] = torch.arange(len(padded.token_ids))
     return held[cut.context_rank], where_T
 
 
-def _response_rows(places_R: Tensor, local_len: int, cut: StreamCut) -> tuple[Tensor, Tensor | None]:
-    """Rows that this rank picks from its shard, and where the rows it needs lie once all ranks' picks are gathered.
+def _response_rows(
+    places_R: Tensor, local_len: int, cut: StreamCut
+) -> tuple[Tensor, Tensor | None]:
+    """Rows that this rank picks from its shard, and where the rows it needs lie once all ranks'
+    picks are gathered.
 
-    Only picked rows travel, padded to the largest number that one rank has; gathered over sequence ranks first, then
-    over context ranks.
+    Only picked rows travel, padded to the largest number that one rank has; gathered over sequence
+    ranks first, then over context ranks.
     """
     num_shards = cut.context_size * cut.sequence_size
     if num_shards == 1:
@@ -170,10 +184,14 @@ def _response_rows(places_R: Tensor, local_len: int, cut: StreamCut) -> tuple[Te
     shard_len = local_len // cut.sequence_size
     shard_R, offset_R = places_R // shard_len, places_R % shard_len
     counts = torch.bincount(shard_R, minlength=num_shards)
-    longest = max(int(counts.max()), 1)  # one row at least, so that every rank takes part in the gather's backward
+    longest = max(
+        int(counts.max()), 1
+    )  # one row at least, so that every rank takes part in the gather's backward
     order_R = shard_R.argsort(stable=True)
     within_R = torch.empty_like(order_R)
-    within_R[order_R] = torch.arange(len(order_R)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    within_R[order_R] = torch.arange(len(order_R)) - (counts.cumsum(0) - counts).repeat_interleave(
+        counts
+    )
     picked = torch.zeros(longest, dtype=torch.int64)
     mine_R = shard_R == cut.context_rank * cut.sequence_size + cut.sequence_rank
     picked[within_R[mine_R]] = offset_R[mine_R]

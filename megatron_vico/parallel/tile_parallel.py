@@ -1,9 +1,11 @@
-"""Tiles of a step spread evenly over the ranks of a model replica; visual tokens go where tokens are embedded.
+"""Tiles of a step spread evenly over the ranks of a model replica; visual tokens go where tokens
+are embedded.
 
-Every tile is the same amount of work for the vision encoder, so equal counts are equal loads, whatever the layout of
-the language model. Rank r of a replica encodes an unbroken run of the step's tiles; the ranks of the first pipeline
-stage receive the visual tokens of all tiles in order, and the gradients travel the same way back. Who sends how much
-follows from the plans, which every rank of the replica has.
+Every tile is the same amount of work for the vision encoder, so equal counts are equal loads,
+whatever the layout of the language model. Rank r of a replica encodes an unbroken run of the step's
+tiles; the ranks of the first pipeline stage receive the visual tokens of all tiles in order, and
+the gradients travel the same way back. Who sends how much follows from the plans, which every rank
+of the replica has.
 
 Shapes: N tiles, V visual tokens, H channels of the language model.
 """
@@ -42,14 +44,14 @@ def share_tiles(units: Sequence[int], *, num_ranks: int, rank: int) -> TileShare
     """Cut a step's tiles into runs of equal length, as near as the units allow.
 
     Args:
-        units: tiles of each thing that must stay on one rank, in order: 1 for each tile, or the tiles of each image
-            where the router looks at whole images.
+        units: tiles of each thing that must stay on one rank, in order: 1 for each tile, or the
+            tiles of each image where the router looks at whole images.
         num_ranks: ranks of the replica.
         rank: this one.
 
     Returns:
-        The cut. Each boundary is the end of a unit nearest to the ideal one, so that with units of 1 no two ranks
-        differ by more than one tile.
+        The cut. Each boundary is the end of a unit nearest to the ideal one, so that with units of
+        1 no two ranks differ by more than one tile.
     """
     ends = [0, *accumulate(units)]
     starts, unit = [0], 0
@@ -62,7 +64,8 @@ def share_tiles(units: Sequence[int], *, num_ranks: int, rank: int) -> TileShare
 
 
 class TokenExchange:
-    """Carries the visual tokens of one pass to the first pipeline stage, and their gradients back."""
+    """Carries the visual tokens of one pass to the first pipeline stage, and their gradients
+    back."""
 
     def __init__(self, tokens_per_pack: Sequence[Tensor], share: TileShare, groups: Groups) -> None:
         """Work out who sends how much.
@@ -74,16 +77,20 @@ class TokenExchange:
         """
         per_tile = torch.cat([*tokens_per_pack, torch.zeros(0, dtype=torch.int64)])
         self._of_pack = [int(each.sum()) for each in tokens_per_pack]
-        self._of_rank = [int(per_tile[share.of(rank)].sum()) for rank in range(len(share.starts) - 1)]
+        self._of_rank = [
+            int(per_tile[share.of(rank)].sum()) for rank in range(len(share.starts) - 1)
+        ]
         self._group, self._rank, self._num_ranks = groups.replica, share.rank, len(share.starts) - 1
         tensor_size = groups.language.tp.size()
         self._embeds = range(tensor_size * groups.language.cp.size())
         """Ranks of the replica that embed tokens."""
         self._answers = range(0, len(self._embeds), tensor_size)
-        """Those of them whose gradients go back: all tensor-parallel ranks have the same, each context rank a part."""
+        """Those of them whose gradients go back: all tensor-parallel ranks have the same, each
+        context rank a part."""
 
     def deliver(self, tokens_VH: Tensor) -> list[Tensor] | None:
-        """Bring all tokens of the step to the ranks that embed them; called by every rank of the replica.
+        """Bring all tokens of the step to the ranks that embed them; called by every rank of the
+        replica.
 
         Args:
             tokens_VH: [V, H], of this rank's tiles, without a graph.
@@ -91,16 +98,21 @@ class TokenExchange:
         Returns:
             [V, H] a pack on the first pipeline stage, views of one buffer; elsewhere None.
         """
-        assert len(tokens_VH) == self._of_rank[self._rank], "one row a visual token of this rank's tiles"
+        assert len(tokens_VH) == self._of_rank[self._rank], (
+            "one row a visual token of this rank's tiles"
+        )
         received = tokens_VH
         if self._num_ranks > 1:
-            sends = [len(tokens_VH) if rank in self._embeds else 0 for rank in range(self._num_ranks)]
+            sends = [
+                len(tokens_VH) if rank in self._embeds else 0 for rank in range(self._num_ranks)
+            ]
             receives = self._of_rank if self._rank in self._embeds else [0] * self._num_ranks
             received = self._all_to_all(torch.cat([tokens_VH] * len(self._embeds)), sends, receives)
         return list(received.split(self._of_pack)) if self._rank in self._embeds else None
 
     def give_back(self, grad_VH: Tensor | None, *, like: Tensor) -> Tensor:
-        """Bring the gradients of all tokens to the ranks that made them; called by every rank of the replica.
+        """Bring the gradients of all tokens to the ranks that made them; called by every rank of
+        the replica.
 
         Args:
             grad_VH: [V, H], of all tokens of the step, on the first pipeline stage; elsewhere None.
@@ -121,5 +133,7 @@ class TokenExchange:
 
     def _all_to_all(self, sent: Tensor, sends: list[int], receives: list[int]) -> Tensor:
         received = sent.new_empty(sum(receives), sent.size(1))
-        torch.distributed.all_to_all_single(received, sent.contiguous(), receives, sends, group=self._group)
+        torch.distributed.all_to_all_single(
+            received, sent.contiguous(), receives, sends, group=self._group
+        )
         return received

@@ -1,8 +1,9 @@
-"""Which tokens of a pack each context-parallel rank holds; TransformerEngine's layout for packed (thd) documents.
+"""Which tokens of a pack each context-parallel rank holds; TransformerEngine's layout for packed
+(thd) documents.
 
-Each document is cut into 2 * CP equal chunks, and rank r holds chunks r and 2 * CP - 1 - r of every document, in this
-order, one document after the other. A chunk from the front and one from the back together see as many tokens on every
-rank, so that causal attention costs all ranks the same.
+Each document is cut into 2 * CP equal chunks, and rank r holds chunks r and 2 * CP - 1 - r of every
+document, in this order, one document after the other. A chunk from the front and one from the back
+together see as many tokens on every rank, so that causal attention costs all ranks the same.
 
 Shapes: T packed tokens, D documents, C context-parallel ranks.
 """
@@ -17,7 +18,8 @@ def zigzag_positions(document_lens: Sequence[int], *, cp_size: int, cp_rank: int
     """Where in the pack this rank's tokens are, in the order in which it holds them.
 
     Args:
-        document_lens: D lengths in tokens, padding included; with more than one rank, multiples of 2 * cp_size.
+        document_lens: D lengths in tokens, padding included; with more than one rank, multiples of
+            2 * cp_size.
         cp_size: context-parallel ranks, C.
         cp_rank: this rank's place among them, from 0 to C - 1.
 
@@ -32,13 +34,16 @@ def zigzag_positions(document_lens: Sequence[int], *, cp_size: int, cp_rank: int
     for index, length in enumerate(document_lens):
         if length % (2 * cp_size):
             raise ValueError(
-                f"document {index} of a pack has {length} tokens, expected a multiple of {2 * cp_size} "
-                f"(2 * context-parallel size {cp_size}); pad each document before the pack is split."
+                f"document {index} of a pack has {length} tokens, expected a multiple of"
+                f" {2 * cp_size} (2 * context-parallel size {cp_size}); pad each document before"
+                " the pack is split."
             )
     lens_D = torch.tensor(document_lens, dtype=torch.int64)
     chunk_lens_D = lens_D // (2 * cp_size)
     starts_D = lens_D.cumsum(0) - lens_D
-    begins_D2 = starts_D[:, None] + chunk_lens_D[:, None] * torch.tensor([cp_rank, 2 * cp_size - 1 - cp_rank])
+    begins_D2 = starts_D[:, None] + chunk_lens_D[:, None] * torch.tensor(
+        [cp_rank, 2 * cp_size - 1 - cp_rank]
+    )
     lens = chunk_lens_D.repeat_interleave(2)
     # A chunk's global beginning less its local one, added to the local place.
     shifts = begins_D2.flatten() - (lens.cumsum(0) - lens)

@@ -1,6 +1,8 @@
-"""One step of consistency training or its warm-up (Eq. 1), in four phases; and the pretraining step, its simpler kin.
+"""One step of consistency training or its warm-up (Eq. 1), in four phases; and the pretraining
+step, its simpler kin.
 
-No barrier, collective over all ranks or `.item()` stands between the reference pass and the policy pass.
+No barrier, collective over all ranks or `.item()` stands between the reference pass and the policy
+pass.
 """
 
 from collections.abc import Sequence
@@ -21,15 +23,20 @@ from megatron_vico.training.vision import VisualTokens, tile_features, visual_to
 
 
 def consistency_step(
-    policy: Policy, reference: Reference, batch: StepBatch, *, groups: Groups, trace: StepTrace | None = None
+    policy: Policy,
+    reference: Reference,
+    batch: StepBatch,
+    *,
+    groups: Groups,
+    trace: StepTrace | None = None,
 ) -> StepSums:
     """Gradients of Eq. 1 over the packs of one optimizer step; called by every rank.
 
     Args:
         policy: the model that is trained; its gradients are zero when this is called.
         reference: the frozen model.
-        batch: this replica's packs, each with one policy view whose plan has a share xi ~ U[0, 1] of each image's
-            tiles compressed.
+        batch: this replica's packs, each with one policy view whose plan has a share xi ~ U[0, 1]
+            of each image's tiles compressed.
         groups: process groups.
         trace: records who does what when.
 
@@ -38,12 +45,18 @@ def consistency_step(
     """
     device, packs = groups.device, batch.packs
     # All that goes to the device goes before the passes: nothing between them waits for it.
-    reference_inputs = [language_inputs(pack.reference, policy.stream_cut, device) for pack in packs]
-    policy_inputs = [language_inputs(pack.policies[0].stream, policy.stream_cut, device) for pack in packs]
+    reference_inputs = [
+        language_inputs(pack.reference, policy.stream_cut, device) for pack in packs
+    ]
+    policy_inputs = [
+        language_inputs(pack.policies[0].stream, policy.stream_cut, device) for pack in packs
+    ]
     weights = _row_weights(batch, groups)
     policy.weigh_balancing_loss(policy_inputs, groups)
 
-    features_NPD = tile_features(policy.encoder, batch, device, chunk_tiles=policy.chunk_tiles, trace=trace)
+    features_NPD = tile_features(
+        policy.encoder, batch, device, chunk_tiles=policy.chunk_tiles, trace=trace
+    )
     reference_tokens = reference.visual_tokens(batch, features_NPD, groups, trace=trace)
     tokens = visual_tokens(
         policy.encoder,
@@ -55,21 +68,31 @@ def consistency_step(
         trace=trace,
     )
 
-    reference_rows = reference.response_rows(reference_inputs, reference_tokens, groups=groups, trace=trace)
+    reference_rows = reference.response_rows(
+        reference_inputs, reference_tokens, groups=groups, trace=trace
+    )
     del reference_tokens, reference_inputs
 
     def loss(index: int, rows_RH: Tensor) -> Tensor:
-        theirs_RH, reference_rows[index] = reference_rows[index], None  # freed as the policy advances
+        theirs_RH, reference_rows[index] = (
+            reference_rows[index],
+            None,
+        )  # freed as the policy advances
         assert theirs_RH is not None
         return policy.head.consistency_loss(
             rows_RH, weights[index], reference=reference.head, reference_rows_RH=theirs_RH
         )
 
-    return _train(policy, batch, loss, inputs=policy_inputs, tokens=tokens, groups=groups, trace=trace)
+    return _train(
+        policy, batch, loss, inputs=policy_inputs, tokens=tokens, groups=groups, trace=trace
+    )
 
 
-def pretrain_step(policy: Policy, batch: StepBatch, *, groups: Groups, trace: StepTrace | None = None) -> StepSums:
-    """Gradients of next-token cross-entropy: how a model is made that ViCO can start from; called by every rank.
+def pretrain_step(
+    policy: Policy, batch: StepBatch, *, groups: Groups, trace: StepTrace | None = None
+) -> StepSums:
+    """Gradients of next-token cross-entropy: how a model is made that ViCO can start from; called
+    by every rank.
 
     Each sample counts the same, as in Eq. 1: the mean over its response tokens, then over samples.
 
@@ -109,22 +132,35 @@ def pretrain_loss(policy: Policy, batch: StepBatch, *, groups: Groups) -> Tensor
 
 
 def _whole_inputs(policy: Policy, batch: StepBatch, groups: Groups) -> list[LanguageInputs]:
-    return [language_inputs(pack.reference, policy.stream_cut, groups.device) for pack in batch.packs]
+    return [
+        language_inputs(pack.reference, policy.stream_cut, groups.device) for pack in batch.packs
+    ]
 
 
 def _whole_tokens(
-    policy: Policy, batch: StepBatch, *, trained: bool, groups: Groups, trace: StepTrace | None = None
+    policy: Policy,
+    batch: StepBatch,
+    *,
+    trained: bool,
+    groups: Groups,
+    trace: StepTrace | None = None,
 ) -> VisualTokens:
     """The policy's visual tokens with nothing compressed."""
     encoder = policy.encoder
-    features_NPD = tile_features(encoder, batch, groups.device, chunk_tiles=policy.chunk_tiles, trace=trace)
-    return visual_tokens(encoder, features_NPD, batch, None, trained=trained, groups=groups, trace=trace)
+    features_NPD = tile_features(
+        encoder, batch, groups.device, chunk_tiles=policy.chunk_tiles, trace=trace
+    )
+    return visual_tokens(
+        encoder, features_NPD, batch, None, trained=trained, groups=groups, trace=trace
+    )
 
 
 def _label_loss(policy: Policy, batch: StepBatch, groups: Groups) -> LossFunction:
     """Cross-entropy of a pack's response tokens."""
     weights = _row_weights(batch, groups)
-    labels = [_my_rows(pack.labels, groups).to(groups.device, non_blocking=True) for pack in batch.packs]
+    labels = [
+        _my_rows(pack.labels, groups).to(groups.device, non_blocking=True) for pack in batch.packs
+    ]
 
     def loss(index: int, rows_RH: Tensor) -> Tensor:
         return policy.head.cross_entropy(rows_RH, labels[index], weights[index])
@@ -159,7 +195,10 @@ def _train(
 
 def _row_weights(batch: StepBatch, groups: Groups) -> list[Tensor]:
     """Weights of the response rows that this context-parallel rank works on, a tensor a pack."""
-    return [_my_rows(pack.kl_weight, groups).to(groups.device, non_blocking=True) for pack in batch.packs]
+    return [
+        _my_rows(pack.kl_weight, groups).to(groups.device, non_blocking=True)
+        for pack in batch.packs
+    ]
 
 
 def _my_rows(values_R: Tensor, groups: Groups) -> Tensor:

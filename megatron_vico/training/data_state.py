@@ -1,4 +1,5 @@
-"""What every rank knows of a run's data: its place in the order of packs, and the broken samples of all readers."""
+"""What every rank knows of a run's data: its place in the order of packs, and the broken samples of
+all readers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +13,18 @@ from megatron_vico.training.metrics import StepFigures
 
 @dataclass(frozen=True, kw_only=True)
 class DataState:
-    """A replica's reader, on its first rank, and the error budget, which is the same on all ranks."""
+    """A replica's reader, on its first rank, and the error budget, which is the same on all
+    ranks."""
 
     loader: Loader | None
     budget: ErrorBudget
 
     @classmethod
-    def of(cls, loader: Loader | None, *, max_skipped_share: float, restored: dict[str, Any] | None) -> "DataState":
-        """Args: restored: what `to_state` gave at the checkpoint that the run goes on from; None, a new run."""
+    def of(
+        cls, loader: Loader | None, *, max_skipped_share: float, restored: dict[str, Any] | None
+    ) -> "DataState":
+        """Args: restored: what `to_state` gave at the checkpoint that the run goes on from; None, a
+        new run."""
         budget = ErrorBudget(max_share=max_skipped_share)
         if restored is not None:
             budget.seen, budget.skipped = restored["seen"], len(restored["skipped"])
@@ -29,7 +34,8 @@ class DataState:
         """Count a step; called by every rank.
 
         Args:
-            figures: over all ranks, so that all come to the same decision without asking each other.
+            figures: over all ranks, so that all come to the same decision without asking each
+                other.
 
         Raises:
             SampleError: on every rank, if more samples are broken than the budget allows.
@@ -53,7 +59,11 @@ class DataState:
         told: list[_Reader | None] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(
             told,
-            None if mine is None else _Reader(plan=mine.place.to_dict(), skips=mine.skips, begun=mine.begun_packs),
+            (
+                None
+                if mine is None
+                else _Reader(plan=mine.place.to_dict(), skips=mine.skips, begun=mine.begun_packs)
+            ),
         )
         readers = [each for each in told if each is not None]
         begun = max(each.begun for each in readers)

@@ -1,7 +1,8 @@
 """FLOPs of the models by formula, and what a pack costs in a step of each stage.
 
-A multiplication and its addition are two FLOPs; norms, activations and embeddings are left out. Divided by a time
-and the device's rate these give MFU; as estimates they tell cheap packs from dear ones (data/balance.py).
+A multiplication and its addition are two FLOPs; norms, activations and embeddings are left out.
+Divided by a time and the device's rate these give MFU; as estimates they tell cheap packs from dear
+ones (data/balance.py).
 """
 
 from megatron_vico.config.schema import StageOptions
@@ -11,7 +12,8 @@ from megatron_vico.training.stages import needs_reference, train_modules
 
 
 def language_flops_per_token(config: LanguageConfig) -> int:
-    """Forward FLOPs of a token in all linear layers but the head: twice the parameters that it meets.
+    """Forward FLOPs of a token in all linear layers but the head: twice the parameters that it
+    meets.
 
     With experts these are the router and the `moe_top_k` experts that a token is sent to.
     """
@@ -28,13 +30,15 @@ def language_flops_per_token(config: LanguageConfig) -> int:
 def attention_flops_per_token_squared(config: LanguageConfig) -> int:
     """Forward FLOPs of causal attention in all layers over the square of a sample's length.
 
-    Scores and their product with the values take 2 FLOPs a pair and channel each; causal kernels skip half the pairs.
+    Scores and their product with the values take 2 FLOPs a pair and channel each; causal kernels
+    skip half the pairs.
     """
     return 4 * config.num_layers * config.num_heads * config.head_dim // 2
 
 
 def vit_flops_per_tile(config: VisionConfig) -> int:
-    """Forward FLOPs of the vision tower for one tile; its attention sees all pairs, the class token's too."""
+    """Forward FLOPs of the vision tower for one tile; its attention sees all pairs, the class
+    token's too."""
     d, num_tokens = config.hidden_size, config.num_patches + 1
     linear = 2 * (4 * d * d + 2 * d * config.ffn_hidden_size) * num_tokens
     embedding = 2 * 3 * config.patch_size**2 * d * config.num_patches
@@ -44,8 +48,8 @@ def vit_flops_per_tile(config: VisionConfig) -> int:
 def pack_cost(model: ModelConfig, options: StageOptions) -> PackCost:
     """What a pack costs the ranks of one model replica, as the coefficients of `data/balance.py`.
 
-    A frozen vision tower runs once for reference and policy. Connectors, head and recomputation are left out: they
-    are a few per cent, and nearly the same share of every pack.
+    A frozen vision tower runs once for reference and policy. Connectors, head and recomputation are
+    left out: they are a few per cent, and nearly the same share of every pack.
 
     Args:
         model: numbers of the size.
@@ -57,7 +61,8 @@ def pack_cost(model: ModelConfig, options: StageOptions) -> PackCost:
     trained = train_modules(options)
     reference = 1 if needs_reference(options) else 0
     if options.stage == "router":
-        # Reference and twice the policy, forward only; one tile a sample compressed is as good as none.
+        # Reference and twice the policy, forward only; one tile a sample compressed is as good as
+        # none.
         full, compressed = 3.0, 0.0
     else:
         # Through a frozen language model the backward pass finds gradients of activations only.
@@ -66,7 +71,9 @@ def pack_cost(model: ModelConfig, options: StageOptions) -> PackCost:
     return PackCost(
         per_token=float(language_flops_per_token(model.language)),
         per_token_squared=float(attention_flops_per_token_squared(model.language)),
-        per_tile=float(vit_flops_per_tile(model.vision) * (3 + reference if "vit" in trained else 1)),
+        per_tile=float(
+            vit_flops_per_tile(model.vision) * (3 + reference if "vit" in trained else 1)
+        ),
         full_passes=full,
         compressed_passes=compressed,
         # xi ~ U[0, 1] compresses half of the tiles.

@@ -1,4 +1,5 @@
-"""The one place that logs: a step's sums over all ranks, Megatron's log line with ViCO's figures, TensorBoard, JSON."""
+"""The one place that logs: a step's sums over all ranks, Megatron's log line with ViCO's figures,
+TensorBoard, JSON."""
 
 import dataclasses
 import json
@@ -19,7 +20,8 @@ from megatron_vico.parallel.groups import Groups
 
 @dataclass(frozen=True, kw_only=True)
 class RouterSums:
-    """What a router step counts on one rank, about its own tiles; float32 scalars that add up over ranks."""
+    """What a router step counts on one rank, about its own tiles; float32 scalars that add up over
+    ranks."""
 
     questions: Tensor
     labelled_compress: Tensor
@@ -52,12 +54,14 @@ class StepSums:
 def sums_of(
     packs: Sequence[PackedBatch], *, groups: Groups, loss: Tensor, router: RouterSums | None = None
 ) -> StepSums:
-    """Count a replica's packs, on its first rank; the last policy view is the one whose compression is reported.
+    """Count a replica's packs, on its first rank; the last policy view is the one whose compression
+    is reported.
 
     Args:
         packs: the replica's packs of the step.
         groups: process groups.
-        loss: this rank's share of the loss; tensor-parallel ranks have the same, of which one counts.
+        loss: this rank's share of the loss; tensor-parallel ranks have the same, of which one
+            counts.
         router: figures of a router step.
 
     Returns:
@@ -103,7 +107,8 @@ class StepFigures:
     policy_tokens: int
     response_tokens: int
     skipped: int = 0
-    """Broken samples among `samples`, of which nothing is trained, but those known before; see data/error_budget.py."""
+    """Broken samples among `samples`, of which nothing is trained, but those known before; see
+    data/error_budget.py."""
 
     router_threshold: float | None = None
     router_accuracy: float | None = None
@@ -122,9 +127,19 @@ class StepFigures:
         step_time_s: float,
     ) -> Self:
         """Add the sums of all ranks, in one collective, and turn them into figures."""
-        counts = [sums.samples, sums.tiles, sums.compressed_tiles, sums.reference_tokens, sums.policy_tokens]
+        counts = [
+            sums.samples,
+            sums.tiles,
+            sums.compressed_tiles,
+            sums.reference_tokens,
+            sums.policy_tokens,
+        ]
         counts += [sums.response_tokens, sums.skipped]
-        router = [] if sums.router is None else [getattr(sums.router, f.name) for f in dataclasses.fields(RouterSums)]
+        router = (
+            []
+            if sums.router is None
+            else [getattr(sums.router, f.name) for f in dataclasses.fields(RouterSums)]
+        )
         values = torch.stack(
             [
                 sums.loss.double(),
@@ -133,7 +148,17 @@ class StepFigures:
             ]
         )
         torch.distributed.all_reduce(values)
-        loss, samples, tiles, compressed, reference_tokens, policy_tokens, responses, skipped, *rest = values.tolist()
+        (
+            loss,
+            samples,
+            tiles,
+            compressed,
+            reference_tokens,
+            policy_tokens,
+            responses,
+            skipped,
+            *rest,
+        ) = values.tolist()
         return cls(
             iteration=iteration,
             loss=loss,
@@ -167,7 +192,8 @@ def _router_figures(values: list[float]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationFigures:
-    """The validation set after one step, over all ranks; means over samples, NaN where none could be used."""
+    """The validation set after one step, over all ranks; means over samples, NaN where none could
+    be used."""
 
     iteration: int
     loss: float
@@ -205,7 +231,8 @@ class MetricsLogger:
             tensorboard_dir: folder of TensorBoard files; unset, `save`/tensorboard.
             train_iters: steps of the stage, for the log line.
             log_interval: steps between two log lines; files get every step.
-            resume_at: steps already done; later lines of an interrupted run are dropped from `metrics.jsonl`.
+            resume_at: steps already done; later lines of an interrupted run are dropped from
+                `metrics.jsonl`.
             is_main: whether this rank writes.
         """
         self.train_iters = train_iters
@@ -223,9 +250,13 @@ class MetricsLogger:
         self._skipped_samples = sum(json.loads(line).get("skipped", 0) for line in kept)
         path.write_text("".join(kept))
         self._lines = path.open("a", buffering=1)
-        from torch.utils.tensorboard import SummaryWriter  # 2 s of imports that only the main rank needs
+        from torch.utils.tensorboard import (
+            SummaryWriter,
+        )  # 2 s of imports that only the main rank needs
 
-        self._tensorboard = SummaryWriter(str(tensorboard_dir or save / "tensorboard"), purge_step=resume_at + 1)
+        self._tensorboard = SummaryWriter(
+            str(tensorboard_dir or save / "tensorboard"), purge_step=resume_at + 1
+        )
 
     def log(self, figures: StepFigures) -> None:
         """Record one step; prints every `log_interval` steps, with the mean of the steps since."""
@@ -234,7 +265,9 @@ class MetricsLogger:
         self._consumed_samples += figures.samples
         self._skipped_samples += figures.skipped
         self._window.append(figures)
-        shown = {name: value for name, value in dataclasses.asdict(figures).items() if value is not None}
+        shown = {
+            name: value for name, value in dataclasses.asdict(figures).items() if value is not None
+        }
         if self._lines is not None and self._tensorboard is not None:
             self._lines.write(json.dumps(shown) + "\n")
             for name, value in shown.items():
@@ -245,10 +278,13 @@ class MetricsLogger:
             self._window.clear()
 
     def log_validation(self, figures: ValidationFigures) -> None:
-        """Print and record the validation set; in `metrics.jsonl` a line of its own, whose keys begin with `valid_`."""
+        """Print and record the validation set; in `metrics.jsonl` a line of its own, whose keys
+        begin with `valid_`."""
         if not self.is_main:
             return
-        shown = {name: value for name, value in dataclasses.asdict(figures).items() if value is not None}
+        shown = {
+            name: value for name, value in dataclasses.asdict(figures).items() if value is not None
+        }
         step = shown.pop("iteration")
         if self._lines is not None and self._tensorboard is not None:
             line = {"iteration": step, **{f"valid_{name}": value for name, value in shown.items()}}
@@ -269,7 +305,10 @@ class MetricsLogger:
         seconds = sum(each.step_time_s for each in self._window)
         left_s = (self.train_iters - last.iteration) * seconds / count
         parts = [
-            f" [{datetime.now():%Y-%m-%d %H:%M:%S}] iteration {last.iteration:8d}/{self.train_iters:8d}",
+            (
+                f" [{datetime.now():%Y-%m-%d %H:%M:%S}] iteration"
+                f" {last.iteration:8d}/{self.train_iters:8d}"
+            ),
             f"consumed samples: {self._consumed_samples:12d}",
             f"elapsed time per iteration (ms): {1000 * seconds / count:.1f}",
             f"learning rate: {last.learning_rate:.6E}",
@@ -312,6 +351,7 @@ def check_finite(figures: StepFigures) -> None:
     """
     if not (math.isfinite(figures.loss) and math.isfinite(figures.grad_norm)):
         raise FloatingPointError(
-            f"iteration {figures.iteration}: loss {figures.loss}, gradient norm {figures.grad_norm}; "
-            "lower --lr or look at the samples of this step; the last checkpoint is untouched"
+            f"iteration {figures.iteration}: loss {figures.loss}, gradient norm"
+            f" {figures.grad_norm}; lower --lr or look at the samples of this step; the last"
+            " checkpoint is untouched"
         )

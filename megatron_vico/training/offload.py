@@ -9,7 +9,8 @@ from torch import Tensor, nn
 class HostOffload:
     """Weights that are on the device between `fetch` and `release` only.
 
-    Each weight keeps one copy in page-locked host memory for good; since it never changes, `release` copies nothing.
+    Each weight keeps one copy in page-locked host memory for good; since it never changes,
+    `release` copies nothing.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], device: torch.device) -> None:
@@ -22,7 +23,9 @@ class HostOffload:
         self._device = device
         self._host: list[tuple[nn.Parameter, Tensor]] = []
         for param in params:
-            assert not param.requires_grad, "only frozen weights: a trained one would change on the device"
+            assert not param.requires_grad, (
+                "only frozen weights: a trained one would change on the device"
+            )
             host = param.detach().cpu()
             self._host.append((param, host.pin_memory() if device.type == "cuda" else host))
         self.release()

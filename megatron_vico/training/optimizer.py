@@ -1,4 +1,5 @@
-"""AdamW over language model and encoder as one optimizer: one clipping norm, rates per module, one schedule."""
+"""AdamW over language model and encoder as one optimizer: one clipping norm, rates per module, one
+schedule."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -58,11 +59,21 @@ def build_optimizer(
         use_distributed_optimizer=options.use_distributed_optimizer,
         **overrides,
     )
-    parts: list[tuple[list[DistributedDataParallel], ProcessGroupCollection, Mapping[str, float]]] = []
+    parts: list[
+        tuple[list[DistributedDataParallel], ProcessGroupCollection, Mapping[str, float]]
+    ] = []
     if policy.language_ddp:
-        parts.append((list(policy.language_ddp), groups.language, {"*": lr_factors.get("language_model", 1.0)}))
+        parts.append(
+            (
+                list(policy.language_ddp),
+                groups.language,
+                {"*": lr_factors.get("language_model", 1.0)},
+            )
+        )
     if policy.encoder_ddp is not None:
-        patterns = {f"*{name}.*": factor for name, factor in lr_factors.items() if name != "language_model"}
+        patterns = {
+            f"*{name}.*": factor for name, factor in lr_factors.items() if name != "language_model"
+        }
         parts.append(([policy.encoder_ddp], groups.encoder, patterns))
     chained: list[MegatronOptimizer] = []
     for chunks, module_groups, factors in parts:
@@ -77,9 +88,13 @@ def build_optimizer(
     return ChainedOptimizer(chained)
 
 
-def _rates(factors: Mapping[str, float], options: OptimizerOptions) -> dict[ParamKey, ParamGroupOverride]:
+def _rates(
+    factors: Mapping[str, float], options: OptimizerOptions
+) -> dict[ParamKey, ParamGroupOverride]:
     return {
-        ParamKey(name=pattern): ParamGroupOverride(max_lr=options.lr * factor, min_lr=options.min_lr * factor)
+        ParamKey(name=pattern): ParamGroupOverride(
+            max_lr=options.lr * factor, min_lr=options.min_lr * factor
+        )
         for pattern, factor in factors.items()
         if factor != 1.0
     }
@@ -88,8 +103,11 @@ def _rates(factors: Mapping[str, float], options: OptimizerOptions) -> dict[Para
 def build_scheduler(
     optimizer: MegatronOptimizer, options: OptimizerOptions, training: TrainingOptions
 ) -> OptimizerParamScheduler:
-    """Linear warm-up and decay of the learning rate, counted in optimizer steps; constant weight decay."""
-    decay_steps = options.lr_decay_iters if options.lr_decay_iters is not None else training.train_iters
+    """Linear warm-up and decay of the learning rate, counted in optimizer steps; constant weight
+    decay."""
+    decay_steps = (
+        options.lr_decay_iters if options.lr_decay_iters is not None else training.train_iters
+    )
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -102,7 +120,8 @@ def build_scheduler(
         end_wd=options.weight_decay,
         wd_incr_steps=training.train_iters,
         wd_incr_style="constant",
-        # The command line wins over what a checkpoint says: a resumed run may be told to go on longer.
+        # The command line wins over what a checkpoint says: a resumed run may be told to go on
+        # longer.
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )

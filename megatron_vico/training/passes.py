@@ -1,8 +1,9 @@
-"""The two middle phases of a step: the language model over all packs, forward only, or forward and backward.
+"""The two middle phases of a step: the language model over all packs, forward only, or forward and
+backward.
 
-Both run megatron-core's schedules (1F1B, interleaved, or none without a pipeline) with lengths that differ from pack
-to pack and are known beforehand. Nothing here synchronises ranks, so the first stages begin with the next pass while
-the last ones still finish this one.
+Both run megatron-core's schedules (1F1B, interleaved, or none without a pipeline) with lengths that
+differ from pack to pack and are known beforehand. Nothing here synchronises ranks, so the first
+stages begin with the next pass while the last ones still finish this one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -61,11 +62,13 @@ def forward_pass(run: LanguagePass) -> list[Tensor]:
 
 
 def training_pass(run: LanguagePass, loss: LossFunction) -> Tensor:
-    """Forward and backward over all packs of the step; gradients end in the model and on the visual tokens.
+    """Forward and backward over all packs of the step; gradients end in the model and on the visual
+    tokens.
 
     Args:
         run: of the policy.
-        loss: loss of one pack, already weighted for the whole global batch: gradients are summed, never averaged.
+        loss: loss of one pack, already weighted for the whole global batch: gradients are summed,
+            never averaged.
 
     Returns:
         This rank's share of the loss, a float32 scalar; 0 on all but the last pipeline stage.
@@ -77,7 +80,8 @@ def training_pass(run: LanguagePass, loss: LossFunction) -> Tensor:
         def loss_function(rows_RH: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             with _span(run, "loss", index, chunk):
                 value = loss(index, rows_RH)
-            # Three values: mcore then divides by neither microbatches nor tokens (calculate_per_token_loss).
+            # Three values: mcore then divides by neither microbatches nor tokens
+            # (calculate_per_token_loss).
             return value, torch.zeros([], dtype=torch.int), {"loss": value.detach().clone()}
 
         return _forward(run, chunk, index), loss_function
@@ -96,7 +100,9 @@ def _forward(run: LanguagePass, chunk: nn.Module, index: int) -> Tensor:
     return output
 
 
-def _span(run: LanguagePass, kind: Kind, index: int, chunk: nn.Module) -> AbstractContextManager[Span | None]:
+def _span(
+    run: LanguagePass, kind: Kind, index: int, chunk: nn.Module
+) -> AbstractContextManager[Span | None]:
     if run.trace is None:
         return nullcontext()
     return run.trace.span(run.name, kind, index, list(run.chunks).index(chunk))
@@ -105,13 +111,19 @@ def _span(run: LanguagePass, kind: Kind, index: int, chunk: nn.Module) -> Abstra
 def _schedule(step: Callable[..., Any], run: LanguagePass, *, forward_only: bool) -> list[Any]:
     num_packs, groups = len(run.inputs), run.groups
     interleaved = len(run.chunks) > 1
-    schedule = get_forward_backward_func(pp_size=groups.pp.size(), vp_size=len(run.chunks) if interleaved else None)
+    schedule = get_forward_backward_func(
+        pp_size=groups.pp.size(), vp_size=len(run.chunks) if interleaved else None
+    )
     shard_lens = [each.shard_len for each in run.inputs]
-    communicator = KnownShapes(groups.pp, run.chunks[0].config, shard_lens) if groups.pp.size() > 1 else None
+    communicator = (
+        KnownShapes(groups.pp, run.chunks[0].config, shard_lens) if groups.pp.size() > 1 else None
+    )
     outputs: list[Any] = schedule(
         forward_step_func=step,
         # Each chunk goes through all packs.
-        data_iterator=[iter(range(num_packs)) for _ in run.chunks] if interleaved else iter(range(num_packs)),
+        data_iterator=[iter(range(num_packs)) for _ in run.chunks]
+        if interleaved
+        else iter(range(num_packs)),
         model=list(run.chunks),
         num_microbatches=num_packs,
         seq_length=1,  # unused: lengths differ from pack to pack

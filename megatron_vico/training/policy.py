@@ -1,11 +1,16 @@
-"""The model that is trained: encoder and language model, what of them is frozen, and their DDP wrappers."""
+"""The model that is trained: encoder and language model, what of them is frozen, and their DDP
+wrappers."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
@@ -19,7 +24,8 @@ from megatron_vico.parallel.streams import StreamCut
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """Encoder and language model of this rank; the DDP wrapper of a module is absent where all of it is frozen."""
+    """Encoder and language model of this rank; the DDP wrapper of a module is absent where all of
+    it is frozen."""
 
     encoder: VisionEncoder
     language_chunks: tuple[LanguageModel, ...]
@@ -31,7 +37,8 @@ class Policy:
     """One wrapper a chunk, or none."""
 
     stream_cut: StreamCut
-    """How packed streams are padded and cut for the language model; the reference has the same layout."""
+    """How packed streams are padded and cut for the language model; the reference has the same
+    layout."""
 
     chunk_tiles: int
     """Tiles that go through the ViT at once."""
@@ -62,7 +69,8 @@ class Policy:
             module.zero_grad_buffer()
 
     def finish_grad_sync(self) -> None:
-        """Reduce the encoder's gradients; the language model's are reduced by the schedule, when it has one.
+        """Reduce the encoder's gradients; the language model's are reduced by the schedule, when it
+        has one.
 
         Every rank comes here, also one whose tiles were none.
         """
@@ -70,13 +78,15 @@ class Policy:
             self.encoder_ddp.finish_grad_sync()
 
     def finish_param_sync(self) -> None:
-        """Wait for parameters that are still being gathered; before anything but a training step reads weights."""
+        """Wait for parameters that are still being gathered; before anything but a training step
+        reads weights."""
         for module in self.language_ddp:
             if module.ddp_config.overlap_param_gather:
                 module.start_param_sync(force_sync=True)
 
     def train_mode(self) -> None:
-        """Training behaviour (drop path) in what is trained, inference behaviour in what is frozen."""
+        """Training behaviour (drop path) in what is trained, inference behaviour in what is
+        frozen."""
         self.encoder.eval()
         for chunk in self.language_chunks:
             chunk.train("language_model" in self.trained)
@@ -91,18 +101,25 @@ class Policy:
             chunk.eval()
 
     def weigh_balancing_loss(self, inputs: Sequence[LanguageInputs], groups: Groups) -> None:
-        """Tell mcore what the expert-balancing loss of a pack counts: its share of the step's tokens.
+        """Tell mcore what the expert-balancing loss of a pack counts: its share of the step's
+        tokens.
 
-        mcore multiplies it by the pack's tokens, expecting that all gradients are divided by the step's tokens in the
-        end; here losses come with their weight, and so must this one. Called by every rank before the passes.
+        mcore multiplies it by the pack's tokens, expecting that all gradients are divided by the
+        step's tokens in the end; here losses come with their weight, and so must this one. Called
+        by every rank before the passes.
         """
         config = self.head.config
-        balances = config.num_moe_experts is not None and config.moe_router_load_balancing_type != "none"
+        balances = (
+            config.num_moe_experts is not None and config.moe_router_load_balancing_type != "none"
+        )
         if not self.language_ddp or not balances:
             return
         ranks = self.stream_cut.context_size * self.stream_cut.sequence_size
-        # One element, not a scalar: mcore copies it into what the reference's schedule has set, which has this shape.
-        tokens = torch.tensor([float(sum(each.shard_len for each in inputs) * ranks)], device=groups.device)
+        # One element, not a scalar: mcore copies it into what the reference's schedule has set,
+        # which has this shape.
+        tokens = torch.tensor(
+            [float(sum(each.shard_len for each in inputs) * ranks)], device=groups.device
+        )
         torch.distributed.all_reduce(tokens, group=groups.data_parallel)
         scale = 1 / tokens
         config.moe_grad_scale_func = lambda: scale
@@ -111,8 +128,11 @@ class Policy:
 def parameters_of(
     module: Module, encoder: VisionEncoder, language_chunks: Sequence[LanguageModel]
 ) -> Iterator[nn.Parameter]:
-    """Parameters of one of the five modules that are trained or frozen as a whole; ViR's dead ones left out."""
-    owners: Sequence[nn.Module] = language_chunks if module == "language_model" else [getattr(encoder, module)]
+    """Parameters of one of the five modules that are trained or frozen as a whole; ViR's dead ones
+    left out."""
+    owners: Sequence[nn.Module] = (
+        language_chunks if module == "language_model" else [getattr(encoder, module)]
+    )
     for owner in owners:
         for name, param in owner.named_parameters():
             # Frozen for good: with a gradient buffer of their own, weight decay would change them.
@@ -137,7 +157,11 @@ class PolicyOptions:
 
 
 def wrap(
-    encoder: VisionEncoder, language_chunks: tuple[LanguageModel, ...], options: PolicyOptions, *, groups: Groups
+    encoder: VisionEncoder,
+    language_chunks: tuple[LanguageModel, ...],
+    options: PolicyOptions,
+    *,
+    groups: Groups,
 ) -> Policy:
     """Freeze what is not trained and put the rest under Megatron's DDP.
 
@@ -148,7 +172,8 @@ def wrap(
         groups: process groups.
 
     Returns:
-        The policy. Gradients of both wrappers are plain sums over ranks: the loss weights already hold every mean.
+        The policy. Gradients of both wrappers are plain sums over ranks: the loss weights already
+        hold every mean.
     """
     encoder.requires_grad_(False)
     for chunk in language_chunks:
@@ -161,15 +186,22 @@ def wrap(
             for name, param in chunk.named_parameters():
                 if ".mlp.router." in name:
                     param.requires_grad_(False)
-    # The encoder's gradients arrive after the schedule, and on a rank without tiles not at all: nothing to overlap.
-    encoder_config = dataclasses.replace(options.ddp_config, overlap_grad_reduce=False, overlap_param_gather=False)
+    # The encoder's gradients arrive after the schedule, and on a rank without tiles not at all:
+    # nothing to overlap.
+    encoder_config = dataclasses.replace(
+        options.ddp_config, overlap_grad_reduce=False, overlap_param_gather=False
+    )
     trains_encoder = bool(options.trained - {"language_model"})
     return Policy(
         encoder=encoder,
         language_chunks=language_chunks,
         trained=options.trained,
         encoder_ddp=_ddp(encoder, encoder_config, groups.encoder) if trains_encoder else None,
-        language_ddp=_language_ddp(language_chunks, options, groups) if "language_model" in options.trained else (),
+        language_ddp=(
+            _language_ddp(language_chunks, options, groups)
+            if "language_model" in options.trained
+            else ()
+        ),
         stream_cut=options.stream_cut,
         chunk_tiles=options.chunk_tiles,
     )
@@ -179,13 +211,16 @@ def _language_ddp(
     chunks: Sequence[LanguageModel], options: PolicyOptions, groups: Groups
 ) -> tuple[DistributedDataParallel, ...]:
     config = chunks[0].config
-    # As Megatron does: the communication of later chunks overlaps with other chunks' work without small buckets.
+    # As Megatron does: the communication of later chunks overlaps with other chunks' work without
+    # small buckets.
     wrapped = tuple(
         _ddp(chunk, options.ddp_config, groups.language, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     )
 
-    def finalize(model: list[nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: object) -> None:
+    def finalize(
+        model: list[nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: object
+    ) -> None:
         # Without a token count: mcore would divide by it, and our weights are global already.
         finalize_model_grads(model, None, **kwargs)
 
@@ -203,7 +238,9 @@ def _ddp(
     *,
     disable_bucketing: bool = False,
 ) -> DistributedDataParallel:
-    assert module.config.calculate_per_token_loss, "DDP would average gradients that are to be summed"
+    assert module.config.calculate_per_token_loss, (
+        "DDP would average gradients that are to be summed"
+    )
     wrapped = DistributedDataParallel(
         module.config, ddp_config, module, disable_bucketing=disable_bucketing, pg_collection=groups
     )

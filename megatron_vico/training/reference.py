@@ -1,11 +1,12 @@
 """The frozen reference: the model from before consistency training, always on uncompressed images.
 
-Only its response rows [R, H] leave it, never logits. What the policy keeps frozen and bitwise equal is shared with it
-instead of held twice: the ViT in the usual stages, everything but the 16x connector in the warm-up.
+Only its response rows [R, H] leave it, never logits. What the policy keeps frozen and bitwise equal
+is shared with it instead of held twice: the ViT in the usual stages, everything but the 16x
+connector in the warm-up.
 
-A step asks a reference for three things: the visual tokens it wants embedded, its response rows, and, for the KL head,
-its last chunk with the vocabulary head. A reference that lives in another layout or on other ranks comes behind the
-same three.
+A step asks a reference for three things: the visual tokens it wants embedded, its response rows,
+and, for the KL head, its last chunk with the vocabulary head. A reference that lives in another
+layout or on other ranks comes behind the same three.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,8 @@ from megatron_vico.training.vision import VisualTokens, tile_features, visual_to
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """A frozen encoder and language model in the policy's layout; in no DDP wrapper, optimizer or checkpoint."""
+    """A frozen encoder and language model in the policy's layout; in no DDP wrapper, optimizer or
+    checkpoint."""
 
     encoder: VisionEncoder
     language_chunks: tuple[LanguageModel, ...]
@@ -46,13 +48,19 @@ class Reference:
         return self.language_chunks[-1]
 
     def visual_tokens(
-        self, batch: StepBatch, policy_features_NPD: Tensor, groups: Groups, *, trace: StepTrace | None = None
+        self,
+        batch: StepBatch,
+        policy_features_NPD: Tensor,
+        groups: Groups,
+        *,
+        trace: StepTrace | None = None,
     ) -> VisualTokens:
         """Visual tokens of a step with nothing compressed; called by every rank of the replica.
 
         Args:
             batch: the step.
-            policy_features_NPD: the policy's ViT outputs, used instead of a second pass where the ViT is shared.
+            policy_features_NPD: the policy's ViT outputs, used instead of a second pass where the
+                ViT is shared.
             groups: process groups.
             trace: records who does what when.
 
@@ -61,8 +69,12 @@ class Reference:
         """
         features_NPD = policy_features_NPD
         if not self.shares_vit:
-            features_NPD = tile_features(self.encoder, batch, groups.device, chunk_tiles=self.chunk_tiles, trace=trace)
-        return visual_tokens(self.encoder, features_NPD, batch, None, trained=False, groups=groups, trace=trace)
+            features_NPD = tile_features(
+                self.encoder, batch, groups.device, chunk_tiles=self.chunk_tiles, trace=trace
+            )
+        return visual_tokens(
+            self.encoder, features_NPD, batch, None, trained=False, groups=groups, trace=trace
+        )
 
     def response_rows(
         self,
@@ -81,8 +93,8 @@ class Reference:
             trace: records who does what when.
 
         Returns:
-            Hidden states [R, H] that predict each response token, one tensor a pack, on the last pipeline stage;
-            elsewhere an empty list.
+            Hidden states [R, H] that predict each response token, one tensor a pack, on the last
+            pipeline stage; elsewhere an empty list.
         """
         if self.offload is not None:
             self.offload.fetch()
@@ -104,8 +116,11 @@ class Reference:
         return list(rows)
 
 
-def share_equal_modules(reference: nn.Module, policy: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """Replace children of `reference` by the policy's where the policy's are frozen and bitwise equal.
+def share_equal_modules(
+    reference: nn.Module, policy: nn.Module, names: Sequence[str]
+) -> tuple[str, ...]:
+    """Replace children of `reference` by the policy's where the policy's are frozen and bitwise
+    equal.
 
     Args:
         reference: frozen module.
@@ -115,7 +130,9 @@ def share_equal_modules(reference: nn.Module, policy: nn.Module, names: Sequence
     Returns:
         The names that are now shared.
     """
-    shared = tuple(name for name in names if _frozen_and_equal(getattr(policy, name), getattr(reference, name)))
+    shared = tuple(
+        name for name in names if _frozen_and_equal(getattr(policy, name), getattr(reference, name))
+    )
     for name in shared:
         setattr(reference, name, getattr(policy, name))
     return shared

@@ -1,7 +1,8 @@
-"""One step of router training (Eq. 2-4): three forward passes label the one tile that ViR is asked about.
+"""One step of router training (Eq. 2-4): three forward passes label the one tile that ViR is asked
+about.
 
-The last pipeline stage finds the loss ratios, every rank learns those of all replicas and finds the same threshold, and
-the rank that encoded a tile asks ViR about it.
+The last pipeline stage finds the loss ratios, every rank learns those of all replicas and finds the
+same threshold, and the rank that encoded a tile asks ViR about it.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,12 @@ from megatron_vico.training.policy import Policy
 from megatron_vico.training.reference import Reference
 from megatron_vico.training.trace import StepTrace
 from megatron_vico.training.views import ComparedViews, compare_views
-from megatron_vico.vico.router_targets import RatioWindow, labels_from_ratios, loss_ratio, sample_means
+from megatron_vico.vico.router_targets import (
+    RatioWindow,
+    labels_from_ratios,
+    loss_ratio,
+    sample_means,
+)
 from megatron_vico.vico.routing import COMPRESS
 
 
@@ -49,8 +55,9 @@ def router_step(
         policy: the model after consistency training; only its ViR is trained.
         reference: the model from before it, which never sees a compressed tile.
         window: past loss ratios, the same on every rank; this step's are added.
-        batch: this replica's packs with two policy views each: nothing compressed, and one tile (or one image) of each
-            sample compressed, named by `router_tiles`. The tiles of such an image are all on one rank.
+        batch: this replica's packs with two policy views each: nothing compressed, and one tile (or
+            one image) of each sample compressed, named by `router_tiles`. The tiles of such an
+            image are all on one rank.
         eps: of Eq. 2, nats.
         groups: process groups.
         trace: records who does what when.
@@ -58,12 +65,17 @@ def router_step(
     Returns:
         This rank's share of the loss and of the figures that are logged.
     """
-    views = compare_views(policy, reference, batch, plans=("none", "one"), groups=groups, trace=trace)
+    views = compare_views(
+        policy, reference, batch, plans=("none", "one"), groups=groups, trace=trace
+    )
     ratio_M = _loss_ratios(views, batch.packs, eps=eps, groups=groups)
-    # Every rank takes part, also one without a single image, and adds the same ratios in the same order.
+    # Every rank takes part, also one without a single image, and adds the same ratios in the same
+    # order.
     all_ratios = _gather(ratio_M, batch.packs, groups)
     window.push(all_ratios)
-    loss, router = _answers(policy, batch, views.features_NPD, ratio_M, threshold=window.threshold())
+    loss, router = _answers(
+        policy, batch, views.features_NPD, ratio_M, threshold=window.threshold()
+    )
     loss = loss / max(len(all_ratios), 1)
     if loss.requires_grad:
         loss.backward()
@@ -72,9 +84,16 @@ def router_step(
 
 @torch.no_grad()
 def router_answers(
-    policy: Policy, reference: Reference, batch: StepBatch, *, threshold: Tensor, eps: float, groups: Groups
+    policy: Policy,
+    reference: Reference,
+    batch: StepBatch,
+    *,
+    threshold: Tensor,
+    eps: float,
+    groups: Groups,
 ) -> Answers:
-    """What the router answers to the questions of packs that it is not trained on; called by every rank.
+    """What the router answers to the questions of packs that it is not trained on; called by every
+    rank.
 
     Args:
         policy: in evaluation mode.
@@ -93,13 +112,16 @@ def router_answers(
 
 
 @torch.no_grad()
-def _loss_ratios(views: ComparedViews, packs: Sequence[PackedBatch], *, eps: float, groups: Groups) -> Tensor:
+def _loss_ratios(
+    views: ComparedViews, packs: Sequence[PackedBatch], *, eps: float, groups: Groups
+) -> Tensor:
     """r of Eq. 2 for all questions of the replica's packs, [M], on every rank of the replica."""
     ratio_M = torch.zeros(sum(len(_asked_samples(pack)) for pack in packs), device=groups.device)
     if groups.is_last_stage:
         none_M, one_M = (_asked_means(packs, each, groups) for each in views.kl_R)
         ratio_M = loss_ratio(one_M, none_M, eps=eps)
-    # From one rank to all of the replica, so that no two differ in a last digit: labels and threshold depend on it.
+    # From one rank to all of the replica, so that no two differ in a last digit: labels and
+    # threshold depend on it.
     last = groups.replica.size() - groups.language.tp.size() * groups.language.cp.size()
     torch.distributed.broadcast(ratio_M, group=groups.replica, group_src=last)
     return ratio_M
@@ -116,11 +138,14 @@ def _asked_means(packs: Sequence[PackedBatch], kl_R: Tensor, groups: Groups) -> 
 
 
 def _asked_samples(pack: PackedBatch) -> Tensor:
-    """The pack's samples that the router is asked about, [M] int64, ascending; text-only samples are not."""
+    """The pack's samples that the router is asked about, [M] int64, ascending; text-only samples
+    are not."""
     return pack.router_tile_sample.unique_consecutive()
 
 
-def _answers(policy: Policy, batch: StepBatch, features_NPD: Tensor, ratio_M: Tensor, *, threshold: Tensor) -> Answers:
+def _answers(
+    policy: Policy, batch: StepBatch, features_NPD: Tensor, ratio_M: Tensor, *, threshold: Tensor
+) -> Answers:
     """Ask about this rank's tiles; `ratio_M` is of all questions of the replica."""
     threshold = threshold.to(ratio_M.device)
     mine_M, logits_M2 = _ask(policy, batch, features_NPD)
@@ -144,9 +169,13 @@ def _ask(policy: Policy, batch: StepBatch, features_NPD: Tensor) -> tuple[Tensor
     Returns:
         Which questions of the replica they are, [M'] int64 on the CPU; and the logits [M', 2].
     """
-    counts_M = torch.cat([pack.router_tile_sample.unique_consecutive(return_counts=True)[1] for pack in batch.packs])
+    counts_M = torch.cat(
+        [pack.router_tile_sample.unique_consecutive(return_counts=True)[1] for pack in batch.packs]
+    )
     first_tiles = accumulate((pack.num_tiles for pack in batch.packs[:-1]), initial=0)
-    tiles = torch.cat([pack.router_tiles + first for pack, first in zip(batch.packs, first_tiles, strict=True)])
+    tiles = torch.cat(
+        [pack.router_tiles + first for pack, first in zip(batch.packs, first_tiles, strict=True)]
+    )
     question = torch.arange(len(counts_M)).repeat_interleave(counts_M)
     mine = (tiles >= batch.share.mine.start) & (tiles < batch.share.mine.stop)
     mine_M = question[mine].unique_consecutive()
@@ -163,8 +192,8 @@ def _ask(policy: Policy, batch: StepBatch, features_NPD: Tensor) -> tuple[Tensor
 
 
 def _gather(ratio_M: Tensor, packs: Sequence[PackedBatch], groups: Groups) -> Tensor:
-    """The ratios of all replicas in the order of the step's packs: a window that is full drops the same ones for every
-    number of data-parallel ranks."""
+    """The ratios of all replicas in the order of the step's packs: a window that is full drops the
+    same ones for every number of data-parallel ranks."""
     if groups.dp_size == 1:
         return ratio_M
     positions = [torch.full((len(_asked_samples(pack)),), float(pack.position)) for pack in packs]
@@ -177,5 +206,7 @@ def _gather(ratio_M: Tensor, packs: Sequence[PackedBatch], groups: Groups) -> Te
     padded[: len(mine)] = mine
     gathered = [torch.empty_like(padded) for _ in sizes]
     torch.distributed.all_gather(gathered, padded, group=groups.data_parallel)
-    ratios, order = torch.cat([each[:size] for each, size in zip(gathered, sizes, strict=True)]).unbind(dim=1)
+    ratios, order = torch.cat(
+        [each[:size] for each, size in zip(gathered, sizes, strict=True)]
+    ).unbind(dim=1)
     return ratios[order.argsort(stable=True)]

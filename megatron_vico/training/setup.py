@@ -55,7 +55,8 @@ class Run:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     data: DataState
-    """Reads the replica's packs, on its first rank (the others get them from there), and counts broken samples."""
+    """Reads the replica's packs, on its first rank (the others get them from there), and counts
+    broken samples."""
 
     iteration: int
     """Optimizer steps already done when the run starts."""
@@ -67,10 +68,13 @@ class Run:
 
     def batches(self) -> SharedBatches:
         """The steps that are left, spread over the ranks of the replica; every rank iterates."""
-        return self.spread(self.data.loader, num_steps=self.cfg.training.train_iters - self.iteration)
+        return self.spread(
+            self.data.loader, num_steps=self.cfg.training.train_iters - self.iteration
+        )
 
     def spread(self, loader: Loader | None, *, num_steps: int) -> SharedBatches:
-        """What a loader reads on the first rank of the replica, spread over its ranks; every rank iterates."""
+        """What a loader reads on the first rank of the replica, spread over its ranks; every rank
+        iterates."""
         options = self.cfg.stage
         return SharedBatches(
             loader,
@@ -102,7 +106,11 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
         CheckpointError: if a checkpoint is broken or of another model.
     """
     model = get_model_config(cfg.model.model_size)
-    resume = cfg.checkpoint.load if cfg.checkpoint.load and state.has_checkpoint(cfg.checkpoint.load) else None
+    resume = (
+        cfg.checkpoint.load
+        if cfg.checkpoint.load and state.has_checkpoint(cfg.checkpoint.load)
+        else None
+    )
     start_from = resume or cfg.checkpoint.pretrained_checkpoint
     if start_from is None and needs_reference(cfg.stage):
         raise ConfigError(
@@ -138,7 +146,9 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
         window.load(restored["router_window"])
     loader = None
     if groups.replica.rank() == 0:
-        loader = build_loader(cfg, model, groups, num_steps=cfg.training.train_iters - iteration, state=data_state)
+        loader = build_loader(
+            cfg, model, groups, num_steps=cfg.training.train_iters - iteration, state=data_state
+        )
     return Run(
         cfg=cfg,
         groups=groups,
@@ -148,7 +158,9 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
         window=window,
         optimizer=optimizer,
         scheduler=scheduler,
-        data=DataState.of(loader, max_skipped_share=cfg.data.max_skipped_share, restored=data_state),
+        data=DataState.of(
+            loader, max_skipped_share=cfg.data.max_skipped_share, restored=data_state
+        ),
         iteration=iteration,
     )
 
@@ -156,12 +168,18 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
 def build_modules(
     cfg: RunConfig, model: ModelConfig, groups: Groups
 ) -> tuple[VisionEncoder, tuple[LanguageModel, ...]]:
-    """An encoder and a language model (this rank's chunks) with fresh weights, each with its own config."""
+    """An encoder and a language model (this rank's chunks) with fresh weights, each with its own
+    config."""
     bf16 = cfg.training.bf16
     language_config = language_transformer_config(
-        model, bf16=bf16, parallel=cfg.parallel, **config_kwargs(cfg.transformer_overrides, TransformerConfig)
+        model,
+        bf16=bf16,
+        parallel=cfg.parallel,
+        **config_kwargs(cfg.transformer_overrides, TransformerConfig),
     )
-    vision_config = vision_transformer_config(model, bf16=bf16, drop_path_rate=cfg.model.drop_path_rate)
+    vision_config = vision_transformer_config(
+        model, bf16=bf16, drop_path_rate=cfg.model.drop_path_rate
+    )
     language_chunks = build_language_chunks(
         model,
         language_config,
@@ -171,7 +189,9 @@ def build_modules(
     )
     encoder = build_vision_encoder(model, vision_config, pg_collection=groups.encoder)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    return encoder.to(groups.device, dtype), tuple(chunk.to(groups.device, dtype) for chunk in language_chunks)
+    return encoder.to(groups.device, dtype), tuple(
+        chunk.to(groups.device, dtype) for chunk in language_chunks
+    )
 
 
 def policy_options(cfg: RunConfig, groups: Groups) -> PolicyOptions:
@@ -198,18 +218,23 @@ def _ddp_config(cfg: RunConfig) -> DistributedDataParallelConfig:
         "overlap_param_gather": cfg.parallel.overlap_param_gather,
     }
     # --no-accumulate-allreduce-grads-in-fp32 takes the first back.
-    return DistributedDataParallelConfig(**(fields | config_kwargs(cfg.ddp_overrides, DistributedDataParallelConfig)))
+    return DistributedDataParallelConfig(
+        **(fields | config_kwargs(cfg.ddp_overrides, DistributedDataParallelConfig))
+    )
 
 
 def _reference(cfg: RunConfig, model: ModelConfig, policy: Policy, groups: Groups) -> Reference:
     source = cfg.stage.reference_load or cfg.checkpoint.pretrained_checkpoint
     if source is None:
         raise ConfigError(
-            f"stage {cfg.stage.stage!r} resumes from {cfg.checkpoint.load} but does not know its frozen reference: "
-            "give --reference-load, or the --pretrained-checkpoint that the stage began with"
+            f"stage {cfg.stage.stage!r} resumes from {cfg.checkpoint.load} but does not know its"
+            " frozen reference: give --reference-load, or the --pretrained-checkpoint that the"
+            " stage began with"
         )
     encoder, language_chunks = build_modules(reference_config(cfg), model, groups)
-    state.load_weights(source, modules=named_modules(encoder, language_chunks), model_size=model.name)
+    state.load_weights(
+        source, modules=named_modules(encoder, language_chunks), model_size=model.name
+    )
     return freeze_reference(encoder, language_chunks, policy, cfg=cfg, groups=groups)
 
 
@@ -252,7 +277,9 @@ def freeze_reference(
     encoder.requires_grad_(False).eval()
     for chunk in language_chunks:
         chunk.requires_grad_(False).eval()
-    shared = share_equal_modules(encoder, policy.encoder, ("vit", "connector_4x", "connector_16x", "vir"))
+    shared = share_equal_modules(
+        encoder, policy.encoder, ("vit", "connector_4x", "connector_16x", "vir")
+    )
     if "language_model" not in policy.trained:
         for mine, theirs in zip(language_chunks, policy.language_chunks, strict=True):
             share_equal_modules(mine, theirs, ("gpt",))
@@ -261,25 +288,31 @@ def freeze_reference(
         language_chunks=language_chunks,
         shares_vit="vit" in shared,
         chunk_tiles=cfg.model.encoder_chunk_tiles,
-        offload=_offload(language_chunks, policy, groups) if cfg.stage.reference_offload == "host" else None,
+        offload=(
+            _offload(language_chunks, policy, groups)
+            if cfg.stage.reference_offload == "host"
+            else None
+        ),
     )
 
 
 def _offload(chunks: Sequence[LanguageModel], policy: Policy, groups: Groups) -> HostOffload:
-    """Everything of the reference's language model but its head, which the policy pass needs, and what is shared."""
+    """Everything of the reference's language model but its head, which the policy pass needs, and
+    what is shared."""
     kept = {id(param) for chunk in policy.language_chunks for param in chunk.parameters()}
     if groups.is_last_stage:
         kept.add(id(chunks[-1].head_weight))
     return HostOffload(
-        (param for chunk in chunks for param in chunk.parameters() if id(param) not in kept), groups.device
+        (param for chunk in chunks for param in chunk.parameters() if id(param) not in kept),
+        groups.device,
     )
 
 
 def _state_of_data(restored: dict[str, Any], source: str) -> dict[str, Any]:
     if "data" not in restored:
         raise CheckpointError(
-            f"{source} was saved before checkpoints knew their place in the data, so no run can go on from it; begin a "
-            "new one from its weights with --pretrained-checkpoint."
+            f"{source} was saved before checkpoints knew their place in the data, so no run can go"
+            " on from it; begin a new one from its weights with --pretrained-checkpoint."
         )
     state_of_data: dict[str, Any] = restored["data"]
     return state_of_data

@@ -1,4 +1,5 @@
-"""What each of the four stages trains, with which loss, and whether it needs the frozen reference."""
+"""What each of the four stages trains, with which loss, and whether it needs the frozen
+reference."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,19 +20,29 @@ class StageSpec:
 
 
 STAGES: Mapping[Stage, StageSpec] = {
-    "pretrain": StageSpec(loss="cross_entropy", train_modules=("vit", "connector_4x", "language_model")),
-    # The 16x connector is new: it learns Eq. 1 alone before the rest of the model follows (paper, section 4.1).
+    "pretrain": StageSpec(
+        loss="cross_entropy", train_modules=("vit", "connector_4x", "language_model")
+    ),
+    # The 16x connector is new: it learns Eq. 1 alone before the rest of the model follows (paper,
+    # section 4.1).
     "warmup": StageSpec(loss="consistency", train_modules=("connector_16x",)),
-    # Neither paper nor report says that the vision tower is frozen here ("the entire model is trained"). Frozen is the
-    # default since one ViT pass then serves policy and reference: at 241B a third of the step's arithmetic.
-    "consistency": StageSpec(loss="consistency", train_modules=("connector_4x", "connector_16x", "language_model")),
+    # Neither paper nor report says that the vision tower is frozen here ("the entire model is
+    # trained"). Frozen is the default since one ViT pass then serves policy and reference: at 241B
+    # a third of the step's arithmetic.
+    "consistency": StageSpec(
+        loss="consistency", train_modules=("connector_4x", "connector_16x", "language_model")
+    ),
     "router": StageSpec(loss="router", train_modules=("vir",)),
 }
 
 
 def train_modules(options: StageOptions) -> tuple[Module, ...]:
     """The modules that get gradients in this run."""
-    return options.train_modules if options.train_modules is not None else STAGES[options.stage].train_modules
+    return (
+        options.train_modules
+        if options.train_modules is not None
+        else STAGES[options.stage].train_modules
+    )
 
 
 def needs_reference(options: StageOptions) -> bool:

@@ -1,6 +1,7 @@
 """Records who does what when in one step, for a picture of the pipeline.
 
-Each rank writes its spans as a file of Chrome's trace format, which chrome://tracing and Perfetto open as well.
+Each rank writes its spans as a file of Chrome's trace format, which chrome://tracing and Perfetto
+open as well.
 """
 
 import json
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor
 
 Instant = Any
-"""A wall-clock time in seconds, or on a GPU an event on its stream, which has a time once the stream got there."""
+"""A wall-clock time in seconds, or on a GPU an event on its stream, which has a time once the
+stream got there."""
 
 Kind = Literal["forward", "loss", "backward", "phase"]
-"""A chunk's forward pass, the head and loss behind the last chunk, a backward pass, or a part of the step that is not
-about one pack."""
+"""A chunk's forward pass, the head and loss behind the last chunk, a backward pass, or a part of
+the step that is not about one pack."""
 
 
 @dataclass(kw_only=True)
@@ -42,8 +44,8 @@ class Span:
 class StepTrace:
     """The spans of one step on one rank.
 
-    Times are wall-clock times, so that the ranks of a machine share one clock. On a GPU they are those of events, taken
-    without waiting for them (never run there).
+    Times are wall-clock times, so that the ranks of a machine share one clock. On a GPU they are
+    those of events, taken without waiting for them (never run there).
     """
 
     spans: list[Span] = field(default_factory=list)
@@ -56,7 +58,9 @@ class StepTrace:
         self._origin_s, self._origin = time.time(), self._now()
 
     @contextmanager
-    def span(self, name: str, kind: Kind, microbatch: int | None = None, chunk: int | None = None) -> Iterator[Span]:
+    def span(
+        self, name: str, kind: Kind, microbatch: int | None = None, chunk: int | None = None
+    ) -> Iterator[Span]:
         """Record what is done within the context."""
         span = Span(name=name, kind=kind, microbatch=microbatch, chunk=chunk, start=self._now())
         self.spans.append(span)
@@ -72,7 +76,12 @@ class StepTrace:
         """
 
         def begins(grad: Tensor) -> None:
-            back = Span(name=forward.name, kind="backward", microbatch=forward.microbatch, chunk=forward.chunk)
+            back = Span(
+                name=forward.name,
+                kind="backward",
+                microbatch=forward.microbatch,
+                chunk=forward.chunk,
+            )
             back.start = self._now()
             self.spans.append(back)
 
@@ -93,7 +102,11 @@ class StepTrace:
         """
         events = [
             {
-                "name": " ".join(str(part) for part in (span.name, span.kind, span.microbatch) if part is not None),
+                "name": " ".join(
+                    str(part)
+                    for part in (span.name, span.kind, span.microbatch)
+                    if part is not None
+                ),
                 "cat": f"{span.name},{span.kind}",
                 "ph": "X",
                 "pid": rank,

@@ -16,7 +16,13 @@ from megatron_vico.data.loader import worker_death_explained
 from megatron_vico.parallel import groups as process_groups
 from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.training.consistency_step import consistency_step, pretrain_step
-from megatron_vico.training.metrics import MetricsLogger, StepFigures, StepSums, check_finite, log_skipped
+from megatron_vico.training.metrics import (
+    MetricsLogger,
+    StepFigures,
+    StepSums,
+    check_finite,
+    log_skipped,
+)
 from megatron_vico.training.router_step import router_step
 from megatron_vico.training.setup import Run, set_up
 from megatron_vico.training.stages import STAGES
@@ -33,7 +39,8 @@ def train(cfg: RunConfig) -> None:
 
     Raises:
         ConfigError: before any process group exists, if the configuration cannot work.
-        SampleError: if more samples are broken than --max-skipped-share, or shards are not what was indexed.
+        SampleError: if more samples are broken than --max-skipped-share, or shards are not what was
+            indexed.
         WorkerError: if a worker process of the loader dies.
         CheckpointError: if a checkpoint cannot be read or written; the last good one still loads.
     """
@@ -41,7 +48,9 @@ def train(cfg: RunConfig) -> None:
     validate(cfg, process_groups.launched_world_size(), check_files=True)
     supported_now(cfg)
     with process_groups.started(
-        cfg.parallel, seed=cfg.training.seed, timeout_minutes=cfg.training.distributed_timeout_minutes
+        cfg.parallel,
+        seed=cfg.training.seed,
+        timeout_minutes=cfg.training.distributed_timeout_minutes,
     ) as groups:
         _loop(set_up(cfg, groups), stop)
 
@@ -50,7 +59,9 @@ def _loop(run: Run, stop: "_StopSignal") -> None:
     cfg, groups = run.cfg, run.groups
     logger = MetricsLogger(
         save=Path(cfg.checkpoint.save) if cfg.checkpoint.save else None,
-        tensorboard_dir=Path(cfg.checkpoint.tensorboard_dir) if cfg.checkpoint.tensorboard_dir else None,
+        tensorboard_dir=(
+            Path(cfg.checkpoint.tensorboard_dir) if cfg.checkpoint.tensorboard_dir else None
+        ),
         train_iters=cfg.training.train_iters,
         log_interval=cfg.training.log_interval,
         resume_at=run.iteration,
@@ -91,7 +102,9 @@ def _loop(run: Run, stop: "_StopSignal") -> None:
             trace.write(trace_file(cfg.checkpoint.save, iteration, rank), rank=rank)
             started = time.perf_counter()
         ending = (
-            stop.agreed(groups) or iteration == cfg.training.train_iters or _due(iteration, cfg.training.exit_interval)
+            stop.agreed(groups)
+            or iteration == cfg.training.train_iters
+            or _due(iteration, cfg.training.exit_interval)
         )
         if ending or _due(iteration, cfg.training.save_interval):
             _save(run, iteration)
@@ -109,16 +122,21 @@ def _loop(run: Run, stop: "_StopSignal") -> None:
 def _announce(run: Run) -> None:
     """Say what is about to run, and leave its configuration beside its results."""
     cfg, policy = run.cfg, run.policy
-    counts = dataclasses.asdict(run.model.parameter_counts())  # of the whole model, however it is split
+    counts = dataclasses.asdict(
+        run.model.parameter_counts()
+    )  # of the whole model, however it is split
     trained = ", ".join(f"{name} {counts[name]:,}" for name in MODULES if name in policy.trained)
     print(
-        f"stage {cfg.stage.stage} of {run.model.name}: {cfg.training.train_iters} steps from step {run.iteration}, "
-        f"{cfg.training.global_batch_size} packs a step on {run.groups.dp_size} data-parallel ranks; "
-        f"trained parameters: {trained}; frozen: {sum(counts.values()) - sum(counts[n] for n in policy.trained):,}",
+        f"stage {cfg.stage.stage} of {run.model.name}: {cfg.training.train_iters} steps from step"
+        f" {run.iteration}, {cfg.training.global_batch_size} packs a step on {run.groups.dp_size}"
+        f" data-parallel ranks; trained parameters: {trained}; frozen:"
+        f" {sum(counts.values()) - sum(counts[n] for n in policy.trained):,}",
         flush=True,
     )
     if cfg.training.trace_step is not None and cfg.training.trace_step <= run.iteration:
-        print(f"--trace-step {cfg.training.trace_step} is past: nothing will be recorded", flush=True)
+        print(
+            f"--trace-step {cfg.training.trace_step} is past: nothing will be recorded", flush=True
+        )
     if cfg.checkpoint.save is not None:
         folder = Path(cfg.checkpoint.save)
         folder.mkdir(parents=True, exist_ok=True)
@@ -137,7 +155,8 @@ def compute_gradients(run: Run, batch: StepBatch, *, trace: StepTrace | None = N
         This rank's sums.
     """
     run.policy.zero_grad()
-    # Not the same thing: mcore's fp32 optimizer leaves param.grad aliased to the buffer that was just zeroed.
+    # Not the same thing: mcore's fp32 optimizer leaves param.grad aliased to the buffer that was
+    # just zeroed.
     run.optimizer.zero_grad()
     sums = _step(run, batch, trace)
     run.policy.finish_grad_sync()
@@ -183,14 +202,19 @@ def _save(run: Run, iteration: int) -> None:
         modules=run.modules,
         optimizer=run.optimizer,
         scheduler=run.scheduler,
-        trainer_state={"iteration": iteration, "router_window": run.window.state(), "data": run.data.to_state()},
+        trainer_state={
+            "iteration": iteration,
+            "router_window": run.window.state(),
+            "data": run.data.to_state(),
+        },
         config_yaml=to_yaml(run.cfg),
         metadata=state.CheckpointMetadata(model_size=run.model.name, stage=run.cfg.stage.stage),
     )
 
 
 class _StopSignal:
-    """SIGTERM (a scheduler taking the machines back) ends the run with a checkpoint after the running step."""
+    """SIGTERM (a scheduler taking the machines back) ends the run with a checkpoint after the
+    running step."""
 
     def __init__(self) -> None:
         self._received = False
@@ -200,7 +224,8 @@ class _StopSignal:
         self._received = True
 
     def agreed(self, groups: process_groups.Groups) -> bool:
-        """Whether any rank was told to stop; all ranks ask, so that they stop after the same step."""
+        """Whether any rank was told to stop; all ranks ask, so that they stop after the same
+        step."""
         flag = torch.tensor(float(self._received), device=groups.device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return bool(flag)

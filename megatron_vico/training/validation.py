@@ -1,10 +1,12 @@
-"""Figures over a validation set between two steps of training, which goes on as if nothing had happened.
+"""Figures over a validation set between two steps of training, which goes on as if nothing had
+happened.
 
-The packs, their order and their compression plans are the same at every evaluation and for every --seed, so that values
-compare over steps and runs. Each sample with an answer counts the same, once or as often as its folder's repeat says
-(of a folder with 0.1, a tenth: the same one each time); broken ones are named and left out, beside the run's budget.
-The packs that fill up the last global batch come from the next epoch and weigh nothing, so that all ranks make the same
-number of passes and no sample is left out.
+The packs, their order and their compression plans are the same at every evaluation and for every
+--seed, so that values compare over steps and runs. Each sample with an answer counts the same, once
+or as often as its folder's repeat says (of a folder with 0.1, a tenth: the same one each time);
+broken ones are named and left out, beside the run's budget. The packs that fill up the last global
+batch come from the next epoch and weigh nothing, so that all ranks make the same number of passes
+and no sample is left out.
 """
 
 import dataclasses
@@ -44,8 +46,9 @@ class ValidationSet:
     """Global batches to evaluate."""
 
     loader: Loader | None
-    """On the first rank of a replica. Its workers start with an evaluation and end with it: meanwhile those of training
-    have filled their queues and rest, and between evaluations nothing competes with them."""
+    """On the first rank of a replica. Its workers start with an evaluation and end with it:
+    meanwhile those of training have filled their queues and rest, and between evaluations nothing
+    competes with them."""
 
     num_packs: int
     """Packs of one pass over all of the set."""
@@ -70,17 +73,22 @@ def open_validation(run: Run) -> ValidationSet | None:
     if not cfg.data.valid_data_path:
         return None
     loader = (
-        build_loader(_own_config(cfg), run.model, groups, views="validation") if groups.replica.rank() == 0 else None
+        build_loader(_own_config(cfg), run.model, groups, views="validation")
+        if groups.replica.rank() == 0
+        else None
     )
-    packs = torch.tensor(0 if loader is None else sum(1 for _ in loader.plan.epoch(0)), device=groups.device)
+    packs = torch.tensor(
+        0 if loader is None else sum(1 for _ in loader.plan.epoch(0)), device=groups.device
+    )
     torch.distributed.broadcast(packs, group=groups.replica, group_src=0)
     num_packs = int(packs)
     whole = -(-num_packs // cfg.training.global_batch_size)
     num_batches = cfg.training.eval_iters or whole
     if num_batches > whole:
         raise ConfigError(
-            f"--eval-iters {num_batches}: the {num_packs} packs of --valid-data-path make {whole} global batches of "
-            f"{cfg.training.global_batch_size}; use at most {whole}, or leave it out for all of them."
+            f"--eval-iters {num_batches}: the {num_packs} packs of --valid-data-path make {whole}"
+            f" global batches of {cfg.training.global_batch_size}; use at most {whole}, or leave it"
+            " out for all of them."
         )
     if loader is not None:
         loader.num_steps = num_batches
@@ -113,14 +121,17 @@ def evaluate(run: Run, validation: ValidationSet, *, iteration: int) -> Validati
     started = time.perf_counter()
     if validation.loader is not None:
         validation.loader.place = validation.loader.plan.start
-    run.policy.finish_param_sync()  # the head's weight is read outside its module's forward pass, which would wait
+    # The head's weight is read outside its module's forward pass, which would wait.
+    run.policy.finish_param_sync()
     run.policy.eval_mode()
     names = _FIGURES[STAGES[run.cfg.stage.stage].loss]
     sums = torch.zeros(1 + len(names), dtype=torch.float64, device=run.groups.device)
     on_gpu = run.groups.device.type == "cuda"
     # Nothing draws in evaluation but torch's DataLoader, a seed for its workers.
     with torch.random.fork_rng(devices=[run.groups.device] if on_gpu else []):
-        for number, batch in enumerate(run.spread(validation.loader, num_steps=validation.num_batches)):
+        for number, batch in enumerate(
+            run.spread(validation.loader, num_steps=validation.num_batches)
+        ):
             if run.groups.replica.rank() == 0:
                 log_skipped(batch.packs)
             left = validation.num_packs - number * run.cfg.training.global_batch_size
@@ -128,12 +139,18 @@ def evaluate(run: Run, validation: ValidationSet, *, iteration: int) -> Validati
     run.policy.train_mode()
     torch.distributed.all_reduce(sums)
     samples, *totals = sums.tolist()
-    means = {name: total / samples if samples else math.nan for name, total in zip(names, totals, strict=True)}
-    return ValidationFigures(iteration=iteration, samples=int(samples), time_s=time.perf_counter() - started, **means)
+    means = {
+        name: total / samples if samples else math.nan
+        for name, total in zip(names, totals, strict=True)
+    }
+    return ValidationFigures(
+        iteration=iteration, samples=int(samples), time_s=time.perf_counter() - started, **means
+    )
 
 
 def _weighed(batch: StepBatch, *, num_packs: int) -> StepBatch:
-    """A batch of which the first `num_packs` packs count, with 1 for each sample that has an answer."""
+    """A batch of which the first `num_packs` packs count, with 1 for each sample that has an
+    answer."""
 
     def weighed(pack: PackedBatch) -> PackedBatch:
         if pack.position >= num_packs:
@@ -150,15 +167,27 @@ def _weighed(batch: StepBatch, *, num_packs: int) -> StepBatch:
 
 
 def _sums(run: Run, batch: StepBatch) -> Tensor:
-    """This rank's share of the number of samples and of the stage's figures, [1 + figures] float64."""
+    """This rank's share of the number of samples and of the stage's figures, [1 + figures]
+    float64."""
     loss = STAGES[run.cfg.stage.stage].loss
     if loss == "router":
         values = _router_sums(run, batch)
     else:
         weight_R = torch.cat([pack.kl_weight for pack in batch.packs])
         # Over the rows of a sample that counts the sum is 1.
-        samples = weight_R.double().sum().round() if run.groups.replica.rank() == 0 else weight_R.new_zeros(())
-        values = [samples, *(_label_sums(run, batch) if loss == "cross_entropy" else _kl_sums(run, batch, weight_R))]
+        samples = (
+            weight_R.double().sum().round()
+            if run.groups.replica.rank() == 0
+            else weight_R.new_zeros(())
+        )
+        values = [
+            samples,
+            *(
+                _label_sums(run, batch)
+                if loss == "cross_entropy"
+                else _kl_sums(run, batch, weight_R)
+            ),
+        ]
     return torch.stack([value.to(run.groups.device, torch.float64) for value in values])
 
 
@@ -169,8 +198,12 @@ def _label_sums(run: Run, batch: StepBatch) -> list[Tensor]:
 
 def _kl_sums(run: Run, batch: StepBatch, weight_R: Tensor) -> list[Tensor]:
     assert run.reference is not None
-    views = compare_views(run.policy, run.reference, batch, plans=("share", "all"), groups=run.groups)
-    if not run.groups.counts_loss or run.groups.language.cp.rank() != 0:  # others have the same, or none
+    views = compare_views(
+        run.policy, run.reference, batch, plans=("share", "all"), groups=run.groups
+    )
+    if (
+        not run.groups.counts_loss or run.groups.language.cp.rank() != 0
+    ):  # others have the same, or none
         return [torch.zeros(()), torch.zeros(())]
     return [(kl_R * weight_R.to(kl_R.device)).sum() for kl_R in views.kl_R]
 
@@ -178,6 +211,14 @@ def _kl_sums(run: Run, batch: StepBatch, weight_R: Tensor) -> list[Tensor]:
 def _router_sums(run: Run, batch: StepBatch) -> list[Tensor]:
     assert run.reference is not None
     tau, eps = run.window.threshold(), run.cfg.stage.router_eps
-    answers = router_answers(run.policy, run.reference, batch, threshold=tau, eps=eps, groups=run.groups)
+    answers = router_answers(
+        run.policy, run.reference, batch, threshold=tau, eps=eps, groups=run.groups
+    )
     router = answers.router
-    return [router.questions, answers.loss, router.correct, router.labelled_compress, router.predicted_compress]
+    return [
+        router.questions,
+        answers.loss,
+        router.correct,
+        router.labelled_compress,
+        router.predicted_compress,
+    ]

@@ -1,6 +1,8 @@
-"""Reference and policy compared under several plans of the same packs, forward only: for router labels and validation.
+"""Reference and policy compared under several plans of the same packs, forward only: for router
+labels and validation.
 
-Shapes: N tiles, P patches of a tile, D channels of the ViT, R response rows, H channels of the language model.
+Shapes: N tiles, P patches of a tile, D channels of the ViT, R response rows, H channels of the
+language model.
 """
 
 from collections.abc import Sequence
@@ -28,8 +30,8 @@ class ComparedViews:
     """[N, P, D], the policy's ViT outputs of this rank's tiles."""
 
     kl_R: tuple[Tensor, ...]
-    """A tensor a view: [R] float32, KL(reference || policy) of every response row of all packs, in pack order, on each
-    rank of the last pipeline stage; elsewhere none."""
+    """A tensor a view: [R] float32, KL(reference || policy) of every response row of all packs, in
+    pack order, on each rank of the last pipeline stage; elsewhere none."""
 
 
 @torch.no_grad()
@@ -56,10 +58,16 @@ def compare_views(
         Features and KL.
     """
     device, packs = groups.device, batch.packs
-    reference_inputs = [language_inputs(pack.reference, policy.stream_cut, device) for pack in packs]
+    reference_inputs = [
+        language_inputs(pack.reference, policy.stream_cut, device) for pack in packs
+    ]
     views = [[pack.policies[view] for pack in packs] for view in range(len(plans))]
-    view_inputs = [[language_inputs(each.stream, policy.stream_cut, device) for each in view] for view in views]
-    features_NPD = tile_features(policy.encoder, batch, device, chunk_tiles=policy.chunk_tiles, trace=trace)
+    view_inputs = [
+        [language_inputs(each.stream, policy.stream_cut, device) for each in view] for view in views
+    ]
+    features_NPD = tile_features(
+        policy.encoder, batch, device, chunk_tiles=policy.chunk_tiles, trace=trace
+    )
     reference_tokens = reference.visual_tokens(batch, features_NPD, groups, trace=trace)
     view_tokens = [
         visual_tokens(
@@ -73,7 +81,9 @@ def compare_views(
         )
         for view in views
     ]
-    reference_rows = reference.response_rows(reference_inputs, reference_tokens, groups=groups, trace=trace)
+    reference_rows = reference.response_rows(
+        reference_inputs, reference_tokens, groups=groups, trace=trace
+    )
     passes = [
         LanguagePass(
             name=f"policy ({plan})",
@@ -88,7 +98,10 @@ def compare_views(
     rows = [forward_pass(each) for each in passes]
     if not groups.is_last_stage:
         return ComparedViews(features_NPD=features_NPD, kl_R=())
-    kl_R = tuple(_kl_of_packs(policy, reference, packs, rows=(reference_rows, each), groups=groups) for each in rows)
+    kl_R = tuple(
+        _kl_of_packs(policy, reference, packs, rows=(reference_rows, each), groups=groups)
+        for each in rows
+    )
     return ComparedViews(features_NPD=features_NPD, kl_R=kl_R)
 
 
@@ -100,7 +113,8 @@ def _kl_of_packs(
     rows: tuple[Sequence[Tensor | None], Sequence[Tensor]],
     groups: Groups,
 ) -> Tensor:
-    """KL of every response row of all packs, [R] in pack order, put together over context-parallel ranks.
+    """KL of every response row of all packs, [R] in pack order, put together over context-parallel
+    ranks.
 
     Args: rows: of the reference and of the policy, [R, H] a pack.
     """
@@ -110,7 +124,9 @@ def _kl_of_packs(
     for of_pack, theirs_RH, mine_RH in zip(kl_R.split(lens), *rows, strict=True):
         assert theirs_RH is not None
         share = row_share(len(of_pack), size=context.size(), rank=context.rank())
-        of_pack[share] = policy.head.consistency_rows(mine_RH, reference=reference.head, reference_rows_RH=theirs_RH)
+        of_pack[share] = policy.head.consistency_rows(
+            mine_RH, reference=reference.head, reference_rows_RH=theirs_RH
+        )
     if context.size() > 1:
         torch.distributed.all_reduce(kl_R, group=context)
     return kl_R

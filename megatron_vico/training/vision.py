@@ -1,9 +1,12 @@
-"""The first and the last phase of every step: tiles to visual tokens, and their gradients back through the encoder.
+"""The first and the last phase of every step: tiles to visual tokens, and their gradients back
+through the encoder.
 
-Each rank encodes its own tiles (parallel/tile_parallel.py). Visual tokens enter the language model as leaf tensors, so
-that the encoder's backward pass is separate from the language model's, and its memory too.
+Each rank encodes its own tiles (parallel/tile_parallel.py). Visual tokens enter the language model
+as leaf tensors, so that the encoder's backward pass is separate from the language model's, and its
+memory too.
 
-Shapes: N tiles, P patches of a tile, D channels of the ViT, V visual tokens, H channels of the language model.
+Shapes: N tiles, P patches of a tile, D channels of the ViT, V visual tokens, H channels of the
+language model.
 """
 
 from collections.abc import Sequence
@@ -30,8 +33,8 @@ def tile_features(
     """ViT outputs of this rank's tiles, a chunk at a time.
 
     Args:
-        encoder: the vision encoder; where its ViT is trained, only the features are kept for the backward pass, and
-            what lies between is computed again chunk by chunk.
+        encoder: the vision encoder; where its ViT is trained, only the features are kept for the
+            backward pass, and what lies between is computed again chunk by chunk.
         batch: the step.
         device: where to compute.
         chunk_tiles: tiles of a chunk.
@@ -58,12 +61,18 @@ class VisualTokens:
     """Visual tokens of all packs of a step under one plan each, cut from the encoder's graph."""
 
     def __init__(
-        self, outputs_VH: Tensor, exchange: TokenExchange, *, trained: bool, trace: StepTrace | None = None
+        self,
+        outputs_VH: Tensor,
+        exchange: TokenExchange,
+        *,
+        trained: bool,
+        trace: StepTrace | None = None,
     ) -> None:
         """Deliver tokens; called by every rank of the replica.
 
         Args:
-            outputs_VH: [V, H], what the encoder made of this rank's tiles; holds its graph where it is trained.
+            outputs_VH: [V, H], what the encoder made of this rank's tiles; holds its graph where it
+                is trained.
             exchange: the way to the ranks that embed tokens.
             trained: whether gradients are wanted.
             trace: records who does what when.
@@ -73,13 +82,16 @@ class VisualTokens:
             delivered = exchange.deliver(outputs_VH.detach())
         self._grad_VH: Tensor | None = None
         self.leaves: Sequence[Tensor] | None = None
-        """[V, H] a pack, what the language model sees, on the first pipeline stage; elsewhere None."""
+        """[V, H] a pack, what the language model sees, on the first pipeline stage; elsewhere
+        None."""
         if delivered is None:
             return
         self.leaves = delivered
         if trained:
             # One buffer for all gradients: autograd adds into it, and it travels back as it is.
-            self._grad_VH = outputs_VH.new_zeros(sum(len(leaf) for leaf in delivered), outputs_VH.size(1))
+            self._grad_VH = outputs_VH.new_zeros(
+                sum(len(leaf) for leaf in delivered), outputs_VH.size(1)
+            )
             grads = self._grad_VH.split([len(leaf) for leaf in delivered])
             self.leaves = [leaf.detach().requires_grad_() for leaf in delivered]
             for leaf, grad in zip(self.leaves, grads, strict=True):
@@ -90,7 +102,8 @@ class VisualTokens:
         return None if self.leaves is None else self.leaves[index]
 
     def backward(self) -> None:
-        """Carry the gradients that the language model left back through connectors and ViT; every rank calls it."""
+        """Carry the gradients that the language model left back through connectors and ViT; every
+        rank calls it."""
         with phase(self._trace, "return gradients"):
             grad_VH = self._exchange.give_back(self._grad_VH, like=self._outputs_VH)
         with phase(self._trace, "encoder backward"):
@@ -126,6 +139,8 @@ def visual_tokens(
         plans = [torch.zeros(pack.num_tiles, dtype=torch.bool) for pack in batch.packs]
     mine_N = torch.cat(list(plans))[batch.share.mine]
     with phase(trace, "encode"), torch.set_grad_enabled(trained):
-        outputs_VH = encoder.visual_tokens(features_NPD if trained else features_NPD.detach(), mine_N)
+        outputs_VH = encoder.visual_tokens(
+            features_NPD if trained else features_NPD.detach(), mine_N
+        )
     exchange = TokenExchange([encoder.tokens_per_tile(plan) for plan in plans], batch.share, groups)
     return VisualTokens(outputs_VH, exchange, trained=trained, trace=trace)

@@ -1,7 +1,8 @@
-"""Where compression plans come from: one bool per tile, True where the tile gets 64 visual tokens instead of 256.
+"""Where compression plans come from: one bool per tile, True where the tile gets 64 visual tokens
+instead of 256.
 
-Equation 1 (a fraction xi of each image), Eq. 2 (one tile), the rows of Table 3 (all, random) and inference (ViR's
-scores, vico/routing.py) differ only in the function that makes the plan.
+Equation 1 (a fraction xi of each image), Eq. 2 (one tile), the rows of Table 3 (all, random) and
+inference (ViR's scores, vico/routing.py) differ only in the function that makes the plan.
 
 Shape suffixes: N tiles.
 """
@@ -15,7 +16,8 @@ from torch import Tensor
 
 
 def generator(seed: int, epoch: int, sample_id: int, purpose: str) -> torch.Generator:
-    """A random stream that belongs to one sample, epoch and purpose, on whatever rank or worker it is drawn.
+    """A random stream that belongs to one sample, epoch and purpose, on whatever rank or worker it
+    is drawn.
 
     Args:
         seed: the run's seed.
@@ -26,12 +28,17 @@ def generator(seed: int, epoch: int, sample_id: int, purpose: str) -> torch.Gene
     Returns:
         A CPU generator.
     """
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{sample_id}/{purpose}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)  # manual_seed takes 63 bits
+    digest = hashlib.blake2b(
+        f"{seed}/{epoch}/{sample_id}/{purpose}".encode(), digest_size=8
+    ).digest()
+    return torch.Generator().manual_seed(
+        int.from_bytes(digest, "little") >> 1
+    )  # manual_seed takes 63 bits
 
 
 def plan_none(num_tiles: int) -> Tensor:
-    """Nothing compressed: the reference's plan, and the vanilla row of Table 3. Returns [N] bool."""
+    """Nothing compressed: the reference's plan, and the vanilla row of Table 3. Returns [N]
+    bool."""
     return torch.zeros(num_tiles, dtype=torch.bool)
 
 
@@ -46,7 +53,8 @@ def plan_fraction(
     generator: torch.Generator,
     sampler: Literal["bernoulli", "exact-count"] = "bernoulli",
 ) -> Tensor:
-    """A share xi ~ U[0, 1] of each image's tiles compressed; the expectation of Eq. 1 of the ViCO paper.
+    """A share xi ~ U[0, 1] of each image's tiles compressed; the expectation of Eq. 1 of the ViCO
+    paper.
 
     Args:
         tiles_per_image: tiles of each image of the sample, in order.
@@ -67,17 +75,21 @@ def plan_fraction(
         if sampler == "bernoulli":
             plans.append(torch.rand(num_tiles, generator=generator) < xi)
         else:
-            plans.append(plan_random_exact(num_tiles, int(torch.round(xi * num_tiles)), generator=generator))
+            plans.append(
+                plan_random_exact(num_tiles, int(torch.round(xi * num_tiles)), generator=generator)
+            )
     return torch.cat(plans) if plans else plan_none(0)
 
 
 def plan_stratified(tiles_per_image: Sequence[int], *, generator: torch.Generator) -> Tensor:
-    """A share xi ~ U[0, 1] of each image's tiles compressed, the shares of a pack spread evenly over [0, 1); Eq. 1.
+    """A share xi ~ U[0, 1] of each image's tiles compressed, the shares of a pack spread evenly
+    over [0, 1); Eq. 1.
 
-    Of the K images of a pack, in random order, one gets its share from each of the K strata [k / K, (k + 1) / K). Each
-    image's own share stays exactly U[0, 1] and each of its tiles is compressed with probability xi, so the expectation
-    of Eq. 1 is that of independent shares; but packs have nearly the same number of policy tokens. With 8 images a
-    pack and 32 packs on each of 8 data-parallel ranks, the rank with most has 0.2 % more than the mean, not 2 %.
+    Of the K images of a pack, in random order, one gets its share from each of the K strata [k / K,
+    (k + 1) / K). Each image's own share stays exactly U[0, 1] and each of its tiles is compressed
+    with probability xi, so the expectation of Eq. 1 is that of independent shares; but packs have
+    nearly the same number of policy tokens. With 8 images a pack and 32 packs on each of 8
+    data-parallel ranks, the rank with most has 0.2 % more than the mean, not 2 %.
 
     Args:
         tiles_per_image: tiles of each image of the PACK, over all its samples, in order.
@@ -92,7 +104,8 @@ def plan_stratified(tiles_per_image: Sequence[int], *, generator: torch.Generato
     counts = torch.tensor(tiles_per_image, dtype=torch.int64)
     jitter, rounding = torch.rand(2, num_images, generator=generator, dtype=torch.float64)
     xi = (torch.randperm(num_images, generator=generator) + jitter) / num_images
-    # Rounded up as often as the fraction says: the expected number is exactly xi * N. The clamp is for xi rounded to 1.
+    # Rounded up as often as the fraction says: the expected number is exactly xi * N. The clamp is
+    # for xi rounded to 1.
     num_compressed = torch.minimum((xi * counts + rounding).floor().to(torch.int64), counts)
     return torch.cat(
         [
@@ -130,18 +143,23 @@ def plan_one_tile(num_tiles: int, *, generator: torch.Generator) -> Tensor:
         ValueError: if there is no tile to choose; text-only samples have no router target.
     """
     if num_tiles < 1:
-        raise ValueError("plan_one_tile needs at least one tile; leave text-only samples out of router training")
+        raise ValueError(
+            "plan_one_tile needs at least one tile; leave text-only samples out of router training"
+        )
     return plan_random_exact(num_tiles, 1, generator=generator)
 
 
 def plan_one_image(tiles_per_image: Sequence[int], *, generator: torch.Generator) -> Tensor:
-    """All tiles of one random image compressed: Eq. 2 for the image-level router of Table 3. Returns [N] bool.
+    """All tiles of one random image compressed: Eq. 2 for the image-level router of Table 3.
+    Returns [N] bool.
 
     Raises:
         ValueError: if there is no image with a tile.
     """
     if not any(tiles_per_image):
-        raise ValueError("plan_one_image needs at least one tile; leave text-only samples out of router training")
+        raise ValueError(
+            "plan_one_image needs at least one tile; leave text-only samples out of router training"
+        )
     image = int(torch.randint(len(tiles_per_image), (), generator=generator))
     plan = plan_none(sum(tiles_per_image))
     start = sum(tiles_per_image[:image])

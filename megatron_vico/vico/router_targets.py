@@ -1,6 +1,8 @@
-"""Eq. 2-3 of the ViCO paper: how much worse the answer gets when one tile is compressed, and the label that follows.
+"""Eq. 2-3 of the ViCO paper: how much worse the answer gets when one tile is compressed, and the
+label that follows.
 
-Shape suffixes: M questions asked of the router (one tile, or one image, of each sample), W window, R response rows.
+Shape suffixes: M questions asked of the router (one tile, or one image, of each sample), W window,
+R response rows.
 """
 
 import torch
@@ -28,7 +30,8 @@ def loss_ratio(kl_compressed_M: Tensor, kl_uncompressed_M: Tensor, *, eps: float
 
     Args:
         kl_compressed_M: [M] float32, nats, one tile of the sample compressed.
-        kl_uncompressed_M: [M] float32, nats, nothing compressed. 0 where policy and reference are equal: hence eps.
+        kl_uncompressed_M: [M] float32, nats, nothing compressed. 0 where policy and reference are
+            equal: hence eps.
         eps: added to both, nats; the paper names none.
 
     Returns:
@@ -45,8 +48,8 @@ def labels_from_ratios(ratio_M: Tensor, threshold: Tensor) -> Tensor:
 class RatioWindow:
     """The sliding window of past loss ratios whose k-th percentile is the threshold tau of Eq. 3.
 
-    Every data-parallel rank pushes the same ratios in the same order (they are gathered first), so every rank finds
-    the same threshold.
+    Every data-parallel rank pushes the same ratios in the same order (they are gathered first), so
+    every rank finds the same threshold.
     """
 
     def __init__(self, *, size: int, percentile: float) -> None:
@@ -67,7 +70,8 @@ class RatioWindow:
     def threshold(self) -> Tensor:
         """tau of Eq. 3: the percentile of the ratios in the window, a float32 scalar.
 
-        NaN while the window is empty, as after a first step without any image: it has no question to label either.
+        NaN while the window is empty, as after a first step without any image: it has no question
+        to label either.
         """
         if not len(self._ratios_W):
             return torch.tensor(float("nan"))
@@ -78,5 +82,6 @@ class RatioWindow:
         return self._ratios_W.clone()
 
     def load(self, ratios_W: Tensor) -> None:
-        """Take up the ratios of a checkpoint, [W] float32, oldest first; the newest stay if the window shrank."""
+        """Take up the ratios of a checkpoint, [W] float32, oldest first; the newest stay if the
+        window shrank."""
         self._ratios_W = ratios_W.detach().float().cpu()[-self.size :]

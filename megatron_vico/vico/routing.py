@@ -1,4 +1,5 @@
-"""From ViR's logits (Eq. 4 of the ViCO paper) to a plan: the paper's rule and the one of released Flash models.
+"""From ViR's logits (Eq. 4 of the ViCO paper) to a plan: the paper's rule and the one of released
+Flash models.
 
 Shape suffixes: N tiles.
 """
@@ -7,22 +8,26 @@ import torch
 from torch import Tensor
 
 COMPRESS = 0
-"""Index of "compress" in ViR's two-way head: p^0 of Eq. 4, and the first output of released Flash checkpoints."""
+"""Index of "compress" in ViR's two-way head: p^0 of Eq. 4, and the first output of released Flash
+checkpoints."""
 
 FLASH_RELATIVE_THRESHOLD = 0.0
-"""Default quantile of the flash rule: nearest to the paper's. That of the released models is not published."""
+"""Default quantile of the flash rule: nearest to the paper's. That of the released models is not
+published."""
 
 FLASH_ABSOLUTE_THRESHOLD = 0.5
 """Default floor of the flash rule: the paper's."""
 
 
 def compress_probability(logits_N2: Tensor) -> Tensor:
-    """p^0 of Eq. 4: how sure ViR is that a tile may be compressed. Returns [N] float32 in [0, 1]."""
+    """p^0 of Eq. 4: how sure ViR is that a tile may be compressed. Returns [N] float32 in [0,
+    1]."""
     return logits_N2.float().softmax(dim=-1)[:, COMPRESS]
 
 
 def paper_rule(logits_N2: Tensor) -> Tensor:
-    """Compress where p^0 > 0.5 (section 4.5 of the paper); a tile's decision depends on no other tile.
+    """Compress where p^0 > 0.5 (section 4.5 of the paper); a tile's decision depends on no other
+    tile.
 
     Args:
         logits_N2: [N, 2], ViR's outputs.
@@ -33,11 +38,15 @@ def paper_rule(logits_N2: Tensor) -> Tensor:
     return compress_probability(logits_N2) > 0.5
 
 
-def flash_rule(logits_N2: Tensor, *, relative_threshold: float, absolute_threshold: float) -> Tensor:
-    """The rule of released Flash models: above a quantile of the conversation's tiles and above a floor.
+def flash_rule(
+    logits_N2: Tensor, *, relative_threshold: float, absolute_threshold: float
+) -> Tensor:
+    """The rule of released Flash models: above a quantile of the conversation's tiles and above a
+    floor.
 
-    The comparison with the quantile is strict, so the tile that is itself the quantile, and hence the only tile of a
-    single-tile image, is never compressed; that is a property of the released models.
+    The comparison with the quantile is strict, so the tile that is itself the quantile, and hence
+    the only tile of a single-tile image, is never compressed; that is a property of the released
+    models.
 
     Args:
         logits_N2: [N, 2], ViR's outputs for all tiles of one conversation.

@@ -1,6 +1,8 @@
-"""Many layouts in one launch: megatron-core's process groups, made once per layout and switched between.
+"""Many layouts in one launch: megatron-core's process groups, made once per layout and switched
+between.
 
-megatron-core keeps its groups in module globals, and destroying them leaks threads and sockets until nothing moves.
+megatron-core keeps its groups in module globals, and destroying them leaks threads and sockets
+until nothing moves.
 """
 
 from typing import Any
@@ -13,7 +15,8 @@ from megatron_vico.parallel.groups import Groups, started
 
 
 class CachedLayouts:
-    """The layouts that a launch has used; to be made once, when torch.distributed runs and megatron-core does not."""
+    """The layouts that a launch has used; to be made once, when torch.distributed runs and
+    megatron-core does not."""
 
     def __init__(self, *, seed: int = 1) -> None:
         """Start with none.
@@ -33,7 +36,8 @@ class CachedLayouts:
             options: the layout; ranks that it has no other use for are more data parallelism.
 
         Returns:
-            Its groups. What was built under another layout needs a switch back before it is used again.
+            Its groups. What was built under another layout needs a switch back before it is used
+            again.
         """
         # All that groups depend on: recompute and overlap do not get groups of their own.
         key = (
@@ -52,7 +56,10 @@ class CachedLayouts:
             return groups
         _set_globals(self._blank)
         with started(options, seed=self._seed, timeout_minutes=1) as groups:
-            self._known[key] = (_globals(), groups)  # torch.distributed is not its own: it leaves them running
+            self._known[key] = (
+                _globals(),
+                groups,
+            )  # torch.distributed is not its own: it leaves them running
         return groups
 
 

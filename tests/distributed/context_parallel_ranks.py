@@ -1,8 +1,10 @@
-"""A language model over context-parallel ranks against its one-process twin; started by torchrun from the tests.
+"""A language model over context-parallel ranks against its one-process twin; started by torchrun
+from the tests.
 
-Prints one line a layout and model: the largest errors of the outputs, of the visual tokens' gradient and of any
-weight's gradient. The lines CONTROL have a backward pass that drops what other ranks' queries owe to a rank's keys; the
-lines RECOMPUTE run each layer's forward pass, and so its gather, a second time in the backward pass.
+Prints one line a layout and model: the largest errors of the outputs, of the visual tokens'
+gradient and of any weight's gradient. The lines CONTROL have a backward pass that drops what other
+ranks' queries owe to a rank's keys; the lines RECOMPUTE run each layer's forward pass, and so its
+gather, a second time in the backward pass.
 """
 
 from collections.abc import Iterator
@@ -31,25 +33,35 @@ from tests.toy_models import pack, randomise  # noqa: E402
 
 LENS = (8, 24, 40, 8, 16)  # unequal, two of them equal, all multiples of 2 * 4
 LAYOUTS = {
-    "TP2+SPxCP2": ParallelOptions(tensor_model_parallel_size=2, context_parallel_size=2, sequence_parallel=True),
+    "TP2+SPxCP2": ParallelOptions(
+        tensor_model_parallel_size=2, context_parallel_size=2, sequence_parallel=True
+    ),
     "TP2xCP2": ParallelOptions(tensor_model_parallel_size=2, context_parallel_size=2),
     "CP4": ParallelOptions(context_parallel_size=4),
     "CP2xDP2": ParallelOptions(context_parallel_size=2),
 }
-RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
 
 
 class Problem:
-    """A pack, every third token of it visual, and what the outputs are multiplied with for a loss."""
+    """A pack, every third token of it visual, and what the outputs are multiplied with for a
+    loss."""
 
     def __init__(self, width: int) -> None:
         generator = torch.Generator().manual_seed(2)
         self.inputs = pack(LENS, visual_positions=range(1, sum(LENS), 3))
-        self.visual_tokens = torch.randn(len(self.inputs.visual_positions_V), width, generator=generator)
+        self.visual_tokens = torch.randn(
+            len(self.inputs.visual_positions_V), width, generator=generator
+        )
         self.weight = torch.randn(sum(LENS), width, generator=generator)
 
     def run(self, model: LanguageModel, mine_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs at the positions `mine_T` and the gradient of all visual tokens; weights keep their gradients."""
+        """Outputs at the positions `mine_T` and the gradient of all visual tokens; weights keep
+        their gradients."""
         places = torch.full((sum(LENS),), -1)
         places[mine_T] = torch.arange(len(mine_T))
         places_V = places[self.inputs.visual_positions_V]
@@ -71,9 +83,13 @@ class Problem:
         return rows.detach(), leaf.grad
 
 
-def errors(name: str, layout: ParallelOptions, groups: Groups, **overrides: Any) -> tuple[float, float, float]:
+def errors(
+    name: str, layout: ParallelOptions, groups: Groups, **overrides: Any
+) -> tuple[float, float, float]:
     model, tp, cp = get_model_config(name), groups.language.tp, groups.language.cp
-    twin = build_language_model(model, language_transformer_config(model), pg_collection=groups.encoder)
+    twin = build_language_model(
+        model, language_transformer_config(model), pg_collection=groups.encoder
+    )
     randomise(twin, seed=0)
     config = language_transformer_config(model, parallel=layout, **overrides)
     split = build_language_model(model, config, pg_collection=groups.language)
@@ -99,8 +115,13 @@ def errors(name: str, layout: ParallelOptions, groups: Groups, **overrides: Any)
         grad = param.grad
         assert grad is not None, key
         assert expected_grad is not None
-        # As mcore's finalize_model_grads does: these weights see a part of the sequence, or a part of the heads.
-        if getattr(param, "sequence_parallel", False) or "q_layernorm" in key or "k_layernorm" in key:
+        # As mcore's finalize_model_grads does: these weights see a part of the sequence, or a part
+        # of the heads.
+        if (
+            getattr(param, "sequence_parallel", False)
+            or "q_layernorm" in key
+            or "k_layernorm" in key
+        ):
             torch.distributed.all_reduce(grad, group=tp)
         torch.distributed.all_reduce(grad, group=cp)
         worst = max(worst, error(grad, of_this_rank(expected_grad, key, param)))
@@ -131,7 +152,8 @@ def main() -> None:
     torch.distributed.init_process_group("gloo")
     sizes: tuple[int, int] | None = None
     for layout, options in LAYOUTS.items():
-        # mcore leaks groups each time that they are started anew: layouts of the same sizes share theirs.
+        # mcore leaks groups each time that they are started anew: layouts of the same sizes share
+        # theirs.
         if sizes != (sizes := (options.tensor_model_parallel_size, options.context_parallel_size)):
             parallel_state.destroy_model_parallel()
         with started(options, seed=1, timeout_minutes=1) as groups:

@@ -1,7 +1,8 @@
-"""Whole weights from the parts that the ranks of a layout hold, and back; apart from megatron-core's own checkpoints.
+"""Whole weights from the parts that the ranks of a layout hold, and back; apart from
+megatron-core's own checkpoints.
 
-A whole weight's name has the number of its layer and of its expert in the whole model. Its rows end with the real
-vocabulary, where they are one.
+A whole weight's name has the number of its layer and of its expert in the whole model. Its rows end
+with the real vocabulary, where they are one.
 """
 
 import re
@@ -60,7 +61,10 @@ class Part:
             padding = self.part_shape[0] * self.num_parts - len(whole)
             whole = torch.cat([whole, whole.new_zeros(padding, *whole.shape[1:])])
         blocks = whole.chunk(self.blocks, dim=self.dim)
-        return torch.cat([block.chunk(self.num_parts, dim=self.dim)[self.index] for block in blocks], dim=self.dim)
+        return torch.cat(
+            [block.chunk(self.num_parts, dim=self.dim)[self.index] for block in blocks],
+            dim=self.dim,
+        )
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The whole weight from all its parts."""
@@ -73,7 +77,8 @@ def parts_of(modules: Mapping[str, Sequence[nn.Module]], groups: Groups) -> Iter
     """What this rank holds of every weight.
 
     Args:
-        modules: by name, `encoder` and `language_model`, each the chunks of this rank outside of DDP.
+        modules: by name, `encoder` and `language_model`, each the chunks of this rank outside of
+            DDP.
         groups: of the layout they were built in.
 
     Yields:
@@ -117,7 +122,9 @@ def gather_weights(modules: Mapping[str, Sequence[nn.Module]], groups: Groups) -
     # One tensor a rank: pickled one by one, they take seconds.
     flat = torch.cat([part.param.detach().flatten() for part in own])
     everyones: list[tuple[list[Part], Tensor]] = [([], flat)] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyones, ([replace(part, param=None) for part in own], flat))
+    torch.distributed.all_gather_object(
+        everyones, ([replace(part, param=None) for part in own], flat)
+    )
     found: dict[str, dict[int, Tensor]] = {}
     described: dict[str, Part] = {}
     for parts, tensors in everyones:
@@ -125,9 +132,16 @@ def gather_weights(modules: Mapping[str, Sequence[nn.Module]], groups: Groups) -
         sizes = [part.part_shape.numel() for part in parts]
         for part, piece in zip(parts, tensors.split(sizes), strict=True):
             described[part.name] = part
-            known = found.setdefault(part.name, {}).setdefault(part.index, piece.view(part.part_shape))
-            assert torch.equal(known, piece.view(part.part_shape)), f"ranks hold different copies of {part.name}"
-    return {name: described[name].join([parts[index] for index in sorted(parts)]) for name, parts in found.items()}
+            known = found.setdefault(part.name, {}).setdefault(
+                part.index, piece.view(part.part_shape)
+            )
+            assert torch.equal(known, piece.view(part.part_shape)), (
+                f"ranks hold different copies of {part.name}"
+            )
+    return {
+        name: described[name].join([parts[index] for index in sorted(parts)])
+        for name, parts in found.items()
+    }
 
 
 def _in_whole_model(name: str, chunk: nn.Module, groups: Groups) -> str:

@@ -1,6 +1,8 @@
-"""The fused heads over two and over four tensor-parallel ranks against one; started by torchrun, four processes.
+"""The fused heads over two and over four tensor-parallel ranks against one; started by torchrun,
+four processes.
 
-Prints one JSON line a case, from rank 0: the largest errors over the ranks, and what the negative control found.
+Prints one JSON line a case, from rank 0: the largest errors over the ranks, and what the negative
+control found.
 """
 
 import json
@@ -21,20 +23,28 @@ from megatron_vico.parallel.fused_cross_entropy import cross_entropy_loss
 from megatron_vico.parallel.fused_head import VocabularyShard
 from megatron_vico.parallel.fused_kl import kl_loss, kl_rows
 
-HIDDEN, VOCAB, PADDED, CHUNK = 16, 45, 64, 4  # over 4 ranks, 16 entries each: the last one holds only padding
+HIDDEN, VOCAB, PADDED, CHUNK = (
+    16,
+    45,
+    64,
+    4,
+)  # over 4 ranks, 16 entries each: the last one holds only padding
 Step = Callable[[dict[str, Tensor], VocabularyShard], Tensor]
 
 
 def make_inputs(num_rows: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(num_rows)
-    # Logits of a toy model, 0.5 wide: products over 45, 32 and 16 columns round differently, by 1e-7 of the largest.
+    # Logits of a toy model, 0.5 wide: products over 45, 32 and 16 columns round differently, by
+    # 1e-7 of the largest.
     policy_weight = 0.125 * torch.randn(PADDED, HIDDEN, generator=generator)
     rows = torch.randn(num_rows, HIDDEN, generator=generator)
     inputs = {
         "rows": rows,
         "weight": policy_weight,
         "reference_rows": rows + 0.5 * torch.randn(rows.shape, generator=generator),
-        "reference_weight": policy_weight + 0.05 * torch.randn(policy_weight.shape, generator=generator),
+        "reference_weight": (
+            policy_weight + 0.05 * torch.randn(policy_weight.shape, generator=generator)
+        ),
         "row_weight": torch.rand(num_rows, generator=generator) + 0.5,
         "labels": torch.randint(VOCAB, (num_rows,), generator=generator),
     }
@@ -98,14 +108,18 @@ def counted_collectives() -> Iterator[Counter[str]]:
 
 
 def run(step: Step, inputs: dict[str, Tensor], shard: VocabularyShard) -> dict[str, Any]:
-    """Two calls, the second after a step without rows: loss, the rows' gradient, the weight's main gradient."""
+    """Two calls, the second after a step without rows: loss, the rows' gradient, the weight's main
+    gradient."""
     rank = 0 if shard.group is None else shard.group.rank()
-    mine = {name: tensor.chunk(shard.size)[rank] if "weight" in name and tensor.dim() == 2 else tensor
-            for name, tensor in inputs.items()}  # fmt: skip
+    mine = {
+        name: tensor.chunk(shard.size)[rank] if "weight" in name and tensor.dim() == 2 else tensor
+        for name, tensor in inputs.items()
+    }
     weight: Any = torch.nn.Parameter(mine["weight"].clone())
     weight.main_grad = torch.zeros(weight.shape)
     nothing = {
-        name: tensor if name.endswith("weight") and tensor.dim() == 2 else tensor[:0] for name, tensor in mine.items()
+        name: tensor if name.endswith("weight") and tensor.dim() == 2 else tensor[:0]
+        for name, tensor in mine.items()
     }
     first = {**nothing, "weight": weight, "rows": nothing["rows"].clone().requires_grad_()}
     second = {**mine, "weight": weight, "rows": mine["rows"].clone().requires_grad_()}
@@ -116,7 +130,11 @@ def run(step: Step, inputs: dict[str, Tensor], shard: VocabularyShard) -> dict[s
             loss.backward()
     return {
         "loss": loss.detach(),
-        "rows": torch.zeros(len(inputs["rows"]), HIDDEN) if second["rows"].grad is None else second["rows"].grad,
+        "rows": (
+            torch.zeros(len(inputs["rows"]), HIDDEN)
+            if second["rows"].grad is None
+            else second["rows"].grad
+        ),
         "weight": weight.main_grad,
         "collectives": dict(calls),
     }
@@ -136,7 +154,9 @@ def compare(step: Step, num_rows: int, group: Any) -> dict[str, Any]:
         "loss": error(split["loss"], whole["loss"]),
         "rows": error(split["rows"], whole["rows"]),
         "weight": error(split["weight"], whole["weight"].chunk(group.size())[group.rank()]),
-        "padding": float(split["weight"][max(0, VOCAB - group.rank() * len(split["weight"])) :].abs().sum()),
+        "padding": float(
+            split["weight"][max(0, VOCAB - group.rank() * len(split["weight"])) :].abs().sum()
+        ),
         "control": -error(partial, whole["rows"]),
     }
     worst = torch.tensor(list(found.values()))
@@ -144,7 +164,12 @@ def compare(step: Step, num_rows: int, group: Any) -> dict[str, Any]:
     same = split["loss"].repeat(2) * torch.tensor([1.0, -1.0])
     dist.all_reduce(same, group=group, op=dist.ReduceOp.MAX)
     errors = dict(zip(found, worst.tolist(), strict=True))
-    return {**errors, "control": -errors["control"], "apart": float(same.sum()), "collectives": split["collectives"]}
+    return {
+        **errors,
+        "control": -errors["control"],
+        "apart": float(same.sum()),
+        "collectives": split["collectives"],
+    }
 
 
 def main() -> None:
@@ -156,7 +181,16 @@ def main() -> None:
             for num_rows in (10, 8, 1, 0):
                 found = compare(step, num_rows, group)
                 if dist.get_rank() == 0:
-                    print(json.dumps({"loss_of": step.__name__, "tp": group.size(), "num_rows": num_rows, **found}))
+                    print(
+                        json.dumps(
+                            {
+                                "loss_of": step.__name__,
+                                "tp": group.size(),
+                                "num_rows": num_rows,
+                                **found,
+                            }
+                        )
+                    )
     dist.destroy_process_group()
 
 

@@ -1,6 +1,8 @@
-"""A language model over two tensor-parallel ranks against its one-process twin; started by torchrun from the tests.
+"""A language model over two tensor-parallel ranks against its one-process twin; started by torchrun
+from the tests.
 
-Prints one line a layout: the largest errors of logits, of the visual tokens' gradient and of any weight's gradient.
+Prints one line a layout: the largest errors of logits, of the visual tokens' gradient and of any
+weight's gradient.
 """
 
 from dataclasses import replace
@@ -45,9 +47,13 @@ def run(model: LanguageModel, cut: StreamCut) -> tuple[Tensor, Tensor]:
     return logits.detach(), leaf.grad
 
 
-def errors(model: ModelConfig, groups: Groups, *, sequence_parallel: bool) -> tuple[float, float, float]:
+def errors(
+    model: ModelConfig, groups: Groups, *, sequence_parallel: bool
+) -> tuple[float, float, float]:
     parallel = ParallelOptions(tensor_model_parallel_size=2, sequence_parallel=sequence_parallel)
-    twin = build_language_model(model, language_transformer_config(model), pg_collection=groups.encoder)
+    twin = build_language_model(
+        model, language_transformer_config(model), pg_collection=groups.encoder
+    )
     randomise(twin, seed=0)
     split = build_language_model(
         model, language_transformer_config(model, parallel=parallel), pg_collection=groups.language
@@ -63,8 +69,13 @@ def errors(model: ModelConfig, groups: Groups, *, sequence_parallel: bool) -> tu
         grad, expected_grad = param.grad, whole[name].grad
         assert grad is not None, name
         assert expected_grad is not None
-        # As mcore's finalize_model_grads does: these weights see a part of the sequence, or a part of the heads.
-        if getattr(param, "sequence_parallel", False) or "q_layernorm" in name or "k_layernorm" in name:
+        # As mcore's finalize_model_grads does: these weights see a part of the sequence, or a part
+        # of the heads.
+        if (
+            getattr(param, "sequence_parallel", False)
+            or "q_layernorm" in name
+            or "k_layernorm" in name
+        ):
             torch.distributed.all_reduce(grad, group=groups.language.tp)
         worst = max(worst, error(grad, shard(expected_grad, param, name=name, rank=rank)))
     return error(logits, expected), error(leaf, expected_leaf), worst
@@ -78,7 +89,9 @@ def error(value: Tensor, expected: Tensor) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    with started(ParallelOptions(tensor_model_parallel_size=2), seed=1, timeout_minutes=1) as groups:
+    with started(
+        ParallelOptions(tensor_model_parallel_size=2), seed=1, timeout_minutes=1
+    ) as groups:
         for name in ("toy", "toy-6b"):
             model = get_model_config(name)
             # 500 entries are padded to 512; the padding must not show.

@@ -1,4 +1,5 @@
-"""Starts a script of this folder on several ranks, as torchrun does, and hands back what it printed."""
+"""Starts a script of this folder on several ranks, as torchrun does, and hands back what it
+printed."""
 
 import os
 import subprocess
@@ -26,7 +27,9 @@ def launch(script: str, *words: str | Path, num_processes: int, timeout_s: int =
     return done.stdout
 
 
-def start(script: str, *words: str | Path, num_processes: int, timeout_s: int) -> subprocess.CompletedProcess[str]:
+def start(
+    script: str, *words: str | Path, num_processes: int, timeout_s: int
+) -> subprocess.CompletedProcess[str]:
     """As `launch`, but a rank may fail."""
     torchrun = (sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone")
     return subprocess.run(

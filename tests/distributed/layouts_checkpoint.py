@@ -1,4 +1,5 @@
-"""Training checkpoints that are saved under one layout and resumed under another, on the four ranks of a launch."""
+"""Training checkpoints that are saved under one layout and resumed under another, on the four ranks
+of a launch."""
 
 import zlib
 from collections.abc import Sequence
@@ -24,11 +25,15 @@ LAYOUTS = {
     "tp2": ParallelOptions(tensor_model_parallel_size=2),
     "tp2-sp": ParallelOptions(tensor_model_parallel_size=2, sequence_parallel=True),
     "pp2": ParallelOptions(pipeline_model_parallel_size=2),
-    "pp2-vpp2": ParallelOptions(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1),
+    "pp2-vpp2": ParallelOptions(
+        pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1
+    ),
     "tp2-pp2": ParallelOptions(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
     "cp2": ParallelOptions(context_parallel_size=2),
     "ep2": ParallelOptions(expert_model_parallel_size=2),
-    "ep2-tp2": ParallelOptions(expert_model_parallel_size=2, tensor_model_parallel_size=2, sequence_parallel=True),
+    "ep2-tp2": ParallelOptions(
+        expert_model_parallel_size=2, tensor_model_parallel_size=2, sequence_parallel=True
+    ),
     "ep2-tp2-etp1": ParallelOptions(
         expert_model_parallel_size=2,
         tensor_model_parallel_size=2,
@@ -55,7 +60,13 @@ class Case:
 
 def _case(name: str, *loaded_under: str) -> Case:
     model, dtype, optimizer, saved_under = name.split(" ")
-    return Case(model=model, dtype=dtype, optimizer=optimizer, saved_under=saved_under, loaded_under=loaded_under)
+    return Case(
+        model=model,
+        dtype=dtype,
+        optimizer=optimizer,
+        saved_under=saved_under,
+        loaded_under=loaded_under,
+    )
 
 
 CASES = (
@@ -74,7 +85,8 @@ CASES = (
 
 
 def model_of(name: str) -> ModelConfig:
-    """A toy of four layers; its vocabulary is padded to 384 rows on one tensor-parallel rank, to 512 on two."""
+    """A toy of four layers; its vocabulary is padded to 384 rows on one tensor-parallel rank, to
+    512 on two."""
     model = get_model_config(name)
     return replace(model, language=replace(model.language, num_layers=4, vocab_size=300))
 
@@ -101,7 +113,8 @@ class Runner:
         return training, groups
 
     def run(self, case: Case) -> dict[str, dict[str, float]]:
-        """How far the third step is from the uninterrupted run's, by layout that resumed after the second."""
+        """How far the third step is from the uninterrupted run's, by layout that resumed after the
+        second."""
         one, groups = self.make(case, case.saved_under, seed=1)
         for number in (1, 2):
             step(one, groups, number)
@@ -121,14 +134,17 @@ class Runner:
         return found
 
     def run_without_optimizer(self, case: Case, layout: str) -> dict[str, float]:
-        """As `run` for one layout, from the checkpoint it left: how far weights alone, without moments, lead off."""
+        """As `run` for one layout, from the checkpoint it left: how far weights alone, without
+        moments, lead off."""
         results = []
         for load_moments in (True, False):
             training, groups = self.make(case, layout, seed=2)
             if load_moments:
                 training.load(self.folder / case.name)
             else:
-                state.load_weights(self.folder / case.name, modules=training.modules, model_size=case.model)
+                state.load_weights(
+                    self.folder / case.name, modules=training.modules, model_size=case.model
+                )
             before = gather_weights(training.modules, groups)
             step(training, groups, 3)
             results.append((before, gather_weights(training.modules, groups)))
@@ -136,7 +152,8 @@ class Runner:
         return {"before": difference(loaded, weights), "after": difference(stepped, differently)}
 
     def refusals(self, case: Case, layout: str) -> dict[str, str]:
-        """What this rank is told when a case's checkpoint, read under a layout, does not fit the run."""
+        """What this rank is told when a case's checkpoint, read under a layout, does not fit the
+        run."""
         language = replace(model_of(case.model).language, num_layers=8)
         models = {
             "another size": (model_of("toy"), case.optimizer),
@@ -146,7 +163,9 @@ class Runner:
         told = {}
         for name, (model, optimizer) in models.items():
             groups = self.layouts.switch_to(LAYOUTS[layout])
-            other = make_training(model, groups=groups, seed=2, optimizer=optimizer, parallel=LAYOUTS[layout])
+            other = make_training(
+                model, groups=groups, seed=2, optimizer=optimizer, parallel=LAYOUTS[layout]
+            )
             try:
                 other.load(self.folder / case.name)
             except CheckpointError as error:
@@ -165,7 +184,9 @@ def run_cases(folder: Path, names: Sequence[str]) -> dict[str, Any]:
         What this rank found.
     """
     runner = Runner(folder)
-    found: dict[str, Any] = {case.name: runner.run(case) for case in CASES if not names or case.name in names}
+    found: dict[str, Any] = {
+        case.name: runner.run(case) for case in CASES if not names or case.name in names
+    }
     if not names:
         found["without optimizer"] = runner.run_without_optimizer(CASES[0], "dp4")
         found["refusals"] = runner.refusals(CASES[0], "pp2")
@@ -201,5 +222,6 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """The largest, in units of the largest weight of its tensor; 0 if all bits agree."""
     assert one.keys() == other.keys(), one.keys() ^ other.keys()
     return max(
-        ((other[name] - whole).abs().max() / whole.abs().max().clamp(min=1e-3)).item() for name, whole in one.items()
+        ((other[name] - whole).abs().max() / whole.abs().max().clamp(min=1e-3)).item()
+        for name, whole in one.items()
     )

@@ -1,6 +1,8 @@
-"""What a step asks of other ranks and of the host: every collective, send, receive and read of a tensor's value.
+"""What a step asks of other ranks and of the host: every collective, send, receive and read of a
+tensor's value.
 
-The recorder replaces functions of torch for the rest of the process, and so is for launches of their own.
+The recorder replaces functions of torch for the rest of the process, and so is for launches of
+their own.
 """
 
 import functools
@@ -18,9 +20,29 @@ from megatron_vico.parallel import cpu_stand_in
 from megatron_vico.training.trace import Span
 
 COLLECTIVES = (
-    *("all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object", "all_reduce"),
-    *("all_reduce_coalesced", "all_to_all", "all_to_all_single", "barrier", "broadcast", "broadcast_object_list"),
-    *("gather", "gather_object", "monitored_barrier", "reduce", "reduce_scatter", "reduce_scatter_tensor"),
+    *(
+        "all_gather",
+        "all_gather_coalesced",
+        "all_gather_into_tensor",
+        "all_gather_object",
+        "all_reduce",
+    ),
+    *(
+        "all_reduce_coalesced",
+        "all_to_all",
+        "all_to_all_single",
+        "barrier",
+        "broadcast",
+        "broadcast_object_list",
+    ),
+    *(
+        "gather",
+        "gather_object",
+        "monitored_barrier",
+        "reduce",
+        "reduce_scatter",
+        "reduce_scatter_tensor",
+    ),
     *("scatter", "scatter_object_list"),
 )
 POINT_TO_POINT = ("isend", "irecv", "send", "recv")
@@ -77,8 +99,8 @@ class Recorder:
     def watch_ranks(self) -> None:
         """See collectives, sends and receives.
 
-        To be called before megatron-core is imported, which keeps some of these functions under its own names, and so
-        before the CPU stand-in is installed.
+        To be called before megatron-core is imported, which keeps some of these functions under its
+        own names, and so before the CPU stand-in is installed.
         """
         for kind, names in (("collective", COLLECTIVES), ("p2p", POINT_TO_POINT)):
             for name in names:
@@ -88,7 +110,8 @@ class Recorder:
                 setattr(torch.distributed.distributed_c10d, name, wrapped)
 
     def watch_host(self) -> None:
-        """See reads of tensors' values and waiting for the device; to be called once the stand-in is installed."""
+        """See reads of tensors' values and waiting for the device; to be called once the stand-in
+        is installed."""
         for name in READS:
             setattr(Tensor, name, self._read(name, getattr(Tensor, name)))
         torch.cuda.synchronize = self._read("synchronize", torch.cuda.synchronize)
@@ -104,12 +127,17 @@ class Recorder:
         """The events of a kind in some phases."""
         return [event for event in self.events if event.phase in phases and event.kind == kind]
 
-    def _distributed(self, kind: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _distributed(
+        self, kind: str, name: str, function: Callable[..., Any]
+    ) -> Callable[..., Any]:
         @functools.wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             if self.phase:
                 values = [*args, *kwargs.values()]
-                group = next((each for each in values if isinstance(each, torch.distributed.ProcessGroup)), None)
+                group = next(
+                    (each for each in values if isinstance(each, torch.distributed.ProcessGroup)),
+                    None,
+                )
                 tensor = next((each for each in values if isinstance(each, Tensor)), None)
                 self.events.append(
                     Event(

@@ -1,7 +1,8 @@
-"""Saves and loads training checkpoints on every rank of a torchrun launch; started by test_checkpoint.py.
+"""Saves and loads training checkpoints on every rank of a torchrun launch; started by
+test_checkpoint.py.
 
-Usage: run_checkpoint.py FOLDER. Under FOLDER, `OPTIMIZER-DTYPE/` gets steps 1 and 2 of a run, and each rank writes what
-it found as `OPTIMIZER-DTYPE-RANK.pt`.
+Usage: run_checkpoint.py FOLDER. Under FOLDER, `OPTIMIZER-DTYPE/` gets steps 1 and 2 of a run, and
+each rank writes what it found as `OPTIMIZER-DTYPE-RANK.pt`.
 """
 
 import errno
@@ -28,11 +29,14 @@ def main() -> None:
                 name = f"{optimizer}-{dtype}"
                 found = save_and_resume(folder / name, groups, optimizer, dtype)
                 torch.save(found, folder / f"{name}-{groups.dp_rank}.pt")
-        torch.save(save_on_a_full_disk(folder / "full", groups), folder / f"full-{groups.dp_rank}.pt")
+        torch.save(
+            save_on_a_full_disk(folder / "full", groups), folder / f"full-{groups.dp_rank}.pt"
+        )
 
 
 def save_and_resume(folder: Path, groups: Any, optimizer: str, dtype: str) -> dict[str, Any]:
-    """Weights of a run after three steps: uninterrupted, and resumed after the second by other objects."""
+    """Weights of a run after three steps: uninterrupted, and resumed after the second by other
+    objects."""
     from tests.checkpoint_runs import make_training
 
     one = make_training("toy-6b", groups=groups, seed=1, dtype=dtype, optimizer=optimizer)
@@ -44,11 +48,17 @@ def save_and_resume(folder: Path, groups: Any, optimizer: str, dtype: str) -> di
     loaded = other.tensors()
     one.step(3)
     other.step(3)
-    return {"trainer_state": trainer_state, "loaded": loaded, "whole": one.tensors(), "resumed": other.tensors()}
+    return {
+        "trainer_state": trainer_state,
+        "loaded": loaded,
+        "whole": one.tensors(),
+        "resumed": other.tensors(),
+    }
 
 
 def save_on_a_full_disk(folder: Path, groups: Any) -> dict[str, Any]:
-    """What a rank is told when rank 0's disk is full, for the tensors and then for the pointer file."""
+    """What a rank is told when rank 0's disk is full, for the tensors and then for the pointer
+    file."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from megatron_vico.checkpoint import state

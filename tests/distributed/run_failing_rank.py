@@ -1,6 +1,8 @@
-"""`vico train` on a rank that fails, is killed, or is told to stop, at its second step; started by torchrun.
+"""`vico train` on a rank that fails, is killed, or is told to stop, at its second step; started by
+torchrun.
 
-Usage: run_failing_rank.py HOW FLAG..., where HOW is raise, kill or stop, and the flags are those of `vico train`.
+Usage: run_failing_rank.py HOW FLAG..., where HOW is raise, kill or stop, and the flags are those of
+`vico train`.
 """
 
 import os
@@ -38,13 +40,14 @@ def main() -> int:
 
 
 def fail(how: str) -> None:
-    """What happens to the failing rank; the other one goes on to the step's collectives and waits there."""
+    """What happens to the failing rank; the other one goes on to the step's collectives and waits
+    there."""
     if how == "raise":
         raise ArithmeticError("the cause of it all")
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    # To the rank and its loader's workers (torchrun gives each rank a process group of its own), as Slurm does; from
-    # another process, since a worker takes its parent's SIGTERM for the usual end.
+    # To the rank and its loader's workers (torchrun gives each rank a process group of its own), as
+    # Slurm does; from another process, since a worker takes its parent's SIGTERM for the usual end.
     subprocess.run(["kill", "-TERM", "--", f"-{os.getpgrp()}"], start_new_session=True, check=True)
 
 

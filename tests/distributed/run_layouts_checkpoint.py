@@ -1,6 +1,8 @@
-"""Saves training checkpoints under some layouts and resumes them under others; started by test_checkpoint_layouts.py.
+"""Saves training checkpoints under some layouts and resumes them under others; started by
+test_checkpoint_layouts.py.
 
-Usage: run_layouts_checkpoint.py FOLDER [CASE ...], by torchrun with 4 processes. FOLDER/RANK.pt is what a rank found.
+Usage: run_layouts_checkpoint.py FOLDER [CASE ...], by torchrun with 4 processes. FOLDER/RANK.pt is
+what a rank found.
 """
 
 import sys
@@ -10,7 +12,8 @@ from megatron_vico.parallel import cpu_stand_in
 
 
 def main() -> None:
-    """All cases, or those named; imports stand here because each save starts a process that imports this file again."""
+    """All cases, or those named; imports stand here because each save starts a process that imports
+    this file again."""
     cpu_stand_in.install()
     import torch
 

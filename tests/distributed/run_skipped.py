@@ -1,7 +1,8 @@
-"""Trains a list of configurations and tells how each ended on each rank; started by torchrun from the tests.
+"""Trains a list of configurations and tells how each ended on each rank; started by torchrun from
+the tests.
 
-Usage: run_skipped.py FOLDER, with FOLDER/configs.pkl, a pickled list of RunConfig. Writes FOLDER/told.json: of each
-configuration, what each rank's SampleError said, or null.
+Usage: run_skipped.py FOLDER, with FOLDER/configs.pkl, a pickled list of RunConfig. Writes
+FOLDER/told.json: of each configuration, what each rank's SampleError said, or null.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""Runs a list of stage configurations, one after the other, in one launch; started by torchrun from the tests.
+"""Runs a list of stage configurations, one after the other, in one launch; started by torchrun from
+the tests.
 
 Usage: run_stages.py CONFIGS.pkl, a pickled list of RunConfig.
 """

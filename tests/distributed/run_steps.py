@@ -1,6 +1,8 @@
-"""Runs cases under their layouts and compares each with its one-process twin; started by torchrun from the tests.
+"""Runs cases under their layouts and compares each with its one-process twin; started by torchrun
+from the tests.
 
-Usage: run_steps.py FOLDER, with FOLDER/cases-N.pkl for N ranks and FOLDER/TRUTH/STEP.pt. Writes FOLDER/found-N.json.
+Usage: run_steps.py FOLDER, with FOLDER/cases-N.pkl for N ranks and FOLDER/TRUTH/STEP.pt. Writes
+FOLDER/found-N.json.
 """
 
 import contextlib
@@ -27,7 +29,15 @@ from megatron_vico.parallel.groups import Groups  # noqa: E402
 from tests.distributed.cached_layouts import CachedLayouts  # noqa: E402
 from tests.distributed.step_records import STEPS, Case, Recorded, record  # noqa: E402
 
-FIGURES = ("loss", "grad_norm", "router_threshold", "router_accuracy", "samples", "tiles", "response_tokens")
+FIGURES = (
+    "loss",
+    "grad_norm",
+    "router_threshold",
+    "router_accuracy",
+    "samples",
+    "tiles",
+    "response_tokens",
+)
 
 
 def write_truth(case: Case, groups: Groups, folder: Path) -> None:
@@ -37,40 +47,65 @@ def write_truth(case: Case, groups: Groups, folder: Path) -> None:
         names = [part.name for part in step.parts]
         whole = {
             "figures": {name: getattr(step.figures, name) for name in FIGURES},
-            "grads": dict(zip(names, (_real(part, grad) for part, grad in _pairs(step, step.grads)), strict=True)),
-            "params": dict(zip(names, (_real(part, each) for part, each in _pairs(step, step.params)), strict=True)),
+            "grads": dict(
+                zip(
+                    names,
+                    (_real(part, grad) for part, grad in _pairs(step, step.grads)),
+                    strict=True,
+                )
+            ),
+            "params": dict(
+                zip(
+                    names,
+                    (_real(part, each) for part, each in _pairs(step, step.params)),
+                    strict=True,
+                )
+            ),
         }
         torch.save(whole, folder / f"{number}.pt")
 
 
 def compare(case: Case, groups: Groups, folder: Path) -> list[dict[str, Any]]:
-    """Largest relative errors of each step over all ranks: of figures, gradients and parameters, with their names."""
+    """Largest relative errors of each step over all ranks: of figures, gradients and parameters,
+    with their names."""
     steps = []
     with _broken_rows() if case.broken else contextlib.nullcontext():
         for number, step in enumerate(record(case, groups)):
             truth = torch.load(folder / case.truth / f"{number}.pt", mmap=True)
             mine: dict[str, Any] = {
-                name: _relative(getattr(step.figures, name), truth["figures"][name]) for name in FIGURES
+                name: _relative(getattr(step.figures, name), truth["figures"][name])
+                for name in FIGURES
             }
             for kind, values in (("grads", step.grads), ("params", step.params)):
                 expected = [truth[kind][part.name] for part in step.parts]
-                missing = [mine is None for mine in values] != [theirs is None for theirs in expected]
-                assert not missing or (kind == "params" and None in values), f"other {kind} than of one process"
+                missing = [mine is None for mine in values] != [
+                    theirs is None for theirs in expected
+                ]
+                assert not missing or (kind == "params" and None in values), (
+                    f"other {kind} than of one process"
+                )
                 errors = zip(map(_error, step.parts, values, expected), step.parts, strict=True)
                 mine[kind] = max((error, part.name) for error, part in errors)
             steps.append(mine)
     assert len(steps) == STEPS
     everyones: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyones, steps)
-    return [{key: max(rank[number][key] for rank in everyones) for key in steps[0]} for number in range(STEPS)]
+    return [
+        {key: max(rank[number][key] for rank in everyones) for key in steps[0]}
+        for number in range(STEPS)
+    ]
 
 
 def told_of_a_broken_sample(groups: Groups) -> list[str]:
-    """What each rank raises when the one that reads for its replica meets a sample that cannot be read."""
+    """What each rank raises when the one that reads for its replica meets a sample that cannot be
+    read."""
     reads = groups.replica.rank() == 0
     told: list[Any] = [None] * torch.distributed.get_world_size()
     try:
-        share_step(SampleError(f"sample 'broken' of replica {groups.dp_rank}") if reads else None, groups=groups)
+        share_step(
+            SampleError(f"sample 'broken' of replica {groups.dp_rank}") if reads else None,
+            groups=groups,
+        )
     except SampleError as error:
         torch.distributed.all_gather_object(told, str(error))
     return told
@@ -85,14 +120,17 @@ def _real(part: Any, value: Tensor | None) -> Tensor | None:
 
 
 def _error(part: Any, value: Tensor | None, truth: Tensor | None) -> float:
-    """Norm of the difference over that of the whole tensor, so that a part that is small by chance weighs little."""
+    """Norm of the difference over that of the whole tensor, so that a part that is small by chance
+    weighs little."""
     if value is None or truth is None:
         return 0.0
     expected = part.cut(truth)
     if float(truth.norm()) == 0.0:
         return float(value.norm())
     if part.num_rows is not None:
-        rows = min(max(part.num_rows - part.index * len(value), 0), len(value))  # padding is nobody's
+        rows = min(
+            max(part.num_rows - part.index * len(value), 0), len(value)
+        )  # padding is nobody's
         value, expected = value[:rows], expected[:rows]
     assert torch.isfinite(value).all(), part.name
     return float((value.double() - expected.double()).norm() / truth.double().norm())
@@ -131,8 +169,13 @@ def main() -> None:
         started = time.perf_counter()
         found[case.name] = compare(case, layouts.switch_to(case.cfg.parallel), folder)
         if torch.distributed.get_rank() == 0:
-            print(f"{case.name}: {time.perf_counter() - started:.1f} s, {found[case.name][-1]}", flush=True)
-    told = told_of_a_broken_sample(layouts.switch_to(ParallelOptions(pipeline_model_parallel_size=2)))
+            print(
+                f"{case.name}: {time.perf_counter() - started:.1f} s, {found[case.name][-1]}",
+                flush=True,
+            )
+    told = told_of_a_broken_sample(
+        layouts.switch_to(ParallelOptions(pipeline_model_parallel_size=2))
+    )
     if torch.distributed.get_rank() == 0:
         (folder / f"found-{world}.json").write_text(json.dumps(found | {f"told-{world}": told}))
     torch.distributed.barrier()

@@ -1,7 +1,9 @@
-"""Loads converted checkpoints under several layouts and saves them there; started by test_streamed_checkpoint.py.
+"""Loads converted checkpoints under several layouts and saves them there; started by
+test_streamed_checkpoint.py.
 
-Usage: run_streamed.py FOLDER, by torchrun with 4 processes. FOLDER/SIZE is a Hugging Face folder of each size; what is
-converted by all ranks goes to FOLDER/SIZE-megatron, what a layout saves to FOLDER/SIZE-LAYOUT.
+Usage: run_streamed.py FOLDER, by torchrun with 4 processes. FOLDER/SIZE is a Hugging Face folder of
+each size; what is converted by all ranks goes to FOLDER/SIZE-megatron, what a layout saves to
+FOLDER/SIZE-LAYOUT.
 """
 
 import sys
@@ -11,7 +13,8 @@ from megatron_vico.parallel import cpu_stand_in
 
 
 def main() -> None:
-    """All sizes; imports stand here because each save starts a process that imports this file again."""
+    """All sizes; imports stand here because each save starts a process that imports this file
+    again."""
     cpu_stand_in.install()
     import torch
 

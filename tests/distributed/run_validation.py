@@ -1,6 +1,8 @@
-"""Evaluates cases under their layouts, and trains around an evaluation; started by torchrun from the tests.
+"""Evaluates cases under their layouts, and trains around an evaluation; started by torchrun from
+the tests.
 
-Usage: run_validation.py FOLDER, with FOLDER/cases.pkl, a pickled dict of RunConfig by name. Writes FOLDER/found.json.
+Usage: run_validation.py FOLDER, with FOLDER/cases.pkl, a pickled dict of RunConfig by name. Writes
+FOLDER/found.json.
 """
 
 import dataclasses
@@ -32,11 +34,14 @@ def figures_of(cfg: RunConfig, groups: Groups) -> dict[str, Any]:
     validation = open_validation(run)
     assert validation is not None
     figures = dataclasses.asdict(evaluate(run, validation, iteration=0))
-    return {name: value for name, value in figures.items() if name != "time_s" and value is not None}
+    return {
+        name: value for name, value in figures.items() if name != "time_s" and value is not None
+    }
 
 
 def trained(cfg: RunConfig, groups: Groups, *, evaluated: bool) -> dict[str, list[float]]:
-    """Gradient norm of each step, and its loss on the validation set if that is asked for; called by every rank."""
+    """Gradient norm of each step, and its loss on the validation set if that is asked for; called
+    by every rank."""
     run = set_up(cfg, groups)
     validation = open_validation(run)
     assert validation is not None

@@ -1,4 +1,5 @@
-"""Three steps of a run as data to compare: losses, norms, and every gradient and parameter under its global name."""
+"""Three steps of a run as data to compare: losses, norms, and every gradient and parameter under
+its global name."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -65,13 +66,15 @@ def record(case: Case, groups: Groups) -> Iterator[Recorded]:
         grads = {param: grad for ddp in run.policy.ddp_modules for param, grad in _main_grads(ddp)}
         norm = update_weights(run)
         parts = tuple(parts_of(modules, groups))
-        # Parameters that are gathered in the next forward pass are looked at after the last step only: waiting for them
-        # earlier would hide a forward pass that does not.
+        # Parameters that are gathered in the next forward pass are looked at after the last step
+        # only: waiting for them earlier would hide a forward pass that does not.
         whole = not case.cfg.parallel.overlap_param_gather or number == STEPS - 1
         if whole:
             run.policy.finish_param_sync()
         yield Recorded(
-            figures=StepFigures.reduce(sums, iteration=number, grad_norm=norm, learning_rate=0.0, step_time_s=0.0),
+            figures=StepFigures.reduce(
+                sums, iteration=number, grad_norm=norm, learning_rate=0.0, step_time_s=0.0
+            ),
             parts=parts,
             grads=tuple(grads.get(part.param) for part in parts),
             params=tuple(part.param.detach().clone() if whole else None for part in parts),
@@ -79,7 +82,8 @@ def record(case: Case, groups: Groups) -> Iterator[Recorded]:
 
 
 def save_models(folder: Path, model_size: str, cfg: RunConfig, groups: Groups) -> None:
-    """A policy with every weight random, and a reference not far from it, as two checkpoints of one process."""
+    """A policy with every weight random, and a reference not far from it, as two checkpoints of one
+    process."""
     from tests.toy_models import randomise
 
     model = get_model_config(model_size)
@@ -101,7 +105,8 @@ def save_models(folder: Path, model_size: str, cfg: RunConfig, groups: Groups) -
 
 
 def _main_grads(ddp: DistributedDataParallel) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
-    """The reduced gradient of every parameter; of a distributed optimizer's, each rank has a shard."""
+    """The reduced gradient of every parameter; of a distributed optimizer's, each rank has a
+    shard."""
     for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers):
         whole = buffer.grad_data.clone()
         if ddp.ddp_config.use_distributed_optimizer:
@@ -135,5 +140,7 @@ def _without_rows(pack: PackedBatch) -> PackedBatch:
         labels=pack.labels[:0],
         kl_weight=pack.kl_weight[:0],
         reference=no_rows(pack.reference),
-        policies=tuple(dataclasses.replace(view, stream=no_rows(view.stream)) for view in pack.policies),
+        policies=tuple(
+            dataclasses.replace(view, stream=no_rows(view.stream)) for view in pack.policies
+        ),
     )

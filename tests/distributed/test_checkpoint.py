@@ -1,4 +1,5 @@
-"""Training checkpoints of two data-parallel ranks: exact resume, also by one process, and a disk that is full."""
+"""Training checkpoints of two data-parallel ranks: exact resume, also by one process, and a disk
+that is full."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from megatron_vico.parallel.groups import started
 from tests.checkpoint_runs import make_training
 from tests.distributed.launch import launch
 
-KINDS = [(optimizer, dtype) for optimizer in ("replicated", "sharded") for dtype in ("fp32", "bf16")]
+KINDS = [
+    (optimizer, dtype) for optimizer in ("replicated", "sharded") for dtype in ("fp32", "bf16")
+]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,9 @@ def test_resume_is_exact(optimizer: str, dtype: str, folder: Path) -> None:
         for name, tensor in rank["whole"].items():
             assert torch.equal(rank["resumed"][name], tensor), name
             assert torch.equal(zero["whole"][name], tensor), name
-    assert not torch.equal(zero["whole"]["encoder.vit.class_token"], zero["loaded"]["encoder.vit.class_token"])
+    assert not torch.equal(
+        zero["whole"]["encoder.vit.class_token"], zero["loaded"]["encoder.vit.class_token"]
+    )
 
 
 @pytest.mark.parametrize(("optimizer", "dtype"), KINDS)

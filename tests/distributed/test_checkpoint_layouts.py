@@ -1,4 +1,5 @@
-"""A training checkpoint saved under any layout resumes under any other: weights, moments, masters and step count."""
+"""A training checkpoint saved under any layout resumes under any other: weights, moments, masters
+and step count."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ def found(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("case", "layout"), PAIRS, ids=lambda each: getattr(each, "name", each))
-def test_the_next_step_is_that_of_the_uninterrupted_run(case: Any, layout: str, found: list[dict[str, Any]]) -> None:
+def test_the_next_step_is_that_of_the_uninterrupted_run(
+    case: Any, layout: str, found: list[dict[str, Any]]
+) -> None:
     for rank in found:
         assert rank[case.name][layout]["weights"] == 0.0  # every layout, bit for bit
         assert rank[case.name][layout]["norm"] < 1e-6  # measured 2e-8: the order of the sum
@@ -52,7 +55,10 @@ def test_what_does_not_fit_is_refused_on_every_rank(found: list[dict[str, Any]])
         told = rank["refusals"]
         assert "is of toy-6b, this run is of toy; set --model-size" in told["another size"]
         assert "layer_norm_weight is (4, 48), the model's is (8, 48)" in told["more layers"]
-        assert "has the state of a distributed optimizer, this run's is replicated" in told["another optimizer"]
+        assert (
+            "has the state of a distributed optimizer, this run's is replicated"
+            in told["another optimizer"]
+        )
         assert "--pretrained-checkpoint" in told["another optimizer"]
         assert told == found[0]["refusals"]
 
@@ -61,4 +67,7 @@ def test_a_checkpoint_says_what_it_was_saved_under(folder: Path) -> None:
     layouts = {case.saved_under: state.read_metadata(folder / case.name).layout for case in CASES}
     assert layouts["dp4"] == "4 ranks"
     assert layouts["pp2-vpp2"] == "4 ranks, pipeline parallel 2, virtual pipeline 2"
-    assert layouts["ep2-tp2"] == "4 ranks, tensor parallel 2, expert parallel 2, expert tensor parallel 2"
+    assert (
+        layouts["ep2-tp2"]
+        == "4 ranks, tensor parallel 2, expert parallel 2, expert tensor parallel 2"
+    )

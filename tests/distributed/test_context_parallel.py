@@ -1,4 +1,5 @@
-"""The language model split over context-parallel ranks equals the whole one: outputs and every gradient."""
+"""The language model split over context-parallel ranks equals the whole one: outputs and every
+gradient."""
 
 from tests.distributed.launch import launch
 
@@ -12,7 +13,9 @@ def test_context_parallel_ranks_equal_one_process_also_under_tensor_parallelism(
     recomputed = {line[1]: line[3:] for line in lines if line[:1] == ["RECOMPUTE"]}
     controls = {line[1]: line[3:] for line in lines if line[:1] == ["CONTROL"]}
     layouts = ("TP2+SPxCP2", "TP2xCP2", "CP4", "CP2xDP2")
-    assert errors.keys() == {(layout, name) for layout in layouts for name in DENSE} | {("CP2xDP2", "toy-moe")}
+    assert errors.keys() == {(layout, name) for layout in layouts for name in DENSE} | {
+        ("CP2xDP2", "toy-moe")
+    }
     assert controls.keys() == set(layouts)
     assert recomputed.keys() == set(layouts)
     for each, values in (*errors.items(), *recomputed.items()):

@@ -1,4 +1,5 @@
-"""The fused heads split over two and four ranks equal the whole ones: value, gradients, padding and collectives."""
+"""The fused heads split over two and four ranks equal the whole ones: value, gradients, padding and
+collectives."""
 
 import json
 from typing import Any
@@ -7,7 +8,12 @@ import pytest
 
 from tests.distributed.launch import launch
 
-CASES = [(loss, tp, rows) for tp in (2, 4) for loss in ("kl", "cross_entropy", "rows_only") for rows in (10, 8, 1, 0)]
+CASES = [
+    (loss, tp, rows)
+    for tp in (2, 4)
+    for loss in ("kl", "cross_entropy", "rows_only")
+    for rows in (10, 8, 1, 0)
+]
 CHUNK = 4
 
 
@@ -20,8 +26,11 @@ def found() -> dict[tuple[str, int, int], dict[str, Any]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_split_heads_equal_whole_ones(case: tuple[str, int, int], found: dict[tuple[str, int, int], Any]) -> None:
-    """After a step without rows, of which every rank has to come back. Measured: 5e-7, KL of one row; else 3e-7."""
+def test_split_heads_equal_whole_ones(
+    case: tuple[str, int, int], found: dict[tuple[str, int, int], Any]
+) -> None:
+    """After a step without rows, of which every rank has to come back. Measured: 5e-7, KL of one
+    row; else 3e-7."""
     errors = found[case]
     for name in ("loss", "rows", "weight"):
         assert errors[name] < 1e-6, name
@@ -34,7 +43,9 @@ def test_one_collective_a_chunk_and_one_at_the_end(
     case: tuple[str, int, int], found: dict[tuple[str, int, int], Any]
 ) -> None:
     num_rows = case[2]
-    expected = {"all_gather_into_tensor": -(-num_rows // CHUNK), "all_reduce": 1} if num_rows else {}
+    expected = (
+        {"all_gather_into_tensor": -(-num_rows // CHUNK), "all_reduce": 1} if num_rows else {}
+    )
     assert found[case]["collectives"] == expected
 
 
@@ -42,6 +53,7 @@ def test_one_collective_a_chunk_and_one_at_the_end(
 def test_without_the_sum_over_ranks_only_the_gradient_is_wrong(
     case: tuple[str, int, int], found: dict[tuple[str, int, int], Any]
 ) -> None:
-    """The negative control: a right loss says nothing about the gradient. Measured: off by 11 % to 74 %."""
+    """The negative control: a right loss says nothing about the gradient. Measured: off by 11 % to
+    74 %."""
     assert found[case]["loss"] < 1e-6
     assert found[case]["control"] > 0.05

@@ -1,8 +1,10 @@
-"""Nothing between the reference pass and the policy pass waits for all ranks, for a length, or for the device.
+"""Nothing between the reference pass and the policy pass waits for all ranks, for a length, or for
+the device.
 
-One launch of four processes runs one consistency step under each layout with every collective, send, receive and read
-of a tensor's value on record. In it the last stage's last reference forward pass waits until the first stage has begun
-with the policy: with anything between the passes that synchronises the ranks, it would wait in vain.
+One launch of four processes runs one consistency step under each layout with every collective,
+send, receive and read of a tensor's value on record. In it the last stage's last reference forward
+pass waits until the first stage has begun with the policy: with anything between the passes that
+synchronises the ranks, it would wait in vain.
 """
 
 import dataclasses
@@ -24,8 +26,13 @@ from tests.training_runs import ToyData, toy_config
 WORLD = 4
 PP4 = {"pipeline_model_parallel_size": 4}
 PP2_VPP2_DP2 = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
-# The hardest for "no collective": gradients are reduced, and parameters gathered, while the policy pass runs.
-OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+# The hardest for "no collective": gradients are reduced, and parameters gathered, while the policy
+# pass runs.
+OVERLAP = {
+    "use_distributed_optimizer": True,
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
+}
 LAYOUTS = {"pp4": PP4, "pp2 vpp2 dp2": PP2_VPP2_DP2 | OVERLAP}
 PASSES = ("reference", "between", "policy")
 GRAD_REDUCTION = "megatron/core/distributed/"
@@ -34,19 +41,30 @@ Records = dict[str, list[RankRecord]]
 
 
 @pytest.fixture(scope="module")
-def records(toy_data: ToyData, single_process_groups: None, tmp_path_factory: pytest.TempPathFactory) -> Records:
+def records(
+    toy_data: ToyData, single_process_groups: None, tmp_path_factory: pytest.TempPathFactory
+) -> Records:
     """What each rank did, by case."""
     folder = tmp_path_factory.mktemp("trace")
     with started(ParallelOptions(), seed=1, timeout_minutes=1) as groups:
-        save_models(folder / "models", "toy-6b", toy_config(toy_data, "pretrain", model_size="toy-6b"), groups)
+        save_models(
+            folder / "models",
+            "toy-6b",
+            toy_config(toy_data, "pretrain", model_size="toy-6b"),
+            groups,
+        )
     make = _config_maker(toy_data, folder / "models")
     cases = {name: (make(options), "none", 60.0) for name, options in LAYOUTS.items()}
     cases["barrier"] = (make(PP4), "barrier", 5.0)
-    cases |= {f"{name}, shapes": (make(options), "shape exchange", 60.0) for name, options in LAYOUTS.items()}
+    cases |= {
+        f"{name}, shapes": (make(options), "shape exchange", 60.0)
+        for name, options in LAYOUTS.items()
+    }
     (folder / "cases.pkl").write_bytes(pickle.dumps(cases))
     launch("trace_ranks.py", folder, num_processes=WORLD)
     return {
-        name: [pickle.loads((folder / name / f"{rank}.pkl").read_bytes()) for rank in range(WORLD)] for name in cases
+        name: [pickle.loads((folder / name / f"{rank}.pkl").read_bytes()) for rank in range(WORLD)]
+        for name in cases
     }
 
 
@@ -79,7 +97,9 @@ def _events(record: RankRecord, kind: str) -> list[Event]:
 def test_the_policy_begins_while_the_reference_runs(name: str, records: Records) -> None:
     """An order that the handshake makes sure of, not a matter of speed."""
     ranks = records[name]
-    assert all(rank.met for rank in ranks), "the first stage waited for the last one between the passes"
+    assert all(rank.met for rank in ranks), (
+        "the first stage waited for the last one between the passes"
+    )
     begins = [_edge(rank, "policy", "start", min) for rank in ranks if rank.is_first_stage]
     ends = [_edge(rank, "reference", "end", max) for rank in ranks if rank.is_last_stage]
     assert len(begins) == len(ends) == (1 if name == "pp4" else 2)
@@ -89,7 +109,9 @@ def test_the_policy_begins_while_the_reference_runs(name: str, records: Records)
 
 
 def _edge(rank: RankRecord, name: str, edge: str, pick: Callable[[list[float]], float]) -> float:
-    times = [getattr(span, edge) for span in rank.spans if span.name == name and span.kind == "forward"]
+    times = [
+        getattr(span, edge) for span in rank.spans if span.name == name and span.kind == "forward"
+    ]
     assert len(times) == 8  # microbatches of one chunk, or 4 of each of two
     return pick(times)
 
@@ -104,7 +126,9 @@ def test_a_barrier_between_the_passes_is_seen(records: Records) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_no_collective_in_the_passes_but_the_reduction_of_gradients(name: str, records: Records) -> None:
+def test_no_collective_in_the_passes_but_the_reduction_of_gradients(
+    name: str, records: Records
+) -> None:
     for rank in records[name]:
         collectives = [event for event in _events(rank, "collective") if event.num_ranks > 1]
         others = [event for event in collectives if not event.caller.startswith(GRAD_REDUCTION)]
@@ -122,7 +146,9 @@ def test_only_hidden_states_and_their_gradients_are_sent(name: str, records: Rec
         assert {event.phase for event in sent} == {"reference", "policy"}
         assert {(event.dtype, event.shape[1:]) for event in sent} == {("torch.float32", (1, 48))}
         packs = len({span.microbatch for span in rank.spans if span.name == "policy"})
-        assert len({event.shape for event in sent}) > packs  # lengths differ from pack to pack and between the passes
+        assert (
+            len({event.shape for event in sent}) > packs
+        )  # lengths differ from pack to pack and between the passes
         assert rank.shape_exchanges == 0
 
 
@@ -130,7 +156,11 @@ def test_only_hidden_states_and_their_gradients_are_sent(name: str, records: Rec
 def test_megatrons_own_communicator_would_send_shapes(name: str, records: Records) -> None:
     """The control of the one before: the recorder sees shapes where they are sent."""
     for rank, known in zip(records[f"{name}, shapes"], records[name], strict=True):
-        shapes = [event for event in _events(rank, "p2p") if (event.dtype, event.shape) == ("torch.int64", (3,))]
+        shapes = [
+            event
+            for event in _events(rank, "p2p")
+            if (event.dtype, event.shape) == ("torch.int64", (3,))
+        ]
         assert len(shapes) == len(_events(known, "p2p"))  # one for each tensor
         assert rank.shape_exchanges > 0
 
@@ -140,4 +170,6 @@ def test_nothing_of_ours_in_the_passes_waits_for_the_device(name: str, records: 
     for rank in records[name]:
         assert [event for event in _events(rank, "read") if event.is_ours] == []
         # The recorder sees what is read before the passes, where streams are made on the CPU.
-        assert "tolist" in {event.call for event in rank.events if event.is_ours and event.phase == "before"}
+        assert "tolist" in {
+            event.call for event in rank.events if event.is_ours and event.phase == "before"
+        }

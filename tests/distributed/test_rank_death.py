@@ -1,4 +1,5 @@
-"""A rank that dies ends the others, with the cause; a rank that is told to stop ends all of them with a checkpoint."""
+"""A rank that dies ends the others, with the cause; a rank that is told to stop ends all of them
+with a checkpoint."""
 
 import subprocess
 from pathlib import Path
@@ -9,16 +10,17 @@ from megatron_vico.checkpoint import state
 from tests.distributed.launch import start
 from tests.training_runs import ToyData
 
-# A collective waits 10 minutes (--distributed-timeout-minutes): a rank that hangs is not over in time.
+# A collective waits 10 minutes (--distributed-timeout-minutes): a rank that hangs is not over in
+# time.
 LIMIT_S = 120
 
 
 def launch(how: str, data: ToyData, save: Path) -> subprocess.CompletedProcess[str]:
     """Two ranks of a pretraining run, of which one is treated as `how` says at its second step."""
     flags = f"""
-        --stage pretrain --data-path {data.shards} --tokenizer-model {data.tokenizer} --save {save} --train-iters 50
-        --seq-length 600 --max-tiles-per-pack 40 --max-samples-per-pack 4 --max-dynamic-patch 4 --global-batch-size 2
-        --num-workers 1
+        --stage pretrain --data-path {data.shards} --tokenizer-model {data.tokenizer} --save {save}
+        --train-iters 50 --seq-length 600 --max-tiles-per-pack 40 --max-samples-per-pack 4
+        --max-dynamic-patch 4 --global-batch-size 2 --num-workers 1
     """.split()
     return start("run_failing_rank.py", how, *flags, num_processes=2, timeout_s=LIMIT_S)
 
@@ -42,12 +44,16 @@ def test_a_rank_that_dies_ends_the_other_with_the_cause(
     assert "rank      : 1 (local_rank: 1)" in root_cause
     assert "rank      : 0" not in root_cause
     # The one that waited says so in a line, and the cause stays in sight.
-    assert len([line for line in done.stderr.splitlines() if line.startswith("rank 0: ")]) <= 1, done.stderr[-6000:]
+    assert len([line for line in done.stderr.splitlines() if line.startswith("rank 0: ")]) <= 1, (
+        done.stderr[-6000:]
+    )
     if how == "raise":
         assert "ArithmeticError: the cause of it all" in root_cause
 
 
-def test_a_rank_that_is_told_to_stop_ends_all_with_a_checkpoint(toy_data: ToyData, tmp_path: Path) -> None:
+def test_a_rank_that_is_told_to_stop_ends_all_with_a_checkpoint(
+    toy_data: ToyData, tmp_path: Path
+) -> None:
     done = launch("stop", toy_data, tmp_path)
     assert done.returncode == 0, done.stderr[-6000:]
     assert state.latest_iteration(tmp_path) == 2

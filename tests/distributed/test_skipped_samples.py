@@ -1,4 +1,5 @@
-"""A broken sample on one of two ranks: both stay in step, stop and resume alike, and end together over the budget."""
+"""A broken sample on one of two ranks: both stay in step, stop and resume alike, and end together
+over the budget."""
 
 import json
 import pickle
@@ -35,13 +36,21 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(toy_data: ToyData, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """With one broken sample: one process, two, the same resumed by two from a mended disk; and one without budget."""
+    """With one broken sample: one process, two, the same resumed by two from a mended disk; and one
+    without budget."""
     folder = tmp_path_factory.mktemp("skipped")
-    broken = ToyData(tokenizer=toy_data.tokenizer, shards=shutil.copytree(toy_data.shards, folder / "shards"))
+    broken = ToyData(
+        tokenizer=toy_data.tokenizer, shards=shutil.copytree(toy_data.shards, folder / "shards")
+    )
     key = break_image(broken.shards, VICTIM)
 
     def config(name: str, data: ToyData = broken, **options: Any) -> RunConfig:
-        fields = {"train_iters": STEPS, "global_batch_size": 4, "save_interval": SAVED, "save": str(folder / name)}
+        fields = {
+            "train_iters": STEPS,
+            "global_batch_size": 4,
+            "save_interval": SAVED,
+            "save": str(folder / name),
+        }
         return toy_config(data, "pretrain", **(fields | options))
 
     train(config("one"))
@@ -50,7 +59,13 @@ def runs(toy_data: ToyData, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "two": config("two", num_workers=1),
         "stopped": config("resumed", exit_interval=SAVED),
         "resumed": config("resumed", toy_data, load=str(folder / "resumed"), num_workers=1),
-        "forgetful": config("forgetful", broken, load=str(folder / "resumed"), ckpt_step=SAVED, max_skipped_share=0.0),
+        "forgetful": config(
+            "forgetful",
+            broken,
+            load=str(folder / "resumed"),
+            ckpt_step=SAVED,
+            max_skipped_share=0.0,
+        ),
         "no budget": config("no_budget", max_skipped_share=0.0),
     }
     (folder / "configs.pkl").write_bytes(pickle.dumps(list(configs.values())))
@@ -89,7 +104,10 @@ def test_a_resumed_run_leaves_it_out_though_it_has_become_readable(runs: Runs) -
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
         assert mine["skipped"] == theirs["skipped"]
         assert mine["tiles"] == theirs["tiles"]
-    assert any(mine["tiles"] < step["tiles"] for mine, step in zip(resumed[SAVED:], whole[SAVED:], strict=True))
+    assert any(
+        mine["tiles"] < step["tiles"]
+        for mine, step in zip(resumed[SAVED:], whole[SAVED:], strict=True)
+    )
 
 
 def test_without_a_budget_both_ranks_stop_at_the_same_step_with_a_table(runs: Runs) -> None:

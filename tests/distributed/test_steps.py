@@ -1,7 +1,9 @@
-"""Every layout equals one process: loss, every gradient and every parameter over three optimizer steps.
+"""Every layout equals one process: loss, every gradient and every parameter over three optimizer
+steps.
 
-One launch of two processes and one of four run all cases. The reference differs from the policy, both streams have
-lengths of their own, there are more packs than pipeline stages, and some packs have no image, no response, or neither.
+One launch of two processes and one of four run all cases. The reference differs from the policy,
+both streams have lengths of their own, there are more packs than pipeline stages, and some packs
+have no image, no response, or neither.
 """
 
 import dataclasses
@@ -24,7 +26,8 @@ from tests.training_runs import ToyData, make_toy_shards, toy_config
 
 PACKS = 8
 
-# Options of a case; names that are no option of a run, see `_case`: drop_rows, text_only, bucket_size, split, broken.
+# Options of a case; names that are no option of a run, see `_case`: drop_rows, text_only,
+# bucket_size, split, broken.
 Options = dict[str, Any]
 TP2: Options = {"tensor_model_parallel_size": 2}
 SP: Options = {"sequence_parallel": True}
@@ -36,15 +39,26 @@ EP2: Options = {"expert_model_parallel_size": 2}
 ETP1: Options = {"expert_tensor_parallel_size": 1}
 DIST: Options = {"use_distributed_optimizer": True}
 # Buckets so small that each module has its own: with one bucket a missing wait would not show.
-OVERLAP: Options = DIST | {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 3000}
-FULL: Options = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+OVERLAP: Options = DIST | {
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
+    "bucket_size": 3000,
+}
+FULL: Options = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
 CORE: Options = {"recompute_granularity": "selective", "recompute_modules": ("core_attn",)}
 EXPERTS: Options = {"recompute_granularity": "selective", "recompute_modules": ("moe",)}
 
-# As the recipe of 241B-A28B: embedding and loss count as a layer each. With chunks of one, the first and the last chunk
-# have no layer at all.
+# As the recipe of 241B-A28B: embedding and loss count as a layer each. With chunks of one, the
+# first and the last chunk have no layer at all.
 COUNTED: Options = {
-    "split": (("account_for_embedding_in_pipeline_split", True), ("account_for_loss_in_pipeline_split", True))
+    "split": (
+        ("account_for_embedding_in_pipeline_split", True),
+        ("account_for_loss_in_pipeline_split", True),
+    )
 }
 UNEVEN: Options = {"split": (("pipeline_model_parallel_layout", "Et|tttL"),)}
 
@@ -52,14 +66,18 @@ UNEVEN: Options = {"split": (("pipeline_model_parallel_layout", "Et|tttL"),)}
 ALL: Options = {"train_modules": ("vit", "connector_4x", "connector_16x", "language_model")}
 NO_ROWS: Options = {"drop_rows": 1}
 TEXT: Options = {"text_only": True}
-# Not with sequence or context parallelism: megatron-core counts padding, which one process does not have.
+# Not with sequence or context parallelism: megatron-core counts padding, which one process does not
+# have.
 BALANCE: Options = {"moe_aux_loss_coeff": 0.01}
 FROZEN_ROUTER: Options = {"freeze_moe_router": True}
 IMAGE: Options = {"router_granularity": "image"}
 BF16: Options = {"bf16": True}
 TWIN_OPTIONS = (*ALL, *NO_ROWS, *TEXT, *BALANCE, *FROZEN_ROUTER, *IMAGE, *BF16)
 
-DENSE, MOE = "toy-6b", "toy-moe"  # three in four weights of toy-6b's ViT are of the odd kind, 5 heads included
+DENSE, MOE = (
+    "toy-6b",
+    "toy-moe",
+)  # three in four weights of toy-6b's ViT are of the odd kind, 5 heads included
 TWO: dict[str, tuple[str, str, Options]] = {
     "tp2": (DENSE, "consistency", TP2),
     "tp2 sp": (DENSE, "consistency", TP2 | SP),
@@ -142,7 +160,11 @@ FOUR: dict[str, tuple[str, str, Options]] = {
     "moe ep2 pp2 vpp2 overlap": (MOE, "consistency", EP2 | PP2 | VPP2 | OVERLAP),
     "moe ep2 pp2 vpp2, router": (MOE, "router", EP2 | PP2 | VPP2),
     "moe tp2 sp ep2 etp1 pp2 vpp2": (MOE, "consistency", TP2 | SP | EP2 | ETP1 | PP2 | VPP2),
-    "moe tp2 sp ep2 etp1 pp2, full recompute": (MOE, "consistency", TP2 | SP | EP2 | ETP1 | PP2 | FULL),
+    "moe tp2 sp ep2 etp1 pp2, full recompute": (
+        MOE,
+        "consistency",
+        TP2 | SP | EP2 | ETP1 | PP2 | FULL,
+    ),
     "moe ep2 cp2": (MOE, "consistency", EP2 | CP2),
 }
 # bfloat16 with fp32 main gradients and masters, against a bfloat16 process.
@@ -170,7 +192,14 @@ def case_of(name: str, world: int, data: Mapping[bool, ToyData], models: Path) -
 
 
 def _case(
-    name: str, model: str, stage: str, options: Options, *, data: Mapping[bool, ToyData], models: Path, truth: str
+    name: str,
+    model: str,
+    stage: str,
+    options: Options,
+    *,
+    data: Mapping[bool, ToyData],
+    models: Path,
+    truth: str,
 ) -> Case:
     options = dict(options)
     empty_pack, broken = options.pop("drop_rows", None), options.pop("broken", False)
@@ -203,8 +232,9 @@ def found(
 ) -> dict[str, list[dict[str, Any]]]:
     """The errors of all cases, by name and step."""
     folder = tmp_path_factory.mktemp("steps")
-    # Noise, and a seed with which no step's sum of (probability - label) is near 0: between patches of one colour, and
-    # in such a step, terms of ViR's gradients cancel, and of the digits that they agree in few are left (up to 1e-4).
+    # Noise, and a seed with which no step's sum of (probability - label) is near 0: between patches
+    # of one colour, and in such a step, terms of ViR's gradients cancel, and of the digits that
+    # they agree in few are left (up to 1e-4).
     images = write_conversations(folder / "images", num_samples=48, seed=2, noisy=True)
     texts = write_conversations(folder / "texts", num_samples=24, images_per_sample=(0,))
     data = {
@@ -214,7 +244,9 @@ def found(
     results: dict[str, list[dict[str, Any]]] = {}
     with started(ParallelOptions(), seed=1, timeout_minutes=1) as groups:
         for model in (DENSE, MOE):
-            save_models(folder / model, model, toy_config(toy_data, "pretrain", model_size=model), groups)
+            save_models(
+                folder / model, model, toy_config(toy_data, "pretrain", model_size=model), groups
+            )
         for world, cases in CASES.items():
             pairs = [case_of(name, world, data, folder) for name in cases]
             for case, twin in pairs:
@@ -229,7 +261,9 @@ def found(
 def _launch(folder: Path, world: int) -> dict[str, list[dict[str, Any]]]:
     # pytest -s shows the errors and seconds of each case.
     print(launch("run_steps.py", folder, num_processes=world, timeout_s=600))
-    found: dict[str, list[dict[str, Any]]] = json.loads((folder / f"found-{world}.json").read_text())
+    found: dict[str, list[dict[str, Any]]] = json.loads(
+        (folder / f"found-{world}.json").read_text()
+    )
     return found
 
 
@@ -240,7 +274,9 @@ def test_a_layout_equals_one_process(name: str, found: dict[str, list[dict[str, 
     Measured: loss 4e-7, norm 6e-7, threshold 4e-7, gradients 5e-6 (ViR's 3e-6), parameters 5e-7.
     """
     for step in found[name]:
-        assert all(step[count] == 0 for count in ("samples", "tiles", "response_tokens", "router_accuracy"))
+        assert all(
+            step[count] == 0 for count in ("samples", "tiles", "response_tokens", "router_accuracy")
+        )
         assert step["loss"] < 1e-5
         assert step["grad_norm"] < 1e-5
         assert step["router_threshold"] < 1e-5
@@ -249,10 +285,12 @@ def test_a_layout_equals_one_process(name: str, found: dict[str, list[dict[str, 
 
 
 @pytest.mark.parametrize("name", list(HALF))
-def test_a_layout_in_bfloat16_is_as_near_as_rounding_allows(name: str, found: dict[str, list[dict[str, Any]]]) -> None:
-    """Measured, dense: loss 4e-3, norm 7e-3, worst tensor's gradient 0.06, parameters 1.4e-3; one rank's share of a
-    gradient would be off by 0.5 and more. Experts: a token that rounding sends to another expert moves more than that:
-    loss 0.013, norm 0.034."""
+def test_a_layout_in_bfloat16_is_as_near_as_rounding_allows(
+    name: str, found: dict[str, list[dict[str, Any]]]
+) -> None:
+    """Measured, dense: loss 4e-3, norm 7e-3, worst tensor's gradient 0.06, parameters 1.4e-3; one
+    rank's share of a gradient would be off by 0.5 and more. Experts: a token that rounding sends to
+    another expert moves more than that: loss 0.013, norm 0.034."""
     of_experts = HALF[name][0] == MOE
     for step in found[name]:
         assert step["loss"] < (0.03 if of_experts else 0.01)
@@ -269,7 +307,9 @@ def test_a_broken_sample_is_an_error_on_every_rank_of_its_replica(
     assert found[f"told-{world}"] == expected
 
 
-def test_a_wrong_gradient_is_seen_though_the_loss_is_right(found: dict[str, list[dict[str, Any]]]) -> None:
+def test_a_wrong_gradient_is_seen_though_the_loss_is_right(
+    found: dict[str, list[dict[str, Any]]],
+) -> None:
     """What one public system does: the right loss, and rows whose gradient is one rank's share."""
     first = found[next(iter(BROKEN))][0]
     assert first["loss"] < 1e-5

@@ -1,4 +1,5 @@
-"""Conversions by several processes: the same bits as by one, loaded under every kind of layout and brought back."""
+"""Conversions by several processes: the same bits as by one, loaded under every kind of layout and
+brought back."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -33,31 +34,54 @@ CONVERT = "../../tools/checkpoint/convert.py"
 
 
 def odd_models() -> dict[str, ModelConfig]:
-    """Models of four layers whose heads, experts, widths and vocabulary divide by nothing, or by two just once."""
+    """Models of four layers whose heads, experts, widths and vocabulary divide by nothing, or by
+    two just once."""
 
     def odd(name: str, base: str, **language: int) -> ModelConfig:
         model = get_model_config(base)
         vision = replace(model.vision, hidden_size=28, num_heads=7)
         return replace(
-            model, name=name, vision=vision, language=replace(model.language, num_layers=4, vocab_size=301, **language)
+            model,
+            name=name,
+            vision=vision,
+            language=replace(model.language, num_layers=4, vocab_size=301, **language),
         )
 
     models = (
         odd("odd", "toy-6b", num_heads=9, num_query_groups=3, ffn_hidden_size=45),
         odd("odd-halves", "toy-6b", num_heads=6, num_query_groups=2, ffn_hidden_size=46),
-        odd("odd-moe", "toy-moe", num_heads=9, num_query_groups=3, num_experts=5, moe_ffn_hidden_size=15),
-        odd("odd-moe-halves", "toy-moe", num_heads=6, num_query_groups=2, num_experts=6, moe_ffn_hidden_size=14),
+        odd(
+            "odd-moe",
+            "toy-moe",
+            num_heads=9,
+            num_query_groups=3,
+            num_experts=5,
+            moe_ffn_hidden_size=15,
+        ),
+        odd(
+            "odd-moe-halves",
+            "toy-moe",
+            num_heads=6,
+            num_query_groups=2,
+            num_experts=6,
+            moe_ffn_hidden_size=14,
+        ),
     )
     return {model.name: model for model in models}
 
 
 def read_all(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return found.keys() == expected.keys() and all(
-        found[name].dtype == tensor.dtype and torch.equal(found[name], tensor) for name, tensor in expected.items()
+        found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+        for name, tensor in expected.items()
     )
 
 
@@ -69,7 +93,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, single_process_groups: None
     for size in LOADED_UNDER:
         model = get_model_config(size)
         encoder, language_model = make_encoder(model), make_language_model(model)
-        export_hf(path / size, encoder=encoder, language_model=language_model, model=model, layout="flash")
+        export_hf(
+            path / size, encoder=encoder, language_model=language_model, model=model, layout="flash"
+        )
     convert(path / "toy-6b", output=path / "base", layout="hf")
     launch("run_streamed.py", path, num_processes=4)
     yield path
@@ -78,7 +104,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, single_process_groups: None
 
 
 @pytest.mark.parametrize(("size", "layout"), PAIRS)
-def test_loaded_and_saved_under_a_layout_and_back(size: str, layout: str, folder: Path, tmp_path: Path) -> None:
+def test_loaded_and_saved_under_a_layout_and_back(
+    size: str, layout: str, folder: Path, tmp_path: Path
+) -> None:
     for files in LAYOUTS:
         convert(folder / f"{size}-{layout}", output=tmp_path / f"back-{files}", layout=files)
         convert(folder / size, output=tmp_path / f"straight-{files}", layout=files)
@@ -86,35 +114,51 @@ def test_loaded_and_saved_under_a_layout_and_back(size: str, layout: str, folder
     assert same(read_all(tmp_path / "back-flash"), read_all(folder / size))
 
 
-def test_a_vico_start_does_not_depend_on_the_number_of_processes(folder: Path, tmp_path: Path) -> None:
+def test_a_vico_start_does_not_depend_on_the_number_of_processes(
+    folder: Path, tmp_path: Path
+) -> None:
     convert(folder / "base", output=tmp_path / "start", layout="megatron")
     for source, name in ((folder, "four"), (tmp_path, "one")):
         convert(source / "start", output=tmp_path / f"{name}-flash", layout="flash")
     one, four = (read_all(tmp_path / f"{name}-flash") for name in ("one", "four"))
     assert same(four, one)
-    assert not torch.equal(four["mlp2.1.weight"], read_all(folder / "toy-6b")["mlp2.1.weight"])  # fresh, not loaded
+    assert not torch.equal(
+        four["mlp2.1.weight"], read_all(folder / "toy-6b")["mlp2.1.weight"]
+    )  # fresh, not loaded
 
 
 @pytest.mark.parametrize("size", LOADED_UNDER)
 def test_four_processes_write_what_one_writes(size: str, folder: Path, tmp_path: Path) -> None:
     convert(folder / size, output=tmp_path / "one", layout="megatron")
-    one, four = (open_dcp(find_iteration(each)) for each in (tmp_path / "one", folder / f"{size}-megatron"))
+    one, four = (
+        open_dcp(find_iteration(each)) for each in (tmp_path / "one", folder / f"{size}-megatron")
+    )
     writers = {path.name.split("_")[2] for path in four.path.glob("*.distcp")}
     assert len(writers) == 4, "every process had a share"
-    assert same({name: four.read(name) for name in four.tensors}, {name: one.read(name) for name in one.tensors})
+    assert same(
+        {name: four.read(name) for name in four.tensors},
+        {name: one.read(name) for name in one.tensors},
+    )
     metadata = [each.metadata.state_dict_metadata for each in (one, four)]
     assert metadata[0].keys() == metadata[1].keys()
 
 
 def test_two_processes_write_the_files_that_one_writes(folder: Path, tmp_path: Path) -> None:
     """By the command, as torchrun starts it; file by file, byte for byte."""
-    words = (*("--from", "hf", "--to", "hf", "--layout", "internvl", "--verify"), "--input", folder / "toy-6b")
+    words = (
+        *("--from", "hf", "--to", "hf", "--layout", "internvl", "--verify"),
+        "--input",
+        folder / "toy-6b",
+    )
     words = (*words, "--max-shard-bytes", str(MAX_SHARD_BYTES))
     told = launch(CONVERT, *words, "--output", tmp_path / "two", num_processes=2)
     assert told.strip() == str(tmp_path / "two")  # said once
     options = ConversionOptions(max_shard_bytes=MAX_SHARD_BYTES)
     convert(folder / "toy-6b", output=tmp_path / "one", layout="internvl", options=options)
-    one, two = ({path.name: path.read_bytes() for path in (tmp_path / each).iterdir()} for each in ("one", "two"))
+    one, two = (
+        {path.name: path.read_bytes() for path in (tmp_path / each).iterdir()}
+        for each in ("one", "two")
+    )
     assert len([name for name in one if name.endswith(".safetensors")]) > 2
     assert one == two
 

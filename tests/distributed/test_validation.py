@@ -28,32 +28,49 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 DENSE, MOE = "toy-6b", "toy-moe"
 # Buckets so small that each module has its own: with one bucket a missing wait would not show.
 BUCKETS = Overrides((("bucket_size", 3000),))
-OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+OVERLAP = {
+    "use_distributed_optimizer": True,
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
+}
 ALL = {"train_modules": ("vit", "connector_4x", "connector_16x", "language_model")}
 
 # Name: model, stage, layout. The last word "trained": also steps with an evaluation between them.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    **{f"{layout} {stage}": (DENSE, stage, LAYOUTS[layout]) for layout in LAYOUTS for stage in ("pretrain", "router")},
+    **{
+        f"{layout} {stage}": (DENSE, stage, LAYOUTS[layout])
+        for layout in LAYOUTS
+        for stage in ("pretrain", "router")
+    },
     **{
         f"{layout} consistency trained": (DENSE, "consistency", LAYOUTS[layout] | ALL)
         for layout in ("tp2", "pp2", "cp2")
     },
     "dp2 overlap consistency trained": (DENSE, "consistency", OVERLAP),
-    "moe ep2 overlap consistency trained": (MOE, "consistency", OVERLAP | {"expert_model_parallel_size": 2}),
+    "moe ep2 overlap consistency trained": (
+        MOE,
+        "consistency",
+        OVERLAP | {"expert_model_parallel_size": 2},
+    ),
     "pp2 warmup": (DENSE, "warmup", LAYOUTS["pp2"]),
 }
 
 
 @pytest.fixture(scope="module")
-def configs(toy_data: ToyData, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[RunConfig, RunConfig]]:
-    """Each case and its one-process twin; four packs a global batch, so that the last one is filled up."""
+def configs(
+    toy_data: ToyData, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[RunConfig, RunConfig]]:
+    """Each case and its one-process twin; four packs a global batch, so that the last one is filled
+    up."""
     folder = tmp_path_factory.mktemp("validation")
     valid = make_toy_shards(
         folder, write_conversations(folder, num_samples=NUM_SAMPLES, seed=7), toy_data.tokenizer
     ).shards
     made = {}
     for name, (model, stage, layout) in CASES.items():
-        reference = {} if stage == "pretrain" else {"reference_load": str(folder / model / "reference")}
+        reference = (
+            {} if stage == "pretrain" else {"reference_load": str(folder / model / "reference")}
+        )
         options: dict[str, Any] = {
             "model_size": model,
             "pretrained_checkpoint": str(folder / model / "policy"),
@@ -95,7 +112,9 @@ def found(
     truth, losses = {}, {}
     with started(ParallelOptions(), seed=1, timeout_minutes=1) as groups:
         for model in (DENSE, MOE):
-            start = next(twin for _, twin in configs.values() if twin.model.model_size == model).checkpoint
+            start = next(
+                twin for _, twin in configs.values() if twin.model.model_size == model
+            ).checkpoint
             assert start.pretrained_checkpoint is not None
             plain = toy_config(toy_data, "pretrain", model_size=model)
             save_models(Path(start.pretrained_checkpoint).parent, model, plain, groups)
@@ -104,7 +123,9 @@ def found(
             truth[name] = figures_of(twin, groups)
             if name.endswith("trained"):
                 losses[name] = trained(twin, groups, evaluated=True)["losses"]
-    (folder / "cases.pkl").write_bytes(pickle.dumps({name: cfg for name, (cfg, _) in configs.items()}))
+    (folder / "cases.pkl").write_bytes(
+        pickle.dumps({name: cfg for name, (cfg, _) in configs.items()})
+    )
     launch("run_validation.py", folder, num_processes=2)
     return Found(truth=truth, losses=losses, ranks=json.loads((folder / "found.json").read_text()))
 

@@ -1,7 +1,9 @@
-"""Runs one consistency step a case under a recorder, with ranks that wait for each other; started by torchrun.
+"""Runs one consistency step a case under a recorder, with ranks that wait for each other; started
+by torchrun.
 
-Usage: trace_ranks.py FOLDER, with FOLDER/cases.pkl, a dict from name to (RunConfig, what is put wrong, seconds that a
-rank waits). Each rank writes FOLDER/NAME/RANK.pkl, a `RankRecord` of tests/distributed/recorder.py.
+Usage: trace_ranks.py FOLDER, with FOLDER/cases.pkl, a dict from name to (RunConfig, what is put
+wrong, seconds that a rank waits). Each rank writes FOLDER/NAME/RANK.pkl, a `RankRecord` of
+tests/distributed/recorder.py.
 """
 
 import functools
@@ -36,15 +38,17 @@ from megatron_vico.training.trainer import compute_gradients, update_weights  # 
 from tests.distributed.cached_layouts import CachedLayouts  # noqa: E402
 
 Fault = Literal["none", "barrier", "shape exchange"]
-"""What is put wrong on purpose: a barrier between the passes, or megatron-core's own communicator."""
+"""What is put wrong on purpose: a barrier between the passes, or megatron-core's own
+communicator."""
 
 
 @dataclass(kw_only=True)
 class HandshakeTrace(StepTrace):
     """A trace in which the end of the reference waits for the beginning of the policy.
 
-    The last stage does not run its last reference forward pass before the first stage is about to run its first policy
-    forward pass. With anything between the passes that waits for all ranks, that never happens.
+    The last stage does not run its last reference forward pass before the first stage is about to
+    run its first policy forward pass. With anything between the passes that waits for all ranks,
+    that never happens.
     """
 
     groups: Groups
@@ -58,17 +62,30 @@ class HandshakeTrace(StepTrace):
     _begun: bool = field(default=False)
 
     @contextmanager
-    def span(self, name: str, kind: Kind, microbatch: int | None = None, chunk: int | None = None) -> Iterator[Span]:
+    def span(
+        self, name: str, kind: Kind, microbatch: int | None = None, chunk: int | None = None
+    ) -> Iterator[Span]:
         """As in the base class, but for the handshake."""
         with super().span(name, kind, microbatch, chunk) as span:
             key = f"{self.case}, replica {self.groups.dp_rank}"
-            if name == "policy" and kind == "forward" and self.groups.is_first_stage and not self._begun:
+            if (
+                name == "policy"
+                and kind == "forward"
+                and self.groups.is_first_stage
+                and not self._begun
+            ):
                 self._begun = True
                 self.store.set(key, b"begun")
-            if name == "reference" and self.groups.is_last_stage and (microbatch, chunk) == self.last:
+            if (
+                name == "reference"
+                and self.groups.is_last_stage
+                and (microbatch, chunk) == self.last
+            ):
                 try:
                     self.store.wait([key], timedelta(seconds=self.wait_s))
-                except RuntimeError:  # out of time; the step goes on, so that the other ranks end too
+                except (
+                    RuntimeError
+                ):  # out of time; the step goes on, so that the other ranks end too
                     self.met = False
             yield span
 

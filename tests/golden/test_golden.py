@@ -1,4 +1,5 @@
-"""Ten steps of each stage against the values in this folder; and the tool that compares two runs."""
+"""Ten steps of each stage against the values in this folder; and the tool that compares two
+runs."""
 
 import json
 from pathlib import Path
@@ -28,7 +29,8 @@ def steps(
 def test_golden_values(
     stage: str, steps: dict[str, list[dict[str, float]]], compare_runs: ModuleType, tmp_path: Path
 ) -> None:
-    """Measured: 0 on one machine, 2e-5 between one thread and two; other processors round otherwise."""
+    """Measured: 0 on one machine, 2e-5 between one thread and two; other processors round
+    otherwise."""
     found = tmp_path / "found.json"
     found.write_text(json.dumps(steps[stage]))
     assert compare_runs.main([str(HERE / f"{stage}.json"), str(found), "--rtol", "1e-3"]) == 0

@@ -1,6 +1,7 @@
 """Writes the golden values: losses and gradient norms of ten steps of each toy stage.
 
-Run: python -m tests.golden.update FOLDER     (FOLDER: tests/golden, or elsewhere to compare with tools/compare_runs.py)
+Run: python -m tests.golden.update FOLDER (FOLDER: tests/golden, or elsewhere to compare with
+tools/compare_runs.py)
 
 A change that moves them explains why in its commit.
 """
@@ -26,7 +27,9 @@ def golden_steps(data: ToyData, folder: Path) -> dict[str, list[dict[str, float]
         before = {"pretrained_checkpoint": str(folder / STAGES[number - 1])} if number else {}
         reference = {"reference_load": str(folder / "pretrain")} if number else {}
         train(toy_config(data, stage, save=str(folder / stage), **before, **reference))
-        steps[stage] = [{name: row[name] for name in FIELDS} for row in read_metrics(folder / stage)]
+        steps[stage] = [
+            {name: row[name] for name in FIELDS} for row in read_metrics(folder / stage)
+        ]
     return steps
 
 

@@ -1,4 +1,5 @@
-"""The same model in transformers: configuration and weights of an InternVLForConditionalGeneration made from ours.
+"""The same model in transformers: configuration and weights of an InternVLForConditionalGeneration
+made from ours.
 
 Written apart from checkpoint/, so that the parity test and the converter cannot share a mistake.
 """
@@ -7,7 +8,12 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel
@@ -40,7 +46,9 @@ def transformers_config(model: ModelConfig) -> InternVLConfig:
     )
 
 
-def transformers_model(encoder: VisionEncoder, language_model: LanguageModel) -> InternVLForConditionalGeneration:
+def transformers_model(
+    encoder: VisionEncoder, language_model: LanguageModel
+) -> InternVLForConditionalGeneration:
     """transformers' model with our weights; every one of its parameters is set, or this raises."""
     model = encoder.model
     theirs = InternVLForConditionalGeneration(transformers_config(model)).eval()
@@ -77,7 +85,8 @@ def _text_config(language: LanguageConfig) -> Qwen3Config | Qwen3MoeConfig:
 
 
 def _split_qkv(weight: Tensor, *, groups: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values out of mcore's fused rows: for each group its queries, its key, its value."""
+    """Queries, keys and values out of mcore's fused rows: for each group its queries, its key, its
+    value."""
     per_group = heads // groups
     rows = weight.view(groups, per_group + 2, -1, *weight.shape[1:])
     parts = (rows[:, :per_group], rows[:, per_group], rows[:, per_group + 1])
@@ -90,9 +99,19 @@ def _vision_weights(encoder: VisionEncoder) -> Iterator[tuple[str, Tensor]]:
     yield tower + "embeddings.cls_token", vit["class_token"]
     yield tower + "embeddings.position_embeddings", vit["position_embedding"]
     for kind in ("weight", "bias"):
-        yield f"{tower}embeddings.patch_embeddings.projection.{kind}", vit[f"patch_embedding.{kind}"]
-        for theirs, ours in (("layer_norm", "norm"), ("linear_1", "linear_1"), ("linear_2", "linear_2")):
-            yield f"model.multi_modal_projector.{theirs}.{kind}", encoder.connector_4x.get_parameter(f"{ours}.{kind}")
+        yield (
+            f"{tower}embeddings.patch_embeddings.projection.{kind}",
+            vit[f"patch_embedding.{kind}"],
+        )
+        for theirs, ours in (
+            ("layer_norm", "norm"),
+            ("linear_1", "linear_1"),
+            ("linear_2", "linear_2"),
+        ):
+            yield (
+                f"model.multi_modal_projector.{theirs}.{kind}",
+                encoder.connector_4x.get_parameter(f"{ours}.{kind}"),
+            )
     names = {
         "input_layernorm": "layernorm_before",
         "pre_mlp_layernorm": "layernorm_after",
@@ -108,7 +127,9 @@ def _vision_weights(encoder: VisionEncoder) -> Iterator[tuple[str, Tensor]]:
         for name, param in layer.named_parameters():
             module, _, kind = name.rpartition(".")
             if module == "self_attention.linear_qkv":
-                for part, value in zip("qkv", _split_qkv(param, groups=heads, heads=heads), strict=True):
+                for part, value in zip(
+                    "qkv", _split_qkv(param, groups=heads, heads=heads), strict=True
+                ):
                     yield f"{prefix}attention.{part}_proj.{kind}", value
             elif kind == "scale":
                 yield prefix + {"self_attn_bda": "lambda_1", "mlp_bda": "lambda_2"}[module], param
@@ -127,7 +148,9 @@ def _language_weights(language_model: LanguageModel) -> Iterator[tuple[str, Tens
         yield prefix + "post_attention_layernorm.weight", params["pre_mlp_layernorm.weight"]
         qkv = params["self_attention.linear_qkv.weight"]
         for part, value in zip(
-            "qkv", _split_qkv(qkv, groups=language.num_query_groups, heads=language.num_heads), strict=True
+            "qkv",
+            _split_qkv(qkv, groups=language.num_query_groups, heads=language.num_heads),
+            strict=True,
         ):
             yield f"{prefix}self_attn.{part}_proj.weight", value
         yield prefix + "self_attn.o_proj.weight", params["self_attention.linear_proj.weight"]
@@ -139,8 +162,13 @@ def _language_weights(language_model: LanguageModel) -> Iterator[tuple[str, Tens
             yield prefix + "mlp.up_proj.weight", up
             yield prefix + "mlp.down_proj.weight", params["mlp.linear_fc2.weight"]
         else:
-            experts = [f"mlp.experts.local_experts.{expert}." for expert in range(language.num_experts)]
+            experts = [
+                f"mlp.experts.local_experts.{expert}." for expert in range(language.num_experts)
+            ]
             yield prefix + "mlp.gate.weight", params["mlp.router.weight"]
-            fused = [torch.stack([params[f"{name}linear_fc{i}.weight"] for name in experts]) for i in (1, 2)]
+            fused = [
+                torch.stack([params[f"{name}linear_fc{i}.weight"] for name in experts])
+                for i in (1, 2)
+            ]
             yield prefix + "mlp.experts.gate_up_proj", fused[0]
             yield prefix + "mlp.experts.down_proj", fused[1]

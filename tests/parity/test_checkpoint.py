@@ -1,11 +1,17 @@
-"""Checkpoints that transformers writes and reads itself: ours load there with equal logits, theirs here bit for bit."""
+"""Checkpoints that transformers writes and reads itself: ours load there with equal logits, theirs
+here bit for bit."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, InternVLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    InternVLForConditionalGeneration,
+)
 
 from megatron_vico.checkpoint import convert
 from megatron_vico.checkpoint.hf_config import IMAGENET_MEAN
@@ -16,7 +22,8 @@ from tests.toy_models import make_encoder, make_language_model, pack, random_til
 
 
 def combine(vision: str, language: str) -> ModelConfig:
-    """Both kinds of tower with both kinds of language model; a rope_theta that is nobody's default."""
+    """Both kinds of tower with both kinds of language model; a rope_theta that is nobody's
+    default."""
     chosen = replace(get_model_config(language).language, rope_theta=3e5)
     return replace(get_model_config(vision), name=f"{vision} and {language}", language=chosen)
 
@@ -31,7 +38,13 @@ def test_transformers_loads_the_export_with_equal_logits(
 ) -> None:
     model = combine(*kind)
     encoder, language_model = make_encoder(model).eval(), make_language_model(model).eval()
-    convert.export_hf(tmp_path / "export", encoder=encoder, language_model=language_model, model=model, layout="hf")
+    convert.export_hf(
+        tmp_path / "export",
+        encoder=encoder,
+        language_model=language_model,
+        model=model,
+        layout="hf",
+    )
     theirs, loading = InternVLForConditionalGeneration.from_pretrained(
         tmp_path / "export", dtype=torch.float32, output_loading_info=True
     )
@@ -43,7 +56,9 @@ def test_transformers_loads_the_export_with_equal_logits(
     token_ids[inputs.visual_positions_V] = torch.tensor(image * 2)
     pixels = encoder.normalise(random_tiles(model, 2))
     expected = theirs.eval()(
-        input_ids=token_ids[None], pixel_values=pixels, attention_mask=torch.ones(1, 30, dtype=torch.int64)
+        input_ids=token_ids[None],
+        pixel_values=pixels,
+        attention_mask=torch.ones(1, 30, dtype=torch.int64),
     ).logits[0]
     tokens = encoder.visual_tokens(encoder.features(pixels), None)
     found = language_model.response_logits(language_model(inputs, tokens))
@@ -53,7 +68,10 @@ def test_transformers_loads_the_export_with_equal_logits(
 
 @pytest.mark.parametrize("kind", KINDS, ids=" and ".join)
 def test_what_transformers_saves_is_imported_bit_for_bit(
-    kind: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single_process_groups: None
+    kind: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    single_process_groups: None,
 ) -> None:
     model = combine(*kind)
     monkeypatch.setitem(MODELS, model.name, model)
@@ -72,7 +90,9 @@ def test_what_transformers_saves_is_imported_bit_for_bit(
 def test_transformers_reads_the_small_files(tmp_path: Path, single_process_groups: None) -> None:
     model = get_model_config("toy-6b")
     text = ["some text to learn from"] * 20
-    tokenizer = load_tokenizer(train_sentencepiece(text, model_prefix=tmp_path / "toy", vocab_size=300))
+    tokenizer = load_tokenizer(
+        train_sentencepiece(text, model_prefix=tmp_path / "toy", vocab_size=300)
+    )
     convert.export_hf(
         tmp_path / "export",
         encoder=make_encoder(model),
@@ -87,4 +107,6 @@ def test_transformers_reads_the_small_files(tmp_path: Path, single_process_group
     processor = AutoImageProcessor.from_pretrained(tmp_path / "export")
     assert (processor.size["height"], tuple(processor.image_mean)) == (32, IMAGENET_MEAN)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "export")
-    assert theirs("some text<|im_end|>", add_special_tokens=False).input_ids == tokenizer.encode("some text<|im_end|>")
+    assert theirs("some text<|im_end|>", add_special_tokens=False).input_ids == tokenizer.encode(
+        "some text<|im_end|>"
+    )

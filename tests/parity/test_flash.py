@@ -1,7 +1,8 @@
-"""Visual tokens and router logits against a plain forward pass of the released Flash modules, written from their code.
+"""Visual tokens and router logits against a plain forward pass of the released Flash modules,
+written from their code.
 
-transformers has no Flash model. The modules here carry the released names, so that a state dict of a Flash checkpoint
-would load into them: mlp1, mlp2, pooling_before_gating, gating.
+transformers has no Flash model. The modules here carry the released names, so that a state dict of
+a Flash checkpoint would load into them: mlp1, mlp2, pooling_before_gating, gating.
 """
 
 import pytest
@@ -18,7 +19,9 @@ class ReleasedFlash(nn.Module):
 
     def __init__(self, vit: int, llm: int, num_heads: int) -> None:
         super().__init__()
-        self.mlp1 = nn.Sequential(nn.LayerNorm(4 * vit), nn.Linear(4 * vit, llm), nn.GELU(), nn.Linear(llm, llm))
+        self.mlp1 = nn.Sequential(
+            nn.LayerNorm(4 * vit), nn.Linear(4 * vit, llm), nn.GELU(), nn.Linear(llm, llm)
+        )
         self.mlp2 = nn.Sequential(
             *(nn.LayerNorm(16 * vit), nn.Linear(16 * vit, 2 * llm), nn.GELU(), nn.Dropout(0.1)),
             *(nn.Linear(2 * llm, 2 * llm), nn.GELU(), nn.Dropout(0.1), nn.Linear(2 * llm, llm)),
@@ -34,7 +37,13 @@ class ReleasedFlash(nn.Module):
             setattr(self.pooling_before_gating, f"norm{i}", nn.LayerNorm(vit))
         self.gating = nn.Module()
         for i in range(1, 5):
-            layers = (nn.Linear(vit, 4 * vit), nn.GELU(), nn.Dropout(0.1), nn.Linear(4 * vit, vit), nn.Dropout(0.1))
+            layers = (
+                nn.Linear(vit, 4 * vit),
+                nn.GELU(),
+                nn.Dropout(0.1),
+                nn.Linear(4 * vit, vit),
+                nn.Dropout(0.1),
+            )
             setattr(self.gating, f"block{i}", nn.Sequential(*layers, nn.LayerNorm(vit)))
         self.gating.gate = nn.Sequential(nn.LayerNorm(vit), nn.Linear(vit, 2))
 
@@ -43,7 +52,9 @@ class ReleasedFlash(nn.Module):
         n, w, h, c = x.size()
         x = x.view(n, w, int(h * scale_factor), int(c / scale_factor))
         x = x.permute(0, 2, 1, 3).contiguous()
-        x = x.view(n, int(h * scale_factor), int(w * scale_factor), int(c / (scale_factor * scale_factor)))
+        x = x.view(
+            n, int(h * scale_factor), int(w * scale_factor), int(c / (scale_factor * scale_factor))
+        )
         return x.permute(0, 2, 1, 3).contiguous()  # the step that makes it version 2
 
     def tokens(self, vit_embeds: Tensor, scale_factor: float, mlp: nn.Module) -> Tensor:
@@ -59,14 +70,21 @@ class ReleasedFlash(nn.Module):
         out3 = pooling.norm2(pooling.attn2(out2, vit_embeds, vit_embeds)[0])
         out4 = pooling.norm2(pooling.attn2(out3, vit_embeds, vit_embeds)[0])
         x = out4.squeeze(1)
-        for block in (self.gating.block1, self.gating.block2, self.gating.block3, self.gating.block4):
+        for block in (
+            self.gating.block1,
+            self.gating.block2,
+            self.gating.block3,
+            self.gating.block4,
+        ):
             x = x + block(x)
         return self.gating.gate(x)
 
 
 def released(encoder: VisionEncoder) -> ReleasedFlash:
     model = encoder.model
-    flash = ReleasedFlash(model.vision.hidden_size, model.language.hidden_size, model.vir_num_heads).eval()
+    flash = ReleasedFlash(
+        model.vision.hidden_size, model.language.hidden_size, model.vir_num_heads
+    ).eval()
     names = {
         "mlp1": ("connector_4x", {"0": "norm", "1": "linear_1", "3": "linear_2"}),
         "mlp2": ("connector_16x", {"0": "norm", "1": "linear_1", "4": "linear_2", "7": "linear_3"}),
@@ -83,22 +101,33 @@ def released(encoder: VisionEncoder) -> ReleasedFlash:
             weights[name] = encoder.get_parameter(f"vir.{child}.{rest}")
     flash.load_state_dict(weights)
     used = sum(param.numel() for param in weights.values())
-    assert used == sum(param.numel() for name, param in encoder.named_parameters() if not name.startswith("vit."))
+    assert used == sum(
+        param.numel() for name, param in encoder.named_parameters() if not name.startswith("vit.")
+    )
     return flash
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["toy", "toy-6b"])
-def test_visual_tokens_and_router_equal_the_released_modules(name: str, single_process_groups: None) -> None:
+def test_visual_tokens_and_router_equal_the_released_modules(
+    name: str, single_process_groups: None
+) -> None:
     encoder = make_encoder(get_model_config(name)).eval()
     flash = released(encoder)
     features = encoder.features(encoder.normalise(random_tiles(encoder.model, 6)))
     plan = torch.tensor([True, False, False, True, True, False])
-    kept, compressed = flash.tokens(features, 0.5, flash.mlp1), flash.tokens(features, 0.25, flash.mlp2)
+    kept, compressed = (
+        flash.tokens(features, 0.5, flash.mlp1),
+        flash.tokens(features, 0.25, flash.mlp2),
+    )
     expected = torch.cat([compressed[i] if plan[i] else kept[i] for i in range(6)])
-    torch.testing.assert_close(encoder.visual_tokens(features, plan), expected, rtol=0, atol=1e-5)  # measured 1.2e-6
+    torch.testing.assert_close(
+        encoder.visual_tokens(features, plan), expected, rtol=0, atol=1e-5
+    )  # measured 1.2e-6
     logits = encoder.vir(features)
-    torch.testing.assert_close(logits, flash.gate_logits(features), rtol=0, atol=1e-5)  # measured 1e-6
+    torch.testing.assert_close(
+        logits, flash.gate_logits(features), rtol=0, atol=1e-5
+    )  # measured 1e-6
     # The dead submodules change nothing, and the live ones do.
     for index, changes in ((3, False), (4, False), (2, True), (1, True)):
         encoder.get_parameter(f"vir.pooling.norm{index}.weight").add_(1.0)

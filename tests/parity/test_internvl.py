@@ -1,4 +1,5 @@
-"""Logits against transformers' InternVL on the same random weights, both kinds of tower, dense and with experts."""
+"""Logits against transformers' InternVL on the same random weights, both kinds of tower, dense and
+with experts."""
 
 from dataclasses import replace
 
@@ -13,7 +14,9 @@ from tests.toy_models import make_encoder, make_language_model, random_tiles
 
 
 def combine(vision: str, language: str) -> ModelConfig:
-    return replace(get_model_config(vision), name="combined", language=get_model_config(language).language)
+    return replace(
+        get_model_config(vision), name="combined", language=get_model_config(language).language
+    )
 
 
 MODELS = {
@@ -75,7 +78,11 @@ def test_vision_features_equal_transformers(name: str, single_process_groups: No
     theirs = transformers_model(encoder, make_language_model(model).eval())
     pixels = encoder.normalise(random_tiles(model, 3))
     expected = theirs.model.vision_tower(pixel_values=pixels).last_hidden_state[:, 1:]
-    torch.testing.assert_close(encoder.features(pixels), expected, rtol=0, atol=2e-5)  # measured 4e-6
+    torch.testing.assert_close(
+        encoder.features(pixels), expected, rtol=0, atol=2e-5
+    )  # measured 4e-6
     projected = theirs.model.get_image_features(pixel_values=pixels).pooler_output
     tokens = encoder.visual_tokens(encoder.features(pixels), None)
-    torch.testing.assert_close(tokens, projected.flatten(0, 1), rtol=0, atol=1e-5)  # measured 1.3e-6
+    torch.testing.assert_close(
+        tokens, projected.flatten(0, 1), rtol=0, atol=1e-5
+    )  # measured 1.3e-6

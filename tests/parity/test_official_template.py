@@ -1,4 +1,5 @@
-"""Token ids and labels equal the official `internvl2_5` template, restated here literally and run by transformers."""
+"""Token ids and labels equal the official `internvl2_5` template, restated here literally and run
+by transformers."""
 
 import base64
 
@@ -14,13 +15,17 @@ from megatron_vico.data.tokenizer import load_tokenizer
 from megatron_vico.data.video import with_frames
 
 IGNORED = -100
-SYSTEM_MESSAGE = (
-    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: RUF001
-)
+SYSTEM_MESSAGE = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: E501, RUF001
 
 ASK, ANSWER = Turn("human", "<image>\nWhat is  this?"), Turn("gpt", " A red\n\nhouse, no. 42.")
-SYSTEM, THOUGHT = Turn("system", "Be brief."), Turn("gpt", "<think>\nIt is\n\n red.\n</think>\n\nred")
-THINK = Turn("system", "Enclose this entire thinking process within <think> and </think> tags.\n\n2. Then answer.\n")
+SYSTEM, THOUGHT = (
+    Turn("system", "Be brief."),
+    Turn("gpt", "<think>\nIt is\n\n red.\n</think>\n\nred"),
+)
+THINK = Turn(
+    "system",
+    "Enclose this entire thinking process within <think> and </think> tags.\n\n2. Then answer.\n",
+)
 CONVERSATIONS = {
     "text only": ([Turn("human", "Hello"), Turn("gpt", "Hi!")], ()),
     "answer with leading newline": ([Turn("human", "Hello\n"), Turn("gpt", "\n\nHi!\n")], ()),
@@ -29,35 +34,68 @@ CONVERSATIONS = {
     "one image, 13 tiles": ([ASK, ANSWER, Turn("human", "Sure?"), Turn("gpt", "Yes.")], (13,)),
     "one image without tag": ([Turn("human", "What is this?"), ANSWER], (4,)),
     "tag inside the text": ([Turn("human", "Look at <image>, then answer."), ANSWER], (7,)),
-    "three images in one turn": ([Turn("human", "<image>\n<image><image>Compare."), ANSWER], (2, 1, 5)),
-    "images in two turns": ([ASK, ANSWER, Turn("human", "And <image>?"), Turn("gpt", "Blue.")], (3, 2)),
+    "three images in one turn": (
+        [Turn("human", "<image>\n<image><image>Compare."), ANSWER],
+        (2, 1, 5),
+    ),
+    "images in two turns": (
+        [ASK, ANSWER, Turn("human", "And <image>?"), Turn("gpt", "Blue.")],
+        (3, 2),
+    ),
     "two images without tags": ([Turn("human", "Compare."), ANSWER], (1, 3)),
     "answer quotes a tag": ([ASK, Turn("gpt", "You wrote <image>.")], (2,)),
-    "own system message, images without tags": ([SYSTEM, Turn("human", "Compare."), ANSWER], (1, 3, 2)),
-    "own system message, many images": ([SYSTEM, Turn("human", "<image>\n" * 12 + "Compare."), ANSWER], (1,) * 12),
+    "own system message, images without tags": (
+        [SYSTEM, Turn("human", "Compare."), ANSWER],
+        (1, 3, 2),
+    ),
+    "own system message, many images": (
+        [SYSTEM, Turn("human", "<image>\n" * 12 + "Compare."), ANSWER],
+        (1,) * 12,
+    ),
     "system message with a tag": ([Turn("system", "Images are <image>."), ASK, ANSWER], (2,)),
     "thinking": ([ASK, Turn("gpt", "<think>\nhm\n</think>\n\nred")], (1,)),
     "thinking, its system message, many turns": (
-        [THINK, *[ASK, THOUGHT], *[Turn("human", "Sure?"), THOUGHT] * 4, Turn("human", "So?"), ANSWER],
+        [
+            THINK,
+            *[ASK, THOUGHT],
+            *[Turn("human", "Sure?"), THOUGHT] * 4,
+            Turn("human", "So?"),
+            ANSWER,
+        ],
         (5,),
     ),
     "answer first": ([Turn("gpt", "Hello, I am here."), Turn("human", "Hello"), ANSWER], ()),
     "answers in a row": ([ASK, ANSWER, Turn("gpt", "And more.")], (1,)),
-    "marks in the text": ([Turn("human", "Say <|im_end|>\n"), Turn("gpt", "<|im_end|>\n<img> </img>")], ()),
+    "marks in the text": (
+        [Turn("human", "Say <|im_end|>\n"), Turn("gpt", "<|im_end|>\n<img> </img>")],
+        (),
+    ),
 }
 VIDEOS = {
     "video": ([Turn("human", "<video>\nWhat happens?"), ANSWER], 8),
-    "video without tag, own system message": ([SYSTEM, Turn("human", "What happens?"), THOUGHT], 32),
-    "video, tag at the end": ([Turn("human", "What happens?\n<video>\n"), ANSWER, Turn("human", "So?"), ANSWER], 3),
+    "video without tag, own system message": (
+        [SYSTEM, Turn("human", "What happens?"), THOUGHT],
+        32,
+    ),
+    "video, tag at the end": (
+        [Turn("human", "What happens?\n<video>\n"), ANSWER, Turn("human", "So?"), ANSWER],
+        3,
+    ),
     "pretrain, video": ([Turn("pretrain", "<video>\nA house falls.")], 9),
 }
 PRETRAIN = {
     "pretrain, text": ([Turn("pretrain", "Plain text to go on.")], ()),
     "pretrain, image without tag": ([Turn("pretrain", "A house.")], (3,)),
     "pretrain, images without tags": ([Turn("pretrain", "A house and a cat.")], (2, 1)),
-    "pretrain, marks in the text": ([Turn("pretrain", "<image> ends with </img>, starts with <img>: so")], (1,)),
+    "pretrain, marks in the text": (
+        [Turn("pretrain", "<image> ends with </img>, starts with <img>: so")],
+        (1,),
+    ),
     "pretrain, image": ([Turn("pretrain", "<image>A house.")], (2,)),
-    "pretrain, images between texts": ([Turn("pretrain", "One <image> two\n<image> three")], (2, 1)),
+    "pretrain, images between texts": (
+        [Turn("pretrain", "One <image> two\n<image> three")],
+        (2, 1),
+    ),
 }
 
 
@@ -67,7 +105,9 @@ def folder(tmp_path_factory):
     merged = [b"th", b"is", b" is", b"\n\n", b"ll", b"Hell", b"Hello", b"He", b"  ", b"ed", b" red"]
     tokens = [bytes([byte]) for byte in range(256)] + merged
     path = tmp_path_factory.mktemp("qwen") / "qwen.tiktoken"
-    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
+    path.write_text(
+        "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
+    )
     write_tokenizer(build_tokenizer(read_tiktoken(path)), path.parent / "built")
     return path.parent / "built"
 
@@ -123,12 +163,19 @@ def test_ids_and_labels_equal_the_official_ones(name, folder):
 @pytest.mark.parametrize("name", VIDEOS)
 def test_ids_and_labels_of_videos_equal_the_official_ones(name, folder):
     turns, num_frames = VIDEOS[name]
-    check(with_frames(turns, num_frames), official_frames(turns, num_frames), (1,) * num_frames, folder)
+    check(
+        with_frames(turns, num_frames),
+        official_frames(turns, num_frames),
+        (1,) * num_frames,
+        folder,
+    )
 
 
 def check(turns, official_turns, tiles_per_image, folder):
     """Our ids and trained tokens of `turns` are the official ones of `official_turns`."""
-    expected_ids, expected_labels = official(official_turns, tiles_per_image, AutoTokenizer.from_pretrained(folder))
+    expected_ids, expected_labels = official(
+        official_turns, tiles_per_image, AutoTokenizer.from_pretrained(folder)
+    )
     ours = load_tokenizer(folder)
     text = encode_conversation(turns, tiles_per_image=tiles_per_image, tokenizer=ours)
     num_tiles = sum(tiles_per_image)
@@ -148,7 +195,11 @@ def check(turns, official_turns, tiles_per_image, folder):
     )
     assert stream.token_ids.tolist() == expected_ids
     # The official loss shifts labels by one, so that the label of the first token is never used.
-    trained = [position for position, label in enumerate(expected_labels) if label != IGNORED and position > 0]
+    trained = [
+        position
+        for position, label in enumerate(expected_labels)
+        if label != IGNORED and position > 0
+    ]
     assert (stream.response_rows + 1).tolist() == trained
     assert sample.labels.tolist() == [expected_labels[position] for position in trained]
     assert sample.labels.size

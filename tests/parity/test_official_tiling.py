@@ -1,15 +1,35 @@
-"""The choice of the grid equals the official algorithm, restated here literally, over sizes up to 4,000 px."""
+"""The choice of the grid equals the official algorithm, restated here literally, over sizes up to
+4,000 px."""
 
 import pytest
 
 from megatron_vico.data.tiling import choose_grid, grids
 
-# Every size that matters for ties and thresholds (multiples of half a tile), and others that share no factor with 448.
-SIZES = sorted({*range(1, 4001, 61), *range(224, 4001, 224), 2, 3, 7, 27, 28, 29, 447, 449, 1000, 1920, 3999, 4000})
+# Every size that matters for ties and thresholds (multiples of half a tile), and others that share
+# no factor with 448.
+SIZES = sorted(
+    {
+        *range(1, 4001, 61),
+        *range(224, 4001, 224),
+        2,
+        3,
+        7,
+        27,
+        28,
+        29,
+        447,
+        449,
+        1000,
+        1920,
+        3999,
+        4000,
+    }
+)
 
 
 def official_grid(width, height, *, max_num, image_size=448, min_num=1):
-    """What `dynamic_preprocess` does before it resizes; the order of the set's elements is part of it."""
+    """What `dynamic_preprocess` does before it resizes; the order of the set's elements is part of
+    it."""
     candidates = set(  # noqa: C401 (a literal restatement)
         (i, j)
         for n in range(min_num, max_num + 1)

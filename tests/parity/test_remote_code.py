@@ -1,4 +1,5 @@
-"""The model code that exports carry, run by transformers alone, against our own model and engine."""
+"""The model code that exports carry, run by transformers alone, against our own model and
+engine."""
 
 import io
 import sys
@@ -12,7 +13,13 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    dynamic_module_utils,
+)
 
 from megatron_vico.checkpoint import convert, hf_io
 from megatron_vico.checkpoint.hf_config import ExportOptions, model_json
@@ -27,18 +34,22 @@ from megatron_vico.models.language_model import LanguageInputs
 from megatron_vico.models.registry import MODELS, ModelConfig, get_model_config
 from tests.toy_models import make_encoder, make_language_model, random_tiles
 
-OPTIONS = ExportOptions(flash_relative_threshold=0.6, flash_absolute_threshold=0.4, max_dynamic_patch=4)
+OPTIONS = ExportOptions(
+    flash_relative_threshold=0.6, flash_absolute_threshold=0.4, max_dynamic_patch=4
+)
 ROUTINGS = {
     "paper": Routing(rule="paper"),
     "flash": Routing(rule="flash", relative_threshold=0.6, absolute_threshold=0.4),
 }
 MAX_NEW_TOKENS = 10
-# Images of each conversation, (width, height) in px: 5 tiles, none, 1, 4 and 3 (two images share the budget), 2 and 1.
+# Images of each conversation, (width, height) in px: 5 tiles, none, 1, 4 and 3 (two images share
+# the budget), 2 and 1.
 IMAGES = [((64, 64),), (), ((32, 32),), ((96, 32), (70, 33)), ((32, 64), (20, 20))]
 
 
 def combine(vision: str, language: str) -> ModelConfig:
-    """Both kinds of tower with both kinds of language model; a rope_theta that is nobody's default."""
+    """Both kinds of tower with both kinds of language model; a rope_theta that is nobody's
+    default."""
     chosen = replace(get_model_config(language).language, rope_theta=3e5)
     return replace(get_model_config(vision), name=f"{vision} and {language}", language=chosen)
 
@@ -57,14 +68,18 @@ class Exported:
     internvl: Path
 
     def canonical_state(self) -> dict[str, Tensor]:
-        return convert.canonical_state({"encoder": self.engine.encoder, "language_model": self.engine.language_model})
+        return convert.canonical_state(
+            {"encoder": self.engine.encoder, "language_model": self.engine.language_model}
+        )
 
 
 @pytest.fixture(scope="module", autouse=True)
 def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """transformers copies remote code to a folder on sys.path, by default in the user's home."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        patch.setattr(
+            dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules"))
+        )
         patch.setattr(sys, "path", list(sys.path))
         yield
     for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
@@ -73,17 +88,29 @@ def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=KINDS, ids=" and ".join)
 def exported(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, single_process_groups: None
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    single_process_groups: None,
 ) -> Exported:
     model = combine(*request.param)
     folder = tmp_path_factory.mktemp("exports")
     text = ["What is it? And now? Yes, no, two tiles. user assistant system"] * 50
-    tokenizer = load_tokenizer(train_sentencepiece(text, model_prefix=folder / "toy", vocab_size=320))
+    tokenizer = load_tokenizer(
+        train_sentencepiece(text, model_prefix=folder / "toy", vocab_size=320)
+    )
     encoder, language_model = make_encoder(model), make_language_model(model)
     settings = EncodingSettings(image_size=32, max_dynamic_patch=4)
-    engine = Engine(encoder=encoder, language_model=language_model, tokenizer=tokenizer, model=model, settings=settings)
+    engine = Engine(
+        encoder=encoder,
+        language_model=language_model,
+        tokenizer=tokenizer,
+        model=model,
+        settings=settings,
+    )
     with torch.no_grad():
-        language_model.gpt.output_layer.weight[tokenizer.eos_id].mul_(2.0)  # so that some answers end on their own
+        language_model.gpt.output_layer.weight[tokenizer.eos_id].mul_(
+            2.0
+        )  # so that some answers end on their own
     _centre_router(engine)
     for layout in ("flash", "internvl"):
         convert.export_hf(
@@ -96,7 +123,11 @@ def exported(
             options=OPTIONS,
         )
     return Exported(
-        engine=engine, model=model, tokenizer=tokenizer, flash=folder / "flash", internvl=folder / "internvl"
+        engine=engine,
+        model=model,
+        tokenizer=tokenizer,
+        flash=folder / "flash",
+        internvl=folder / "internvl",
     )
 
 
@@ -131,7 +162,9 @@ def png(width: int, height: int, seed: int) -> bytes:
 
 
 def conversation(index: int, *, num_questions: int = 2) -> ConversationSample:
-    images = tuple(png(*size, seed=10 * index + number) for number, size in enumerate(IMAGES[index]))
+    images = tuple(
+        png(*size, seed=10 * index + number) for number, size in enumerate(IMAGES[index])
+    )
     turns = [Turn("human", "<image>\n" * len(images) + "What is it?")]
     for _ in range(num_questions - 1):
         turns += [Turn("gpt", "two"), Turn("human", "And now?")]
@@ -184,7 +217,9 @@ def test_bfloat16_and_the_other_auto_classes(exported: Exported) -> None:
         exported.flash, trust_remote_code=True, local_files_only=True, dtype=torch.bfloat16
     )
     assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
-    config = AutoConfig.from_pretrained(exported.flash, trust_remote_code=True, local_files_only=True)
+    config = AutoConfig.from_pretrained(
+        exported.flash, trust_remote_code=True, local_files_only=True
+    )
     assert type(config).__name__ == "InternVLChatConfig"
     assert (config.num_image_token, config.num_image_token_compressed) == (4, 1)
     fresh = AutoModel.from_config(config, trust_remote_code=True)
@@ -205,9 +240,13 @@ def test_bfloat16_and_the_other_auto_classes(exported: Exported) -> None:
         ("internvl3_5-241b-a28b", 241_711_289_346),
     ],
 )
-def test_real_sizes_have_the_parameters_of_the_releases(name: str, num_params: int, tmp_path: Path) -> None:
+def test_real_sizes_have_the_parameters_of_the_releases(
+    name: str, num_params: int, tmp_path: Path
+) -> None:
     write_remote_code(tmp_path)
-    contents = model_json(get_model_config(name), layout="flash", dtype="bfloat16", options=ExportOptions())
+    contents = model_json(
+        get_model_config(name), layout="flash", dtype="bfloat16", options=ExportOptions()
+    )
     hf_io.write_json(tmp_path / "config.json", contents)
     config = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True, local_files_only=True)
     with torch.device("meta"):
@@ -220,13 +259,21 @@ def test_real_sizes_have_the_parameters_of_the_releases(name: str, num_params: i
 @pytest.mark.parametrize("layout", ["flash", "internvl"])
 def test_logits_equal_our_own_models(exported: Exported, layout: str) -> None:
     theirs = load(getattr(exported, layout))
-    encoder, language_model, model = exported.engine.encoder, exported.engine.language_model, exported.model
+    encoder, language_model, model = (
+        exported.engine.encoder,
+        exported.engine.language_model,
+        exported.model,
+    )
     generator = torch.Generator().manual_seed(0)
 
     def text(length: int) -> Tensor:
         return torch.randint(6, 512, (length,), generator=generator)
 
-    documents = [([text(4), text(0), text(9)], 2), ([text(6)], 0), ([text(2), text(3), text(0), text(20)], 3)]
+    documents = [
+        ([text(4), text(0), text(9)], 2),
+        ([text(6)], 0),
+        ([text(2), text(3), text(0), text(20)], 3),
+    ]
     plan = torch.tensor([False, True, True, True, False]) & (layout == "flash")
     pixels = encoder.normalise(random_tiles(model, 5))
     ours, expected, first = [], [], 0
@@ -236,7 +283,9 @@ def test_logits_equal_our_own_models(exported: Exported, layout: str) -> None:
         short = [torch.full((1 if each else 4,), 5) for each in own]
         long = [torch.full((4,), 5)] * num_tiles
         ours.append(_alternate(pieces, short))
-        output = theirs(tiles if num_tiles else None, _alternate(pieces, long)[None], compressed=own)
+        output = theirs(
+            tiles if num_tiles else None, _alternate(pieces, long)[None], compressed=own
+        )
         assert torch.equal(theirs.compressed_tiles, own)
         expected.append(output.logits[0])
     token_ids = torch.cat(ours)
@@ -252,8 +301,11 @@ def test_logits_equal_our_own_models(exported: Exported, layout: str) -> None:
         language_model(inputs, encoder.visual_tokens(encoder.features(pixels), plan))
     )
     assert logits.std() > 0.5  # a comparison of noughts would say nothing
-    # Measured: at most 5.3e-6 over all kinds and both layouts, of logits whose standard deviation is 1.
-    torch.testing.assert_close(torch.cat(expected), logits, rtol=0, atol=1e-4)  # measured: at most 6e-6
+    # Measured: at most 5.3e-6 over all kinds and both layouts, of logits whose standard deviation
+    # is 1.
+    torch.testing.assert_close(
+        torch.cat(expected), logits, rtol=0, atol=1e-4
+    )  # measured: at most 6e-6
 
 
 def _alternate(pieces: list[Tensor], tiles: list[Tensor]) -> Tensor:
@@ -268,7 +320,9 @@ def _alternate(pieces: list[Tensor], tiles: list[Tensor]) -> Tensor:
 def test_generated_tokens_are_the_engines(exported: Exported, rule: str) -> None:
     theirs = load(exported.flash, flash_decision_rule=rule)
     prompts = [exported.engine.prompt(conversation(index)) for index in range(len(IMAGES))]
-    answers = list(exported.engine.answer(prompts, plan=ROUTINGS[rule], max_new_tokens=MAX_NEW_TOKENS))
+    answers = list(
+        exported.engine.answer(prompts, plan=ROUTINGS[rule], max_new_tokens=MAX_NEW_TOKENS)
+    )
     lens = []
     for prompt, expected in zip(prompts, answers, strict=True):
         pixels = exported.engine.encoder.normalise(torch.from_numpy(prompt.first.tiles))
@@ -292,9 +346,13 @@ def test_generated_tokens_are_the_engines(exported: Exported, rule: str) -> None
     assert 0 < int(everything.sum()) < len(everything)
 
 
-def test_switched_off_nothing_is_compressed_and_nothing_is_lost(exported: Exported, tmp_path: Path) -> None:
+def test_switched_off_nothing_is_compressed_and_nothing_is_lost(
+    exported: Exported, tmp_path: Path
+) -> None:
     theirs = load(exported.flash, flash_mode=False)
-    prompts = [exported.engine.prompt(conversation(index, num_questions=1)) for index in range(len(IMAGES))]
+    prompts = [
+        exported.engine.prompt(conversation(index, num_questions=1)) for index in range(len(IMAGES))
+    ]
     answers = exported.engine.answer(prompts, plan="none", max_new_tokens=MAX_NEW_TOKENS)
     for prompt, expected in zip(prompts, answers, strict=True):
         pixels = exported.engine.encoder.normalise(torch.from_numpy(prompt.first.tiles))
@@ -315,13 +373,20 @@ def test_the_rules_differ_and_flash_is_the_default(exported: Exported, tmp_path:
     for rule, routing in ROUTINGS.items():
         plans[rule] = torch.cat([plan for plan, _ in exported.engine.route(prompts, routing)])
     assert not torch.equal(plans["paper"], plans["flash"])
-    # A released config.json has no field for the rule, nor for the heads of 16 or the id of the image token.
-    config = AutoConfig.from_pretrained(exported.flash, trust_remote_code=True, local_files_only=True)
+    # A released config.json has no field for the rule, nor for the heads of 16 or the id of the
+    # image token.
+    config = AutoConfig.from_pretrained(
+        exported.flash, trust_remote_code=True, local_files_only=True
+    )
     released = config.to_dict()
     for name in ("flash_decision_rule", "vir_num_heads", "img_context_token_id"):
         del released[name]
     read = type(config).from_dict(released)
-    assert (read.flash_decision_rule, read.vir_num_heads, read.img_context_token_id) == ("flash", 16, 151671)
+    assert (read.flash_decision_rule, read.vir_num_heads, read.img_context_token_id) == (
+        "flash",
+        16,
+        151671,
+    )
 
 
 def test_chat_tiles_asks_and_remembers(exported: Exported, tmp_path: Path) -> None:
@@ -337,7 +402,9 @@ def test_chat_tiles_asks_and_remembers(exported: Exported, tmp_path: Path) -> No
     for index in range(len(IMAGES)):
         sample = conversation(index)
         prompt = exported.engine.prompt(sample)
-        (expected,) = exported.engine.answer([prompt], plan=ROUTINGS["flash"], max_new_tokens=MAX_NEW_TOKENS)
+        (expected,) = exported.engine.answer(
+            [prompt], plan=ROUTINGS["flash"], max_new_tokens=MAX_NEW_TOKENS
+        )
         files = [tmp_path / f"{index}-{number}.png" for number in range(len(sample.images))]
         for file, content in zip(files, sample.images, strict=True):
             file.write_bytes(content)
@@ -348,18 +415,25 @@ def test_chat_tiles_asks_and_remembers(exported: Exported, tmp_path: Path) -> No
         )
         assert history == [("<image>\n" * len(files) + "What is it?", answer)]
         text = theirs.prompt([(history[0][0], None)], counts)
-        assert tokenizer(text, add_special_tokens=False).input_ids == uncompressed_ids(exported, prompt)
+        assert tokenizer(text, add_special_tokens=False).input_ids == uncompressed_ids(
+            exported, prompt
+        )
         ids = [token for token in said[-1][0].tolist() if token != exported.tokenizer.eos_id]
         assert exported.tokenizer.decode(ids) == expected.texts[0]
         assert answer == tokenizer.decode(ids, skip_special_tokens=True).strip()
         assert torch.equal(theirs.compressed_tiles, expected.compressed_N)
-        theirs.chat(tokenizer, pixels, "And now?", settings, history=history, num_patches_list=counts)
+        theirs.chat(
+            tokenizer, pixels, "And now?", settings, history=history, num_patches_list=counts
+        )
         assert torch.equal(theirs.compressed_tiles, expected.compressed_N)
 
 
 def test_a_batch_gives_each_conversation_its_own_answer(exported: Exported) -> None:
     theirs, tokenizer = load(exported.flash), load_tokenizer_of(exported.flash)
-    images = [Image.open(io.BytesIO(png(*size, seed=7 + number))) for number, size in enumerate([(64, 64), (32, 64)])]
+    images = [
+        Image.open(io.BytesIO(png(*size, seed=7 + number)))
+        for number, size in enumerate([(64, 64), (32, 64)])
+    ]
     tiles = [theirs.load_image(image) for image in images]
     questions = ["What is it? And now?", "Yes?"]
     together = theirs.batch_chat(
@@ -374,14 +448,20 @@ def test_a_batch_gives_each_conversation_its_own_answer(exported: Exported) -> N
     ]
 
 
-@pytest.mark.parametrize("size", [(1, 1), (33, 31), (100, 37), (37, 100), (64, 64), (500, 20), (448, 449)])
-def test_tiles_have_the_pixels_of_training(size: tuple[int, int], single_process_groups: None) -> None:
+@pytest.mark.parametrize(
+    "size", [(1, 1), (33, 31), (100, 37), (37, 100), (64, 64), (500, 20), (448, 449)]
+)
+def test_tiles_have_the_pixels_of_training(
+    size: tuple[int, int], single_process_groups: None
+) -> None:
     from megatron_vico.checkpoint.remote_code.image_tiles import load_image
 
     encoder = make_encoder(get_model_config("toy"))
     for max_num, use_thumbnail in ((12, True), (6, False), (1, True)):
         image = Image.open(io.BytesIO(png(*size, seed=0)))
-        expected = tiling.tile(image, image_size=32, max_dynamic_patch=max_num, use_thumbnail=use_thumbnail)
+        expected = tiling.tile(
+            image, image_size=32, max_dynamic_patch=max_num, use_thumbnail=use_thumbnail
+        )
         found = load_image(image, image_size=32, max_num=max_num, use_thumbnail=use_thumbnail)
         assert torch.equal(found, encoder.normalise(torch.from_numpy(expected)))
 
@@ -392,7 +472,9 @@ def test_files_are_read_as_in_training(mode: str, tmp_path: Path) -> None:
 
     path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees: ignored, except that Pillow turns TIFF files read from memory
+    exif[0x0112] = (
+        6  # turned by 90 degrees: ignored, except that Pillow turns TIFF files read from memory
+    )
     Image.open(io.BytesIO(png(70, 40, seed=0))).convert("RGBA").convert(mode).save(path, exif=exif)
     assert Image.open(path).getexif()[0x0112] == 6
     decoded = tiling.decode_image(path.read_bytes(), key="c", number=0)

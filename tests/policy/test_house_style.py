@@ -1,4 +1,5 @@
-"""The limits of the house style that a machine can hold: lengths, numbers of parameters, docstrings, plain ASCII."""
+"""The limits of the house style that a machine can hold: lengths, numbers of parameters,
+docstrings, plain ASCII."""
 
 import ast
 from pathlib import Path
@@ -13,7 +14,9 @@ NOT_ASCII = {"conversation.py"}
 
 
 def test_files_are_short() -> None:
-    assert [shown(path) for path in files() if len(path.read_text().splitlines()) > MAX_FILE_LINES] == []
+    assert [
+        shown(path) for path in files() if len(path.read_text().splitlines()) > MAX_FILE_LINES
+    ] == []
 
 
 def test_functions_are_short() -> None:
@@ -32,7 +35,9 @@ def test_functions_take_few_parameters() -> None:
         for function in functions(path):
             given = function.args
             names = [
-                arg.arg for arg in given.posonlyargs + given.args + given.kwonlyargs if arg.arg not in ("self", "cls")
+                arg.arg
+                for arg in given.posonlyargs + given.args + given.kwonlyargs
+                if arg.arg not in ("self", "cls")
             ]
             if len(names) > MAX_PARAMETERS and not is_given_by_a_library(path, function):
                 wide.append(f"{shown(path)}: {function.name} has {len(names)} parameters")
@@ -42,12 +47,16 @@ def test_functions_take_few_parameters() -> None:
 def test_files_say_what_they_are() -> None:
     texts = {path: path.read_text() for path in files()}
     assert [
-        shown(path) for path, text in texts.items() if text.strip() and not ast.get_docstring(ast.parse(text))
+        shown(path)
+        for path, text in texts.items()
+        if text.strip() and not ast.get_docstring(ast.parse(text))
     ] == []
 
 
 def test_text_is_plain_ascii() -> None:
-    kept = [path for path in files("megatron_vico", "tools", "examples") if path.name not in NOT_ASCII]
+    kept = [
+        path for path in files("megatron_vico", "tools", "examples") if path.name not in NOT_ASCII
+    ]
     assert [shown(path) for path in kept if not path.read_text(encoding="utf-8").isascii()] == []
 
 
@@ -65,11 +74,14 @@ def shown(path: Path) -> str:
 
 def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     tree = ast.parse(path.read_text())
-    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
 
 
 def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines of a function without its docstring, which is for the reader and does not make it long."""
+    """Lines of a function without its docstring, which is for the reader and does not make it
+    long."""
     assert function.end_lineno is not None
     lines = function.end_lineno - function.lineno + 1
     if ast.get_docstring(function) is None:

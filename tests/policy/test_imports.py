@@ -7,8 +7,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "megatron_vico"
 
-# What each part may import of the package. config has two levels: the schema is plain data, and what reads flags and
-# checks runs knows models and stages.
+# What each part may import of the package. config has two levels: the schema is plain data, and
+# what reads flags and checks runs knows models and stages.
 LEVELS: dict[str, int] = {
     "errors": 0,
     "vico": 0,
@@ -28,8 +28,8 @@ LEVELS: dict[str, int] = {
 # On one level or below, and still kept apart.
 FORBIDDEN = {("models", "data"), ("vico", "config.schema"), ("vico", "errors")}
 MEGATRON_FREE = ("vico", "data")
-# Travels with exports: nothing of the package is there when it runs, and transformers finds its files by relative
-# imports.
+# Travels with exports: nothing of the package is there when it runs, and transformers finds its
+# files by relative imports.
 REMOTE_CODE = PACKAGE / "checkpoint" / "remote_code"
 
 
@@ -44,7 +44,9 @@ def part_of(module: str) -> str:
 
 
 def module_of(path: Path) -> str:
-    return ".".join(("megatron_vico", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+    return ".".join(
+        ("megatron_vico", *path.relative_to(PACKAGE).with_suffix("").parts)
+    ).removesuffix(".__init__")
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -66,7 +68,9 @@ def test_imports_go_one_way() -> None:
             there = part_of(module) if module.startswith("megatron_vico.") else here
             if there == here or module == "megatron_vico.__version__":
                 continue
-            assert {here, there} <= LEVELS.keys(), f"{path}: {module}: give the part a level in this test"
+            assert {here, there} <= LEVELS.keys(), (
+                f"{path}: {module}: give the part a level in this test"
+            )
             if LEVELS[there] > LEVELS[here] or (here, there) in FORBIDDEN:
                 wrong.append(f"{module_of(path)} imports {module}")
     assert wrong == []
@@ -75,12 +79,19 @@ def test_imports_go_one_way() -> None:
 def test_data_and_equations_need_no_megatron() -> None:
     paths = [path for path in files() if part_of(module_of(path)) in MEGATRON_FREE]
     assert len(paths) > 8
-    assert [path for path in paths for module in imports(path) if module.split(".")[0] == "megatron"] == []
+    assert [
+        path for path in paths for module in imports(path) if module.split(".")[0] == "megatron"
+    ] == []
 
 
 def test_training_needs_nothing_that_makes_shards() -> None:
     making = "megatron_vico.data.shards"
-    users = {part_of(module_of(path)) for path in files() for module in imports(path) if module.startswith(making)}
+    users = {
+        part_of(module_of(path))
+        for path in files()
+        for module in imports(path)
+        if module.startswith(making)
+    }
     assert users == {"data", "evaluation", "cli"}
     for path in (PACKAGE / "data").glob("*.py"):
         assert not [module for module in imports(path) if module.startswith(making)], path
@@ -106,7 +117,9 @@ def test_remote_code_needs_nothing_of_ours() -> None:
 def test_nothing_imports_the_commands() -> None:
     for path in files():
         if part_of(module_of(path)) not in ("cli", "__main__"):
-            assert not [module for module in imports(path) if module.startswith("megatron_vico.cli")], path
+            assert not [
+                module for module in imports(path) if module.startswith("megatron_vico.cli")
+            ], path
 
 
 def test_the_cpu_stand_in_is_installed_by_entry_points_only() -> None:

@@ -7,7 +7,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def tree_files() -> list[str]:
-    """Paths in the README's tree, which gives each folder a line and its files, indented, a line each."""
+    """Paths in the README's tree, which gives each folder a line and its files, indented, a line
+    each."""
     text = (ROOT / "README.md").read_text()
     block = text.split("## Reading the code")[1].split("```")[1]
     folder, files = "", []

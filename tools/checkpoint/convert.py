@@ -1,4 +1,5 @@
-"""`python tools/checkpoint/convert.py ...`: the same as `vico convert ...`, where Megatron users look for it."""
+"""`python tools/checkpoint/convert.py ...`: the same as `vico convert ...`, where Megatron users
+look for it."""
 
 import sys
 

@@ -1,7 +1,8 @@
 """Configuration of InternVL3.5 and InternVL3.5-Flash, for `trust_remote_code`.
 
-The fields are those of the released config.json files. Three are not: `vir_num_heads`, `img_context_token_id` and
-`flash_decision_rule`, whose defaults are what the released models do. From megatron_vico, Apache-2.0.
+The fields are those of the released config.json files. Three are not: `vir_num_heads`,
+`img_context_token_id` and `flash_decision_rule`, whose defaults are what the released models do.
+From megatron_vico, Apache-2.0.
 """
 
 from typing import Any
@@ -60,17 +61,21 @@ class InternVisionConfig(PretrainedConfig):
         """
         _take(self, fields, _VISION_FIELDS)
         if self.norm_type not in ("layer_norm", "rms_norm"):
-            raise ValueError(f"norm_type is {self.norm_type!r}, expected 'layer_norm' or 'rms_norm'.")
+            raise ValueError(
+                f"norm_type is {self.norm_type!r}, expected 'layer_norm' or 'rms_norm'."
+            )
         if self.hidden_act != "gelu":
-            raise ValueError(f"hidden_act of the vision tower is {self.hidden_act!r}, expected 'gelu'.")
+            raise ValueError(
+                f"hidden_act of the vision tower is {self.hidden_act!r}, expected 'gelu'."
+            )
         super().__init__(**fields)
 
 
 class InternVLChatConfig(PretrainedConfig):
     """The whole model: tower, connectors, router and language model.
 
-    `flash_mode` is true for Flash models, false for one that is to compress nothing, and unset for plain InternVL3.5,
-    which has neither router nor 64-token connector: as lmdeploy reads it.
+    `flash_mode` is true for Flash models, false for one that is to compress nothing, and unset for
+    plain InternVL3.5, which has neither router nor 64-token connector: as lmdeploy reads it.
     """
 
     model_type = "internvl_chat"
@@ -90,14 +95,18 @@ class InternVLChatConfig(PretrainedConfig):
         _take(self, fields, _CHAT_FIELDS)
         for name, expected in _FIXED.items():
             if getattr(self, name) != expected:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; this model code has {expected!r} only.")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; this model code has {expected!r} only."
+                )
         if self.flash_decision_rule not in ("paper", "flash"):
-            raise ValueError(f"flash_decision_rule is {self.flash_decision_rule!r}, expected 'paper' or 'flash'.")
+            raise ValueError(
+                f"flash_decision_rule is {self.flash_decision_rule!r}, expected 'paper' or 'flash'."
+            )
         thresholds = (self.flash_relative_threshold, self.flash_absolute_threshold)
         if self.flash_mode and self.flash_decision_rule == "flash" and None in thresholds:
             raise ValueError(
-                "flash_mode is on, but flash_relative_threshold or flash_absolute_threshold is not in config.json; "
-                "set both, or set flash_decision_rule to 'paper'."
+                "flash_mode is on, but flash_relative_threshold or flash_absolute_threshold is"
+                " not in config.json; set both, or set flash_decision_rule to 'paper'."
             )
         if not isinstance(vision_config, PretrainedConfig):
             vision_config = InternVisionConfig(**(vision_config or {}))
@@ -107,7 +116,8 @@ class InternVLChatConfig(PretrainedConfig):
         super().__init__(**fields)
 
     def get_text_config(self, *_: Any, **__: Any) -> PretrainedConfig:
-        """The language model's configuration, wherever transformers asks for the part that handles text."""
+        """The language model's configuration, wherever transformers asks for the part that handles
+        text."""
         return self.llm_config
 
     @property

@@ -1,8 +1,9 @@
-"""InternViT, both kinds: 300M (LayerNorm, qkv bias) and 6B (RMSNorm, norm of queries and keys). For inference.
+"""InternViT, both kinds: 300M (LayerNorm, qkv bias) and 6B (RMSNorm, norm of queries and keys). For
+inference.
 
-Module names are those of the released checkpoints. There is no drop path, which acts in training only.
-Shapes: N tiles, S pixels of a tile's side, P patches of a tile, L = 1 + P positions, D channels.
-From megatron_vico, Apache-2.0.
+Module names are those of the released checkpoints. There is no drop path, which acts in training
+only. Shapes: N tiles, S pixels of a tile's side, P patches of a tile, L = 1 + P positions, D
+channels. From megatron_vico, Apache-2.0.
 """
 
 import torch
@@ -20,7 +21,9 @@ class InternVisionEmbeddings(nn.Module):
         width, patch_size = config.hidden_size, config.patch_size
         num_positions = 1 + (config.image_size // patch_size) ** 2
         self.class_embedding = nn.Parameter(torch.randn(1, 1, width))
-        self.patch_embedding = nn.Conv2d(config.num_channels, width, kernel_size=patch_size, stride=patch_size)
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, width, kernel_size=patch_size, stride=patch_size
+        )
         self.position_embedding = nn.Parameter(torch.randn(1, num_positions, width))
 
     def forward(self, pixel_values_N3SS: Tensor) -> Tensor:
@@ -49,8 +52,12 @@ class InternAttention(nn.Module):
         query, key, value = self.qkv(hidden_NLD).chunk(3, dim=-1)
         if self.qk_normalization:
             query, key = self.q_norm(query), self.k_norm(key)
-        heads = [part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, value)]
-        attended: Tensor = self.proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        heads = [
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, value)
+        ]
+        attended: Tensor = self.proj(
+            F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        )
         return attended
 
 
@@ -93,7 +100,9 @@ class InternVisionEncoder(nn.Module):
 
     def __init__(self, config: InternVisionConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(InternVisionEncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            InternVisionEncoderLayer(config) for _ in range(config.num_hidden_layers)
+        )
 
     def forward(self, hidden_NLD: Tensor) -> Tensor:
         """[N, L, D] to [N, L, D]."""
@@ -126,6 +135,8 @@ class InternVisionModel(nn.Module):
         side = self.config.image_size
         if pixel_values_N3SS.shape[1:] != (self.config.num_channels, side, side):
             expected = f"[N, {self.config.num_channels}, {side}, {side}]"
-            raise ValueError(f"pixel_values has shape {tuple(pixel_values_N3SS.shape)}, expected {expected}.")
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values_N3SS.shape)}, expected {expected}."
+            )
         features: Tensor = self.encoder(self.embeddings(pixel_values_N3SS))[:, 1:]
         return features

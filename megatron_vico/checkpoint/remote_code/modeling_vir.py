@@ -1,7 +1,7 @@
 """ViR, the router of InternVL3.5-Flash: from the patches of a tile to two logits. For inference.
 
-Module names are those of the released checkpoints, where these two are `pooling_before_gating` and `gating`.
-Shapes: N tiles, P patches of a tile, D channels. From megatron_vico, Apache-2.0.
+Module names are those of the released checkpoints, where these two are `pooling_before_gating` and
+`gating`. Shapes: N tiles, P patches of a tile, D channels. From megatron_vico, Apache-2.0.
 """
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class RouterPooling(nn.Module):
     """One vector from the patches of a tile: a learned query attends four times.
 
-    The released forward pass uses attn2 and norm2 three times. attn3, attn4, norm3 and norm4 are in every checkpoint
-    and used by nothing.
+    The released forward pass uses attn2 and norm2 three times. attn3, attn4, norm3 and norm4 are in
+    every checkpoint and used by nothing.
     """
 
     def __init__(self, width: int, num_heads: int) -> None:

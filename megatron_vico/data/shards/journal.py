@@ -1,7 +1,8 @@
-"""What of a half-made folder of shards is finished, so that making goes on where it was interrupted, also by a kill.
+"""What of a half-made folder of shards is finished, so that making goes on where it was
+interrupted, also by a kill.
 
-`journal.jsonl` in the half-made folder: what is made from what, then one line for each finished run of lines. A
-complete folder has `made.json` instead, which holds the first of these.
+`journal.jsonl` in the half-made folder: what is made from what, then one line for each finished run
+of lines. A complete folder has `made.json` instead, which holds the first of these.
 """
 
 import fcntl
@@ -44,10 +45,12 @@ class Journal:
 
         Args:
             folder: the half-made one; made if need be.
-            made: everything that the shards' content depends on, by the names of flags where there are such.
+            made: everything that the shards' content depends on, by the names of flags where there
+                are such.
 
         Raises:
-            ConfigError: if another process has the folder, or something finished in it is made from something else.
+            ConfigError: if another process has the folder, or something finished in it is made from
+                something else.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
@@ -76,7 +79,9 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfigError(f"{self._folder}: another process is making it; wait for it, or end it.") from error
+            raise ConfigError(
+                f"{self._folder}: another process is making it; wait for it, or end it."
+            ) from error
         except OSError:
             pass  # a file system without locks
 
@@ -98,7 +103,8 @@ class Journal:
             self._write(dict(made))
 
     def _is_whole(self, run: FinishedRun) -> bool:
-        """Whether the files are there, as long as they were; tar files are not read, for they may be many TB."""
+        """Whether the files are there, as long as they were; tar files are not read, for they may
+        be many TB."""
         return all(
             (self._folder / shard.name).is_file()
             and (self._folder / shard.name).stat().st_size == shard.num_bytes
@@ -108,7 +114,12 @@ class Journal:
         )
 
     def _remove_unfinished(self) -> None:
-        kept = {name for run in self.finished.values() for s in run.shards for name in (s.name, s.index_name)}
+        kept = {
+            name
+            for run in self.finished.values()
+            for s in run.shards
+            for name in (s.name, s.index_name)
+        }
         for path in self._folder.iterdir():
             if path.name not in kept and path.name.startswith(("shard-", INDEX_NAME, MADE_NAME)):
                 path.unlink()
@@ -137,8 +148,10 @@ def check_made(before: Mapping[str, Any], now: Mapping[str, Any], *, where: Path
     """
     names = [name for name in {**now, **before} if before.get(name) != now.get(name)]
     if names:
-        differences = "; ".join(f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in names)
+        differences = "; ".join(
+            f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in names
+        )
         raise ConfigError(
-            f"{where}: not empty, and made from something else: {differences}. Give another --out, remove the folder, "
-            "or give the command that it was made with."
+            f"{where}: not empty, and made from something else: {differences}. Give another --out,"
+            " remove the folder, or give the command that it was made with."
         )

@@ -1,4 +1,5 @@
-"""Work on shards, spread over processes: tasks in, results out as they are ready, and progress on the way."""
+"""Work on shards, spread over processes: tasks in, results out as they are ready, and progress on
+the way."""
 
 import multiprocessing
 import os
@@ -34,7 +35,8 @@ def run_tasks[S, T, R](
 ) -> Generator[R]:
     """Do `work(shared, task, note)` for every task.
 
-    Leave the iterator with `contextlib.closing`: workers then stop at their next sample, also after an error.
+    Leave the iterator with `contextlib.closing`: workers then stop at their next sample, also after
+    an error.
 
     Args:
         work: a function of a module, for workers import it.
@@ -53,14 +55,21 @@ def run_tasks[S, T, R](
         for task in tasks:
             yield work(shared, task, note)
         return
-    context = multiprocessing.get_context("forkserver")  # threads of this process make a plain fork unsafe
+    context = multiprocessing.get_context(
+        "forkserver"
+    )  # threads of this process make a plain fork unsafe
     context.set_forkserver_preload([work.__module__])
     with tempfile.TemporaryDirectory() as folder:
         progress = _Progress(Path(folder) / "progress", num_tasks=len(tasks))
-        pool = ProcessPoolExecutor(min(num_workers, len(tasks)), mp_context=context, initializer=_prepare_worker)
+        pool = ProcessPoolExecutor(
+            min(num_workers, len(tasks)), mp_context=context, initializer=_prepare_worker
+        )
         content = pickle.dumps(shared)
         try:
-            waiting = {pool.submit(_run, work, content, task, progress.of(i)) for i, task in enumerate(tasks)}
+            waiting = {
+                pool.submit(_run, work, content, task, progress.of(i))
+                for i, task in enumerate(tasks)
+            }
             while waiting:
                 done, waiting = wait(waiting, timeout=POLL_S, return_when=FIRST_COMPLETED)
                 note(*progress.news())
@@ -69,8 +78,9 @@ def run_tasks[S, T, R](
                     yield future.result()
         except BrokenProcessPool as error:
             raise ConfigError(
-                f"one of {num_workers} worker processes was killed, probably for want of memory; finished work is "
-                "kept: give the same command again, with fewer --workers if it happens again."
+                f"one of {num_workers} worker processes was killed, probably for want of memory;"
+                " finished work is kept: give the same command again, with fewer --workers if it"
+                " happens again."
             ) from error
         finally:
             progress.stop()
@@ -82,7 +92,8 @@ class _Stopped(Exception):
 
 
 class _Progress:
-    """Samples and bytes of each task, and a stop sign in the last row: a file that parent and workers share."""
+    """Samples and bytes of each task, and a stop sign in the last row: a file that parent and
+    workers share."""
 
     def __init__(self, path: Path, *, num_tasks: int) -> None:
         self._path = path
@@ -128,12 +139,15 @@ def _unpickled(content: bytes) -> Any:
     return pickle.loads(content)
 
 
-def _run[S, T, R](work: Callable[[S, T, Note], R], content: bytes, task: T, progress: _TaskProgress) -> R:
+def _run[S, T, R](
+    work: Callable[[S, T, Note], R], content: bytes, task: T, progress: _TaskProgress
+) -> R:
     return work(_unpickled(content), task, progress.open())
 
 
 def _prepare_worker() -> None:
-    """Leave Ctrl-C to the parent, and end when it ends: an idle worker would wait for ever for a killed one."""
+    """Leave Ctrl-C to the parent, and end when it ends: an idle worker would wait for ever for a
+    killed one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -1,4 +1,5 @@
-"""What a data set consists of, by its index alone: lengths, tiles, images, and how full its packs are."""
+"""What a data set consists of, by its index alone: lengths, tiles, images, and how full its packs
+are."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from megatron_vico.data.webdataset import ShardFolder
 PERCENTILES = (5, 25, 50, 75, 95, 99)
 KINDS = ("text only", "one image", "several images")
 MOST_PACKED = 1_000_000
-"""Samples that are packed, the first of the global order: a second of work, and the fill is known to 0.01 %."""
+"""Samples that are packed, the first of the global order: a second of work, and the fill is known
+to 0.01 %."""
 
 _BAR_WIDTH = 40
 
@@ -96,7 +98,11 @@ class ShardStatistics:
 
     @classmethod
     def of(
-        cls, folders: Sequence[ShardFolder], *, repeats: Sequence[float], packing: PackingOptions | None = None
+        cls,
+        folders: Sequence[ShardFolder],
+        *,
+        repeats: Sequence[float],
+        packing: PackingOptions | None = None,
     ) -> "ShardStatistics":
         """Count, and pack the first epoch.
 
@@ -189,13 +195,17 @@ class ShardStatistics:
         lines += ["", ", ".join(f"{name} {count:,} ({share:.1%})" for name, count, share in shares)]
         if self.packing is not None:
             lines += ["", _packing_line(self.packing)]
-        for name in ("tokens, one per tile" if self.lengths is None else "tokens, uncompressed", "tiles"):
+        for name in (
+            "tokens, one per tile" if self.lengths is None else "tokens, uncompressed",
+            "tiles",
+        ):
             lines += ["", f"{name}, a sample:", *histogram_lines(self.columns[name])]
         return "\n".join(lines)
 
 
 def spread(values: IntArray) -> dict[str, float]:
-    """Total, mean, min, percentiles (values that occur, not between two) and max of [D] numbers; zeros if D is 0."""
+    """Total, mean, min, percentiles (values that occur, not between two) and max of [D] numbers;
+    zeros if D is 0."""
     present = values if len(values) else np.zeros(1, np.int64)
     percentiles = np.percentile(present, PERCENTILES, method="inverted_cdf").tolist()
     return {
@@ -208,7 +218,8 @@ def spread(values: IntArray) -> dict[str, float]:
 
 
 def histogram(values: IntArray) -> list[tuple[int, int, int]]:
-    """(lowest, highest, count) of ranges that end at powers of two: 0, 1, 2, 3 to 4, 5 to 8, ...; none outside them.
+    """(lowest, highest, count) of ranges that end at powers of two: 0, 1, 2, 3 to 4, 5 to 8, ...;
+    none outside them.
 
     Args:
         values: [D], 0 or more.
@@ -237,7 +248,9 @@ def histogram_lines(values: IntArray) -> list[str]:
 
 def _packing_line(fill: PackingFill) -> str:
     limits = f"{fill.limits.capacity:,} tokens and {fill.limits.max_tiles:,} tiles"
-    too_large = f"; {fill.num_too_large:,} samples are too large and left out" if fill.num_too_large else ""
+    too_large = (
+        f"; {fill.num_too_large:,} samples are too large and left out" if fill.num_too_large else ""
+    )
     return (
         f"packs of at most {limits}: {len(fill.tokens):,} packs of {fill.samples.sum():,} samples, "
         f"{fill.samples_per_pack:.1f} a pack, {fill.token_fill:.1%} full in tokens, "
@@ -245,14 +258,23 @@ def _packing_line(fill: PackingFill) -> str:
     )
 
 
-def _pack(lengths: IntArray, tiles: IntArray, *, ids: IntArray, options: PackingOptions) -> PackingFill:
+def _pack(
+    lengths: IntArray, tiles: IntArray, *, ids: IntArray, options: PackingOptions
+) -> PackingFill:
     limits = options.limits
     too_large = (lengths > limits.capacity) | (tiles > limits.max_tiles)
     kept = ids[~too_large[ids]]
     lengths_of, tiles_of = lengths[kept].tolist(), tiles[kept].tolist()
     packs = iter_packs(lengths_of, tiles=tiles_of, limits=limits, window=options.window)
-    sums = [(sum(lengths_of[i] for i in pack), sum(tiles_of[i] for i in pack), len(pack)) for pack in packs]
+    sums = [
+        (sum(lengths_of[i] for i in pack), sum(tiles_of[i] for i in pack), len(pack))
+        for pack in packs
+    ]
     table = np.array(sums, dtype=np.int64).reshape(-1, 3)
     return PackingFill(
-        limits=limits, tokens=table[:, 0], tiles=table[:, 1], samples=table[:, 2], num_too_large=int(too_large.sum())
+        limits=limits,
+        tokens=table[:, 0],
+        tiles=table[:, 1],
+        samples=table[:, 2],
+        num_too_large=int(too_large.sum()),
     )

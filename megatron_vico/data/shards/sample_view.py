@@ -1,4 +1,5 @@
-"""One sample as a person looks at it: its images and how they are cut, its text with what is trained marked."""
+"""One sample as a person looks at it: its images and how they are cut, its text with what is
+trained marked."""
 
 import io
 import itertools
@@ -58,7 +59,9 @@ class ViewedSample:
     images: tuple[ViewedImage, ...]
 
 
-def view(sample: ConversationSample, *, tiles_per_image: Sequence[int], settings: EncodingSettings) -> ViewedSample:
+def view(
+    sample: ConversationSample, *, tiles_per_image: Sequence[int], settings: EncodingSettings
+) -> ViewedSample:
     """Look at a sample's images; only their headers are read.
 
     Args:
@@ -84,18 +87,26 @@ def _view_image(content: bytes, num_tiles: int, settings: EncodingSettings) -> V
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return ViewedImage(content=content, num_tiles=num_tiles)
     area = num_tiles - (settings.use_thumbnail and num_tiles > 1)
-    # Among grids of one area the closest shape is the one that was chosen, whatever the sample's budget was.
+    # Among grids of one area the closest shape is the one that was chosen, whatever the sample's
+    # budget was.
     columns, rows = min(
         (grid for grid in grids(area) if grid[0] * grid[1] == area),
         key=lambda grid: abs(width / height - grid[0] / grid[1]),
     )
     return ViewedImage(
-        content=content, format=kind, width=width, height=height, num_tiles=num_tiles, columns=columns, rows=rows
+        content=content,
+        format=kind,
+        width=width,
+        height=height,
+        num_tiles=num_tiles,
+        columns=columns,
+        rows=rows,
     )
 
 
 def image_lines(images: Sequence[ViewedImage]) -> list[str]:
-    """One line for each run of images that are of one kind, size and tiling (the frames of a video are)."""
+    """One line for each run of images that are of one kind, size and tiling (the frames of a video
+    are)."""
     lines = []
     numbered = enumerate(images)
     for _, run in itertools.groupby(
@@ -105,8 +116,14 @@ def image_lines(images: Sequence[ViewedImage]) -> list[str]:
         first, last, image = members[0][0], members[-1][0], members[0][1]
         name = f"image {first}" if first == last else f"images {first} to {last}"
         sizes = sorted(len(each.content) for _, each in members)
-        size = f"{sizes[0]:,} bytes" if sizes[0] == sizes[-1] else f"{sizes[0]:,} to {sizes[-1]:,} bytes"
-        kind = f"{image.format} {image.width}x{image.height}" if image.format else "CANNOT BE OPENED"
+        size = (
+            f"{sizes[0]:,} bytes"
+            if sizes[0] == sizes[-1]
+            else f"{sizes[0]:,} to {sizes[-1]:,} bytes"
+        )
+        kind = (
+            f"{image.format} {image.width}x{image.height}" if image.format else "CANNOT BE OPENED"
+        )
         lines.append(f"{name}: {kind}, {size}, {image.tiling}")
     return lines
 
@@ -115,13 +132,16 @@ def turn_lines(sample: ConversationSample) -> list[str]:
     """The raw turns; answers, which are trained, are marked."""
     before, after = TRAINED
     return [
-        f"{turn.role}: {before}{turn.text}{after}" if turn.role in ("gpt", "pretrain") else f"{turn.role}: {turn.text}"
+        f"{turn.role}: {before}{turn.text}{after}"
+        if turn.role in ("gpt", "pretrain")
+        else f"{turn.role}: {turn.text}"
         for turn in sample.turns
     ]
 
 
 def token_text(sample: ConversationSample, *, encoder: SampleEncoder) -> str:
-    """What the model sees, special tokens included; runs of trained tokens are marked, image tokens are counted.
+    """What the model sees, special tokens included; runs of trained tokens are marked, image tokens
+    are counted.
 
     Args:
         sample: as read from a shard.
@@ -138,7 +158,9 @@ def token_text(sample: ConversationSample, *, encoder: SampleEncoder) -> str:
     before, after = TRAINED
     pieces = []
     tokens = zip(encoded.token_ids.tolist(), encoded.is_response.tolist(), strict=True)
-    for (is_trained, is_image), run in itertools.groupby(tokens, key=lambda pair: (pair[1], pair[0] == image_token)):
+    for (is_trained, is_image), run in itertools.groupby(
+        tokens, key=lambda pair: (pair[1], pair[0] == image_token)
+    ):
         ids = [token for token, _ in run]
         text = f"{IMAGE_CONTEXT}*{len(ids)}" if is_image else encoder.tokenizer.decode(ids)
         pieces.append(f"{before}{text}{after}" if is_trained else text)

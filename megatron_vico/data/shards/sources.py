@@ -1,6 +1,8 @@
-"""Where the samples of shards come from: the official meta JSON, JSONL files, images in folders or tars, and videos.
+"""Where the samples of shards come from: the official meta JSON, JSONL files, images in folders or
+tars, and videos.
 
-Every error about a sample starts with its cause (`missing file`, `broken image`, ...), so that causes can be counted.
+Every error about a sample starts with its cause (`missing file`, `broken image`, ...), so that
+causes can be counted.
 """
 
 import hashlib
@@ -38,7 +40,8 @@ class Source:
     """Of the data set; its samples' keys are `NAME-LINE`, a dot in the name written as `_`."""
 
     annotation: Path
-    """JSONL, one sample a line: `conversations`, and `image` (a path or a list of paths) or `video` (a path)."""
+    """JSONL, one sample a line: `conversations`, and `image` (a path or a list of paths) or `video`
+    (a path)."""
 
     root: Path
     """What paths of media start from: a folder, or a tar file of images."""
@@ -57,7 +60,8 @@ class Source:
 
     @property
     def stem(self) -> str:
-        """What keys start with; WebDataset takes what follows a key's first dot for the member's suffix."""
+        """What keys start with; WebDataset takes what follows a key's first dot for the member's
+        suffix."""
         return self.name.replace(".", "_")
 
     def check(self) -> None:
@@ -67,11 +71,14 @@ class Source:
             ConfigError: if not.
         """
         if not self.annotation.is_file():
-            raise ConfigError(f"{self.annotation}: no such file; expected a JSONL file in the official chat format.")
+            raise ConfigError(
+                f"{self.annotation}: no such file; expected a JSONL file in the official chat"
+                " format."
+            )
         if not (self.root.is_dir() or (self.root.is_file() and self.root.suffix == ".tar")):
             raise ConfigError(
-                f"{self.root}: neither a folder nor a .tar file, though paths in {self.annotation} start from it; "
-                "correct the path, or unpack or decompress the archive."
+                f"{self.root}: neither a folder nor a .tar file, though paths in {self.annotation}"
+                " start from it; correct the path, or unpack or decompress the archive."
             )
 
 
@@ -101,13 +108,16 @@ _META_TYPES: dict[str, tuple[type, ...]] = {
 
 
 def read_meta(path: str | Path) -> tuple[Source, ...]:
-    """Read the official meta JSON, {name: {root, annotation, data_augment, repeat_time, length, max_dynamic_patch}}.
+    """Read the official meta JSON, {name: {root, annotation, data_augment, repeat_time, length,
+    max_dynamic_patch}}.
 
     Args:
-        path: of the file. Relative paths in it start from the working directory, as in the official code.
+        path: of the file. Relative paths in it start from the working directory, as in the official
+            code.
 
     Returns:
-        Its data sets, in the file's order. Only `annotation` is needed; an empty `root` is the annotation's folder.
+        Its data sets, in the file's order. Only `annotation` is needed; an empty `root` is the
+        annotation's folder.
 
     Raises:
         ConfigError: if the file or a field is wrong; names data set and field.
@@ -116,9 +126,14 @@ def read_meta(path: str | Path) -> tuple[Source, ...]:
     try:
         content = json.loads(meta.read_bytes(), object_pairs_hook=_unique)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--meta {meta}: cannot be read ({error}); expected the official meta JSON.") from error
+        raise ConfigError(
+            f"--meta {meta}: cannot be read ({error}); expected the official meta JSON."
+        ) from error
     if not isinstance(content, dict) or not content:
-        raise ConfigError(f"--meta {meta}: expected {{name: {{root, annotation, ...}}}} with at least one data set.")
+        raise ConfigError(
+            f"--meta {meta}: expected {{name: {{root, annotation, ...}}}} with at least one data"
+            " set."
+        )
     sources = []
     for name, fields in content.items():
         sources.append(_source(name, fields, where=f"--meta {meta}: data set {name!r}"))
@@ -126,7 +141,10 @@ def read_meta(path: str | Path) -> tuple[Source, ...]:
     stems = [source.stem for source in sources]
     for source in sources:
         if stems.count(source.stem) > 1:
-            raise ConfigError(f"--meta {meta}: several data sets whose keys start with {source.stem!r}; rename one.")
+            raise ConfigError(
+                f"--meta {meta}: several data sets whose keys start with {source.stem!r}; rename"
+                " one."
+            )
     return tuple(sources)
 
 
@@ -140,9 +158,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _source(name: str, fields: Any, *, where: str) -> Source:
     if not isinstance(fields, dict):
         raise ConfigError(f"{where}: {fields!r}; expected an object with {', '.join(_META_TYPES)}.")
-    if not name or Path(name).name != name or name.startswith(".") or name.endswith((".partial", ".json")):
+    if (
+        not name
+        or Path(name).name != name
+        or name.startswith(".")
+        or name.endswith((".partial", ".json"))
+    ):
         raise ConfigError(
-            f"{where}: a folder gets this name; use one without '/', a dot first, or '.partial' or '.json' last."
+            f"{where}: a folder gets this name; use one without '/', a dot first, or '.partial' or"
+            " '.json' last."
         )
     for field, value in fields.items():
         if field not in _META_TYPES:
@@ -155,7 +179,9 @@ def _source(name: str, fields: Any, *, where: str) -> Source:
         raise ConfigError(f"{where}: no annotation; give the path of its JSONL file.")
     repeat, most = fields.get("repeat_time", 1), fields.get("max_dynamic_patch")
     if not 0 < repeat < float("inf"):
-        raise ConfigError(f"{where}: repeat_time is {repeat}; expected a number above 0, or remove the data set.")
+        raise ConfigError(
+            f"{where}: repeat_time is {repeat}; expected a number above 0, or remove the data set."
+        )
     if most is not None and most < 1:
         raise ConfigError(f"{where}: max_dynamic_patch is {most}; expected at least 1.")
     annotation = Path(fields["annotation"])
@@ -231,8 +257,12 @@ def cut_lines(path: Path, *, samples_per_run: int) -> LinePlan:
     return LinePlan(sha256=digest.hexdigest(), runs=tuple(runs))
 
 
-def _run(before: Sequence[LineRun], start: int, end: int, first_line: int, num_samples: int) -> LineRun:
-    return LineRun(number=len(before), start=start, end=end, first_line=first_line, num_samples=num_samples)
+def _run(
+    before: Sequence[LineRun], start: int, end: int, first_line: int, num_samples: int
+) -> LineRun:
+    return LineRun(
+        number=len(before), start=start, end=end, first_line=first_line, num_samples=num_samples
+    )
 
 
 def read_lines(path: Path, run: LineRun) -> Iterator[tuple[int, bytes]]:
@@ -265,7 +295,8 @@ class SampleReader:
     """Turns lines of JSONL files into samples with their media."""
 
     def __init__(self, *, encoder: SampleEncoder, frames: FrameOptions) -> None:
-        """Args: encoder: every sample goes through it, so that a broken one is found here; frames: of videos."""
+        """Args: encoder: every sample goes through it, so that a broken one is found here; frames:
+        of videos."""
         self._encoder, self._frames, self._tars = encoder, frames, TarMembers()
 
     def read(self, line: bytes, *, source: Source, number: int) -> SourceSample:
@@ -290,25 +321,34 @@ class SampleReader:
             video = record.get("video")
             if video and (names or not isinstance(video, str)):
                 raise SampleError(
-                    f"{where}: sample {key!r}: 'video' is {video!r} and 'image' {record.get('image')!r}; expected the "
-                    "path of one video, or images."
+                    f"{where}: sample {key!r}: 'video' is {video!r} and 'image'"
+                    f" {record.get('image')!r}; expected the path of one video, or images."
                 )
         if video:
             with _prefixed(f"broken video: {where}: sample {key!r}"):
                 random = generator(self._frames.seed, 0, number, f"frames of {source.stem}")
-                images = self._read_video(source.root / video, clip=record.get("clip"), random=random)
+                images = self._read_video(
+                    source.root / video, clip=record.get("clip"), random=random
+                )
             with _prefixed(f"wrong conversation: {where}"):
                 turns = with_frames(sample.turns, len(images), key=key)
             most: int | None = FRAME_TILES
             suffixes = tuple("png" if image.startswith(PNG_START) else "jpg" for image in images)
         else:
             with _prefixed("missing file"):
-                images = [self._read_image(source.root, name, where=f"{where}: sample {key!r}") for name in names]
+                images = [
+                    self._read_image(source.root, name, where=f"{where}: sample {key!r}")
+                    for name in names
+                ]
             turns, most = sample.turns, source.max_dynamic_patch or sample.max_dynamic_patch
             suffixes = tuple(Path(name).suffix.lower().lstrip(".") or "img" for name in names)
         augment = source.data_augment or sample.data_augment
-        sample = replace(sample, turns=turns, images=tuple(images), max_dynamic_patch=most, data_augment=augment)
-        return SourceSample(sample=sample, suffixes=suffixes, encoded=self._encode(sample, where=where))
+        sample = replace(
+            sample, turns=turns, images=tuple(images), max_dynamic_patch=most, data_augment=augment
+        )
+        return SourceSample(
+            sample=sample, suffixes=suffixes, encoded=self._encode(sample, where=where)
+        )
 
     def _read_image(self, root: Path, name: str, *, where: str) -> bytes:
         try:
@@ -316,12 +356,14 @@ class SampleReader:
             return (root / name).read_bytes() if member is None else self._tars.read(tar, member)
         except (OSError, ValueError) as error:  # ValueError: a null byte in the name
             raise SampleError(
-                f"{where}: image {name!r} cannot be read under {root} ({getattr(error, 'strerror', error)}); "
-                "restore the file or remove the sample."
+                f"{where}: image {name!r} cannot be read under {root}"
+                f" ({getattr(error, 'strerror', error)}); restore the file or remove the sample."
             ) from error
 
     def _read_video(self, path: Path, *, clip: Any, random: torch.Generator) -> list[bytes]:
-        if clip is not None and not (isinstance(clip, list) and all(type(part) in (int, float) for part in clip)):
+        if clip is not None and not (
+            isinstance(clip, list) and all(type(part) in (int, float) for part in clip)
+        ):
             raise SampleError(f"'clip' is {clip!r}; expected [start, end] in seconds.")
         least, most = self._frames.min_num_frame, self._frames.max_num_frame
         try:
@@ -329,7 +371,9 @@ class SampleReader:
         except (OSError, ValueError) as error:
             if isinstance(error, SampleError | ConfigError):
                 raise
-            raise SampleError(f"{path} cannot be read ({error}); restore it or remove the sample.") from error
+            raise SampleError(
+                f"{path} cannot be read ({error}); restore it or remove the sample."
+            ) from error
 
     def _encode(self, sample: ConversationSample, *, where: str) -> EncodedSample:
         try:
@@ -343,7 +387,8 @@ class SampleReader:
 
 
 class TarMembers:
-    """Files inside tar files: each tar is indexed once, and a file is then one read at its place."""
+    """Files inside tar files: each tar is indexed once, and a file is then one read at its
+    place."""
 
     def __init__(self) -> None:
         self._members: dict[Path, dict[str, tuple[int, int]] | str] = {}
@@ -381,7 +426,8 @@ class TarMembers:
 
 
 def split_at_tar(path: Path) -> tuple[Path, str | None]:
-    """`archive.tar/inner/name.jpg` to the tar file and the member's name; any other path to itself and None."""
+    """`archive.tar/inner/name.jpg` to the tar file and the member's name; any other path to itself
+    and None."""
     for number, part in enumerate(path.parts[:-1]):
         tar = Path(*path.parts[: number + 1])
         if part.endswith(".tar") and tar.is_file():

@@ -30,11 +30,14 @@ class ShardWriter:
         self.num_bytes = 0
         self._temporary = path.with_name(f"{path.name}.{os.getpid()}")
         self._file = self._temporary.open("wb")
-        # A fixed time stamp, so that the same input gives the same bytes; an int, for a float costs 1 KiB a member.
+        # A fixed time stamp, so that the same input gives the same bytes; an int, for a float costs
+        # 1 KiB a member.
         self._writer = webdataset.TarWriter(self._file, encoder=False, mtime=0)
         self._samples: list[IndexedSample] = []
 
-    def add(self, sample: ConversationSample, *, suffixes: tuple[str, ...], encoded: EncodedSample) -> int:
+    def add(
+        self, sample: ConversationSample, *, suffixes: tuple[str, ...], encoded: EncodedSample
+    ) -> int:
         """Write a sample.
 
         Args:
@@ -45,11 +48,16 @@ class ShardWriter:
         Returns:
             Bytes written, tar headers not counted.
         """
-        images = {f"{i}.{suffix}": image for i, (suffix, image) in enumerate(zip(suffixes, sample.images, strict=True))}
+        images = {
+            f"{i}.{suffix}": image
+            for i, (suffix, image) in enumerate(zip(suffixes, sample.images, strict=True))
+        }
         members = {"__key__": sample.key, "json": sample_json(sample), **images}
         num_bytes: int = self._writer.write(members)
         self.num_bytes += num_bytes
-        self._samples.append(_indexed(encoded, members=()))  # where they lie is known when the file is complete
+        self._samples.append(
+            _indexed(encoded, members=())
+        )  # where they lie is known when the file is complete
         return num_bytes
 
     def close(self) -> ShardFiles:
@@ -64,20 +72,26 @@ class ShardWriter:
         self._file.close()
         os.replace(self._temporary, self.path)
         members = members_of(self.path)
-        assert list(members) == [sample.key for sample in self._samples], "the tar file holds other samples"
+        assert list(members) == [sample.key for sample in self._samples], (
+            "the tar file holds other samples"
+        )
         samples = [replace(sample, members=members[sample.key]) for sample in self._samples]
         return _write_index(self.path, samples, index_path=self.path.with_suffix(".npz"))
 
     def discard(self) -> None:
         """Give up: leave no file behind, also where the disk is full."""
-        for opened in (self._writer, self._file):  # the file alone, and tarfile would write its end into it later
+        for opened in (
+            self._writer,
+            self._file,
+        ):  # the file alone, and tarfile would write its end into it later
             with suppress(OSError):
                 opened.close()
         self._temporary.unlink(missing_ok=True)
 
 
 def count_anew(path: Path, *, encoder: SampleEncoder) -> ShardFiles:
-    """Read a tar file and write its index as `NAME.npz.new`, counted by `encoder`; nothing else is needed or changed.
+    """Read a tar file and write its index as `NAME.npz.new`, counted by `encoder`; nothing else is
+    needed or changed.
 
     Args:
         path: the tar file.
@@ -114,17 +128,28 @@ def members_of(path: Path) -> dict[str, tuple[tuple[int, int], ...]]:
                 key, _, suffix = member.name.partition(".")
                 number = -1 if suffix == "json" else int(suffix.split(".")[0])
                 found.setdefault(key, {})[number] = (member.offset_data, member.size)
-        _check_end(path, max((offset + size for parts in found.values() for offset, size in parts.values()), default=0))
+        _check_end(
+            path,
+            max(
+                (offset + size for parts in found.values() for offset, size in parts.values()),
+                default=0,
+            ),
+        )
     except (tarfile.TarError, ValueError) as error:
-        raise SampleError(f"{path}: not a complete tar file of samples ({error}); copy it again.") from error
+        raise SampleError(
+            f"{path}: not a complete tar file of samples ({error}); copy it again."
+        ) from error
     for key, parts in found.items():
         if sorted(parts) != list(range(-1, len(parts) - 1)):
-            raise SampleError(f"{path}: sample {key!r} lacks its JSON or an image; copy the file again.")
+            raise SampleError(
+                f"{path}: sample {key!r} lacks its JSON or an image; copy the file again."
+            )
     return {key: tuple(parts[number] for number in sorted(parts)) for key, parts in found.items()}
 
 
 def _check_end(path: Path, data_end: int) -> None:
-    """Two blocks of zeros follow the last member; without them, what was cut off may have been whole samples."""
+    """Two blocks of zeros follow the last member; without them, what was cut off may have been
+    whole samples."""
     with path.open("rb") as file:
         file.seek(-(-data_end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
         if file.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):

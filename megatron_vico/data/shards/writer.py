@@ -1,8 +1,10 @@
-"""Data sets in the official chat format -> folders of WebDataset shards, by many processes; goes on after a kill.
+"""Data sets in the official chat format -> folders of WebDataset shards, by many processes; goes on
+after a kill.
 
-What is in a shard depends on the input alone: a fixed run of lines becomes one, or several if it has too many bytes.
-Every sample is decoded and encoded while it is written, so that a broken one is found here and not in the middle of a
-run. The folder appears under its name only when it is complete.
+What is in a shard depends on the input alone: a fixed run of lines becomes one, or several if it
+has too many bytes. Every sample is decoded and encoded while it is written, so that a broken one is
+found here and not in the middle of a run. The folder appears under its name only when it is
+complete.
 """
 
 import json
@@ -19,7 +21,13 @@ from tqdm import tqdm
 from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
 from megatron_vico.data.mixture import MIXTURE_NAME, MIXTURE_VERSION
 from megatron_vico.data.shard_index import INDEX_NAME, FolderIndex, ShardFiles
-from megatron_vico.data.shards.journal import JOURNAL_NAME, MADE_NAME, FinishedRun, Journal, check_made
+from megatron_vico.data.shards.journal import (
+    JOURNAL_NAME,
+    MADE_NAME,
+    FinishedRun,
+    Journal,
+    check_made,
+)
 from megatron_vico.data.shards.pool import Note, run_tasks
 from megatron_vico.data.shards.sources import (
     FrameOptions,
@@ -44,13 +52,15 @@ class WriterOptions:
     """How shards are cut, what happens to broken samples, and how many processes do it."""
 
     samples_per_shard: int = 10_000
-    """Lines that become one shard; also the unit of work of a process, and what a kill can lose of it."""
+    """Lines that become one shard; also the unit of work of a process, and what a kill can lose of
+    it."""
 
     max_shard_bytes: int = 1 << 30
     """A tar file is closed once it has this many bytes, and its lines go on in another."""
 
     max_skipped: int = 0
-    """Broken samples that may be left out, over all data sets, each logged in the index; one more is an error."""
+    """Broken samples that may be left out, over all data sets, each logged in the index; one more
+    is an error."""
 
     max_skipped_share: float = 0.0
     """The same as a share of all samples, in [0, 1]; the larger of the two limits holds."""
@@ -78,7 +88,9 @@ class WriterOptions:
             if value < least:
                 raise ConfigError(f"{name} {value}: expected at least {least}.")
         if not 0 <= self.max_skipped_share <= 1:
-            raise ConfigError(f"--max-skipped-share {self.max_skipped_share}: expected a share from 0 to 1.")
+            raise ConfigError(
+                f"--max-skipped-share {self.max_skipped_share}: expected a share from 0 to 1."
+            )
 
     def most_skipped(self, num_samples: int) -> int:
         """How many of `num_samples` may be left out."""
@@ -105,7 +117,8 @@ class MadeFolder:
         if self.source.length in (None, self.num_lines):
             return None
         return (
-            f"{self.source.name}: the meta JSON says length {self.source.length}, but there are {self.num_lines} lines"
+            f"{self.source.name}: the meta JSON says length {self.source.length}, but there are"
+            f" {self.num_lines} lines"
         )
 
 
@@ -121,7 +134,8 @@ def make_shards(
     """Write a JSONL file and its media as shards; given again after an interruption, go on.
 
     Args:
-        jsonl: one sample a line: `conversations`, and `image` (a path or a list of paths) or `video` where it has any.
+        jsonl: one sample a line: `conversations`, and `image` (a path or a list of paths) or
+            `video` where it has any.
         image_root: folder or tar file that paths of media start from.
         out_dir: folder to make; must not exist, be empty, or be made by the same call.
         tokenizer: counts tokens.
@@ -132,15 +146,17 @@ def make_shards(
         The index that was written.
 
     Raises:
-        ConfigError: if `out_dir` holds something else or cannot be written, a source does not exist, or a worker was
-            killed.
+        ConfigError: if `out_dir` holds something else or cannot be written, a source does not
+            exist, or a worker was killed.
         SampleError: if more samples are broken than `options` allow; names cause, file and line.
     """
     source = Source(name=Path(jsonl).stem, annotation=Path(jsonl), root=Path(image_root))
     source.check()
     encoder = SampleEncoder(tokenizer=tokenizer, settings=settings)
     with _disk_errors_explained(out_dir):
-        return _make_folders([(source, Path(out_dir))], encoder=encoder, options=options or WriterOptions())[0].index
+        return _make_folders(
+            [(source, Path(out_dir))], encoder=encoder, options=options or WriterOptions()
+        )[0].index
 
 
 def make_mixture(
@@ -151,7 +167,8 @@ def make_mixture(
     settings: EncodingSettings,
     options: WriterOptions | None = None,
 ) -> tuple[MadeFolder, ...]:
-    """Write every data set of an official meta JSON as a folder of shards, and `mixture.json` that lists them.
+    """Write every data set of an official meta JSON as a folder of shards, and `mixture.json` that
+    lists them.
 
     Args:
         meta: see `read_meta`.
@@ -164,8 +181,8 @@ def make_mixture(
         The folders, in the meta JSON's order.
 
     Raises:
-        ConfigError: if the meta JSON is wrong, a folder holds something else or cannot be written, or a worker was
-            killed.
+        ConfigError: if the meta JSON is wrong, a folder holds something else or cannot be written,
+            or a worker was killed.
         SampleError: if more samples are broken than `options` allow; names cause, file and line.
     """
     out = Path(out_dir)
@@ -186,10 +203,12 @@ def index_shards(
     num_workers: int = 1,
     show_progress: bool = False,
 ) -> FolderIndex:
-    """Count a folder's tokens and tiles anew, for another tokenizer or tiling; the tar files stay as they are.
+    """Count a folder's tokens and tiles anew, for another tokenizer or tiling; the tar files stay
+    as they are.
 
     Args:
-        folder: made by `make_shards`; an index that is missing or broken is made from the tar files alone.
+        folder: made by `make_shards`; an index that is missing or broken is made from the tar files
+            alone.
         tokenizer: counts tokens.
         settings: tiling.
         num_workers: processes.
@@ -218,12 +237,15 @@ def index_shards(
             skipped = FolderIndex.read(path).skipped
         except (SampleError, ConfigError):
             skipped = ()  # a broken index is the reason to make a new one
-        # Interrupted from here on, the folder has no index and is refused, instead of being half old and half new.
+        # Interrupted from here on, the folder has no index and is refused, instead of being half
+        # old and half new.
         (path / INDEX_NAME).unlink()
     for file in files:
         os.replace(file.with_suffix(NEW_INDEX), file.with_suffix(".npz"))
     listed = tuple(shards[file.name] for file in files)
-    index = FolderIndex(tokenizer=tokenizer.fingerprint, settings=settings, shards=listed, skipped=skipped)
+    index = FolderIndex(
+        tokenizer=tokenizer.fingerprint, settings=settings, shards=listed, skipped=skipped
+    )
     index.write(path)
     return index
 
@@ -246,9 +268,12 @@ class _RunTask:
 
 
 class _Folder:
-    """A folder on its way: beside its final place under another name, until every run of lines is finished."""
+    """A folder on its way: beside its final place under another name, until every run of lines is
+    finished."""
 
-    def __init__(self, source: Source, target: Path, *, encoder: SampleEncoder, options: WriterOptions) -> None:
+    def __init__(
+        self, source: Source, target: Path, *, encoder: SampleEncoder, options: WriterOptions
+    ) -> None:
         self.source, self.target = source, target
         self.plan = cut_lines(source.annotation, samples_per_run=options.samples_per_shard)
         self.partial = target.with_name(target.name + ".partial")
@@ -268,7 +293,9 @@ class _Folder:
         self.index: FolderIndex | None = self._finished_index()
         """When the folder is complete."""
         if self.index is None and not self.plan.runs:
-            raise SampleError(f"{source.annotation}: no sample in it; expected one JSON object a line.")
+            raise SampleError(
+                f"{source.annotation}: no sample in it; expected one JSON object a line."
+            )
         self._journal = None if self.index else Journal(self.partial, self._made)
 
     @property
@@ -276,11 +303,19 @@ class _Folder:
         """Messages of samples left out so far, in the source's order."""
         if self._journal is None:
             return self.index.skipped if self.index else ()
-        return tuple(message for number in sorted(self._journal.finished) for message in self._finished(number).skipped)
+        return tuple(
+            message
+            for number in sorted(self._journal.finished)
+            for message in self._finished(number).skipped
+        )
 
     def missing_runs(self) -> list[LineRun]:
         """Runs still to be written."""
-        return [run for run in self.plan.runs if self._journal and run.number not in self._journal.finished]
+        return [
+            run
+            for run in self.plan.runs
+            if self._journal and run.number not in self._journal.finished
+        ]
 
     def add(self, run: FinishedRun) -> None:
         """Take in a run whose files are complete."""
@@ -292,7 +327,9 @@ class _Folder:
         if self._journal is not None:
             shards = tuple(s for run in self.plan.runs for s in self._finished(run.number).shards)
             if not shards:
-                raise SampleError(f"{self.source.annotation}: no sample in it that can be used: {self.skipped[0]}")
+                raise SampleError(
+                    f"{self.source.annotation}: no sample in it that can be used: {self.skipped[0]}"
+                )
             self.index = FolderIndex(
                 tokenizer=self._encoder.tokenizer.fingerprint,
                 settings=self._encoder.settings,
@@ -305,7 +342,9 @@ class _Folder:
             (self.target / JOURNAL_NAME).unlink()
             self.close()
         assert self.index is not None
-        return MadeFolder(path=self.target, source=self.source, num_lines=self.plan.num_samples, index=self.index)
+        return MadeFolder(
+            path=self.target, source=self.source, num_lines=self.plan.num_samples, index=self.index
+        )
 
     def close(self) -> None:
         """Let other processes have the folder."""
@@ -318,17 +357,23 @@ class _Folder:
         return self._journal.finished[number]
 
     def _finished_index(self) -> FolderIndex | None:
-        """The index of a folder that an earlier call completed from the same input; None if there is nothing yet."""
+        """The index of a folder that an earlier call completed from the same input; None if there
+        is nothing yet."""
         if not self.target.exists() or (self.target.is_dir() and not any(self.target.iterdir())):
             return None
         made = self.target / MADE_NAME
         if not made.is_file():
-            raise ConfigError(f"{self.target}: not empty; give a folder that does not exist, or remove its content.")
+            raise ConfigError(
+                f"{self.target}: not empty; give a folder that does not exist, or remove its"
+                " content."
+            )
         index = FolderIndex.read(self.target)
         # `vico shards index` may have counted anew since then.
         counted = {"tokenizer": index.tokenizer, **asdict(index.settings)}
         check_made(json.loads(made.read_bytes()) | counted, self._made, where=self.target)
-        (self.target / JOURNAL_NAME).unlink(missing_ok=True)  # of a run that was killed right at its end
+        (self.target / JOURNAL_NAME).unlink(
+            missing_ok=True
+        )  # of a run that was killed right at its end
         return index
 
 
@@ -355,7 +400,9 @@ def _make_folders(
         ]
         _check_budget(folders, (), most_skipped=most_skipped)
         num_missing = sum(task.run.num_samples for task in tasks)
-        with _progress_bar(total=num_samples, done=num_samples - num_missing, shown=options.show_progress) as note:
+        with _progress_bar(
+            total=num_samples, done=num_samples - num_missing, shown=options.show_progress
+        ) as note:
             results = run_tasks(
                 _write_run,
                 tasks,
@@ -376,28 +423,32 @@ def _make_folders(
 
 @contextmanager
 def _disk_errors_explained(out: str | Path) -> Iterator[None]:
-    """What cannot be read of a sample's media is an error of the sample; this is all else, a full disk above all."""
+    """What cannot be read of a sample's media is an error of the sample; this is all else, a full
+    disk above all."""
     try:
         yield
     except OSError as error:
         raise ConfigError(
-            f"{out}: {error}; make room or correct the rights, and give the same command again: finished work is kept."
+            f"{out}: {error}; make room or correct the rights, and give the same command again:"
+            " finished work is kept."
         ) from error
 
 
 def _check_budget(folders: dict[str, _Folder], news: Sequence[str], *, most_skipped: int) -> None:
-    """Raise if the samples left out so far, and those of a run that is not taken in yet, are more than may be."""
+    """Raise if the samples left out so far, and those of a run that is not taken in yet, are more
+    than may be."""
     skipped = [message for folder in folders.values() for message in folder.skipped] + list(news)
     if len(skipped) > most_skipped:
         raise SampleError(
-            f"{len(skipped)} broken samples so far, and at most {most_skipped} may be left out; correct them, or "
-            f"raise --max-skipped or --max-skipped-share and give the command again.\n{table_of_causes(skipped)}\n"
-            + "\n".join(skipped[:NUM_SHOWN])
+            f"{len(skipped)} broken samples so far, and at most {most_skipped} may be left out;"
+            " correct them, or raise --max-skipped or --max-skipped-share and give the command"
+            f" again.\n{table_of_causes(skipped)}\n" + "\n".join(skipped[:NUM_SHOWN])
         )
 
 
 def _write_run(reader: SampleReader, task: _RunTask, note: Note) -> FinishedRun:
-    """Write one run of lines; stops early when more of its samples are broken than in all may be."""
+    """Write one run of lines; stops early when more of its samples are broken than in all may
+    be."""
     shards: list[ShardFiles] = []
     skipped: list[str] = []
     writer: ShardWriter | None = None
@@ -412,7 +463,9 @@ def _write_run(reader: SampleReader, task: _RunTask, note: Note) -> FinishedRun:
                     break
             else:
                 if writer is None:
-                    writer = ShardWriter(task.folder / _name_of_tar(task.run.number, part=len(shards)))
+                    writer = ShardWriter(
+                        task.folder / _name_of_tar(task.run.number, part=len(shards))
+                    )
                 num_bytes = writer.add(read.sample, suffixes=read.suffixes, encoded=read.encoded)
                 if writer.num_bytes >= task.max_shard_bytes:
                     shards.append(writer.close())
@@ -424,7 +477,9 @@ def _write_run(reader: SampleReader, task: _RunTask, note: Note) -> FinishedRun:
         if writer is not None:
             writer.discard()
         raise
-    return FinishedRun(name=task.source.name, number=task.run.number, shards=tuple(shards), skipped=tuple(skipped))
+    return FinishedRun(
+        name=task.source.name, number=task.run.number, shards=tuple(shards), skipped=tuple(skipped)
+    )
 
 
 def _name_of_tar(run: int, *, part: int) -> str:

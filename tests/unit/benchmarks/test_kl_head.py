@@ -22,7 +22,16 @@ def test_a_small_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_what_would_not_fit_is_not_tried(tmp_path: Path) -> None:
-    arguments = ["--shapes", "40x16x300", "--repeats", "1", "--skip-above", "1e-6", "--device", "cpu"]
+    arguments = [
+        "--shapes",
+        "40x16x300",
+        "--repeats",
+        "1",
+        "--skip-above",
+        "1e-6",
+        "--device",
+        "cpu",
+    ]
     kl_head.main([*arguments, "--json", str(tmp_path / "out.json")])
     textbook = json.loads((tmp_path / "out.json").read_text())[1]
     assert textbook["time_s"] is None

@@ -11,7 +11,10 @@ from megatron_vico.config.schema import STAGES
 
 
 def test_a_few_samples(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], single_process_groups: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    single_process_groups: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("DEMO", "FULL_SIZE"):
         few = dataclasses.replace(getattr(loader, name), num_samples=6, size=(64, 64))

@@ -1,4 +1,5 @@
-"""What the issue of the data pipeline asks of packing and balance, on a smaller simulation; the benchmark runs."""
+"""What the issue of the data pipeline asks of packing and balance, on a smaller simulation; the
+benchmark runs."""
 
 import json
 from pathlib import Path
@@ -26,7 +27,9 @@ def test_ranks_have_nearly_the_same_work() -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    packing.main(["--num-samples", "2000", "--num-steps", "1", "--json", str(tmp_path / "out.json")])
+    packing.main(
+        ["--num-samples", "2000", "--num-steps", "1", "--json", str(tmp_path / "out.json")]
+    )
     found = json.loads((tmp_path / "out.json").read_text())
     assert [row["window"] for row in found["packing"][:5]] == [64, 128, 256, 512, 1024]
     assert [row["dp_size"] for row in found["balance"]] == [8, 64, 8, 64]

@@ -8,7 +8,9 @@ import pytest
 from benchmarks import step
 
 
-def test_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], single_process_groups: None) -> None:
+def test_a_small_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], single_process_groups: None
+) -> None:
     arguments = "--size toy --pack-tokens 128 --num-packs 2 --steps 2 --warmup 1 --lr 1e-3".split()
     step.main([*arguments, "--json", str(tmp_path / "out.json")])
     found = json.loads((tmp_path / "out.json").read_text())
@@ -17,7 +19,8 @@ def test_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], singl
     assert found["tokens_per_pack"]["response rows"] == 16
     assert len(found["ratios"]) == 2
     ran = {
-        kind: {phase for phase, time_s in phases.items() if time_s > 0} for kind, phases in found["phases_s"].items()
+        kind: {phase for phase, time_s in phases.items() if time_s > 0}
+        for kind, phases in found["phases_s"].items()
     }
     assert ran["vico"] == set(step.PHASES)
     assert ran["sft"] == set(step.PHASES) - {"reference pass"}

@@ -1,4 +1,5 @@
-"""Export, import and conversion: every trip there and back bit for bit, and every mismatch refused by name."""
+"""Export, import and conversion: every trip there and back bit for bit, and every mismatch refused
+by name."""
 
 import errno
 import json
@@ -41,18 +42,27 @@ def tensors_of(encoder: VisionEncoder, language_model: LanguageModel) -> dict[st
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     """Equal in names, number formats and every bit."""
     return found.keys() == expected.keys() and all(
-        found[name].dtype == tensor.dtype and torch.equal(found[name], tensor) for name, tensor in expected.items()
+        found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+        for name, tensor in expected.items()
     )
 
 
 def read_all(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
 
 
-def add_model(patch: pytest.MonkeyPatch, name: str, base: str, *, num_experts: int | None = None) -> ModelConfig:
+def add_model(
+    patch: pytest.MonkeyPatch, name: str, base: str, *, num_experts: int | None = None
+) -> ModelConfig:
     """A model whose vocabulary, heads and experts divide by nothing."""
     model = get_model_config(base)
-    language = replace(model.language, vocab_size=301, num_heads=9, num_query_groups=3, num_experts=num_experts)
+    language = replace(
+        model.language, vocab_size=301, num_heads=9, num_query_groups=3, num_experts=num_experts
+    )
     vision = replace(model.vision, hidden_size=28, num_heads=7)
     model = replace(model, name=name, vision=vision, language=language)
     patch.setitem(MODELS, name, model)
@@ -62,12 +72,17 @@ def add_model(patch: pytest.MonkeyPatch, name: str, base: str, *, num_experts: i
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     prefix = tmp_path_factory.mktemp("tokenizer") / "toy"
-    return load_tokenizer(train_sentencepiece(["some text to learn from"] * 20, model_prefix=prefix, vocab_size=300))
+    return load_tokenizer(
+        train_sentencepiece(["some text to learn from"] * 20, model_prefix=prefix, vocab_size=300)
+    )
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory, single_process_groups: None, tokenizer: Tokenizer) -> Export:
-    """A toy of some size as a Hugging Face folder in some layout, made once; its weights are those of seed 0."""
+def exported(
+    tmp_path_factory: pytest.TempPathFactory, single_process_groups: None, tokenizer: Tokenizer
+) -> Export:
+    """A toy of some size as a Hugging Face folder in some layout, made once; its weights are those
+    of seed 0."""
     root = tmp_path_factory.mktemp("exported")
 
     def export(size: str, layout: Layout) -> Path:
@@ -107,7 +122,9 @@ def test_megatron_to_files_and_back(size: str, layout: Layout, exported: Export)
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", TOYS)
-def test_files_to_megatron_and_back(size: str, layout: Layout, exported: Export, tmp_path: Path) -> None:
+def test_files_to_megatron_and_back(
+    size: str, layout: Layout, exported: Export, tmp_path: Path
+) -> None:
     """Through the checkpoint folder that training reads and writes."""
     source = exported(size, layout)
     convert.convert(source, output=tmp_path / "megatron", layout="megatron")
@@ -115,7 +132,11 @@ def test_files_to_megatron_and_back(size: str, layout: Layout, exported: Export,
     convert.convert(tmp_path / "megatron", output=tmp_path / "files", layout=layout)
     assert same(read_all(tmp_path / "files"), read_all(source))
     for path in source.iterdir():
-        travels = path.name in (*hf_io.TOKENIZER_FILES, "preprocessor_config.json", "generation_config.json")
+        travels = path.name in (
+            *hf_io.TOKENIZER_FILES,
+            "preprocessor_config.json",
+            "generation_config.json",
+        )
         if travels:
             assert (tmp_path / "files" / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -124,13 +145,19 @@ def test_files_to_megatron_and_back(size: str, layout: Layout, exported: Export,
 @pytest.mark.parametrize(("base", "num_experts"), [("toy", None), ("toy-6b", None), ("toy-moe", 5)])
 @pytest.mark.usefixtures("single_process_groups")
 def test_numbers_that_divide_by_nothing(
-    base: str, num_experts: int | None, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: str,
+    num_experts: int | None,
+    layout: Layout,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both kinds of vision tower, dense and with experts."""
     model = add_model(monkeypatch, "odd", base, num_experts=num_experts)
     encoder, language_model = modules_of(model, seed=0)
     assert language_model.gpt.vocab_size > model.language.vocab_size  # padded
-    convert.export_hf(tmp_path / "one", encoder=encoder, language_model=language_model, model=model, layout=layout)
+    convert.export_hf(
+        tmp_path / "one", encoder=encoder, language_model=language_model, model=model, layout=layout
+    )
     files = read_all(tmp_path / "one")
     assert len(files["language_model.lm_head.weight"]) == 301
     convert.convert(tmp_path / "one", output=tmp_path / "megatron", layout="megatron")
@@ -141,11 +168,18 @@ def test_numbers_that_divide_by_nothing(
 def test_bfloat16_stays_bfloat16_and_casts_when_asked(exported: Export, tmp_path: Path) -> None:
     source = exported("toy-6b", "flash")
     expected = {name: tensor.bfloat16() for name, tensor in read_all(source).items()}
-    convert.convert(source, output=tmp_path / "bf16", layout="flash", options=convert.ConversionOptions(dtype="bf16"))
+    convert.convert(
+        source,
+        output=tmp_path / "bf16",
+        layout="flash",
+        options=convert.ConversionOptions(dtype="bf16"),
+    )
     assert same(read_all(tmp_path / "bf16"), expected)
     assert hf_io.read_json(tmp_path / "bf16/config.json")["torch_dtype"] == "bfloat16"
     convert.convert(tmp_path / "bf16", output=tmp_path / "megatron", layout="megatron")
-    assert state.weight_dtypes(tmp_path / "megatron", modules=("encoder", "language_model")) == {torch.bfloat16}
+    assert state.weight_dtypes(tmp_path / "megatron", modules=("encoder", "language_model")) == {
+        torch.bfloat16
+    }
     convert.convert(tmp_path / "megatron", output=tmp_path / "back", layout="flash")
     assert same(read_all(tmp_path / "back"), expected)
 
@@ -160,7 +194,8 @@ def test_between_layouts(exported: Export, tmp_path: Path) -> None:
 
 
 def test_a_vico_start_depends_on_the_seed_alone(exported: Export, tmp_path: Path) -> None:
-    """From a checkpoint without Flash modules: those are fresh and seeded, everything else is bit for bit."""
+    """From a checkpoint without Flash modules: those are fresh and seeded, everything else is bit
+    for bit."""
     for name, seed in (("one", 5), ("same", 5), ("other", 6)):
         torch.rand(seed)  # the state of the generator must not matter
         convert.convert(
@@ -185,7 +220,9 @@ def test_flash_folder_is_complete(exported: Export, tokenizer: Tokenizer) -> Non
     assert config["flash_relative_threshold"] == 0.25
     assert config["llm_config"]["eos_token_id"] == tokenizer.eos_id
     assert hf_io.read_json(folder / "generation_config.json")["eos_token_id"] == tokenizer.eos_id
-    assert {"preprocessor_config.json", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+    assert {"preprocessor_config.json", "tokenizer.json"} <= {
+        path.name for path in folder.iterdir()
+    }
     assert load_tokenizer(folder).fingerprint == tokenizer.fingerprint
     names = read_all(folder).keys()
     for prefix in DEAD:
@@ -207,7 +244,10 @@ def test_tensor_too_many_or_too_few(exported: Export, tmp_path: Path) -> None:
         tensors["gating.block1.0.weigth"] = tensors.pop("gating.block1.0.weight")
 
     broken = change(exported("toy", "flash"), tmp_path / "broken", rename)
-    message = r"missing tensors: gating\.block1\.0\.weight; tensors that no row maps: gating\.block1\.0\.weigth\."
+    message = (
+        r"missing tensors: gating\.block1\.0\.weight; tensors that no row maps:"
+        r" gating\.block1\.0\.weigth\."
+    )
     with pytest.raises(CheckpointError, match=message):
         convert.import_hf(broken)
 
@@ -217,7 +257,9 @@ def test_misshapen_tensor(exported: Export, tmp_path: Path) -> None:
         tensors["mlp1.1.weight"] = tensors["mlp1.1.weight"][:, 1:].contiguous()
 
     broken = change(exported("toy", "flash"), tmp_path / "broken", cut)
-    with pytest.raises(CheckpointError, match=r"mlp1\.1\.weight has shape \(128, 383\), expected \(128, 384\)"):
+    with pytest.raises(
+        CheckpointError, match=r"mlp1\.1\.weight has shape \(128, 383\), expected \(128, 384\)"
+    ):
         convert.import_hf(broken)
 
 
@@ -227,7 +269,9 @@ def test_dead_tensors_may_not_be_left_out(exported: Export, tmp_path: Path) -> N
             del tensors[name]
 
     broken = change(exported("toy", "flash"), tmp_path / "broken", drop)
-    with pytest.raises(CheckpointError, match=r"pooling_before_gating\.attn3\.in_proj_bias.* and 2 more"):
+    with pytest.raises(
+        CheckpointError, match=r"pooling_before_gating\.attn3\.in_proj_bias.* and 2 more"
+    ):
         convert.import_hf(broken)
 
 
@@ -249,8 +293,16 @@ def test_module_with_a_tensor_that_no_row_maps(tmp_path: Path, single_process_gr
     model = get_model_config("toy-6b")
     encoder, language_model = modules_of(model, seed=0)
     encoder.extra = torch.nn.Linear(2, 2)
-    with pytest.raises(CheckpointError, match=r"no row maps: encoder\.extra\.bias, encoder\.extra\.weight"):
-        convert.export_hf(tmp_path / "out", encoder=encoder, language_model=language_model, model=model, layout="flash")
+    with pytest.raises(
+        CheckpointError, match=r"no row maps: encoder\.extra\.bias, encoder\.extra\.weight"
+    ):
+        convert.export_hf(
+            tmp_path / "out",
+            encoder=encoder,
+            language_model=language_model,
+            model=model,
+            layout="flash",
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -258,11 +310,22 @@ def test_module_of_another_size(exported: Export, tmp_path: Path) -> None:
     encoder, language_model = modules_of(get_model_config("toy-6b"), seed=0)
     with pytest.raises(CheckpointError, match=r"no row maps: .*q_layernorm"):
         convert.load_imported(
-            convert.import_hf(exported("toy", "flash")), encoder=encoder, language_model=language_model
+            convert.import_hf(exported("toy", "flash")),
+            encoder=encoder,
+            language_model=language_model,
         )
-    wider = replace(get_model_config("toy-6b"), language=replace(get_model_config("toy-6b").language, hidden_size=64))
+    wider = replace(
+        get_model_config("toy-6b"),
+        language=replace(get_model_config("toy-6b").language, hidden_size=64),
+    )
     with pytest.raises(CheckpointError, match=r"has shape \(48, 160\), expected \(64, 160\)"):
-        convert.export_hf(tmp_path / "out", encoder=encoder, language_model=language_model, model=wider, layout="flash")
+        convert.export_hf(
+            tmp_path / "out",
+            encoder=encoder,
+            language_model=language_model,
+            model=wider,
+            layout="flash",
+        )
 
 
 def test_input_is_never_touched(exported: Export, tmp_path: Path) -> None:
@@ -287,7 +350,9 @@ def test_input_is_never_touched(exported: Export, tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
 
 
-def test_full_disk_leaves_no_folder(exported: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_no_folder(
+    exported: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = exported("toy-6b", "flash")
 
     def no_space(*args: object, **kwargs: object) -> None:
@@ -316,7 +381,9 @@ def test_full_disk_is_what_the_error_says(layout: str, exported: Export, tmp_pat
 def test_broken_config_is_named(exported: Export, tmp_path: Path) -> None:
     broken = change(exported("toy", "flash"), tmp_path / "broken", lambda tensors: None)
     config = json.loads((broken / "config.json").read_text())
-    (broken / "config.json").write_text(json.dumps(config | {"model_type": "llava", "architectures": ["Llava"]}))
+    (broken / "config.json").write_text(
+        json.dumps(config | {"model_type": "llava", "architectures": ["Llava"]})
+    )
     with pytest.raises(CheckpointError, match=r"broken/config\.json: model_type is 'llava'"):
         convert.import_hf(broken)
     (broken / "config.json").unlink()

@@ -52,11 +52,32 @@ def test_flash_fields() -> None:
         "torch_dtype": "bfloat16",
     }
     assert stated.items() <= config.items()
-    vision = {"hidden_size": 3200, "num_hidden_layers": 45, "num_attention_heads": 25, "intermediate_size": 12800}
-    kind = {"qkv_bias": False, "qk_normalization": True, "norm_type": "rms_norm", "layer_norm_eps": 1e-6}
+    vision = {
+        "hidden_size": 3200,
+        "num_hidden_layers": 45,
+        "num_attention_heads": 25,
+        "intermediate_size": 12800,
+    }
+    kind = {
+        "qkv_bias": False,
+        "qk_normalization": True,
+        "norm_type": "rms_norm",
+        "layer_norm_eps": 1e-6,
+    }
     assert (vision | kind).items() <= config["vision_config"].items()
-    language = {"architectures": ["Qwen3ForCausalLM"], "hidden_size": 5120, "num_hidden_layers": 64, "head_dim": 128}
-    rest = {"num_key_value_heads": 8, "vocab_size": 151936, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "eos_token_id": 7}
+    language = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_size": 5120,
+        "num_hidden_layers": 64,
+        "head_dim": 128,
+    }
+    rest = {
+        "num_key_value_heads": 8,
+        "vocab_size": 151936,
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-6,
+        "eos_token_id": 7,
+    }
     assert (language | rest).items() <= config["llm_config"].items()
     assert not config["llm_config"]["tie_word_embeddings"]
 
@@ -68,7 +89,12 @@ def test_only_flash_says_flash() -> None:
 
 def test_experts() -> None:
     language = config_of("internvl3_5-30b-a3b", "hf")["text_config"]
-    stated = {"model_type": "qwen3_moe", "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+    stated = {
+        "model_type": "qwen3_moe",
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    }
     assert stated.items() <= language.items()
     assert language["norm_topk_prob"]
 
@@ -109,14 +135,24 @@ def test_unstated_fields_are_left_to_the_tensors() -> None:
 
 
 def test_another_size_names_both() -> None:
-    with pytest.raises(CheckpointError, match=r"is internvl3_5-8b, expected internvl3_5-4b: language\.hidden_size is"):
-        model_of(config_of("internvl3_5-8b", "flash"), layout="flash", path="config.json", expected="internvl3_5-4b")
+    with pytest.raises(
+        CheckpointError,
+        match=r"is internvl3_5-8b, expected internvl3_5-4b: language\.hidden_size is",
+    ):
+        model_of(
+            config_of("internvl3_5-8b", "flash"),
+            layout="flash",
+            path="config.json",
+            expected="internvl3_5-4b",
+        )
 
 
 def test_unknown_size_names_the_nearest_and_the_difference() -> None:
     config = config_of("internvl3_5-8b", "internvl")
     config["llm_config"]["num_hidden_layers"] = 35
-    with pytest.raises(CheckpointError, match=r"nearest is internvl3_5-8b, but: language\.num_layers is 35"):
+    with pytest.raises(
+        CheckpointError, match=r"nearest is internvl3_5-8b, but: language\.num_layers is 35"
+    ):
         model_of(config, layout="internvl", path="config.json")
 
 
@@ -141,11 +177,25 @@ def test_tied_embeddings_are_refused() -> None:
         ("flash", None, "select_layer", -2, "select_layer is -2"),
         ("hf", None, "vision_feature_layer", -2, "select_layer is -2"),
         ("hf", None, "downsample_ratio", 0.25, r"downsample_ratio is 0\.25"),
-        ("internvl", "llm_config", "rope_scaling", {"type": "yarn", "factor": 4.0}, "rope_type is 'yarn'"),
-        ("hf", "text_config", "rope_parameters", {"rope_type": "yarn", "rope_theta": 1e6}, "rope_type is 'yarn'"),
+        (
+            "internvl",
+            "llm_config",
+            "rope_scaling",
+            {"type": "yarn", "factor": 4.0},
+            "rope_type is 'yarn'",
+        ),
+        (
+            "hf",
+            "text_config",
+            "rope_parameters",
+            {"rope_type": "yarn", "rope_theta": 1e6},
+            "rope_type is 'yarn'",
+        ),
     ],
 )
-def test_what_no_tensor_would_tell(layout: Layout, part: str | None, field: str, value: object, message: str) -> None:
+def test_what_no_tensor_would_tell(
+    layout: Layout, part: str | None, field: str, value: object, message: str
+) -> None:
     """Models whose tensors fit, but which compute something else."""
     config = config_of("internvl3_5-1b", layout)
     (config if part is None else config[part])[field] = value
@@ -169,4 +219,6 @@ def test_layouts_that_contradict_themselves() -> None:
 def test_flash_models_that_are_switched_off_are_still_flash() -> None:
     config = config_of("toy", "flash") | {"flash_mode": False}
     assert layout_of(config, path="config.json") == "internvl"
-    assert layout_of(config, path="config.json", tensors=("mlp1.0.weight", "mlp2.0.weight")) == "flash"
+    assert (
+        layout_of(config, path="config.json", tensors=("mlp1.0.weight", "mlp2.0.weight")) == "flash"
+    )

@@ -46,7 +46,9 @@ def test_one_file_has_no_index_and_several_have_one(tmp_path: Path) -> None:
     index = json.loads((several / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(each.nbytes for each in some_tensors().values())
     shards = sorted(path.name for path in several.glob("*.safetensors"))
-    assert shards == [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    assert shards == [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
+    ]
     assert len(shards) > 1
     found = {name: shard for shard in shards for name in load_file(several / shard)}
     assert index["weight_map"] == found
@@ -68,7 +70,9 @@ def broken_folder(path: Path) -> Path:
 def test_missing_shard(tmp_path: Path) -> None:
     folder = broken_folder(tmp_path)
     (folder / "model-00001-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"index\.json names model-00001-of-00002\.safetensors, absent"):
+    with pytest.raises(
+        CheckpointError, match=r"index\.json names model-00001-of-00002\.safetensors, absent"
+    ):
         hf_io.open_folder(folder)
 
 
@@ -97,7 +101,10 @@ def test_file_of_another_kind(tmp_path: Path) -> None:
         ({"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}, "none of safetensors"),
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}, "none of safetensors"),
         ({"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 8]}}, "format F4; known are"),
-        ({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, "in 8 bytes, which does not fit"),
+        (
+            {"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}},
+            "in 8 bytes, which does not fit",
+        ),
         (
             {name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for name in "ab"},
             "no tensor or to two",
@@ -130,7 +137,9 @@ def test_two_sets_of_weights(tmp_path: Path) -> None:
         hf_io.open_folder(folder)
 
 
-@pytest.mark.parametrize("weight_map", [None, ["first"], {"first": 1}, {"first": "../model.safetensors"}])
+@pytest.mark.parametrize(
+    "weight_map", [None, ["first"], {"first": 1}, {"first": "../model.safetensors"}]
+)
 def test_index_that_is_none(weight_map: object, tmp_path: Path) -> None:
     folder = broken_folder(tmp_path)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -177,7 +186,8 @@ def test_new_folder_never_replaces_anything(tmp_path: Path) -> None:
 
 
 def test_new_folder_where_a_link_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To another disk, most often: the unfinished folder has to be there too. And `.` has no name of its own."""
+    """To another disk, most often: the unfinished folder has to be there too. And `.` has no name
+    of its own."""
     real = tmp_path / "disk" / "real"
     real.mkdir(parents=True)
     (tmp_path / "link").symlink_to(real)
@@ -196,12 +206,17 @@ def test_a_mount_point_is_no_new_folder(tmp_path: Path, monkeypatch: pytest.Monk
     """The kernel would refuse the renaming, after all has been written."""
     monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path / "volume")
     (tmp_path / "volume").mkdir()
-    with pytest.raises(CheckpointError, match="is a mount point"), hf_io.new_folder(tmp_path / "volume"):
+    with (
+        pytest.raises(CheckpointError, match="is a mount point"),
+        hf_io.new_folder(tmp_path / "volume"),
+    ):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["volume"]
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()]
+)
 def test_failed_writer_leaves_nothing(error: BaseException, tmp_path: Path) -> None:
     expected = CheckpointError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected):
@@ -231,13 +246,18 @@ def test_files_that_travel_along(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "merges.txt", "sentencepiece.model"):
         (source / name).write_text(name)
     (target / "merges.txt").write_text("kept")
-    assert hf_io.copy_files(source, target, hf_io.TOKENIZER_FILES) == ["tokenizer.json", "sentencepiece.model"]
+    assert hf_io.copy_files(source, target, hf_io.TOKENIZER_FILES) == [
+        "tokenizer.json",
+        "sentencepiece.model",
+    ]
     assert (target / "tokenizer.json").read_text() == "tokenizer.json"
     assert (target / "merges.txt").read_text() == "kept"
 
 
 def test_foreign_files_are_read(tmp_path: Path) -> None:
     tensors = some_tensors()
-    save_file(tensors, tmp_path / "model.safetensors")  # without the metadata that this project writes
+    save_file(
+        tensors, tmp_path / "model.safetensors"
+    )  # without the metadata that this project writes
     folder = hf_io.open_folder(tmp_path)
     assert all(torch.equal(folder.read(name), tensor) for name, tensor in tensors.items())

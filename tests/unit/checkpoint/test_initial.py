@@ -1,4 +1,5 @@
-"""Initial values: the distributions of the modules themselves, and each tensor a function of seed and name alone."""
+"""Initial values: the distributions of the modules themselves, and each tensor a function of seed
+and name alone."""
 
 import pytest
 import torch
@@ -35,11 +36,14 @@ def test_distributions_are_those_of_the_modules() -> None:
             assert torch.equal(found, tensor), name
             continue
         count = tensor.numel()
-        # In units of 1 / sqrt(count), over all names: measured 1.1 (deviation), 3.6 (mean); of the bound, 3.6 / count.
+        # In units of 1 / sqrt(count), over all names: measured 1.1 (deviation), 3.6 (mean); of the
+        # bound, 3.6 / count.
         assert abs(found.std() / tensor.std() - 1) < 5 * (1 / count) ** 0.5, name
         assert abs(found.mean()) < 5 * tensor.std() / count**0.5, name
         if not name.endswith("query_token"):  # uniform: the largest value is the bound, nearly
-            assert float(found.abs().max()) == pytest.approx(float(tensor.abs().max()), rel=30 / count), name
+            assert float(found.abs().max()) == pytest.approx(
+                float(tensor.abs().max()), rel=30 / count
+            ), name
 
 
 def test_other_distributions_would_show() -> None:

@@ -1,4 +1,5 @@
-"""What a folder holds and how two differ: counts that are known, and every kind of difference made on purpose."""
+"""What a folder holds and how two differ: counts that are known, and every kind of difference made
+on purpose."""
 
 import json
 import shutil
@@ -28,12 +29,17 @@ Edit = Callable[[dict[str, Tensor]], None]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, single_process_groups: None) -> Iterator[Folder]:
-    """The weights of seed 0 of some size, as a Hugging Face folder of some layout or as a run's folder; made once."""
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, single_process_groups: None
+) -> Iterator[Folder]:
+    """The weights of seed 0 of some size, as a Hugging Face folder of some layout or as a run's
+    folder; made once."""
     root = tmp_path_factory.mktemp("folders")
     base = get_model_config("toy-moe")
     # Its vocabulary is padded in Megatron's form, to 384 rows.
-    MODELS["odd"] = replace(base, name="odd", language=replace(base.language, vocab_size=301, num_experts=3))
+    MODELS["odd"] = replace(
+        base, name="odd", language=replace(base.language, vocab_size=301, num_experts=3)
+    )
 
     def make(size: str, form: str) -> Path:
         path = root / f"{size}-{form}"
@@ -45,7 +51,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, single_process_groups: None
         model = get_model_config(size)
         encoder, language_model = make_encoder(model), make_language_model(model)
         layout: Layout = form  # type: ignore[assignment]
-        return convert.export_hf(path, encoder=encoder, language_model=language_model, model=model, layout=layout)
+        return convert.export_hf(
+            path, encoder=encoder, language_model=language_model, model=model, layout=layout
+        )
 
     yield make
     del MODELS["odd"]
@@ -75,7 +83,10 @@ def test_every_form_has_the_same_weights(size: str, folder: Folder) -> None:
     for layout in ("internvl", "hf"):
         found = compared(flash, folder(size, layout))
         assert {each.kind for each in found.differences} == {"only in the first"}
-        assert all(each.name.startswith(("encoder.connector_16x.", "encoder.vir.")) for each in found.differences)
+        assert all(
+            each.name.startswith(("encoder.connector_16x.", "encoder.vir."))
+            for each in found.differences
+        )
         assert found.num_same + len(found.differences) == num_tensors
         backwards = compared(folder(size, layout), flash)
         assert {each.kind for each in backwards.differences} == {"only in the second"}
@@ -83,7 +94,9 @@ def test_every_form_has_the_same_weights(size: str, folder: Folder) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("form", ["flash", "internvl", "hf", "megatron"])
-def test_sums_are_those_of_the_size(size: str, form: str, folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sums_are_those_of_the_size(
+    size: str, form: str, folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["checkpoint", "inspect", str(folder(size, form)), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     counts = get_model_config(size).parameter_counts()
@@ -97,18 +110,28 @@ def test_sums_are_those_of_the_size(size: str, form: str, folder: Folder, capsys
     expected["weights"] = sum(expected.values())
     parts = [shown["modules"].pop(name) for name in set(shown["modules"]) - set(expected)]
     assert {name: each["parameters"] for name, each in shown["modules"].items()} == expected
-    assert sum(each["parameters"] for each in parts) == expected["language_model"]  # its parts are apart and whole
+    assert (
+        sum(each["parameters"] for each in parts) == expected["language_model"]
+    )  # its parts are apart and whole
     assert all(each["bytes"] == 4 * each["parameters"] for each in shown["modules"].values())
     assert all(each["dtypes"] == ["float32"] for each in shown["modules"].values())
     if form == "megatron":
-        assert (shown["stage"], shown["iteration"], shown["has_optimizer"]) == ("converted", "0", "False")
+        assert (shown["stage"], shown["iteration"], shown["has_optimizer"]) == (
+            "converted",
+            "0",
+            "False",
+        )
     else:
         assert shown["layout"] == form
 
 
-def test_text_is_for_people_and_for_scripts(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_is_for_people_and_for_scripts(
+    folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = folder("toy-moe", "megatron")
-    assert main(["checkpoint", str(path)]) == 0  # `inspect` may be left out: examples/vico_241b.sh reads this
+    assert (
+        main(["checkpoint", str(path)]) == 0
+    )  # `inspect` may be left out: examples/vico_241b.sh reads this
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("iter_0000000")
     assert "  iteration: 0" in lines
@@ -122,7 +145,9 @@ def test_tensors_are_listed_and_chosen(folder: Folder, capsys: pytest.CaptureFix
     words = ["checkpoint", "inspect", "--tensors", "--match", "layers.1.*gate_proj"]
     assert main([*words, str(folder("toy-6b", "hf"))]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "gate_proj" in line]
-    assert rows == [["language_model.model.layers.1.mlp.gate_proj.weight", "float32", "96x48", "18,432"]]
+    assert rows == [
+        ["language_model.model.layers.1.mlp.gate_proj.weight", "float32", "96x48", "18,432"]
+    ]
     assert main([*words, "--json", str(folder("toy-moe", "hf"))]) == 0
     tensors = json.loads(capsys.readouterr().out)["tensors"]
     assert [each["name"].split(".")[-3] for each in tensors] == ["0", "1", "2", "3"]
@@ -133,7 +158,9 @@ def test_tensors_are_listed_and_chosen(folder: Folder, capsys: pytest.CaptureFix
         main(["checkpoint", "inspect", "--match", "mlp1", str(folder("toy-6b", "hf"))])
 
 
-def test_a_changed_number_is_measured(folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_number_is_measured(
+    folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = "language_model.gpt.decoder.layers.1.self_attention.linear_qkv.weight"
 
     def edit(tensors: dict[str, Tensor]) -> None:
@@ -143,11 +170,18 @@ def test_a_changed_number_is_measured(folder: Folder, tmp_path: Path, capsys: py
     (found,) = compared(folder("toy-6b", "internvl"), other).differences
     assert (found.name, found.kind) == (name, "values differ")
     fused = open_checkpoint(folder("toy-6b", "internvl")).weights[name].read()
-    assert found.max_difference == pytest.approx(0.5, rel=1e-6)  # measured 3e-8: the sum is rounded to float32
-    assert found.relative_norm == pytest.approx(0.5 / fused.double().norm().item(), rel=1e-6)  # measured 3e-8
+    assert found.max_difference == pytest.approx(
+        0.5, rel=1e-6
+    )  # measured 3e-8: the sum is rounded to float32
+    assert found.relative_norm == pytest.approx(
+        0.5 / fused.double().norm().item(), rel=1e-6
+    )  # measured 3e-8
     words = ["checkpoint", "inspect", str(folder("toy-6b", "megatron")), "--diff", str(other)]
     assert main([*words, "--match", "layers.1."]) == 1
-    assert f"values differ: 1 tensors\n  tensor{' ' * (len(name) - 6)}  max difference" in capsys.readouterr().out
+    assert (
+        f"values differ: 1 tensors\n  tensor{' ' * (len(name) - 6)}  max difference"
+        in capsys.readouterr().out
+    )
     assert main([*words, "--match", "layers.0."]) == 0
     assert main([*words, "--match", "no such"]) == 2
     capsys.readouterr()
@@ -162,7 +196,9 @@ def test_every_kind_of_difference(folder: Folder, tmp_path: Path) -> None:
 
     def edit(tensors: dict[str, Tensor]) -> None:
         tensors["mlp2.1.weight"] = tensors["mlp2.1.weight"].bfloat16()
-        tensors[layer + "mlp.down_proj.weight"] = tensors[layer + "mlp.down_proj.weight"][:, 1:].contiguous()
+        tensors[layer + "mlp.down_proj.weight"] = tensors[layer + "mlp.down_proj.weight"][
+            :, 1:
+        ].contiguous()
         tensors[layer + "input_layernorm.weight"][0] = torch.nan
         tensors["mlp1.0.bias"].zero_()
         tensors["extra.weight"] = torch.ones(())
@@ -184,7 +220,9 @@ def test_every_kind_of_difference(folder: Folder, tmp_path: Path) -> None:
     }
     rounded = found["encoder.connector_16x.linear_1.weight"]
     assert rounded.relative_norm is not None
-    assert 0 < rounded.relative_norm < 2**-8  # half a unit of bfloat16's last place; measured 0.0017
+    assert (
+        0 < rounded.relative_norm < 2**-8
+    )  # half a unit of bfloat16's last place; measured 0.0017
     assert rounded.first == "float32 [96, 640]"
     assert rounded.second == "bfloat16 [96, 640]"
     assert found["encoder.connector_4x.norm.bias"].relative_norm == 1.0
@@ -192,24 +230,44 @@ def test_every_kind_of_difference(folder: Folder, tmp_path: Path) -> None:
     problems = "\n".join(open_checkpoint(other).problems)
     assert f"missing: {layer}mlp.up_proj.weight" in problems
     assert "unknown to the mapping table: extra.weight" in problems
-    assert f"misshapen: {layer}mlp.down_proj.weight has shape (48, 95), expected (48, 96)" in problems
+    assert (
+        f"misshapen: {layer}mlp.down_proj.weight has shape (48, 95), expected (48, 96)" in problems
+    )
     # A NaN is equal to the same NaN, and 0 to 0.
     assert compared(other, other).differences == ()
     zero = {each.name: each for each in compared(other, folder("toy-6b", "flash")).differences}
     assert str(zero["encoder.connector_4x.norm.bias"].relative_norm) == "inf"
-    assert main(["checkpoint", "inspect", str(other), "--diff", str(folder("toy-6b", "flash")), "--json"]) == 1
-
-
-def test_shapes_of_two_sizes(folder: Folder) -> None:
-    kinds = {each.name: each.kind for each in compared(folder("toy-moe", "hf"), folder("odd", "megatron")).differences}
-    assert kinds["language_model.gpt.decoder.layers.2.mlp.router.weight"] == "shape differs"
-    assert kinds["language_model.gpt.decoder.layers.2.mlp.experts.local_experts.3.linear_fc1.weight"] == (
-        "only in the first"
+    assert (
+        main(
+            [
+                "checkpoint",
+                "inspect",
+                str(other),
+                "--diff",
+                str(folder("toy-6b", "flash")),
+                "--json",
+            ]
+        )
+        == 1
     )
 
 
+def test_shapes_of_two_sizes(folder: Folder) -> None:
+    kinds = {
+        each.name: each.kind
+        for each in compared(folder("toy-moe", "hf"), folder("odd", "megatron")).differences
+    }
+    assert kinds["language_model.gpt.decoder.layers.2.mlp.router.weight"] == "shape differs"
+    assert kinds[
+        "language_model.gpt.decoder.layers.2.mlp.experts.local_experts.3.linear_fc1.weight"
+    ] == ("only in the first")
+
+
 def test_one_pair_of_tensors_is_in_memory_at_a_time(folder: Folder) -> None:
-    first, second = open_checkpoint(folder("toy-moe", "flash")), open_checkpoint(folder("toy-moe", "megatron"))
+    first, second = (
+        open_checkpoint(folder("toy-moe", "flash")),
+        open_checkpoint(folder("toy-moe", "megatron")),
+    )
     alive, most = 0, 0
 
     def counted(read: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -228,7 +286,10 @@ def test_one_pair_of_tensors_is_in_memory_at_a_time(folder: Folder) -> None:
         alive -= 1
 
     spied = [
-        replace(each, weights={name: replace(w, read=counted(w.read)) for name, w in each.weights.items()})
+        replace(
+            each,
+            weights={name: replace(w, read=counted(w.read)) for name, w in each.weights.items()},
+        )
         for each in (first, second)
     ]
     assert compare(*spied).differences == ()
@@ -257,15 +318,21 @@ def test_a_file_of_a_run_that_is_cut_short(folder: Folder, tmp_path: Path) -> No
     file = next(run.glob("iter_*/*.distcp"))
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match=r"iter_0000000: \S+\.distcp cut short; copy the folder again"):
+    with pytest.raises(
+        CheckpointError, match=r"iter_0000000: \S+\.distcp cut short; copy the folder again"
+    ):
         open_checkpoint(run)
     file.unlink()
-    with pytest.raises(CheckpointError, match=r"iter_0000000 lacks \S+\.distcp, which its \.metadata names"):
+    with pytest.raises(
+        CheckpointError, match=r"iter_0000000 lacks \S+\.distcp, which its \.metadata names"
+    ):
         open_checkpoint(run)
     file.write_bytes(whole)
     opened = open_checkpoint(run)
     file.write_bytes(whole[: len(whole) // 2])  # while it is read
-    with pytest.raises(CheckpointError, match=r"could not read \S+ from .*iter_0000000: .*copy the folder again"):
+    with pytest.raises(
+        CheckpointError, match=r"could not read \S+ from .*iter_0000000: .*copy the folder again"
+    ):
         compare(open_checkpoint(folder("toy-6b", "hf")), opened)
     (run / "iter_0000000/.metadata").write_bytes(b"no pickle")
     with pytest.raises(CheckpointError, match="is not a readable checkpoint"):

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from megatron_vico.checkpoint.convert import canonical_state
-from megatron_vico.checkpoint.internvl_mapping import LAYOUTS, Layout, canonical_name, entries, table
+from megatron_vico.checkpoint.internvl_mapping import (
+    LAYOUTS,
+    Layout,
+    canonical_name,
+    entries,
+    table,
+)
 from megatron_vico.models.registry import MODELS, get_model_config
 from tests.toy_models import make_encoder, make_language_model
 
@@ -15,7 +21,8 @@ VIT_REMOTE = """
 vision_model.embeddings.class_embedding vision_model.embeddings.position_embedding
 vision_model.embeddings.patch_embedding.{weight,bias}
 vision_model.encoder.layers.N.attn.qkv.weight vision_model.encoder.layers.N.attn.proj.{weight,bias}
-vision_model.encoder.layers.N.mlp.fc1.{weight,bias} vision_model.encoder.layers.N.mlp.fc2.{weight,bias}
+vision_model.encoder.layers.N.mlp.fc1.{weight,bias}
+vision_model.encoder.layers.N.mlp.fc2.{weight,bias}
 vision_model.encoder.layers.N.norm1.weight vision_model.encoder.layers.N.norm2.weight
 vision_model.encoder.layers.N.ls1 vision_model.encoder.layers.N.ls2
 mlp1.0.{weight,bias} mlp1.1.{weight,bias} mlp1.3.{weight,bias}
@@ -30,8 +37,10 @@ vision_tower.embeddings.cls_token vision_tower.embeddings.position_embeddings
 vision_tower.embeddings.patch_embeddings.projection.{weight,bias}
 vision_tower.encoder.layer.N.attention.{q_proj,k_proj,v_proj}.weight
 vision_tower.encoder.layer.N.attention.projection_layer.{weight,bias}
-vision_tower.encoder.layer.N.mlp.fc1.{weight,bias} vision_tower.encoder.layer.N.mlp.fc2.{weight,bias}
-vision_tower.encoder.layer.N.layernorm_before.weight vision_tower.encoder.layer.N.layernorm_after.weight
+vision_tower.encoder.layer.N.mlp.fc1.{weight,bias}
+vision_tower.encoder.layer.N.mlp.fc2.{weight,bias}
+vision_tower.encoder.layer.N.layernorm_before.weight
+vision_tower.encoder.layer.N.layernorm_after.weight
 vision_tower.encoder.layer.N.lambda_1 vision_tower.encoder.layer.N.lambda_2
 multi_modal_projector.layer_norm.{weight,bias}
 multi_modal_projector.linear_1.{weight,bias} multi_modal_projector.linear_2.{weight,bias}
@@ -46,11 +55,14 @@ mlp2.0.{weight,bias} mlp2.1.{weight,bias} mlp2.4.{weight,bias} mlp2.7.{weight,bi
 pooling_before_gating.query_token
 pooling_before_gating.{attn1,attn2,attn3,attn4}.{in_proj_weight,in_proj_bias,out_proj.weight,out_proj.bias}
 pooling_before_gating.{norm1,norm2,norm3,norm4}.{weight,bias}
-gating.{block1,block2,block3,block4}.0.{weight,bias} gating.{block1,block2,block3,block4}.3.{weight,bias}
-gating.{block1,block2,block3,block4}.5.{weight,bias} gating.gate.0.{weight,bias} gating.gate.1.{weight,bias}
+gating.{block1,block2,block3,block4}.0.{weight,bias}
+gating.{block1,block2,block3,block4}.3.{weight,bias}
+gating.{block1,block2,block3,block4}.5.{weight,bias} gating.gate.0.{weight,bias}
+gating.gate.1.{weight,bias}
 """
 LANGUAGE = """
-language_model.model.embed_tokens.weight language_model.model.norm.weight language_model.lm_head.weight
+language_model.model.embed_tokens.weight language_model.model.norm.weight
+language_model.lm_head.weight
 language_model.model.layers.N.{input_layernorm,post_attention_layernorm}.weight
 language_model.model.layers.N.self_attn.{q_proj,k_proj,v_proj,o_proj,q_norm,k_norm}.weight
 """
@@ -84,11 +96,15 @@ def test_file_names_are_the_published_ones(name: str, layout: Layout) -> None:
     expected += FLASH if layout == "flash" else ""
     names = [name for row in entries(model, layout=layout) for name in row.files]
     assert len(names) == len(set(names))
-    assert {re.sub(r"(layers?|experts)\.\d+\.", r"\1.N.", name) for name in names} == expand(expected)
+    assert {re.sub(r"(layers?|experts)\.\d+\.", r"\1.N.", name) for name in names} == expand(
+        expected
+    )
 
 
 @pytest.mark.parametrize("name", ["toy", "toy-6b", "toy-moe"])
-def test_megatron_names_and_shapes_are_those_of_the_modules(name: str, single_process_groups: None) -> None:
+def test_megatron_names_and_shapes_are_those_of_the_modules(
+    name: str, single_process_groups: None
+) -> None:
     model = get_model_config(name)
     modules = {"encoder": make_encoder(model), "language_model": make_language_model(model)}
     found = {name: tuple(tensor.shape) for name, tensor in canonical_state(modules).items()}
@@ -96,7 +112,10 @@ def test_megatron_names_and_shapes_are_those_of_the_modules(name: str, single_pr
 
 
 def test_vocabulary_is_padded_on_the_megatron_side_only() -> None:
-    rows = {row.megatron: row for row in entries(get_model_config("toy"), layout="hf", padded_vocab_size=640)}
+    rows = {
+        row.megatron: row
+        for row in entries(get_model_config("toy"), layout="hf", padded_vocab_size=640)
+    }
     row = rows["language_model.gpt.output_layer.weight"]
     assert row.shape == (640, 128)
     assert row.kind.to_hf(torch.empty(row.shape, device="meta"))[0].shape == (512, 128)
@@ -111,8 +130,14 @@ def test_every_row_has_a_place_in_the_flash_layout() -> None:
     [
         ("layers.3.self_attention.linear_qkv.layer_norm_weight", "layers.3.input_layernorm.weight"),
         ("layers.3.mlp.linear_fc1.layer_norm_weight", "layers.3.pre_mlp_layernorm.weight"),
-        ("layers.3.mlp.experts.linear_fc1.weight17", "layers.3.mlp.experts.local_experts.17.linear_fc1.weight"),
-        ("layers.3.mlp.experts.linear_fc2.weight0", "layers.3.mlp.experts.local_experts.0.linear_fc2.weight"),
+        (
+            "layers.3.mlp.experts.linear_fc1.weight17",
+            "layers.3.mlp.experts.local_experts.17.linear_fc1.weight",
+        ),
+        (
+            "layers.3.mlp.experts.linear_fc2.weight0",
+            "layers.3.mlp.experts.local_experts.0.linear_fc2.weight",
+        ),
         ("layers.3.self_attention.linear_qkv.weight", "layers.3.self_attention.linear_qkv.weight"),
         ("layers.3.pre_mlp_layernorm.weight", "layers.3.pre_mlp_layernorm.weight"),
         ("layers.3.mlp.linear_fc1._extra_state", None),

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_vico.checkpoint.mappings import DIRECT, GatedMLP, JoinedQKV, Mapping, PaddedVocabulary, SplitQKV
+from megatron_vico.checkpoint.mappings import (
+    DIRECT,
+    GatedMLP,
+    JoinedQKV,
+    Mapping,
+    PaddedVocabulary,
+    SplitQKV,
+)
 
 
 def numbered(*shape: int) -> Tensor:
@@ -12,7 +19,9 @@ def numbered(*shape: int) -> Tensor:
     return torch.arange(torch.Size(shape).numel()).view(shape)
 
 
-def naive_fused(q: Tensor, k: Tensor, v: Tensor, *, num_heads: int, num_groups: int, head_dim: int) -> Tensor:
+def naive_fused(
+    q: Tensor, k: Tensor, v: Tensor, *, num_heads: int, num_groups: int, head_dim: int
+) -> Tensor:
     """Megatron's linear_qkv: for each group its query heads, its key head, its value head."""
     rows = []
     for group in range(num_groups):

@@ -1,7 +1,9 @@
-"""Every real size in every layout: all file tensors and their shapes, against modules and published figures.
+"""Every real size in every layout: all file tensors and their shapes, against modules and published
+figures.
 
-Nothing here has memory: modules and file tensors are on the meta device. What is expected is written down anew from the
-published configurations, formulas and key lists rather than taken from the registry or the mapping table.
+Nothing here has memory: modules and file tensors are on the meta device. What is expected is
+written down anew from the published configurations, formulas and key lists rather than taken from
+the registry or the mapping table.
 """
 
 import math
@@ -23,7 +25,8 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Language:
-    """A row of the published table of language models; the vocabulary is 151,936 and a head 128 wide in all."""
+    """A row of the published table of language models; the vocabulary is 151,936 and a head 128
+    wide in all."""
 
     h: int
     num_layers: int
@@ -75,21 +78,29 @@ VIT_300M, VIT_6B, ROUTER_300M, ROUTER_6B = 304_012_288, 5_536_496_000, 50_390_01
 # fmt: off
 COUNTS = {
     "internvl3_5-1b": Counts(
-        VIT_300M, 5_253_120, 751_632_384, 1_060_897_792, 39_883_776, ROUTER_300M, 1_151_171_586),
+        VIT_300M, 5_253_120, 751_632_384, 1_060_897_792, 39_883_776,
+        ROUTER_300M, 1_151_171_586),
     "internvl3_5-2b": Counts(
-        VIT_300M, 12_595_200, 2_031_739_904, 2_348_347_392, 92_317_696, ROUTER_300M, 2_491_055_106),
+        VIT_300M, 12_595_200, 2_031_739_904, 2_348_347_392, 92_317_696,
+        ROUTER_300M, 2_491_055_106),
     "internvl3_5-4b": Counts(
-        VIT_300M, 17_052_672, 4_411_424_256, 4_732_489_216, 123_253_248, ROUTER_300M, 4_906_132_482),
+        VIT_300M, 17_052_672, 4_411_424_256, 4_732_489_216, 123_253_248,
+        ROUTER_300M, 4_906_132_482),
     "internvl3_5-8b": Counts(
-        VIT_300M, 33_570_816, 8_190_735_360, 8_528_318_464, 234_934_272, ROUTER_300M, 8_813_642_754),
+        VIT_300M, 33_570_816, 8_190_735_360, 8_528_318_464, 234_934_272,
+        ROUTER_300M, 8_813_642_754),
     "internvl3_5-14b": Counts(
-        VIT_300M, 47_204_352, 14_768_307_200, 15_119_523_840, 325_116_928, ROUTER_300M, 15_495_030_786),
+        VIT_300M, 47_204_352, 14_768_307_200, 15_119_523_840, 325_116_928,
+        ROUTER_300M, 15_495_030_786),
     "internvl3_5-38b": Counts(
-        VIT_6B, 91_786_240, 32_762_123_264, 38_390_405_504, 681_702_400, ROUTER_6B, 39_563_810_306),
+        VIT_6B, 91_786_240, 32_762_123_264, 38_390_405_504, 681_702_400,
+        ROUTER_6B, 39_563_810_306),
     "internvl3_5-30b-a3b": Counts(
-        VIT_300M, 12_595_200, 30_532_122_624, 30_848_730_112, 92_317_696, ROUTER_300M, 30_991_437_826),
+        VIT_300M, 12_595_200, 30_532_122_624, 30_848_730_112, 92_317_696,
+        ROUTER_300M, 30_991_437_826),
     "internvl3_5-241b-a28b": Counts(
-        VIT_6B, 69_239_808, 235_093_634_560, 240_699_370_368, 520_216_576, ROUTER_6B, 241_711_289_346),
+        VIT_6B, 69_239_808, 235_093_634_560, 240_699_370_368, 520_216_576,
+        ROUTER_6B, 241_711_289_346),
 }
 # fmt: on
 
@@ -205,10 +216,15 @@ def published(name: str, layout: Layout) -> dict[str, Shape]:
     """File tensors of a released checkpoint."""
     tower, model = SIZES[name]
     if layout == "hf":
-        names = tuple(f"multi_modal_projector.{part}" for part in ("layer_norm", "linear_1", "linear_2"))
+        names = tuple(
+            f"multi_modal_projector.{part}" for part in ("layer_norm", "linear_1", "linear_2")
+        )
         files = [*native_vision(tower), *connector_4x(tower.d, model.h, names)]  # type: ignore[arg-type]
     else:
-        files = [*remote_vision(tower), *connector_4x(tower.d, model.h, ("mlp1.0", "mlp1.1", "mlp1.3"))]
+        files = [
+            *remote_vision(tower),
+            *connector_4x(tower.d, model.h, ("mlp1.0", "mlp1.1", "mlp1.3")),
+        ]
     files += language_model(model)
     files += flash(tower.d, model.h) if layout == "flash" else []
     assert len(dict(files)) == len(files)
@@ -217,14 +233,17 @@ def published(name: str, layout: Layout) -> dict[str, Shape]:
 
 @cache
 def modules_of(name: str) -> dict[str, Tensor]:
-    """Meta tensors of a size's modules under the table's names; one size after the other, so building is done once."""
+    """Meta tensors of a size's modules under the table's names; one size after the other, so
+    building is done once."""
     encoder, language = build_without_memory(get_model_config(name))
     return canonical_state({"encoder": encoder, "language_model": language})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", SIZES)
-def test_keys_and_shapes_of_both_directions(name: str, layout: Layout, single_process_groups: None) -> None:
+def test_keys_and_shapes_of_both_directions(
+    name: str, layout: Layout, single_process_groups: None
+) -> None:
     modules, expected = modules_of(name), published(name, layout)
     rows = {row.megatron: row for row in entries(get_model_config(name), layout=layout)}
     assert rows.keys() == modules.keys()
@@ -235,7 +254,9 @@ def test_keys_and_shapes_of_both_directions(name: str, layout: Layout, single_pr
             continue
         exported = row.kind.to_hf(modules[key])
         files |= {file: tuple(part.shape) for file, part in zip(row.files, exported, strict=True)}
-        imported = row.kind.to_megatron([torch.empty(expected[file], device="meta") for file in row.files])
+        imported = row.kind.to_megatron(
+            [torch.empty(expected[file], device="meta") for file in row.files]
+        )
         assert imported.shape == modules[key].shape, key
     assert files == expected
 

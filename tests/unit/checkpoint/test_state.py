@@ -1,4 +1,5 @@
-"""Training checkpoints in one process: resume is exact, a bad one is refused, a failed save harms nothing."""
+"""Training checkpoints in one process: resume is exact, a bad one is refused, a failed save harms
+nothing."""
 
 import errno
 import os
@@ -33,8 +34,12 @@ def assert_same(one: Training, other: Training) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["replicated", "sharded"])
-@pytest.mark.parametrize(("size", "dtype"), [("toy-6b", "fp32"), ("toy-moe", "fp32"), ("toy-moe", "bf16")])
-def test_resume_is_exact(size: str, dtype: str, optimizer: str, groups: Groups, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("size", "dtype"), [("toy-6b", "fp32"), ("toy-moe", "fp32"), ("toy-moe", "bf16")]
+)
+def test_resume_is_exact(
+    size: str, dtype: str, optimizer: str, groups: Groups, tmp_path: Path
+) -> None:
     one = make_training(size, groups=groups, seed=1, dtype=dtype, optimizer=optimizer)
     for number in range(2):
         one.step(number)
@@ -63,12 +68,18 @@ def test_without_the_optimizers_state_the_steps_differ(groups: Groups, tmp_path:
     assert_same(one, other)
     one.step(1)
     other.step(1)
-    assert not torch.equal(one.tensors()["encoder.vit.class_token"], other.tensors()["encoder.vit.class_token"])
+    assert not torch.equal(
+        one.tensors()["encoder.vit.class_token"], other.tensors()["encoder.vit.class_token"]
+    )
 
 
 @pytest.mark.parametrize("frozen", ["language_model", "encoder"])
-def test_frozen_modules_are_saved_without_optimizer(frozen: str, groups: Groups, tmp_path: Path) -> None:
-    one, other = (make_training("toy-6b", groups=groups, seed=seed, frozen=frozen) for seed in (1, 2))
+def test_frozen_modules_are_saved_without_optimizer(
+    frozen: str, groups: Groups, tmp_path: Path
+) -> None:
+    one, other = (
+        make_training("toy-6b", groups=groups, seed=seed, frozen=frozen) for seed in (1, 2)
+    )
     one.step(0)
     one.save(tmp_path, 1)
     other.load(tmp_path)
@@ -105,7 +116,10 @@ def test_what_is_in_a_folder(groups: Groups, tmp_path: Path) -> None:
     )
     assert state.read_metadata(tmp_path) == expected
     assert state.weight_dtypes(tmp_path, modules=["encoder"]) == {torch.float32}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000012", "latest_checkpointed_iteration.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "iter_0000012",
+        "latest_checkpointed_iteration.txt",
+    ]
 
 
 def test_a_step_can_be_chosen_and_written_again(groups: Groups, tmp_path: Path) -> None:
@@ -139,12 +153,18 @@ def test_another_optimizer_cannot_resume(groups: Groups, tmp_path: Path) -> None
         other = make_training("toy-6b", groups=groups, seed=1, **kind)
         other.step(0)
         other.save(tmp_path, number)
-        message = "lacks optimizer" if "frozen" in kind else "of a distributed optimizer, this run's is replicated"
+        message = (
+            "lacks optimizer"
+            if "frozen" in kind
+            else "of a distributed optimizer, this run's is replicated"
+        )
         with pytest.raises(CheckpointError, match=message):
             one.load(tmp_path)
 
 
-def test_metadata_from_before_layout_and_optimizer_were_noted(groups: Groups, tmp_path: Path) -> None:
+def test_metadata_from_before_layout_and_optimizer_were_noted(
+    groups: Groups, tmp_path: Path
+) -> None:
     one, other = (make_training("toy-6b", groups=groups, seed=seed) for seed in (1, 2))
     one.step(0)
     path = one.save(tmp_path, 1) / "checkpoint.json"
@@ -187,8 +207,12 @@ def test_tensors_that_do_not_fit_are_listed(groups: Groups, tmp_path: Path) -> N
         modules = make_training(size, groups=groups, seed=1).modules
         with pytest.raises(CheckpointError, match=message):
             state.load_weights(tmp_path, modules=modules, model_size=size)
-    language = {"language_model": make_training("toy", groups=groups, seed=1).modules["language_model"]}
-    with pytest.raises(CheckpointError, match=r"linear_qkv\.layer_norm_weight is \(4, 48\), .* \(3, 128\)"):
+    language = {
+        "language_model": make_training("toy", groups=groups, seed=1).modules["language_model"]
+    }
+    with pytest.raises(
+        CheckpointError, match=r"linear_qkv\.layer_norm_weight is \(4, 48\), .* \(3, 128\)"
+    ):
         state.load_weights(tmp_path, modules=language, model_size="toy")
 
 
@@ -199,7 +223,10 @@ def test_what_is_no_checkpoint(groups: Groups, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a checkpoint folder"):
         one.load(tmp_path)
     folder = one.save(tmp_path, 3)
-    with pytest.raises(CheckpointError, match=r"iter_0000004 is no finished checkpoint; finished here: iter_0000003\."):
+    with pytest.raises(
+        CheckpointError,
+        match=r"iter_0000004 is no finished checkpoint; finished here: iter_0000003\.",
+    ):
         one.load(tmp_path, 4)
     (folder / ".metadata").write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="not a readable checkpoint"):
@@ -245,17 +272,24 @@ def test_full_disk_leaves_the_last_good_checkpoint(
             patch.setattr(filesystem_async.FileSystemWriterAsync, "finish", no_space)
         else:
             patch.setattr(os, "rename", no_space)
-        with pytest.raises(CheckpointError, match=r"iter_0000002: .* GB are free .* last good .*iter_0000001"):
+        with pytest.raises(
+            CheckpointError, match=r"iter_0000002: .* GB are free .* last good .*iter_0000001"
+        ):
             one.save(tmp_path, 2)
     assert state.latest_iteration(tmp_path) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000001", "latest_checkpointed_iteration.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "iter_0000001",
+        "latest_checkpointed_iteration.txt",
+    ]
     assert other.load(tmp_path) == {"iteration": 1}
     assert all(torch.equal(tensor, good[name]) for name, tensor in other.tensors().items())
     one.save(tmp_path, 2)  # the run goes on once there is space
     assert state.latest_iteration(tmp_path) == 2
 
 
-def test_save_that_was_killed_is_no_checkpoint(groups: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_that_was_killed_is_no_checkpoint(
+    groups: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = make_training("toy-6b", groups=groups, seed=1)
     one.save(tmp_path, 1)
 
@@ -274,7 +308,9 @@ def test_save_that_was_killed_is_no_checkpoint(groups: Groups, tmp_path: Path, m
     assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000001", "iter_0000002"]
 
 
-def test_first_save_on_a_full_disk(groups: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_save_on_a_full_disk(
+    groups: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = make_training("toy-6b", groups=groups, seed=1)
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(CheckpointError, match="there is no earlier checkpoint"):

@@ -1,4 +1,5 @@
-"""`vico convert`: flags that do not go together, flags without effect, and a form that the input does not have."""
+"""`vico convert`: flags that do not go together, flags without effect, and a form that the input
+does not have."""
 
 from pathlib import Path
 
@@ -34,33 +35,79 @@ def flash(tmp_path_factory: pytest.TempPathFactory, single_process_groups: None)
     ("words", "message"),
     [
         ("--from megatron --to hf", "ConfigError: --to hf needs --layout: internvl, hf or flash."),
-        ("--from megatron --to megatron", "ConfigError: --from megatron --to megatron converts nothing"),
-        ("--from hf --to megatron --tensor-model-parallel-size 0", "ConfigError: --tensor-model-parallel-size 0"),
+        (
+            "--from megatron --to megatron",
+            "ConfigError: --from megatron --to megatron converts nothing",
+        ),
+        (
+            "--from hf --to megatron --tensor-model-parallel-size 0",
+            "ConfigError: --tensor-model-parallel-size 0",
+        ),
         ("--from hf --to hf --layout hf --tensor-model-parallel-size 2", "so leave it out"),
         ("--from hf --to megatron --max-dynamic-patch 4", "has no effect on a Megatron checkpoint"),
-        ("--from hf --to megatron --ckpt-step 3", "ConfigError: --ckpt-step 3 has no effect with --from hf"),
+        (
+            "--from hf --to megatron --ckpt-step 3",
+            "ConfigError: --ckpt-step 3 has no effect with --from hf",
+        ),
         ("--from hf --to megatron --max-shard-bytes 0", "ConfigError: --max-shard-bytes 0"),
-        ("--from hf --to hf --layout hf --use-thumbnail", "--use-thumbnail has no effect on the hf layout"),
-        ("--from hf --to hf --layout internvl --flash-absolute-threshold 0.5", "has no effect on the internvl layout"),
-        ("--from hf --to hf --layout flash --flash-relative-threshold 1.5", "threshold 1.5: expected 0 to 1"),
-        ("--from hf --to hf --layout flash --flash-absolute-threshold nan", "threshold nan: expected 0 to 1"),
-        ("--from hf --to hf --layout flash --max-dynamic-patch 0", "--max-dynamic-patch 0: expected 1 or more"),
-        ("--from megatron --to hf --layout hf", "is no megatron checkpoint; if it is one at all, --from hf."),
-        ("--from hf --to megatron --layout internvl", "has the flash layout, expected internvl; give --layout flash"),
+        (
+            "--from hf --to hf --layout hf --use-thumbnail",
+            "--use-thumbnail has no effect on the hf layout",
+        ),
+        (
+            "--from hf --to hf --layout internvl --flash-absolute-threshold 0.5",
+            "has no effect on the internvl layout",
+        ),
+        (
+            "--from hf --to hf --layout flash --flash-relative-threshold 1.5",
+            "threshold 1.5: expected 0 to 1",
+        ),
+        (
+            "--from hf --to hf --layout flash --flash-absolute-threshold nan",
+            "threshold nan: expected 0 to 1",
+        ),
+        (
+            "--from hf --to hf --layout flash --max-dynamic-patch 0",
+            "--max-dynamic-patch 0: expected 1 or more",
+        ),
+        (
+            "--from megatron --to hf --layout hf",
+            "is no megatron checkpoint; if it is one at all, --from hf.",
+        ),
+        (
+            "--from hf --to megatron --layout internvl",
+            "has the flash layout, expected internvl; give --layout flash",
+        ),
     ],
 )
-def test_refusals(words: str, message: str, flash: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals(
+    words: str, message: str, flash: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = ["--input", str(flash), "--output", str(tmp_path / "out")]
     assert main(["convert", *words.split(), *files]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_padding_and_what_the_config_says(flash: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The padding is the only effect of a parallel size; it and the config's fields survive the way back."""
+def test_padding_and_what_the_config_says(
+    flash: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The padding is the only effect of a parallel size; it and the config's fields survive the way
+    back."""
     megatron, back = tmp_path / "megatron", tmp_path / "back"
     sizes = "--tensor-model-parallel-size 8 --pipeline-model-parallel-size 2".split()
-    there = ["convert", "--from", "hf", "--to", "megatron", "--input", str(flash), "--output", str(megatron), *sizes]
+    there = [
+        "convert",
+        "--from",
+        "hf",
+        "--to",
+        "megatron",
+        "--input",
+        str(flash),
+        "--output",
+        str(megatron),
+        *sizes,
+    ]
     assert main([*there, "--verify"]) == 0
     told = capsys.readouterr()
     assert told.out.strip() == str(megatron)
@@ -79,7 +126,17 @@ def test_padding_and_what_the_config_says(flash: Path, tmp_path: Path, capsys: p
 def test_an_input_that_is_not_there_and_one_step_of_a_run(
     flash: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["convert", "--from", "megatron", "--to", "hf", "--layout", "flash", "--output", str(tmp_path / "out")]
+    words = [
+        "convert",
+        "--from",
+        "megatron",
+        "--to",
+        "hf",
+        "--layout",
+        "flash",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert main([*words, "--input", str(tmp_path / "typo")]) == 2
     assert "typo: no such folder" in capsys.readouterr().err
     run = convert(flash, output=tmp_path / "run", layout="megatron")
@@ -87,14 +144,36 @@ def test_an_input_that_is_not_there_and_one_step_of_a_run(
     assert f"name the run's folder, {run}" in capsys.readouterr().err
 
 
-def test_the_step_of_a_run_that_is_asked_for(flash: Path, tmp_path: Path, single_process_groups: None) -> None:
-    run, model = convert(flash, output=tmp_path / "run", layout="megatron"), get_model_config("toy-6b")
-    modules = {"encoder": make_encoder(model, seed=5), "language_model": make_language_model(model, seed=5)}
-    save_checkpoint(run, 5, modules=modules, metadata=CheckpointMetadata(model_size="toy-6b", stage="pretrain"))
-    words = ["convert", "--from", "megatron", "--to", "hf", "--layout", "flash", "--input", str(run)]
+def test_the_step_of_a_run_that_is_asked_for(
+    flash: Path, tmp_path: Path, single_process_groups: None
+) -> None:
+    run, model = (
+        convert(flash, output=tmp_path / "run", layout="megatron"),
+        get_model_config("toy-6b"),
+    )
+    modules = {
+        "encoder": make_encoder(model, seed=5),
+        "language_model": make_language_model(model, seed=5),
+    }
+    save_checkpoint(
+        run, 5, modules=modules, metadata=CheckpointMetadata(model_size="toy-6b", stage="pretrain")
+    )
+    words = [
+        "convert",
+        "--from",
+        "megatron",
+        "--to",
+        "hf",
+        "--layout",
+        "flash",
+        "--input",
+        str(run),
+    ]
     assert main([*words, "--output", str(tmp_path / "first"), "--ckpt-step", "0"]) == 0
     assert main([*words, "--output", str(tmp_path / "latest")]) == 0
-    first, latest = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "latest"))
+    first, latest = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "latest")
+    )
     assert first == (flash / "model.safetensors").read_bytes()
     assert latest != first
 
@@ -102,8 +181,20 @@ def test_the_step_of_a_run_that_is_asked_for(flash: Path, tmp_path: Path, single
 def test_tokenizers_that_are_not_there(
     flash: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A user is told that an export has none; a wrong path is found before the weights are written."""
-    words = ["convert", "--from", "hf", "--to", "hf", "--layout", "flash", "--input", str(flash), "--output"]
+    """A user is told that an export has none; a wrong path is found before the weights are
+    written."""
+    words = [
+        "convert",
+        "--from",
+        "hf",
+        "--to",
+        "hf",
+        "--layout",
+        "flash",
+        "--input",
+        str(flash),
+        "--output",
+    ]
     assert main([*words, str(tmp_path / "out")]) == 0
     assert "note: no tokenizer came with the input" in capsys.readouterr().err
     monkeypatch.setattr(hf_io, "write_shard", None)

@@ -17,7 +17,9 @@ def test_a_missing_requirement_is_said_and_is_status_1(
     assert "missing: webdataset; run `make venv`" in capsys.readouterr().out
 
 
-def find_apex(monkeypatch: pytest.MonkeyPatch, folder: Path, *, has_kernels: bool) -> doctor.Finding:
+def find_apex(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, *, has_kernels: bool
+) -> doctor.Finding:
     def find_spec(name: str) -> importlib.machinery.ModuleSpec | None:
         if name == "apex":
             spec = importlib.machinery.ModuleSpec("apex", None, is_package=True)
@@ -29,7 +31,9 @@ def find_apex(monkeypatch: pytest.MonkeyPatch, folder: Path, *, has_kernels: boo
     return doctor._apex()
 
 
-def test_the_other_package_named_apex_is_not_taken_for_nvidias(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_other_package_named_apex_is_not_taken_for_nvidias(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     found = find_apex(monkeypatch, tmp_path, has_kernels=False)
     assert (found.state, "another package of that name" in found.note) == ("absent", True)
 
@@ -44,4 +48,7 @@ def test_an_accelerator_that_cannot_be_imported_is_absent(monkeypatch: pytest.Mo
     monkeypatch.setattr(doctor, "_version", lambda name: "2.0")
     found = doctor._accelerator("flash-attn", module="no_such_module_here", fallback="torch")
     assert found.state == "absent"
-    assert "cannot be imported (No module named 'no_such_module_here'); falls back to torch" in found.note
+    assert (
+        "cannot be imported (No module named 'no_such_module_here'); falls back to torch"
+        in found.note
+    )

@@ -1,4 +1,5 @@
-"""The dispatch: which command is found, what an error looks like, and that nothing heavy is imported for help."""
+"""The dispatch: which command is found, what an error looks like, and that nothing heavy is
+imported for help."""
 
 import importlib
 import os
@@ -35,7 +36,9 @@ def test_each_module_is_a_command() -> None:
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(f"  {name} " in text and command.summary in text for name, command in COMMANDS.items())
+    assert all(
+        f"  {name} " in text and command.summary in text for name, command in COMMANDS.items()
+    )
 
 
 def test_no_command_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,13 +47,24 @@ def test_no_command_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> N
     assert "unknown command 'trian'; did you mean 'train'?" in capsys.readouterr().err
 
 
-def test_a_users_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_users_error_is_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     for words, message in (
-        (["train", "--lrr", "3"], "ConfigError: command line: unknown option --lrr; did you mean '--lr'?"),
-        (["train", "--recipe", "no/such.yaml"], "ConfigError: no/such.yaml: cannot read the recipe"),
+        (
+            ["train", "--lrr", "3"],
+            "ConfigError: command line: unknown option --lrr; did you mean '--lr'?",
+        ),
+        (
+            ["train", "--recipe", "no/such.yaml"],
+            "ConfigError: no/such.yaml: cannot read the recipe",
+        ),
         (["checkpoint", str(tmp_path)], f"CheckpointError: {tmp_path} is no checkpoint"),
         (["generate", "--load", str(tmp_path), "--prompt", "?"], "CheckpointError: "),
-        (["generate", "--load", "x", "--prompt", "?", "--image", "gone.jpg"], "SampleError: gone.jpg: No such file"),
+        (
+            ["generate", "--load", "x", "--prompt", "?", "--image", "gone.jpg"],
+            "SampleError: gone.jpg: No such file",
+        ),
         (["plot", "table", "gone.json"], "ConfigError: gone.json: No such file"),
         (["plot", "loss", "a=gone", "--output", "x.png"], "ConfigError: gone: no such file"),
     ):
@@ -61,7 +75,8 @@ def test_a_users_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize(
-    ("rank", "options", "heard"), [("0", [], True), ("1", [], False), ("1", ["default"], True), (None, [], True)]
+    ("rank", "options", "heard"),
+    [("0", [], True), ("1", [], False), ("1", ["default"], True), (None, [], True)],
 )
 def test_libraries_warn_on_one_rank(
     rank: str | None, options: list[str], heard: bool, monkeypatch: pytest.MonkeyPatch
@@ -84,7 +99,9 @@ def test_module_form_and_light_help() -> None:
         "except SystemExit as stop: assert not stop.code\n"
         "assert 'torch' not in sys.modules and 'megatron' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "usage: vico COMMAND" in done.stdout
 
@@ -95,7 +112,18 @@ def test_doctor_needs_no_megatron() -> None:
         "assert 'megatron.core' not in sys.modules; sys.exit(status)"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
-    for name in ("torch", "megatron-core", "CUDA", "NCCL", "gloo", "transformer-engine", "flash-attn", "apex"):
+    for name in (
+        "torch",
+        "megatron-core",
+        "CUDA",
+        "NCCL",
+        "gloo",
+        "transformer-engine",
+        "flash-attn",
+        "apex",
+    ):
         assert f" {name} " in done.stdout

@@ -16,12 +16,19 @@ from tests.toy_data import write_conversations
 def made(tmp_path_factory):
     """A folder with shards a and b, mixture.json and a tokenizer."""
     root = tmp_path_factory.mktemp("made")
-    tokenizer = train_sentencepiece(["Answer in few words. red"], model_prefix=root / "tok", vocab_size=300)
+    tokenizer = train_sentencepiece(
+        ["Answer in few words. red"], model_prefix=root / "tok", vocab_size=300
+    )
     for name, count in (("a", 8), ("b", 4)):
         written = write_conversations(root / f"data_{name}", num_samples=count)
-        flags = f"--tokenizer-model {tokenizer} --model-size toy --max-dynamic-patch 4 --samples-per-shard 4".split()
+        flags = (
+            f"--tokenizer-model {tokenizer} --model-size toy --max-dynamic-patch 4"
+            " --samples-per-shard 4".split()
+        )
         jsonl = written.rename(written.with_name(f"{name}.jsonl"))
-        assert main(["shards", "make", "--jsonl", str(jsonl), "--out", str(root / name), *flags]) == 0
+        assert (
+            main(["shards", "make", "--jsonl", str(jsonl), "--out", str(root / name), *flags]) == 0
+        )
     mixture = {"version": 1, "folders": [{"path": "a", "repeat": 0.5}, {"path": "b", "repeat": 3}]}
     (root / "mixture.json").write_text(json.dumps(mixture))
     return root
@@ -117,7 +124,9 @@ def test_verify_says_what_is_wrong_by_its_status(made, tmp_path, capsys):
     tar.write_bytes(tar.read_bytes()[:-1024])
     status, shown = run(capsys, "verify", root / "mixture.json", *flags, "--seq-length", 50)
     assert status == 1
-    assert f"{root}/a/shard-000001.tar: 4 samples, a-00000005 .. a-00000008: missing file: " in shown
+    assert (
+        f"{root}/a/shard-000001.tar: 4 samples, a-00000005 .. a-00000008: missing file: " in shown
+    )
     assert f"{tar}: wrong size: " in shown
     table = shown.split("\n\ncause")[1]
     rows = {line[:20].strip(): line[20:].split() for line in table.splitlines()[1:]}

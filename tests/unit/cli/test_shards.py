@@ -12,7 +12,9 @@ from tests.toy_data import write_conversations
 
 def test_make_index_and_inspect(tmp_path, capsys):
     data = write_conversations(tmp_path / "data", num_samples=8)
-    tokenizer = str(train_sentencepiece(["Answer in few words."], model_prefix=tmp_path / "tok", vocab_size=300))
+    tokenizer = str(
+        train_sentencepiece(["Answer in few words."], model_prefix=tmp_path / "tok", vocab_size=300)
+    )
     data.write_text(data.read_text() + "{broken\n")
     flags = ["--tokenizer-model", tokenizer, "--model-size", "toy", "--max-dynamic-patch", "4"]
     out = tmp_path / "shards"
@@ -22,9 +24,22 @@ def test_make_index_and_inspect(tmp_path, capsys):
     assert "8 samples in 1 shards, 1 left out" in made
     assert re.search(r"broken line +1\n", made)
     assert f"{(out / 'shard-000000.tar').stat().st_size} bytes, " in made
-    main(["index", str(out), "--no-use-thumbnail", "--tile-tags", "numbered", "--workers", "1", *flags])
+    main(
+        [
+            "index",
+            str(out),
+            "--no-use-thumbnail",
+            "--tile-tags",
+            "numbered",
+            "--workers",
+            "1",
+            *flags,
+        ]
+    )
     assert "8 samples in 1 shards, 1 left out" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="use_thumbnail was False, now True; tile_tags was 'numbered', now 'none'"):
+    with pytest.raises(
+        ConfigError, match="use_thumbnail was False, now True; tile_tags was 'numbered', now 'none'"
+    ):
         main(["make", "--jsonl", str(data), "--out", str(out), "--max-skipped", "1", *flags])
     main(["inspect", str(out), "--samples", "2"])
     shown = capsys.readouterr().out

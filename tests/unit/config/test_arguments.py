@@ -11,7 +11,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vico.config.arguments import config_kwargs, help_text, load_recipe, own_options, parse, to_yaml
+from megatron_vico.config.arguments import (
+    config_kwargs,
+    help_text,
+    load_recipe,
+    own_options,
+    parse,
+    to_yaml,
+)
 from megatron_vico.config.schema import Overrides, RunConfig
 from megatron_vico.errors import ConfigError
 
@@ -32,11 +39,18 @@ def test_command_line_wins_over_recipe_wins_over_default(tmp_path: Path) -> None
 
 
 def test_every_kind_of_flag() -> None:
-    words = "--data-path a b --train-modules vit connector_16x --no-use-thumbnail --bf16 --max-samples-per-pack 3"
+    words = (
+        "--data-path a b --train-modules vit connector_16x --no-use-thumbnail --bf16"
+        " --max-samples-per-pack 3"
+    )
     config = parse([*words.split(), "--lr=1e-5", "--lr-mult", "vit=0.1"])
     assert config.data.data_path == ("a", "b")
     assert config.stage.train_modules == ("vit", "connector_16x")
-    assert (config.data.use_thumbnail, config.training.bf16, config.data.max_samples_per_pack) == (False, True, 3)
+    assert (config.data.use_thumbnail, config.training.bf16, config.data.max_samples_per_pack) == (
+        False,
+        True,
+        3,
+    )
     assert (config.optimizer.lr, config.stage.lr_mult) == (1e-5, ("vit=0.1",))
 
 
@@ -61,7 +75,10 @@ def test_yaml_reads_an_exponent_without_a_dot_as_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lr_decai_style: cosine", "unknown option --lr-decai-style; did you mean '--lr-decay-style'?"),
+        (
+            "lr_decai_style: cosine",
+            "unknown option --lr-decai-style; did you mean '--lr-decay-style'?",
+        ),
         ("num_experts: 8", "--num-experts is refused: fixed by --model-size"),
         ("micro_batch_size: 1", "--micro-batch-size is refused: a microbatch is one pack"),
         ("seed: 1.5", "--seed is 1.5, expected a whole number"),
@@ -111,8 +128,8 @@ def test_options_without_a_section_are_passed_on_in_megatrons_types() -> None:
     from megatron.core.transformer.enums import AttnBackend
 
     config = parse(
-        "--attention-backend fused --offload-modules core_attn attn_proj --exp-avg-dtype bf16 --no-rope-fusion "
-        "--fp8-param-gather --ddp-bucket-size 1000 --cp-comm-type a2a".split()
+        "--attention-backend fused --offload-modules core_attn attn_proj --exp-avg-dtype bf16"
+        " --no-rope-fusion --fp8-param-gather --ddp-bucket-size 1000 --cp-comm-type a2a".split()
     )
     assert config_kwargs(config.transformer_overrides, TransformerConfig) == {
         "attention_backend": AttnBackend.fused,
@@ -121,7 +138,9 @@ def test_options_without_a_section_are_passed_on_in_megatrons_types() -> None:
         "fp8_param": True,
         "offload_modules": ["core_attn", "attn_proj"],
     }
-    assert config_kwargs(config.optimizer_overrides, OptimizerConfig) == {"exp_avg_dtype": torch.bfloat16}
+    assert config_kwargs(config.optimizer_overrides, OptimizerConfig) == {
+        "exp_avg_dtype": torch.bfloat16
+    }
     ddp = config_kwargs(config.ddp_overrides, DistributedDataParallelConfig)
     assert ddp == {"bucket_size": 1000, "fp8_param_gather": True}
     DistributedDataParallelConfig(**ddp)
@@ -139,8 +158,8 @@ def test_overrides_are_immutable_and_travel_between_processes() -> None:
 
 def test_resolved_yaml_is_complete_and_gives_the_same_run(tmp_path: Path) -> None:
     config = parse(
-        "--data-path a b --lr 3e-6 --train-modules vit --no-rope-fusion --fp8-param-gather --offload-modules moe_act "
-        "--save x:y --exp-avg-dtype bf16 --max-dynamic-patch 6".split()
+        "--data-path a b --lr 3e-6 --train-modules vit --no-rope-fusion --fp8-param-gather"
+        " --offload-modules moe_act --save x:y --exp-avg-dtype bf16 --max-dynamic-patch 6".split()
     )
     text = to_yaml(config)
     assert own_options().keys() <= yaml.safe_load(text).keys()
@@ -151,7 +170,9 @@ def test_resolved_yaml_is_complete_and_gives_the_same_run(tmp_path: Path) -> Non
 @given(
     lr=st.floats(1e-12, 1.0),
     seed=st.integers(0, 2**62),
-    paths=st.lists(st.text(st.characters(categories=["L", "N", "P", "Zs"]), min_size=1, max_size=9), max_size=3),
+    paths=st.lists(
+        st.text(st.characters(categories=["L", "N", "P", "Zs"]), min_size=1, max_size=9), max_size=3
+    ),
 )
 def test_any_value_survives_the_round_trip(
     tmp_path_factory: pytest.TempPathFactory, lr: float, seed: int, paths: list[str]
@@ -159,7 +180,11 @@ def test_any_value_survives_the_round_trip(
     file = tmp_path_factory.getbasetemp() / "any.yaml"
     file.write_text(yaml.safe_dump({"lr": lr, "seed": seed, "data_path": paths}), encoding="utf-8")
     config = parse(["--recipe", str(file)])
-    assert (config.optimizer.lr, config.training.seed, config.data.data_path) == (lr, seed, tuple(paths))
+    assert (config.optimizer.lr, config.training.seed, config.data.data_path) == (
+        lr,
+        seed,
+        tuple(paths),
+    )
     file.write_text(to_yaml(config), encoding="utf-8")
     assert parse(["--recipe", str(file)]) == config
 
@@ -183,4 +208,9 @@ def test_our_own_options_need_no_megatron(tmp_path: Path) -> None:
         f"to_yaml(parse(['--recipe', {file!r}, '--seed', '3'])); "
         "sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[3]).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[3]
+        ).returncode
+        == 0
+    )

@@ -11,7 +11,8 @@ from megatron_vico.config import arguments, megatron_flags
 from megatron_vico.config.options import Option
 from megatron_vico.errors import ConfigError
 
-# Upstream takes a list, one value a layer or a loss; ours take the one value that all of them share.
+# Upstream takes a list, one value a layer or a loss; ours take the one value that all of them
+# share.
 SAME_FIELD_OTHER_FORM = {"cp_comm_type", "moe_router_load_balancing_type"}
 
 
@@ -33,7 +34,8 @@ def upstream_flags(upstream: argparse.ArgumentParser) -> dict[str, argparse.Acti
 
 
 def taken(flag: str) -> Option | None:
-    """The option that takes a flag: of that name, or a boolean that this is the --no- or --disable- form of."""
+    """The option that takes a flag: of that name, or a boolean that this is the --no- or --disable-
+    form of."""
     name = flag.removeprefix("--").replace("-", "_")
     known = arguments.all_options()
     bare = name.removeprefix("no_").removeprefix("disable_")
@@ -42,7 +44,9 @@ def taken(flag: str) -> Option | None:
     return known[bare] if bare in known and known[bare].kind is bool else None
 
 
-def test_each_upstream_flag_is_taken_or_refused_with_a_reason(upstream_flags: dict[str, argparse.Action]) -> None:
+def test_each_upstream_flag_is_taken_or_refused_with_a_reason(
+    upstream_flags: dict[str, argparse.Action],
+) -> None:
     assert len(upstream_flags) > 700  # the oracle is there
     neither = [
         flag
@@ -52,7 +56,9 @@ def test_each_upstream_flag_is_taken_or_refused_with_a_reason(upstream_flags: di
     assert neither == []
 
 
-def test_each_refused_flag_says_why_on_the_command_line(upstream_flags: dict[str, argparse.Action]) -> None:
+def test_each_refused_flag_says_why_on_the_command_line(
+    upstream_flags: dict[str, argparse.Action],
+) -> None:
     for flag in upstream_flags:
         if taken(flag) is None:
             with pytest.raises(ConfigError, match=f"command line: {flag} is refused: .{{10,}}"):
@@ -62,18 +68,30 @@ def test_each_refused_flag_says_why_on_the_command_line(upstream_flags: dict[str
 def test_no_row_of_the_table_is_dead(upstream_flags: dict[str, argparse.Action]) -> None:
     names = {flag[2:].replace("-", "_") for flag in upstream_flags} | set(megatron_fields())
     names |= {name.removeprefix("no_").removeprefix("disable_") for name in names}
-    dead = [row for row in megatron_flags.REFUSED if not any(fnmatch.fnmatchcase(name, row) for name in names)]
+    dead = [
+        row
+        for row in megatron_flags.REFUSED
+        if not any(fnmatch.fnmatchcase(name, row) for name in names)
+    ]
     assert dead == []
 
 
 def test_each_field_of_megatron_is_passed_on_refused_or_our_own() -> None:
-    passed = {target[1] for option in megatron_flags.passed_on().values() for target in option.targets}
+    passed = {
+        target[1] for option in megatron_flags.passed_on().values() for target in option.targets
+    }
     own = {target[1] for option in arguments.own_options().values() for target in option.targets}
-    left = [name for name in megatron_fields() if name not in passed | own and megatron_flags.refusal(name) is None]
+    left = [
+        name
+        for name in megatron_fields()
+        if name not in passed | own and megatron_flags.refusal(name) is None
+    ]
     assert left == []
 
 
-def test_renamed_options_are_named_as_upstream_names_them(upstream_flags: dict[str, argparse.Action]) -> None:
+def test_renamed_options_are_named_as_upstream_names_them(
+    upstream_flags: dict[str, argparse.Action],
+) -> None:
     for name in megatron_flags.RENAMED:
         flag = name.replace("_", "-")
         assert f"--{flag}" in upstream_flags or f"--no-{flag}" in upstream_flags, name

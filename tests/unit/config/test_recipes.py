@@ -1,4 +1,5 @@
-"""Every recipe of the released sizes resolves, fits the GPUs it names, and prints a run that is the same again."""
+"""Every recipe of the released sizes resolves, fits the GPUs it names, and prints a run that is the
+same again."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Each check of a run: what it lets through, what it stops, and that the message names a fix that works."""
+"""Each check of a run: what it lets through, what it stops, and that the message names a fix that
+works."""
 
 import re
 from pathlib import Path
@@ -31,13 +32,31 @@ GOOD = [
     (f"{M8} {TP} 2 {PP} 4 {VPP} 3 --context-parallel-size 2", 64),
     (f"{M30} {EP} 8", 8),
     (f"{M30} {TP} 2 --sequence-parallel {EP} 8 --expert-tensor-parallel-size 1", 16),
-    (f"{M241} {TP} 2 {PP} 8 {VPP} 3 --sequence-parallel {EP} 8 --expert-tensor-parallel-size 1 {ACCOUNT}", 128),
-    (f"{M241} {PP} 4 --decoder-first-pipeline-num-layers 23 --decoder-last-pipeline-num-layers 23", 4),
+    (
+        (
+            f"{M241} {TP} 2 {PP} 8 {VPP} 3 --sequence-parallel {EP} 8 --expert-tensor-parallel-size"
+            f" 1 {ACCOUNT}"
+        ),
+        128,
+    ),
+    (
+        (
+            f"{M241} {PP} 4 --decoder-first-pipeline-num-layers 23"
+            " --decoder-last-pipeline-num-layers 23"
+        ),
+        4,
+    ),
     (f"{M241} {PP} 4 --pipeline-model-parallel-layout Et*23|t*24|t*24|t*23L", 4),
     ("--stage consistency --train-modules vit --drop-path-rate 0.1 --lr-mult vit=0.1", 1),
     ("--stage router --router-granularity image --router-percentile 50 --reference-load x", 1),
     ("--recompute-granularity selective --recompute-modules core_attn mlp", 1),
-    (f"{M30} --recompute-granularity selective --recompute-modules moe layernorm --moe-aux-loss-coeff 1e-3", 1),
+    (
+        (
+            f"{M30} --recompute-granularity selective --recompute-modules moe layernorm"
+            " --moe-aux-loss-coeff 1e-3"
+        ),
+        1,
+    ),
     (f"{FULL} 1", 1),
     ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather", 2),
     ("--overlap-grad-reduce", 2),
@@ -50,7 +69,13 @@ GOOD = [
     ("--save x --train-iters 3 --trace-step 3", 1),
     ("--valid-data-path x y --eval-interval 5 --eval-iters 2", 1),
     ("--reference-offload host --kl-chunk-rows 1 --encoder-chunk-tiles 1", 1),
-    ("--stage warmup --reference-offload host --reference-load other --pretrained-checkpoint one", 1),
+    (
+        (
+            "--stage warmup --reference-offload host --reference-load other"
+            " --pretrained-checkpoint one"
+        ),
+        1,
+    ),
     ("--stage router --reference-offload host", 1),
     (f"{M30} --freeze-moe-router", 1),
     (f"{M30} --recompute-granularity selective --recompute-modules moe_act --moe-grouped-gemm", 1),
@@ -60,7 +85,11 @@ GOOD = [
 
 BAD = [
     ("--num-workers 0 --prefetch-steps 4", 1, "--prefetch-steps 4 has no effect without workers"),
-    ("--data-cache-dir x", 1, "--data-cache-dir x and --data-cache-gb None belong together; set both"),
+    (
+        "--data-cache-dir x",
+        1,
+        "--data-cache-dir x and --data-cache-gb None belong together; set both",
+    ),
     (
         "--data-path a --data-cache-dir x --data-cache-gb 1",
         1,
@@ -68,8 +97,16 @@ BAD = [
     ),
     ("--data-retries -1", 1, "--data-retries is -1, expected 0 or more"),
     # Layout against model.
-    ("--model-size internvl3_5-9b", 1, "unknown model size 'internvl3_5-9b'; did you mean 'internvl3_5-"),
-    (f"{M8} {TP} 3", 3, f"{TP} 3 does not divide num_query_groups 8 of internvl3_5-8b; use 1, 2, 4 or 8."),
+    (
+        "--model-size internvl3_5-9b",
+        1,
+        "unknown model size 'internvl3_5-9b'; did you mean 'internvl3_5-",
+    ),
+    (
+        f"{M8} {TP} 3",
+        3,
+        f"{TP} 3 does not divide num_query_groups 8 of internvl3_5-8b; use 1, 2, 4 or 8.",
+    ),
     (
         f"{M30} {TP} 8 --sequence-parallel",
         8,
@@ -79,52 +116,134 @@ BAD = [
     ("--sequence-parallel", 1, f"{TP} is 1; leave it out"),
     (f"{M8} {EP} 2", 2, f"{EP} 2 has no effect: internvl3_5-8b has no experts"),
     (f"{M8} --expert-tensor-parallel-size 1", 1, "--expert-tensor-parallel-size 1 has no effect"),
-    (f"{M8} --moe-aux-loss-coeff 0.1", 1, "--moe-aux-loss-coeff has no effect: internvl3_5-8b has no experts"),
-    (f"{M8} --moe-z-loss-coeff 0.1", 1, "--moe-z-loss-coeff has no effect: internvl3_5-8b has no experts"),
-    (f"{M30} {EP} 3", 3, "does not divide the 128 experts of internvl3_5-30b-a3b; use 1, 2, 4 or 8."),
+    (
+        f"{M8} --moe-aux-loss-coeff 0.1",
+        1,
+        "--moe-aux-loss-coeff has no effect: internvl3_5-8b has no experts",
+    ),
+    (
+        f"{M8} --moe-z-loss-coeff 0.1",
+        1,
+        "--moe-z-loss-coeff has no effect: internvl3_5-8b has no experts",
+    ),
+    (
+        f"{M30} {EP} 3",
+        3,
+        "does not divide the 128 experts of internvl3_5-30b-a3b; use 1, 2, 4 or 8.",
+    ),
     (f"{M30} --expert-tensor-parallel-size 5", 5, "does not divide moe_ffn_hidden_size 768"),
-    (f"{M8} {PP} 5", 5, "the 36 layers of internvl3_5-8b cannot be shared equally by --pipeline-model-parallel-size 5"),
-    (f"{M241} {PP} 8", 8, "or count embedding and loss as layers: --account-for-embedding-in-pipeline-split"),
-    (f"{M8} {PP} 4 {VPP} 2", 4, f"{VPP} 2 does not divide the 9 layers of a pipeline stage; use 1 or 3."),
+    (
+        f"{M8} {PP} 5",
+        5,
+        (
+            "the 36 layers of internvl3_5-8b cannot be shared equally by"
+            " --pipeline-model-parallel-size 5"
+        ),
+    ),
+    (
+        f"{M241} {PP} 8",
+        8,
+        "or count embedding and loss as layers: --account-for-embedding-in-pipeline-split",
+    ),
+    (
+        f"{M8} {PP} 4 {VPP} 2",
+        4,
+        f"{VPP} 2 does not divide the 9 layers of a pipeline stage; use 1 or 3.",
+    ),
     (f"{M8} {VPP} 2", 1, f"{VPP} has no effect: {PP} is 1"),
     (f"{M8} {ACCOUNT}", 1, f"--account-for-embedding-in-pipeline-split has no effect: {PP} is 1"),
-    (f"{M8} {PP} 4 {VPP} 3 --pipeline-model-parallel-layout t*36", 4, "names the layers of every stage"),
+    (
+        f"{M8} {PP} 4 {VPP} 3 --pipeline-model-parallel-layout t*36",
+        4,
+        "names the layers of every stage",
+    ),
     (f"{TP} 0", 1, f"{TP} is 0, expected 1 or more"),
     # Layout against ranks and batch.
     (
         f"{M8} {TP} 4",
         6,
-        "world size 6 is not a multiple of tensor 4 x pipeline 1 x context 1 = 4 ranks; use 4 or 8 ranks",
+        (
+            "world size 6 is not a multiple of tensor 4 x pipeline 1 x context 1 = 4 ranks; use 4"
+            " or 8 ranks"
+        ),
     ),
     (f"{M8} {PP} 4", 2, "use 4 ranks"),
     (f"{M30} {EP} 8", 4, f"world size 4 is not a multiple of {EP} 8"),
-    ("--global-batch-size 250", 16, "--global-batch-size 250 is not a multiple of the data-parallel size 16"),
+    (
+        "--global-batch-size 250",
+        16,
+        "--global-batch-size 250 is not a multiple of the data-parallel size 16",
+    ),
     ("--global-batch-size 250", 16, "use --global-batch-size 240 or 256, or 10 or 25 ranks."),
-    (f"{M8} {PP} 4 {VPP} 3 --global-batch-size 6", 4, "use --global-batch-size 4 or 8, or do without interleaving."),
+    (
+        f"{M8} {PP} 4 {VPP} 3 --global-batch-size 6",
+        4,
+        "use --global-batch-size 4 or 8, or do without interleaving.",
+    ),
     # Stage.
-    ("--stage router --train-modules vit", 1, "--train-modules vit: stage 'router' can train vir only"),
-    ("--stage warmup --train-modules connector_4x", 1, "stage 'warmup' can train connector_16x only"),
-    ("--stage pretrain --train-modules vir", 1, "stage 'pretrain' can train vit, connector_4x, language_model only"),
+    (
+        "--stage router --train-modules vit",
+        1,
+        "--train-modules vit: stage 'router' can train vir only",
+    ),
+    (
+        "--stage warmup --train-modules connector_4x",
+        1,
+        "stage 'warmup' can train connector_16x only",
+    ),
+    (
+        "--stage pretrain --train-modules vir",
+        1,
+        "stage 'pretrain' can train vit, connector_4x, language_model only",
+    ),
     ("--train-modules vit vit", 1, "expected one or more modules, each once"),
     ("--stage router --xi-sampler exact-count", 1, "--xi-sampler has no effect in stage 'router'"),
-    ("--router-window 7", 1, "--router-window has no effect in stage 'consistency' (only in router)"),
+    (
+        "--router-window 7",
+        1,
+        "--router-window has no effect in stage 'consistency' (only in router)",
+    ),
     ("--router-granularity image", 1, "--router-granularity has no effect"),
-    ("--stage pretrain --reference-load x", 1, "--reference-load has no effect in stage 'pretrain'"),
-    ("--drop-path-rate 0.1", 1, "has no effect: the vision tower is frozen; leave it out, or train it"),
-    (f"--stage warmup {M30} --moe-aux-loss-coeff 0.1", 1, "has no effect: the language model is frozen"),
-    ("--router-percentile 101 --stage router", 1, "--router-percentile is 101.0, expected a number in [0, 100]"),
+    (
+        "--stage pretrain --reference-load x",
+        1,
+        "--reference-load has no effect in stage 'pretrain'",
+    ),
+    (
+        "--drop-path-rate 0.1",
+        1,
+        "has no effect: the vision tower is frozen; leave it out, or train it",
+    ),
+    (
+        f"--stage warmup {M30} --moe-aux-loss-coeff 0.1",
+        1,
+        "has no effect: the language model is frozen",
+    ),
+    (
+        "--router-percentile 101 --stage router",
+        1,
+        "--router-percentile is 101.0, expected a number in [0, 100]",
+    ),
     ("--router-eps -1 --stage router", 1, "--router-eps is -1.0"),
     ("--max-skipped-share 1.1", 1, "--max-skipped-share is 1.1, expected a number in [0, 1]"),
     ("--prefetch-steps 0", 1, "--prefetch-steps is 0, expected 1 or more"),
     ("--drop-path-rate 1", 1, "--drop-path-rate is 1.0, expected a number in [0, 1)"),
-    ("--stage pretrain --reference-offload host", 1, "--reference-offload has no effect in stage 'pretrain'"),
+    (
+        "--stage pretrain --reference-offload host",
+        1,
+        "--reference-offload has no effect in stage 'pretrain'",
+    ),
     ("--stage warmup --reference-offload host", 1, "policy and reference share its weights"),
     ("--train-modules vit --reference-offload host", 1, "policy and reference share its weights"),
     ("--kl-chunk-rows 0", 1, "--kl-chunk-rows is 0, expected 1 or more"),
     ("--encoder-chunk-tiles 0", 1, "--encoder-chunk-tiles is 0, expected 1 or more"),
     ("--freeze-moe-router", 1, "--freeze-moe-router has no effect: toy has no experts"),
     (f"{M30} --stage router --freeze-moe-router", 1, "has no effect: the language model is frozen"),
-    ("--stage warmup --overlap-grad-reduce", 2, "--overlap-grad-reduce has no effect: the language model is frozen"),
+    (
+        "--stage warmup --overlap-grad-reduce",
+        2,
+        "--overlap-grad-reduce has no effect: the language model is frozen",
+    ),
     (
         "--stage router --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
         2,
@@ -139,7 +258,11 @@ BAD = [
     ("--lr-mult connector_16x=2 connector_16x=3", 1, "names connector_16x twice"),
     # Data.
     ("--max-tiles-per-pack 12", 1, "less than the 13 tiles of one large image"),
-    (f"{M8} --seq-length 2048", 1, "less than the 3328 visual tokens of one large image (13 tiles of 256)"),
+    (
+        f"{M8} --seq-length 2048",
+        1,
+        "less than the 3328 visual tokens of one large image (13 tiles of 256)",
+    ),
     ("--seq-length 0", 1, "--seq-length is 0, expected 1 or more"),
     ("--eval-interval 5", 1, "--eval-interval 5 has no effect without --valid-data-path"),
     ("--eval-iters 5", 1, "--eval-iters 5 has no effect without --valid-data-path"),
@@ -150,11 +273,27 @@ BAD = [
     ("--recompute-granularity full", 1, "add --recompute-method uniform --recompute-num-layers 1"),
     (f"{M8} {PP} 4 {FULL} 10", 4, "more than the 9 layers of a pipeline stage"),
     ("--recompute-modules mlp", 1, "belongs to --recompute-granularity selective, found None"),
-    ("--recompute-granularity selective --recompute-modules core_atn", 1, "did you mean 'core_attn'?"),
-    (f"{M8} --recompute-granularity selective --recompute-modules moe", 1, "has no effect on internvl3_5-8b; use mlp"),
+    (
+        "--recompute-granularity selective --recompute-modules core_atn",
+        1,
+        "did you mean 'core_attn'?",
+    ),
+    (
+        f"{M8} --recompute-granularity selective --recompute-modules moe",
+        1,
+        "has no effect on internvl3_5-8b; use mlp",
+    ),
     (f"{M30} --recompute-granularity selective --recompute-modules mlp", 1, "use moe"),
-    (f"{M30} --recompute-granularity selective --recompute-modules moe_act", 1, "needs --moe-grouped-gemm"),
-    (f"{M8} {PP} 4 {VPP} 3 {FULL} 4", 4, "more than the 3 layers of a chunk of a pipeline stage (3 chunks a stage)"),
+    (
+        f"{M30} --recompute-granularity selective --recompute-modules moe_act",
+        1,
+        "needs --moe-grouped-gemm",
+    ),
+    (
+        f"{M8} {PP} 4 {VPP} 3 {FULL} 4",
+        4,
+        "more than the 3 layers of a chunk of a pipeline stage (3 chunks a stage)",
+    ),
     (f"--stage router {FULL} 1", 1, "--recompute-granularity has no effect in stage 'router'"),
     # Optimizer and number formats.
     ("--lr 0", 1, "--lr is 0.0, expected more than 0"),
@@ -162,7 +301,11 @@ BAD = [
     ("--min-lr 1", 1, "--min-lr 1.0 is more than --lr 4e-06"),
     ("--lr-warmup-iters 100", 1, "leaves nothing of the 100 steps of decay"),
     ("--overlap-param-gather", 2, "needs --use-distributed-optimizer and --overlap-grad-reduce"),
-    ("--overlap-param-gather --use-distributed-optimizer", 2, "needs --use-distributed-optimizer and --overlap-grad"),
+    (
+        "--overlap-param-gather --use-distributed-optimizer",
+        2,
+        "needs --use-distributed-optimizer and --overlap-grad",
+    ),
     ("--exp-avg-dtype bf16", 1, "--exp-avg-dtype bf16 needs --use-precision-aware-optimizer"),
     ("--use-precision-aware-optimizer", 1, "needs --use-distributed-optimizer"),
     ("--optimizer-cpu-offload", 1, "moves nothing without --optimizer-offload-fraction"),
@@ -176,7 +319,11 @@ BAD = [
     ("--save-interval 3", 1, "--save-interval 3 needs --save"),
     ("--trace-step 3", 1, "--trace-step 3 needs --save"),
     ("--save x --trace-step 0", 1, "--trace-step is 0, expected 1 or more"),
-    ("--save x --train-iters 3 --trace-step 4", 1, "--trace-step 4 is never reached: --train-iters is 3"),
+    (
+        "--save x --train-iters 3 --trace-step 4",
+        1,
+        "--trace-step 4 is never reached: --train-iters is 3",
+    ),
 ]
 
 
@@ -213,7 +360,12 @@ def test_uneven_pipeline_stages() -> None:
     assert layers(f"{PP} 8 {ACCOUNT}") == 12
     assert layers(f"{PP} 8") == 0
     assert layers(f"{PP} 8 --decoder-last-pipeline-num-layers 10") == 12
-    assert layers(f"{PP} 4 --decoder-first-pipeline-num-layers 23 --decoder-last-pipeline-num-layers 23") == 24
+    assert (
+        layers(
+            f"{PP} 4 --decoder-first-pipeline-num-layers 23 --decoder-last-pipeline-num-layers 23"
+        )
+        == 24
+    )
 
 
 def test_each_stage_trains_by_default_what_it_may_train() -> None:
@@ -229,14 +381,18 @@ def test_the_trainer_takes_every_layout_and_no_fp8_yet() -> None:
         f"--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather {FULL} 1",
     ):
         supported_now(parse(words.split()))
-    with pytest.raises(ConfigError, match="not trained with until the KL between an FP8 and a bf16 reference"):
+    with pytest.raises(
+        ConfigError, match="not trained with until the KL between an FP8 and a bf16 reference"
+    ):
         supported_now(parse("--bf16 --fp8-format e4m3".split()))
 
 
 def test_what_megatron_core_would_refuse_is_refused_before_it_runs() -> None:
     cfg = parse(f"{M8} {TP} 2 --sequence-parallel {FULL} 1 --distribute-saved-activations".split())
     validate(cfg, 2)
-    with pytest.raises(ConfigError, match="megatron-core refuses these flags: distribute_saved_activations"):
+    with pytest.raises(
+        ConfigError, match="megatron-core refuses these flags: distribute_saved_activations"
+    ):
         supported_now(cfg)
 
 
@@ -249,7 +405,9 @@ def test_remarks() -> None:
     # The encoder is data-parallel over tensor-parallel ranks too.
     assert found(f"{M8} {TP} 2 --use-distributed-optimizer", 2) == ""
     assert "--overlap-grad-reduce: no effect" in found(f"{M8} {TP} 2 --overlap-grad-reduce", 2)
-    assert "no effect" in found(f"{M8} {TP} 2 --use-distributed-optimizer --train-modules language_model", 2)
+    assert "no effect" in found(
+        f"{M8} {TP} 2 --use-distributed-optimizer --train-modules language_model", 2
+    )
     assert "padded to a multiple of 8 tokens" in found(f"{M8} --context-parallel-size 4", 4)
     assert "each router" in found(f"{M30} --freeze-moe-router --moe-aux-loss-coeff 0.1", 2)
     assert "8 microbatches on 8 pipeline stages" in found(f"{PP} 8 --global-batch-size 8", 8)
@@ -266,17 +424,38 @@ def test_files_are_asked_for_when_a_run_starts(tmp_path: Path) -> None:
     data = ["--data-path", here, "--tokenizer-model", here]
     assert "--data-path is not set" in problem()
     assert "--tokenizer-model is not set" in problem("--data-path", here)
-    assert "--data-path gone: no such file" in problem("--data-path", "2", "gone", *data[2:], "--load", here)
-    assert "--data-path: no folder after 2" in problem("--data-path", "0.5", here, "2", *data[2:], "--load", here)
-    assert "--override-data-state is about a run that goes on" in problem(*data, "--override-data-state")
+    assert "--data-path gone: no such file" in problem(
+        "--data-path", "2", "gone", *data[2:], "--load", here
+    )
+    assert "--data-path: no folder after 2" in problem(
+        "--data-path", "0.5", here, "2", *data[2:], "--load", here
+    )
+    assert "--override-data-state is about a run that goes on" in problem(
+        *data, "--override-data-state"
+    )
     assert "stage 'consistency' has nothing to start from" in problem(*data)
-    assert "stage 'router' needs --reference-load" in problem(*data, "--stage", "router", "--load", here)
+    assert "stage 'router' needs --reference-load" in problem(
+        *data, "--stage", "router", "--load", here
+    )
     assert "gone: no such file or folder" in problem(*data, "--pretrained-checkpoint", "gone")
-    assert "qq://a: fsspec cannot open it" in problem(*data[2:], "--data-path", "qq://a", "--load", here)
-    validate(parse([*data[2:], "--data-path", "memory://a", "--stage", "pretrain"]), 1, check_files=True)
-    assert "--valid-data-path gone: no such" in problem(*data, "--stage", "pretrain", "--valid-data-path", here, "gone")
-    assert "--valid-data-path: no folder after 2" in problem(*data, "--load", here, "--valid-data-path", here, "2")
+    assert "qq://a: fsspec cannot open it" in problem(
+        *data[2:], "--data-path", "qq://a", "--load", here
+    )
+    validate(
+        parse([*data[2:], "--data-path", "memory://a", "--stage", "pretrain"]), 1, check_files=True
+    )
+    assert "--valid-data-path gone: no such" in problem(
+        *data, "--stage", "pretrain", "--valid-data-path", here, "gone"
+    )
+    assert "--valid-data-path: no folder after 2" in problem(
+        *data, "--load", here, "--valid-data-path", here, "2"
+    )
     validate(parse([*data, "--pretrained-checkpoint", here]), 1, check_files=True)
     validate(parse([*data, "--stage", "pretrain"]), 1, check_files=True)
-    mixture = ["--data-path", "0.5", here, "memory://bucket/folder"]  # reading says whether a URL is there
+    mixture = [
+        "--data-path",
+        "0.5",
+        here,
+        "memory://bucket/folder",
+    ]  # reading says whether a URL is there
     validate(parse([*mixture, *data[2:], "--stage", "pretrain"]), 1, check_files=True)

@@ -18,17 +18,32 @@ from tests.toy_data import write_conversations
 
 NUM_SAMPLES = 42
 SETTINGS = EncodingSettings(image_size=32, max_dynamic_patch=4, use_thumbnail=True)
-BUILDER = PackBuilder(stage="consistency", seed=7, tokens_kept=4, tokens_compressed=1, image_token_id=5)
+BUILDER = PackBuilder(
+    stage="consistency", seed=7, tokens_kept=4, tokens_compressed=1, image_token_id=5
+)
 GLOBAL_BATCH = 4
 COST = PackCost(
-    per_token=20.0, per_token_squared=0.5, per_tile=300.0, full_passes=1.0, compressed_passes=3.0, saved_per_tile=1.5
+    per_token=20.0,
+    per_token_squared=0.5,
+    per_tile=300.0,
+    full_passes=1.0,
+    compressed_passes=3.0,
+    saved_per_tile=1.5,
 )
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory) -> Tokenizer:
-    texts = ["Answer in few words.", "What colour?", "red and green", "system user assistant", "aaaa aa ------ 12 345"]
-    return load_tokenizer(train_sentencepiece(texts * 4, model_prefix=tmp_path_factory.mktemp("tok") / "toy"))
+    texts = [
+        "Answer in few words.",
+        "What colour?",
+        "red and green",
+        "system user assistant",
+        "aaaa aa ------ 12 345",
+    ]
+    return load_tokenizer(
+        train_sentencepiece(texts * 4, model_prefix=tmp_path_factory.mktemp("tok") / "toy")
+    )
 
 
 @pytest.fixture(scope="session")
@@ -67,10 +82,15 @@ def options(shards):
 
 @pytest.fixture(scope="module")
 def load(options, tokenizer):
-    """loader(**overrides) of the options, of the builder's fields, or of make_loader's arguments."""
+    """loader(**overrides) of the options, of the builder's fields, or of make_loader's
+    arguments."""
 
     def make(**overrides):
-        data = {k: overrides.pop(k) for k in list(overrides) if k in {f.name for f in dataclasses.fields(DataOptions)}}
+        data = {
+            k: overrides.pop(k)
+            for k in list(overrides)
+            if k in {f.name for f in dataclasses.fields(DataOptions)}
+        }
         of_builder = {f.name for f in dataclasses.fields(PackBuilder)}
         fields = {k: overrides.pop(k) for k in list(overrides) if k in of_builder}
         changed = dataclasses.replace(options, **data)
@@ -96,7 +116,9 @@ def step_plan(plan, step):
 
 def flat(batch):
     """Everything in a batch as text, so that == compares it."""
-    return repr(map_tensors(batch, lambda tensor: (tensor.dtype, tensor.shape, tensor.numpy().tobytes())))
+    return repr(
+        map_tensors(batch, lambda tensor: (tensor.dtype, tensor.shape, tensor.numpy().tobytes()))
+    )
 
 
 def flat_steps(steps):

@@ -1,4 +1,5 @@
-"""A file system for fsspec that reads local files and fails when told to; asynchronous, as those of s3 and http."""
+"""A file system for fsspec that reads local files and fails when told to; asynchronous, as those of
+s3 and http."""
 
 import os
 from pathlib import Path
@@ -38,7 +39,8 @@ class FlakyFiles(AsyncFileSystem):
 
 
 def install(monkeypatch, tmp_path):
-    """Register flaky:// for one test; returns the class, with an empty script and a log of its own."""
+    """Register flaky:// for one test; returns the class, with an empty script and a log of its
+    own."""
     fsspec.register_implementation("flaky", FlakyFiles, clobber=True)
     monkeypatch.setattr(FlakyFiles, "script", {})
     monkeypatch.setattr(FlakyFiles, "log", tmp_path / "requests.log")

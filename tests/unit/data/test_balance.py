@@ -1,4 +1,5 @@
-"""Packs to ranks: every pack once, equal counts, never worse than dealing, close to the mean where costs differ."""
+"""Packs to ranks: every pack once, equal counts, never worse than dealing, close to the mean where
+costs differ."""
 
 import random
 
@@ -21,12 +22,16 @@ def dealt(num_packs: int, num_ranks: int) -> tuple[tuple[int, ...], ...]:
 def batches(draw: st.DrawFn) -> tuple[list[float], int]:
     num_ranks, per_rank = draw(st.integers(1, 6)), draw(st.integers(0, 6))
     cost = st.one_of(st.integers(0, 4).map(float), st.floats(0, 1e16))
-    return draw(st.lists(cost, min_size=num_ranks * per_rank, max_size=num_ranks * per_rank)), num_ranks
+    return draw(
+        st.lists(cost, min_size=num_ranks * per_rank, max_size=num_ranks * per_rank)
+    ), num_ranks
 
 
 @settings(max_examples=300, deadline=None)
 @given(batches())
-def test_every_pack_once_equal_counts_and_never_worse_than_dealing(batch: tuple[list[float], int]) -> None:
+def test_every_pack_once_equal_counts_and_never_worse_than_dealing(
+    batch: tuple[list[float], int],
+) -> None:
     costs, num_ranks = batch
     assignment = assign(costs, num_ranks=num_ranks)
     assert [len(packs) for packs in assignment] == [len(costs) // num_ranks] * num_ranks
@@ -66,15 +71,23 @@ def test_dear_packs_are_kept_apart() -> None:
 
 
 def test_skewed_costs_are_balanced() -> None:
-    """256 packs on 8 and on 32 ranks, samples of 1K to 32K. Measured: 1.0001 and 1.0009; dealt, 1.10 and 1.17."""
+    """256 packs on 8 and on 32 ranks, samples of 1K to 32K. Measured: 1.0001 and 1.0009; dealt,
+    1.10 and 1.17."""
     rng = random.Random(0)
     cost = PackCost(
-        per_token=4e10, per_token_squared=1.5e6, per_tile=1e13, full_passes=1, compressed_passes=3, saved_per_tile=96
+        per_token=4e10,
+        per_token_squared=1.5e6,
+        per_tile=1e13,
+        full_passes=1,
+        compressed_passes=3,
+        saved_per_tile=96,
     )
     costs = []
     for _ in range(256):
         parts = rng.choice([1, 2, 4, 8, 32])
-        costs.append(cost.flops([32768 // parts] * parts, tiles=[rng.randint(0, 96 // parts)] * parts))
+        costs.append(
+            cost.flops([32768 // parts] * parts, tiles=[rng.randint(0, 96 // parts)] * parts)
+        )
     mean = sum(costs) / len(costs)
     for num_ranks, bound, unbalanced in ((8, 1.001, 1.05), (32, 1.005, 1.1)):
         per_rank = mean * len(costs) / num_ranks
@@ -83,9 +96,15 @@ def test_skewed_costs_are_balanced() -> None:
 
 
 def test_the_cost_of_a_pack() -> None:
-    """By hand: 10 and 6 tokens, 2 tiles in the first, whose compressed stream is expected to have 7 tokens."""
+    """By hand: 10 and 6 tokens, 2 tiles in the first, whose compressed stream is expected to have 7
+    tokens."""
     cost = PackCost(
-        per_token=2.0, per_token_squared=0.5, per_tile=100.0, full_passes=1.0, compressed_passes=3.0, saved_per_tile=1.5
+        per_token=2.0,
+        per_token_squared=0.5,
+        per_tile=100.0,
+        full_passes=1.0,
+        compressed_passes=3.0,
+        saved_per_tile=1.5,
     )
     full, compressed = 2 * 16 + 0.5 * (100 + 36), 2 * 13 + 0.5 * (49 + 36)
     assert cost.flops([10, 6], tiles=[2, 0]) == full + 3 * compressed + 200

@@ -1,4 +1,5 @@
-"""What is trained, where images go, which conversations are refused; tests/parity holds ids to the official rule."""
+"""What is trained, where images go, which conversations are refused; tests/parity holds ids to the
+official rule."""
 
 import numpy as np
 import pytest
@@ -12,17 +13,27 @@ from megatron_vico.data.conversation import (
 from megatron_vico.data.samples import Turn
 from megatron_vico.errors import SampleError
 
-SYSTEM, ASK, ANSWER = Turn("system", "Be brief."), Turn("human", "<image>\nWhat?"), Turn("gpt", "red")
+SYSTEM, ASK, ANSWER = (
+    Turn("system", "Be brief."),
+    Turn("human", "<image>\nWhat?"),
+    Turn("gpt", "red"),
+)
 
 
 def texts(turns, tokenizer, tiles_per_image=(2,), **options):
     """(all text, trained text)."""
-    encoded = encode_conversation(turns, tiles_per_image=tiles_per_image, tokenizer=tokenizer, **options)
-    return tokenizer.decode(encoded.token_ids), tokenizer.decode(encoded.token_ids[encoded.is_response])
+    encoded = encode_conversation(
+        turns, tiles_per_image=tiles_per_image, tokenizer=tokenizer, **options
+    )
+    return tokenizer.decode(encoded.token_ids), tokenizer.decode(
+        encoded.token_ids[encoded.is_response]
+    )
 
 
 def test_answers_and_their_end_mark_are_trained(tokenizer):
-    whole, trained = texts([SYSTEM, ASK, ANSWER, Turn("human", "Sure?"), Turn("gpt", "yes\n")], tokenizer)
+    whole, trained = texts(
+        [SYSTEM, ASK, ANSWER, Turn("human", "Sure?"), Turn("gpt", "yes\n")], tokenizer
+    )
     assert whole == (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
         "<|im_start|>user\n<img><IMG_CONTEXT><IMG_CONTEXT></img>\nWhat?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"
@@ -71,14 +82,29 @@ def test_of_marks_in_pretrain_text_only_themselves_are_not_trained(tokenizer):
 def test_prompt_and_follow_up_join_into_the_trained_ids(tokenizer):
     questions, answer = ("<image>\nWhat?", "Sure?"), "red"
     trained = encode_conversation(
-        [SYSTEM, Turn("human", questions[0]), Turn("gpt", answer), Turn("human", questions[1]), Turn("gpt", "ok")],
+        [
+            SYSTEM,
+            Turn("human", questions[0]),
+            Turn("gpt", answer),
+            Turn("human", questions[1]),
+            Turn("gpt", "ok"),
+        ],
         tiles_per_image=(2,),
         tokenizer=tokenizer,
     )
-    prompt = encode_prompt([SYSTEM, Turn("human", questions[0])], tiles_per_image=(2,), tokenizer=tokenizer)
+    prompt = encode_prompt(
+        [SYSTEM, Turn("human", questions[0])], tiles_per_image=(2,), tokenizer=tokenizer
+    )
     said = [*tokenizer.encode(answer), tokenizer.eos_id]
     follow_up = encode_follow_up(questions[1], tokenizer=tokenizer)
-    joined = [*prompt.token_ids, *said, *follow_up, *tokenizer.encode("ok"), tokenizer.eos_id, *tokenizer.encode("\n")]
+    joined = [
+        *prompt.token_ids,
+        *said,
+        *follow_up,
+        *tokenizer.encode("ok"),
+        tokenizer.eos_id,
+        *tokenizer.encode("\n"),
+    ]
     np.testing.assert_array_equal(joined, trained.token_ids)
     assert not prompt.is_response.any()
 

@@ -1,4 +1,5 @@
-"""Damage anywhere on the way of reading is named or harmless: no wrong sample, and no error but the two of users."""
+"""Damage anywhere on the way of reading is named or harmless: no wrong sample, and no error but the
+two of users."""
 
 import io
 import json
@@ -31,7 +32,9 @@ ROOT = Path(__file__).parents[3]
 
 def made(folder, *, tokenizer, seed=0):
     """Two shards of three samples, their text not all ASCII."""
-    jsonl = write_conversations(folder / "source", num_samples=6, seed=seed, images_per_sample=(1, 0, 2))
+    jsonl = write_conversations(
+        folder / "source", num_samples=6, seed=seed, images_per_sample=(1, 0, 2)
+    )
     jsonl.write_text(jsonl.read_text().replace("few words", "\u5c11\u6570\u8bcd"), encoding="utf-8")
     make_shards(
         jsonl,
@@ -77,7 +80,9 @@ def test_a_tar_cut_anywhere(copy, scheme):
     lost = []
     for cut in [*range(0, len(content), 512), 1, 511, 513, 1500, len(content) - 1]:
         files.pipe_file(tar, content[:cut])
-        with pytest.raises(SampleError, match=f"{TAR}: {cut} bytes, but the index says {len(content)}"):
+        with pytest.raises(
+            SampleError, match=f"{TAR}: {cut} bytes, but the index says {len(content)}"
+        ):
             ShardFolder.open(url)
         # A run that has the folder open meets the cut when it reads.
         found = read_all(folder)
@@ -99,7 +104,9 @@ def test_a_tar_of_another_sample_order_or_folder(copy, tokenizer, tmp_path):
     shutil.copy(other / NPZ, copy / NPZ)
     for tar, content in zip(tars, contents, strict=True):
         tar.write_bytes(content)
-    with pytest.raises(SampleError, match=rf"{NPZ}: not the one that index.json lists \(sha256 differs\)"):
+    with pytest.raises(
+        SampleError, match=rf"{NPZ}: not the one that index.json lists \(sha256 differs\)"
+    ):
         ShardFolder.open(copy)
     shutil.copy(other / "index.json", copy / "index.json")
     with pytest.raises(SampleError):
@@ -204,7 +211,9 @@ def test_a_field_of_the_folder_index_missing_too_many_or_of_another_type(copy, t
 
 def encoded(kind, mode="RGB", size=(40, 30)):
     written = io.BytesIO()
-    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], len(mode)), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(
+        0, 256, (size[1], size[0], len(mode)), dtype=np.uint8
+    )
     Image.frombytes(mode, size, pixels.tobytes()).save(written, kind)
     return written.getvalue()
 
@@ -220,7 +229,12 @@ def png_of_size(width, height):
 JPEG = encoded("JPEG")
 BROKEN = {
     "cut": [JPEG[:cut] for cut in range(0, len(JPEG) - 2, 97)],
-    "garbage": [bytes(1000), np.random.default_rng(0).bytes(1000), JPEG[:300] + bytes(300), b"\xff\xd8\xff\xe0"],
+    "garbage": [
+        bytes(1000),
+        np.random.default_rng(0).bytes(1000),
+        JPEG[:300] + bytes(300),
+        b"\xff\xd8\xff\xe0",
+    ],
     "text": [b"not an image", b"<html>404</html>"],
     "huge": [png_of_size(60_000, 60_000), png_of_size(2**31 - 1, 2**31 - 1), png_of_size(0, 5)],
 }
@@ -279,20 +293,29 @@ from megatron_vico.data.tokenizer import load_tokenizer
 from tests.unit.data.conftest import SETTINGS
 os.umask(0o077)
 jsonl, model, out = sys.argv[1:]
-make_shards(jsonl, image_root=os.path.dirname(jsonl), out_dir=out, tokenizer=load_tokenizer(model), settings=SETTINGS,
-            options=WriterOptions(samples_per_shard=3, show_progress=False))
+make_shards(jsonl, image_root=os.path.dirname(jsonl), out_dir=out, tokenizer=load_tokenizer(model),
+            settings=SETTINGS, options=WriterOptions(samples_per_shard=3, show_progress=False))
 """
 
 
 @pytest.mark.slow  # a process of its own
 def test_clock_locale_hash_seed_and_umask_change_nothing(whole, tokenizer, tmp_path):
-    source = shutil.copytree(whole.parent / "source", tmp_path / "source", copy_function=shutil.copyfile)
+    source = shutil.copytree(
+        whole.parent / "source", tmp_path / "source", copy_function=shutil.copyfile
+    )
     for file in source.iterdir():
         os.utime(file, (1, 1))
     # A real ASCII locale: Python would put UTF-8 in its place.
     locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "TZ": "Asia/Kathmandu"}
     subprocess.run(
-        [sys.executable, "-c", MAKE, str(source / "conversations.jsonl"), tokenizer.source, str(tmp_path / "out")],
+        [
+            sys.executable,
+            "-c",
+            MAKE,
+            str(source / "conversations.jsonl"),
+            tokenizer.source,
+            str(tmp_path / "out"),
+        ],
         env={**os.environ, **locale, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
         check=True,

@@ -1,4 +1,5 @@
-"""A sample's own tiling cap, and JPEG augmentation: when it happens, and that it is a function of the seed alone."""
+"""A sample's own tiling cap, and JPEG augmentation: when it happens, and that it is a function of
+the seed alone."""
 
 import dataclasses
 import io
@@ -24,7 +25,9 @@ def png(size, seed=0):
 
 def sample(*sizes, **fields):
     images = tuple(png(size, seed) for seed, size in enumerate(sizes))
-    return ConversationSample(key="k", turns=(Turn("human", "What?"), Turn("gpt", "red")), images=images, **fields)
+    return ConversationSample(
+        key="k", turns=(Turn("human", "What?"), Turn("gpt", "red")), images=images, **fields
+    )
 
 
 @pytest.fixture
@@ -51,7 +54,9 @@ def test_the_cap_of_the_sample_counts_and_its_images_share_it(encoder, most, num
 
 
 def test_prompts_have_the_same_tiles(encoder):
-    asked = dataclasses.replace(sample((96, 96), max_dynamic_patch=9), turns=(Turn("human", "What?"),))
+    asked = dataclasses.replace(
+        sample((96, 96), max_dynamic_patch=9), turns=(Turn("human", "What?"),)
+    )
     assert encoder.encode_prompt(asked).num_tiles == 10
 
 
@@ -78,7 +83,9 @@ def test_every_quality_from_75_to_100_is_drawn(monkeypatch):
     drawn = set()
     save = Image.Image.save
     monkeypatch.setattr(
-        Image.Image, "save", lambda self, file, kind, quality: (drawn.add(quality), save(self, file, kind))[1]
+        Image.Image,
+        "save",
+        lambda self, file, kind, quality: (drawn.add(quality), save(self, file, kind))[1],
     )
     jpeg_degrade(np.zeros((500, 3, 8, 8), dtype=np.uint8), random=torch.Generator().manual_seed(0))
     assert drawn == set(range(75, 101))
@@ -88,7 +95,9 @@ def test_only_training_degrades_and_only_where_the_data_set_says_so(encoder):
     augmented, plain = sample((64, 64), data_augment=True), sample((64, 64))
     clean = encoder.encode(plain).tiles
     np.testing.assert_array_equal(encoder.encode(augmented).tiles, clean)
-    np.testing.assert_array_equal(encoder.encode(plain, random=generator(1, 0, 0, "augment")).tiles, clean)
+    np.testing.assert_array_equal(
+        encoder.encode(plain, random=generator(1, 0, 0, "augment")).tiles, clean
+    )
     degraded = encoder.encode(augmented, random=generator(1, 0, 0, "augment"))
     assert degraded.tiles.shape == clean.shape
     assert not np.array_equal(degraded.tiles, clean)
@@ -96,7 +105,10 @@ def test_only_training_degrades_and_only_where_the_data_set_says_so(encoder):
 
 
 def test_text_alone_is_left_alone(encoder):
-    assert encoder.encode(sample(data_augment=True), random=generator(1, 0, 0, "augment")).num_tiles == 0
+    assert (
+        encoder.encode(sample(data_augment=True), random=generator(1, 0, 0, "augment")).num_tiles
+        == 0
+    )
 
 
 def test_the_same_seed_visit_and_sample_give_the_same_bytes(encoder):

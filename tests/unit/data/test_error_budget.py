@@ -1,4 +1,5 @@
-"""Broken samples: what stays as it is around them, how they are counted, and what a resumed run knows of them."""
+"""Broken samples: what stays as it is around them, how they are counted, and what a resumed run
+knows of them."""
 
 import dataclasses
 import itertools
@@ -24,7 +25,11 @@ STEPS = 7
 def victim(shards):
     """A sample with two images of several tiles, in the middle."""
     folder = ShardFolder.open(shards)
-    wide = [i for i in range(len(folder)) if len(folder.describe(i).tiles_per_image) == 2 and folder.num_tiles[i] > 2]
+    wide = [
+        i
+        for i in range(len(folder))
+        if len(folder.describe(i).tiles_per_image) == 2 and folder.num_tiles[i] > 2
+    ]
     return wide[len(wide) // 2]
 
 
@@ -56,11 +61,18 @@ def by_sample(batch):
 
 @pytest.mark.parametrize(
     "of_builder",
-    [{}, {"xi_sampler": "bernoulli"}, {"stage": "router"}, {"stage": "router", "router_granularity": "image"}],
+    [
+        {},
+        {"xi_sampler": "bernoulli"},
+        {"stage": "router"},
+        {"stage": "router", "router_granularity": "image"},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_broken_image_changes_nothing_of_the_other_samples(load, broken, victim, of_builder, num_workers):
+def test_a_broken_image_changes_nothing_of_the_other_samples(
+    load, broken, victim, of_builder, num_workers
+):
     whole = take(load(**of_builder), STEPS)
     gapped = take(load(data_path=(str(broken),), num_workers=num_workers, **of_builder), STEPS)
     seen = 0
@@ -99,7 +111,8 @@ def test_a_pack_of_nothing_but_gaps(load, shards, tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_resumed_run_leaves_out_what_has_become_readable(load, broken, victim, num_workers):
-    """A disk that was away for a while: the run that was never interrupted had skipped the sample for good."""
+    """A disk that was away for a while: the run that was never interrupted had skipped the sample
+    for good."""
     loader = load(data_path=(str(broken),))
     take(loader, 4)
     assert [each.sample_id for each in loader.skips] == [victim]
@@ -108,7 +121,9 @@ def test_a_resumed_run_leaves_out_what_has_become_readable(load, broken, victim,
     going_on = take(loader, 3)
     resumed = load(num_workers=num_workers, state=state)
     left_out = 0
-    for batch, other in zip(itertools.chain(*take(resumed, 3)), itertools.chain(*going_on), strict=True):
+    for batch, other in zip(
+        itertools.chain(*take(resumed, 3)), itertools.chain(*going_on), strict=True
+    ):
         assert by_sample(batch) == by_sample(other)
         assert batch.skipped == other.skipped == ()
         left_out += victim in batch.sample_ids.tolist()
@@ -122,20 +137,33 @@ def test_a_resumed_run_leaves_out_what_has_become_readable(load, broken, victim,
 def test_what_is_left_out_begins_where_no_rank_has_begun():
     found = Skipped(sample_id=3, key="a", cause="bad text")
     other = Skipped(sample_id=5, key="b", cause="bad text", from_pack=8)
-    lists = [SkipList([found]), SkipList([dataclasses.replace(other, from_pack=None)]), SkipList([other, found])]
+    lists = [
+        SkipList([found]),
+        SkipList([dataclasses.replace(other, from_pack=None)]),
+        SkipList([other, found]),
+    ]
     merged = SkipList.merged(lists, from_pack=20)
     assert [(each.sample_id, each.from_pack) for each in merged] == [(3, 20), (5, 8)]
     assert not merged.leaves_out(3, pack=19)
     assert merged.leaves_out(3, pack=20)
     assert not merged.leaves_out(4, pack=20)
-    assert not lists[0].leaves_out(3, pack=99)  # its finder reads it again, as all others do, until all know
-    assert SkipList.from_state(json.loads(json.dumps(merged.to_state()))).to_state() == merged.to_state()
+    assert not lists[0].leaves_out(
+        3, pack=99
+    )  # its finder reads it again, as all others do, until all know
+    assert (
+        SkipList.from_state(json.loads(json.dumps(merged.to_state()))).to_state()
+        == merged.to_state()
+    )
 
 
 def test_samples_that_are_elsewhere_now_are_forgotten(load, shards, victim):
     state = load().state_dict()
     key = ShardFolder.open(shards).describe(victim).key
-    listed = [[victim, key, "bad text", 0], [victim + 1, key, "bad text", 0], [10**6, key, "bad text", 0]]
+    listed = [
+        [victim, key, "bad text", 0],
+        [victim + 1, key, "bad text", 0],
+        [10**6, key, "bad text", 0],
+    ]
     assert [each.sample_id for each in load(state=state | {"skipped": listed}).skips] == [victim]
 
 

@@ -32,12 +32,18 @@ def naive(sample, plan):
 
 @st.composite
 def samples_and_plans(draw):
-    token_ids = np.array(draw(st.lists(st.sampled_from([IMAGE, 7, 8, 9]), min_size=1, max_size=30)), dtype=np.int64)
-    trained = np.array(draw(st.lists(st.booleans(), min_size=len(token_ids), max_size=len(token_ids))), dtype=bool)
+    token_ids = np.array(
+        draw(st.lists(st.sampled_from([IMAGE, 7, 8, 9]), min_size=1, max_size=30)), dtype=np.int64
+    )
+    trained = np.array(
+        draw(st.lists(st.booleans(), min_size=len(token_ids), max_size=len(token_ids))), dtype=bool
+    )
     trained &= token_ids != IMAGE
     trained[0] = False
     num_tiles = int((token_ids == IMAGE).sum())
-    plan = np.array(draw(st.lists(st.booleans(), min_size=num_tiles, max_size=num_tiles)), dtype=bool)
+    plan = np.array(
+        draw(st.lists(st.booleans(), min_size=num_tiles, max_size=num_tiles)), dtype=bool
+    )
     return sample(token_ids, trained, num_tiles), plan
 
 
@@ -66,7 +72,9 @@ def test_expansion_equals_a_loop_and_a_pack_equals_its_samples(drawn):
         joined["visual"] += [start + position for position in visual]
         joined["rows"] += [start + row for row in rows]
         joined["cu"].append(start + len(ids))
-    packed = expand_pack([s for s, _ in drawn], plan=np.concatenate([plan for _, plan in drawn]), **COUNTS)
+    packed = expand_pack(
+        [s for s, _ in drawn], plan=np.concatenate([plan for _, plan in drawn]), **COUNTS
+    )
     assert packed.token_ids.tolist() == joined["ids"]
     assert packed.visual_positions.tolist() == joined["visual"]
     assert packed.response_rows.tolist() == joined["rows"]

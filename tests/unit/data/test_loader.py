@@ -41,7 +41,9 @@ def naive_plans(sampler, samples, pack):
         return torch.split(whole, [sample.num_tiles for sample in samples])
     return [
         compression_plan.plan_fraction(
-            sample.tiles_per_image, generator=compression_plan.generator(7, pack.visits[0], i, "xi"), sampler=sampler
+            sample.tiles_per_image,
+            generator=compression_plan.generator(7, pack.visits[0], i, "xi"),
+            sampler=sampler,
         )
         for i, sample in zip(pack.sample_ids, samples, strict=True)
     ]
@@ -50,7 +52,9 @@ def naive_plans(sampler, samples, pack):
 @pytest.fixture(scope="module")
 def augmented_shards(tokenizer, tmp_path_factory):
     """Shards of a data set with `data_augment`."""
-    source = write_conversations(tmp_path_factory.mktemp("augmented"), num_samples=12, images_per_sample=(1, 2))
+    source = write_conversations(
+        tmp_path_factory.mktemp("augmented"), num_samples=12, images_per_sample=(1, 2)
+    )
     rows = [{**json.loads(line), "data_augment": True} for line in source.read_text().splitlines()]
     source.write_text("\n".join(map(json.dumps, rows)))
     out = source.parent / "shards"
@@ -67,7 +71,10 @@ def augmented_shards(tokenizer, tmp_path_factory):
 
 @pytest.mark.parametrize("sampler", ["stratified", "bernoulli", "exact-count"])
 def test_batch_equals_its_samples_one_by_one(load, shards, tokenizer, sampler):
-    folder, encoder = ShardFolder.open(shards), SampleEncoder(tokenizer=tokenizer, settings=SETTINGS)
+    folder, encoder = (
+        ShardFolder.open(shards),
+        SampleEncoder(tokenizer=tokenizer, settings=SETTINGS),
+    )
     loader = load(xi_sampler=sampler)
     for step, batches in enumerate(take(loader, 3)):
         plan = step_plan(loader.plan, step)
@@ -78,12 +85,18 @@ def test_batch_equals_its_samples_one_by_one(load, shards, tokenizer, sampler):
             assert batch.sample_ids.tolist() == list(pack.sample_ids)
             assert batch.tiles_per_image == sum((sample.tiles_per_image for sample in samples), ())
             assert batch.tiles_per_sample == tuple(len(sample.tiles) for sample in samples)
-            np.testing.assert_array_equal(batch.tiles, np.concatenate([sample.tiles for sample in samples]))
+            np.testing.assert_array_equal(
+                batch.tiles, np.concatenate([sample.tiles for sample in samples])
+            )
             assert batch.labels.tolist() == [label for sample in samples for label in sample.labels]
             expected_weights = [
-                1 / (len(sample.labels) * plan.num_samples) for sample in samples for _ in sample.labels
+                1 / (len(sample.labels) * plan.num_samples)
+                for sample in samples
+                for _ in sample.labels
             ]
-            np.testing.assert_allclose(batch.kl_weight, expected_weights, rtol=1e-7)  # float32 rounding: 6e-8
+            np.testing.assert_allclose(
+                batch.kl_weight, expected_weights, rtol=1e-7
+            )  # float32 rounding: 6e-8
             (policy,) = batch.policies
             assert policy.compressed.tolist() == torch.cat(drawn).tolist()
             for stream, plans in (
@@ -94,13 +107,23 @@ def test_batch_equals_its_samples_one_by_one(load, shards, tokenizer, sampler):
                     expand(sample, plan=each, tokens_kept=4, tokens_compressed=1, image_token_id=5)
                     for sample, each in zip(samples, plans, strict=True)
                 ]
-                assert stream.token_ids.tolist() == [token for part in parts for token in part.token_ids]
+                assert stream.token_ids.tolist() == [
+                    token for part in parts for token in part.token_ids
+                ]
                 assert stream.token_ids[stream.response_rows + 1].tolist() == batch.labels.tolist()
                 assert len(stream.visual_positions) == int((stream.token_ids == 5).sum())
-                assert stream.cu_seqlens.tolist() == np.cumsum([0] + [part.token_ids.size for part in parts]).tolist()
+                assert (
+                    stream.cu_seqlens.tolist()
+                    == np.cumsum([0] + [part.token_ids.size for part in parts]).tolist()
+                )
             starts = batch.reference.cu_seqlens[batch.sample_of_row.long()]
             ends = batch.reference.cu_seqlens[batch.sample_of_row.long() + 1]
-            assert bool(((batch.reference.response_rows >= starts) & (batch.reference.response_rows < ends - 1)).all())
+            assert bool(
+                (
+                    (batch.reference.response_rows >= starts)
+                    & (batch.reference.response_rows < ends - 1)
+                ).all()
+            )
 
 
 def test_weights_of_a_global_batch_sum_to_one(load):
@@ -108,7 +131,9 @@ def test_weights_of_a_global_batch_sum_to_one(load):
         total = sum(float(batch.kl_weight.double().sum()) for batch in batches)
         assert total == pytest.approx(1.0, abs=1e-6)  # measured 3e-8
     ranks = [take(load(dp_rank=rank, dp_size=2), 1)[0] for rank in range(2)]
-    assert sum(float(batch.kl_weight.sum()) for rank in ranks for batch in rank) == pytest.approx(1.0, abs=1e-6)
+    assert sum(float(batch.kl_weight.sum()) for rank in ranks for batch in rank) == pytest.approx(
+        1.0, abs=1e-6
+    )
 
 
 def test_each_epoch_has_every_sample_once_and_another_order(load):
@@ -138,7 +163,9 @@ def test_each_epoch_draws_new_plans(load):
 def test_two_ranks_together_have_the_batches_of_one(load, stage):
     """Packs that cost the same are dealt one after the other."""
     alone = flat_steps(take(load(stage=stage), 8))
-    first, second = (flat_steps(take(load(stage=stage, dp_rank=rank, dp_size=2), 8)) for rank in range(2))
+    first, second = (
+        flat_steps(take(load(stage=stage, dp_rank=rank, dp_size=2), 8)) for rank in range(2)
+    )
     for whole, even, odd in zip(alone, first, second, strict=True):
         assert [even[0], odd[0], even[1], odd[1]] == whole
 
@@ -147,7 +174,10 @@ def test_two_ranks_together_have_the_batches_of_one(load, stage):
 def test_ranks_share_the_packs_of_a_step_by_cost(load, dp_size):
     loader = load(cost=COST)
     alone = flat_steps(take(loader, 8))
-    ranks = [flat_steps(take(load(cost=COST, dp_rank=rank, dp_size=dp_size), 8)) for rank in range(dp_size)]
+    ranks = [
+        flat_steps(take(load(cost=COST, dp_rank=rank, dp_size=dp_size), 8))
+        for rank in range(dp_size)
+    ]
     moved = 0
     for step, whole in enumerate(alone):
         plan = step_plan(loader.plan, step)
@@ -157,7 +187,9 @@ def test_ranks_share_the_packs_of_a_step_by_cost(load, dp_size):
         for rank, numbers in zip(ranks, assignment, strict=True):
             assert rank[step] == [whole[number] for number in numbers]
         assert sorted(batch for rank in ranks for batch in rank[step]) == sorted(whole)
-        moved += assignment != tuple(tuple(range(rank, GLOBAL_BATCH, dp_size)) for rank in range(dp_size))
+        moved += assignment != tuple(
+            tuple(range(rank, GLOBAL_BATCH, dp_size)) for rank in range(dp_size)
+        )
     assert moved > 0 or dp_size == GLOBAL_BATCH  # one pack a rank has nothing to balance
 
 
@@ -172,26 +204,37 @@ def naive_cost(plan, pack):
 
 
 def test_another_number_of_ranks_goes_on_with_the_same_batches(load):
-    """One rank takes three steps, four take the next three: each step has the packs that it has without a change."""
+    """One rank takes three steps, four take the next three: each step has the packs that it has
+    without a change."""
     one = load(cost=COST)
     whole = flat_steps(take(one, 3))
     state = json.loads(json.dumps(one.state_dict()))
     whole += flat_steps(take(one, 3))
-    ranks = [flat_steps(take(load(cost=COST, dp_rank=rank, dp_size=4, state=state), 3)) for rank in range(4)]
+    ranks = [
+        flat_steps(take(load(cost=COST, dp_rank=rank, dp_size=4, state=state), 3))
+        for rank in range(4)
+    ]
     for step in range(3):
         assert sorted(batch for rank in ranks for batch in rank[step]) == sorted(whole[3 + step])
 
 
 def test_a_packs_shares_depend_on_nothing_but_the_pack(load, shards, tokenizer):
     """Samples without images in between draw nothing; another epoch or pack draws anew."""
-    folder, encoder = ShardFolder.open(shards), SampleEncoder(tokenizer=tokenizer, settings=SETTINGS)
+    folder, encoder = (
+        ShardFolder.open(shards),
+        SampleEncoder(tokenizer=tokenizer, settings=SETTINGS),
+    )
     text = int(np.flatnonzero(folder.num_tiles == 0)[0])
     images = [int(i) for i in np.flatnonzero(folder.num_tiles >= 3)[:3]]
 
     def plan(ids, epoch=0):
         samples = [encoder.encode(folder.read(i)) for i in ids]
         pack = Pack(sample_ids=tuple(ids), visits=(epoch,) * len(ids))
-        return BUILDER.build(samples, pack=pack, samples_in_global_batch=4).policies[0].compressed.tolist()
+        return (
+            BUILDER.build(samples, pack=pack, samples_in_global_batch=4)
+            .policies[0]
+            .compressed.tolist()
+        )
 
     alone = plan(images)
     assert plan(images) == alone
@@ -234,7 +277,10 @@ def test_the_routers_question(load, granularity):
 
 
 def test_a_pack_without_images(load, shards, tokenizer):
-    folder, encoder = ShardFolder.open(shards), SampleEncoder(tokenizer=tokenizer, settings=SETTINGS)
+    folder, encoder = (
+        ShardFolder.open(shards),
+        SampleEncoder(tokenizer=tokenizer, settings=SETTINGS),
+    )
     text_only = [int(i) for i in np.flatnonzero(folder.num_tiles == 0)[:2]]
     samples = [encoder.encode(folder.read(i)) for i in text_only]
     for stage in ("pretrain", "consistency", "router"):
@@ -262,7 +308,9 @@ def test_two_folders_are_one_data_set(load, shards, tmp_path):
 
 
 def test_a_sample_larger_than_a_pack_is_named(load):
-    with pytest.raises(SampleError, match=r"'conversations-\d+' of .* but a pack holds 60 and 20 .*--seq-length"):
+    with pytest.raises(
+        SampleError, match=r"'conversations-\d+' of .* but a pack holds 60 and 20 .*--seq-length"
+    ):
         load(seq_length=60)
     with pytest.raises(SampleError, match=r"\d tiles, but a pack holds 400 and 3"):
         load(max_tiles_per_pack=3)
@@ -285,18 +333,26 @@ def test_a_shard_that_differs_from_its_index_is_refused(options, shards, tokeniz
     folder.num_tokens[:] += 1
     options = dataclasses.replace(options, num_workers=num_workers)
     plan = PackPlan([folder], options=options, tokens_kept=4, seed=7, global_batch_size=1)
-    loader = Loader(plan, encoder=SampleEncoder(tokenizer=tokenizer, settings=SETTINGS), builder=BUILDER)
+    loader = Loader(
+        plan, encoder=SampleEncoder(tokenizer=tokenizer, settings=SETTINGS), builder=BUILDER
+    )
     with pytest.raises(SampleError, match=r"tokens and \d tiles, but the index"):
         take(loader, 1)
 
 
 def test_augmentation_belongs_to_seed_visit_and_sample(load, augmented_shards, tokenizer):
-    """Whatever rank and worker encodes a sample, its tiles are those of its own stream; each visit has others."""
-    folder, encoder = ShardFolder.open(augmented_shards), SampleEncoder(tokenizer=tokenizer, settings=SETTINGS)
+    """Whatever rank and worker encodes a sample, its tiles are those of its own stream; each visit
+    has others."""
+    folder, encoder = (
+        ShardFolder.open(augmented_shards),
+        SampleEncoder(tokenizer=tokenizer, settings=SETTINGS),
+    )
     options, steps = {"data_path": (str(augmented_shards),), "global_batch_size": 2}, 6
     alone = load(**options)
     batches = take(alone, steps)
-    ranks = [take(load(**options, num_workers=2, dp_rank=rank, dp_size=2), steps) for rank in range(2)]
+    ranks = [
+        take(load(**options, num_workers=2, dp_rank=rank, dp_size=2), steps) for rank in range(2)
+    ]
     seen = {}
     for step, of_step in enumerate(batches):
         found = {batch.position: flat(batch) for rank in ranks for batch in rank[step]}
@@ -304,9 +360,13 @@ def test_augmentation_belongs_to_seed_visit_and_sample(load, augmented_shards, t
         for batch in of_step:
             pack = step_plan(alone.plan, step).packs[batch.position]
             tiles = torch.split(batch.tiles, batch.tiles_per_sample)
-            for sample_id, visit, of_sample in zip(pack.sample_ids, pack.visits, tiles, strict=True):
+            for sample_id, visit, of_sample in zip(
+                pack.sample_ids, pack.visits, tiles, strict=True
+            ):
                 random = compression_plan.generator(7, visit, sample_id, "augment")
-                np.testing.assert_array_equal(of_sample, encoder.encode(folder.read(sample_id), random=random).tiles)
+                np.testing.assert_array_equal(
+                    of_sample, encoder.encode(folder.read(sample_id), random=random).tiles
+                )
                 seen.setdefault(sample_id, []).append(of_sample.numpy().tobytes())
     often = [tiles for tiles in seen.values() if len(tiles) > 1]
     assert sum(tiles[0] != tiles[1] for tiles in often) > len(often) / 2 > 0

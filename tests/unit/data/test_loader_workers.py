@@ -1,4 +1,5 @@
-"""Workers, prefetching, stops and resumes change no batch; what ends a worker, and what a run says then."""
+"""Workers, prefetching, stops and resumes change no batch; what ends a worker, and what a run says
+then."""
 
 import itertools
 import json
@@ -26,19 +27,25 @@ from tests.unit.data.conftest import COST, GLOBAL_BATCH, flat, flat_steps, step_
 def test_workers_change_nothing(load, num_workers):
     assert flat_steps(take(load(num_workers=num_workers), 7)) == flat_steps(take(load(), 7))
     rank = {"cost": COST, "dp_rank": 1, "dp_size": 2}
-    assert flat_steps(take(load(**rank, num_workers=num_workers), 7)) == flat_steps(take(load(**rank), 7))
+    assert flat_steps(take(load(**rank, num_workers=num_workers), 7)) == flat_steps(
+        take(load(**rank), 7)
+    )
 
 
 def test_workers_can_be_started_without_fork(load):
-    """Python 3.14 and macOS pickle the data set for their workers; to start one takes seconds, so only that is done."""
+    """Python 3.14 and macOS pickle the data set for their workers; to start one takes seconds, so
+    only that is done."""
     loader = load()
     piece = next(loader._pieces())
     again = pickle.loads(pickle.dumps(loader._dataset))
-    assert flat_steps([again[pickle.loads(pickle.dumps(piece))]]) == flat_steps([loader._dataset[piece]])
+    assert flat_steps([again[pickle.loads(pickle.dumps(piece))]]) == flat_steps(
+        [loader._dataset[piece]]
+    )
 
 
 def test_batches_come_from_workers_in_few_pieces_of_memory(load):
-    """Not one shared file a tensor: a process may have about a thousand open. Several workers share a step."""
+    """Not one shared file a tensor: a process may have about a thousand open. Several workers share
+    a step."""
     (batches,) = take(load(num_workers=2, stage="router", global_batch_size=MAX_PIECES + 8), 1)
     assert [batch.position for batch in batches] == list(range(MAX_PIECES + 8))
     storages = set()
@@ -52,7 +59,10 @@ def test_a_resumed_loader_goes_on_where_it_stopped(load, num_workers):
     whole = flat_steps(take(load(stage="router"), 14))
     stopped = load(stage="router", num_workers=num_workers)
     assert flat_steps(take(stopped, 9)) == whole[:9]
-    assert stopped.state_dict() == {"plan": step_plan(stopped.plan, 8).after.to_dict(), "skipped": []}
+    assert stopped.state_dict() == {
+        "plan": step_plan(stopped.plan, 8).after.to_dict(),
+        "skipped": [],
+    }
     resumed = load(stage="router", num_workers=num_workers, state=stopped.state_dict())
     assert flat_steps(take(resumed, 5)) == whole[9:]
     assert flat_steps(take(stopped, 2)) == whole[9:11]
@@ -72,7 +82,8 @@ def test_workers_prepare_no_more_than_the_steps_asked_for(load):
 
 
 def test_random_stops_and_resumes_change_nothing(load):
-    """Of every step of 24, the packs in their order, whatever ranks, workers and prefetching there are in between."""
+    """Of every step of 24, the packs in their order, whatever ranks, workers and prefetching there
+    are in between."""
     draw = random.Random(5)
     whole = flat_steps(take(load(cost=COST), 24))
     done, state, layouts = 0, None, set()
@@ -82,14 +93,19 @@ def test_random_stops_and_resumes_change_nothing(load):
             {"num_workers": draw.choice((0, 1, 2)), "prefetch_steps": draw.choice((1, 3))},
         )
         layouts.add((dp_size, layout["num_workers"]))
-        loaders = [load(cost=COST, dp_rank=rank, dp_size=dp_size, state=state, **layout) for rank in range(dp_size)]
+        loaders = [
+            load(cost=COST, dp_rank=rank, dp_size=dp_size, state=state, **layout)
+            for rank in range(dp_size)
+        ]
         ranks = [
             take(loader, draw_steps)
             for draw_steps in [min(draw.randint(1, 4), len(whole) - done)]
             for loader in loaders
         ]
         for steps in zip(*ranks, strict=True):
-            packs = sorted((batch for batches in steps for batch in batches), key=lambda batch: batch.position)
+            packs = sorted(
+                (batch for batches in steps for batch in batches), key=lambda batch: batch.position
+            )
             assert [flat(batch) for batch in packs] == whole[done]
             done += 1
         states = [json.dumps(loader.state_dict()) for loader in loaders]
@@ -139,7 +155,8 @@ def test_workers_outlive_a_schedulers_signal_but_not_their_parents(load):
 
 
 def test_a_worker_ends_with_a_parent_that_was_killed():
-    """Whatever it waits for: torch's waits for its queue to be read before it looks at its parent again."""
+    """Whatever it waits for: torch's waits for its queue to be read before it looks at its parent
+    again."""
     still_there, held = os.pipe()
     parent = os.fork()
     if parent == 0:
@@ -167,10 +184,14 @@ def test_a_worker_that_is_killed_ends_the_run_with_the_likely_cause(load):
     @worker_death_explained()
     def go_on():
         os.kill(worker.pid, signal.SIGKILL)
-        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # or torch's handler may raise behind this test
+        os.waitid(
+            os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT
+        )  # or torch's handler may raise behind this test
         return list(steps)
 
-    with pytest.raises(WorkerError, match=r"^a worker process of the loader died .*fewer --num-workers"):
+    with pytest.raises(
+        WorkerError, match=r"^a worker process of the loader died .*fewer --num-workers"
+    ):
         go_on()
 
 
@@ -182,12 +203,16 @@ def test_a_worker_that_is_killed_while_it_hands_over_is_no_riddle(load, monkeypa
         raise ConnectionResetError("Connection reset by peer")
 
     monkeypatch.setattr(loader, "_prepared", broken_off)
-    with pytest.raises(WorkerError, match=r"^a worker process of the loader died \(Connection reset by peer\)"):
+    with pytest.raises(
+        WorkerError, match=r"^a worker process of the loader died \(Connection reset by peer\)"
+    ):
         take(loader, 1)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_shard_cut_short_is_named_also_from_a_worker(load, shards, tmp_path, num_workers, tokenizer):
+def test_a_shard_cut_short_is_named_also_from_a_worker(
+    load, shards, tmp_path, num_workers, tokenizer
+):
     copy = shutil.copytree(shards, tmp_path / "shards")
     loader = load(data_path=(str(copy),), num_workers=num_workers)
     for path in copy.glob("*.tar"):
@@ -200,7 +225,11 @@ def test_a_shard_cut_short_is_named_also_from_a_worker(load, shards, tmp_path, n
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_cache_that_is_too_small_is_one_line_also_from_a_worker(load, shards, tmp_path, num_workers):
+def test_a_cache_that_is_too_small_is_one_line_also_from_a_worker(
+    load, shards, tmp_path, num_workers
+):
     cache = {"data_cache_dir": str(tmp_path), "data_cache_gb": 1e-6}
-    with pytest.raises(ConfigError, match=r"^--data-cache-gb 1e-06 is less than shard-\d+\.tar alone"):
+    with pytest.raises(
+        ConfigError, match=r"^--data-cache-gb 1e-06 is less than shard-\d+\.tar alone"
+    ):
         take(load(data_path=(f"file://{shards}",), num_workers=num_workers, **cache), 1)

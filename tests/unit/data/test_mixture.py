@@ -19,7 +19,9 @@ def write(tmp_path):
 
     def make(content):
         path = tmp_path / "mixture.json"
-        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        path.write_text(
+            content if isinstance(content, str) else json.dumps(content), encoding="utf-8"
+        )
         return str(path)
 
     return make
@@ -28,17 +30,28 @@ def write(tmp_path):
 def test_folders_with_and_without_a_repeat():
     assert folders("/a", "/b") == [("/a", 1.0), ("/b", 1.0)]
     assert folders("0.5", "/a", "2", "/b") == [("/a", 0.5), ("/b", 2.0)]
-    assert folders("/a", "2", "b", "s3://bucket/c") == [("/a", 1.0), ("b", 2.0), ("s3://bucket/c", 1.0)]
+    assert folders("/a", "2", "b", "s3://bucket/c") == [
+        ("/a", 1.0),
+        ("b", 2.0),
+        ("s3://bucket/c", 1.0),
+    ]
     assert read_mixture(()) == ()
     assert read_mixture(("1e-1", "/a")) == (MixedFolder(path="/a", repeat=0.1),)
 
 
 def test_a_mixture_file_is_relative_to_itself_and_multiplied(write, tmp_path):
-    listed = [{"path": "docs", "repeat": 0.5}, {"path": "/else/charts"}, {"path": "s3://bucket/video", "repeat": 3}]
+    listed = [
+        {"path": "docs", "repeat": 0.5},
+        {"path": "/else/charts"},
+        {"path": "s3://bucket/video", "repeat": 3},
+    ]
     path = write({"version": 1, "folders": listed})
     expected = [(str(tmp_path / "docs"), 0.5), ("/else/charts", 1.0), ("s3://bucket/video", 3.0)]
     assert folders(path) == expected
-    assert folders("2", path, "/more") == [*((name, 2 * repeat) for name, repeat in expected), ("/more", 1.0)]
+    assert folders("2", path, "/more") == [
+        *((name, 2 * repeat) for name, repeat in expected),
+        ("/more", 1.0),
+    ]
 
 
 def test_a_mixture_file_is_found_from_the_working_directory(write, tmp_path, monkeypatch):
@@ -82,7 +95,10 @@ def test_what_makes_no_sense_is_refused(words, message):
         ("[", "cannot be read as a mixture"),
         ("[1]", "cannot be read as a mixture"),
         ({"version": 1, "folders": ["a"]}, "cannot be read as a mixture"),
-        ({"version": 1, "folders": [{"path": "a", "repeat": 0}]}, "folder 'a' has repeat 0; expected a number above 0"),
+        (
+            {"version": 1, "folders": [{"path": "a", "repeat": 0}]},
+            "folder 'a' has repeat 0; expected a number above 0",
+        ),
         ({"version": 1, "folders": [{"path": "a", "repeat": "2"}]}, "folder 'a' has repeat '2'"),
         ({"version": 1, "folders": [{"path": "a", "repeat": True}]}, "folder 'a' has repeat True"),
         ({"version": 1, "folders": [{"path": "a"}, {"path": "./a"}]}, "is the same folder as"),
@@ -95,12 +111,16 @@ def test_a_mixture_file_that_makes_no_sense_is_refused(write, content, message):
 
 def test_the_folder_that_holds_a_mixture_is_not_taken_for_shards(write, tmp_path):
     path = write({"version": 1, "folders": [{"path": "docs"}]})
-    with pytest.raises(ConfigError, match=rf"--valid-data-path {tmp_path}: no shards, .*did you mean {path}\?"):
+    with pytest.raises(
+        ConfigError, match=rf"--valid-data-path {tmp_path}: no shards, .*did you mean {path}\?"
+    ):
         read_mixture([str(tmp_path)], flag="--valid-data-path")
     (tmp_path / "index.json").touch()  # a folder of shards may have any other file beside them
     assert folders(str(tmp_path)) == [(str(tmp_path), 1.0)]
 
 
 def test_a_mixture_file_at_a_url_without_a_driver_says_so():
-    with pytest.raises(ConfigError, match=r"nothing://a: fsspec cannot open it: Protocol not known"):
+    with pytest.raises(
+        ConfigError, match=r"nothing://a: fsspec cannot open it: Protocol not known"
+    ):
         read_mixture(["nothing://a/mixture.json"])

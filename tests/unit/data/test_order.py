@@ -1,4 +1,5 @@
-"""The order of an epoch depends on shards, repeats, seed and epoch only; every sample comes as often as it should."""
+"""The order of an epoch depends on shards, repeats, seed and epoch only; every sample comes as
+often as it should."""
 
 import os
 import subprocess
@@ -32,16 +33,30 @@ def test_one_block_is_the_order_that_runs_had_before_there_were_blocks():
 
 
 def test_blocks_are_held_fixed():
-    assert [i for i, _ in whole(order(((2, 3), (1, 2)), block_shards=2))] == [7, 3, 2, 4, 6, 5, 0, 1]
+    assert [i for i, _ in whole(order(((2, 3), (1, 2)), block_shards=2))] == [
+        7,
+        3,
+        2,
+        4,
+        6,
+        5,
+        0,
+        1,
+    ]
 
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.lists(st.tuples(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.floats(0.05, 3.5)), max_size=4),
+    st.lists(
+        st.tuples(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.floats(0.05, 3.5)),
+        max_size=4,
+    ),
     st.integers(0, 3),
     st.integers(1, 9),
 )
-def test_each_sample_comes_floor_or_ceil_of_its_repeat_with_new_visits(folders, epoch, block_shards):
+def test_each_sample_comes_floor_or_ceil_of_its_repeat_with_new_visits(
+    folders, epoch, block_shards
+):
     sizes, repeats = [sizes for sizes, _ in folders], [repeat for _, repeat in folders]
     visits = whole(order(sizes, repeats=repeats, epoch=epoch, block_shards=block_shards))
     assert len(set(visits)) == len(visits)
@@ -57,10 +72,15 @@ def test_each_sample_comes_floor_or_ceil_of_its_repeat_with_new_visits(folders, 
 
 
 def test_the_part_of_a_folder_is_another_one_each_epoch_and_exact_in_the_mean():
-    parts = [[i for i, _ in whole(order(((7, 6),), repeats=(0.3,), epoch=epoch))] for epoch in range(2000)]
+    parts = [
+        [i for i, _ in whole(order(((7, 6),), repeats=(0.3,), epoch=epoch))]
+        for epoch in range(2000)
+    ]
     assert {len(part) for part in parts} == {3, 4}
     counts = np.bincount(np.concatenate(parts), minlength=13) / len(parts)
-    np.testing.assert_allclose(counts, 0.3, atol=0.04)  # measured 0.022; three standard deviations are 0.031
+    np.testing.assert_allclose(
+        counts, 0.3, atol=0.04
+    )  # measured 0.022; three standard deviations are 0.031
 
 
 def test_slices_put_together_are_the_whole():
@@ -91,10 +111,14 @@ def test_it_changes_with_seed_and_epoch():
     first = whole(order())
     assert first == whole(order())
     for other in (order(seed=1), order(epoch=1)):
-        assert sum(a == b for (a, _), (b, _) in zip(first, whole(other), strict=True)) < 0.2 * len(first)
+        assert sum(a == b for (a, _), (b, _) in zip(first, whole(other), strict=True)) < 0.2 * len(
+            first
+        )
 
 
-@pytest.mark.parametrize("environment", [{"TZ": "Asia/Tokyo", "LC_ALL": "tr_TR.UTF-8", "PYTHONHASHSEED": "7"}])
+@pytest.mark.parametrize(
+    "environment", [{"TZ": "Asia/Tokyo", "LC_ALL": "tr_TR.UTF-8", "PYTHONHASHSEED": "7"}]
+)
 def test_clock_locale_and_hash_seed_do_not_matter(environment):
     code = (
         "from megatron_vico.data.order import EpochOrder;"
@@ -102,6 +126,8 @@ def test_clock_locale_and_hash_seed_do_not_matter(environment):
         "print([column.tolist() for column in o.slice(0, len(o))])"
     )
     script = [sys.executable, "-c", code]
-    printed = subprocess.run(script, env={**os.environ, **environment}, check=True, capture_output=True, text=True)
+    printed = subprocess.run(
+        script, env={**os.environ, **environment}, check=True, capture_output=True, text=True
+    )
     ids, visits = order(repeats=(1.0, 2.5, 0.5), epoch=3).slice(0, 10**6)
     assert printed.stdout.strip() == str([ids.tolist(), visits.tolist()])

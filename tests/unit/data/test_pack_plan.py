@@ -1,4 +1,5 @@
-"""A run that is stopped and goes on takes the packs it would have taken; what no longer belongs to it is refused."""
+"""A run that is stopped and goes on takes the packs it would have taken; what no longer belongs to
+it is refused."""
 
 import dataclasses
 import hashlib
@@ -24,7 +25,12 @@ from megatron_vico.errors import CheckpointError, ConfigError
 
 OPTIONS = DataOptions(seq_length=400, max_tiles_per_pack=20, packing_window=16, shuffle_shards=5)
 COST = PackCost(
-    per_token=1.0, per_token_squared=0.01, per_tile=30.0, full_passes=1.0, compressed_passes=3.0, saved_per_tile=1.5
+    per_token=1.0,
+    per_token_squared=0.01,
+    per_tile=30.0,
+    full_passes=1.0,
+    compressed_passes=3.0,
+    saved_per_tile=1.5,
 )
 REPEATS = (1.0, 0.4, 2.5)
 NUM_STEPS = 1000
@@ -34,13 +40,20 @@ GLOBAL_BATCH = 4
 def folder(name, *, shards, seed):
     """A folder of which only the index exists."""
     rng = random.Random(seed)
-    indexes = [ShardIndex.of([sample(rng, f"{name}-{s}-{i}") for i in range(size)]) for s, size in enumerate(shards)]
+    indexes = [
+        ShardIndex.of([sample(rng, f"{name}-{s}-{i}") for i in range(size)])
+        for s, size in enumerate(shards)
+    ]
     files = [
-        ShardFiles(name=f"{s}.tar", num_bytes=0, sha256=f"{seed}", num_samples=size, index_sha256="")
+        ShardFiles(
+            name=f"{s}.tar", num_bytes=0, sha256=f"{seed}", num_samples=size, index_sha256=""
+        )
         for s, size in enumerate(shards)
     ]
     settings = EncodingSettings(image_size=32, max_dynamic_patch=4, use_thumbnail=True)
-    return ShardFolder(Path(name), FolderIndex(tokenizer="t", settings=settings, shards=tuple(files)), indexes)
+    return ShardFolder(
+        Path(name), FolderIndex(tokenizer="t", settings=settings, shards=tuple(files)), indexes
+    )
 
 
 def sample(rng, key):
@@ -58,7 +71,10 @@ def sample(rng, key):
 def folders():
     rng = random.Random(0)
     sizes = [[rng.randint(20, 60) for _ in range(count)] for count in (30, 12, 7)]
-    return [folder(name, shards=each, seed=i) for i, (name, each) in enumerate(zip("abc", sizes, strict=True))]
+    return [
+        folder(name, shards=each, seed=i)
+        for i, (name, each) in enumerate(zip("abc", sizes, strict=True))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +83,16 @@ def make(folders):
 
     def plan(**overrides):
         of_options = {field.name for field in dataclasses.fields(DataOptions)}
-        options = dataclasses.replace(OPTIONS, **{k: v for k, v in overrides.items() if k in of_options})
-        arguments = {"repeats": REPEATS, "tokens_kept": 4, "seed": 7, "global_batch_size": GLOBAL_BATCH, "cost": COST}
+        options = dataclasses.replace(
+            OPTIONS, **{k: v for k, v in overrides.items() if k in of_options}
+        )
+        arguments = {
+            "repeats": REPEATS,
+            "tokens_kept": 4,
+            "seed": 7,
+            "global_batch_size": GLOBAL_BATCH,
+            "cost": COST,
+        }
         arguments |= {k: v for k, v in overrides.items() if k not in of_options}
         return PackPlan(arguments.pop("folders", folders), options=options, **arguments)
 
@@ -105,10 +129,15 @@ def test_a_thousand_steps_with_stops_are_those_without(make, uninterrupted, seed
     state, taken = None, 0
     while taken < NUM_STEPS:
         dp_size, count = rng.choice([1, 2, 4]), rng.randint(1, 200)
-        asked = list(itertools.islice(make().steps(state), count + rng.randint(0, 3)))  # prefetched, never trained on
+        asked = list(
+            itertools.islice(make().steps(state), count + rng.randint(0, 3))
+        )  # prefetched, never trained on
         for step in asked[: min(count, NUM_STEPS - taken)]:
             actual.update(repr(through_ranks(step, dp_size=dp_size, rng=rng)).encode())
-            state, taken = PlanState.from_dict(json.loads(json.dumps(step.after.to_dict()))), taken + 1
+            state, taken = (
+                PlanState.from_dict(json.loads(json.dumps(step.after.to_dict()))),
+                taken + 1,
+            )
     assert actual.hexdigest() == expected.hexdigest()
     assert state == uninterrupted[-1].after
     assert state.epoch >= 3
@@ -118,8 +147,14 @@ def test_a_thousand_steps_with_stops_are_those_without(make, uninterrupted, seed
 def test_a_place_one_pack_off_would_be_noticed(make, uninterrupted):
     place = uninterrupted[500].after
     assert next(make().steps(place)).packs == uninterrupted[501].packs
-    for off in ({"pack": place.pack + 1}, {"section": place.section + 1}, {"epoch": place.epoch + 1}):
-        assert next(make().steps(dataclasses.replace(place, **off))).packs != uninterrupted[501].packs
+    for off in (
+        {"pack": place.pack + 1},
+        {"section": place.section + 1},
+        {"epoch": place.epoch + 1},
+    ):
+        assert (
+            next(make().steps(dataclasses.replace(place, **off))).packs != uninterrupted[501].packs
+        )
 
 
 def test_another_global_batch_size_goes_on_with_the_next_pack(make, uninterrupted):
@@ -137,11 +172,18 @@ def test_another_global_batch_size_goes_on_with_the_next_pack(make, uninterrupte
 
 def test_each_visit_of_a_sample_comes_once(make, uninterrupted, folders):
     last = uninterrupted[-1].after.epoch
-    visits = Counter(v for step in uninterrupted for p in step.packs for v in zip(p.sample_ids, p.visits, strict=True))
+    visits = Counter(
+        v
+        for step in uninterrupted
+        for p in step.packs
+        for v in zip(p.sample_ids, p.visits, strict=True)
+    )
     assert max(visits.values()) == 1
     sizes = np.cumsum([len(each) for each in folders])
     of_whole_epochs = [(i, visit) for i, visit in visits if i < sizes[0] and visit < last]
-    assert len(of_whole_epochs) == sizes[0] * last  # the folder with repeat 1: the visit is the epoch
+    assert (
+        len(of_whole_epochs) == sizes[0] * last
+    )  # the folder with repeat 1: the visit is the epoch
     third = Counter(i for i, visit in visits if i >= sizes[1] and visit < 3)
     assert set(third.values()) == {2, 3}
     assert set(third) == set(range(sizes[1], sizes[2]))
@@ -155,7 +197,10 @@ def test_packs_of_a_small_data_set_are_packed_as_a_whole(make, folders):
     order = EpochOrder([few[0].samples_per_shard], repeats=(1.0,), seed=7, epoch=1, block_shards=64)
     ids = order.slice(0, plan.num_samples)[0]
     lengths, tiles = plan.lengths[ids].tolist(), plan.num_tiles[ids].tolist()
-    naive = [tuple(ids[list(p)].tolist()) for p in iter_packs(lengths, tiles=tiles, limits=plan.limits, window=8)]
+    naive = [
+        tuple(ids[list(p)].tolist())
+        for p in iter_packs(lengths, tiles=tiles, limits=plan.limits, window=8)
+    ]
     assert [pack.sample_ids for pack in plan.epoch(1)] == naive
     assert plan.epoch(1).__next__().visits == (1,) * len(naive[0])
 
@@ -197,7 +242,10 @@ def test_other_packs_are_refused_and_what_differs_is_named(make, uninterrupted, 
     state = uninterrupted[10].after
     with pytest.raises(ConfigError, match=f"belongs to other packs: {message}. Undo"):
         make(**change).steps(state)
-    assert next(make(**change, override_data_state=True).steps(state)).after.consumed_packs == 12 * GLOBAL_BATCH
+    assert (
+        next(make(**change, override_data_state=True).steps(state)).after.consumed_packs
+        == 12 * GLOBAL_BATCH
+    )
 
 
 def test_changed_shards_are_refused(make, uninterrupted, folders):
@@ -208,7 +256,10 @@ def test_changed_shards_are_refused(make, uninterrupted, folders):
     with pytest.raises(ConfigError, match="--data-path had 3 folders, now 2"):
         make(folders=folders[:2], repeats=REPEATS[:2]).steps(state)
     moved = folder("elsewhere", shards=folders[1].samples_per_shard, seed=1)
-    assert next(make(folders=[folders[0], moved, folders[2]]).steps(state)).packs == uninterrupted[11].packs
+    assert (
+        next(make(folders=[folders[0], moved, folders[2]]).steps(state)).packs
+        == uninterrupted[11].packs
+    )
 
 
 def test_another_packer_is_refused(make, uninterrupted):
@@ -221,10 +272,14 @@ def test_another_packer_is_refused(make, uninterrupted):
 def test_an_overridden_state_beyond_its_section_goes_on_with_the_next(make, uninterrupted, folders):
     state = next(step.after for step in uninterrupted if step.after.section == 2)
     few = make(folders=folders[2:], repeats=(1.0,), override_data_state=True)
-    assert next(few.steps(state)).packs == tuple(itertools.islice(few.epoch(state.epoch + 1), GLOBAL_BATCH))
+    assert next(few.steps(state)).packs == tuple(
+        itertools.islice(few.epoch(state.epoch + 1), GLOBAL_BATCH)
+    )
 
 
-@pytest.mark.parametrize("content", [{"consumed_steps": 3}, {}, {"inputs": {"folders": [], "repeats": []}}])
+@pytest.mark.parametrize(
+    "content", [{"consumed_steps": 3}, {}, {"inputs": {"folders": [], "repeats": []}}]
+)
 def test_a_state_of_something_else_is_refused(content):
     with pytest.raises(CheckpointError, match=r"state of the data .*not what this version writes"):
         PlanState.from_dict(content)

@@ -14,7 +14,12 @@ SIZES = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 12)), max_size=12
 
 
 def pack_sizes(sizes, *, limits=LIMITS, window=16):
-    return pack([length for length, _ in sizes], tiles=[tiles for _, tiles in sizes], limits=limits, window=window)
+    return pack(
+        [length for length, _ in sizes],
+        tiles=[tiles for _, tiles in sizes],
+        limits=limits,
+        window=window,
+    )
 
 
 @settings(max_examples=200, deadline=None)
@@ -32,7 +37,8 @@ def test_every_sample_is_in_exactly_one_pack_within_the_limits(sizes, window):
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([60, 99]), st.just(1)), max_size=60), st.integers(1, 5))
 def test_no_sample_waits_longer_than_its_carries(sizes, window):
-    """Two samples of 60 never fit together: without a limit they would be carried to the end of the epoch."""
+    """Two samples of 60 never fit together: without a limit they would be carried to the end of the
+    epoch."""
     newest = 0
     for members in pack_sizes(sizes, window=window):
         newest = max(newest, max(members) // window)
@@ -40,7 +46,8 @@ def test_no_sample_waits_longer_than_its_carries(sizes, window):
 
 
 def fewest(sizes, limits):
-    """By trying every way: each set of samples is one pack, or one pack and the fewest for the rest."""
+    """By trying every way: each set of samples is one pack, or one pack and the fewest for the
+    rest."""
     sets = range(1 << len(sizes))
     members = [[sizes[i] for i in range(len(sizes)) if chosen >> i & 1] for chosen in sets]
     fits = [
@@ -69,7 +76,10 @@ def test_packs_of_one_window_against_all_possible_ones(sizes, max_samples):
     """The bounds of `_best_fit`; with so few samples, 11/9 of the fewest + 1."""
     for limits, bound in (
         (PackLimits(capacity=20, max_tiles=1000), lambda best: 11 / 9 * best + 1),
-        (PackLimits(capacity=20, max_tiles=6, max_samples=max_samples), lambda best: best * (4 if max_samples else 3)),
+        (
+            PackLimits(capacity=20, max_tiles=6, max_samples=max_samples),
+            lambda best: best * (4 if max_samples else 3),
+        ),
     ):
         best = fewest(sizes, limits)
         assert best <= len(pack_sizes(sizes, limits=limits, window=100)) <= bound(best)
@@ -86,16 +96,24 @@ def test_packs_of_one_window_are_mostly_the_fewest():
 
 
 def test_small_samples_stay_in_the_global_order():
-    """Else packs of a toy task, where all samples are small, would be sorted by length and so by content."""
+    """Else packs of a toy task, where all samples are small, would be sorted by length and so by
+    content."""
     lengths = [10 + i % 2 for i in range(64)]
     assert max(lengths) < 8 * 100 * LARGE
-    packs = pack(lengths, tiles=[1] * 64, limits=PackLimits(capacity=1000, max_tiles=100, max_samples=8), window=32)
+    packs = pack(
+        lengths,
+        tiles=[1] * 64,
+        limits=PackLimits(capacity=1000, max_tiles=100, max_samples=8),
+        window=32,
+    )
     assert packs == [tuple(range(start, start + 8)) for start in range(0, 64, 8)]
 
 
 @pytest.mark.parametrize("too_large", [(101, 1), (1, 13)])
 def test_a_sample_larger_than_a_pack_is_refused(too_large):
-    with pytest.raises(SampleError, match=r"sample 1 of the stream: .* but a pack holds 100 tokens and 12 tiles"):
+    with pytest.raises(
+        SampleError, match=r"sample 1 of the stream: .* but a pack holds 100 tokens and 12 tiles"
+    ):
         pack_sizes([(5, 1), too_large])
 
 

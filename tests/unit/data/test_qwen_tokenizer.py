@@ -1,4 +1,5 @@
-"""The InternVL3.5 tokenizer from a tiktoken file: ids as tiktoken gives them, added tokens in the released order."""
+"""The InternVL3.5 tokenizer from a tiktoken file: ids as tiktoken gives them, added tokens in the
+released order."""
 
 import base64
 import random
@@ -9,20 +10,44 @@ import pytest
 import tiktoken
 from transformers import AutoTokenizer
 
-from megatron_vico.data.qwen_tokenizer import PRE_TOKENIZER_PATTERN, build_tokenizer, read_tiktoken, write_tokenizer
+from megatron_vico.data.qwen_tokenizer import (
+    PRE_TOKENIZER_PATTERN,
+    build_tokenizer,
+    read_tiktoken,
+    write_tokenizer,
+)
 from megatron_vico.data.tokenizer import load_tokenizer
 from megatron_vico.errors import ConfigError
 
-# In Qwen's file the first added token is 151643; here it follows these. A token may be reached in one way only
-# ("lo" + "w", never "l" + "ow" though both have a rank), and " lower" merges two longer ones.
-MERGED = ["lo", "er", "ow", "low", " low", " lower", "  ", "\n\n", "\u00e9", "12", "th", "the", " the", "aa", "aaaa"]
+# In Qwen's file the first added token is 151643; here it follows these. A token may be reached in
+# one way only ("lo" + "w", never "l" + "ow" though both have a rank), and " lower" merges two
+# longer ones.
+MERGED = [
+    "lo",
+    "er",
+    "ow",
+    "low",
+    " low",
+    " lower",
+    "  ",
+    "\n\n",
+    "\u00e9",
+    "12",
+    "th",
+    "the",
+    " the",
+    "aa",
+    "aaaa",
+]
 
 
 @pytest.fixture(scope="module")
 def tiktoken_file(tmp_path_factory) -> Path:
     tokens = [bytes([byte]) for byte in range(256)] + [text.encode() for text in MERGED]
     path = tmp_path_factory.mktemp("qwen") / "qwen.tiktoken"
-    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
+    path.write_text(
+        "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
+    )
     return path
 
 
@@ -35,10 +60,22 @@ def folder(tiktoken_file) -> Path:
 
 def test_ids_equal_tiktoken(tiktoken_file, folder):
     ranks = read_tiktoken(tiktoken_file)
-    oracle = tiktoken.Encoding("toy", pat_str=PRE_TOKENIZER_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    oracle = tiktoken.Encoding(
+        "toy", pat_str=PRE_TOKENIZER_PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
     built = load_tokenizer(folder)
     rng = random.Random(0)
-    pieces = [*"lower the12 \n\taA'.", "  ", "lower", " the", "aaaaa", "\u00e9", "\u4f60", "\U0001f600", "'s"]
+    pieces = [
+        *"lower the12 \n\taA'.",
+        "  ",
+        "lower",
+        " the",
+        "aaaaa",
+        "\u00e9",
+        "\u4f60",
+        "\U0001f600",
+        "'s",
+    ]
     for _ in range(2000):
         text = "".join(rng.choices(pieces, k=rng.randint(0, 20)))
         assert built.encode(text) == oracle.encode(text), repr(text)
@@ -48,7 +85,8 @@ def test_ids_equal_tiktoken(tiktoken_file, folder):
 def test_added_tokens_follow_in_the_released_order(folder):
     built = load_tokenizer(folder)
     first = 256 + len(MERGED)
-    # Qwen3: <|endoftext|> 151643, <|im_end|> 151645, <think> 151667; InternVL3.5: <IMG_CONTEXT> 151671, </box> 151677.
+    # Qwen3: <|endoftext|> 151643, <|im_end|> 151645, <think> 151667; InternVL3.5: <IMG_CONTEXT>
+    # 151671, </box> 151677.
     for text, released in {
         "<|endoftext|>": 151643,
         "<|im_start|>": 151644,

@@ -1,4 +1,5 @@
-"""Shards are the same bytes however many processes make them, and however often these are killed on the way."""
+"""Shards are the same bytes however many processes make them, and however often these are killed on
+the way."""
 
 import contextlib
 import functools
@@ -56,7 +57,11 @@ def with_broken_lines(folder, *, num_samples, broken):
     """The toy conversations, with JSON that ends too early in the given lines (from 1)."""
     jsonl = write_conversations(folder, num_samples=num_samples)
     lines = jsonl.read_text().splitlines()
-    jsonl.write_text("".join((line[:20] if n in broken else line) + "\n" for n, line in enumerate(lines, start=1)))
+    jsonl.write_text(
+        "".join(
+            (line[:20] if n in broken else line) + "\n" for n, line in enumerate(lines, start=1)
+        )
+    )
     return jsonl
 
 
@@ -73,7 +78,10 @@ def files_of_at_most(num_bytes):
 
 def test_a_full_disk_is_named_and_left_clean(tmp_path, make):
     jsonl = write_conversations(tmp_path / "raw", num_samples=8)
-    with files_of_at_most(8192), pytest.raises(ConfigError, match=r"out: .*File too large; make room"):
+    with (
+        files_of_at_most(8192),
+        pytest.raises(ConfigError, match=r"out: .*File too large; make room"),
+    ):
         make(jsonl, tmp_path / "out", samples_per_shard=4)
     assert [path.name for path in (tmp_path / "out.partial").iterdir()] == [JOURNAL_NAME]
     make(jsonl, tmp_path / "out", samples_per_shard=4)
@@ -87,7 +95,11 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path, make):
     for num_workers in (1, 2, 3):
         index = make(jsonl, tmp_path / f"out{num_workers}", num_workers=num_workers, **options)
         made.append(content(tmp_path / f"out{num_workers}"))
-        assert [re.search(r":(\d+): sample", message)[1] for message in index.skipped] == ["3", "9", "21"]
+        assert [re.search(r":(\d+): sample", message)[1] for message in index.skipped] == [
+            "3",
+            "9",
+            "21",
+        ]
     assert made[0] == made[1] == made[2]
     names = [shard.name for shard in index.shards]
     assert names == sorted(names)
@@ -97,7 +109,9 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path, make):
 
 
 def test_an_index_made_anew_by_workers_is_the_same(tmp_path, make, tokenizer):
-    make(write_conversations(tmp_path / "raw", num_samples=9), tmp_path / "out", samples_per_shard=3)
+    make(
+        write_conversations(tmp_path / "raw", num_samples=9), tmp_path / "out", samples_per_shard=3
+    )
     before = content(tmp_path / "out")
     for path in (tmp_path / "out").glob("*.npz"):
         path.write_bytes(b"broken")
@@ -113,10 +127,15 @@ def test_too_many_broken_samples_end_it_with_a_table_and_the_rest_is_kept(tmp_pa
         with pytest.raises(SampleError, match="at most 2 may be left out") as raised:
             make(jsonl, out, samples_per_shard=5, max_skipped_share=0.1, num_workers=num_workers)
         assert re.search(r"broken line +[23]\n", str(raised.value))
-        assert f"broken line: {jsonl}:7: sample 'conversations-00000007': broken JSON" in str(raised.value)
+        assert f"broken line: {jsonl}:7: sample 'conversations-00000007': broken JSON" in str(
+            raised.value
+        )
     assert not out.exists()
     index = make(jsonl, out, samples_per_shard=5, max_skipped_share=0.2)
-    assert [message.partition(":")[0] for message in index.skipped] == ["broken image", *["broken line"] * 3]
+    assert [message.partition(":")[0] for message in index.skipped] == [
+        "broken image",
+        *["broken line"] * 3,
+    ]
     assert index.num_samples == 16
 
 
@@ -154,20 +173,34 @@ def wait_for_lines(path, number, process):
 def test_making_goes_on_after_a_kill(tmp_path, killed):
     raw, out = tmp_path / "raw", tmp_path / "out"
     jsonl = write_conversations(raw, num_samples=12)
-    tokenizer = train_sentencepiece(["Answer in few words."], model_prefix=tmp_path / "tok", vocab_size=300)
-    command = f"make --jsonl {jsonl} --samples-per-shard 4 --tokenizer-model {tokenizer} --model-size toy"
+    tokenizer = train_sentencepiece(
+        ["Answer in few words."], model_prefix=tmp_path / "tok", vocab_size=300
+    )
+    command = (
+        f"make --jsonl {jsonl} --samples-per-shard 4 --tokenizer-model {tokenizer} --model-size toy"
+    )
     main(f"{command} --workers 1 --out {tmp_path / 'whole'}".split())
     # The second run of lines waits for ever for an image, a pipe that nobody writes to.
     image = raw / "004_0.png"
     image.rename(raw / "kept")
     os.mkfifo(image)
-    words = [sys.executable, "-m", "megatron_vico", "shards", *f"{command} --workers 2 --out {out}".split()]
+    words = [
+        sys.executable,
+        "-m",
+        "megatron_vico",
+        "shards",
+        *f"{command} --workers 2 --out {out}".split(),
+    ]
     journal = tmp_path / "out.partial" / JOURNAL_NAME
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
         wait_for_lines(journal, 3, process)
         below = psutil.Process(process.pid).children(recursive=True)
         if killed == "worker":
-            workers = [worker for child in psutil.Process(process.pid).children() for worker in child.children()]
+            workers = [
+                worker
+                for child in psutil.Process(process.pid).children()
+                for worker in child.children()
+            ]
             assert len(workers) == 2
             for worker in workers:
                 worker.kill()
@@ -190,7 +223,10 @@ def test_making_goes_on_after_a_kill(tmp_path, killed):
     main(f"{command} --workers 1 --out {out}".split())
     assert content(out) == content(tmp_path / "whole")
     for name, before in finished.items():  # not made a second time
-        assert ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+        assert ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) == (
+            before.st_ino,
+            before.st_mtime_ns,
+        )
 
 
 def end_own_process(number, task, note):
@@ -202,7 +238,9 @@ def end_own_process(number, task, note):
 
 
 def test_a_killed_worker_is_an_error_with_a_fix():
-    tasks = run_tasks(end_own_process, range(6), shared=5, num_workers=2, note=lambda samples, num_bytes: None)
+    tasks = run_tasks(
+        end_own_process, range(6), shared=5, num_workers=2, note=lambda samples, num_bytes: None
+    )
     message = r"one of 2 worker processes was killed.*fewer --workers"
     with pytest.raises(ConfigError, match=message), contextlib.closing(tasks):
         list(tasks)
@@ -214,7 +252,9 @@ def fail(shared, task, note):
 
 
 def test_an_error_in_a_worker_reaches_the_caller():
-    tasks = run_tasks(fail, range(3), shared=None, num_workers=2, note=lambda samples, num_bytes: None)
+    tasks = run_tasks(
+        fail, range(3), shared=None, num_workers=2, note=lambda samples, num_bytes: None
+    )
     with pytest.raises(SampleError, match="task"), contextlib.closing(tasks):
         list(tasks)
 
@@ -236,12 +276,15 @@ def test_a_half_made_folder_has_one_maker_and_one_recipe(tmp_path):
     with pytest.raises(ConfigError, match="another process is making it"):
         Journal(tmp_path / "out", {"root": "a"})
     journal.close()
-    Journal(tmp_path / "out", {"root": "b"}).close()  # nothing was finished yet, so that nothing is lost
+    Journal(
+        tmp_path / "out", {"root": "b"}
+    ).close()  # nothing was finished yet, so that nothing is lost
 
 
 @pytest.fixture
 def meta(tmp_path):
-    """Three data sets whose annotations have one name: text in CRLF with a BOM, images in a tar, videos as frames."""
+    """Three data sets whose annotations have one name: text in CRLF with a BOM, images in a tar,
+    videos as frames."""
     for name in ("text", "tar", "video"):
         (tmp_path / name).mkdir()
     words = [row(question="Sag \u00fc."), b"", row(question="Say b.")]
@@ -253,7 +296,11 @@ def meta(tmp_path):
     frames_of(tmp_path / "video", "b", number=40)
     (tmp_path / "video" / "train.jsonl").write_bytes(b"\n".join(row(video=name) for name in "ab"))
     sets = {
-        "texte-\u00fc": {"root": "", "annotation": str(tmp_path / "text/train.jsonl"), "repeat_time": 2},
+        "texte-\u00fc": {
+            "root": "",
+            "annotation": str(tmp_path / "text/train.jsonl"),
+            "repeat_time": 2,
+        },
         "tar.1": {
             "root": str(tmp_path / "tar/images.tar"),
             "annotation": str(tmp_path / "tar/train.jsonl"),
@@ -262,7 +309,11 @@ def meta(tmp_path):
             "repeat_time": 0.5,
             "length": 5,
         },
-        "video": {"root": str(tmp_path / "video"), "annotation": str(tmp_path / "video/train.jsonl"), "length": 2},
+        "video": {
+            "root": str(tmp_path / "video"),
+            "annotation": str(tmp_path / "video/train.jsonl"),
+            "length": 2,
+        },
     }
     (tmp_path / "meta.json").write_text(json.dumps(sets))
     return tmp_path / "meta.json"
@@ -326,7 +377,10 @@ def test_a_mixture_goes_on_and_refuses_what_differs(tmp_path, make_all, meta, to
 
 
 def test_another_seed_takes_other_frames(tmp_path, meta, tokenizer, capsys):
-    command = f"make --meta {meta} --tokenizer-model {tokenizer.source} --model-size toy --workers 1 --min-num-frame 4"
+    command = (
+        f"make --meta {meta} --tokenizer-model {tokenizer.source} --model-size toy --workers 1"
+        " --min-num-frame 4"
+    )
     for seed in (1, 2):
         main(f"{command} --seed {seed} --out {tmp_path / str(seed)}".split())
     shown = capsys.readouterr().out

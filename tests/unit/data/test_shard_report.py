@@ -9,7 +9,13 @@ from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
 from megatron_vico.data.packing import PackLimits
 from megatron_vico.data.samples import ConversationSample, Turn
 from megatron_vico.data.shards import report
-from megatron_vico.data.shards.report import PackingOptions, ShardStatistics, histogram, histogram_lines, spread
+from megatron_vico.data.shards.report import (
+    PackingOptions,
+    ShardStatistics,
+    histogram,
+    histogram_lines,
+    spread,
+)
 from megatron_vico.data.shards.sample_view import image_lines, token_text, turn_lines, view
 from megatron_vico.data.tokenizer import IMAGE_CONTEXT
 from megatron_vico.data.webdataset import ShardFolder
@@ -17,7 +23,9 @@ from tests.unit.data.conftest import NUM_SAMPLES, SETTINGS
 
 
 def options(*, capacity=512, max_tiles=96):
-    return PackingOptions(limits=PackLimits(capacity=capacity, max_tiles=max_tiles), window=512, tokens_kept=16)
+    return PackingOptions(
+        limits=PackLimits(capacity=capacity, max_tiles=max_tiles), window=512, tokens_kept=16
+    )
 
 
 def test_a_spread_has_values_that_occur():
@@ -49,7 +57,10 @@ def test_a_histogram_ends_at_powers_of_two():
     ]
     assert histogram(np.array([5, 20])) == [(5, 8, 1), (9, 16, 0), (17, 32, 1)]
     assert histogram(np.array([], dtype=np.int64)) == []
-    assert histogram_lines(np.array([1, 2, 2])) == [f"  1  1   33.3%  {'#' * 20}", f"  2  2   66.7%  {'#' * 40}"]
+    assert histogram_lines(np.array([1, 2, 2])) == [
+        f"  1  1   33.3%  {'#' * 20}",
+        f"  2  2   66.7%  {'#' * 40}",
+    ]
 
 
 def test_samples_are_counted(shards, conversations, tokenizer):
@@ -69,7 +80,11 @@ def test_samples_are_counted(shards, conversations, tokenizer):
         "images": [len(each.tiles_per_image) for each in encoded],
     }.items():
         column = content["columns"][name]
-        assert (column["total"], column["min"], column["max"]) == (sum(counts), min(counts), max(counts))
+        assert (column["total"], column["min"], column["max"]) == (
+            sum(counts),
+            min(counts),
+            max(counts),
+        )
         assert column["p50"] == sorted(counts)[NUM_SAMPLES // 2 - 1]
     text = found.as_text()
     assert f"{sum(len(each.tiles) for each in encoded)}" in text
@@ -89,7 +104,9 @@ def test_packs_are_counted(shards):
     assert packing.token_fill == pytest.approx(lengths.sum() / (512 * len(packing.tokens)))
     assert packing.tile_fill == pytest.approx(folder.num_tiles.sum() / (96 * len(packing.tokens)))
     assert packing.samples_per_pack == pytest.approx(NUM_SAMPLES / len(packing.tokens))
-    narrow = ShardStatistics.of([folder], repeats=[1], packing=options(capacity=10_000, max_tiles=4)).packing
+    narrow = ShardStatistics.of(
+        [folder], repeats=[1], packing=options(capacity=10_000, max_tiles=4)
+    ).packing
     assert narrow.num_too_large == (folder.num_tiles > 4).sum() > 0
     assert narrow.samples.sum() == NUM_SAMPLES - narrow.num_too_large
     nothing = ShardStatistics.of([folder], repeats=[1], packing=options(capacity=1)).packing
@@ -138,7 +155,11 @@ def test_images_of_one_kind_share_a_line(shards):
     frames = ConversationSample(key="k", turns=sample.turns, images=(png, png, b"broken", png))
     lines = image_lines(view(frames, tiles_per_image=(1, 1, 1, 1), settings=settings).images)
     size = f"PNG 64x32, {len(png)} bytes, 1 tile"
-    assert lines == [f"images 0 to 1: {size}", "image 2: CANNOT BE OPENED, 6 bytes, 1 tile", f"image 3: {size}"]
+    assert lines == [
+        f"images 0 to 1: {size}",
+        "image 2: CANNOT BE OPENED, 6 bytes, 1 tile",
+        f"image 3: {size}",
+    ]
 
 
 def test_trained_text_is_marked(shards, tokenizer):

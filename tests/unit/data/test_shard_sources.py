@@ -42,7 +42,9 @@ def write_tar(path, members):
 
 @pytest.fixture
 def reader(tokenizer):
-    return SampleReader(encoder=SampleEncoder(tokenizer=tokenizer, settings=SETTINGS), frames=FrameOptions())
+    return SampleReader(
+        encoder=SampleEncoder(tokenizer=tokenizer, settings=SETTINGS), frames=FrameOptions()
+    )
 
 
 def source(tmp_path, root=None, **fields):
@@ -57,7 +59,9 @@ def test_images_in_tars_are_read_at_their_place(tmp_path, reader):
     read = reader.read(line, source=source(tmp_path), number=7)
     assert read.sample.images == (red, blue)
     assert read.sample.key == read.encoded.key == "set_a-00000007"
-    read = reader.read(row(image="b.PNG"), source=source(tmp_path, root=tmp_path / "one.tar"), number=1)
+    read = reader.read(
+        row(image="b.PNG"), source=source(tmp_path, root=tmp_path / "one.tar"), number=1
+    )
     assert (read.sample.images, read.suffixes) == ((blue,), ("png",))
 
 
@@ -71,12 +75,16 @@ def test_every_member_of_a_tar_is_found(tmp_path):
 def test_a_folder_named_like_a_tar_is_a_folder(tmp_path, reader):
     (tmp_path / "x.tar").mkdir()
     (tmp_path / "x.tar" / "a.png").write_bytes(picture())
-    assert reader.read(row(image="x.tar/a.png"), source=source(tmp_path), number=1).sample.images == (picture(),)
+    assert reader.read(
+        row(image="x.tar/a.png"), source=source(tmp_path), number=1
+    ).sample.images == (picture(),)
 
 
 def test_what_is_missing_in_a_tar_or_wrong_with_it_is_named(tmp_path, reader):
     write_tar(tmp_path / "good.tar", {"a.png": picture()})
-    with pytest.raises(SampleError, match=r"^missing file: .*a.jsonl:3: .*good.tar has no member 'in/b.png'"):
+    with pytest.raises(
+        SampleError, match=r"^missing file: .*a.jsonl:3: .*good.tar has no member 'in/b.png'"
+    ):
         reader.read(row(image="good.tar/in/b.png"), source=source(tmp_path), number=3)
     (tmp_path / "cut.tar").write_bytes((tmp_path / "good.tar").read_bytes()[:530])
     (tmp_path / "text.tar").write_text("no tar " * 200)
@@ -107,9 +115,13 @@ def test_a_video_is_its_frames_one_tile_each(tmp_path, reader, tokenizer):
     assert read.suffixes == ("png",) * num_frames
     text = "".join(f"Frame-{i}: <image>\n" for i in range(1, num_frames + 1))
     assert read.sample.turns[0].text == f"{text}What?"
-    again = SampleReader(encoder=SampleEncoder(tokenizer=tokenizer, settings=SETTINGS), frames=FrameOptions())
+    again = SampleReader(
+        encoder=SampleEncoder(tokenizer=tokenizer, settings=SETTINGS), frames=FrameOptions()
+    )
     assert again.read(line, source=source(tmp_path), number=1).sample.images == read.sample.images
-    others = [reader.read(line, source=source(tmp_path), number=n).sample.images for n in range(2, 6)]
+    others = [
+        reader.read(line, source=source(tmp_path), number=n).sample.images for n in range(2, 6)
+    ]
     assert all(images != read.sample.images for images in others)  # each key draws its own
 
 
@@ -119,13 +131,19 @@ def test_a_video_is_its_frames_one_tile_each(tmp_path, reader, tokenizer):
         (row(video="none"), r"^broken video: .*a.jsonl:2: sample 'set_a-00000002': .*none"),
         (row(video="clip", clip=3), r"^broken video: .*'clip' is 3; expected \[start, end\]"),
         (row(video=["clip"]), r"^broken line: .*'video' is \['clip'\]"),
-        (row(video="clip", image="a.png"), r"^broken line: .*expected the path of one video, or images"),
+        (
+            row(video="clip", image="a.png"),
+            r"^broken line: .*expected the path of one video, or images",
+        ),
         (row("<video><video>", video="clip"), r"^wrong conversation: .*2 <video> tags"),
         (row(image="x.png"), r"^missing file: .*image 'x.png' cannot be read"),
         (row(image="\0"), r"^missing file: .*null byte"),
         (row(image="clip"), r"^missing file: .*Is a directory"),
         (row(image="bad.png"), r"^broken image: .*a.jsonl:2: .*cannot be decoded"),
-        (row("<image><image>", image="a.png"), r"^wrong conversation: .*2 <image> tags but 1 images"),
+        (
+            row("<image><image>", image="a.png"),
+            r"^wrong conversation: .*2 <image> tags but 1 images",
+        ),
         (b"{", r"^broken line: .*broken JSON"),
     ],
 )
@@ -155,9 +173,15 @@ def test_lines_are_cut_without_loss(tmp_path, samples_per_run, end):
     for last in (b"", end):
         path.write_bytes(end.join(lines) + last)
         plan = cut_lines(path, samples_per_run=samples_per_run)
-        read = [(number, line.strip()) for run in plan.runs for number, line in read_lines(path, run)]
-        assert read == [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-        assert [run.num_samples for run in plan.runs[:-1]] == [samples_per_run] * (len(plan.runs) - 1)
+        read = [
+            (number, line.strip()) for run in plan.runs for number, line in read_lines(path, run)
+        ]
+        assert read == [
+            (number, line) for number, line in enumerate(lines, start=1) if line.strip()
+        ]
+        assert [run.num_samples for run in plan.runs[:-1]] == [samples_per_run] * (
+            len(plan.runs) - 1
+        )
         assert plan.num_samples == 5
 
 
@@ -170,7 +194,9 @@ def meta(tmp_path, text):
 def test_the_official_meta_is_read(tmp_path):
     entry = {"root": str(tmp_path), "annotation": str(tmp_path / "a.jsonl"), "data_augment": True}
     entry |= {"repeat_time": 0.5, "length": 3, "max_dynamic_patch": 6}
-    full, least = meta(tmp_path, {"b": entry, "a": {"root": "", "annotation": str(tmp_path / "a.jsonl")}})
+    full, least = meta(
+        tmp_path, {"b": entry, "a": {"root": "", "annotation": str(tmp_path / "a.jsonl")}}
+    )
     assert full == Source(
         name="b",
         annotation=tmp_path / "a.jsonl",

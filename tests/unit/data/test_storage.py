@@ -1,4 +1,5 @@
-"""Shards at a URL read as local ones; errors that pass are tried again, others not; the cache keeps to its limit."""
+"""Shards at a URL read as local ones; errors that pass are tried again, others not; the cache keeps
+to its limit."""
 
 import errno
 import logging
@@ -55,7 +56,9 @@ def remote(flaky, copy, sleeps):
     """Opens the copy by its URL; options as of StorageOptions."""
 
     def opened(**options):
-        return ShardFolder.open(f"flaky://{copy}", storage=StorageOptions(sleep=sleeps.append, **options))
+        return ShardFolder.open(
+            f"flaky://{copy}", storage=StorageOptions(sleep=sleeps.append, **options)
+        )
 
     return opened
 
@@ -78,8 +81,15 @@ def test_a_url_reads_as_a_local_folder(shards, flaky, tmp_path, scheme, with_cac
     url = f"{scheme}://{shards}"
     if scheme == "memory":
         fsspec.filesystem("memory").put(f"{shards}/", f"{shards}/", recursive=True)
-    options = StorageOptions(cache_dir=str(tmp_path / "cache"), cache_bytes=10**9) if with_cache else StorageOptions()
-    folder, local = ShardFolder.open(url, verify="sha256", storage=options), ShardFolder.open(shards)
+    options = (
+        StorageOptions(cache_dir=str(tmp_path / "cache"), cache_bytes=10**9)
+        if with_cache
+        else StorageOptions()
+    )
+    folder, local = (
+        ShardFolder.open(url, verify="sha256", storage=options),
+        ShardFolder.open(shards),
+    )
     assert folder.path == url
     assert folder.index == local.index
     assert samples(folder) == samples(local)
@@ -108,7 +118,13 @@ def test_errors_that_pass_are_tried_again_and_logged_once_each(remote, flaky, sl
     folder = remote()
     right = folder.read(IN_TAR)
     state = random.getstate()
-    flaky.script[TAR] = [ConnectionResetError("gone"), TimeoutError(), StatusError(503), CUT, StatusError(429)]
+    flaky.script[TAR] = [
+        ConnectionResetError("gone"),
+        TimeoutError(),
+        StatusError(503),
+        CUT,
+        StatusError(429),
+    ]
     with caplog.at_level(logging.WARNING):
         assert folder.read(IN_TAR) == right
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 5
@@ -150,7 +166,9 @@ def test_errors_that_stay_are_not_tried_again(remote, flaky, sleeps, error):
 def test_after_the_last_try_url_tries_and_cause_are_named(remote, flaky, sleeps):
     folder = remote(retries=2)
     flaky.script[TAR] = [OSError("first"), OSError("second"), OSError("third")]
-    with pytest.raises(SampleError, match=rf"flaky://.*{TAR}: cannot be read; tries: 3, last cause: OSError: third"):
+    with pytest.raises(
+        SampleError, match=rf"flaky://.*{TAR}: cannot be read; tries: 3, last cause: OSError: third"
+    ):
         folder.read(IN_TAR)
     assert len(sleeps) == 2
     flaky.script[TAR] = [OSError("once")]
@@ -174,7 +192,9 @@ def test_a_file_that_is_short_itself_is_not_asked_again(remote, copy, sleeps):
         with pytest.raises(SampleError, match=rf"{TAR} ends after {cut} bytes"):
             samples(folder)
     assert sleeps == []
-    with pytest.raises(SampleError, match=f"flaky://.*{TAR}: {cut} bytes, but the index says {len(whole)}"):
+    with pytest.raises(
+        SampleError, match=f"flaky://.*{TAR}: {cut} bytes, but the index says {len(whole)}"
+    ):
         remote()
 
 
@@ -213,14 +233,18 @@ def test_those_used_longest_ago_make_room_and_their_readers_read_on(remote, flak
 
 
 def test_a_cache_that_cannot_work_is_refused(remote, tmp_path):
-    with pytest.raises(ConfigError, match=r"--data-cache-gb 1e-06 is less than shard-000001.tar alone"):
+    with pytest.raises(
+        ConfigError, match=r"--data-cache-gb 1e-06 is less than shard-000001.tar alone"
+    ):
         remote(cache_dir=str(tmp_path / "cache"), cache_bytes=1000).read(IN_TAR)
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"--data-cache-dir .*file: "):
         remote(cache_dir=str(tmp_path / "file"), cache_bytes=10**9).read(IN_TAR)
 
 
-def test_damage_in_the_cache_is_repaired_and_wrong_content_never_enters_it(remote, copy, flaky, tmp_path):
+def test_damage_in_the_cache_is_repaired_and_wrong_content_never_enters_it(
+    remote, copy, flaky, tmp_path
+):
     cache = tmp_path / "cache"
     folder = remote(cache_dir=str(cache), cache_bytes=10**9)
     right, shard = folder.read(IN_TAR), folder.index.shards[1]
@@ -270,7 +294,10 @@ def in_processes(work, arguments):
 
 
 def test_processes_that_want_the_same_shard_fetch_it_once(remote, flaky, tmp_path):
-    folder, right = remote(cache_dir=str(tmp_path / "cache"), cache_bytes=10**9), remote().read(IN_TAR)
+    folder, right = (
+        remote(cache_dir=str(tmp_path / "cache"), cache_bytes=10**9),
+        remote().read(IN_TAR),
+    )
     flaky.log.write_text("")
     assert in_processes(folder.read, [IN_TAR] * 4) == [right] * 4
     assert requests(flaky) == 1
@@ -286,7 +313,9 @@ def test_reads_go_on_in_a_forked_process(remote, flaky, copy):
 
 
 def test_the_options_of_a_run_are_those_of_its_storage(tmp_path):
-    options = StorageOptions.of(DataOptions(data_cache_dir="/cache", data_cache_gb=1.5, data_retries=3))
+    options = StorageOptions.of(
+        DataOptions(data_cache_dir="/cache", data_cache_gb=1.5, data_retries=3)
+    )
     assert (options.cache_dir, options.cache_bytes, options.retries) == ("/cache", 1_500_000_000, 3)
     assert StorageOptions.of(DataOptions()) == StorageOptions()
     with pytest.raises(FileNotFoundError):

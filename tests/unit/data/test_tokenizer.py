@@ -9,8 +9,27 @@ from transformers import AutoTokenizer
 from megatron_vico.data.tokenizer import SPECIAL_STRINGS, load_tokenizer, train_sentencepiece
 from megatron_vico.errors import ConfigError
 
-ALPHABET = [*"abcdeghilnorstuw AW?.\n\t-012345", "  ", "\u00e9", "\u4f60", "\U0001f600", "\u00a0", "\r", "\x01"]
-LOOKALIKES = ["<unk>", "<0x41>", "<s>", "<tile_1>", "<tile_11>", "<tile_99>", "\u2581", "<img", *SPECIAL_STRINGS]
+ALPHABET = [
+    *"abcdeghilnorstuw AW?.\n\t-012345",
+    "  ",
+    "\u00e9",
+    "\u4f60",
+    "\U0001f600",
+    "\u00a0",
+    "\r",
+    "\x01",
+]
+LOOKALIKES = [
+    "<unk>",
+    "<0x41>",
+    "<s>",
+    "<tile_1>",
+    "<tile_11>",
+    "<tile_99>",
+    "\u2581",
+    "<img",
+    *SPECIAL_STRINGS,
+]
 
 
 def random_texts(count, *, seed=0):
@@ -22,8 +41,19 @@ def random_texts(count, *, seed=0):
 
 
 def test_ids_of_special_strings_are_fixed(tokenizer, tmp_path):
-    expected = ["<|endoftext|>", "<unk>", "<|im_start|>", "<|im_end|>", "<img>", "<IMG_CONTEXT>", "</img>", "\n"]
-    other = load_tokenizer(train_sentencepiece(["something else 99"], model_prefix=tmp_path / "x", vocab_size=300))
+    expected = [
+        "<|endoftext|>",
+        "<unk>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<img>",
+        "<IMG_CONTEXT>",
+        "</img>",
+        "\n",
+    ]
+    other = load_tokenizer(
+        train_sentencepiece(["something else 99"], model_prefix=tmp_path / "x", vocab_size=300)
+    )
     for each in (tokenizer, other):
         assert each.tokens()[:8] == expected
         assert each.tokens()[8:21] == [f"<tile_{i}>" for i in range(1, 14)]

@@ -1,4 +1,5 @@
-"""`verify`: a whole folder has no problem; each kind of damage is reported where it is, and nothing else is."""
+"""`verify`: a whole folder has no problem; each kind of damage is reported where it is, and nothing
+else is."""
 
 import io
 import json
@@ -32,11 +33,14 @@ def problems_of(*paths, **options):
 
 
 def facts(problems):
-    return [(problem.cause, problem.file, problem.samples, problem.num_samples) for problem in problems]
+    return [
+        (problem.cause, problem.file, problem.samples, problem.num_samples) for problem in problems
+    ]
 
 
 def relist(folder):
-    """Write hashes and sizes of the files as they are now, so that only their content can be found wrong."""
+    """Write hashes and sizes of the files as they are now, so that only their content can be found
+    wrong."""
     index = FolderIndex.read(folder)
     shards = [
         replace(
@@ -63,10 +67,13 @@ def change_index(folder, **columns):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_whole_folder_has_no_problem_and_every_byte_and_sample_is_counted(shards, tokenizer, workers):
+def test_a_whole_folder_has_no_problem_and_every_byte_and_sample_is_counted(
+    shards, tokenizer, workers
+):
     limits = PackLimits(capacity=4096, max_tiles=96)
     check = Verification(
-        [shards, shards], VerifyOptions(tokenizer=tokenizer, limits=limits, tokens_kept=16, num_workers=workers)
+        [shards, shards],
+        VerifyOptions(tokenizer=tokenizer, limits=limits, tokens_kept=16, num_workers=workers),
     )
     findings = list(check)
     assert [problem for finding in findings for problem in finding.problems] == []
@@ -99,7 +106,9 @@ def test_a_tar_cut_at_any_block_names_the_lost_samples(copy):
 
 def test_a_missing_tar_names_its_samples(copy):
     (copy / f"{SECOND}.tar").unlink()
-    assert facts(problems_of(copy)) == [("missing file", f"{SECOND}.tar", f"{KEYS[16]} .. {KEYS[31]}", 16)]
+    assert facts(problems_of(copy)) == [
+        ("missing file", f"{SECOND}.tar", f"{KEYS[16]} .. {KEYS[31]}", 16)
+    ]
 
 
 def test_a_replaced_tar_is_unlike_its_index(copy):
@@ -136,13 +145,17 @@ def test_broken_text_and_images_are_named(copy, tokenizer):
         assert problems[1].found.startswith("image 0 (")
         assert problems[2].found.startswith("image 1 (")
         assert problems[2].found.endswith(" bytes) cannot be decoded: no image file")
-    assert str(problems[0]).startswith(f"{tar}: sample {KEYS[16]}: unreadable sample: broken JSON (")
+    assert str(problems[0]).startswith(
+        f"{tar}: sample {KEYS[16]}: unreadable sample: broken JSON ("
+    )
 
 
 def test_a_conversation_that_cannot_be_trained_is_named_only_with_a_tokenizer(copy, tokenizer):
     tar = copy / f"{SECOND}.tar"
     offset, size = ShardIndex.read(copy / f"{SECOND}.npz")[2].members[0]
-    overwrite(tar, offset, tar.read_bytes()[offset : offset + size].replace(b"<image>", b"(image)", 1))
+    overwrite(
+        tar, offset, tar.read_bytes()[offset : offset + size].replace(b"<image>", b"(image)", 1)
+    )
     relist(copy)
     assert problems_of(copy) == []
     (problem,) = problems_of(copy, tokenizer=tokenizer)
@@ -152,7 +165,11 @@ def test_a_conversation_that_cannot_be_trained_is_named_only_with_a_tokenizer(co
 
 def test_counts_unlike_the_index_are_named_only_with_a_tokenizer(copy, tokenizer):
     index = ShardIndex.read(copy / f"{SECOND}.npz")
-    tokens, trained, tiles = index.num_tokens.copy(), index.num_responses.copy(), index.tiles_per_image.copy()
+    tokens, trained, tiles = (
+        index.num_tokens.copy(),
+        index.num_responses.copy(),
+        index.tiles_per_image.copy(),
+    )
     tokens[1] += 1
     trained[4] -= 1
     tiles[-1] += 1  # of the last but one sample: the last has no image
@@ -187,7 +204,9 @@ def test_samples_behind_a_broken_header_are_named_and_still_read(copy):
         ("tar unlike index", tar.name, f"{KEYS[21]} .. {KEYS[31]}", 11),
         ("unreadable sample", tar.name, KEYS[24], 1),
     ]
-    end = max(offset + size for offset, size in index[4].members)  # of the last sample with a header
+    end = max(
+        offset + size for offset, size in index[4].members
+    )  # of the last sample with a header
     assert problems[0].found == f"no header at byte {-(-end // 512) * 512}"
 
 
@@ -263,10 +282,16 @@ def test_samples_too_large_for_a_pack_are_named(shards):
     expected = [KEYS[n] for n in np.flatnonzero(lengths > limits.capacity)]
     assert 1 <= len(expected) <= 2
     problems = problems_of(shards, limits=limits, tokens_kept=16)
-    assert [(problem.cause, problem.samples) for problem in problems] == [("too large for a pack", k) for k in expected]
+    assert [(problem.cause, problem.samples) for problem in problems] == [
+        ("too large for a pack", k) for k in expected
+    ]
     limits = PackLimits(capacity=10_000, max_tiles=int(folder.num_tiles.max()) - 1)
     expected = [KEYS[n] for n in np.flatnonzero(folder.num_tiles > limits.max_tiles)]
-    assert [problem.samples for problem in problems_of(shards, limits=limits, tokens_kept=16)] == expected != []
+    assert (
+        [problem.samples for problem in problems_of(shards, limits=limits, tokens_kept=16)]
+        == expected
+        != []
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -293,6 +318,12 @@ def test_a_key_twice_in_one_folder_is_named(copy):
 
 def test_a_problem_is_one_line():
     problem = Problem(
-        cause="unreadable sample", folder="/d", file="s.tar", samples="k", num_samples=1, found="a\nb", expected="c"
+        cause="unreadable sample",
+        folder="/d",
+        file="s.tar",
+        samples="k",
+        num_samples=1,
+        found="a\nb",
+        expected="c",
     )
     assert str(problem) == "/d/s.tar: sample k: unreadable sample: a b; expected c"

@@ -1,4 +1,5 @@
-"""Which frames of a video come back, against the official rule restated; broken videos; the text before frames."""
+"""Which frames of a video come back, against the official rule restated; broken videos; the text
+before frames."""
 
 import io
 import re
@@ -13,7 +14,14 @@ from PIL import Image
 from megatron_vico.data import video
 from megatron_vico.data.encoding import SampleEncoder
 from megatron_vico.data.samples import ConversationSample, Turn
-from megatron_vico.data.video import INFERENCE_TEXT, draw_frames, frame_files, middle_frames, video_frames, with_frames
+from megatron_vico.data.video import (
+    INFERENCE_TEXT,
+    draw_frames,
+    frame_files,
+    middle_frames,
+    video_frames,
+    with_frames,
+)
 from megatron_vico.errors import ConfigError, SampleError
 from tests.toy_data import frame_number, write_video
 from tests.unit.data.conftest import SETTINGS
@@ -36,7 +44,8 @@ def movie(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twelve frames whose order is that of their numbers, not of their names; and files that are no frames."""
+    """Twelve frames whose order is that of their numbers, not of their names; and files that are no
+    frames."""
     for number in range(12):
         Image.new("L", (32, 32), number * 20).save(tmp_path / f"frame_{number}.png")
     (tmp_path / "notes.txt").write_text("no frame")
@@ -53,7 +62,9 @@ def official_intervals(num_frames, vlen):
 @pytest.mark.parametrize(("vlen", "num_frames"), [(60, 8), (64, 32), (1000, 32), (17, 8), (100, 1)])
 def test_each_interval_gives_each_of_its_frames_but_the_last(vlen, num_frames):
     ranges = official_intervals(num_frames, vlen)
-    drawn = np.array([draw_frames(vlen, num_frames=num_frames, random=stream(seed)) for seed in range(400)])
+    drawn = np.array(
+        [draw_frames(vlen, num_frames=num_frames, random=stream(seed)) for seed in range(400)]
+    )
     for column, (first, last) in zip(drawn.T, ranges, strict=True):
         possible = set(range(first, last))  # the official `random.choice(range(first, last))`
         assert set(column.tolist()) <= possible
@@ -86,7 +97,10 @@ def test_the_frames_of_a_file_are_those_drawn(movie, seed):
 
 
 def test_the_number_of_frames_is_drawn_between_its_limits(movie):
-    counts = {len(video_frames(movie, random=stream(seed), min_frames=2, max_frames=4)) for seed in range(20)}
+    counts = {
+        len(video_frames(movie, random=stream(seed), min_frames=2, max_frames=4))
+        for seed in range(20)
+    }
     assert counts == {2, 3, 4}
     assert video_frames(movie, random=stream(3)) == video_frames(movie, random=stream(3), clip=[])
     assert video_frames(movie, random=stream(3)) != video_frames(movie, random=stream(4))
@@ -109,7 +123,19 @@ def test_a_clip_shows_its_part(movie, clip, frames):
 
 
 @pytest.mark.parametrize(
-    "clip", [(6.5, 8.0), (2.0, 2.0), (3, 2), (1,), (-1, 2), (0, 0.01), (float("nan"), 1), ("a", 2), (1e308, 1.7e308), 5]
+    "clip",
+    [
+        (6.5, 8.0),
+        (2.0, 2.0),
+        (3, 2),
+        (1,),
+        (-1, 2),
+        (0, 0.01),
+        (float("nan"), 1),
+        ("a", 2),
+        (1e308, 1.7e308),
+        5,
+    ],
 )
 def test_a_clip_that_is_not_in_the_video_is_refused(movie, clip):
     with pytest.raises(SampleError, match=re.escape(str(movie)) + ".*'clip'"):
@@ -118,7 +144,9 @@ def test_a_clip_that_is_not_in_the_video_is_refused(movie, clip):
 
 def test_a_folder_gives_its_files_in_the_order_of_their_numbers(folder):
     frames = video_frames(folder, random=stream(), min_frames=32)
-    assert frames == [(folder / f"frame_{number}.png").read_bytes() for number in range(12)]  # all, none repeated
+    assert frames == [
+        (folder / f"frame_{number}.png").read_bytes() for number in range(12)
+    ]  # all, none repeated
     few = video_frames(folder, random=stream(), min_frames=4, max_frames=4)
     assert [frames.index(frame) // 3 for frame in few] == [0, 1, 2, 3]
     with pytest.raises(SampleError, match="no frame rate"):
@@ -165,9 +193,14 @@ def test_other_codecs(tmp_path, codec):
 
 
 def test_frames_that_never_come_out_are_not_waited_for(movie, monkeypatch):
-    """Codecs with hidden frames have more packets than frames; then the draw is among the frames."""
+    """Codecs with hidden frames have more packets than frames; then the draw is among the
+    frames."""
     measure = video._measure
-    monkeypatch.setattr(video, "_measure", lambda path: video._Video(path=path, num_frames=90, rate=measure(path).rate))
+    monkeypatch.setattr(
+        video,
+        "_measure",
+        lambda path: video._Video(path=path, num_frames=90, rate=measure(path).rate),
+    )
     shown = numbers(video_frames(movie, random=stream(), min_frames=32))
     assert len(shown) == 32
     assert max(shown) < 60
@@ -175,9 +208,12 @@ def test_frames_that_never_come_out_are_not_waited_for(movie, monkeypatch):
 
 
 def test_the_middle_of_each_segment(movie):
-    # The official example: int(start + segment / 2 + round(segment * index)), with the last frame as the end.
+    # The official example: int(start + segment / 2 + round(segment * index)), with the last frame
+    # as the end.
     expected = [int(0 + (59 / 8) / 2 + np.round(59 / 8 * index)) for index in range(8)]
-    assert numbers(middle_frames(movie, num_frames=8)) == expected == [3, 10, 18, 25, 33, 40, 47, 55]
+    assert (
+        numbers(middle_frames(movie, num_frames=8)) == expected == [3, 10, 18, 25, 33, 40, 47, 55]
+    )
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
@@ -195,7 +231,10 @@ def test_a_cut_video_with_its_index_in_front_is_refused(movie, tmp_path):
     import av
 
     front = tmp_path / "front.mp4"
-    with av.open(f"file:{movie}") as source, av.open(str(front), "w", options={"movflags": "faststart"}) as target:
+    with (
+        av.open(f"file:{movie}") as source,
+        av.open(str(front), "w", options={"movflags": "faststart"}) as target,
+    ):
         copied = target.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):
             if packet.dts is not None:
@@ -223,7 +262,9 @@ def test_a_turned_phone(movie, monkeypatch):
         rotation = 90
 
         def to_image(self):
-            return Image.fromarray(np.repeat([[[0] * 3], [[200] * 3]], 24, axis=0).repeat(64, axis=1).astype(np.uint8))
+            return Image.fromarray(
+                np.repeat([[[0] * 3], [[200] * 3]], 24, axis=0).repeat(64, axis=1).astype(np.uint8)
+            )
 
     class Container:
         def __enter__(self):
@@ -272,7 +313,9 @@ def test_a_tag_of_a_later_question_stays_there_and_text_may_differ():
     turns = [Turn("human", "Hi"), ANSWER, Turn("human", "<video>\nWhat?"), ANSWER]
     expected = (*turns[:2], Turn("human", "Frame1: <image>\nWhat?"), ANSWER)
     assert with_frames(turns, 1, frame_text=INFERENCE_TEXT) == expected
-    assert with_frames([Turn("pretrain", "<video>\nA cat.")], 1) == (Turn("pretrain", "Frame-1: <image>\nA cat."),)
+    assert with_frames([Turn("pretrain", "<video>\nA cat.")], 1) == (
+        Turn("pretrain", "Frame-1: <image>\nA cat."),
+    )
 
 
 def test_a_video_is_encoded_as_one_tile_a_frame(movie, tokenizer):
@@ -282,7 +325,9 @@ def test_a_video_is_encoded_as_one_tile_a_frame(movie, tokenizer):
     encoded = SampleEncoder(tokenizer=tokenizer, settings=SETTINGS).encode(sample)
     assert encoded.tiles_per_image == (1,) * 9
     assert "Frame-9: <img><IMG_CONTEXT></img>\nWhat?" in tokenizer.decode(encoded.token_ids)
-    assert numbers(frames) == [frame_number(Image.fromarray(tile.transpose(1, 2, 0))) for tile in encoded.tiles]
+    assert numbers(frames) == [
+        frame_number(Image.fromarray(tile.transpose(1, 2, 0))) for tile in encoded.tiles
+    ]
 
 
 @pytest.mark.parametrize(

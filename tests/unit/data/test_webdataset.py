@@ -1,4 +1,5 @@
-"""Shards give back what went in, any WebDataset reader reads them, and each kind of damage is named."""
+"""Shards give back what went in, any WebDataset reader reads them, and each kind of damage is
+named."""
 
 import io
 import json
@@ -33,7 +34,9 @@ def keys_of(path):
 
 def jpeg():
     written = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(written, "JPEG")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
+        written, "JPEG"
+    )
     return written.getvalue()
 
 
@@ -88,7 +91,9 @@ def test_any_webdataset_reader_reads_the_shards(shards, conversations):
     files = sorted(str(path) for path in shards.glob("*.tar"))
     samples = list(webdataset.WebDataset(files, shardshuffle=False))
     assert [sample["__key__"] for sample in samples] == keys_of(shards)
-    assert sum("1.png" in sample for sample in samples) == sum("_1.png" in line for line in conversations.open())
+    assert sum("1.png" in sample for sample in samples) == sum(
+        "_1.png" in line for line in conversations.open()
+    )
 
 
 def test_the_same_input_gives_the_same_bytes(shards, conversations, tokenizer, tmp_path):
@@ -128,7 +133,12 @@ def test_names_that_a_tar_header_cannot_hold(tmp_path, tokenizer, stem):
     source = tmp_path / f"{stem}.jsonl"
     source.write_text("".join(row(image=None, question=f"{n}?") + "\n" for n in range(3)))
     make_shards(
-        source, image_root=tmp_path, out_dir=tmp_path / "out", tokenizer=tokenizer, settings=SETTINGS, options=QUIET
+        source,
+        image_root=tmp_path,
+        out_dir=tmp_path / "out",
+        tokenizer=tokenizer,
+        settings=SETTINGS,
+        options=QUIET,
     )
     folder = ShardFolder.open(tmp_path / "out")
     assert [folder.read(number).turns[0].text for number in range(3)] == ["0?", "1?", "2?"]
@@ -139,16 +149,25 @@ def test_names_that_a_tar_header_cannot_hold(tmp_path, tokenizer, stem):
     ("line", "message"),
     [
         (row(image="none.jpg"), r"data.jsonl:2: .*image 'none.jpg' cannot be read"),
-        (row(image="cut.jpg"), r"data.jsonl:2: sample 'data-00000002': image 0 .* cannot be decoded"),
+        (
+            row(image="cut.jpg"),
+            r"data.jsonl:2: sample 'data-00000002': image 0 .* cannot be decoded",
+        ),
         (row()[:40], r"data.jsonl:2: .*broken JSON"),
         (row(question="<image><image>"), r"data.jsonl:2: .*2 <image> tags but 1 images"),
         (row(image=None), r"data.jsonl:2: .*1 <image> tags but 0 images"),
         (row(image=["a.jpg", "a.jpg"]), r"data.jsonl:2: .*1 <image> tags but 2 images"),
         (row(answer=""), r"data.jsonl:2: .*turn 2 is an empty answer"),
         ("[1, 2]", r"data.jsonl:2: .*no list 'conversations'"),
-        (json.dumps({"conversations": [{"from": "gpd", "value": "x"}]}), r"data.jsonl:2: .*did you mean 'gpt'"),
+        (
+            json.dumps({"conversations": [{"from": "gpd", "value": "x"}]}),
+            r"data.jsonl:2: .*did you mean 'gpt'",
+        ),
         (json.dumps({"conversations": [{"from": "gpt"}]}), r"data.jsonl:2: .*turn 1 has no text"),
-        (json.dumps({"video": "v.mp4", "conversations": [{"from": "gpt", "value": "x"}]}), r"broken video: .*v.mp4"),
+        (
+            json.dumps({"video": "v.mp4", "conversations": [{"from": "gpt", "value": "x"}]}),
+            r"broken video: .*v.mp4",
+        ),
         (row(image={"path": "a.jpg"}), "expected a path or a list of paths"),
     ],
 )
@@ -164,7 +183,9 @@ def test_a_bad_line_is_named_or_left_out_and_counted(tmp_path, tokenizer, line, 
 
 def test_nothing_is_overwritten_and_an_empty_file_is_refused(tmp_path, tokenizer):
     write(tmp_path, [row()], tokenizer=tokenizer)
-    with pytest.raises(ConfigError, match="not empty, and made from something else: sha256 of the JSONL was"):
+    with pytest.raises(
+        ConfigError, match="not empty, and made from something else: sha256 of the JSONL was"
+    ):
         write(tmp_path, [row(), row()], tokenizer=tokenizer)
     (tmp_path / "out" / "made.json").unlink()
     with pytest.raises(ConfigError, match="not empty; give a folder that does not exist"):
@@ -174,7 +195,11 @@ def test_nothing_is_overwritten_and_an_empty_file_is_refused(tmp_path, tokenizer
         write(tmp_path, [""], tokenizer=tokenizer)
     with pytest.raises(ConfigError, match="no such file"):
         make_shards(
-            tmp_path / "x", image_root=tmp_path, out_dir=tmp_path / "out", tokenizer=tokenizer, settings=SETTINGS
+            tmp_path / "x",
+            image_root=tmp_path,
+            out_dir=tmp_path / "out",
+            tokenizer=tokenizer,
+            settings=SETTINGS,
         )
 
 
@@ -183,7 +208,8 @@ def test_a_tar_cut_short_is_found_when_the_folder_is_opened(copy, tokenizer):
     whole = tar.read_bytes()
     tar.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(
-        SampleError, match=f"shard-000001.tar: {len(whole) // 2} bytes, but the index says {len(whole)}"
+        SampleError,
+        match=f"shard-000001.tar: {len(whole) // 2} bytes, but the index says {len(whole)}",
     ):
         ShardFolder.open(copy)
     with pytest.raises(SampleError, match=r"shard-000001.tar: not a complete tar file"):
@@ -197,7 +223,9 @@ def test_a_tar_cut_at_any_block_is_found(copy, tokenizer):
     assert len(members_of(tar)) == 10
     for num_blocks in range(content + 2):
         tar.write_bytes(whole[: num_blocks * 512])
-        with pytest.raises(SampleError, match=r"shard-000002.tar: (not a complete tar file|sample .* lacks)"):
+        with pytest.raises(
+            SampleError, match=r"shard-000002.tar: (not a complete tar file|sample .* lacks)"
+        ):
             members_of(tar)
 
 
@@ -205,7 +233,9 @@ def test_a_tar_cut_short_while_training_is_named(copy):
     folder = ShardFolder.open(copy)
     tar = copy / "shard-000001.tar"
     tar.write_bytes(tar.read_bytes()[:3000])
-    with pytest.raises(SampleError, match=r"sample 'conversations-\d+': .*shard-000001.tar ends after 3000 bytes"):
+    with pytest.raises(
+        SampleError, match=r"sample 'conversations-\d+': .*shard-000001.tar ends after 3000 bytes"
+    ):
         folder.read(31)
 
 
@@ -254,8 +284,19 @@ def test_an_index_of_another_tokenizer_or_tiling_is_refused(copy, tokenizer):
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({}, {"conversations": [{"from": "human", "value": "Hi \u00e9"}, {"from": "gpt", "value": "yes"}]}),
-        ({"max_dynamic_patch": 1, "data_augment": True}, {"max_dynamic_patch": 1, "data_augment": True}),
+        (
+            {},
+            {
+                "conversations": [
+                    {"from": "human", "value": "Hi \u00e9"},
+                    {"from": "gpt", "value": "yes"},
+                ]
+            },
+        ),
+        (
+            {"max_dynamic_patch": 1, "data_augment": True},
+            {"max_dynamic_patch": 1, "data_augment": True},
+        ),
     ],
 )
 def test_the_json_of_a_sample_is_read_back(fields, expected):
@@ -272,17 +313,23 @@ def test_the_json_of_a_sample_is_read_back(fields, expected):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        *[({"max_dynamic_patch": wrong}, "'max_dynamic_patch' is") for wrong in (0, -1, 1.0, "2", True, [1])],
+        *[
+            ({"max_dynamic_patch": wrong}, "'max_dynamic_patch' is")
+            for wrong in (0, -1, 1.0, "2", True, [1])
+        ],
         *[({"data_augment": wrong}, "'data_augment' is") for wrong in (None, 1, "true")],
     ],
 )
 def test_fields_of_the_wrong_kind_are_refused(fields, message):
     with pytest.raises(SampleError, match=f"f:1: sample 'k': {message}"):
-        parse_sample(json.dumps({**json.loads(row()), **fields}).encode(), key="k", images=(), where="f:1")
+        parse_sample(
+            json.dumps({**json.loads(row()), **fields}).encode(), key="k", images=(), where="f:1"
+        )
 
 
 @pytest.mark.parametrize(
-    "content", [b"{", b"\xff", b"[" * 100_000, b'{"n": 1' + b"0" * 5000 + b"}", row(answer="\ud800").encode()]
+    "content",
+    [b"{", b"\xff", b"[" * 100_000, b'{"n": 1' + b"0" * 5000 + b"}", row(answer="\ud800").encode()],
 )
 def test_broken_json_is_refused(content):
     """Cut, no UTF-8, nested too deep, a number too long, half a character."""

@@ -12,12 +12,17 @@ def make_routed(compressed, *, columns=2):
     tiles = np.zeros((len(compressed), 3, 4, 4), dtype=np.uint8)
     tiles[:, 0] = 200  # red
     return plots.RoutedImage(
-        tiles=tiles, columns=columns, compressed=compressed, probability=[0.9 if c else 0.1 for c in compressed]
+        tiles=tiles,
+        columns=columns,
+        compressed=compressed,
+        probability=[0.9 if c else 0.1 for c in compressed],
     )
 
 
 def test_compressed_tiles_are_shaded_and_kept_tiles_untouched():
-    picture = plots.routing_picture([make_routed([True, False, False, True])], tile_px=100, columns=1)
+    picture = plots.routing_picture(
+        [make_routed([True, False, False, True])], tile_px=100, columns=1
+    )
     pixels = np.asarray(picture)
     pitch, margin = 102, 12
     for index, compressed in enumerate([True, False, False, True]):
@@ -33,7 +38,10 @@ def test_compressed_tiles_are_shaded_and_kept_tiles_untouched():
 def test_labels_differ_with_the_score():
     def label(probability):
         image = plots.RoutedImage(
-            tiles=np.zeros((1, 3, 4, 4), np.uint8), columns=1, compressed=[False], probability=[probability]
+            tiles=np.zeros((1, 3, 4, 4), np.uint8),
+            columns=1,
+            compressed=[False],
+            probability=[probability],
         )
         return np.asarray(plots.routing_picture([image], tile_px=100))[50:80, :60]
 
@@ -41,21 +49,30 @@ def test_labels_differ_with_the_score():
 
 
 def test_several_images_of_different_shapes_fit():
-    images = [make_routed([True] * 4), make_routed([False] * 6, columns=3), make_routed([True], columns=1)]
+    images = [
+        make_routed([True] * 4),
+        make_routed([False] * 6, columns=3),
+        make_routed([True], columns=1),
+    ]
     picture = plots.routing_picture(images, tile_px=50, columns=2)
     assert picture.width == 12 + 2 * (3 * 52 - 2 + 12)
     assert picture.height > 2 * (2 * 52 - 2 + 12)
 
 
 def test_a_scores_list_of_another_length_is_refused():
-    image = plots.RoutedImage(tiles=np.zeros((2, 3, 4, 4), np.uint8), columns=2, compressed=[True], probability=[0.5])
+    image = plots.RoutedImage(
+        tiles=np.zeros((2, 3, 4, 4), np.uint8), columns=2, compressed=[True], probability=[0.5]
+    )
     with pytest.raises(ValueError, match="zip"):
         plots.routing_picture([image])
 
 
 def test_metrics_tolerate_missing_keys_and_a_broken_last_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    lines = [{"iteration": 1, "loss": 2.0, "note": "text"}, {"iteration": 2, "loss": 1.0, "tau": 3.0}]
+    lines = [
+        {"iteration": 1, "loss": 2.0, "note": "text"},
+        {"iteration": 2, "loss": 1.0, "tau": 3.0},
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 3, "lo')
     metrics = plots.read_metrics(path)
     assert sorted(metrics) == ["iteration", "loss", "tau"]
@@ -67,7 +84,11 @@ def test_loss_curves_draw_each_file(tmp_path):
     files = {}
     for name, scale in (("pretrain", 1.0), ("warm-up", 0.1), ("empty", 0.0)):
         path = files[name] = tmp_path / f"{name}.jsonl"
-        steps = [{"iteration": i, "loss": scale / i} for i in range(1, 101)] if scale else [{"iteration": 1}]
+        steps = (
+            [{"iteration": i, "loss": scale / i} for i in range(1, 101)]
+            if scale
+            else [{"iteration": 1}]
+        )
         path.write_text("".join(json.dumps(step) + "\n" for step in steps))
     figure = plots.loss_curves(files, columns=2)
     titles = [panel.get_title() for panel in figure.axes]
@@ -83,11 +104,20 @@ def test_loss_curves_draw_each_file(tmp_path):
 def test_validation_is_drawn_as_points_between_the_steps(tmp_path):
     path = tmp_path / "metrics.jsonl"
     steps = [{"iteration": step, "loss": 1 / step} for step in range(1, 5)]
-    lines = [*steps[:2], {"iteration": 2, "valid_loss": 0.7}, *steps[2:], {"iteration": 4, "valid_loss": 0.6}]
+    lines = [
+        *steps[:2],
+        {"iteration": 2, "valid_loss": 0.7},
+        *steps[2:],
+        {"iteration": 4, "valid_loss": 0.6},
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (panel,) = plots.loss_curves({"warm-up": path}).axes
     points, raw, _ = panel.lines
-    drawn = [pair for pair in zip(points.get_xdata(), points.get_ydata(), strict=True) if pair[1] == pair[1]]
+    drawn = [
+        pair
+        for pair in zip(points.get_xdata(), points.get_ydata(), strict=True)
+        if pair[1] == pair[1]
+    ]
     assert drawn == [(2, 0.7), (4, 0.6)]
     np.testing.assert_array_equal(raw.get_ydata(), [1, 1 / 2, 1 / 3, 1 / 4])
     assert panel.get_yscale() == "log"
@@ -95,7 +125,13 @@ def test_validation_is_drawn_as_points_between_the_steps(tmp_path):
 
 def make_box(rank, model, kind, start_ms, end_ms, *, microbatch=None, chunk=None):
     return plots.TraceBox(
-        rank=rank, model=model, kind=kind, microbatch=microbatch, chunk=chunk, start_ms=start_ms, end_ms=end_ms
+        rank=rank,
+        model=model,
+        kind=kind,
+        microbatch=microbatch,
+        chunk=chunk,
+        start_ms=start_ms,
+        end_ms=end_ms,
     )
 
 
@@ -127,9 +163,15 @@ def test_a_trace_picture_has_a_box_for_each_span(tmp_path):
     boxes = two_ranks()
     figure = plots.trace_picture(boxes, title="a step")
     (axes,) = figure.axes
-    drawn = [(patch.get_y() + 0.4, patch.get_x(), patch.get_x() + patch.get_width()) for patch in axes.patches]
+    drawn = [
+        (patch.get_y() + 0.4, patch.get_x(), patch.get_x() + patch.get_width())
+        for patch in axes.patches
+    ]
     assert drawn == [(box.rank, box.start_ms, box.end_ms) for box in boxes]
-    colours = {(box.model, box.kind): patch.get_facecolor() for box, patch in zip(boxes, axes.patches, strict=True)}
+    colours = {
+        (box.model, box.kind): patch.get_facecolor()
+        for box, patch in zip(boxes, axes.patches, strict=True)
+    }
     assert len(set(colours.values())) == len(colours) == 5
     assert [label.get_text() for label in axes.get_yticklabels()] == ["rank 0", "rank 1"]
     figure.savefig(tmp_path / "trace.png")
@@ -149,6 +191,9 @@ def test_microbatches_are_named_where_there_is_room():
     assert shown[:4] == ["0", "0", "0", "7"]  # that of 0.5 ms has none
     assert len(shown) == 6  # and two for the lines
 
-    chunks = [make_box(0, "policy (one)", "forward", index, index + 1, microbatch=3, chunk=index) for index in (0, 1)]
+    chunks = [
+        make_box(0, "policy (one)", "forward", index, index + 1, microbatch=3, chunk=index)
+        for index in (0, 1)
+    ]
     (axes,) = plots.trace_picture(chunks).axes
     assert [text.get_text() for text in axes.texts] == ["3a", "3b"]

@@ -1,4 +1,5 @@
-"""Reading questions, scoring answers and the six rows, with an engine that plays back given answers."""
+"""Reading questions, scoring answers and the six rows, with an engine that plays back given
+answers."""
 
 import json
 from types import SimpleNamespace
@@ -8,8 +9,19 @@ import torch
 
 from megatron_vico.data.samples import ConversationSample, Turn
 from megatron_vico.errors import SampleError
-from megatron_vico.evaluation.ablations import ROWS, details, random_plans, run_ablations, table_rows
-from megatron_vico.evaluation.runner import EvaluationSample, Question, evaluate, read_evaluation_set
+from megatron_vico.evaluation.ablations import (
+    ROWS,
+    details,
+    random_plans,
+    run_ablations,
+    table_rows,
+)
+from megatron_vico.evaluation.runner import (
+    EvaluationSample,
+    Question,
+    evaluate,
+    read_evaluation_set,
+)
 from megatron_vico.inference.engine import Answers, Routing
 
 LINE = {
@@ -29,7 +41,9 @@ LINE = {
 def write(tmp_path, *lines):
     (tmp_path / "a.png").write_bytes(b"png")
     path = tmp_path / "set.jsonl"
-    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    path.write_text(
+        "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+    )
     return path
 
 
@@ -52,7 +66,10 @@ def test_questions_are_read_with_their_scoring(tmp_path):
         ({**LINE, "metrics": ["anls"]}, r"set.jsonl:2: 1 metrics for 2 questions"),
         ({**LINE, "metrics": ["anls", "exakt"]}, r"unknown metric 'exakt'; did you mean 'exact'"),
         ({**LINE, "image": "b.png"}, r"set.jsonl:2: .*b.png: No such file"),
-        ({key: value for key, value in LINE.items() if key != "metrics"}, r"set.jsonl:2: broken line.*'metrics'"),
+        (
+            {key: value for key, value in LINE.items() if key != "metrics"},
+            r"set.jsonl:2: broken line.*'metrics'",
+        ),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, message):
@@ -66,7 +83,8 @@ def test_an_empty_set_is_refused(tmp_path):
 
 
 class PlayedEngine:
-    """Answers as told; keeps what it was asked. Each conversation has two tiles of four tokens, one if compressed."""
+    """Answers as told; keeps what it was asked. Each conversation has two tiles of four tokens, one
+    if compressed."""
 
     def __init__(self, texts, router_plans):
         self.texts = texts
@@ -103,7 +121,9 @@ def samples():
             Question(answers=("4712",), metric="anls", kind="dense"),
             Question(answers=("cat",), metric="exact", kind="photo"),
         )
-        return EvaluationSample(conversation=ConversationSample(key=key, turns=turns), questions=questions)
+        return EvaluationSample(
+            conversation=ConversationSample(key=key, turns=turns), questions=questions
+        )
 
     return [sample(key) for key in "abcd"]
 
@@ -111,14 +131,20 @@ def samples():
 @pytest.fixture
 def engine():
     texts = {"a": ("4712", "cat"), "b": ("4711", "dog"), "c": ("4799", "cat"), "d": ("", "cat")}
-    tile = [torch.tensor(plan) for plan in ([False, True], [False, True], [True, True], [False, False])]
-    image = [torch.tensor(plan) for plan in ([True, True], [False, False], [True, True], [False, False])]
+    tile = [
+        torch.tensor(plan) for plan in ([False, True], [False, True], [True, True], [False, False])
+    ]
+    image = [
+        torch.tensor(plan) for plan in ([True, True], [False, False], [True, True], [False, False])
+    ]
     return PlayedEngine(texts, {"tile": tile, "image": image})
 
 
 def test_scores_and_counts(engine, samples):
     result = evaluate(engine, samples, row="vico", plan=Routing()).result
-    means = torch.tensor([(1 + 1) / 2, (0.75 + 0) / 2, (0.5 + 1) / 2, (0 + 1) / 2], dtype=torch.float64)
+    means = torch.tensor(
+        [(1 + 1) / 2, (0.75 + 0) / 2, (0.5 + 1) / 2, (0 + 1) / 2], dtype=torch.float64
+    )
     assert result.score == pytest.approx(float(means.mean()))
     assert result.standard_error == pytest.approx(float(means.std() / 2))
     assert result.score_by_kind == {"dense": pytest.approx(2.25 / 4), "photo": pytest.approx(3 / 4)}
@@ -156,11 +182,17 @@ def test_each_row_gets_its_weights_and_plan(engine, samples):
     rows = table_rows(evaluations)
     assert rows[0].retention == 1
     assert [row.row for row in rows] == list(ROWS)
-    assert json.loads(json.dumps(details(evaluations)))[5]["compressed_by_kind"] == {"dense": 0.25, "photo": 0.75}
+    assert json.loads(json.dumps(details(evaluations)))[5]["compressed_by_kind"] == {
+        "dense": 0.25,
+        "photo": 0.75,
+    }
 
 
 def test_random_plans_have_exactly_as_many_compressed_tiles():
-    decisions = [torch.rand(1 + index % 5, generator=torch.Generator().manual_seed(index)) < 0.6 for index in range(50)]
+    decisions = [
+        torch.rand(1 + index % 5, generator=torch.Generator().manual_seed(index)) < 0.6
+        for index in range(50)
+    ]
     drawn = random_plans(decisions, seed=0)
     assert [len(plan) for plan in drawn] == [len(plan) for plan in decisions]
     together = torch.cat(drawn)

@@ -78,7 +78,12 @@ def test_relaxed_accuracy(prediction, answer, score):
 
 @pytest.mark.parametrize(
     ("prediction", "answers", "score"),
-    [("Cat ", ["cat"], 1.0), ("cat", ["dog", "CAT"], 1.0), ("cats", ["cat"], 0.0), ("", ["cat"], 0.0)],
+    [
+        ("Cat ", ["cat"], 1.0),
+        ("cat", ["dog", "CAT"], 1.0),
+        ("cats", ["cat"], 0.0),
+        ("", ["cat"], 0.0),
+    ],
 )
 def test_exact(prediction, answers, score):
     assert exact(prediction, answers) == score

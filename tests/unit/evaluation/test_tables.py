@@ -5,8 +5,16 @@ import json
 from megatron_vico.evaluation import tables
 
 ROWS = [
-    tables.TableRow(row="vanilla", score=0.95, retention=1.0, compressed_tiles=0.0, visual_token_reduction=0.0),
-    tables.TableRow(row="vico", score=0.9405, retention=0.99, compressed_tiles=0.664, visual_token_reduction=0.498),
+    tables.TableRow(
+        row="vanilla", score=0.95, retention=1.0, compressed_tiles=0.0, visual_token_reduction=0.0
+    ),
+    tables.TableRow(
+        row="vico",
+        score=0.9405,
+        retention=0.99,
+        compressed_tiles=0.664,
+        visual_token_reduction=0.498,
+    ),
 ]
 
 

@@ -1,4 +1,5 @@
-"""tools/trace_pipeline.py: its training commands are runs that work, and the picture is of what they record."""
+"""tools/trace_pipeline.py: its training commands are runs that work, and the picture is of what
+they record."""
 
 from pathlib import Path
 
@@ -20,4 +21,6 @@ def test_the_commands_fit_each_other(tmp_path: Path) -> None:
     assert traced.training.trace_step == traced.training.train_iters == 7
     assert traced.checkpoint.save is not None
     plot = commands[-1]
-    assert plot[plot.index("trace") + 1] == str(trace_file(traced.checkpoint.save, 7, rank=0).parent)
+    assert plot[plot.index("trace") + 1] == str(
+        trace_file(traced.checkpoint.save, 7, rank=0).parent
+    )

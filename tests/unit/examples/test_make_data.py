@@ -29,7 +29,8 @@ def test_no_photo_cell_is_in_two_splits(cells):
 
 
 def test_cells_of_one_photo_never_overlap(monkeypatch):
-    # Give every pixel of a photo its own colour, so that a shared pixel would show up as a shared colour.
+    # Give every pixel of a photo its own colour, so that a shared pixel would show up as a shared
+    # colour.
     height, width = 240, 300
     index = np.arange(height * width, dtype=np.uint32).reshape(height, width)
     pixels = np.stack([index & 255, (index >> 8) & 255, index >> 16], axis=-1).astype(np.uint8)
@@ -42,7 +43,13 @@ def test_cells_of_one_photo_never_overlap(monkeypatch):
 
 @pytest.mark.parametrize(
     ("kind", "pattern"),
-    [("dense", r"\d{4}"), ("glyph", r"\d"), ("chart", r"[234] bars"), ("blank", "blank"), ("photo", "[a-z]+")],
+    [
+        ("dense", r"\d{4}"),
+        ("glyph", r"\d"),
+        ("chart", r"[234] bars"),
+        ("blank", "blank"),
+        ("photo", "[a-z]+"),
+    ],
 )
 def test_tiles_have_the_size_and_answer_of_their_kind(cells, kind, pattern):
     maker = tiles.TileMaker(cells["val"], rng=np.random.default_rng(0))
@@ -69,7 +76,8 @@ def test_composition_is_a_third_dense_and_u_shaped():
     rng = np.random.default_rng(0)
     images = [make_data.image_composition(rng) for _ in range(8000)]
     dense = np.array([image.count("dense") for image in images])
-    # Exact values of Beta-binomial(4; 0.4, 0.8): mean 1/3, P(0) = 0.430, P(4) = 0.127. Measured: 0.3306, 0.432, 0.124.
+    # Exact values of Beta-binomial(4; 0.4, 0.8): mean 1/3, P(0) = 0.430, P(4) = 0.127. Measured:
+    # 0.3306, 0.432, 0.124.
     assert abs(dense.mean() / 4 - 1 / 3) < 0.015
     assert abs((dense == 0).mean() - 0.430) < 0.02
     assert abs((dense == 4).mean() - 0.127) < 0.015
@@ -86,7 +94,9 @@ def test_image_is_taken_apart_into_the_same_tiles(cells):
 
 def test_same_seed_gives_same_bytes_and_another_seed_does_not(tmp_path):
     def make(name, seed):
-        make_data.make_split("val", num_images=4, num_pool_tiles=40, out_dir=tmp_path / name, seed=seed)
+        make_data.make_split(
+            "val", num_images=4, num_pool_tiles=40, out_dir=tmp_path / name, seed=seed
+        )
         files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
         return [path.read_bytes() for path in files]
 

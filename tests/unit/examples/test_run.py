@@ -1,4 +1,5 @@
-"""The demo's driver: its commands parse and follow from one another; it logs, stops at a failure and resumes."""
+"""The demo's driver: its commands parse and follow from one another; it logs, stops at a failure
+and resumes."""
 
 import sys
 
@@ -34,33 +35,57 @@ def test_every_training_stage_is_a_valid_run_that_starts_from_the_one_before(tmp
         finished.add(cfg.checkpoint.save)
     # Eq. 2 compares with the model from before consistency training.
     assert configs["router"].stage.reference_load == str(tmp_path / "pretrain")
-    assert [configs[name].stage.router_granularity for name in ("router", "router_image")] == ["tile", "image"]
+    assert [configs[name].stage.router_granularity for name in ("router", "router_image")] == [
+        "tile",
+        "image",
+    ]
 
 
 def test_recipes_alone_describe_the_same_chain():
     for stage in run.STAGES:
         cfg = parse(["--recipe", str(run.HERE / "recipes" / f"{stage.name}.yaml")])
         assert cfg.checkpoint.save == cfg.checkpoint.load == f"runs/demo/{stage.name}"
-        assert cfg.checkpoint.pretrained_checkpoint == (f"runs/demo/{stage.start}" if stage.start else None)
-        assert cfg.stage.reference_load == (f"runs/demo/{stage.reference}" if stage.reference else None)
+        assert cfg.checkpoint.pretrained_checkpoint == (
+            f"runs/demo/{stage.start}" if stage.start else None
+        )
+        assert cfg.stage.reference_load == (
+            f"runs/demo/{stage.reference}" if stage.reference else None
+        )
         assert cfg.optimizer.min_lr == pytest.approx(0.02 * cfg.optimizer.lr)
 
 
 def test_no_two_steps_write_the_same_output(tmp_path):
-    outputs = [name for step in run.steps(tmp_path, quick=False, processes=2, seed=0) for name in step.outputs]
+    outputs = [
+        name
+        for step in run.steps(tmp_path, quick=False, processes=2, seed=0)
+        for name in step.outputs
+    ]
     assert len(set(outputs)) == len(outputs)
 
 
 def step(name, code, **fields):
-    return run.Step(name=name, command=[sys.executable, "-c", code], outputs=(f"{name}.out",), shows="show", **fields)
+    return run.Step(
+        name=name,
+        command=[sys.executable, "-c", code],
+        outputs=(f"{name}.out",),
+        shows="show",
+        **fields,
+    )
 
 
 def test_output_goes_to_the_log_and_what_matters_to_the_terminal(tmp_path, capsys):
     (tmp_path / "logs").mkdir()
-    code = r"print('quiet'); print('show this'); print('\rbar: 10%|#\rbar: 100%|# 1s\rbar: 100%|# 2s')"
+    code = (
+        r"print('quiet'); print('show this'); print('\rbar: 10%|#\rbar: 100%|# 1s\rbar: 100%|# 2s')"
+    )
     assert run.execute(step("talk", code), tmp_path) == 0
     assert capsys.readouterr().out.split("\n") == ["  show this", "  bar: 100%|# 1s", ""]
-    assert (tmp_path / "logs" / "talk.log").read_text().split("\n") == ["quiet", "show this", "bar: 100%|# 1s", ""]
+    assert (tmp_path / "logs" / "talk.log").read_text().split("\n") == [
+        "quiet",
+        "show this",
+        "bar: 100%|# 1s",
+        "",
+    ]
 
 
 def call_main(monkeypatch, tmp_path, steps, *flags):
@@ -92,8 +117,15 @@ def test_a_failure_stops_and_resume_goes_on_from_it(monkeypatch, tmp_path, capsy
     shown = capsys.readouterr().out
     assert "[1/3] first: done already" in shown
     assert "report out" in shown
-    contents = {name: (tmp_path / "out" / f"{name}.out").read_text() for name in ("first", "second", "third")}
-    assert contents == {"first": "x", "second": "xx", "third": "x"}  # a stage goes on with what it had
+    contents = {
+        name: (tmp_path / "out" / f"{name}.out").read_text()
+        for name in ("first", "second", "third")
+    }
+    assert contents == {
+        "first": "x",
+        "second": "xx",
+        "third": "x",
+    }  # a stage goes on with what it had
 
 
 def test_a_new_run_forgets_the_old_one(monkeypatch, tmp_path, capsys):

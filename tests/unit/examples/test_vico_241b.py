@@ -1,4 +1,5 @@
-"""The SLURM launcher of the largest model, without SLURM: its check mode, and the commands it would start."""
+"""The SLURM launcher of the largest model, without SLURM: its check mode, and the commands it would
+start."""
 
 import os
 import subprocess
@@ -10,9 +11,11 @@ import pytest
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "examples" / "vico_241b.sh"
 
-# Stands in for srun and scontrol: writes the words it was called with, one a line, and does nothing.
+# Stands in for srun and scontrol: writes the words it was called with, one a line, and does
+# nothing.
 RECORDER = """#!/usr/bin/env bash
-if [[ $1 == show ]]; then printf 'node-07\\nnode-08\\n'; else printf '%s\\n' "${0##*/}" "$@" >>"$CALLS"; fi
+if [[ $1 == show ]]; then printf 'node-07\\nnode-08\\n'
+else printf '%s\\n' "${0##*/}" "$@" >>"$CALLS"; fi
 """
 
 
@@ -43,7 +46,10 @@ def test_the_layouts_of_the_three_stages_pass_without_slurm_and_gpus() -> None:
         f"stage {stage} of internvl3_5-241b-a28b on {ranks} ranks"
         for stage, ranks in (("warmup", 128), ("consistency", 128), ("router", 16))
     ]
-    assert "tensor 2 x pipeline 8 x context 1 x data 8, 4 chunks a stage, expert 8 x expert tensor 1" in lines[1]
+    assert (
+        "tensor 2 x pipeline 8 x context 1 x data 8, 4 chunks a stage, expert 8 x expert tensor 1"
+        in lines[1]
+    )
     assert "32 microbatches" in lines[1]
     assert "tensor 2 x pipeline 2 x context 1 x data 4, expert 8" in lines[2]
 
@@ -51,7 +57,10 @@ def test_the_layouts_of_the_three_stages_pass_without_slurm_and_gpus() -> None:
 def test_a_number_of_nodes_that_cannot_work_is_refused_with_those_that_do() -> None:
     done = run("consistency", CHECK="1", NODES="15")
     assert done.returncode == 2
-    assert "world size 120 is not a multiple of tensor 2 x pipeline 8 x context 1 = 16 ranks" in done.stderr
+    assert (
+        "world size 120 is not a multiple of tensor 2 x pipeline 8 x context 1 = 16 ranks"
+        in done.stderr
+    )
     assert "use 64 or 128 ranks" in done.stderr
 
 
@@ -71,7 +80,12 @@ def run_in_job(folder: Path, *words: str) -> tuple[subprocess.CompletedProcess[s
         *words,
         PATH=f"{folder}:{os.environ['PATH']}",
         CALLS=str(folder / "calls"),
-        **{"SLURM_JOB_ID": "11", "SLURM_JOB_NODELIST": "node-[07-08]", "DATA": str(folder), "TOKENIZER": str(folder)},
+        **{
+            "SLURM_JOB_ID": "11",
+            "SLURM_JOB_NODELIST": "node-[07-08]",
+            "DATA": str(folder),
+            "TOKENIZER": str(folder),
+        },
     )
     return done, (folder / "calls").read_text().splitlines()
 
@@ -79,7 +93,16 @@ def run_in_job(folder: Path, *words: str) -> tuple[subprocess.CompletedProcess[s
 @pytest.mark.slow
 def test_what_it_starts(tmp_path: Path) -> None:
     here = str(tmp_path)
-    flags = ["--lr", "2e-4", "--save", here, "--pretrained-checkpoint", here, "--reference-load", here]
+    flags = [
+        "--lr",
+        "2e-4",
+        "--save",
+        here,
+        "--pretrained-checkpoint",
+        here,
+        "--reference-load",
+        here,
+    ]
     done, calls = run_in_job(tmp_path, "router", "--", *flags)
     assert done.returncode == 0, done.stderr
     # Nothing was trained, as if the run had been told to stop: the job goes back in line.
@@ -93,10 +116,16 @@ def test_what_it_starts(tmp_path: Path) -> None:
     shell = command[command.index("bash") :]
     assert shell[3] == sys.executable
     shell[3] = "echo"
-    words = subprocess.check_output(shell, text=True, env={**os.environ, "SLURM_NODEID": "1"}).split()
+    words = subprocess.check_output(
+        shell, text=True, env={**os.environ, "SLURM_NODEID": "1"}
+    ).split()
     launched = parse_args(words[words.index("torch.distributed.run") + 1 :])
     assert (launched.nnodes, launched.nproc_per_node, launched.max_restarts) == ("2", "8", 0)
-    assert (launched.rdzv_backend, launched.master_addr, launched.master_port) == ("static", "node-07", 29500)
+    assert (launched.rdzv_backend, launched.master_addr, launched.master_port) == (
+        "static",
+        "node-07",
+        29500,
+    )
     assert launched.node_rank == 1
     assert "SIGTERM" not in launched.signals_to_handle.split(",")
     assert (launched.module, launched.training_script) == (True, "megatron_vico")
@@ -109,15 +138,20 @@ def test_what_it_starts(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_missing_file_is_named_once_before_the_ranks_are_started(tmp_path: Path) -> None:
-    done, calls = run_in_job(tmp_path, "router", "--", "--pretrained-checkpoint", "gone", "--save", str(tmp_path))
+    done, calls = run_in_job(
+        tmp_path, "router", "--", "--pretrained-checkpoint", "gone", "--save", str(tmp_path)
+    )
     assert done.returncode == 2
     assert calls == []
-    assert done.stderr.count("ConfigError: --pretrained-checkpoint gone: no such file or folder") == 1
+    assert (
+        done.stderr.count("ConfigError: --pretrained-checkpoint gone: no such file or folder") == 1
+    )
 
 
 @pytest.mark.slow
 def test_a_stage_that_is_done_is_skipped(base_checkpoint: Path, tmp_path: Path) -> None:
-    """The checkpoint is another stage's; only its step counts, of which the router's recipe is told to have two."""
+    """The checkpoint is another stage's; only its step counts, of which the router's recipe is told
+    to have two."""
     flags = ["--lr-warmup-iters", "0", "--train-iters", "2", "--save", str(base_checkpoint)]
     done, calls = run_in_job(tmp_path, "router", "--", *flags)
     assert (done.returncode, calls) == (0, []), done.stderr

@@ -1,4 +1,5 @@
-"""The engine equals the naive way: one conversation at a time, the whole text run anew for every token."""
+"""The engine equals the naive way: one conversation at a time, the whole text run anew for every
+token."""
 
 import io
 
@@ -40,10 +41,13 @@ def engine(single_process_groups, tmp_path_factory):
     )
     tokenizer = load_tokenizer(path)
     model = get_model_config("toy")
-    language_model = build_language_model(model, language_transformer_config(model), attention="sdpa")
+    language_model = build_language_model(
+        model, language_transformer_config(model), attention="sdpa"
+    )
     encoder = build_vision_encoder(model, vision_transformer_config(model))
     with torch.no_grad():
-        # Fresh weights hardly react to the image, nor ever stop: make visual tokens loud and the end mark likely.
+        # Fresh weights hardly react to the image, nor ever stop: make visual tokens loud and the
+        # end mark likely.
         encoder.connector_4x.linear_2.weight.mul_(30)
         encoder.connector_16x.linear_3.weight.mul_(30)
         language_model.gpt.output_layer.weight[tokenizer.eos_id].mul_(2.5)
@@ -54,7 +58,9 @@ def engine(single_process_groups, tmp_path_factory):
         language_model=language_model,
         tokenizer=tokenizer,
         model=model,
-        settings=EncodingSettings(image_size=32, max_dynamic_patch=4, use_thumbnail=True, tile_tags="numbered"),
+        settings=EncodingSettings(
+            image_size=32, max_dynamic_patch=4, use_thumbnail=True, tile_tags="numbered"
+        ),
         batch_size=3,
     )
 
@@ -65,21 +71,29 @@ def conversation(index, num_questions=None):
     images = ()
     if shape is not None:
         file = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (shape[1], shape[0], 3), dtype=np.uint8)).save(file, "png")
+        Image.fromarray(rng.integers(0, 256, (shape[1], shape[0], 3), dtype=np.uint8)).save(
+            file, "png"
+        )
         images = (file.getvalue(),)
     turns = [Turn("system", "Yes, no.")]
     for number in range(1 + index % 3 if num_questions is None else num_questions):
         text = "What is it?" if number == 0 else "And now? " * number
-        turns += [Turn("human", ("<image>\n" if images and number == 0 else "") + text), Turn("gpt", "two")]
+        turns += [
+            Turn("human", ("<image>\n" if images and number == 0 else "") + text),
+            Turn("gpt", "two"),
+        ]
     return ConversationSample(key=f"c{index}", turns=tuple(turns), images=images)
 
 
 def naive_answers(engine, prompt, plan):
-    """Every token from a full pass over everything said so far, through the packed path that training uses."""
+    """Every token from a full pass over everything said so far, through the packed path that
+    training uses."""
     tokenizer, model = engine.tokenizer, engine.model
     stream = expand(prompt.first, plan=plan, tokens_kept=4, tokens_compressed=1, image_token_id=5)
     with torch.no_grad():
-        features = engine.encoder.features(engine.encoder.normalise(torch.from_numpy(prompt.first.tiles)))
+        features = engine.encoder.features(
+            engine.encoder.normalise(torch.from_numpy(prompt.first.tiles))
+        )
         visual = engine.encoder.visual_tokens(features, plan)
     ids, answers = stream.token_ids.tolist(), []
     for follow_up in [None, *prompt.follow_ups]:
@@ -96,7 +110,9 @@ def naive_answers(engine, prompt, plan):
                 shard_len=len(ids),
             )
             with torch.no_grad():
-                logits = engine.language_model.response_logits(engine.language_model(inputs, visual))
+                logits = engine.language_model.response_logits(
+                    engine.language_model(inputs, visual)
+                )
             token = int(logits[:, : tokenizer.vocab_size].argmax())
             assert logits.shape == (1, model.language.vocab_size)
             if token == tokenizer.eos_id:
@@ -109,7 +125,9 @@ def naive_answers(engine, prompt, plan):
 
 def plan_of(prompt, num_compressed, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return plan_random_exact(prompt.first.num_tiles, min(num_compressed, prompt.first.num_tiles), generator=generator)
+    return plan_random_exact(
+        prompt.first.num_tiles, min(num_compressed, prompt.first.num_tiles), generator=generator
+    )
 
 
 def test_batched_answers_with_cache_equal_naive_ones(engine):
@@ -141,7 +159,10 @@ def test_answers_do_not_depend_on_the_batch(engine):
 def test_answers_depend_on_the_plan(engine):
     prompts = [engine.prompt(conversation(index, num_questions=3)) for index in range(0, 10, 5)]
     kept, compressed = (
-        [answer.texts for answer in engine.answer(prompts, plan=plan, max_new_tokens=MAX_NEW_TOKENS)]
+        [
+            answer.texts
+            for answer in engine.answer(prompts, plan=plan, max_new_tokens=MAX_NEW_TOKENS)
+        ]
         for plan in ("none", "all")
     )
     assert kept != compressed
@@ -156,7 +177,9 @@ def test_router_decides_and_its_plan_is_used(engine, granularity):
     for prompt, (plan, probability), found in zip(prompts, routed, answers, strict=True):
         first = prompt.first
         with torch.no_grad():
-            features = engine.encoder.features(engine.encoder.normalise(torch.from_numpy(first.tiles)))
+            features = engine.encoder.features(
+                engine.encoder.normalise(torch.from_numpy(first.tiles))
+            )
             counts = None if granularity == "tile" else first.tiles_per_image
             expected = engine.encoder.vir(features, counts).softmax(-1)[:, 0]
         # Measured error 1.1e-6: batch sizes differ, and the head is 20 times as loud.

@@ -1,4 +1,5 @@
-"""Both forms of a checkpoint give the engine the same weights, and the size is found from the files."""
+"""Both forms of a checkpoint give the engine the same weights, and the size is found from the
+files."""
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from megatron_vico.parallel import groups as process_groups
 @pytest.fixture(scope="module")
 def make_engine(single_process_groups, tmp_path_factory):
     path = train_sentencepiece(
-        ["some text to learn from"] * 20, model_prefix=tmp_path_factory.mktemp("t") / "t", vocab_size=300
+        ["some text to learn from"] * 20,
+        model_prefix=tmp_path_factory.mktemp("t") / "t",
+        vocab_size=300,
     )
     tokenizer = load_tokenizer(path)
     settings = EncodingSettings(image_size=32, max_dynamic_patch=4)
@@ -24,13 +27,17 @@ def make_engine(single_process_groups, tmp_path_factory):
 
         def make(size="toy", *, seed):
             torch.manual_seed(seed)
-            return build_engine(get_model_config(size), groups=groups, tokenizer=tokenizer, settings=settings)
+            return build_engine(
+                get_model_config(size), groups=groups, tokenizer=tokenizer, settings=settings
+            )
 
         yield make
 
 
 def tensors_of(engine):
-    return convert.canonical_state({"encoder": engine.encoder, "language_model": engine.language_model})
+    return convert.canonical_state(
+        {"encoder": engine.encoder, "language_model": engine.language_model}
+    )
 
 
 def save(engine, folder):

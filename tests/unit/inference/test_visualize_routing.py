@@ -34,11 +34,17 @@ def tool():
 @pytest.fixture(scope="module")
 def flash(single_process_groups, tmp_path_factory):
     folder = tmp_path_factory.mktemp("flash")
-    tokenizer = load_tokenizer(train_sentencepiece(["some text"] * 20, model_prefix=folder / "toy", vocab_size=300))
+    tokenizer = load_tokenizer(
+        train_sentencepiece(["some text"] * 20, model_prefix=folder / "toy", vocab_size=300)
+    )
     model = get_model_config("toy")
     with process_groups.started(ParallelOptions(), seed=0, timeout_minutes=1) as groups:
-        encoder = build_vision_encoder(model, vision_transformer_config(model), pg_collection=groups.encoder)
-        language_model = build_language_model(model, language_transformer_config(model), attention="sdpa")
+        encoder = build_vision_encoder(
+            model, vision_transformer_config(model), pg_collection=groups.encoder
+        )
+        language_model = build_language_model(
+            model, language_transformer_config(model), attention="sdpa"
+        )
     return convert.export_hf(
         folder / "export",
         encoder=encoder,
@@ -61,7 +67,19 @@ def test_every_image_is_routed_and_drawn(tool, flash, monkeypatch, tmp_path, cap
         Image.fromarray(noise).save(tmp_path / name)
     picture = tmp_path / "routing.png"
     images = [tmp_path / name for name in sizes]
-    words = ["--load", flash, "--output", picture, "--max-dynamic-patch", 4, "--tile-px", 50, "--columns", 2, *images]
+    words = [
+        "--load",
+        flash,
+        "--output",
+        picture,
+        "--max-dynamic-patch",
+        4,
+        "--tile-px",
+        50,
+        "--columns",
+        2,
+        *images,
+    ]
     assert call(tool, monkeypatch, *words) == 0
     lines = capsys.readouterr().out.splitlines()
     # 3 tiles and 2x2 tiles, and a thumbnail each.
@@ -71,12 +89,16 @@ def test_every_image_is_routed_and_drawn(tool, flash, monkeypatch, tmp_path, cap
 
 
 def test_a_missing_image_is_named(tool, flash, monkeypatch, tmp_path, capsys):
-    status = call(tool, monkeypatch, "--load", flash, "--output", tmp_path / "x.png", tmp_path / "gone.png")
+    status = call(
+        tool, monkeypatch, "--load", flash, "--output", tmp_path / "x.png", tmp_path / "gone.png"
+    )
     assert status == 2
     assert "gone.png: No such file" in capsys.readouterr().err
 
 
 def test_a_missing_checkpoint_is_named(tool, monkeypatch, tmp_path, single_process_groups, capsys):
-    status = call(tool, monkeypatch, "--load", tmp_path, "--output", tmp_path / "x.png", tmp_path / "a.png")
+    status = call(
+        tool, monkeypatch, "--load", tmp_path, "--output", tmp_path / "x.png", tmp_path / "a.png"
+    )
     assert status == 2
     assert str(tmp_path) in capsys.readouterr().err

@@ -12,8 +12,8 @@ from megatron_vico.models.language_model import LanguageInputs, LanguageModel
 from megatron_vico.models.registry import get_model_config
 from tests.toy_models import make_language_model, pack
 
-# Short documents of nearly equal length are padded and attended together, long or very unequal ones one by one, equal
-# ones viewed.
+# Short documents of nearly equal length are padded and attended together, long or very unequal ones
+# one by one, equal ones viewed.
 PACKS = {
     "padded": (9, 12, 7, 12),
     "looped": (40, 3, 5, 1),
@@ -46,7 +46,9 @@ def documents_apart(model: LanguageModel, inputs: LanguageInputs, visual_tokens:
 def test_packed_equals_documents_apart(name: str, kind: str, single_process_groups: None) -> None:
     model = make_language_model(get_model_config(name))
     inputs = pack(PACKS[kind], visual_positions=[1, 2, 9, 13, 14])
-    layout = packed_layout(inputs.cu_seqlens, inputs.document_lens, rotary=Rotary(32, 1e4), dtype=torch.float32)
+    layout = packed_layout(
+        inputs.cu_seqlens, inputs.document_lens, rotary=Rotary(32, 1e4), dtype=torch.float32
+    )
     assert (layout.gather_rows is not None) == (kind == "padded")
 
     generator = torch.Generator().manual_seed(3)
@@ -59,7 +61,11 @@ def test_packed_equals_documents_apart(name: str, kind: str, single_process_grou
         leaf = tokens.clone().requires_grad_()
         rows = forward(inputs, leaf)
         (rows * weight).sum().backward()
-        grads = {key: param.grad.clone() for key, param in model.named_parameters() if param.grad is not None}
+        grads = {
+            key: param.grad.clone()
+            for key, param in model.named_parameters()
+            if param.grad is not None
+        }
         results.append((rows.detach(), leaf.grad, grads))
 
     (rows, leaf_grad, grads), (rows_apart, leaf_grad_apart, grads_apart) = results
@@ -84,23 +90,35 @@ def test_a_document_does_not_see_its_neighbour(single_process_groups: None) -> N
 
 @pytest.mark.parametrize("cp_size", [2, 4])
 def test_shares_of_a_pack_see_all_of_it_that_is_due(cp_size: int) -> None:
-    """Each rank's chunks against the dense causal mask of the pack, and the way back from gathered rows."""
+    """Each rank's chunks against the dense causal mask of the pack, and the way back from gathered
+    rows."""
     lens = (8, 24, 8, 16)
     documents = torch.arange(len(lens)).repeat_interleave(torch.tensor(lens))
-    due = (documents[:, None] == documents) & torch.ones(sum(lens), sum(lens), dtype=torch.bool).tril()
-    ranks = [context_share(lens, cp_size=cp_size, cp_rank=rank, device=due.device) for rank in range(cp_size)]
+    due = (documents[:, None] == documents) & torch.ones(
+        sum(lens), sum(lens), dtype=torch.bool
+    ).tril()
+    ranks = [
+        context_share(lens, cp_size=cp_size, cp_rank=rank, device=due.device)
+        for rank in range(cp_size)
+    ]
     for share in ranks:
         seen = torch.zeros(sum(lens) // cp_size, sum(lens), dtype=torch.bool)
         ends = torch.tensor(share.chunk_lens).cumsum(0).tolist()
         for chunk, length, end in zip(share.chunks, share.chunk_lens, ends, strict=True):
-            mask = torch.ones(length, length, dtype=torch.bool).tril() if chunk.mask is None else chunk.mask
+            mask = (
+                torch.ones(length, length, dtype=torch.bool).tril()
+                if chunk.mask is None
+                else chunk.mask
+            )
             start = sum(lens[: chunk.document])
             seen[end - length : end, start : start + chunk.num_keys] = mask
         assert torch.equal(seen, due[share.positions_T])
         gathered = torch.cat([each.positions_T for each in ranks])
         assert torch.equal(gathered[share.gathered_rows_W], torch.arange(sum(lens)))
         assert torch.equal(gathered, share.pack_rows_W)
-    assert ranks[1].chunks[0].mask is ranks[1].chunks[4].mask  # documents of equal length share theirs
+    assert (
+        ranks[1].chunks[0].mask is ranks[1].chunks[4].mask
+    )  # documents of equal length share theirs
 
 
 def test_a_share_is_rotated_by_its_own_positions(single_process_groups: None) -> None:
@@ -112,7 +130,9 @@ def test_a_share_is_rotated_by_its_own_positions(single_process_groups: None) ->
 
     cu_seqlens = torch.tensor([0, 16, 24], dtype=torch.int32)
     whole, share = (
-        packed_layout(cu_seqlens, (16, 8), rotary=Rotary(32, 1e4), dtype=torch.float32, cp_group=group)
+        packed_layout(
+            cu_seqlens, (16, 8), rotary=Rotary(32, 1e4), dtype=torch.float32, cp_group=group
+        )
         for group in (None, Third())
     )
     assert whole.context is None
@@ -151,7 +171,10 @@ def test_no_grad_keeps_no_graph_and_no_activations(single_process_groups: None) 
     model = make_language_model(get_model_config("toy"))
     visual_tokens = torch.randn(2, 128, requires_grad=True)
     kept: list[Tensor] = []
-    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+    with (
+        torch.no_grad(),
+        torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x),
+    ):
         rows = model(pack((9, 12), visual_positions=[1, 2]), visual_tokens)
     assert not rows.requires_grad
     assert kept == []

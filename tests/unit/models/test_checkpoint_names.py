@@ -29,7 +29,9 @@ def tensor_names(module: torch.nn.Module) -> set[str]:
     names = set()
     for value in state.values():
         parts = value.build() if isinstance(value, ShardedTensorFactory) else [value]
-        names |= {part.key for part in parts if isinstance(getattr(part, "data", None), torch.Tensor)}
+        names |= {
+            part.key for part in parts if isinstance(getattr(part, "data", None), torch.Tensor)
+        }
     return names
 
 
@@ -42,13 +44,21 @@ def golden_keys(kind: str) -> set[str]:
 def stored_keys(folder: Path) -> set[str]:
     """As `golden_keys`, of a checkpoint on the disk."""
     found = FileSystemReader(folder / "iter_0000000").read_metadata().state_dict_metadata
-    own = {key.removeprefix("language_model.").split("/")[0]: each for key, each in found.items() if "gpt." in key}
-    return {f"{'weight' if isinstance(each, TensorStorageMetadata) else 'extra'} {key}" for key, each in own.items()}
+    own = {
+        key.removeprefix("language_model.").split("/")[0]: each
+        for key, each in found.items()
+        if "gpt." in key
+    }
+    return {
+        f"{'weight' if isinstance(each, TensorStorageMetadata) else 'extra'} {key}"
+        for key, each in own.items()
+    }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, single_process_groups: None) -> Path:
-    """Checkpoints of the local spec, and what TransformerEngine's layers make of them (tests/te_stand_in.py)."""
+    """Checkpoints of the local spec, and what TransformerEngine's layers make of them
+    (tests/te_stand_in.py)."""
     root = tmp_path_factory.mktemp("names")
     for size in set(SIZES.values()):
         module = make_language_model(get_model_config(size))
@@ -68,11 +78,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory, single_process_groups: None
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_a_checkpoint_of_the_local_spec_has_the_keys_of_transformer_engine(kind: str, folder: Path) -> None:
+def test_a_checkpoint_of_the_local_spec_has_the_keys_of_transformer_engine(
+    kind: str, folder: Path
+) -> None:
     expected, found = golden_keys(kind), stored_keys(folder / SIZES[kind])
-    # All weights, and of the extra state what linear layers have: megatron-core's own norms have none, and loading does
-    # not ask for what a checkpoint lacks.
-    assert expected - found == {key for key in expected if key.startswith("extra ") and "layernorm." in key}
+    # All weights, and of the extra state what linear layers have: megatron-core's own norms have
+    # none, and loading does not ask for what a checkpoint lacks.
+    assert expected - found == {
+        key for key in expected if key.startswith("extra ") and "layernorm." in key
+    }
     assert found - expected == set()
 
 
@@ -80,7 +94,11 @@ def test_a_checkpoint_of_the_local_spec_has_the_keys_of_transformer_engine(kind:
 def test_a_conversion_writes_the_keys_that_training_does(size: str, folder: Path) -> None:
     model, files = get_model_config(size), folder / f"{size}-hf"
     export_hf(
-        files, encoder=make_encoder(model), language_model=make_language_model(model), model=model, layout="internvl"
+        files,
+        encoder=make_encoder(model),
+        language_model=make_language_model(model),
+        model=model,
+        layout="internvl",
     )
     convert(files, output=folder / f"{size}-converted", layout="megatron")
     assert stored_keys(folder / f"{size}-converted") == stored_keys(folder / size)
@@ -95,7 +113,8 @@ def test_the_golden_keys_are_those_of_the_transformer_engine_spec(kind: str, fol
 
 @pytest.mark.parametrize("kind", SIZES)
 def test_weights_go_to_transformer_engine_and_back(kind: str, folder: Path) -> None:
-    """A checkpoint of a CPU into the layers of a GPU, and what those save into the layers of a CPU, bit for bit."""
+    """A checkpoint of a CPU into the layers of a GPU, and what those save into the layers of a CPU,
+    bit for bit."""
     size = SIZES[kind]
     module = make_language_model(get_model_config(size), seed=9)
     state.load_weights(folder / f"te-{kind}", modules={"language_model": module}, model_size=size)
@@ -108,7 +127,9 @@ def test_weights_go_to_transformer_engine_and_back(kind: str, folder: Path) -> N
 def test_only_extra_state_may_be_absent() -> None:
     module = torch.nn.Linear(2, 2)
     with pytest.raises(AssertionError, match=r"do not fit: \['bias', 'other'\]"):
-        load_state(module, {"weight": module.weight, "other": module.weight, "norm._extra_state": None})
+        load_state(
+            module, {"weight": module.weight, "other": module.weight, "norm._extra_state": None}
+        )
 
 
 def test_encoder_names(single_process_groups: None) -> None:
@@ -116,10 +137,24 @@ def test_encoder_names(single_process_groups: None) -> None:
     names = tensor_names(encoder)
     layers = {name.removeprefix("vit.transformer.layers.") for name in names if ".layers." in name}
     assert layers == {
-        *("input_layernorm.weight", "pre_mlp_layernorm.weight", "self_attn_bda.scale", "mlp_bda.scale"),
-        *("self_attention.linear_qkv.weight", "self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"),
+        *(
+            "input_layernorm.weight",
+            "pre_mlp_layernorm.weight",
+            "self_attn_bda.scale",
+            "mlp_bda.scale",
+        ),
+        *(
+            "self_attention.linear_qkv.weight",
+            "self_attention.q_layernorm.weight",
+            "self_attention.k_layernorm.weight",
+        ),
         *("self_attention.linear_proj.weight", "self_attention.linear_proj.bias"),
-        *("mlp.linear_fc1.weight", "mlp.linear_fc1.bias", "mlp.linear_fc2.weight", "mlp.linear_fc2.bias"),
+        *(
+            "mlp.linear_fc1.weight",
+            "mlp.linear_fc1.bias",
+            "mlp.linear_fc2.weight",
+            "mlp.linear_fc2.bias",
+        ),
     }
     # Layers share a name and differ in an offset; everything else is named as the parameter is.
     others = {name for name, _ in encoder.named_parameters() if ".layers." not in name}

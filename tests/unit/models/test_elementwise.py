@@ -42,7 +42,10 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) 
 def test_rms_norm_of_a_strided_view() -> None:
     """Queries and keys come as slices of the fused projection."""
     generator = torch.Generator().manual_seed(0)
-    mixed, grad = torch.randn(6, 1, 2, 24, generator=generator), torch.randn(6, 1, 2, 8, generator=generator)
+    mixed, grad = (
+        torch.randn(6, 1, 2, 24, generator=generator),
+        torch.randn(6, 1, 2, 8, generator=generator),
+    )
     weight = torch.ones(8)
     leaves = [mixed.clone().requires_grad_(), mixed.clone().requires_grad_()]
     rms_norm(leaves[0][..., 8:16], weight, 1e-6).backward(grad)
@@ -52,7 +55,10 @@ def test_rms_norm_of_a_strided_view() -> None:
 
 def test_swiglu() -> None:
     generator = torch.Generator().manual_seed(0)
-    x, grad = torch.randn(9, 1, 20, generator=generator) * 3, torch.randn(9, 1, 10, generator=generator)
+    x, grad = (
+        torch.randn(9, 1, 20, generator=generator) * 3,
+        torch.randn(9, 1, 10, generator=generator),
+    )
     leaves = [x.clone().requires_grad_(), x.clone().requires_grad_()]
     out, expected = swiglu(leaves[0]), naive_swiglu(leaves[1])
     out.backward(grad)
@@ -62,4 +68,6 @@ def test_swiglu() -> None:
 
 
 def _error(value: Tensor, expected: Tensor) -> float:
-    return ((value.double() - expected.double()).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
+    return (
+        (value.double() - expected.double()).abs().max() / expected.abs().max().clamp(min=1e-6)
+    ).item()

@@ -23,7 +23,11 @@ def packed_rows(model: LanguageModel, visual_tokens: Tensor) -> list[Tensor]:
     inputs = LanguageInputs(
         token_ids_T=torch.cat(sample_tokens()),
         visual_positions_V=torch.tensor(
-            [start + place for start, places in zip(starts, VISUAL, strict=True) for place in places]
+            [
+                start + place
+                for start, places in zip(starts, VISUAL, strict=True)
+                for place in places
+            ]
         ),
         cu_seqlens=torch.tensor([0, 11, 16, 24], dtype=torch.int32),
         document_lens=LENS,
@@ -35,7 +39,9 @@ def packed_rows(model: LanguageModel, visual_tokens: Tensor) -> list[Tensor]:
 
 def padded(samples: list[Tensor], length: int) -> Tensor:
     """[B, S], padded at the right with a token that must not matter."""
-    return torch.stack([torch.cat([each, torch.full((length - len(each),), 9)]) for each in samples])
+    return torch.stack(
+        [torch.cat([each, torch.full((length - len(each),), 9)]) for each in samples]
+    )
 
 
 @pytest.fixture(params=["toy", "toy-6b", "toy-moe"])
@@ -45,9 +51,13 @@ def model(request: pytest.FixtureRequest, single_process_groups: None) -> Langua
 
 @torch.no_grad()
 def test_batch_without_a_cache_equals_packed(model: LanguageModel) -> None:
-    visual_tokens = torch.randn(5, model.language.hidden_size, generator=torch.Generator().manual_seed(1))
+    visual_tokens = torch.randn(
+        5, model.language.hidden_size, generator=torch.Generator().manual_seed(1)
+    )
     ids = padded(sample_tokens(), 11)
-    index = torch.tensor([sample * 11 + place for sample, places in enumerate(VISUAL) for place in places])
+    index = torch.tensor(
+        [sample * 11 + place for sample, places in enumerate(VISUAL) for place in places]
+    )
     hidden = model.forward_batch(ids, torch.arange(11).expand(3, -1), visual_tokens, index)
     for row, expected in zip(hidden, packed_rows(model, visual_tokens), strict=True):
         assert _error(row[: len(expected)], expected) < 1e-5  # measured 0
@@ -55,24 +65,39 @@ def test_batch_without_a_cache_equals_packed(model: LanguageModel) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("prefill", [(7, 2, 5), (7, 5, 8), (11, 5, 8)])
-def test_cache_equals_packed_for_samples_of_unequal_length(model: LanguageModel, prefill: tuple[int, ...]) -> None:
-    """Prefill a part of each sample, then decode the rest token by token; a sample that has ended is decoded on."""
-    visual_tokens = torch.randn(5, model.language.hidden_size, generator=torch.Generator().manual_seed(1))
+def test_cache_equals_packed_for_samples_of_unequal_length(
+    model: LanguageModel, prefill: tuple[int, ...]
+) -> None:
+    """Prefill a part of each sample, then decode the rest token by token; a sample that has ended
+    is decoded on."""
+    visual_tokens = torch.randn(
+        5, model.language.hidden_size, generator=torch.Generator().manual_seed(1)
+    )
     samples = sample_tokens()
     width = max(prefill)
-    index = torch.tensor([sample * width + place for sample, places in enumerate(VISUAL) for place in places])
+    index = torch.tensor(
+        [sample * width + place for sample, places in enumerate(VISUAL) for place in places]
+    )
     cache = model.new_cache(3, 16)
     ids = padded([each[:length] for each, length in zip(samples, prefill, strict=True)], width)
     hidden = model.forward_batch(
-        ids, torch.arange(width).expand(3, -1), visual_tokens, index, cache, num_new_B=torch.tensor(prefill)
+        ids,
+        torch.arange(width).expand(3, -1),
+        visual_tokens,
+        index,
+        cache,
+        num_new_B=torch.tensor(prefill),
     )
     rows = [list(row[:length]) for row, length in zip(hidden, prefill, strict=True)]
     assert cache.lengths.tolist() == list(prefill)
     for _ in range(4):
         step = [
-            each[len(row)] if len(row) < len(each) else torch.tensor(9) for each, row in zip(samples, rows, strict=True)
+            each[len(row)] if len(row) < len(each) else torch.tensor(9)
+            for each, row in zip(samples, rows, strict=True)
         ]
-        hidden = model.forward_batch(torch.stack(step)[:, None], cache.lengths[:, None], cache=cache)
+        hidden = model.forward_batch(
+            torch.stack(step)[:, None], cache.lengths[:, None], cache=cache
+        )
         for row, new in zip(rows, hidden, strict=True):
             row.append(new[0])
     for row, expected in zip(rows, packed_rows(model, visual_tokens), strict=True):
@@ -83,10 +108,14 @@ def test_cache_equals_packed_for_samples_of_unequal_length(model: LanguageModel,
 @torch.no_grad()
 def test_later_turns_can_add_several_tokens_at_once(model: LanguageModel) -> None:
     samples = sample_tokens()
-    expected = packed_rows(model, torch.zeros(0, model.language.hidden_size).new_zeros(5, model.language.hidden_size))
+    expected = packed_rows(
+        model, torch.zeros(0, model.language.hidden_size).new_zeros(5, model.language.hidden_size)
+    )
     cache = model.new_cache(3, 16)
     visual = torch.zeros(5, model.language.hidden_size)
-    index = torch.tensor([sample * 5 + place for sample, places in enumerate(VISUAL) for place in places])
+    index = torch.tensor(
+        [sample * 5 + place for sample, places in enumerate(VISUAL) for place in places]
+    )
     first = torch.stack([each[:5] for each in samples])
     model.forward_batch(first, torch.arange(5).expand(3, -1), visual, index, cache)
     cache = cache.select(torch.tensor([0, 2]))  # the second sample has ended

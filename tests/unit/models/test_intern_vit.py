@@ -19,7 +19,9 @@ def layer_scale(*, drop_path_rate: float = 0.0) -> LayerScaleAdd:
 def test_layer_scale_multiplies_output_and_bias_before_the_residual() -> None:
     x, bias, residual = torch.randn(3, 2, 4), torch.randn(4), torch.randn(3, 2, 4)
     add = layer_scale()
-    torch.testing.assert_close(add(True, False)((x, bias), residual, 0.0), residual + (x + bias) * add.scale)
+    torch.testing.assert_close(
+        add(True, False)((x, bias), residual, 0.0), residual + (x + bias) * add.scale
+    )
     torch.testing.assert_close(add(True, False)((x, None), residual, 0.0), residual + x * add.scale)
 
 
@@ -33,10 +35,14 @@ def test_drop_path_leaves_the_branch_out_for_whole_tiles() -> None:
     torch.testing.assert_close(out[~dropped], full[~dropped])
     # 0.25 of 4,000 with a standard deviation of 0.007
     assert 0.22 < dropped.float().mean() < 0.28
-    torch.testing.assert_close(add(False, False)((x, bias), residual, 0.0), residual + (x + bias) * add.scale)
+    torch.testing.assert_close(
+        add(False, False)((x, bias), residual, 0.0), residual + (x + bias) * add.scale
+    )
 
 
-def test_drop_path_grows_linearly_over_the_layers_and_is_off_in_evaluation(single_process_groups: None) -> None:
+def test_drop_path_grows_linearly_over_the_layers_and_is_off_in_evaluation(
+    single_process_groups: None,
+) -> None:
     model = get_model_config("toy")
     encoder = make_encoder(model, drop_path_rate=0.4)
     layers = encoder.vit.transformer.layers
@@ -55,11 +61,15 @@ def test_layer_scale_starts_at_the_registered_value(single_process_groups: None)
         model = get_model_config(name)
         encoder = build_vision_encoder(model, vision_transformer_config(model))
         for layer in encoder.vit.transformer.layers:
-            assert layer.self_attn_bda.scale.tolist() == pytest.approx([init] * model.vision.hidden_size)
+            assert layer.self_attn_bda.scale.tolist() == pytest.approx(
+                [init] * model.vision.hidden_size
+            )
             assert layer.mlp_bda.scale.tolist() == pytest.approx([init] * model.vision.hidden_size)
 
 
-@pytest.mark.parametrize(("name", "qkv_bias", "norm_bias", "qk_norm"), [("toy", 1, 1, 0), ("toy-6b", 0, 0, 1)])
+@pytest.mark.parametrize(
+    ("name", "qkv_bias", "norm_bias", "qk_norm"), [("toy", 1, 1, 0), ("toy-6b", 0, 0, 1)]
+)
 def test_the_two_kinds_of_tower(
     name: str, qkv_bias: bool, norm_bias: bool, qk_norm: bool, single_process_groups: None
 ) -> None:

@@ -30,7 +30,9 @@ def tile_by_tile(encoder: VisionEncoder, features_NPD: Tensor, plan: list[bool])
 
 
 @pytest.mark.parametrize("plan", ["0000000", "1111111", "0110100", "1000001", "1111011"])
-def test_visual_tokens_equal_tile_by_tile(encoder: VisionEncoder, features: Tensor, plan: str) -> None:
+def test_visual_tokens_equal_tile_by_tile(
+    encoder: VisionEncoder, features: Tensor, plan: str
+) -> None:
     compressed = [digit == "1" for digit in plan]
     results = []
     for forward in (
@@ -47,8 +49,13 @@ def test_visual_tokens_equal_tile_by_tile(encoder: VisionEncoder, features: Tens
     torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-5)  # measured 1.7e-6
 
 
-def test_no_plan_is_the_plan_that_compresses_nothing(encoder: VisionEncoder, features: Tensor) -> None:
-    assert torch.equal(encoder.visual_tokens(features, None), encoder.visual_tokens(features, torch.zeros(7).bool()))
+def test_no_plan_is_the_plan_that_compresses_nothing(
+    encoder: VisionEncoder, features: Tensor
+) -> None:
+    assert torch.equal(
+        encoder.visual_tokens(features, None),
+        encoder.visual_tokens(features, torch.zeros(7).bool()),
+    )
 
 
 @pytest.mark.parametrize("plan", [None, torch.zeros(0).bool()])
@@ -58,7 +65,8 @@ def test_no_tiles(encoder: VisionEncoder, features: Tensor, plan: Tensor | None)
 
 
 @pytest.mark.parametrize(
-    ("plan", "untouched"), [(None, "connector_16x"), ("0000000", "connector_16x"), ("1111111", "connector_4x")]
+    ("plan", "untouched"),
+    [(None, "connector_16x"), ("0000000", "connector_16x"), ("1111111", "connector_4x")],
 )
 def test_a_connector_without_tiles_gets_no_gradient(
     encoder: VisionEncoder, features: Tensor, plan: str | None, untouched: str
@@ -66,7 +74,9 @@ def test_a_connector_without_tiles_gets_no_gradient(
     encoder.zero_grad()
     compressed = None if plan is None else torch.tensor([digit == "1" for digit in plan])
     encoder.visual_tokens(features, compressed).sum().backward()
-    touched = {name.split(".")[0] for name, param in encoder.named_parameters() if param.grad is not None}
+    touched = {
+        name.split(".")[0] for name, param in encoder.named_parameters() if param.grad is not None
+    }
     assert touched == {"connector_4x", "connector_16x"} - {untouched}
 
 
@@ -75,17 +85,24 @@ def test_pixels_are_normalised_as_torchvision_does(encoder: VisionEncoder) -> No
     expected = torch.stack(
         [
             (tiles[:, channel].double() / 255 - mean) / std
-            for channel, (mean, std) in enumerate(zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True))
+            for channel, (mean, std) in enumerate(
+                zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)
+            )
         ],
         dim=1,
     )
-    torch.testing.assert_close(encoder.normalise(tiles).double(), expected, rtol=0, atol=1e-6)  # measured 4e-7
+    torch.testing.assert_close(
+        encoder.normalise(tiles).double(), expected, rtol=0, atol=1e-6
+    )  # measured 4e-7
     assert tiles.dtype == torch.uint8
 
 
 def test_features_without_gradients_have_no_graph(encoder: VisionEncoder) -> None:
     kept: list[Tensor] = []
-    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+    with (
+        torch.no_grad(),
+        torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x),
+    ):
         features_NPD = encoder.features(encoder.normalise(random_tiles(encoder.model, 2)))
     assert not features_NPD.requires_grad
     assert kept == []

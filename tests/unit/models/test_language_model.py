@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 
 from megatron_vico.config.schema import ParallelOptions
-from megatron_vico.models.build import build_language_model, language_transformer_config, padded_vocab_size
+from megatron_vico.models.build import (
+    build_language_model,
+    language_transformer_config,
+    padded_vocab_size,
+)
 from megatron_vico.models.language_model import LanguageModel
 from megatron_vico.models.registry import get_model_config
 from tests.toy_models import pack, randomise
@@ -20,10 +24,15 @@ def make(name: str, *, bf16: bool = False, **parallel: Any) -> LanguageModel:
 
 
 def gradients(model: LanguageModel) -> dict[str, Tensor]:
-    """Gradients of a text-only pack under a frozen embedding: the case in which recomputation can lose them."""
+    """Gradients of a text-only pack under a frozen embedding: the case in which recomputation can
+    lose them."""
     model.gpt.embedding.requires_grad_(False)
-    logits = model.response_logits(model(pack((9, 12, 7)), torch.zeros(0, model.language.hidden_size)))
-    (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+    logits = model.response_logits(
+        model(pack((9, 12, 7)), torch.zeros(0, model.language.hidden_size))
+    )
+    (
+        logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+    ).sum().backward()
     return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
 
 
@@ -36,7 +45,9 @@ def gradients(model: LanguageModel) -> dict[str, Tensor]:
     ],
     ids=["full", "core_attn"],
 )
-def test_recomputation_changes_no_gradient(name: str, options: dict[str, Any], single_process_groups: None) -> None:
+def test_recomputation_changes_no_gradient(
+    name: str, options: dict[str, Any], single_process_groups: None
+) -> None:
     expected, grads = gradients(make(name)), gradients(make(name, **options))
     assert grads.keys() == expected.keys()
     assert "gpt.decoder.layers.0.self_attention.linear_qkv.weight" in grads
@@ -48,7 +59,10 @@ def test_bf16_has_float32_logits_near_the_float32_model(single_process_groups: N
     inputs = pack((9, 12, 7))
     with torch.no_grad():
         reference, model = make("toy"), make("toy", bf16=True)
-        logits, expected = model.response_logits(model(inputs)), reference.response_logits(reference(inputs))
+        logits, expected = (
+            model.response_logits(model(inputs)),
+            reference.response_logits(reference(inputs)),
+        )
     assert model.gpt.output_layer.weight.dtype == torch.bfloat16
     assert logits.dtype == torch.float32
     # The product is accumulated in float32: almost no logit is a bfloat16 number.

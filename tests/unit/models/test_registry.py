@@ -1,4 +1,5 @@
-"""Sizes against the published parameter counts, by formula and by building every size without memory."""
+"""Sizes against the published parameter counts, by formula and by building every size without
+memory."""
 
 import pytest
 import torch
@@ -7,8 +8,9 @@ from megatron_vico.errors import ConfigError
 from megatron_vico.models.registry import MODELS, ModelConfig, get_model_config
 from tests.meta_models import NoMemory, build_without_memory
 
-# ViT, connector_4x, language model, connector_16x, ViR of the released InternVL3.5-Flash checkpoints. The totals of
-# the 1B, 8B and 2B-Flash checkpoints as published (bytes on disk) agree with these.
+# ViT, connector_4x, language model, connector_16x, ViR of the released InternVL3.5-Flash
+# checkpoints. The totals of the 1B, 8B and 2B-Flash checkpoints as published (bytes on disk) agree
+# with these.
 PUBLISHED = {
     "internvl3_5-1b": (304_012_288, 5_253_120, 751_632_384, 39_883_776, 50_390_018),
     "internvl3_5-2b": (304_012_288, 12_595_200, 2_031_739_904, 92_317_696, 50_390_018),
@@ -23,13 +25,25 @@ PUBLISHED = {
 
 def built_counts(model: ModelConfig) -> tuple[int, ...]:
     encoder, language_model = build_without_memory(model)
-    modules = (encoder.vit, encoder.connector_4x, language_model, encoder.connector_16x, encoder.vir)
+    modules = (
+        encoder.vit,
+        encoder.connector_4x,
+        language_model,
+        encoder.connector_16x,
+        encoder.vir,
+    )
     return tuple(sum(param.numel() for param in module.parameters()) for module in modules)
 
 
 def formula_counts(model: ModelConfig) -> tuple[int, ...]:
     counts = model.parameter_counts()
-    return (counts.vit, counts.connector_4x, counts.language_model, counts.connector_16x, counts.vir)
+    return (
+        counts.vit,
+        counts.connector_4x,
+        counts.language_model,
+        counts.connector_16x,
+        counts.vir,
+    )
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -39,7 +53,8 @@ def test_formula_gives_the_published_counts(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_built_model_has_the_counts_of_the_formula(name: str, single_process_groups: None) -> None:
-    # No vocabulary here is padded at one tensor-parallel rank, so the counts agree to the last parameter.
+    # No vocabulary here is padded at one tensor-parallel rank, so the counts agree to the last
+    # parameter.
     assert built_counts(get_model_config(name)) == formula_counts(get_model_config(name))
 
 

@@ -12,8 +12,12 @@ def vir() -> ViR:
     return randomise(ViR(hidden_size=24, num_heads=4), seed=0)
 
 
-@pytest.mark.parametrize("tiles_per_image", [(2, 1, 3, 1), (0, 7), (1,) * 7, (7, 0, 0), (3, 0, 3, 1)])
-def test_every_tile_gets_the_logits_of_its_image(vir: ViR, tiles_per_image: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "tiles_per_image", [(2, 1, 3, 1), (0, 7), (1,) * 7, (7, 0, 0), (3, 0, 3, 1)]
+)
+def test_every_tile_gets_the_logits_of_its_image(
+    vir: ViR, tiles_per_image: tuple[int, ...]
+) -> None:
     features = torch.randn(7, 16, 24, generator=torch.Generator().manual_seed(1))
     logits = vir(features, tiles_per_image)
     assert logits.shape == (7, 2)
@@ -22,13 +26,17 @@ def test_every_tile_gets_the_logits_of_its_image(vir: ViR, tiles_per_image: tupl
         if count:
             patches = features[start : start + count].reshape(1, count * 16, 24)
             expected = vir.gating(vir.pooling(patches)).expand(count, 2)
-            torch.testing.assert_close(logits[start : start + count], expected, rtol=0, atol=1e-5)  # measured 1.2e-6
+            torch.testing.assert_close(
+                logits[start : start + count], expected, rtol=0, atol=1e-5
+            )  # measured 1.2e-6
         start += count
 
 
 def test_one_tile_an_image_is_the_tile_level_router(vir: ViR) -> None:
     features = torch.randn(5, 16, 24)
-    torch.testing.assert_close(vir(features, [1] * 5), vir(features), rtol=0, atol=1e-6)  # measured 0
+    torch.testing.assert_close(
+        vir(features, [1] * 5), vir(features), rtol=0, atol=1e-6
+    )  # measured 0
 
 
 def test_no_tiles(vir: ViR) -> None:

@@ -1,4 +1,5 @@
-"""The stand-in: installed only by entry points and fixtures, absent where CUDA is available, and complete enough."""
+"""The stand-in: installed only by entry points and fixtures, absent where CUDA is available, and
+complete enough."""
 
 import subprocess
 import sys
@@ -10,7 +11,9 @@ ROOT = Path(__file__).parents[3]
 
 
 def run_python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     return done.stdout.strip()
 
 
@@ -18,10 +21,12 @@ def test_nothing_is_patched_where_cuda_is_available() -> None:
     code = """
 import torch
 torch.cuda.is_available = lambda: True
-before = (torch.empty, torch.Tensor.to, torch.compile, torch.cuda.current_device, torch.distributed.all_to_all_single)
+before = (torch.empty, torch.Tensor.to, torch.compile, torch.cuda.current_device,
+    torch.distributed.all_to_all_single)
 from megatron_vico.parallel import cpu_stand_in
 cpu_stand_in.install()
-after = (torch.empty, torch.Tensor.to, torch.compile, torch.cuda.current_device, torch.distributed.all_to_all_single)
+after = (torch.empty, torch.Tensor.to, torch.compile, torch.cuda.current_device,
+    torch.distributed.all_to_all_single)
 print(all(x is y for x, y in zip(before, after)), hasattr(torch.cuda, "_vico_stand_in"))
 """
     assert run_python(code) == "True False"
@@ -31,7 +36,8 @@ def test_importing_the_package_installs_nothing() -> None:
     code = """
 import torch
 before = torch.empty
-import megatron_vico, megatron_vico.parallel.cpu_stand_in, megatron_vico.vico.routing, megatron_vico.config.schema
+import megatron_vico, megatron_vico.parallel.cpu_stand_in
+import megatron_vico.vico.routing, megatron_vico.config.schema
 print(torch.empty is before, hasattr(torch.cuda, "_vico_stand_in"))
 """
     assert run_python(code) == "True False"

@@ -16,7 +16,9 @@ from tests.peak_bytes import PeakBytes
 PADDING = 7
 
 
-def make_inputs(num_rows: int, hidden: int, vocab_size: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def make_inputs(
+    num_rows: int, hidden: int, vocab_size: int, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(num_rows + vocab_size)
     weight = 3 / hidden**0.5 * torch.randn(vocab_size + PADDING, hidden, generator=generator)
     weight[vocab_size:] = 1e4
@@ -36,25 +38,39 @@ def ours(inputs: dict[str, Tensor], vocab_size: int, chunk_rows: int = 1024) -> 
 
 def naive(inputs: dict[str, Tensor], vocab_size: int) -> tuple[Tensor, dict[str, Tensor]]:
     """In float64: the loss and the leaves that its gradients are at."""
-    exact = {name: inputs[name].detach().double().requires_grad_() for name in ("rows_RH", "weight_VH")}
+    exact = {
+        name: inputs[name].detach().double().requires_grad_() for name in ("rows_RH", "weight_VH")
+    }
     logits = exact["rows_RH"] @ exact["weight_VH"][:vocab_size].T
-    return (F.cross_entropy(logits, inputs["labels_R"], reduction="none") * inputs["row_weight_R"]).sum(), exact
+    return (
+        F.cross_entropy(logits, inputs["labels_R"], reduction="none") * inputs["row_weight_R"]
+    ).sum(), exact
 
 
 def errors(inputs: dict[str, Tensor], loss: Tensor, vocab_size: int) -> list[float]:
     expected, exact = naive(inputs, vocab_size)
     expected.backward()
-    found = [loss.detach(), inputs["rows_RH"].grad, getattr(inputs["weight_VH"], "main_grad", inputs["weight_VH"].grad)]
+    found = [
+        loss.detach(),
+        inputs["rows_RH"].grad,
+        getattr(inputs["weight_VH"], "main_grad", inputs["weight_VH"].grad),
+    ]
     truth = [expected.detach(), exact["rows_RH"].grad, exact["weight_VH"].grad]
-    return [float((a.double() - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(found, truth, strict=True)]
+    return [
+        float((a.double() - b).norm() / b.norm().clamp_min(1e-30))
+        for a, b in zip(found, truth, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(
     ("vocab_size", "dtype", "tolerance"),
     [(500, torch.float32, 1e-5), (151_936, torch.float32, 1e-5), (151_936, torch.bfloat16, 5e-3)],
 )
-def test_value_and_gradients_against_float64(vocab_size: int, dtype: torch.dtype, tolerance: float) -> None:
-    """Largest measured error: 3e-7, 7e-6; in bf16 1.7e-3, of the rows' gradient that is handed back rounded."""
+def test_value_and_gradients_against_float64(
+    vocab_size: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Largest measured error: 3e-7, 7e-6; in bf16 1.7e-3, of the rows' gradient that is handed back
+    rounded."""
     inputs = make_inputs(12, 32, vocab_size, dtype)
     if dtype == torch.bfloat16:
         weight: Any = inputs["weight_VH"]
@@ -62,7 +78,9 @@ def test_value_and_gradients_against_float64(vocab_size: int, dtype: torch.dtype
     loss = ours(inputs, vocab_size, chunk_rows=5)
     loss.backward()
     assert max(errors(inputs, loss, vocab_size)) < tolerance
-    assert not getattr(inputs["weight_VH"], "main_grad", inputs["weight_VH"].grad)[vocab_size:].any()
+    assert not getattr(inputs["weight_VH"], "main_grad", inputs["weight_VH"].grad)[
+        vocab_size:
+    ].any()
 
 
 @settings(max_examples=30, deadline=None)
@@ -96,7 +114,8 @@ def test_three_products_a_chunk_and_memory_of_one() -> None:
             ours(inputs, 2000, chunk_rows=32).backward()
         assert seen.products == num_rows // 32 * 3
         peaks.append(seen.peak)
-    # A row: its gradient, its value, and its label counted from the shard's first entry. Measured: 34,048 bytes.
+    # A row: its gradient, its value, and its label counted from the shard's first entry. Measured:
+    # 34,048 bytes.
     assert peaks[1] - peaks[0] <= (512 - 64) * (16 * 4 + 4 + 8)
 
 

@@ -1,4 +1,5 @@
-"""The fused KL head against the textbook formula in float64, its one-process twin, and its promises about memory."""
+"""The fused KL head against the textbook formula in float64, its one-process twin, and its promises
+about memory."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -28,9 +29,14 @@ class Heads:
     vocab_size: int
 
     def to(self, target: Any) -> "Heads":
-        """Of another dtype or on another device; the policy's tensors become leaves that want a gradient."""
+        """Of another dtype or on another device; the policy's tensors become leaves that want a
+        gradient."""
         new = {f.name: getattr(self, f.name) for f in fields(self)}
-        new |= {name: tensor.detach().to(target) for name, tensor in new.items() if isinstance(tensor, Tensor)}
+        new |= {
+            name: tensor.detach().to(target)
+            for name, tensor in new.items()
+            if isinstance(tensor, Tensor)
+        }
         new["policy_rows_RH"].requires_grad_()
         new["policy_weight_VH"].requires_grad_()
         return Heads(**new)
@@ -61,7 +67,10 @@ def make_heads(
 
     reference_rows, policy_rows = near(num_rows, 1.0)
     reference_weight, policy_weight = near(vocab_size + padding, logit_std / hidden**0.5)
-    reference_weight[vocab_size:], policy_weight[vocab_size:] = 1e4, -1e4  # whoever looks at padding will know
+    reference_weight[vocab_size:], policy_weight[vocab_size:] = (
+        1e4,
+        -1e4,
+    )  # whoever looks at padding will know
     heads = Heads(
         policy_rows_RH=policy_rows,
         policy_weight_VH=policy_weight,
@@ -74,7 +83,8 @@ def make_heads(
 
 
 def naive_kl_loss(heads: Heads) -> Tensor:
-    """The textbook formula through autograd; logits are rounded to the dtype of the rows, as output layers do."""
+    """The textbook formula through autograd; logits are rounded to the dtype of the rows, as output
+    layers do."""
     real = slice(heads.vocab_size)
     logits_p = heads.policy_rows_RH @ heads.policy_weight_VH[real].T
     logits_q = heads.reference_rows_RH @ heads.reference_weight_VH[real].T
@@ -97,8 +107,11 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
-def errors_against_float64(heads: Heads, loss: Tensor, weight_grad: Tensor | None = None) -> tuple[float, float, float]:
-    """Relative errors of the value, the rows' gradient and the weight's; and that the mean KL is what was asked for."""
+def errors_against_float64(
+    heads: Heads, loss: Tensor, weight_grad: Tensor | None = None
+) -> tuple[float, float, float]:
+    """Relative errors of the value, the rows' gradient and the weight's; and that the mean KL is
+    what was asked for."""
     exact = heads.to(torch.float64)
     expected = naive_kl_loss(exact)
     expected.backward()
@@ -119,18 +132,31 @@ def with_main_grad(heads: Heads) -> Heads:
 @pytest.mark.parametrize("mean_kl", [0.2, 1e-2, 1e-3])
 @pytest.mark.parametrize(
     ("vocab_size", "logit_std", "dtype", "tolerance"),
-    [(500, 0.5, torch.float32, 1e-5), (151_936, 3.0, torch.float32, 1e-4), (151_936, 3.0, torch.bfloat16, 5e-3)],
+    [
+        (500, 0.5, torch.float32, 1e-5),
+        (151_936, 3.0, torch.float32, 1e-4),
+        (151_936, 3.0, torch.bfloat16, 5e-3),
+    ],
 )
 def test_gradients_against_float64(
     vocab_size: int, logit_std: float, dtype: torch.dtype, tolerance: float, mean_kl: float
 ) -> None:
-    """Largest measured error at 0.2, 1e-2, 1e-3: toy 5e-7, 7e-7, 1.9e-6; large 8e-6, 1.6e-5, 4e-5; bf16 1.6e-3.
+    """Largest measured error at 0.2, 1e-2, 1e-3: toy 5e-7, 7e-7, 1.9e-6; large 8e-6, 1.6e-5, 4e-5;
+    bf16 1.6e-3.
 
-    In bf16 it is the rounding of the rows' gradient that is handed back; the weight's main gradient is within 1.3e-5.
+    In bf16 it is the rounding of the rows' gradient that is handed back; the weight's main gradient
+    is within 1.3e-5.
     """
-    heads = make_heads(12, 32, vocab_size, mean_kl=mean_kl, logit_std=logit_std, padding=64, dtype=dtype)
+    heads = make_heads(
+        12, 32, vocab_size, mean_kl=mean_kl, logit_std=logit_std, padding=64, dtype=dtype
+    )
     shard = VocabularyShard(group=None, vocab_size=vocab_size, chunk_rows=5)
-    assert 0.5 < float(kl_rows(heads.policy_rows_RH, **without_weight(heads), shard=shard).mean()) / mean_kl < 2
+    assert (
+        0.5
+        < float(kl_rows(heads.policy_rows_RH, **without_weight(heads), shard=shard).mean())
+        / mean_kl
+        < 2
+    )
     if dtype == torch.bfloat16:
         heads = with_main_grad(heads)
     loss = ours(heads, chunk_rows=5)
@@ -141,7 +167,8 @@ def test_gradients_against_float64(
 
 @pytest.mark.parametrize("mean_kl", [0.2, 1e-2, 1e-3])
 def test_nothing_is_lost_but_by_the_logits_own_rounding(mean_kl: float) -> None:
-    """Against logits from the same float32 products, with all that follows in float64. Measured: 1.00 times."""
+    """Against logits from the same float32 products, with all that follows in float64. Measured:
+    1.00 times."""
     heads, floor = (make_heads(12, 32, 500, mean_kl=mean_kl) for _ in range(2))
     loss = ours(heads)
     loss.backward()
@@ -167,7 +194,9 @@ def without_weight(heads: Heads) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in heads.tensors().items() if name != "row_weight_R"}
 
 
-@pytest.mark.parametrize(("mean_kl", "tolerance"), [(1e3, 2e-6), (1.0, 5e-6), (1e-3, 5e-5), (1e-7, 2e-3)])
+@pytest.mark.parametrize(
+    ("mean_kl", "tolerance"), [(1e3, 2e-6), (1.0, 5e-6), (1e-3, 5e-5), (1e-7, 2e-3)]
+)
 def test_rows_equal_the_one_process_twin(mean_kl: float, tolerance: float) -> None:
     """Products of 4 rows and of 9 round differently. Measured: 5e-7, 1.0e-6, 1.2e-5, 4e-4."""
     heads = make_heads(9, 16, 300, mean_kl=mean_kl, padding=12)
@@ -180,12 +209,14 @@ def test_rows_equal_the_one_process_twin(mean_kl: float, tolerance: float) -> No
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)
 
 
-@pytest.mark.parametrize(("mean_kl", "tolerance"), [(1e-2, 5e-6), (1e-4, 1e-5), (1e-6, 1e-4), (1e-8, 1e-3)])
+@pytest.mark.parametrize(
+    ("mean_kl", "tolerance"), [(1e-2, 5e-6), (1e-4, 1e-5), (1e-6, 1e-4), (1e-8, 1e-3)]
+)
 def test_exact_logits(mean_kl: float, tolerance: float) -> None:
     """Heads of identity: rows are logits, no product rounds. Eq. 2 divides two such values.
 
-    Measured: values 1.2e-7, 1.9e-7, 4e-7, 4e-5; gradients 8e-7, then 4e-7. From two log-sum-exps instead of the near
-    form the gradient would be off by 1.3e-6, 6e-6, 1e-4, 4e-4.
+    Measured: values 1.2e-7, 1.9e-7, 4e-7, 4e-5; gradients 8e-7, then 4e-7. From two log-sum-exps
+    instead of the near form the gradient would be off by 1.3e-6, 6e-6, 1e-4, 4e-4.
     """
     rows = make_heads(9, 1000, 1, mean_kl=mean_kl, logit_std=1.0)
     heads = replace(
@@ -237,13 +268,16 @@ def test_equal_models_give_exactly_zero() -> None:
 def test_the_chunk_never_changes_the_result(
     num_rows: int, chunk_rows: int, vocab_size: int, padding: int, mean_kl: float
 ) -> None:
-    """Beyond rounding: products of few and of many rows differ by 2e-7 of a logit. Measured: 1e-5 of a gradient."""
+    """Beyond rounding: products of few and of many rows differ by 2e-7 of a logit. Measured: 1e-5
+    of a gradient."""
     results = []
     for chunk in (chunk_rows, 1024):
         heads = make_heads(num_rows, 8, vocab_size, mean_kl=mean_kl, padding=padding)
         loss = ours(heads, chunk_rows=chunk)
         loss.backward()
-        results.append((loss.detach(), grad_of(heads.policy_rows_RH), grad_of(heads.policy_weight_VH)))
+        results.append(
+            (loss.detach(), grad_of(heads.policy_rows_RH), grad_of(heads.policy_weight_VH))
+        )
     for mine, whole in zip(*results, strict=True):
         torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-6)
     assert not results[0][2][vocab_size:].any()
@@ -259,7 +293,9 @@ def test_main_grad_takes_what_would_be_returned_and_accumulates(num_rows: int) -
     weight.register_post_accumulate_grad_hook(lambda _: fired.append(1))
     for calls in (1, 2):
         ours(fused, chunk_rows=4).backward()
-        torch.testing.assert_close(weight.main_grad, calls * grad_of(plain.policy_weight_VH), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(
+            weight.main_grad, calls * grad_of(plain.policy_weight_VH), rtol=1e-6, atol=1e-9
+        )
         assert weight.grad_added_to_main_grad
         assert len(fired) == calls, "DDP's hook hangs on a gradient, of which there was none"
         assert weight.grad.shape == weight.shape
@@ -267,17 +303,23 @@ def test_main_grad_takes_what_would_be_returned_and_accumulates(num_rows: int) -
 
 @pytest.mark.parametrize("num_rows", [0, 6])
 def test_megatrons_ddp_takes_the_gradient(num_rows: int, single_process_groups: None) -> None:
-    """Its hook adds nothing of the gradient that stands in, and finds its bucket complete, with no rows too."""
+    """Its hook adds nothing of the gradient that stands in, and finds its bucket complete, with no
+    rows too."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.transformer import TransformerConfig
 
-    plain, heads = make_heads(num_rows, 16, 50, mean_kl=0.1), make_heads(num_rows, 16, 50, mean_kl=0.1)
+    plain, heads = (
+        make_heads(num_rows, 16, 50, mean_kl=0.1),
+        make_heads(num_rows, 16, 50, mean_kl=0.1),
+    )
     ours(plain).backward()
     module = torch.nn.Module()
     weight: Any = torch.nn.Parameter(heads.policy_weight_VH.detach())
     module.weight = weight
     ddp = DistributedDataParallel(
-        TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=1, calculate_per_token_loss=True),
+        TransformerConfig(
+            num_layers=1, hidden_size=16, num_attention_heads=1, calculate_per_token_loss=True
+        ),
         DistributedDataParallelConfig(overlap_grad_reduce=True, grad_reduce_in_fp32=True),
         module,
     )
@@ -347,9 +389,11 @@ def peak_of(heads: Heads, step: Any) -> PeakBytes:
 
 
 def test_memory_does_not_grow_with_the_rows() -> None:
-    """Peak above inputs, in bytes, at 32 rows a chunk; the gradient of the rows and the values are outputs.
+    """Peak above inputs, in bytes, at 32 rows a chunk; the gradient of the rows and the values are
+    outputs.
 
-    Measured: 1,477,504 at 64 rows and 65,280, all of it outputs, more at 1,024; the textbook's has 57,344,000 there.
+    Measured: 1,477,504 at 64 rows and 65,280, all of it outputs, more at 1,024; the textbook's has
+    57,344,000 there.
     """
     hidden, small, large = 16, 64, 1024
 
@@ -372,7 +416,8 @@ def test_four_products_a_chunk_and_no_more() -> None:
 
 @pytest.mark.parametrize("main_grad", ["fused", "returned"])
 def test_the_branch_for_gpus(main_grad: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """bf16 products into float32, which the CPU lacks, emulated. Measured: value 5e-6, gradients 2.5e-3."""
+    """bf16 products into float32, which the CPU lacks, emulated. Measured: value 5e-6, gradients
+    2.5e-3."""
     plain = torch.mm
     widened = []
 
@@ -381,7 +426,9 @@ def test_the_branch_for_gpus(main_grad: str, monkeypatch: pytest.MonkeyPatch) ->
         widened.append(1)
         return plain(a.to(out_dtype), b.to(out_dtype))
 
-    monkeypatch.setattr(fused_head, "_has_wide_product", lambda tensor: tensor.dtype == torch.bfloat16)
+    monkeypatch.setattr(
+        fused_head, "_has_wide_product", lambda tensor: tensor.dtype == torch.bfloat16
+    )
     monkeypatch.setattr(fused_head.torch, "mm", mm)
     heads = make_heads(9, 64, 5000, mean_kl=1e-3, padding=8, dtype=torch.bfloat16)
     if main_grad == "fused":
@@ -414,9 +461,16 @@ def test_what_does_not_fit_is_refused() -> None:
         ours(replace(heads, row_weight_R=heads.row_weight_R[:3]))
     with pytest.raises(ValueError, match="with the same hidden"):
         ours(replace(heads, reference_rows_RH=heads.reference_rows_RH[:, :3]))
-    with pytest.raises(ValueError, match=r"rows are torch\.bfloat16 but the head's weight is torch\.float32"):
+    with pytest.raises(
+        ValueError, match=r"rows are torch\.bfloat16 but the head's weight is torch\.float32"
+    ):
         ours(replace(heads, policy_rows_RH=heads.policy_rows_RH.bfloat16()))
     with pytest.raises(ValueError, match="fewer than the 51 entries"):
         ours(replace(heads, vocab_size=51))
     with pytest.raises(ValueError, match="split and padded alike"):
-        ours(replace(make_heads(4, 16, 50, mean_kl=0.1, padding=2), reference_weight_VH=heads.reference_weight_VH))
+        ours(
+            replace(
+                make_heads(4, 16, 50, mean_kl=0.1, padding=2),
+                reference_weight_VH=heads.reference_weight_VH,
+            )
+        )

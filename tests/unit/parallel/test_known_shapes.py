@@ -1,4 +1,5 @@
-"""Lengths of what a pipeline stage will receive, against the order in which mcore's schedules ask for them."""
+"""Lengths of what a pipeline stage will receive, against the order in which mcore's schedules ask
+for them."""
 
 import types
 from typing import Any
@@ -12,13 +13,17 @@ LENS = [5, 7, 3, 9, 4, 8]
 WIDTH = 16
 
 
-def communicator(monkeypatch: pytest.MonkeyPatch, *, stage: int, stages: int, chunks: int | None = None) -> KnownShapes:
+def communicator(
+    monkeypatch: pytest.MonkeyPatch, *, stage: int, stages: int, chunks: int | None = None
+) -> KnownShapes:
     group = types.SimpleNamespace(size=lambda: stages, rank=lambda: stage)
     monkeypatch.setattr(torch.distributed, "get_global_rank", lambda group, rank: rank)
     monkeypatch.setattr(KnownShapes, "is_pp_first_stage", property(lambda self: stage == 0))
     monkeypatch.setattr(KnownShapes, "is_pp_last_stage", property(lambda self: stage == stages - 1))
     config: Any = types.SimpleNamespace(
-        virtual_pipeline_model_parallel_size=chunks, hidden_size=WIDTH, microbatch_group_size_per_vp_stage=stages
+        virtual_pipeline_model_parallel_size=chunks,
+        hidden_size=WIDTH,
+        microbatch_group_size_per_vp_stage=stages,
     )
     return KnownShapes(group, config, LENS)
 
@@ -32,7 +37,9 @@ def received(known: KnownShapes, *, forward: int, backward: int) -> tuple[list[i
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_without_interleaving_packs_come_in_order(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_interleaving_packs_come_in_order(
+    stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     known = communicator(monkeypatch, stage=stage, stages=3)
     forward, backward = received(known, forward=6 * (stage > 0), backward=6 * (stage < 2))
     assert forward == (LENS if stage > 0 else [])

@@ -1,4 +1,5 @@
-"""Packed streams padded and cut for a layout: nothing is lost, and the ranks' parts make the whole again."""
+"""Packed streams padded and cut for a layout: nothing is lost, and the ranks' parts make the whole
+again."""
 
 import dataclasses
 
@@ -19,8 +20,17 @@ def streams(draw: st.DrawFn) -> PackedStream:
     """Documents of any lengths, with visual tokens and response rows anywhere."""
     lens = draw(st.lists(st.integers(1, 40), min_size=1, max_size=6))
     num_tokens = sum(lens)
-    chosen = draw(st.lists(st.sampled_from(["text", "visual", "response"]), min_size=num_tokens, max_size=num_tokens))
-    places = {kind: torch.tensor([i for i, each in enumerate(chosen) if each == kind]).long() for kind in set(chosen)}
+    chosen = draw(
+        st.lists(
+            st.sampled_from(["text", "visual", "response"]),
+            min_size=num_tokens,
+            max_size=num_tokens,
+        )
+    )
+    places = {
+        kind: torch.tensor([i for i, each in enumerate(chosen) if each == kind]).long()
+        for kind in set(chosen)
+    }
     return PackedStream(
         token_ids=torch.arange(1, num_tokens + 1),
         cu_seqlens=torch.tensor([0, *lens]).cumsum(0).int(),
@@ -54,7 +64,9 @@ def test_padding_meets_every_need_of_a_layout(stream: PackedStream, cut: StreamC
     num_tokens = len(padded.token_ids)
     assert int(padded.cu_seqlens[-1]) == num_tokens
     assert padded.max_seqlen == max(lens)
-    assert all(length % (2 * cut.context_size if cut.context_size > 1 else 1) == 0 for length in lens)
+    assert all(
+        length % (2 * cut.context_size if cut.context_size > 1 else 1) == 0 for length in lens
+    )
     shares = cut.context_size * cut.sequence_size
     assert num_tokens % shares == 0
     assert num_tokens // shares % cut.alignment == 0
@@ -73,9 +85,14 @@ def test_padding_moves_tokens_and_keeps_them(stream: PackedStream, cut: StreamCu
         assert torch.equal(padded.token_ids[new], stream.token_ids[old])
     # A token keeps its document and its place in it.
     for start, end, new_start in zip(
-        stream.cu_seqlens[:-1].tolist(), stream.cu_seqlens[1:].tolist(), padded.cu_seqlens.tolist(), strict=False
+        stream.cu_seqlens[:-1].tolist(),
+        stream.cu_seqlens[1:].tolist(),
+        padded.cu_seqlens.tolist(),
+        strict=False,
     ):
-        assert torch.equal(padded.token_ids[new_start : new_start + end - start], stream.token_ids[start:end])
+        assert torch.equal(
+            padded.token_ids[new_start : new_start + end - start], stream.token_ids[start:end]
+        )
 
 
 @given(streams())
@@ -84,10 +101,18 @@ def test_one_rank_needs_no_padding(stream: PackedStream) -> None:
 
 
 @given(streams(), cuts)
-def test_every_rank_gets_its_share_of_rows_in_response_order(stream: PackedStream, cut: StreamCut) -> None:
-    """The exchange by hand: hidden states are token ids, each rank picks, all picks are joined, each takes its own."""
-    parts = {(each.context_rank, each.sequence_rank): language_inputs(stream, each, CPU) for each in everyone(cut)}
-    picked = torch.cat([_shard(part, cut, sequence)[part.response_rows_R] for (_, sequence), part in parts.items()])
+def test_every_rank_gets_its_share_of_rows_in_response_order(
+    stream: PackedStream, cut: StreamCut
+) -> None:
+    """The exchange by hand: hidden states are token ids, each rank picks, all picks are joined,
+    each takes its own."""
+    parts = {
+        (each.context_rank, each.sequence_rank): language_inputs(stream, each, CPU)
+        for each in everyone(cut)
+    }
+    picked = torch.cat(
+        [_shard(part, cut, sequence)[part.response_rows_R] for (_, sequence), part in parts.items()]
+    )
     expected = stream.token_ids[stream.response_rows]
     found = []
     for (context, sequence), part in parts.items():
@@ -103,12 +128,19 @@ def test_every_rank_gets_its_share_of_rows_in_response_order(stream: PackedStrea
 def test_visual_tokens_go_where_they_belong(stream: PackedStream, cut: StreamCut) -> None:
     values = 1000 + torch.arange(len(stream.visual_positions))
     seen = []
-    for part in (language_inputs(stream, each, CPU) for each in everyone(cut) if each.sequence_rank == 0):
+    for part in (
+        language_inputs(stream, each, CPU) for each in everyone(cut) if each.sequence_rank == 0
+    ):
         mine = values if part.visual_index_V is None else values[part.visual_index_V]
         assert len(mine) == len(part.visual_positions_V)
         at = part.token_ids_T[part.visual_positions_V]
-        expected = {int(stream.token_ids[p]): int(v) for p, v in zip(stream.visual_positions, values, strict=True)}
-        assert all(expected[int(token)] == int(value) for token, value in zip(at, mine, strict=True))
+        expected = {
+            int(stream.token_ids[p]): int(v)
+            for p, v in zip(stream.visual_positions, values, strict=True)
+        }
+        assert all(
+            expected[int(token)] == int(value) for token, value in zip(at, mine, strict=True)
+        )
         seen.append(mine)
     assert sorted(torch.cat(seen).tolist()) == values.tolist()
 
@@ -119,7 +151,9 @@ def test_ranks_hold_equal_parts_of_the_whole(stream: PackedStream, cut: StreamCu
     assert len({part.shard_len for part in parts}) == 1
     padded = pad_stream(stream, cut)
     assert parts[0].shard_len * len(parts) == len(padded.token_ids)
-    held = torch.cat([parts[context * cut.sequence_size].token_ids_T for context in range(cut.context_size)])
+    held = torch.cat(
+        [parts[context * cut.sequence_size].token_ids_T for context in range(cut.context_size)]
+    )
     assert sorted(held.tolist()) == sorted(padded.token_ids.tolist())
 
 

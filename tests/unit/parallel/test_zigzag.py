@@ -1,4 +1,5 @@
-"""The zigzag layout of a pack over context-parallel ranks: a fair partition, and the one that TransformerEngine has."""
+"""The zigzag layout of a pack over context-parallel ranks: a fair partition, and the one that
+TransformerEngine has."""
 
 import pytest
 import torch
@@ -25,7 +26,9 @@ def naive(document_lens: list[int], cp_size: int, cp_rank: int) -> list[int]:
 @given(chunk_lens=CHUNKS, cp_size=st.sampled_from([2, 3, 4, 8]))
 def test_ranks_partition_the_pack_and_share_the_work(chunk_lens: list[int], cp_size: int) -> None:
     document_lens = [2 * cp_size * length for length in chunk_lens]
-    ranks = [zigzag_positions(document_lens, cp_size=cp_size, cp_rank=rank) for rank in range(cp_size)]
+    ranks = [
+        zigzag_positions(document_lens, cp_size=cp_size, cp_rank=rank) for rank in range(cp_size)
+    ]
     for rank, positions in enumerate(ranks):
         assert positions.dtype == torch.int64
         assert positions.tolist() == naive(document_lens, cp_size, rank)
@@ -42,7 +45,9 @@ def test_consecutive_shares_would_not_share_the_work() -> None:
 
 @given(document_lens=st.lists(st.integers(1, 9), min_size=1, max_size=8))
 def test_one_rank_holds_the_pack_as_it_is(document_lens: list[int]) -> None:
-    assert zigzag_positions(document_lens, cp_size=1, cp_rank=0).tolist() == list(range(sum(document_lens)))
+    assert zigzag_positions(document_lens, cp_size=1, cp_rank=0).tolist() == list(
+        range(sum(document_lens))
+    )
 
 
 @pytest.mark.parametrize("cp_size", [2, 4])
@@ -58,7 +63,9 @@ def test_the_layout_is_the_one_that_mcore_rotates_by(cp_size: int) -> None:
 
 
 def test_a_document_that_does_not_divide_is_named() -> None:
-    with pytest.raises(ValueError, match="document 1 of a pack has 10 tokens, expected a multiple of 4"):
+    with pytest.raises(
+        ValueError, match="document 1 of a pack has 10 tokens, expected a multiple of 4"
+    ):
         zigzag_positions([8, 10], cp_size=2, cp_rank=0)
 
 

@@ -1,4 +1,5 @@
-"""FLOPs against published sizes, against torch's own counter, and the cost of a pack of each stage."""
+"""FLOPs against published sizes, against torch's own counter, and the cost of a pack of each
+stage."""
 
 import pytest
 import torch
@@ -26,12 +27,17 @@ from megatron_vico.training.flops import (
 def test_a_full_pack_of_the_real_sizes(
     size: str, reference_teraflop: float, policy_teraflop: float, tile_teraflop: float
 ) -> None:
-    """32K tokens in samples of 8K with 96 tiles, forward, against independent estimates. Measured: within 0.6 %."""
+    """32K tokens in samples of 8K with 96 tiles, forward, against independent estimates. Measured:
+    within 0.6 %."""
     model = get_model_config(f"internvl3_5-{size}")
     per_token = language_flops_per_token(model.language)
     squared = attention_flops_per_token_squared(model.language)
-    assert 4 * (per_token * 8192 + squared * 8192**2) == pytest.approx(reference_teraflop * 1e12, rel=0.03)
-    assert 4 * (per_token * 5888 + squared * 5888**2) == pytest.approx(policy_teraflop * 1e12, rel=0.03)
+    assert 4 * (per_token * 8192 + squared * 8192**2) == pytest.approx(
+        reference_teraflop * 1e12, rel=0.03
+    )
+    assert 4 * (per_token * 5888 + squared * 5888**2) == pytest.approx(
+        policy_teraflop * 1e12, rel=0.03
+    )
     assert vit_flops_per_tile(model.vision) == pytest.approx(tile_teraflop * 1e12, rel=0.03)
     cost = pack_cost(model, StageOptions(stage="consistency"))
     expected = reference_teraflop + 3 * policy_teraflop + 96 * tile_teraflop
@@ -49,7 +55,9 @@ def test_linear_layers_against_the_counter_of_torch() -> None:
         x @ torch.randn(h, language.num_experts or 0)
         for _ in range(language.moe_top_k):
             gate_up = x @ torch.randn(h, 2 * (language.moe_ffn_hidden_size or 0))
-            gate_up[:, : language.moe_ffn_hidden_size] @ torch.randn(language.moe_ffn_hidden_size or 0, h)
+            gate_up[:, : language.moe_ffn_hidden_size] @ torch.randn(
+                language.moe_ffn_hidden_size or 0, h
+            )
     assert language_flops_per_token(language) == language.num_layers * counter.get_total_flops()
 
 
@@ -68,4 +76,6 @@ def test_passes_of_each_stage() -> None:
     assert passes("consistency") == (1, 3, 1)
     assert passes("consistency", "vit", "language_model") == (1, 3, 4)
     assert passes("router") == (3, 0, 1)
-    assert pack_cost(model, StageOptions()).saved_per_tile == 96  # of 256: 0.625 of the visual tokens are left
+    assert (
+        pack_cost(model, StageOptions()).saved_per_tile == 96
+    )  # of 256: 0.625 of the visual tokens are left

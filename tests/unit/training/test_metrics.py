@@ -33,7 +33,9 @@ def figures_of(iteration: int, loss: float = 1.0) -> StepFigures:
     )
 
 
-def logger_for(save: Path | None, *, resume_at: int = 0, is_main: bool = True, log_interval: int = 1) -> MetricsLogger:
+def logger_for(
+    save: Path | None, *, resume_at: int = 0, is_main: bool = True, log_interval: int = 1
+) -> MetricsLogger:
     return MetricsLogger(
         save=save,
         tensorboard_dir=None,
@@ -48,7 +50,9 @@ def test_reduce_counts_fractions(single_process_groups: None) -> None:
     router = RouterSums(
         **{
             field.name: torch.tensor(value)
-            for field, value in zip(dataclasses.fields(RouterSums), (8.0, 5.0, 4.0, 6.0, 16.0, 1.5), strict=True)
+            for field, value in zip(
+                dataclasses.fields(RouterSums), (8.0, 5.0, 4.0, 6.0, 16.0, 1.5), strict=True
+            )
         }
     )
     sums = StepSums(
@@ -61,7 +65,9 @@ def test_reduce_counts_fractions(single_process_groups: None) -> None:
         response_tokens=90,
         router=router,
     )
-    figures = StepFigures.reduce(sums, iteration=3, grad_norm=0.1, learning_rate=1e-4, step_time_s=2.0)
+    figures = StepFigures.reduce(
+        sums, iteration=3, grad_norm=0.1, learning_rate=1e-4, step_time_s=2.0
+    )
     assert figures.compressed_tiles == 0.25
     assert figures.visual_token_reduction == pytest.approx(0.3)
     assert figures.router_accuracy == 0.75
@@ -97,11 +103,20 @@ def test_the_log_line_is_megatrons(capsys: pytest.CaptureFixture[str]) -> None:
     assert "compressed tiles: 50.0%" in line
 
 
-def test_validation_has_lines_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_validation_has_lines_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     logger = logger_for(tmp_path)
     logger.log(figures_of(1))
     logger.log_validation(
-        ValidationFigures(iteration=1, loss=0.25, samples=7, time_s=2.0, loss_all_compressed=0.5, router_accuracy=None)
+        ValidationFigures(
+            iteration=1,
+            loss=0.25,
+            samples=7,
+            time_s=2.0,
+            loss_all_compressed=0.5,
+            router_accuracy=None,
+        )
     )
     logger.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -119,7 +134,9 @@ def test_validation_has_lines_of_its_own(tmp_path: Path, capsys: pytest.CaptureF
     resumed = logger_for(tmp_path, resume_at=1)
     resumed.log(figures_of(2))
     resumed.close()
-    assert "consumed samples:           64" in capsys.readouterr().out  # those of validation are not consumed
+    assert (
+        "consumed samples:           64" in capsys.readouterr().out
+    )  # those of validation are not consumed
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,8 @@
-"""The reference's weights in host memory: on the device during its own pass only, and every result as without.
+"""The reference's weights in host memory: on the device during its own pass only, and every result
+as without.
 
-Here host and device are one memory. A device is made up by letting `Tensor.to` copy a weight, as it does towards a GPU;
-where a weight is can then be told from its address.
+Here host and device are one memory. A device is made up by letting `Tensor.to` copy a weight, as it
+does towards a GPU; where a weight is can then be told from its address.
 """
 
 from collections.abc import Iterable, Iterator
@@ -56,7 +57,11 @@ def reference_weights(run: Run) -> dict[str, nn.Parameter]:
         "policy": run.policy.head,
         "policy.encoder": run.policy.encoder,
     }
-    return {f"{owner}.{name}": param for owner, module in modules.items() for name, param in module.named_parameters()}
+    return {
+        f"{owner}.{name}": param
+        for owner, module in modules.items()
+        for name, param in module.named_parameters()
+    }
 
 
 def moved_by_fetch(run: Run) -> set[str]:
@@ -84,7 +89,9 @@ def test_weights_take_device_memory_between_fetch_and_release_only(copying_to: N
             offload.fetch()
             assert seen.live == (3 * 5 + 7) * 4
             assert not set(addresses(params)) & set(home)
-            assert all(torch.equal(param, value) for param, value in zip(params, values, strict=True))
+            assert all(
+                torch.equal(param, value) for param, value in zip(params, values, strict=True)
+            )
             offload.release()
             assert addresses(params) == home
     assert seen.live == 0
@@ -124,7 +131,8 @@ def test_a_step_is_the_same_and_the_policy_pass_runs_without_the_reference(
     """Loss and gradients are bitwise equal."""
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
     away: dict[str, list[int]] = {"reference": [], "policy": []}
-    """How many of the reference's weights are not where they were before the step, in each forward and each loss."""
+    """How many of the reference's weights are not where they were before the step, in each forward
+    and each loss."""
     for offload in ("none", "host"):
         run = start_run(toy_data, "consistency", base_checkpoint, groups, reference_offload=offload)
         assert run.reference is not None
@@ -135,7 +143,9 @@ def test_a_step_is_the_same_and_the_policy_pass_runs_without_the_reference(
         home = addresses(params)
 
         def count(name: str, params: list[nn.Parameter] = params, home: list[int] = home) -> None:
-            away[name].append(sum(one != other for one, other in zip(addresses(params), home, strict=True)))
+            away[name].append(
+                sum(one != other for one, other in zip(addresses(params), home, strict=True))
+            )
 
         reference, policy = run.reference.head, run.policy.head
         reference.register_forward_pre_hook(lambda *_, count=count: count("reference"))

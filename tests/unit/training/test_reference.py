@@ -1,4 +1,5 @@
-"""The frozen reference beside a policy with experts: nothing of it moves, and it leaves nothing in the policy's way."""
+"""The frozen reference beside a policy with experts: nothing of it moves, and it leaves nothing in
+the policy's way."""
 
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from megatron_vico.training.trainer import compute_gradients, train, update_weig
 from tests.training_runs import ToyData, toy_config
 
 
-def test_a_reference_with_experts_moves_nothing(toy_data: ToyData, single_process_groups: None, tmp_path: Path) -> None:
+def test_a_reference_with_experts_moves_nothing(
+    toy_data: ToyData, single_process_groups: None, tmp_path: Path
+) -> None:
     options = {"model_size": "toy-moe", "moe_aux_loss_coeff": 0.01}
     train(toy_config(toy_data, "pretrain", train_iters=1, save=str(tmp_path / "base"), **options))
     base = {"pretrained_checkpoint": str(tmp_path / "base")}
@@ -27,10 +30,13 @@ def test_a_reference_with_experts_moves_nothing(toy_data: ToyData, single_proces
         run.policy.train_mode()
         for batch in run.batches():
             sums = compute_gradients(run, batch)
-            # The scale is one for the whole process, and the reference's schedule sets it too: the policy's must win.
+            # The scale is one for the whole process, and the reference's schedule sets it too: the
+            # policy's must win.
             tokens = sum(len(pack.policies[0].stream.token_ids) for pack in batch.packs)
             assert MoEAuxLossAutoScaler.main_loss_backward_scale is not None
-            torch.testing.assert_close(MoEAuxLossAutoScaler.main_loss_backward_scale, torch.tensor([1 / tokens]))
+            torch.testing.assert_close(
+                MoEAuxLossAutoScaler.main_loss_backward_scale, torch.tensor([1 / tokens])
+            )
             update_weights(run)
             assert torch.isfinite(sums.loss)
         for param, value in zip(reference.head.parameters(), before, strict=True):
@@ -40,5 +46,7 @@ def test_a_reference_with_experts_moves_nothing(toy_data: ToyData, single_proces
             assert id(param) not in optimized
         assert not all(
             torch.equal(mine, theirs)
-            for mine, theirs in zip(run.policy.head.parameters(), reference.head.parameters(), strict=True)
+            for mine, theirs in zip(
+                run.policy.head.parameters(), reference.head.parameters(), strict=True
+            )
         )

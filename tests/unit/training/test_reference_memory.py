@@ -20,7 +20,9 @@ from tests.toy_models import make_encoder, make_language_model
 
 TOY = get_model_config("toy")
 SHAPE = PackShape.of_length(256, model=TOY)
-ROWS_BYTES = sum(text_len - text_len // 2 for text_len in SHAPE.text_lens) * TOY.language.hidden_size * 4
+ROWS_BYTES = (
+    sum(text_len - text_len // 2 for text_len in SHAPE.text_lens) * TOY.language.hidden_size * 4
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +40,16 @@ class PassBytes:
 
 
 def pass_bytes(run: Callable[[], Sequence[Tensor | None]], device: torch.device) -> PassBytes:
-    """Bytes that a pass allocates, where all that it works on exists before; the GPU's branch was never run.
+    """Bytes that a pass allocates, where all that it works on exists before; the GPU's branch was
+    never run.
 
     Args:
         run: does the pass and returns its rows.
         device: where it computes.
 
     Returns:
-        On the CPU, counted from what torch allocates, without the scratch memory inside an operator.
+        On the CPU, counted from what torch allocates, without the scratch memory inside an
+        operator.
     """
     gc.collect()
     if device.type == "cuda":
@@ -54,13 +58,18 @@ def pass_bytes(run: Callable[[], Sequence[Tensor | None]], device: torch.device)
         torch.cuda.reset_peak_memory_stats()
         rows = run()
         gc.collect()
-        kept, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+        kept, peak = (
+            torch.cuda.memory_allocated() - before,
+            torch.cuda.max_memory_allocated() - before,
+        )
     else:
         with PeakBytes() as seen:
             rows = run()
             gc.collect()
         kept, peak = seen.live, seen.peak
-    return PassBytes(rows=sum(each.nbytes for each in rows if each is not None), kept=kept, peak=peak)
+    return PassBytes(
+        rows=sum(each.nbytes for each in rows if each is not None), kept=kept, peak=peak
+    )
 
 
 @pytest.fixture
@@ -73,30 +82,39 @@ def make_reference() -> Reference:
     encoder, language_model = make_encoder(TOY), make_language_model(TOY)
     encoder.requires_grad_(False)
     language_model.requires_grad_(False)
-    return Reference(encoder=encoder, language_chunks=(language_model,), shares_vit=False, chunk_tiles=16)
+    return Reference(
+        encoder=encoder, language_chunks=(language_model,), shares_vit=False, chunk_tiles=16
+    )
 
 
 def make_batch(num_packs: int, groups: Groups) -> StepBatch:
     packs = [
-        synthetic_pack(SHAPE, model=TOY, stage="consistency", number=number, samples_in_global_batch=8)
+        synthetic_pack(
+            SHAPE, model=TOY, stage="consistency", number=number, samples_in_global_batch=8
+        )
         for number in range(num_packs)
     ]
     return share_step(packs, groups=groups)
 
 
 def measured(num_packs: int, groups: Groups, *, graph: bool = False) -> PassBytes:
-    """A pass over packs of one shape; `graph`: as a pass would be that forgets no_grad over weights with gradients."""
+    """A pass over packs of one shape; `graph`: as a pass would be that forgets no_grad over weights
+    with gradients."""
     reference, batch = make_reference(), make_batch(num_packs, groups)
     inputs = [language_inputs(pack.reference, StreamCut(), groups.device) for pack in batch.packs]
     tokens = reference.visual_tokens(batch, torch.empty(0), groups)
     if graph:
         chunk = reference.head.requires_grad_()
-        return pass_bytes(lambda: [chunk(each, tokens.of(index)) for index, each in enumerate(inputs)], groups.device)
+        return pass_bytes(
+            lambda: [chunk(each, tokens.of(index)) for index, each in enumerate(inputs)],
+            groups.device,
+        )
     return pass_bytes(lambda: reference.response_rows(inputs, tokens, groups=groups), groups.device)
 
 
 def test_nothing_is_kept_but_the_response_rows(groups: Groups) -> None:
-    """Measured: 16,384 bytes a pack, to the byte; the peak, 2,216,708 at 2 packs, grows by the rows alone."""
+    """Measured: 16,384 bytes a pack, to the byte; the peak, 2,216,708 at 2 packs, grows by the rows
+    alone."""
     few, many = measured(2, groups), measured(8, groups)
     assert (few.kept, many.kept) == (2 * ROWS_BYTES, 8 * ROWS_BYTES)
     assert (few.rows, many.rows) == (few.kept, many.kept)

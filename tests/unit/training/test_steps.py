@@ -1,4 +1,5 @@
-"""The steps against plain autograd: no schedule, no DDP, the encoder inside the graph, a naive KL in float64."""
+"""The steps against plain autograd: no schedule, no DDP, the encoder inside the graph, a naive KL
+in float64."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -31,7 +32,11 @@ def groups(single_process_groups: None) -> Iterator[Groups]:
 
 
 def start_run(data: ToyData, stage: str, base: Path, groups: Groups, **options: object) -> Run:
-    source = {} if stage == "pretrain" else {"pretrained_checkpoint": str(base), "reference_load": str(base)}
+    source = (
+        {}
+        if stage == "pretrain"
+        else {"pretrained_checkpoint": str(base), "reference_load": str(base)}
+    )
     return set_up(toy_config(data, stage, **source, **options), groups)
 
 
@@ -44,13 +49,19 @@ def move_away(run: Run) -> None:
     """Make the policy differ from the reference, as it does after some training."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for module in (run.policy.head, run.policy.encoder.connector_4x, run.policy.encoder.connector_16x):
+        for module in (
+            run.policy.head,
+            run.policy.encoder.connector_4x,
+            run.policy.encoder.connector_16x,
+        ):
             for param in module.parameters():
                 if param.requires_grad:
                     param += 0.02 * torch.randn(param.shape, generator=generator)
 
 
-def naive_loss(encoder: VisionEncoder, language_model: LanguageModel, pack: PackedBatch, *, view: int | None) -> Tensor:
+def naive_loss(
+    encoder: VisionEncoder, language_model: LanguageModel, pack: PackedBatch, *, view: int | None
+) -> Tensor:
     """float64 logits [R, V] of one pack; None: the reference stream, nothing compressed."""
     stream = pack.reference if view is None else pack.policies[view].stream
     plan = None if view is None else pack.policies[view].compressed
@@ -112,7 +123,8 @@ def assert_gradients_equal(run: Run, loss: Tensor, *, tolerance: float) -> None:
 def test_loss_and_every_gradient_equal_plain_autograd(
     stage: str, modules: tuple[str, ...], toy_data: ToyData, base_checkpoint: Path, groups: Groups
 ) -> None:
-    """Two packs of unequal lengths, some with text only. Measured: loss 3e-7, worst gradient 7e-7."""
+    """Two packs of unequal lengths, some with text only. Measured: loss 3e-7, worst gradient
+    7e-7."""
     run = start_run(toy_data, stage, base_checkpoint, groups, train_modules=modules)
     move_away(run)
     packs = next_packs(run)
@@ -123,10 +135,15 @@ def test_loss_and_every_gradient_equal_plain_autograd(
     if stage == "pretrain":
         sums = pretrain_step(policy, share_step(packs, groups=groups), groups=groups)
         logits = [naive_loss(policy.encoder, policy.head, pack, view=None) for pack in packs]
-        rows = [F.cross_entropy(each, pack.labels, reduction="none") for each, pack in zip(logits, packs, strict=True)]
+        rows = [
+            F.cross_entropy(each, pack.labels, reduction="none")
+            for each, pack in zip(logits, packs, strict=True)
+        ]
     else:
         assert run.reference is not None
-        sums = consistency_step(policy, run.reference, share_step(packs, groups=groups), groups=groups)
+        sums = consistency_step(
+            policy, run.reference, share_step(packs, groups=groups), groups=groups
+        )
         rows = []
         for pack in packs:
             with torch.no_grad():
@@ -138,7 +155,9 @@ def test_loss_and_every_gradient_equal_plain_autograd(
     assert_gradients_equal(run, loss, tolerance=4e-6)
 
 
-def test_weights_are_means_over_tokens_then_samples(toy_data: ToyData, base_checkpoint: Path, groups: Groups) -> None:
+def test_weights_are_means_over_tokens_then_samples(
+    toy_data: ToyData, base_checkpoint: Path, groups: Groups
+) -> None:
     run = start_run(toy_data, "consistency", base_checkpoint, groups)
     packs = next_packs(run)
     num_samples = sum(len(pack.keys) for pack in packs)
@@ -169,13 +188,18 @@ def test_equal_policy_and_reference_without_compression_give_exactly_zero(
     run.policy.train_mode()
     run.policy.zero_grad()
     assert run.reference is not None
-    sums = consistency_step(run.policy, run.reference, share_step(packs, groups=groups), groups=groups)
+    sums = consistency_step(
+        run.policy, run.reference, share_step(packs, groups=groups), groups=groups
+    )
     assert float(sums.loss) == 0.0
     assert all(float(grad.abs().max()) == 0.0 for grad in main_grads(run).values())
 
 
-def test_splitting_packs_changes_nothing(toy_data: ToyData, base_checkpoint: Path, groups: Groups) -> None:
-    """The same eight samples as two packs of four and as four packs of two. Measured: loss 0, gradients 5e-7."""
+def test_splitting_packs_changes_nothing(
+    toy_data: ToyData, base_checkpoint: Path, groups: Groups
+) -> None:
+    """The same eight samples as two packs of four and as four packs of two. Measured: loss 0,
+    gradients 5e-7."""
     found = []
     for per_pack, batch in ((4, 2), (2, 4)):
         run = start_run(
@@ -187,7 +211,8 @@ def test_splitting_packs_changes_nothing(toy_data: ToyData, base_checkpoint: Pat
             global_batch_size=batch,
             packing_window=8,
             seq_length=2000,
-            xi_sampler="bernoulli",  # belongs to each sample; the shares of `stratified` belong to the pack
+            # Belongs to each sample; the shares of `stratified` belong to the pack.
+            xi_sampler="bernoulli",
         )
         move_away(run)
         packs = next_packs(run)
@@ -195,8 +220,12 @@ def test_splitting_packs_changes_nothing(toy_data: ToyData, base_checkpoint: Pat
         run.policy.train_mode()
         run.policy.zero_grad()
         assert run.reference is not None
-        sums = consistency_step(run.policy, run.reference, share_step(packs, groups=groups), groups=groups)
-        found.append((sorted(key for pack in packs for key in pack.keys), float(sums.loss), main_grads(run)))
+        sums = consistency_step(
+            run.policy, run.reference, share_step(packs, groups=groups), groups=groups
+        )
+        found.append(
+            (sorted(key for pack in packs for key in pack.keys), float(sums.loss), main_grads(run))
+        )
     (keys, loss, grads), (other_keys, other_loss, other_grads) = found
     assert keys == other_keys
     assert loss == pytest.approx(other_loss, rel=2e-6)
@@ -231,7 +260,10 @@ def test_router_labels_and_gradients_equal_the_plain_computation(
             none, one = (naive_kl(target, each) for each in views)
             features = policy.encoder.features(policy.encoder.normalise(pack.tiles))
         assert int(pack.policies[0].compressed.sum()) == 0
-        assert sorted(pack.router_tiles.tolist()) == pack.policies[1].compressed.nonzero().squeeze(1).tolist()
+        assert (
+            sorted(pack.router_tiles.tolist())
+            == pack.policies[1].compressed.nonzero().squeeze(1).tolist()
+        )
         for sample in range(len(pack.keys)):
             mine = pack.router_tiles[pack.router_tile_sample == sample]
             assert (len(mine) == 0) == (pack.tiles_per_sample[sample] == 0)
@@ -270,9 +302,16 @@ def test_a_frozen_vit_is_shared_and_a_trained_one_is_not(
     assert warmup.reference.head.gpt is warmup.policy.head.gpt
 
 
-def test_rates_per_module_reach_the_optimizer(toy_data: ToyData, base_checkpoint: Path, groups: Groups) -> None:
+def test_rates_per_module_reach_the_optimizer(
+    toy_data: ToyData, base_checkpoint: Path, groups: Groups
+) -> None:
     run = start_run(
-        toy_data, "consistency", base_checkpoint, groups, lr_mult=("connector_16x=3", "language_model=0.5"), lr=1e-3
+        toy_data,
+        "consistency",
+        base_checkpoint,
+        groups,
+        lr_mult=("connector_16x=3", "language_model=0.5"),
+        lr=1e-3,
     )
     rates: dict[float, int] = {}
     for group in run.optimizer.param_groups:

@@ -1,4 +1,5 @@
-"""Whole runs of the real trainer: resume, freezing, bfloat16, stopping, and what it refuses to start."""
+"""Whole runs of the real trainer: resume, freezing, bfloat16, stopping, and what it refuses to
+start."""
 
 import dataclasses
 import os
@@ -22,7 +23,11 @@ STAGES = ("pretrain", "warmup", "consistency", "router")
 
 
 def stage_config(data: ToyData, stage: str, base: Path, **options: Any) -> RunConfig:
-    source = {} if stage == "pretrain" else {"pretrained_checkpoint": str(base), "reference_load": str(base)}
+    source = (
+        {}
+        if stage == "pretrain"
+        else {"pretrained_checkpoint": str(base), "reference_load": str(base)}
+    )
     return toy_config(data, stage, **source, **options)
 
 
@@ -30,12 +35,17 @@ def stage_config(data: ToyData, stage: str, base: Path, **options: Any) -> RunCo
 def test_resume_gives_the_run_that_was_never_interrupted(
     stage: str, toy_data: ToyData, base_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Bit for bit: losses, gradient norms and, in the router stage, the sliding window behind its threshold."""
-    whole = stage_config(toy_data, stage, base_checkpoint, train_iters=6, save=str(tmp_path / "whole"))
+    """Bit for bit: losses, gradient norms and, in the router stage, the sliding window behind its
+    threshold."""
+    whole = stage_config(
+        toy_data, stage, base_checkpoint, train_iters=6, save=str(tmp_path / "whole")
+    )
     train(whole)
     cut = dataclasses.replace(
         whole,
-        checkpoint=dataclasses.replace(whole.checkpoint, save=str(tmp_path / "cut"), load=str(tmp_path / "cut")),
+        checkpoint=dataclasses.replace(
+            whole.checkpoint, save=str(tmp_path / "cut"), load=str(tmp_path / "cut")
+        ),
     )
     train(dataclasses.replace(cut, training=dataclasses.replace(cut.training, exit_interval=3)))
     assert [row["iteration"] for row in read_metrics(tmp_path / "cut")] == [1, 2, 3]
@@ -44,16 +54,23 @@ def test_resume_gives_the_run_that_was_never_interrupted(
     for mine, theirs in zip(found, expected, strict=True):
         mine.pop("step_time_s"), theirs.pop("step_time_s")
         assert mine == theirs
-    for mine, theirs in zip(weights_of(whole, tmp_path / "cut"), weights_of(whole, tmp_path / "whole"), strict=True):
+    for mine, theirs in zip(
+        weights_of(whole, tmp_path / "cut"), weights_of(whole, tmp_path / "whole"), strict=True
+    ):
         for (name, one), other in zip(mine.named_parameters(), theirs.parameters(), strict=True):
             assert torch.equal(one, other), name
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_only_the_stages_modules_change(stage: str, toy_data: ToyData, base_checkpoint: Path, tmp_path: Path) -> None:
-    cfg = stage_config(toy_data, stage, base_checkpoint, train_iters=2, save=str(tmp_path), weight_decay=0.1)
+def test_only_the_stages_modules_change(
+    stage: str, toy_data: ToyData, base_checkpoint: Path, tmp_path: Path
+) -> None:
+    cfg = stage_config(
+        toy_data, stage, base_checkpoint, train_iters=2, save=str(tmp_path), weight_decay=0.1
+    )
     cfg = dataclasses.replace(
-        cfg, checkpoint=dataclasses.replace(cfg.checkpoint, pretrained_checkpoint=str(base_checkpoint))
+        cfg,
+        checkpoint=dataclasses.replace(cfg.checkpoint, pretrained_checkpoint=str(base_checkpoint)),
     )
     train(cfg)
     trained = {
@@ -62,7 +79,9 @@ def test_only_the_stages_modules_change(stage: str, toy_data: ToyData, base_chec
         "consistency": {"connector_4x", "connector_16x", "language_model"},
         "router": {"vir"},
     }[stage]
-    for before, after in zip(weights_of(cfg, base_checkpoint), weights_of(cfg, tmp_path), strict=True):
+    for before, after in zip(
+        weights_of(cfg, base_checkpoint), weights_of(cfg, tmp_path), strict=True
+    ):
         for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
             module = "language_model" if isinstance(before, LanguageModel) else name.split(".")[0]
             dead = any(part in name.split(".") for part in ("attn3", "attn4", "norm3", "norm4"))
@@ -70,12 +89,21 @@ def test_only_the_stages_modules_change(stage: str, toy_data: ToyData, base_chec
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_bfloat16_follows_fp32(stage: str, toy_data: ToyData, base_checkpoint: Path, tmp_path: Path) -> None:
-    """Five steps. Measured: cross-entropy within 0.9 %, KL (0.01 nats here) within 7 %, router loss within 3 %."""
+def test_bfloat16_follows_fp32(
+    stage: str, toy_data: ToyData, base_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Five steps. Measured: cross-entropy within 0.9 %, KL (0.01 nats here) within 7 %, router loss
+    within 3 %."""
     losses = []
     for name, bf16 in (("fp32", False), ("bf16", True)):
         cfg = stage_config(
-            toy_data, stage, base_checkpoint, train_iters=5, save=str(tmp_path / name), bf16=bf16, lr=1e-4
+            toy_data,
+            stage,
+            base_checkpoint,
+            train_iters=5,
+            save=str(tmp_path / name),
+            bf16=bf16,
+            lr=1e-4,
         )
         train(cfg)
         losses.append([row["loss"] for row in read_metrics(tmp_path / name)])
@@ -87,23 +115,38 @@ def test_bfloat16_follows_fp32(stage: str, toy_data: ToyData, base_checkpoint: P
 
 def test_every_stage_learns(toy_data: ToyData, base_checkpoint: Path, tmp_path: Path) -> None:
     for stage, lr in (("pretrain", 3e-3), ("warmup", 3e-3), ("consistency", 1e-3)):
-        train(stage_config(toy_data, stage, base_checkpoint, train_iters=12, save=str(tmp_path / stage), lr=lr))
+        train(
+            stage_config(
+                toy_data, stage, base_checkpoint, train_iters=12, save=str(tmp_path / stage), lr=lr
+            )
+        )
         losses = [row["loss"] for row in read_metrics(tmp_path / stage)]
         assert sum(losses[-3:]) < 0.9 * sum(losses[:3]), (stage, losses)
 
 
-def test_router_steps_without_an_image_teach_nothing(toy_data: ToyData, base_checkpoint: Path, tmp_path: Path) -> None:
+def test_router_steps_without_an_image_teach_nothing(
+    toy_data: ToyData, base_checkpoint: Path, tmp_path: Path
+) -> None:
     """From the first step on, when there is no ratio for a threshold yet."""
     texts = write_conversations(tmp_path / "texts", num_samples=12, images_per_sample=(0,))
     data = make_toy_shards(tmp_path / "texts", texts, toy_data.tokenizer)
     cfg = stage_config(data, "router", base_checkpoint, train_iters=2, save=str(tmp_path / "run"))
     train(cfg)
-    assert [(row["loss"], row["grad_norm"]) for row in read_metrics(tmp_path / "run")] == [(0, 0), (0, 0)]
+    assert [(row["loss"], row["grad_norm"]) for row in read_metrics(tmp_path / "run")] == [
+        (0, 0),
+        (0, 0),
+    ]
 
 
-@pytest.mark.parametrize("during", ["set_up", "_step"])  # while the weights are loaded, and in the first step
+@pytest.mark.parametrize(
+    "during", ["set_up", "_step"]
+)  # while the weights are loaded, and in the first step
 def test_sigterm_ends_the_run_with_a_checkpoint(
-    during: str, toy_data: ToyData, base_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    during: str,
+    toy_data: ToyData,
+    base_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     function = getattr(trainer, during)
 
@@ -134,7 +177,14 @@ def test_a_loss_that_is_no_number_leaves_the_last_checkpoint(
     toy_data: ToyData, base_checkpoint: Path, tmp_path: Path
 ) -> None:
     cfg = stage_config(
-        toy_data, "pretrain", base_checkpoint, train_iters=20, save=str(tmp_path), save_interval=1, lr=1e30, min_lr=1e30
+        toy_data,
+        "pretrain",
+        base_checkpoint,
+        train_iters=20,
+        save=str(tmp_path),
+        save_interval=1,
+        lr=1e30,
+        min_lr=1e30,
     )
     with pytest.raises(FloatingPointError, match="last checkpoint is untouched"):
         train(cfg)

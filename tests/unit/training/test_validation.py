@@ -1,4 +1,5 @@
-"""Validation: training does not notice it, and its figures are those of plain computations over each sample once."""
+"""Validation: training does not notice it, and its figures are those of plain computations over
+each sample once."""
 
 import dataclasses
 import math
@@ -27,7 +28,8 @@ NUM_SAMPLES = 10
 
 @pytest.fixture(scope="module")
 def valid_path(toy_data: ToyData, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Ten samples, so that a global batch of two packs of four is filled up with one of the next epoch."""
+    """Ten samples, so that a global batch of two packs of four is filled up with one of the next
+    epoch."""
     folder = tmp_path_factory.mktemp("valid")
     jsonl = write_conversations(folder, num_samples=NUM_SAMPLES, seed=7)
     return str(make_toy_shards(folder, jsonl, toy_data.tokenizer).shards)
@@ -54,14 +56,17 @@ def each_pack_once(validation: ValidationSet) -> list[PackedBatch]:
 
 
 def mean_per_sample(values_R: Tensor, pack: PackedBatch) -> list[float]:
-    return [float(values_R[pack.sample_of_row == sample].mean()) for sample in range(len(pack.keys))]
+    return [
+        float(values_R[pack.sample_of_row == sample].mean()) for sample in range(len(pack.keys))
+    ]
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "warmup", "consistency", "router"])
 def test_training_does_not_notice(
     stage: str, toy_data: ToyData, base_checkpoint: Path, valid_path: str, tmp_path: Path
 ) -> None:
-    """Bit for bit: losses, norms, thresholds and what a checkpoint holds; and a run that resumes validates as one."""
+    """Bit for bit: losses, norms, thresholds and what a checkpoint holds; and a run that resumes
+    validates as one."""
     source = {} if stage == "pretrain" else {"pretrained_checkpoint": str(base_checkpoint)}
     source |= {"reference_load": str(base_checkpoint)} if stage == "router" else {}
     source |= {"drop_path_rate": 0.3} if stage == "pretrain" else {}
@@ -71,9 +76,15 @@ def test_training_does_not_notice(
         plain,
         data=dataclasses.replace(plain.data, valid_data_path=(valid_path,)),
         training=dataclasses.replace(plain.training, eval_interval=2),
-        checkpoint=dataclasses.replace(plain.checkpoint, save=str(tmp_path / "valid"), load=str(tmp_path / "valid")),
+        checkpoint=dataclasses.replace(
+            plain.checkpoint, save=str(tmp_path / "valid"), load=str(tmp_path / "valid")
+        ),
     )
-    train(dataclasses.replace(validated, training=dataclasses.replace(validated.training, exit_interval=3)))
+    train(
+        dataclasses.replace(
+            validated, training=dataclasses.replace(validated.training, exit_interval=3)
+        )
+    )
     train(validated)
     rows = read_metrics(tmp_path / "valid")
     steps = [row for row in rows if "valid_loss" not in row]
@@ -88,7 +99,9 @@ def test_training_does_not_notice(
     assert found[0]["valid_loss"] != found[1]["valid_loss"]
 
 
-def test_nothing_is_left_behind(toy_data: ToyData, base_checkpoint: Path, valid_path: str, groups: Groups) -> None:
+def test_nothing_is_left_behind(
+    toy_data: ToyData, base_checkpoint: Path, valid_path: str, groups: Groups
+) -> None:
     """Gradients, random state and training mode; the same values each time, with a worker too."""
     found = []
     for num_workers in (0, 1):
@@ -122,11 +135,18 @@ def test_nothing_is_left_behind(toy_data: ToyData, base_checkpoint: Path, valid_
 def test_kl_is_a_plain_mean_over_samples(
     toy_data: ToyData, base_checkpoint: Path, valid_path: str, groups: Groups
 ) -> None:
-    """Under the pack's own plan and with all compressed, whatever the run's seed. Measured: 4e-7."""
+    """Under the pack's own plan and with all compressed, whatever the run's seed. Measured:
+    4e-7."""
     figures = []
     for seed in (1, 2):
         run = start_run(
-            toy_data, "consistency", base_checkpoint, groups, valid_data_path=(valid_path,), num_workers=0, seed=seed
+            toy_data,
+            "consistency",
+            base_checkpoint,
+            groups,
+            valid_data_path=(valid_path,),
+            num_workers=0,
+            seed=seed,
         )
         move_away(run)
         validation = opened(run)
@@ -140,7 +160,9 @@ def test_kl_is_a_plain_mean_over_samples(
         for pack in each_pack_once(validation):
             target = naive_loss(run.reference.encoder, run.reference.head, pack, view=None)
             for view, means in ((0, share), (1, everything)):
-                logits = naive_loss(run.policy.encoder.eval(), run.policy.head.eval(), pack, view=view)
+                logits = naive_loss(
+                    run.policy.encoder.eval(), run.policy.head.eval(), pack, view=view
+                )
                 means += mean_per_sample(naive_kl(target, logits), pack)
             assert pack.policies[1].compressed.all()
     assert len(share) == figures[1].samples == NUM_SAMPLES
@@ -180,10 +202,15 @@ def test_router_labels_come_from_the_window_as_it_is(
     with torch.no_grad():
         for pack in each_pack_once(opened(run)):
             target = naive_loss(run.reference.encoder, run.reference.head, pack, view=None)
-            kl = [naive_kl(target, naive_loss(run.policy.encoder, run.policy.head, pack, view=view)) for view in (0, 1)]
+            kl = [
+                naive_kl(target, naive_loss(run.policy.encoder, run.policy.head, pack, view=view))
+                for view in (0, 1)
+            ]
             none, one = (mean_per_sample(each, pack) for each in kl)
             features = run.policy.encoder.features(run.policy.encoder.normalise(pack.tiles))
-            for tile, sample in zip(pack.router_tiles, pack.router_tile_sample.tolist(), strict=True):
+            for tile, sample in zip(
+                pack.router_tiles, pack.router_tile_sample.tolist(), strict=True
+            ):
                 label = int((one[sample] + eps) / (none[sample] + eps) >= tau)
                 logits = run.policy.encoder.vir(features[tile][None])[0]
                 losses.append(float(F.cross_entropy(logits, torch.tensor(label))))
@@ -243,8 +270,13 @@ def test_some_batches_are_the_first_ones(
     assert validation.loader is not None
     first = sum(len(pack.keys) for pack in next(iter(validation.loader)))
     assert evaluate(run, validation, iteration=1).samples == first < NUM_SAMPLES
-    with pytest.raises(ConfigError, match=r"--eval-iters 3: the 3 packs .* make 2 global batches of 2; use at most 2"):
-        open_validation(start_run(toy_data, "pretrain", base_checkpoint, groups, **options, eval_iters=3))
+    with pytest.raises(
+        ConfigError,
+        match=r"--eval-iters 3: the 3 packs .* make 2 global batches of 2; use at most 2",
+    ):
+        open_validation(
+            start_run(toy_data, "pretrain", base_checkpoint, groups, **options, eval_iters=3)
+        )
     assert open_validation(start_run(toy_data, "pretrain", base_checkpoint, groups)) is None
 
 

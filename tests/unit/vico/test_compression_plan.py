@@ -43,15 +43,20 @@ def test_images_of_a_sample_draw_their_own_share() -> None:
 
 
 def stratified_shares(tiles_per_image: tuple[int, ...], num_packs: int) -> torch.Tensor:
-    """Compressed share of each image in many packs, [packs, images]; near xi where an image has many tiles."""
-    plans = [cp.plan_stratified(tiles_per_image, generator=cp.generator(0, 0, p, "xi")) for p in range(num_packs)]
+    """Compressed share of each image in many packs, [packs, images]; near xi where an image has
+    many tiles."""
+    plans = [
+        cp.plan_stratified(tiles_per_image, generator=cp.generator(0, 0, p, "xi"))
+        for p in range(num_packs)
+    ]
     parts = torch.split(torch.stack(plans).double(), tiles_per_image, dim=1)
     return torch.stack([part.mean(dim=1) for part in parts], dim=1)
 
 
 @pytest.mark.parametrize("num_images", [1, 3, 8])
 def test_each_stratified_share_is_uniform(num_images: int) -> None:
-    """Kolmogorov's distance to U[0, 1] of every image's share, over 1,000 packs; 1 % of true draws are above 0.052.
+    """Kolmogorov's distance to U[0, 1] of every image's share, over 1,000 packs; 1 % of true draws
+    are above 0.052.
 
     Measured: 0.033 (1 image), 0.041 (worst of 3), 0.046 (worst of 8).
     """
@@ -62,21 +67,27 @@ def test_each_stratified_share_is_uniform(num_images: int) -> None:
 
 
 def test_strata_are_taken_once_each() -> None:
-    """With many tiles an image the shares of a pack, in order, lie in their strata, up to a tile's rounding."""
+    """With many tiles an image the shares of a pack, in order, lie in their strata, up to a tile's
+    rounding."""
     shares = stratified_shares((500,) * 5, 50).sort(dim=1).values
     start = torch.arange(5) / 5
     assert ((shares >= start - 1 / 500) & (shares <= start + 1 / 5 + 1 / 500)).all()
 
 
 def test_every_tile_is_compressed_with_probability_xi() -> None:
-    """A tile's marginal probability is 1/2 in every place, also in small images: rounding is unbiased.
+    """A tile's marginal probability is 1/2 in every place, also in small images: rounding is
+    unbiased.
 
-    Given xi it is xi: of two images one has its share in the lower half of [0, 1), 1/4 on average, and the other in
-    the upper, 3/4; a large image tells which, and the image of one tile must follow.
-    Measured: 0.022 from 1/2 (worst of 204; three standard errors are 0.024), 0.004 from 1/4 and 3/4.
+    Given xi it is xi: of two images one has its share in the lower half of [0, 1), 1/4 on average,
+    and the other in the upper, 3/4; a large image tells which, and the image of one tile must
+    follow. Measured: 0.022 from 1/2 (worst of 204; three standard errors are 0.024), 0.004 from 1/4
+    and 3/4.
     """
     plans = torch.stack(
-        [cp.plan_stratified((1, 200, 3), generator=cp.generator(0, 0, p, "xi")) for p in range(4000)]
+        [
+            cp.plan_stratified((1, 200, 3), generator=cp.generator(0, 0, p, "xi"))
+            for p in range(4000)
+        ]
     ).double()
     assert (plans.mean(dim=0) - 0.5).abs().max() < 0.028
     pairs = torch.stack(
@@ -88,13 +99,16 @@ def test_every_tile_is_compressed_with_probability_xi() -> None:
 
 
 def test_stratified_counts_are_uniform() -> None:
-    """floor(4 xi + v): 0 and 4 tiles have probability 1/8, the others 1/4. Measured deviation 0.005."""
+    """floor(4 xi + v): 0 and 4 tiles have probability 1/8, the others 1/4. Measured deviation
+    0.005."""
     counts = torch.zeros(5)
     for pack in range(2000):
         plan = cp.plan_stratified((4, 4), generator=cp.generator(0, 0, pack, "xi"))
         for image in plan.split(4):
             counts[int(image.sum())] += 1
-    assert (counts / counts.sum() - torch.tensor([0.125, 0.25, 0.25, 0.25, 0.125])).abs().max() < 0.02
+    assert (
+        counts / counts.sum() - torch.tensor([0.125, 0.25, 0.25, 0.25, 0.125])
+    ).abs().max() < 0.02
 
 
 def test_stratified_plans_have_their_own_stream() -> None:
@@ -107,7 +121,8 @@ def test_stratified_plans_have_their_own_stream() -> None:
 def longest_over_mean(sampler: str, *, steps: int = 12) -> float:
     """Policy tokens of the data-parallel rank with most over the mean, averaged over steps.
 
-    8 images of 12 tiles and 8,192 text tokens a pack, 32 packs on each of 8 ranks: the case of 96 tiles in 32K tokens.
+    8 images of 12 tiles and 8,192 text tokens a pack, 32 packs on each of 8 ranks: the case of 96
+    tiles in 32K tokens.
     """
     images, ratios = (12,) * 8, []
     for step in range(steps):
@@ -124,7 +139,8 @@ def longest_over_mean(sampler: str, *, steps: int = 12) -> float:
 
 
 def test_stratified_shares_balance_the_ranks() -> None:
-    """Measured: stratified 1.0036, bernoulli 1.0214, exact-count 1.0170; a bound that independent shares fail."""
+    """Measured: stratified 1.0036, bernoulli 1.0214, exact-count 1.0170; a bound that independent
+    shares fail."""
     assert longest_over_mean("stratified") < 1.005
     assert longest_over_mean("bernoulli") > 1.012
     assert longest_over_mean("exact-count") > 1.012
@@ -136,13 +152,18 @@ def test_no_tiles() -> None:
 
 
 def test_one_tile_is_uniform() -> None:
-    picks = torch.stack([cp.plan_one_tile(5, generator=cp.generator(0, 0, s, "tile")) for s in range(2000)])
+    picks = torch.stack(
+        [cp.plan_one_tile(5, generator=cp.generator(0, 0, s, "tile")) for s in range(2000)]
+    )
     assert (picks.sum(dim=1) == 1).all()
     assert (picks.float().mean(dim=0) - 0.2).abs().max() < 0.03  # measured 0.018
 
 
 def test_one_image_compresses_all_its_tiles_and_no_other() -> None:
-    seen = {tuple(cp.plan_one_image((1, 2, 3), generator=cp.generator(0, 0, s, "image")).tolist()) for s in range(100)}
+    seen = {
+        tuple(cp.plan_one_image((1, 2, 3), generator=cp.generator(0, 0, s, "image")).tolist())
+        for s in range(100)
+    }
     assert seen == {
         (True, False, False, False, False, False),
         (False, True, True, False, False, False),
@@ -152,7 +173,9 @@ def test_one_image_compresses_all_its_tiles_and_no_other() -> None:
 
 def test_exact_count() -> None:
     for count in (0, 3, 7):
-        assert int(cp.plan_random_exact(7, count, generator=cp.generator(0, 0, 0, "r")).sum()) == count
+        assert (
+            int(cp.plan_random_exact(7, count, generator=cp.generator(0, 0, 0, "r")).sum()) == count
+        )
 
 
 @pytest.mark.parametrize(

@@ -22,13 +22,17 @@ def test_paper_rule_is_half_and_strict() -> None:
 
 def test_flash_rule_spares_the_quantile_itself() -> None:
     gates = [0.55, 0.6, 0.7, 0.95]
-    assert flash_rule(logits_of(gates), relative_threshold=0.1, absolute_threshold=0.5).tolist() == [
+    assert flash_rule(
+        logits_of(gates), relative_threshold=0.1, absolute_threshold=0.5
+    ).tolist() == [
         False,
         True,
         True,
         True,
     ]
-    assert flash_rule(logits_of(gates), relative_threshold=0.6, absolute_threshold=0.5).tolist() == [
+    assert flash_rule(
+        logits_of(gates), relative_threshold=0.6, absolute_threshold=0.5
+    ).tolist() == [
         False,
         False,
         True,
@@ -37,13 +41,19 @@ def test_flash_rule_spares_the_quantile_itself() -> None:
 
 
 def test_flash_rule_never_compresses_a_single_tile() -> None:
-    assert flash_rule(logits_of([0.95]), relative_threshold=0.0, absolute_threshold=0.0).tolist() == [False]
+    assert flash_rule(
+        logits_of([0.95]), relative_threshold=0.0, absolute_threshold=0.0
+    ).tolist() == [False]
 
 
 def test_flash_rule_floor() -> None:
-    plan = flash_rule(logits_of([0.1, 0.2, 0.3, 0.6]), relative_threshold=0.1, absolute_threshold=0.5)
+    plan = flash_rule(
+        logits_of([0.1, 0.2, 0.3, 0.6]), relative_threshold=0.1, absolute_threshold=0.5
+    )
     assert plan.tolist() == [False, False, False, True]
 
 
 def test_flash_rule_without_tiles() -> None:
-    assert flash_rule(torch.zeros(0, 2), relative_threshold=0.1, absolute_threshold=0.5).shape == (0,)
+    assert flash_rule(torch.zeros(0, 2), relative_threshold=0.1, absolute_threshold=0.5).shape == (
+        0,
+    )

@@ -35,10 +35,10 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # run as a script, only this folder is on the path
 
-from megatron_vico.parallel.fused_head import VocabularyShard
-from megatron_vico.parallel.fused_kl import kl_loss
+from megatron_vico.models.heads.kl import kl_loss
+from megatron_vico.models.heads.vocabulary import VocabularyShard
 from tests.peak_bytes import PeakBytes
-from tests.unit.parallel.test_fused_kl import Heads, make_heads, naive_kl_loss
+from tests.unit.models.heads.test_kl import Heads, make_heads, naive_kl_loss
 
 CPU_SHAPES = ((256, 256, 32768), (1024, 256, 32768), (4096, 256, 32768))
 GPU_SHAPES = (

@@ -29,7 +29,7 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # run as a script, only this folder is on the path
 
-from megatron_vico.parallel import cpu_stand_in
+from megatron_vico import cpu_stand_in
 
 cpu_stand_in.install()
 
@@ -39,15 +39,15 @@ from PIL import Image  # noqa: E402
 
 from benchmarks.step import build_run, stage_config  # noqa: E402
 from megatron_vico.config.arguments import parse  # noqa: E402
+from megatron_vico.config.registry import ModelConfig, get_model_config  # noqa: E402
 from megatron_vico.config.schema import STAGES, DataOptions, Stage  # noqa: E402
-from megatron_vico.data.encoding import EncodingSettings, SampleEncoder  # noqa: E402
-from megatron_vico.data.loader import Loader, make_loader  # noqa: E402
-from megatron_vico.data.pack_builder import PackBuilder  # noqa: E402
-from megatron_vico.data.shards.writer import WriterOptions, make_shards  # noqa: E402
-from megatron_vico.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece  # noqa: E402
-from megatron_vico.models.registry import ModelConfig, get_model_config  # noqa: E402
+from megatron_vico.data.encode.sample_encoder import EncodingSettings, SampleEncoder  # noqa: E402
+from megatron_vico.data.encode.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece  # noqa: E402
+from megatron_vico.data.load.loader import Loader, make_loader  # noqa: E402
+from megatron_vico.data.pack.builder import PackBuilder  # noqa: E402
 from megatron_vico.parallel.batch import share_step  # noqa: E402
 from megatron_vico.parallel.groups import Groups, started  # noqa: E402
+from megatron_vico.shard_tools.writer import WriterOptions, make_shards  # noqa: E402
 from megatron_vico.training import trainer  # noqa: E402
 
 
@@ -268,9 +268,10 @@ def run_case(case: Case, options: argparse.Namespace, groups: Groups) -> tuple[l
         )
     prepared = next(row.samples_per_s for row in rows if row.stage == "consistency")
     print(
-        f"{fed.name:10} {fed.consumed_per_s:.1f} samples/s per core go through the toy's step; a core"
-        f" prepares {prepared / fed.consumed_per_s:.1f} times as many;"
-        f" {fed.num_workers} workers, {fed.num_steps} steps: {fed.lost_share:.2%} of the time lost to data"
+        f"{fed.name:10} {fed.consumed_per_s:.1f} samples/s per core go through the toy's step; a"
+        f" core prepares {prepared / fed.consumed_per_s:.1f} times as many;"
+        f" {fed.num_workers} workers, {fed.num_steps} steps:"
+        f" {fed.lost_share:.2%} of the time lost to data"
     )
     return rows, fed
 

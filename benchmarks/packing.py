@@ -23,13 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.schema import DataOptions, StageOptions
-from megatron_vico.data.balance import assign
-from megatron_vico.data.encoding import EncodingSettings
-from megatron_vico.data.pack_plan import PackPlan
-from megatron_vico.data.shard_index import FolderIndex, ShardFiles, ShardIndex
-from megatron_vico.data.webdataset import ShardFolder
-from megatron_vico.models.registry import get_model_config
+from megatron_vico.data.encode.sample_encoder import EncodingSettings
+from megatron_vico.data.pack.balance import assign
+from megatron_vico.data.pack.plan import PackPlan
+from megatron_vico.data.shards.index import FolderIndex, ShardFiles, ShardIndex
+from megatron_vico.data.shards.reader import ShardFolder
 from megatron_vico.training.flops import pack_cost
 
 TOKENS_PER_TILE = 256

@@ -41,7 +41,7 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # run as a script, only this folder is on the path
 
-from megatron_vico.parallel import cpu_stand_in
+from megatron_vico import cpu_stand_in
 
 cpu_stand_in.install()
 
@@ -50,8 +50,9 @@ from megatron.core.optimizer import OptimizerConfig  # noqa: E402
 
 from megatron_vico.config.arguments import config_kwargs, parse  # noqa: E402
 from megatron_vico.config.layout import check_layout, data_parallel_size  # noqa: E402
+from megatron_vico.config.registry import ModelConfig, get_model_config  # noqa: E402
 from megatron_vico.config.schema import RunConfig, Stage  # noqa: E402
-from megatron_vico.models.registry import ModelConfig, get_model_config  # noqa: E402
+from megatron_vico.config.stages import lr_factors, needs_reference, train_modules  # noqa: E402
 from megatron_vico.parallel.batch import StepBatch, share_step  # noqa: E402
 from megatron_vico.parallel.groups import Groups, launched_world_size, started  # noqa: E402
 from megatron_vico.parallel.streams import language_inputs  # noqa: E402
@@ -60,7 +61,6 @@ from megatron_vico.training.data_state import DataState  # noqa: E402
 from megatron_vico.training.optimizer import build_optimizer, build_scheduler  # noqa: E402
 from megatron_vico.training.policy import wrap  # noqa: E402
 from megatron_vico.training.reference import Reference  # noqa: E402
-from megatron_vico.training.stages import lr_factors, needs_reference, train_modules  # noqa: E402
 from megatron_vico.training.vision import VisualTokens  # noqa: E402
 from megatron_vico.vico.router_targets import RatioWindow  # noqa: E402
 from tests.synthetic_packs import PackShape, synthetic_pack  # noqa: E402

@@ -14,16 +14,16 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_vico.checkpoint import state
-from megatron_vico.checkpoint.convert import canonical_state
+from megatron_vico.checkpoint import training_checkpoint
+from megatron_vico.config.registry import ModelConfig, get_model_config
 from megatron_vico.config.schema import ParallelOptions
+from megatron_vico.convert.convert import canonical_state
 from megatron_vico.models.build import (
     build_language_chunks,
     build_vision_encoder,
     language_transformer_config,
     vision_transformer_config,
 )
-from megatron_vico.models.registry import ModelConfig, get_model_config
 from megatron_vico.parallel.groups import Groups
 
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -58,7 +58,7 @@ class Training:
         self, folder: Path, iteration: int, trainer_state: dict[str, Any] | None = None
     ) -> Path:
         """Write a checkpoint with everything in it."""
-        return state.save_checkpoint(
+        return training_checkpoint.save_checkpoint(
             folder,
             iteration,
             modules=self.modules,
@@ -66,12 +66,14 @@ class Training:
             scheduler=self.scheduler,
             trainer_state=trainer_state,
             config_yaml="a: 1\n",
-            metadata=state.CheckpointMetadata(model_size=self.size, stage="consistency"),
+            metadata=training_checkpoint.CheckpointMetadata(
+                model_size=self.size, stage="consistency"
+            ),
         )
 
     def load(self, folder: Path, iteration: int | None = None) -> dict[str, Any]:
         """Resume."""
-        return state.load_checkpoint(
+        return training_checkpoint.load_checkpoint(
             folder,
             modules=self.modules,
             optimizer=self.optimizer,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from megatron_vico.parallel import cpu_stand_in
+from megatron_vico import cpu_stand_in
 from tests.training_runs import ToyData, make_toy_data, toy_config
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_vico.models.registry import ModelConfig
+    from megatron_vico.config.registry import ModelConfig
 
 ALLOWED_BYTES = 5_000_000_000
 """Beyond one safetensors file, whatever the model's size."""
@@ -123,11 +123,11 @@ def _child(job: str, folder: Path, num_gb: float, *words: str) -> int:
 
 
 def _in_child(job: str, folder: Path, num_gb: float, *words: str) -> None:
-    from megatron_vico.parallel import cpu_stand_in
+    from megatron_vico import cpu_stand_in
 
     cpu_stand_in.install()
-    from megatron_vico.checkpoint.convert import ConversionOptions, convert
-    from megatron_vico.models.registry import MODELS
+    from megatron_vico.config.registry import MODELS
+    from megatron_vico.convert.convert import ConversionOptions, convert
 
     model = _large_model(num_gb)
     MODELS[model.name] = model
@@ -145,7 +145,7 @@ def _in_child(job: str, folder: Path, num_gb: float, *words: str) -> None:
 def _large_model(num_gb: float) -> "ModelConfig":
     """Layers like those of the 8B, as many as make the size; a small vision tower and
     vocabulary."""
-    from megatron_vico.models.registry import get_model_config
+    from megatron_vico.config.registry import get_model_config
 
     language = replace(get_model_config("internvl3_5-8b").language, num_layers=1, vocab_size=1003)
     model = replace(get_model_config("toy-6b"), name="large", language=language)
@@ -160,11 +160,11 @@ def _large_model(num_gb: float) -> "ModelConfig":
 def _make(folder: Path, model: "ModelConfig") -> None:
     import torch
 
-    from megatron_vico.checkpoint.hf_export import shards_of, write_companions, write_weights
-    from megatron_vico.checkpoint.hf_io import TensorForm
-    from megatron_vico.checkpoint.internvl_mapping import entries
-    from megatron_vico.checkpoint.ranks import Ranks
-    from megatron_vico.checkpoint.sources import Source
+    from megatron_vico.convert.huggingface.export import shards_of, write_companions, write_weights
+    from megatron_vico.convert.huggingface.safetensors_folder import TensorForm
+    from megatron_vico.convert.names.internvl import entries
+    from megatron_vico.convert.ranks import Ranks
+    from megatron_vico.convert.source import Source
 
     forms = {
         row.megatron: TensorForm(shape=row.shape, dtype=torch.bfloat16)

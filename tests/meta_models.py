@@ -4,6 +4,7 @@ from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
+from megatron_vico.config.registry import ModelConfig
 from megatron_vico.models.build import (
     build_language_model,
     build_vision_encoder,
@@ -12,7 +13,6 @@ from megatron_vico.models.build import (
 )
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel
-from megatron_vico.models.registry import ModelConfig
 
 
 class NoMemory(TorchFunctionMode):

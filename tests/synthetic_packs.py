@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import Stage
-from megatron_vico.data.pack_builder import PackBuilder
-from megatron_vico.data.pack_plan import Pack
+from megatron_vico.data.pack.builder import PackBuilder
+from megatron_vico.data.pack.plan import Pack
 from megatron_vico.data.samples import EncodedSample, PackedBatch
-from megatron_vico.models.registry import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,13 +137,13 @@ def main(folder: Path) -> None:
     """All kinds; imports stand here because each save starts a process that imports this file
     again."""
     sys.meta_path.insert(0, Finder())
-    from megatron_vico.parallel import cpu_stand_in
+    from megatron_vico import cpu_stand_in
 
     cpu_stand_in.install()
-    from megatron_vico.checkpoint import state
+    from megatron_vico.checkpoint import training_checkpoint
+    from megatron_vico.config.registry import get_model_config
     from megatron_vico.config.schema import ParallelOptions
     from megatron_vico.models import build
-    from megatron_vico.models.registry import get_model_config
     from megatron_vico.parallel import groups as process_groups
 
     build.transformer_engine_usable = lambda: True  # it asks for a GPU too
@@ -161,12 +161,14 @@ def main(folder: Path) -> None:
             assert type(module.gpt.decoder.layers[0].self_attention.linear_qkv).__name__.startswith(
                 "TE"
             )
-            # What sharded_state_dict is given in state.py.
+            # What sharded_state_dict is given in training_checkpoint.py.
             sharding = {"singleton_local_shards": False, "dp_cp_group": groups.language.dp_cp}
             keys[kind] = keys_of(module.sharded_state_dict(metadata=sharding))
-            state.load_weights(folder / size, modules={"language_model": module}, model_size=size)
-            metadata = state.CheckpointMetadata(model_size=size, stage="pretrain")
-            state.save_checkpoint(
+            training_checkpoint.load_weights(
+                folder / size, modules={"language_model": module}, model_size=size
+            )
+            metadata = training_checkpoint.CheckpointMetadata(model_size=size, stage="pretrain")
+            training_checkpoint.save_checkpoint(
                 folder / f"te-{kind}", 0, modules={"language_model": module}, metadata=metadata
             )
     (folder / "keys.json").write_text(json.dumps(keys))

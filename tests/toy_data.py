@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from megatron_vico.data.webdataset import ShardFolder
+from megatron_vico.data.shards.reader import ShardFolder
 
 COLOURS = {
     "red": (200, 30, 30),

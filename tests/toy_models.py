@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from megatron_vico.config.registry import ModelConfig
 from megatron_vico.data.samples import PackedStream
 from megatron_vico.models.build import (
     build_language_model,
@@ -14,7 +15,6 @@ from megatron_vico.models.build import (
 )
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageInputs, LanguageModel
-from megatron_vico.models.registry import ModelConfig
 from megatron_vico.parallel.streams import StreamCut, language_inputs
 
 

@@ -10,9 +10,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from megatron_vico.config.schema import RunConfig
-from megatron_vico.data.encoding import EncodingSettings
-from megatron_vico.data.shards.writer import make_shards
-from megatron_vico.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_vico.data.encode.sample_encoder import EncodingSettings
+from megatron_vico.data.encode.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_vico.shard_tools.writer import make_shards
 from tests.toy_data import write_conversations
 
 if TYPE_CHECKING:
@@ -93,14 +93,14 @@ def weights_of(
     cfg: RunConfig, folder: Path, iteration: int | None = None
 ) -> tuple["VisionEncoder", "LanguageModel"]:
     """Encoder and language model of a toy run's checkpoint."""
-    from megatron_vico.checkpoint import state
-    from megatron_vico.models.registry import get_model_config
+    from megatron_vico.checkpoint import training_checkpoint
+    from megatron_vico.config.registry import get_model_config
     from megatron_vico.parallel.groups import started
     from megatron_vico.training.setup import build_modules, named_modules
 
     with started(cfg.parallel, seed=1, timeout_minutes=1) as groups:
         encoder, chunks = build_modules(cfg, get_model_config("toy"), groups)
-        state.load_weights(
+        training_checkpoint.load_weights(
             folder, modules=named_modules(encoder, chunks), model_size="toy", iteration=iteration
         )
     return encoder, chunks[0]

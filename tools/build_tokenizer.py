@@ -13,8 +13,8 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vico.data.qwen_tokenizer import build_tokenizer, read_tiktoken, write_tokenizer
-from megatron_vico.data.tokenizer import SPECIAL_STRINGS, load_tokenizer
+from megatron_vico.data.encode.qwen_tokenizer import build_tokenizer, read_tiktoken, write_tokenizer
+from megatron_vico.data.encode.tokenizer import SPECIAL_STRINGS, load_tokenizer
 from megatron_vico.errors import ConfigError
 
 PACKAGED_FILES = (("qwen_agent", "utils/qwen.tiktoken"), ("dashscope", "resources/qwen.tiktoken"))

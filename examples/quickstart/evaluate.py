@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_vico.parallel import cpu_stand_in
+from megatron_vico import cpu_stand_in
 
 if TYPE_CHECKING:
     from megatron_vico.parallel.groups import Groups
@@ -51,14 +51,15 @@ def evaluate(run: Path, *, groups: "Groups", split: str, seed: int) -> None:
         split: which images.
         seed: of the random row.
     """
-    from megatron_vico.data.encoding import EncodingSettings
-    from megatron_vico.data.tokenizer import load_tokenizer
+    from megatron_vico.config.registry import get_model_config
+    from megatron_vico.data.encode.sample_encoder import EncodingSettings
+    from megatron_vico.data.encode.tokenizer import load_tokenizer
     from megatron_vico.evaluation import plots, tables
     from megatron_vico.evaluation.ablations import Weights, details, run_ablations, table_rows
     from megatron_vico.evaluation.runner import read_evaluation_set
+    from megatron_vico.files import write_json
     from megatron_vico.inference.engine import Engine
     from megatron_vico.inference.loading import build_engine, load_weights
-    from megatron_vico.models.registry import get_model_config
 
     # The tokenizer travels with the export; the one that trained the model has the same ids.
     engine = build_engine(
@@ -84,7 +85,7 @@ def evaluate(run: Path, *, groups: "Groups", split: str, seed: int) -> None:
     samples = read_evaluation_set(run / "data" / f"{split}.jsonl", image_root=run / "data")
     evaluations = run_ablations(engine_with, samples, seed=seed, max_new_tokens=MAX_NEW_TOKENS)
     rows = table_rows(evaluations)
-    tables.write_json(details(evaluations), run / "details.json")
+    write_json(run / "details.json", details(evaluations), sort_keys=False)
     counts = (
         f"{len(samples)} {split} images,"
         f" {sum(evaluations[0].result.num_questions_by_kind.values())} questions"

@@ -8,7 +8,7 @@ runs/demo/tokenizer/demo.model
 import argparse
 from pathlib import Path
 
-from megatron_vico.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_vico.data.encode.tokenizer import load_tokenizer, train_sentencepiece
 
 VOCAB_SIZE = 512
 

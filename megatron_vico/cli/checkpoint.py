@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_vico.checkpoint.compare import Comparison, Difference
-    from megatron_vico.checkpoint.inspect import Checkpoint, TensorFacts
+    from megatron_vico.convert.compare import Comparison, Difference
+    from megatron_vico.convert.describe import Checkpoint, TensorFacts
 
 DIFFERENT = 1
 """Exit status of --diff where the two are not equal, as of diff itself."""
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.error("--match chooses among tensors: give --tensors or --diff with it")
     if options.diff_ckpt_step is not None and options.diff is None:
         parser.error("--diff-ckpt-step is of the folder of --diff: give that with it")
-    from megatron_vico.checkpoint.inspect import open_checkpoint
+    from megatron_vico.convert.describe import open_checkpoint
 
     first = open_checkpoint(
         options.folder, iteration=options.ckpt_step, model_size=options.model_size
@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _listed(checkpoint: "Checkpoint", pattern: str | None) -> list["TensorFacts"]:
-    from megatron_vico.checkpoint.inspect import matching
+    from megatron_vico.convert.describe import matching
     from megatron_vico.errors import CheckpointError
 
     wanted = set(matching((each.name for each in checkpoint.tensors), pattern))
@@ -122,7 +122,7 @@ def _listed(checkpoint: "Checkpoint", pattern: str | None) -> list["TensorFacts"
 def _compared(first: "Checkpoint", second: "Checkpoint", *, match: str | None) -> "Comparison":
     from tqdm import tqdm
 
-    from megatron_vico.checkpoint.compare import bytes_to_compare, compare
+    from megatron_vico.convert.compare import bytes_to_compare, compare
 
     total = bytes_to_compare(first, second, match=match)
     # Drawn on a terminal only, and not for what takes less than a second.
@@ -171,7 +171,7 @@ def _module_rows(checkpoint: "Checkpoint") -> list[list[str]]:
 def _modules(checkpoint: "Checkpoint") -> dict[str, dict[str, Any]]:
     """Sums over modules, over the language model's parts, and over all weights; the optimizer comes
     after those."""
-    from megatron_vico.checkpoint.inspect import OPTIMIZER
+    from megatron_vico.convert.describe import OPTIMIZER
 
     groups: dict[str, list[TensorFacts]] = {}
     after: dict[str, list[TensorFacts]] = {}

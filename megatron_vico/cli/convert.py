@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, get_args
 from megatron_vico.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from megatron_vico.checkpoint.hf_config import ExportOptions
-    from megatron_vico.checkpoint.sources import Source
+    from megatron_vico.convert.huggingface.config import ExportOptions
+    from megatron_vico.convert.source import Source
 
 _ANY_LAYOUT_LOADS = ("pipeline_model_parallel_size", "expert_model_parallel_size")
 _EXPORTED = (
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> None:
         CheckpointError: if the input is broken, of another size, or lacks parts of the output's
             layout.
     """
-    from megatron_vico.checkpoint.convert import ConversionOptions, convert
+    from megatron_vico.convert.convert import ConversionOptions, convert
 
     given = _parser().parse_args(arguments)
     _check(given)
@@ -91,8 +91,8 @@ def _tokenizer_notes(given: argparse.Namespace, written: Path) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from megatron_vico.checkpoint.convert import ConversionOptions, DTypeName
-    from megatron_vico.checkpoint.internvl_mapping import Layout
+    from megatron_vico.convert.convert import ConversionOptions, DTypeName
+    from megatron_vico.convert.names.internvl import Layout
 
     parser = argparse.ArgumentParser(prog="vico convert", description=__doc__)
     forms = ("hf", "megatron")
@@ -171,17 +171,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _joined(given: argparse.Namespace) -> "Source":
     """A tower and a language model as one source without connectors."""
-    from megatron_vico.checkpoint.initial import CONNECTOR_4X
-    from megatron_vico.checkpoint.parts import open_parts
-    from megatron_vico.checkpoint.sources import files_source
+    from megatron_vico.convert.combine import open_parts
+    from megatron_vico.convert.initial import CONNECTOR_4X
+    from megatron_vico.convert.source import files_source
 
     parts = open_parts(given.vit, given.llm, model_size=given.model_size)
     return files_source(parts, model=parts.model, layout=parts.layout, without=(CONNECTOR_4X,))
 
 
 def _check_form(folder: Path, form: str) -> None:
-    from megatron_vico.checkpoint.hf_io import refuse_incomplete
-    from megatron_vico.checkpoint.sources import is_megatron
+    from megatron_vico.convert.source import is_megatron
+    from megatron_vico.files import refuse_incomplete
 
     refuse_incomplete(folder)
     if is_megatron(folder) != (form == "megatron"):
@@ -257,9 +257,9 @@ def _check(given: argparse.Namespace) -> None:
 def _export_options(given: argparse.Namespace) -> "ExportOptions | None":
     """What the input's config says, with what the command line says instead; None: nothing is said
     here."""
-    from megatron_vico.checkpoint.hf_config import ExportOptions, options_of
-    from megatron_vico.checkpoint.hf_export import carried_config
-    from megatron_vico.checkpoint.sources import TOKENIZER_FOLDER
+    from megatron_vico.convert.huggingface.config import ExportOptions, options_of
+    from megatron_vico.convert.huggingface.export import carried_config
+    from megatron_vico.convert.source import TOKENIZER_FOLDER
 
     said = {name: getattr(given, name) for name in _EXPORTED if getattr(given, name) is not None}
     if not said:

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     add_engine_flags(parser)
     options = parser.parse_args(arguments)
     from megatron_vico.evaluation.runner import evaluate, read_evaluation_set
-    from megatron_vico.evaluation.tables import write_json
+    from megatron_vico.files import write_json
 
     samples = read_evaluation_set(
         options.jsonl, image_root=options.image_root or options.jsonl.parent, limit=options.limit
@@ -55,4 +55,4 @@ def main(arguments: Sequence[str]) -> None:
             "compressed_tiles": result.compressed_tiles,
             "visual_token_reduction": result.visual_token_reduction,
         }
-        write_json(dataclasses.asdict(result) | shares, options.output)
+        write_json(options.output, dataclasses.asdict(result) | shares, sort_keys=False)

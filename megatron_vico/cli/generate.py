@@ -61,8 +61,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _sample(options: argparse.Namespace) -> "ConversationSample":
+    from megatron_vico.data.encode.video import INFERENCE_TEXT, middle_frames, with_frames
     from megatron_vico.data.samples import ConversationSample, Turn
-    from megatron_vico.data.video import INFERENCE_TEXT, middle_frames, with_frames
 
     turns = tuple(Turn("human", text) for text in options.prompt)
     if options.video is None:

@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USER_ERROR
     _leave_warnings_to_rank_0()
     if COMMANDS[name].uses_megatron:
-        from megatron_vico.parallel import cpu_stand_in
+        from megatron_vico import cpu_stand_in
 
         cpu_stand_in.install()
     try:

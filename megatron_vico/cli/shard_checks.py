@@ -11,14 +11,21 @@ from textwrap import indent
 
 from tqdm import tqdm
 
+from megatron_vico.config.registry import MODELS, get_model_config
 from megatron_vico.config.schema import DataOptions, TrainingOptions
-from megatron_vico.data.encoding import SampleEncoder
-from megatron_vico.data.mixture import MixedFolder, read_mixture
-from megatron_vico.data.pack_plan import FolderList
-from megatron_vico.data.packing import PackLimits
-from megatron_vico.data.shard_index import FolderIndex
-from megatron_vico.data.shards.report import PackingOptions, ShardStatistics
-from megatron_vico.data.shards.sample_view import (
+from megatron_vico.data.encode.sample_encoder import SampleEncoder
+from megatron_vico.data.encode.tokenizer import load_tokenizer
+from megatron_vico.data.pack.packing import PackLimits
+from megatron_vico.data.pack.plan import FolderList
+from megatron_vico.data.shards.index import FolderIndex
+from megatron_vico.data.shards.mixture import MixedFolder, read_mixture
+from megatron_vico.data.shards.reader import ShardFolder
+from megatron_vico.data.shards.storage import is_url
+from megatron_vico.errors import ConfigError, SampleError
+from megatron_vico.files import write_json
+from megatron_vico.shard_tools.contact_sheet import contact_sheet
+from megatron_vico.shard_tools.report import PackingOptions, ShardStatistics
+from megatron_vico.shard_tools.sample_view import (
     TRAINED,
     ViewedSample,
     image_lines,
@@ -26,14 +33,7 @@ from megatron_vico.data.shards.sample_view import (
     turn_lines,
     view,
 )
-from megatron_vico.data.shards.verify import Problem, Verification, VerifyOptions
-from megatron_vico.data.storage import is_url
-from megatron_vico.data.tokenizer import load_tokenizer
-from megatron_vico.data.webdataset import ShardFolder
-from megatron_vico.errors import ConfigError, SampleError
-from megatron_vico.evaluation.contact_sheet import contact_sheet
-from megatron_vico.evaluation.tables import write_json
-from megatron_vico.models.registry import MODELS, get_model_config
+from megatron_vico.shard_tools.verify import Problem, Verification, VerifyOptions
 
 HAS_PROBLEMS = 1
 """Exit status of `verify` where something is wrong."""
@@ -94,10 +94,10 @@ def inspect(options: argparse.Namespace) -> None:
     )
     print(f"\n{statistics.as_text()}")
     if options.json is not None:
-        write_json(statistics.as_json(), options.json)
+        write_json(options.json, statistics.as_json(), sort_keys=False)
     shown = _show(FolderList(folders), options)
     if options.plots is not None:
-        from megatron_vico.evaluation.shard_plots import shard_figure
+        from megatron_vico.shard_tools.plots import shard_figure
 
         options.plots.mkdir(parents=True, exist_ok=True)
         title = f"{Path(options.folder).name}: {len(statistics.num_tokens):,} samples"

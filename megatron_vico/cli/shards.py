@@ -6,23 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_vico.cli import shard_checks
+from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.schema import DataOptions
-from megatron_vico.data.encoding import EncodingSettings
-from megatron_vico.data.mixture import MIXTURE_NAME
-from megatron_vico.data.shard_index import INDEX_NAME, FolderIndex
-from megatron_vico.data.shards.pool import usable_cpus
-from megatron_vico.data.shards.sources import FrameOptions
-from megatron_vico.data.shards.writer import (
+from megatron_vico.data.encode.sample_encoder import EncodingSettings
+from megatron_vico.data.encode.tokenizer import Tokenizer, load_tokenizer
+from megatron_vico.data.shards.index import INDEX_NAME, FolderIndex
+from megatron_vico.data.shards.mixture import MIXTURE_NAME
+from megatron_vico.data.shards.reader import ShardFolder
+from megatron_vico.errors import ConfigError
+from megatron_vico.shard_tools.pool import usable_cpus
+from megatron_vico.shard_tools.sources import FrameOptions
+from megatron_vico.shard_tools.writer import (
     WriterOptions,
     index_shards,
     make_mixture,
     make_shards,
     table_of_causes,
 )
-from megatron_vico.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_vico.data.webdataset import ShardFolder
-from megatron_vico.errors import ConfigError
-from megatron_vico.models.registry import get_model_config
 
 NUM_LISTED = 20
 """Samples left out that are printed."""
@@ -172,7 +172,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--tokenizer-model", required=True, help="tokenizer folder, or SentencePiece .model"
     )
     parser.add_argument(
-        "--model-size", required=True, help="gives the side of a tile; a name of models/registry.py"
+        "--model-size", required=True, help="gives the side of a tile; a name of config/registry.py"
     )
     parser.add_argument(
         "--max-dynamic-patch",

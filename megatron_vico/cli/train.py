@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 from megatron_vico.config.arguments import help_text, parse, to_yaml
 from megatron_vico.config.layout import data_parallel_size, num_microbatches, virtual_stages
+from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.schema import RunConfig
-from megatron_vico.config.validate import remarks, supported_now, validate
+from megatron_vico.config.validate import remarks, validate
 from megatron_vico.errors import ConfigError
-from megatron_vico.models.registry import get_model_config
 from megatron_vico.parallel.groups import launched_world_size
+from megatron_vico.training.preflight import check_environment, check_files
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -32,7 +33,9 @@ def main(arguments: Sequence[str]) -> None:
     if given.print_config:
         print(to_yaml(cfg), end="")
     if given.check:
-        validate(cfg, world_size, check_files=given.check == "files")
+        validate(cfg, world_size)
+        if given.check == "files":
+            check_files(cfg)
         print(summary(cfg, world_size))
     if given.check or given.print_config:
         return
@@ -71,7 +74,7 @@ def summary(cfg: RunConfig, world_size: int) -> str:
     ]
     lines += [f"note: {remark}" for remark in remarks(cfg, world_size)]
     try:
-        supported_now(cfg)
+        check_environment(cfg)
     except ConfigError as error:
         lines.append(f"note: {error}")
     return "\n".join(lines)

@@ -10,12 +10,12 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from megatron_vico.config import pipeline_split
 from megatron_vico.config.megatron_flags import TRANSFORMER, flag_of
+from megatron_vico.config.pipeline_split import EMBEDDING, LAYOUT, LOSS, SPLIT_FIELDS
+from megatron_vico.config.registry import LanguageConfig, ModelConfig
 from megatron_vico.config.schema import ParallelOptions, RunConfig
 from megatron_vico.errors import ConfigError
-from megatron_vico.models import pipeline_split
-from megatron_vico.models.pipeline_split import EMBEDDING, LAYOUT, LOSS, SPLIT_FIELDS
-from megatron_vico.models.registry import LanguageConfig, ModelConfig
 
 WORLD, BATCH = "world_size", "global_batch_size"
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"

@@ -22,7 +22,7 @@ class ModelOptions:
     """Which model, and the few of its settings that are not fixed by its size."""
 
     model_size: str = "toy"
-    """Name in models/registry.py, such as internvl3_5-8b; sizes are names, never numbers in a
+    """Name in config/registry.py, such as internvl3_5-8b; sizes are names, never numbers in a
     recipe."""
 
     drop_path_rate: float = 0.0
@@ -48,7 +48,7 @@ class StageOptions:
 
     train_modules: tuple[Module, ...] | None = None
     """Modules that get gradients; all others are frozen. Unset: the stage's own choice
-    (training/stages.py)."""
+    (config/stages.py)."""
 
     lr_mult: tuple[str, ...] = ()
     """Learning rate of a module as a multiple of --lr, as MODULE=FACTOR, such as

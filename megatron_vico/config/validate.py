@@ -2,8 +2,8 @@
 RunConfig."""
 
 import math
-from pathlib import Path
 
+from megatron_vico.config import stages
 from megatron_vico.config.layout import (
     check_layout,
     data_parallel_size,
@@ -12,12 +12,9 @@ from megatron_vico.config.layout import (
     virtual_stages,
 )
 from megatron_vico.config.megatron_flags import TRANSFORMER, flag_of
+from megatron_vico.config.registry import ModelConfig, get_model_config
 from megatron_vico.config.schema import MODULES, DataOptions, Module, RunConfig, Stage, StageOptions
-from megatron_vico.data.mixture import read_mixture
-from megatron_vico.data.storage import check_url, is_url
 from megatron_vico.errors import ConfigError, nearest
-from megatron_vico.models.registry import ModelConfig, get_model_config
-from megatron_vico.training import stages
 
 TRAINABLE: dict[Stage, tuple[Module, ...]] = {
     "pretrain": ("vit", "connector_4x", "language_model"),
@@ -30,13 +27,12 @@ TRAINABLE: dict[Stage, tuple[Module, ...]] = {
 RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mlp", "moe")
 
 
-def validate(cfg: RunConfig, world_size: int, *, check_files: bool = False) -> None:
+def validate(cfg: RunConfig, world_size: int) -> None:
     """Raises if a run cannot work, or if one of its settings would have no effect.
 
     Args:
         cfg: the resolved run.
         world_size: ranks it is meant for.
-        check_files: also ask for the data, tokenizer and checkpoints that the stage needs.
 
     Raises:
         ConfigError: saying what was found, what was expected and the fix.
@@ -54,8 +50,6 @@ def validate(cfg: RunConfig, world_size: int, *, check_files: bool = False) -> N
     _check_precision(cfg)
     _check_passed_on(cfg, model)
     _check_checkpoints(cfg)
-    if check_files:
-        _check_files(cfg)
 
 
 def remarks(cfg: RunConfig, world_size: int) -> list[str]:
@@ -113,46 +107,6 @@ def remarks(cfg: RunConfig, world_size: int) -> list[str]:
             "--save is not set: no checkpoint, metrics or TensorBoard file will be written."
         )
     return found
-
-
-def supported_now(cfg: RunConfig) -> None:
-    """Raises for what `validate` accepts and the trainer or megatron-core would refuse once it
-    runs; imports megatron.
-
-    Args:
-        cfg: a run that `validate` accepts.
-
-    Raises:
-        ConfigError: naming the flag to leave out, or with megatron-core's own words.
-    """
-    if cfg.parallel.fp8_format is not None:
-        raise ConfigError(
-            f"--fp8-format {cfg.parallel.fp8_format}: checked by `vico train --check`, but not"
-            " trained with until the KL between an FP8 and a bf16 reference has been measured on a"
-            " GPU; leave it out."
-        )
-    from megatron.core.distributed import DistributedDataParallelConfig
-    from megatron.core.optimizer import OptimizerConfig
-    from megatron.core.transformer import TransformerConfig
-
-    from megatron_vico.config.arguments import config_kwargs
-    from megatron_vico.models.build import language_transformer_config
-
-    try:
-        language_transformer_config(
-            get_model_config(cfg.model.model_size),
-            bf16=cfg.training.bf16,
-            parallel=cfg.parallel,
-            **config_kwargs(cfg.transformer_overrides, TransformerConfig),
-        )
-        OptimizerConfig(**config_kwargs(cfg.optimizer_overrides, OptimizerConfig))
-        DistributedDataParallelConfig(
-            **config_kwargs(cfg.ddp_overrides, DistributedDataParallelConfig)
-        )
-    except (ValueError, AssertionError) as error:
-        raise ConfigError(
-            f"megatron-core refuses these flags: {' '.join(str(error).split())}"
-        ) from error
 
 
 def _check_ranges(cfg: RunConfig) -> None:
@@ -508,48 +462,6 @@ def _check_checkpoints(cfg: RunConfig) -> None:
         )
 
 
-def _check_files(cfg: RunConfig) -> None:
-    stage = cfg.stage.stage
-    if not cfg.data.data_path:
-        raise ConfigError(
-            "--data-path is not set: give one or more folders made by `vico shards make`."
-        )
-    if cfg.data.tokenizer_model is None:
-        raise ConfigError(
-            "--tokenizer-model is not set: give a Hugging Face tokenizer folder or a .model file."
-        )
-    if stages.needs_reference(cfg.stage) and not (
-        cfg.checkpoint.pretrained_checkpoint or cfg.checkpoint.load
-    ):
-        raise ConfigError(
-            f"stage {stage!r} has nothing to start from: give --pretrained-checkpoint (made by"
-            " `vico convert` or by the stage before), or --load to resume."
-        )
-    if stage == "router" and cfg.stage.reference_load is None:
-        raise ConfigError(
-            "stage 'router' needs --reference-load: the checkpoint from before consistency"
-            " training, which the policy is compared with."
-        )
-    paths = {
-        "--tokenizer-model": (cfg.data.tokenizer_model,),
-        "--data-path": tuple(folder.path for folder in read_mixture(cfg.data.data_path)),
-        "--valid-data-path": tuple(
-            folder.path
-            for folder in read_mixture(cfg.data.valid_data_path, flag="--valid-data-path")
-        ),
-        "--pretrained-checkpoint": (cfg.checkpoint.pretrained_checkpoint,),
-        "--reference-load": (cfg.stage.reference_load,),
-    }
-    for flag, given in paths.items():
-        for path in given:
-            if flag.endswith("data-path") and path is not None and is_url(path):
-                check_url(path)
-            elif path is not None and not Path(path).exists():
-                raise ConfigError(
-                    f"{flag} {path}: no such file or folder (looked from {Path.cwd()})."
-                )
-
-
 def _check_reading(data: DataOptions) -> None:
     if data.num_workers == 0 and data.prefetch_steps != DataOptions().prefetch_steps:
         raise ConfigError(
@@ -565,7 +477,7 @@ def _check_reading(data: DataOptions) -> None:
         data.data_cache_dir is not None
         and data.data_path
         and not any(
-            is_url(path) or path.endswith(".json")
+            "://" in path or path.endswith(".json")
             for path in (*data.data_path, *data.valid_data_path)
         )
     ):

@@ -95,7 +95,7 @@ class EncodedSample:
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """A sample that could not be used; a gap stands in its pack (data/error_budget.py)."""
+    """A sample that could not be used; a gap stands in its pack (data/load/error_budget.py)."""
 
     sample_id: int
     """Index in the data set."""

@@ -4,7 +4,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from megatron_vico.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +45,8 @@ def write_results(rows: Sequence[TableRow], path: Path) -> None:
         rows: the table, in printing order.
         path: the file; its folder is made.
     """
-    write_json([asdict(row) for row in rows], path)
-
-
-def write_json(value: Any, path: Path) -> None:
-    """Write any JSON value, replacing the file only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_json(path, [asdict(row) for row in rows], sort_keys=False)
 
 
 def read_results(path: Path) -> list[TableRow]:

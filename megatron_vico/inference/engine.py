@@ -15,16 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_vico.data.conversation import IMAGE_TAG, encode_follow_up
-from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
-from megatron_vico.data.image_tokens import expand
+from megatron_vico.config.registry import ModelConfig
+from megatron_vico.data.encode.conversation import IMAGE_TAG, encode_follow_up
+from megatron_vico.data.encode.expand import expand
+from megatron_vico.data.encode.sample_encoder import EncodingSettings, SampleEncoder
+from megatron_vico.data.encode.tokenizer import Tokenizer
 from megatron_vico.data.samples import ConversationSample, EncodedSample, IntArray
-from megatron_vico.data.tokenizer import Tokenizer
 from megatron_vico.errors import SampleError
 from megatron_vico.models.attention import KVCache
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel
-from megatron_vico.models.registry import ModelConfig
 from megatron_vico.vico.compression_plan import plan_all, plan_none
 from megatron_vico.vico.routing import (
     FLASH_ABSOLUTE_THRESHOLD,

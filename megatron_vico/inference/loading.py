@@ -3,11 +3,13 @@ checkpoint has."""
 
 from pathlib import Path
 
-from megatron_vico.checkpoint import convert, state
-from megatron_vico.checkpoint.hf_config import layout_of, model_of
-from megatron_vico.checkpoint.hf_io import read_json
-from megatron_vico.data.encoding import EncodingSettings
-from megatron_vico.data.tokenizer import Tokenizer
+from megatron_vico.checkpoint import training_checkpoint
+from megatron_vico.config.registry import ModelConfig
+from megatron_vico.convert import convert
+from megatron_vico.convert.huggingface.config import layout_of, model_of
+from megatron_vico.data.encode.sample_encoder import EncodingSettings
+from megatron_vico.data.encode.tokenizer import Tokenizer
+from megatron_vico.files import read_json
 from megatron_vico.inference.engine import Engine
 from megatron_vico.models.build import (
     build_language_model,
@@ -15,7 +17,6 @@ from megatron_vico.models.build import (
     language_transformer_config,
     vision_transformer_config,
 )
-from megatron_vico.models.registry import ModelConfig
 from megatron_vico.parallel.groups import Groups
 
 
@@ -75,9 +76,9 @@ def load_weights(engine: Engine, source: str | Path) -> None:
     Raises:
         CheckpointError: if it is no checkpoint, broken, or of another size.
     """
-    if state.has_checkpoint(source):
+    if training_checkpoint.has_checkpoint(source):
         modules = {"encoder": engine.encoder, "language_model": engine.language_model}
-        state.load_weights(source, modules=modules, model_size=engine.model.name)
+        training_checkpoint.load_weights(source, modules=modules, model_size=engine.model.name)
         return
     imported = convert.import_hf(source, model_size=engine.model.name)
     convert.load_imported(imported, encoder=engine.encoder, language_model=engine.language_model)
@@ -90,13 +91,13 @@ def model_size_of(source: str | Path) -> str:
         source: a run's folder, or a Hugging Face folder in any layout.
 
     Returns:
-        A name of models/registry.py.
+        A name of config/registry.py.
 
     Raises:
         CheckpointError: if it is no checkpoint, or of no known size.
     """
-    if state.has_checkpoint(source):
-        return state.read_metadata(source).model_size
+    if training_checkpoint.has_checkpoint(source):
+        return training_checkpoint.read_metadata(source).model_size
     path = Path(source) / "config.json"
     config = read_json(path)
     return model_of(config, layout=layout_of(config, path=str(path)), path=str(path)).name

@@ -5,7 +5,7 @@ TransformerEngine.
 model's layers need to know about a batch travels in an `AttentionLayout`, made once a forward pass
 and handed through mcore as its packed_seq_params.
 
-Under context parallelism (`parallel/zigzag.py` has the layout) keys and values of the whole pack
+Under context parallelism (`models/zigzag.py` has the layout) keys and values of the whole pack
 are gathered in every layer: simple, and equal to one rank. TransformerEngine, on a GPU, sends them
 round a ring instead.
 
@@ -27,7 +27,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_vico.parallel.zigzag import zigzag_positions
+from megatron_vico.models.zigzag import zigzag_positions
 
 _MOST_PADDING = 2.0
 """Documents are padded to the longest of a pack, and attended in one call, up to this many times

@@ -30,6 +30,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.utils import get_pg_rank
 
+from megatron_vico.config.pipeline_split import virtual_stages
+from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import ParallelOptions
 from megatron_vico.models.attention import SDPACoreAttention
 from megatron_vico.models.elementwise import SwiGLU
@@ -37,8 +39,6 @@ from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel, VocabularyHead
 from megatron_vico.models.layers import Layer
 from megatron_vico.models.norms import RMSNorm
-from megatron_vico.models.pipeline_split import virtual_stages
-from megatron_vico.models.registry import ModelConfig
 
 _VOCAB_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this times the tensor-parallel size, as Megatron does

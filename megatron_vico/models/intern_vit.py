@@ -23,10 +23,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor, nn
 
+from megatron_vico.config.registry import VisionConfig
 from megatron_vico.models.attention import TileAttention
 from megatron_vico.models.layers import Layer, LayerScaleAdd
 from megatron_vico.models.norms import AllHeadsRMSNorm, LayerNorm, RMSNorm
-from megatron_vico.models.registry import VisionConfig
 
 
 class PatchEmbedding(nn.Module):

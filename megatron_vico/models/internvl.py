@@ -11,9 +11,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_vico.config.registry import ModelConfig
 from megatron_vico.models.connector import Connector4x, Connector16x
 from megatron_vico.models.intern_vit import InternViT
-from megatron_vico.models.registry import ModelConfig
 from megatron_vico.models.vir import ViR
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)

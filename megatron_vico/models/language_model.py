@@ -25,11 +25,11 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_vico.config.registry import LanguageConfig
 from megatron_vico.models.attention import KVCache, Rotary, batch_layout, packed_layout
-from megatron_vico.models.registry import LanguageConfig
-from megatron_vico.parallel.fused_cross_entropy import cross_entropy_loss
-from megatron_vico.parallel.fused_head import VocabularyShard
-from megatron_vico.parallel.fused_kl import kl_loss, kl_rows
+from megatron_vico.models.heads.cross_entropy import cross_entropy_loss
+from megatron_vico.models.heads.kl import kl_loss, kl_rows
+from megatron_vico.models.heads.vocabulary import VocabularyShard
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -178,7 +178,7 @@ class LanguageModel(MegatronModule):
             reference_rows_RH: [R, H], the same response tokens, from `forward` of the reference.
 
         Returns:
-            Scalar float32, the same on all tensor-parallel ranks. See parallel/fused_kl.py for its
+            Scalar float32, the same on all tensor-parallel ranks. See models/heads/kl.py for its
             gradients.
         """
 

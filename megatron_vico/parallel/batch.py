@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vico.data import parcel
+from megatron_vico.data.load import packed_bytes
 from megatron_vico.data.samples import PackedBatch
 from megatron_vico.errors import ConfigError, SampleError, WorkerError
 from megatron_vico.parallel.groups import Groups
@@ -72,7 +72,9 @@ def share_step(
     torch.distributed.broadcast(block, group=groups.replica, group_src=0)
     # Back to the CPU, where lengths and positions are worked out; it happens once, before the step
     # begins.
-    received = tuple(parcel.unwrap(parcel.Parcel(block=block.cpu(), batches=header["batches"])))
+    received = tuple(
+        packed_bytes.unwrap(packed_bytes.Parcel(block=block.cpu(), batches=header["batches"]))
+    )
     share = _share(received, groups, whole_images)
     tiles = _scatter_tiles(packs, share, header["tile_shape"], groups)
     return StepBatch(packs=received, tiles=tiles, share=share)
@@ -121,7 +123,7 @@ def _broadcast_header(
         if isinstance(packs, LoaderError):
             sent = [{"error": packs}]
         else:
-            wrapped = parcel.wrap(list(_without_tiles(packs)))
+            wrapped = packed_bytes.wrap(list(_without_tiles(packs)))
             block = wrapped.block
             shape = tuple(packs[0].tiles.shape[1:])
             sent = [{"batches": wrapped.batches, "num_bytes": block.numel(), "tile_shape": shape}]

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from megatron_vico.data.samples import PackedStream
 from megatron_vico.models.language_model import LanguageInputs
+from megatron_vico.models.zigzag import zigzag_positions
 from megatron_vico.parallel.groups import Groups
-from megatron_vico.parallel.zigzag import zigzag_positions
 
 FP8_ALIGNMENT = {"tensorwise": 16, "blockwise": 128}
 """Tokens of a rank's shard must be a multiple of this under FP8: a weight's gradient is a product

@@ -15,7 +15,12 @@ from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.parallel.streams import language_inputs, row_share
 from megatron_vico.training.metrics import StepSums, sums_of
-from megatron_vico.training.passes import LanguagePass, LossFunction, forward_pass, training_pass
+from megatron_vico.training.pipeline_schedule import (
+    LanguagePass,
+    LossFunction,
+    forward_pass,
+    training_pass,
+)
 from megatron_vico.training.policy import Policy
 from megatron_vico.training.reference import Reference
 from megatron_vico.training.trace import StepTrace

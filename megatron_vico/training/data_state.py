@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from megatron_vico.data.error_budget import ErrorBudget, SkipList
-from megatron_vico.data.loader import Loader
+from megatron_vico.data.load.error_budget import ErrorBudget, SkipList
+from megatron_vico.data.load.loader import Loader
 from megatron_vico.training.metrics import StepFigures
 
 

@@ -2,13 +2,13 @@
 
 A multiplication and its addition are two FLOPs; norms, activations and embeddings are left out.
 Divided by a time and the device's rate these give MFU; as estimates they tell cheap packs from dear
-ones (data/balance.py).
+ones (data/pack/balance.py).
 """
 
+from megatron_vico.config.registry import LanguageConfig, ModelConfig, VisionConfig
 from megatron_vico.config.schema import StageOptions
-from megatron_vico.data.balance import PackCost
-from megatron_vico.models.registry import LanguageConfig, ModelConfig, VisionConfig
-from megatron_vico.training.stages import needs_reference, train_modules
+from megatron_vico.config.stages import needs_reference, train_modules
+from megatron_vico.data.pack.balance import PackCost
 
 
 def language_flops_per_token(config: LanguageConfig) -> int:
@@ -46,7 +46,8 @@ def vit_flops_per_tile(config: VisionConfig) -> int:
 
 
 def pack_cost(model: ModelConfig, options: StageOptions) -> PackCost:
-    """What a pack costs the ranks of one model replica, as the coefficients of `data/balance.py`.
+    """What a pack costs the ranks of one model replica, as the coefficients of
+    `data/pack/balance.py`.
 
     A frozen vision tower runs once for reference and policy. Connectors, head and recomputation are
     left out: they are a few per cent, and nearly the same share of every pack.

@@ -108,7 +108,7 @@ class StepFigures:
     response_tokens: int
     skipped: int = 0
     """Broken samples among `samples`, of which nothing is trained, but those known before; see
-    data/error_budget.py."""
+    data/load/error_budget.py."""
 
     router_threshold: float | None = None
     router_accuracy: float | None = None

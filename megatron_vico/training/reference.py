@@ -20,7 +20,7 @@ from megatron_vico.models.language_model import LanguageInputs, LanguageModel
 from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.training.offload import HostOffload
-from megatron_vico.training.passes import LanguagePass, forward_pass
+from megatron_vico.training.pipeline_schedule import LanguagePass, forward_pass
 from megatron_vico.training.trace import StepTrace
 from megatron_vico.training.vision import VisualTokens, tile_features, visual_tokens
 

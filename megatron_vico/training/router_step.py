@@ -16,11 +16,11 @@ from torch import Tensor
 from megatron_vico.data.samples import PackedBatch
 from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.parallel.groups import Groups
+from megatron_vico.training.compare_plans import ComparedViews, compare_views
 from megatron_vico.training.metrics import RouterSums, StepSums, sums_of
 from megatron_vico.training.policy import Policy
 from megatron_vico.training.reference import Reference
 from megatron_vico.training.trace import StepTrace
-from megatron_vico.training.views import ComparedViews, compare_views
 from megatron_vico.vico.router_targets import (
     RatioWindow,
     labels_from_ratios,

@@ -12,13 +12,15 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vico.checkpoint import state
+from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.config.arguments import config_kwargs
+from megatron_vico.config.registry import ModelConfig, get_model_config
 from megatron_vico.config.schema import RunConfig
-from megatron_vico.data.encoding import EncodingSettings, SampleEncoder
-from megatron_vico.data.loader import Loader, make_loader
-from megatron_vico.data.pack_builder import PackBuilder
-from megatron_vico.data.tokenizer import load_tokenizer
+from megatron_vico.config.stages import lr_factors, needs_reference, train_modules
+from megatron_vico.data.encode.sample_encoder import EncodingSettings, SampleEncoder
+from megatron_vico.data.encode.tokenizer import load_tokenizer
+from megatron_vico.data.load.loader import Loader, make_loader
+from megatron_vico.data.pack.builder import PackBuilder
 from megatron_vico.errors import CheckpointError, ConfigError
 from megatron_vico.models.build import (
     build_language_chunks,
@@ -28,7 +30,6 @@ from megatron_vico.models.build import (
 )
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel
-from megatron_vico.models.registry import ModelConfig, get_model_config
 from megatron_vico.parallel.batch import SharedBatches
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.parallel.streams import FP8_ALIGNMENT, StreamCut
@@ -38,7 +39,6 @@ from megatron_vico.training.offload import HostOffload
 from megatron_vico.training.optimizer import build_optimizer, build_scheduler
 from megatron_vico.training.policy import Policy, PolicyOptions, wrap
 from megatron_vico.training.reference import Reference, share_equal_modules
-from megatron_vico.training.stages import lr_factors, needs_reference, train_modules
 from megatron_vico.vico.router_targets import RatioWindow
 
 
@@ -108,7 +108,7 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
     model = get_model_config(cfg.model.model_size)
     resume = (
         cfg.checkpoint.load
-        if cfg.checkpoint.load and state.has_checkpoint(cfg.checkpoint.load)
+        if cfg.checkpoint.load and training_checkpoint.has_checkpoint(cfg.checkpoint.load)
         else None
     )
     start_from = resume or cfg.checkpoint.pretrained_checkpoint
@@ -120,7 +120,7 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
     encoder, language_chunks = build_modules(cfg, model, groups)
     modules = named_modules(encoder, language_chunks)
     if resume is None and start_from is not None:
-        state.load_weights(start_from, modules=modules, model_size=model.name)
+        training_checkpoint.load_weights(start_from, modules=modules, model_size=model.name)
     policy = wrap(encoder, language_chunks, policy_options(cfg, groups), groups=groups)
     optimizer = build_optimizer(
         policy,
@@ -134,7 +134,7 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
     window = RatioWindow(size=cfg.stage.router_window, percentile=cfg.stage.router_percentile)
     iteration, data_state = 0, None
     if resume is not None:
-        restored = state.load_checkpoint(
+        restored = training_checkpoint.load_checkpoint(
             resume,
             modules=modules,
             optimizer=optimizer,
@@ -232,7 +232,7 @@ def _reference(cfg: RunConfig, model: ModelConfig, policy: Policy, groups: Group
             " stage began with"
         )
     encoder, language_chunks = build_modules(reference_config(cfg), model, groups)
-    state.load_weights(
+    training_checkpoint.load_weights(
         source, modules=named_modules(encoder, language_chunks), model_size=model.name
     )
     return freeze_reference(encoder, language_chunks, policy, cfg=cfg, groups=groups)

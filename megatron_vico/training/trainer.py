@@ -8,11 +8,12 @@ from types import FrameType
 
 import torch
 
-from megatron_vico.checkpoint import state
+from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.config.arguments import to_yaml
 from megatron_vico.config.schema import MODULES, RunConfig
-from megatron_vico.config.validate import supported_now, validate
-from megatron_vico.data.loader import worker_death_explained
+from megatron_vico.config.stages import STAGES
+from megatron_vico.config.validate import validate
+from megatron_vico.data.load.loader import worker_death_explained
 from megatron_vico.parallel import groups as process_groups
 from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.training.consistency_step import consistency_step, pretrain_step
@@ -23,9 +24,9 @@ from megatron_vico.training.metrics import (
     check_finite,
     log_skipped,
 )
+from megatron_vico.training.preflight import check_environment, check_files
 from megatron_vico.training.router_step import router_step
 from megatron_vico.training.setup import Run, set_up
-from megatron_vico.training.stages import STAGES
 from megatron_vico.training.trace import StepTrace, phase, trace_file
 from megatron_vico.training.validation import evaluate, open_validation
 
@@ -45,8 +46,9 @@ def train(cfg: RunConfig) -> None:
         CheckpointError: if a checkpoint cannot be read or written; the last good one still loads.
     """
     stop = _StopSignal()  # first: a signal while the weights are loaded must not be lost
-    validate(cfg, process_groups.launched_world_size(), check_files=True)
-    supported_now(cfg)
+    validate(cfg, process_groups.launched_world_size())
+    check_files(cfg)
+    check_environment(cfg)
     with process_groups.started(
         cfg.parallel,
         seed=cfg.training.seed,
@@ -196,7 +198,7 @@ def _save(run: Run, iteration: int) -> None:
     if run.cfg.checkpoint.save is None:
         return
     run.policy.finish_param_sync()
-    state.save_checkpoint(
+    training_checkpoint.save_checkpoint(
         run.cfg.checkpoint.save,
         iteration,
         modules=run.modules,
@@ -208,7 +210,9 @@ def _save(run: Run, iteration: int) -> None:
             "data": run.data.to_state(),
         },
         config_yaml=to_yaml(run.cfg),
-        metadata=state.CheckpointMetadata(model_size=run.model.name, stage=run.cfg.stage.stage),
+        metadata=training_checkpoint.CheckpointMetadata(
+            model_size=run.model.name, stage=run.cfg.stage.stage
+        ),
     )
 
 

@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 
 from megatron_vico.config.schema import RunConfig
-from megatron_vico.data.loader import Loader
+from megatron_vico.config.stages import STAGES
+from megatron_vico.data.load.loader import Loader
 from megatron_vico.data.samples import PackedBatch
 from megatron_vico.errors import ConfigError
 from megatron_vico.parallel.batch import StepBatch
+from megatron_vico.training.compare_plans import compare_views
 from megatron_vico.training.consistency_step import pretrain_loss
 from megatron_vico.training.metrics import ValidationFigures, log_skipped
 from megatron_vico.training.router_step import router_answers
 from megatron_vico.training.setup import Run, build_loader
-from megatron_vico.training.stages import STAGES
-from megatron_vico.training.views import compare_views
 
 SEED = 0
 """Of the order of packs and of what is drawn for a sample."""

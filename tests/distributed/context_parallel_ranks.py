@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from megatron_vico.parallel import cpu_stand_in
+from megatron_vico import cpu_stand_in
 
 cpu_stand_in.install()
 
@@ -21,13 +21,13 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from megatron_vico.config.registry import get_model_config  # noqa: E402
 from megatron_vico.config.schema import ParallelOptions  # noqa: E402
 from megatron_vico.models import attention  # noqa: E402
 from megatron_vico.models.build import build_language_model, language_transformer_config  # noqa: E402
 from megatron_vico.models.language_model import LanguageInputs, LanguageModel  # noqa: E402
-from megatron_vico.models.registry import get_model_config  # noqa: E402
+from megatron_vico.models.zigzag import zigzag_positions  # noqa: E402
 from megatron_vico.parallel.groups import Groups, started  # noqa: E402
-from megatron_vico.parallel.zigzag import zigzag_positions  # noqa: E402
 from tests.distributed.language_model_layouts import error, shard  # noqa: E402
 from tests.toy_models import pack, randomise  # noqa: E402
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from megatron_vico.parallel.fused_cross_entropy import cross_entropy_loss
-from megatron_vico.parallel.fused_head import VocabularyShard
-from megatron_vico.parallel.fused_kl import kl_loss, kl_rows
+from megatron_vico.models.heads.cross_entropy import cross_entropy_loss
+from megatron_vico.models.heads.kl import kl_loss, kl_rows
+from megatron_vico.models.heads.vocabulary import VocabularyShard
 
 HIDDEN, VOCAB, PADDED, CHUNK = (
     16,

@@ -7,17 +7,17 @@ weight's gradient.
 
 from dataclasses import replace
 
-from megatron_vico.parallel import cpu_stand_in
+from megatron_vico import cpu_stand_in
 
 cpu_stand_in.install()
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from megatron_vico.config.registry import ModelConfig, get_model_config  # noqa: E402
 from megatron_vico.config.schema import ParallelOptions  # noqa: E402
 from megatron_vico.models.build import build_language_model, language_transformer_config  # noqa: E402
 from megatron_vico.models.language_model import LanguageModel  # noqa: E402
-from megatron_vico.models.registry import ModelConfig, get_model_config  # noqa: E402
 from megatron_vico.parallel.groups import Groups, started  # noqa: E402
 from megatron_vico.parallel.streams import StreamCut  # noqa: E402
 from tests.toy_models import pack, randomise  # noqa: E402

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vico.checkpoint import state
-from megatron_vico.checkpoint.dcp_reader import DcpFolder, open_dcp
+from megatron_vico.checkpoint import training_checkpoint
+from megatron_vico.config.registry import ModelConfig, get_model_config
 from megatron_vico.config.schema import ParallelOptions
+from megatron_vico.convert.megatron.reader import DcpFolder, open_dcp
 from megatron_vico.errors import CheckpointError
-from megatron_vico.models.registry import ModelConfig, get_model_config
 from megatron_vico.parallel.groups import Groups
 from tests.checkpoint_runs import Training, make_training
 from tests.distributed.cached_layouts import CachedLayouts
@@ -142,7 +142,7 @@ class Runner:
             if load_moments:
                 training.load(self.folder / case.name)
             else:
-                state.load_weights(
+                training_checkpoint.load_weights(
                     self.folder / case.name, modules=training.modules, model_size=case.model
                 )
             before = gather_weights(training.modules, groups)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vico.parallel import cpu_stand_in
+from megatron_vico import cpu_stand_in
 from megatron_vico.training.trace import Span
 
 COLLECTIVES = (

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_vico.parallel import cpu_stand_in
+from megatron_vico import cpu_stand_in
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def save_on_a_full_disk(folder: Path, groups: Any) -> dict[str, Any]:
     file."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    from megatron_vico.checkpoint import state
+    from megatron_vico.checkpoint import training_checkpoint
     from megatron_vico.errors import CheckpointError
     from tests.checkpoint_runs import make_training
 
@@ -69,21 +69,24 @@ def save_on_a_full_disk(folder: Path, groups: Any) -> dict[str, Any]:
     one.step(1)
     one.save(folder, 1)
     full = OSError(errno.ENOSPC, "No space left on device")
-    whole = filesystem_async._write_item, state._write_durably
+    whole = filesystem_async._write_item, training_checkpoint._write_durably
 
     def fail(*args: object, **kwargs: object) -> None:
         raise full
 
     told = []
-    for module, name in ((filesystem_async, "_write_item"), (state, "_write_durably")):
+    for module, name in (
+        (filesystem_async, "_write_item"),
+        (training_checkpoint, "_write_durably"),
+    ):
         if groups.is_main:
             setattr(module, name, fail)
         try:
             one.save(folder, 2)
         except CheckpointError as error:
             told.append(str(error))
-        filesystem_async._write_item, state._write_durably = whole
-    latest = state.latest_iteration(folder)
+        filesystem_async._write_item, training_checkpoint._write_durably = whole
+    latest = training_checkpoint.latest_iteration(folder)
     one.load(folder)
     return {"told": told, "latest": latest, "left": sorted(path.name for path in folder.iterdir())}
 

@@ -17,13 +17,13 @@ FAILING_RANK = 1
 
 def main() -> int:
     """Hooks the loader, which every stage has, and runs the command as a user would."""
+    from megatron_vico import cpu_stand_in
     from megatron_vico.cli.main import main as vico
-    from megatron_vico.parallel import cpu_stand_in
 
     cpu_stand_in.install()
     import torch
 
-    from megatron_vico.data.loader import Loader
+    from megatron_vico.data.load.loader import Loader
 
     torch.set_num_threads(1)
     how, *flags = sys.argv[1:]

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_vico.parallel import cpu_stand_in
+from megatron_vico import cpu_stand_in
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import pickle
 import sys
 from pathlib import Path
 
-from megatron_vico.parallel import cpu_stand_in
+from megatron_vico import cpu_stand_in
 
 
 def main() -> None:

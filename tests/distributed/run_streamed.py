@@ -9,7 +9,7 @@ FOLDER/SIZE-LAYOUT.
 import sys
 from pathlib import Path
 
-from megatron_vico.parallel import cpu_stand_in
+from megatron_vico import cpu_stand_in
 
 
 def main() -> None:
@@ -18,9 +18,9 @@ def main() -> None:
     cpu_stand_in.install()
     import torch
 
-    from megatron_vico.checkpoint import state
-    from megatron_vico.checkpoint.convert import ConversionOptions, convert
-    from megatron_vico.models.registry import MODELS
+    from megatron_vico.checkpoint import training_checkpoint
+    from megatron_vico.config.registry import MODELS
+    from megatron_vico.convert.convert import ConversionOptions, convert
     from tests.checkpoint_runs import make_training
     from tests.distributed.cached_layouts import CachedLayouts
     from tests.distributed.layouts_checkpoint import LAYOUTS
@@ -42,9 +42,11 @@ def main() -> None:
             groups = layouts.switch_to(LAYOUTS[name])
             # Other values before loading: what is not loaded shows.
             modules = make_training(size, groups=groups, seed=2, parallel=LAYOUTS[name]).modules
-            state.load_weights(megatron, modules=modules, model_size=size)
-            metadata = state.CheckpointMetadata(model_size=size, stage="pretrain")
-            state.save_checkpoint(folder / f"{size}-{name}", 1, modules=modules, metadata=metadata)
+            training_checkpoint.load_weights(megatron, modules=modules, model_size=size)
+            metadata = training_checkpoint.CheckpointMetadata(model_size=size, stage="pretrain")
+            training_checkpoint.save_checkpoint(
+                folder / f"{size}-{name}", 1, modules=modules, metadata=metadata
+            )
     convert(folder / "base", output=folder / "start", layout="megatron")
     torch.distributed.destroy_process_group()
 

@@ -10,10 +10,10 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from megatron_vico.checkpoint import state
+from megatron_vico.checkpoint import training_checkpoint
+from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.data.samples import PackedBatch, PackedStream
-from megatron_vico.models.registry import get_model_config
 from megatron_vico.parallel.batch import SharedBatches
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.training.metrics import StepFigures
@@ -92,11 +92,13 @@ def save_models(folder: Path, model_size: str, cfg: RunConfig, groups: Groups) -
     for index, module in enumerate((encoder, *chunks)):
         randomise(module, seed=index)
     for name in ("reference", "policy"):
-        state.save_checkpoint(
+        training_checkpoint.save_checkpoint(
             folder / name,
             0,
             modules=named_modules(encoder, chunks),
-            metadata=state.CheckpointMetadata(model_size=model_size, stage="pretrain"),
+            metadata=training_checkpoint.CheckpointMetadata(
+                model_size=model_size, stage="pretrain"
+            ),
         )
         with torch.no_grad():
             for chunk in chunks:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_vico.checkpoint import state
+from megatron_vico.checkpoint import training_checkpoint
 from tests.distributed.launch import launch
 from tests.distributed.layouts_checkpoint import CASES
 
@@ -64,7 +64,10 @@ def test_what_does_not_fit_is_refused_on_every_rank(found: list[dict[str, Any]])
 
 
 def test_a_checkpoint_says_what_it_was_saved_under(folder: Path) -> None:
-    layouts = {case.saved_under: state.read_metadata(folder / case.name).layout for case in CASES}
+    layouts = {
+        case.saved_under: training_checkpoint.read_metadata(folder / case.name).layout
+        for case in CASES
+    }
     assert layouts["dp4"] == "4 ranks"
     assert layouts["pp2-vpp2"] == "4 ranks, pipeline parallel 2, virtual pipeline 2"
     assert (

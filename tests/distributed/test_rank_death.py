@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vico.checkpoint import state
+from megatron_vico.checkpoint import training_checkpoint
 from tests.distributed.launch import start
 from tests.training_runs import ToyData
 
@@ -56,4 +56,4 @@ def test_a_rank_that_is_told_to_stop_ends_all_with_a_checkpoint(
 ) -> None:
     done = launch("stop", toy_data, tmp_path)
     assert done.returncode == 0, done.stderr[-6000:]
-    assert state.latest_iteration(tmp_path) == 2
+    assert training_checkpoint.latest_iteration(tmp_path) == 2

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_vico.config.schema import RunConfig
-from megatron_vico.data.webdataset import ShardFolder
+from megatron_vico.data.shards.reader import ShardFolder
 from megatron_vico.training.trainer import train
 from tests.distributed.launch import launch
 from tests.toy_data import break_image

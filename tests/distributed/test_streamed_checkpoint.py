@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_vico.checkpoint.convert import ConversionOptions, convert, export_hf
-from megatron_vico.checkpoint.dcp_reader import open_dcp
-from megatron_vico.checkpoint.internvl_mapping import LAYOUTS
-from megatron_vico.checkpoint.state import find_iteration
-from megatron_vico.models.registry import MODELS, ModelConfig, get_model_config
+from megatron_vico.checkpoint.training_checkpoint import find_iteration
+from megatron_vico.config.registry import MODELS, ModelConfig, get_model_config
+from megatron_vico.convert.convert import ConversionOptions, convert, export_hf
+from megatron_vico.convert.megatron.reader import open_dcp
+from megatron_vico.convert.names.internvl import LAYOUTS
 from tests.distributed.launch import launch, start
 from tests.toy_models import make_encoder, make_language_model
 
@@ -30,7 +30,7 @@ PAIRS = [(size, layout) for size, layouts in LOADED_UNDER.items() for layout in 
 MAX_SHARD_BYTES = 50_000
 """Small, so that toys make several files and each process has some to write."""
 
-CONVERT = "../../tools/checkpoint/convert.py"
+CONVERT = "../../tools/convert/convert.py"
 
 
 def odd_models() -> dict[str, ModelConfig]:

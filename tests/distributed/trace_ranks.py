@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_vico.parallel import cpu_stand_in
+from megatron_vico import cpu_stand_in
 from tests.distributed.recorder import RankRecord, Recorder
 
 RECORDER = Recorder()
@@ -30,8 +30,12 @@ import torch  # noqa: E402
 
 from megatron_vico.config.schema import RunConfig  # noqa: E402
 from megatron_vico.parallel.groups import Groups  # noqa: E402
-from megatron_vico.parallel.known_shapes import KnownShapes, P2PCommunicator  # noqa: E402
-from megatron_vico.training import consistency_step, passes, reference  # noqa: E402
+from megatron_vico.parallel.static_shapes import KnownShapes, P2PCommunicator  # noqa: E402
+from megatron_vico.training import (  # noqa: E402
+    consistency_step,
+    pipeline_schedule,
+    reference,
+)
 from megatron_vico.training.setup import set_up  # noqa: E402
 from megatron_vico.training.trace import Kind, Span, StepTrace  # noqa: E402
 from megatron_vico.training.trainer import compute_gradients, update_weights  # noqa: E402
@@ -153,7 +157,7 @@ def _watched(fault: Fault) -> Iterator[None]:
     forward_pass, training_pass, communicator = (
         reference.forward_pass,
         consistency_step.training_pass,
-        passes.KnownShapes,
+        pipeline_schedule.KnownShapes,
     )
 
     @functools.wraps(training_pass)
@@ -165,14 +169,14 @@ def _watched(fault: Fault) -> Iterator[None]:
     consistency_step.training_pass = (
         after_barrier if fault == "barrier" else _phased(training_pass, "policy", then="after")
     )
-    passes.KnownShapes = AskingShapes if fault == "shape exchange" else communicator
+    pipeline_schedule.KnownShapes = AskingShapes if fault == "shape exchange" else communicator
     RECORDER.phase = "before"
     try:
         yield
     finally:
         RECORDER.phase = ""
         reference.forward_pass, consistency_step.training_pass = forward_pass, training_pass
-        passes.KnownShapes = communicator
+        pipeline_schedule.KnownShapes = communicator
 
 
 def _phased(function: Callable[..., Any], phase: str, *, then: str) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from megatron_vico.parallel import cpu_stand_in
+from megatron_vico import cpu_stand_in
 from tests.training_runs import ToyData, make_toy_data, read_metrics, toy_config
 
 STAGES = ("pretrain", "warmup", "consistency", "router")

@@ -15,9 +15,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from megatron_vico.config.registry import LanguageConfig, ModelConfig
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel
-from megatron_vico.models.registry import LanguageConfig, ModelConfig
 
 
 def transformers_config(model: ModelConfig) -> InternVLConfig:

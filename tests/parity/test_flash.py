@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megatron_vico.config.registry import get_model_config
 from megatron_vico.models.internvl import VisionEncoder
-from megatron_vico.models.registry import get_model_config
 from tests.toy_models import make_encoder, random_tiles
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_vico.config.registry import ModelConfig, get_model_config
 from megatron_vico.models.language_model import LanguageInputs
-from megatron_vico.models.registry import ModelConfig, get_model_config
 from tests.parity.hf_weights import transformers_model
 from tests.toy_models import make_encoder, make_language_model, random_tiles
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_vico.data.conversation import encode_conversation
-from megatron_vico.data.image_tokens import expand
-from megatron_vico.data.qwen_tokenizer import build_tokenizer, read_tiktoken, write_tokenizer
+from megatron_vico.data.encode.conversation import encode_conversation
+from megatron_vico.data.encode.expand import expand
+from megatron_vico.data.encode.qwen_tokenizer import build_tokenizer, read_tiktoken, write_tokenizer
+from megatron_vico.data.encode.tokenizer import load_tokenizer
+from megatron_vico.data.encode.video import with_frames
 from megatron_vico.data.samples import EncodedSample, Turn
-from megatron_vico.data.tokenizer import load_tokenizer
-from megatron_vico.data.video import with_frames
 
 IGNORED = -100
 SYSTEM_MESSAGE = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: E501, RUF001

@@ -3,7 +3,7 @@
 
 import pytest
 
-from megatron_vico.data.tiling import choose_grid, grids
+from megatron_vico.data.encode.tiling import choose_grid, grids
 
 # Every size that matters for ties and thresholds (multiples of half a tile), and others that share
 # no factor with 448.

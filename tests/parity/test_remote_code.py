@@ -21,17 +21,19 @@ from transformers import (
     dynamic_module_utils,
 )
 
-from megatron_vico.checkpoint import convert, hf_io
-from megatron_vico.checkpoint.hf_config import ExportOptions, model_json
-from megatron_vico.checkpoint.remote_code_files import write_remote_code
-from megatron_vico.data import tiling
-from megatron_vico.data.encoding import EncodingSettings
-from megatron_vico.data.image_tokens import expand
+from megatron_vico import files
+from megatron_vico.config.registry import MODELS, ModelConfig, get_model_config
+from megatron_vico.convert import convert
+from megatron_vico.convert.huggingface import safetensors_folder
+from megatron_vico.convert.huggingface.config import ExportOptions, model_json
+from megatron_vico.convert.remote_code_files import write_remote_code
+from megatron_vico.data.encode import tiling
+from megatron_vico.data.encode.expand import expand
+from megatron_vico.data.encode.sample_encoder import EncodingSettings
+from megatron_vico.data.encode.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from megatron_vico.data.samples import ConversationSample, Turn
-from megatron_vico.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from megatron_vico.inference.engine import Engine, Prompt, Routing
 from megatron_vico.models.language_model import LanguageInputs
-from megatron_vico.models.registry import MODELS, ModelConfig, get_model_config
 from tests.toy_models import make_encoder, make_language_model, random_tiles
 
 OPTIONS = ExportOptions(
@@ -199,7 +201,10 @@ def test_every_tensor_goes_in_and_out_bit_for_bit(
     assert not model.training
     assert {param.dtype for param in model.parameters()} == {torch.float32}
     model.save_pretrained(tmp_path / "saved")
-    saved, original = hf_io.open_folder(tmp_path / "saved"), hf_io.open_folder(source)
+    saved, original = (
+        safetensors_folder.open_folder(tmp_path / "saved"),
+        safetensors_folder.open_folder(source),
+    )
     assert saved.tensors.keys() == original.tensors.keys()
     assert any("attn3" in name for name in saved.tensors) == (layout == "flash")
     monkeypatch.setitem(MODELS, exported.model.name, exported.model)
@@ -247,7 +252,7 @@ def test_real_sizes_have_the_parameters_of_the_releases(
     contents = model_json(
         get_model_config(name), layout="flash", dtype="bfloat16", options=ExportOptions()
     )
-    hf_io.write_json(tmp_path / "config.json", contents)
+    files.write_json(tmp_path / "config.json", contents)
     config = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True, local_files_only=True)
     with torch.device("meta"):
         model = AutoModel.from_config(config, trust_remote_code=True)
@@ -363,7 +368,10 @@ def test_switched_off_nothing_is_compressed_and_nothing_is_lost(
         assert exported.tokenizer.decode(said) == expected.texts[0]
         assert not theirs.compressed_tiles.any()
     theirs.save_pretrained(tmp_path / "saved")
-    saved, original = hf_io.open_folder(tmp_path / "saved"), hf_io.open_folder(exported.flash)
+    saved, original = (
+        safetensors_folder.open_folder(tmp_path / "saved"),
+        safetensors_folder.open_folder(exported.flash),
+    )
     assert saved.tensors.keys() == original.tensors.keys()
 
 
@@ -454,7 +462,7 @@ def test_a_batch_gives_each_conversation_its_own_answer(exported: Exported) -> N
 def test_tiles_have_the_pixels_of_training(
     size: tuple[int, int], single_process_groups: None
 ) -> None:
-    from megatron_vico.checkpoint.remote_code.image_tiles import load_image
+    from megatron_vico.convert.remote_code.image_tiles import load_image
 
     encoder = make_encoder(get_model_config("toy"))
     for max_num, use_thumbnail in ((12, True), (6, False), (1, True)):
@@ -468,7 +476,7 @@ def test_tiles_have_the_pixels_of_training(
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "P", "1", "CMYK"])
 def test_files_are_read_as_in_training(mode: str, tmp_path: Path) -> None:
-    from megatron_vico.checkpoint.remote_code.image_tiles import load_image
+    from megatron_vico.convert.remote_code.image_tiles import load_image
 
     path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
     exif = Image.Exif()
@@ -486,7 +494,7 @@ def test_files_are_read_as_in_training(mode: str, tmp_path: Path) -> None:
 
 
 def test_the_grid_is_that_of_training() -> None:
-    from megatron_vico.checkpoint.remote_code.image_tiles import choose_grid
+    from megatron_vico.convert.remote_code.image_tiles import choose_grid
 
     for width in range(1, 2000, 97):
         for height in (*range(1, 2000, 89), 2 * width, width):

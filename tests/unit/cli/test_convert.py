@@ -5,14 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vico.checkpoint import hf_io
-from megatron_vico.checkpoint.convert import convert, export_hf
-from megatron_vico.checkpoint.dcp_reader import open_dcp
-from megatron_vico.checkpoint.hf_config import ExportOptions
-from megatron_vico.checkpoint.hf_io import read_json
-from megatron_vico.checkpoint.state import CheckpointMetadata, find_iteration, save_checkpoint
+from megatron_vico.checkpoint.training_checkpoint import (
+    CheckpointMetadata,
+    find_iteration,
+    save_checkpoint,
+)
 from megatron_vico.cli.main import main
-from megatron_vico.models.registry import get_model_config
+from megatron_vico.config.registry import get_model_config
+from megatron_vico.convert.convert import convert, export_hf
+from megatron_vico.convert.huggingface import safetensors_folder
+from megatron_vico.convert.huggingface.config import ExportOptions
+from megatron_vico.convert.megatron.reader import open_dcp
+from megatron_vico.files import read_json
 from tests.toy_models import make_encoder, make_language_model
 
 HEAD = "language_model.gpt.output_layer.weight"
@@ -197,6 +201,6 @@ def test_tokenizers_that_are_not_there(
     ]
     assert main([*words, str(tmp_path / "out")]) == 0
     assert "note: no tokenizer came with the input" in capsys.readouterr().err
-    monkeypatch.setattr(hf_io, "write_shard", None)
+    monkeypatch.setattr(safetensors_folder, "write_shard", None)
     assert main([*words, str(tmp_path / "never"), "--tokenizer-model", str(tmp_path / "typo")]) == 2
     assert "typo: found neither a folder nor" in capsys.readouterr().err

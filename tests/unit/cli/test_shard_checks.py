@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from megatron_vico.cli.main import main
-from megatron_vico.data.tokenizer import train_sentencepiece
+from megatron_vico.data.encode.tokenizer import train_sentencepiece
 from tests.toy_data import write_conversations
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from megatron_vico.cli.shards import main
-from megatron_vico.data.tokenizer import train_sentencepiece
+from megatron_vico.data.encode.tokenizer import train_sentencepiece
 from megatron_vico.errors import ConfigError
 from tests.toy_data import write_conversations
 

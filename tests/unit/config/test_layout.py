@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from megatron_vico.config.arguments import config_kwargs, parse
 from megatron_vico.config.layout import layers_of_a_stage, virtual_stages
+from megatron_vico.config.registry import MODELS, get_model_config
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.validate import validate
 from megatron_vico.errors import ConfigError
-from megatron_vico.models.registry import MODELS, get_model_config
 
 TP, PP, CP = (
     "--tensor-model-parallel-size",

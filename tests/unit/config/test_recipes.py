@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_vico.config.arguments import load_recipe, parse, to_yaml
+from megatron_vico.config.registry import MODELS
 from megatron_vico.config.validate import remarks, validate
-from megatron_vico.models.registry import MODELS
 
 RECIPES = Path(__file__).parents[3] / "examples" / "recipes"
 SIZES = [name for name in MODELS if name.startswith("internvl3_5-")]

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vico.config import stages
 from megatron_vico.config.arguments import parse
 from megatron_vico.config.layout import layers_of_a_stage
+from megatron_vico.config.registry import MODELS, get_model_config
 from megatron_vico.config.schema import STAGES
-from megatron_vico.config.validate import TRAINABLE, remarks, supported_now, validate
+from megatron_vico.config.validate import TRAINABLE, remarks, validate
 from megatron_vico.errors import ConfigError
-from megatron_vico.models.registry import MODELS, get_model_config
-from megatron_vico.training import stages
+from megatron_vico.training.preflight import check_environment, check_files
 
 PP = "--pipeline-model-parallel-size"
 VPP = "--num-layers-per-virtual-pipeline-stage"
@@ -380,11 +381,11 @@ def test_the_trainer_takes_every_layout_and_no_fp8_yet() -> None:
         f"{M30} {EP} 2 --freeze-moe-router",
         f"--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather {FULL} 1",
     ):
-        supported_now(parse(words.split()))
+        check_environment(parse(words.split()))
     with pytest.raises(
         ConfigError, match="not trained with until the KL between an FP8 and a bf16 reference"
     ):
-        supported_now(parse("--bf16 --fp8-format e4m3".split()))
+        check_environment(parse("--bf16 --fp8-format e4m3".split()))
 
 
 def test_what_megatron_core_would_refuse_is_refused_before_it_runs() -> None:
@@ -393,7 +394,7 @@ def test_what_megatron_core_would_refuse_is_refused_before_it_runs() -> None:
     with pytest.raises(
         ConfigError, match="megatron-core refuses these flags: distribute_saved_activations"
     ):
-        supported_now(cfg)
+        check_environment(cfg)
 
 
 def test_remarks() -> None:
@@ -417,7 +418,9 @@ def test_remarks() -> None:
 def test_files_are_asked_for_when_a_run_starts(tmp_path: Path) -> None:
     def problem(*words: str) -> str:
         with pytest.raises(ConfigError) as error:
-            validate(parse(list(words)), 1, check_files=True)
+            cfg = parse(list(words))
+            validate(cfg, 1)
+            check_files(cfg)
         return str(error.value)
 
     here = str(tmp_path)
@@ -441,21 +444,19 @@ def test_files_are_asked_for_when_a_run_starts(tmp_path: Path) -> None:
     assert "qq://a: fsspec cannot open it" in problem(
         *data[2:], "--data-path", "qq://a", "--load", here
     )
-    validate(
-        parse([*data[2:], "--data-path", "memory://a", "--stage", "pretrain"]), 1, check_files=True
-    )
+    check_files(parse([*data[2:], "--data-path", "memory://a", "--stage", "pretrain"]))
     assert "--valid-data-path gone: no such" in problem(
         *data, "--stage", "pretrain", "--valid-data-path", here, "gone"
     )
     assert "--valid-data-path: no folder after 2" in problem(
         *data, "--load", here, "--valid-data-path", here, "2"
     )
-    validate(parse([*data, "--pretrained-checkpoint", here]), 1, check_files=True)
-    validate(parse([*data, "--stage", "pretrain"]), 1, check_files=True)
+    check_files(parse([*data, "--pretrained-checkpoint", here]))
+    check_files(parse([*data, "--stage", "pretrain"]))
     mixture = [
         "--data-path",
         "0.5",
         here,
         "memory://bucket/folder",
     ]  # reading says whether a URL is there
-    validate(parse([*mixture, *data[2:], "--stage", "pretrain"]), 1, check_files=True)
+    check_files(parse([*mixture, *data[2:], "--stage", "pretrain"]))

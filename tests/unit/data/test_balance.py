@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vico.data.balance import EQUAL_COST, PackCost, assign
+from megatron_vico.data.pack.balance import EQUAL_COST, PackCost, assign
 
 
 def highest(costs: list[float], assignment: tuple[tuple[int, ...], ...]) -> float:

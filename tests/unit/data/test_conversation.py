@@ -4,7 +4,7 @@ official rule."""
 import numpy as np
 import pytest
 
-from megatron_vico.data.conversation import (
+from megatron_vico.data.encode.conversation import (
     DEFAULT_SYSTEM_MESSAGE,
     encode_conversation,
     encode_follow_up,

@@ -10,12 +10,12 @@ import shutil
 import pytest
 import torch
 
-from megatron_vico.data.error_budget import MIN_SAMPLES, ErrorBudget, SkipList
+from megatron_vico.data.load.error_budget import MIN_SAMPLES, ErrorBudget, SkipList
 from megatron_vico.data.samples import Skipped
-from megatron_vico.data.webdataset import ShardFolder
+from megatron_vico.data.shards.reader import ShardFolder
 from megatron_vico.errors import SampleError
 from tests.toy_data import break_image
-from tests.unit.data.conftest import take
+from tests.unit.conftest import take
 
 STEPS = 7
 """About three epochs of the 42 samples."""

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_vico.data.balance import assign
-from megatron_vico.data.encoding import SampleEncoder
-from megatron_vico.data.image_tokens import expand
-from megatron_vico.data.loader import Loader
-from megatron_vico.data.pack_plan import Pack, PackPlan
-from megatron_vico.data.shards.writer import WriterOptions, make_shards
-from megatron_vico.data.webdataset import ShardFolder
+from megatron_vico.data.encode.expand import expand
+from megatron_vico.data.encode.sample_encoder import SampleEncoder
+from megatron_vico.data.load.loader import Loader
+from megatron_vico.data.pack.balance import assign
+from megatron_vico.data.pack.plan import Pack, PackPlan
+from megatron_vico.data.shards.reader import ShardFolder
 from megatron_vico.errors import ConfigError, SampleError
+from megatron_vico.shard_tools.writer import WriterOptions, make_shards
 from megatron_vico.vico import compression_plan
 from tests.toy_data import write_conversations
-from tests.unit.data.conftest import (
+from tests.unit.conftest import (
     BUILDER,
     COST,
     GLOBAL_BATCH,

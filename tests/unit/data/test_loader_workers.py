@@ -16,11 +16,11 @@ import threading
 
 import pytest
 
-from megatron_vico.data.loader import MAX_PIECES, worker_death_explained
+from megatron_vico.data.load.loader import MAX_PIECES, worker_death_explained
+from megatron_vico.data.load.worker_life import live_as_long_as_parent
 from megatron_vico.data.samples import map_tensors
-from megatron_vico.data.worker_life import live_as_long_as_parent
 from megatron_vico.errors import ConfigError, WorkerError
-from tests.unit.data.conftest import COST, GLOBAL_BATCH, flat, flat_steps, step_plan, take
+from tests.unit.conftest import COST, GLOBAL_BATCH, flat, flat_steps, step_plan, take
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

@@ -5,7 +5,7 @@ import json
 import fsspec
 import pytest
 
-from megatron_vico.data.mixture import MixedFolder, read_mixture
+from megatron_vico.data.shards.mixture import MixedFolder, read_mixture
 from megatron_vico.errors import ConfigError
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vico.data.order import EpochOrder
+from megatron_vico.data.pack.order import EpochOrder
 
 FOLDERS = ((10, 7, 12), (5,), (30, 1, 2, 9))
 
@@ -121,7 +121,7 @@ def test_it_changes_with_seed_and_epoch():
 )
 def test_clock_locale_and_hash_seed_do_not_matter(environment):
     code = (
-        "from megatron_vico.data.order import EpochOrder;"
+        "from megatron_vico.data.pack.order import EpochOrder;"
         f"o = EpochOrder({FOLDERS}, repeats=(1.0, 2.5, 0.5), seed=1234, epoch=3, block_shards=3);"
         "print([column.tolist() for column in o.slice(0, len(o))])"
     )

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from megatron_vico.config.schema import DataOptions
-from megatron_vico.data.balance import PackCost, assign
-from megatron_vico.data.encoding import EncodingSettings
-from megatron_vico.data.order import EpochOrder
-from megatron_vico.data.pack_plan import SECTION_WINDOWS, PackPlan
-from megatron_vico.data.packing import iter_packs
-from megatron_vico.data.plan_state import PlanState
-from megatron_vico.data.shard_index import FolderIndex, IndexedSample, ShardFiles, ShardIndex
-from megatron_vico.data.webdataset import ShardFolder
+from megatron_vico.data.encode.sample_encoder import EncodingSettings
+from megatron_vico.data.pack.balance import PackCost, assign
+from megatron_vico.data.pack.order import EpochOrder
+from megatron_vico.data.pack.packing import iter_packs
+from megatron_vico.data.pack.plan import SECTION_WINDOWS, PackPlan
+from megatron_vico.data.pack.plan_state import PlanState
+from megatron_vico.data.shards.index import FolderIndex, IndexedSample, ShardFiles, ShardIndex
+from megatron_vico.data.shards.reader import ShardFolder
 from megatron_vico.errors import CheckpointError, ConfigError
 
 OPTIONS = DataOptions(seq_length=400, max_tiles_per_pack=20, packing_window=16, shuffle_shards=5)
@@ -213,7 +213,7 @@ def test_finding_the_place_packs_one_section(make, uninterrupted, monkeypatch):
         packed.append(len(lengths))
         return iter_packs(lengths, **arguments)
 
-    monkeypatch.setattr("megatron_vico.data.pack_plan.iter_packs", counting)
+    monkeypatch.setattr("megatron_vico.data.pack.plan.iter_packs", counting)
     state = uninterrupted[-10].after
     assert state.epoch >= 3
     assert next(make().steps(state)).packs == uninterrupted[-9].packs

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vico.data.packing import LARGE, MAX_CARRIES, PackLimits, pack
+from megatron_vico.data.pack.packing import LARGE, MAX_CARRIES, PackLimits, pack
 from megatron_vico.errors import SampleError
 
 LIMITS = PackLimits(capacity=100, max_tiles=12, max_samples=7)

@@ -10,13 +10,13 @@ import pytest
 import tiktoken
 from transformers import AutoTokenizer
 
-from megatron_vico.data.qwen_tokenizer import (
+from megatron_vico.data.encode.qwen_tokenizer import (
     PRE_TOKENIZER_PATTERN,
     build_tokenizer,
     read_tiktoken,
     write_tokenizer,
 )
-from megatron_vico.data.tokenizer import load_tokenizer
+from megatron_vico.data.encode.tokenizer import load_tokenizer
 from megatron_vico.errors import ConfigError
 
 # In Qwen's file the first added token is 151643; here it follows these. A token may be reached in

@@ -15,8 +15,8 @@ from filelock import FileLock
 from fsspec.registry import known_implementations
 
 from megatron_vico.config.schema import DataOptions
-from megatron_vico.data.storage import StorageOptions, open_storage
-from megatron_vico.data.webdataset import ShardFolder
+from megatron_vico.data.shards.reader import ShardFolder
+from megatron_vico.data.shards.storage import StorageOptions, open_storage
 from megatron_vico.errors import ConfigError, SampleError
 from tests.unit.data.flaky_files import CUT, WHOLE, install
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from megatron_vico.data.tiling import (
+from megatron_vico.data.encode.tiling import (
     choose_grid,
     count_tiles,
     decode_image,

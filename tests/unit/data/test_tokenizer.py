@@ -6,7 +6,7 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_vico.data.tokenizer import SPECIAL_STRINGS, load_tokenizer, train_sentencepiece
+from megatron_vico.data.encode.tokenizer import SPECIAL_STRINGS, load_tokenizer, train_sentencepiece
 from megatron_vico.errors import ConfigError
 
 ALPHABET = [

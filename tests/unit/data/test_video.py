@@ -11,10 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_vico.data import video
-from megatron_vico.data.encoding import SampleEncoder
-from megatron_vico.data.samples import ConversationSample, Turn
-from megatron_vico.data.video import (
+from megatron_vico.data.encode import video
+from megatron_vico.data.encode.sample_encoder import SampleEncoder
+from megatron_vico.data.encode.video import (
     INFERENCE_TEXT,
     draw_frames,
     frame_files,
@@ -22,9 +21,10 @@ from megatron_vico.data.video import (
     video_frames,
     with_frames,
 )
+from megatron_vico.data.samples import ConversationSample, Turn
 from megatron_vico.errors import ConfigError, SampleError
 from tests.toy_data import frame_number, write_video
-from tests.unit.data.conftest import SETTINGS
+from tests.unit.conftest import SETTINGS
 
 
 def stream(seed=0):

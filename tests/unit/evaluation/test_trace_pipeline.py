@@ -4,7 +4,8 @@ they record."""
 from pathlib import Path
 
 from megatron_vico.config.arguments import parse
-from megatron_vico.config.validate import supported_now, validate
+from megatron_vico.config.validate import validate
+from megatron_vico.training.preflight import check_environment
 from megatron_vico.training.trace import trace_file
 from tests.training_runs import load_tool
 
@@ -15,7 +16,7 @@ def test_the_commands_fit_each_other(tmp_path: Path) -> None:
     configs = [parse(words[words.index("train") + 1 :]) for words in commands if "train" in words]
     for cfg, ranks in zip(configs, (1, 4), strict=True):
         validate(cfg, ranks)
-        supported_now(cfg)
+        check_environment(cfg)
     start, traced = configs
     assert traced.checkpoint.pretrained_checkpoint == start.checkpoint.save
     assert traced.training.trace_step == traced.training.train_iters == 7

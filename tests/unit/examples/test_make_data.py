@@ -10,7 +10,7 @@ import pytest
 import tiles
 from PIL import Image
 
-from megatron_vico.data.tiling import tile
+from megatron_vico.data.encode.tiling import tile
 
 
 @pytest.fixture(scope="module")

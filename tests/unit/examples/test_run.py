@@ -7,8 +7,8 @@ import pytest
 import run
 
 from megatron_vico.config.arguments import parse
+from megatron_vico.config.stages import needs_reference
 from megatron_vico.config.validate import validate
-from megatron_vico.training.stages import needs_reference
 
 
 def training_configs(folder, *, quick):

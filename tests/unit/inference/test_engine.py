@@ -9,10 +9,11 @@ import torch
 from megatron.core import tensor_parallel
 from PIL import Image
 
-from megatron_vico.data.encoding import EncodingSettings
-from megatron_vico.data.image_tokens import expand
+from megatron_vico.config.registry import get_model_config
+from megatron_vico.data.encode.expand import expand
+from megatron_vico.data.encode.sample_encoder import EncodingSettings
+from megatron_vico.data.encode.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_vico.data.samples import ConversationSample, Turn
-from megatron_vico.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_vico.errors import SampleError
 from megatron_vico.inference.engine import Engine, Routing
 from megatron_vico.models.build import (
@@ -22,7 +23,6 @@ from megatron_vico.models.build import (
     vision_transformer_config,
 )
 from megatron_vico.models.language_model import LanguageInputs
-from megatron_vico.models.registry import get_model_config
 from megatron_vico.vico.compression_plan import plan_random_exact
 
 MAX_NEW_TOKENS = 5

@@ -4,13 +4,14 @@ files."""
 import pytest
 import torch
 
-from megatron_vico.checkpoint import convert, state
+from megatron_vico.checkpoint import training_checkpoint
+from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.schema import ParallelOptions
-from megatron_vico.data.encoding import EncodingSettings
-from megatron_vico.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_vico.convert import convert
+from megatron_vico.data.encode.sample_encoder import EncodingSettings
+from megatron_vico.data.encode.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_vico.errors import CheckpointError
 from megatron_vico.inference.loading import build_engine, load_weights, model_size_of
-from megatron_vico.models.registry import get_model_config
 from megatron_vico.parallel import groups as process_groups
 
 
@@ -41,11 +42,13 @@ def tensors_of(engine):
 
 
 def save(engine, folder):
-    state.save_checkpoint(
+    training_checkpoint.save_checkpoint(
         folder,
         7,
         modules={"encoder": engine.encoder, "language_model": engine.language_model},
-        metadata=state.CheckpointMetadata(model_size=engine.model.name, stage="router"),
+        metadata=training_checkpoint.CheckpointMetadata(
+            model_size=engine.model.name, stage="router"
+        ),
     )
 
 

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_vico.checkpoint import convert
+from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.schema import ParallelOptions
-from megatron_vico.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_vico.convert import convert
+from megatron_vico.data.encode.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_vico.models.build import (
     build_language_model,
     build_vision_encoder,
     language_transformer_config,
     vision_transformer_config,
 )
-from megatron_vico.models.registry import get_model_config
 from megatron_vico.parallel import groups as process_groups
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "visualize_routing.py"

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_vico.config.registry import get_model_config
 from megatron_vico.models.attention import Rotary, _Rotate, context_share, packed_layout
 from megatron_vico.models.language_model import LanguageInputs, LanguageModel
-from megatron_vico.models.registry import get_model_config
 from tests.toy_models import make_language_model, pack
 
 # Short documents of nearly equal length are padded and attended together, long or very unequal ones

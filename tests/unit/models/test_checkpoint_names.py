@@ -13,10 +13,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_vico.checkpoint import state
-from megatron_vico.checkpoint.convert import convert, export_hf
+from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.checkpoint.extra_state import load_state
-from megatron_vico.models.registry import get_model_config
+from megatron_vico.config.registry import get_model_config
+from megatron_vico.convert.convert import convert, export_hf
 from tests.te_stand_in import SIZES
 from tests.toy_models import make_encoder, make_language_model
 
@@ -62,8 +62,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, single_process_groups: None
     root = tmp_path_factory.mktemp("names")
     for size in set(SIZES.values()):
         module = make_language_model(get_model_config(size))
-        metadata = state.CheckpointMetadata(model_size=size, stage="pretrain")
-        state.save_checkpoint(root / size, 0, modules={"language_model": module}, metadata=metadata)
+        metadata = training_checkpoint.CheckpointMetadata(model_size=size, stage="pretrain")
+        training_checkpoint.save_checkpoint(
+            root / size, 0, modules={"language_model": module}, metadata=metadata
+        )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.te_stand_in", str(root)],
         capture_output=True,
@@ -117,7 +119,9 @@ def test_weights_go_to_transformer_engine_and_back(kind: str, folder: Path) -> N
     bit for bit."""
     size = SIZES[kind]
     module = make_language_model(get_model_config(size), seed=9)
-    state.load_weights(folder / f"te-{kind}", modules={"language_model": module}, model_size=size)
+    training_checkpoint.load_weights(
+        folder / f"te-{kind}", modules={"language_model": module}, model_size=size
+    )
     expected = dict(make_language_model(get_model_config(size)).named_parameters())
     found = dict(module.named_parameters())
     assert found.keys() == expected.keys()

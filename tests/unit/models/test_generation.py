@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_vico.config.registry import get_model_config
 from megatron_vico.models.language_model import LanguageInputs, LanguageModel
-from megatron_vico.models.registry import get_model_config
 from tests.toy_models import make_language_model
 
 LENS = (11, 5, 8)

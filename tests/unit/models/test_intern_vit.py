@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from megatron_vico.config.registry import get_model_config
 from megatron_vico.models.build import build_vision_encoder, vision_transformer_config
 from megatron_vico.models.layers import LayerScaleAdd
-from megatron_vico.models.registry import get_model_config
 from tests.toy_models import make_encoder, random_tiles
 
 

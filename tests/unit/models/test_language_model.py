@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.schema import ParallelOptions
 from megatron_vico.models.build import (
     build_language_model,
@@ -13,7 +14,6 @@ from megatron_vico.models.build import (
     padded_vocab_size,
 )
 from megatron_vico.models.language_model import LanguageModel
-from megatron_vico.models.registry import get_model_config
 from tests.toy_models import pack, randomise
 
 

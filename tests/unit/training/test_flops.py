@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.schema import StageOptions
-from megatron_vico.models.registry import get_model_config
 from megatron_vico.training.flops import (
     attention_flops_per_token_squared,
     language_flops_per_token,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.schema import RunConfig
-from megatron_vico.models.registry import get_model_config
 from megatron_vico.parallel.batch import StepBatch, share_step
 from megatron_vico.parallel.groups import Groups, started
 from megatron_vico.parallel.streams import StreamCut, language_inputs

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_vico.checkpoint import state
+from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.errors import CheckpointError, ConfigError
 from megatron_vico.models.language_model import LanguageModel
@@ -160,7 +160,7 @@ def test_sigterm_ends_the_run_with_a_checkpoint(
         train(stage_config(toy_data, "warmup", base_checkpoint, train_iters=9, save=str(tmp_path)))
     finally:
         signal.signal(signal.SIGTERM, handler)
-    assert state.latest_iteration(tmp_path) == 1
+    assert training_checkpoint.latest_iteration(tmp_path) == 1
 
 
 def test_a_stage_with_nothing_to_start_from_is_refused(toy_data: ToyData, tmp_path: Path) -> None:
@@ -188,6 +188,6 @@ def test_a_loss_that_is_no_number_leaves_the_last_checkpoint(
     )
     with pytest.raises(FloatingPointError, match="last checkpoint is untouched"):
         train(cfg)
-    last = state.latest_iteration(tmp_path)
+    last = training_checkpoint.latest_iteration(tmp_path)
     assert last is not None
     assert len(read_metrics(tmp_path)) == last

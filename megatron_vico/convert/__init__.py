@@ -1,0 +1,1 @@
+"""Checkpoints between Megatron-core and Hugging Face, a tensor at a time."""

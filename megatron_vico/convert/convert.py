@@ -1,0 +1,471 @@
+"""Checkpoints from one form to another, a tensor at a time; and models in memory in and out of
+Hugging Face's form.
+
+A conversion holds one tensor and what is made of it, whatever the model's size. Processes that
+torchrun has started share it. Its output has another name until it is whole; a conversion that was
+interrupted starts over.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_vico import files
+from megatron_vico.checkpoint import training_checkpoint
+from megatron_vico.config.registry import ModelConfig
+from megatron_vico.convert.huggingface import safetensors_folder
+from megatron_vico.convert.huggingface.config import ExportOptions
+from megatron_vico.convert.huggingface.export import (
+    carry_companions,
+    shards_of,
+    write_companions,
+    write_weights,
+)
+from megatron_vico.convert.initial import CONNECTOR_16X_AND_VIR
+from megatron_vico.convert.megatron.writer import check_formats, sizes_of, write_dcp
+from megatron_vico.convert.names.internvl import Entry, Layout, entries
+from megatron_vico.convert.names.kinds import PaddedVocabulary
+from megatron_vico.convert.ranks import FAILURES, Ranks, cause_of, launched
+from megatron_vico.convert.source import (
+    TOKENIZER_FOLDER,
+    Source,
+    canonical_state,
+    cast,
+    check_names,
+    check_shape,
+    completed,
+    hf_source,
+    is_megatron,
+    module_source,
+    open_source,
+)
+from megatron_vico.data.encode.tokenizer import Tokenizer, load_tokenizer
+from megatron_vico.errors import CheckpointError, ConfigError, listed
+from megatron_vico.models.build import padded_vocab_size
+from megatron_vico.models.internvl import VisionEncoder
+from megatron_vico.models.language_model import LanguageModel
+
+DTypeName = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionOptions:
+    """What a conversion does beyond its two folders."""
+
+    input_layout: Layout | None = None
+    """A Hugging Face input in another layout is refused; unset, any will do."""
+
+    model_size: str | None = None
+    """An input of another size is refused; unset, any will do."""
+
+    iteration: int | None = None
+    """Step of a Megatron input; unset, its latest."""
+
+    dtype: DTypeName | None = None
+    """Of the output's weights; unset, each tensor keeps its own."""
+
+    tokenizer_model: str | Path | None = None
+    """Tokenizer to put beside exported weights; unset, the one that came with the input."""
+
+    export: ExportOptions | None = None
+    """What exported config files say; unset, what the input's say."""
+
+    seed: int = 1234
+    """Of connector_16x and ViR where the input has none; see convert/initial.py."""
+
+    tensor_parallel_size: int = 1
+    """Pads the vocabulary of a Megatron output, as a model of this tensor-parallel size has it;
+    others load it too."""
+
+    max_shard_bytes: int = safetensors_folder.MAX_SHARD_BYTES
+    """Size above which a new file begins, in either form; processes share a Hugging Face output
+    file by file."""
+
+    verify: Literal["no", "bits"] = "no"
+    """Whether the output is read back and compared with the input, every bit of every tensor."""
+
+    progress: Literal["none", "bar"] = "none"
+    """Whether the main process shows bytes and time left."""
+
+
+def convert(
+    source: str | Path | Source,
+    *,
+    output: str | Path,
+    layout: Layout | Literal["megatron"],
+    options: ConversionOptions | None = None,
+) -> Path:
+    """Convert a checkpoint between Megatron's form and Hugging Face's, or between two layouts of
+    the latter.
+
+    Called by every process that torchrun started; torch.distributed need not run yet.
+
+    Args:
+        source: a run's folder (megatron-core's form) or a Hugging Face folder; which one is found
+            from its files. Or a source, such as of two folders joined. What it lacks of connectors
+            and ViR gets initial values on the way to Megatron's form.
+        output: where to; must not exist, or be empty.
+        layout: of the output.
+        options: unset, the defaults.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        CheckpointError: on all processes, if the source is broken, of another size, or has no
+            tensors for parts of the output's layout; if the output cannot be written, or differs
+            from the input.
+    """
+    output, chosen = Path(output), options or ConversionOptions()
+    if not isinstance(source, Source):
+        _refuse_overlap(Path(source).resolve(), output.resolve())
+    _refuse_without_effect(layout, chosen)
+    # Before the weights: a wrong path is not to be found out hours later.
+    tokenizer = (
+        load_tokenizer(chosen.tokenizer_model) if chosen.tokenizer_model is not None else None
+    )
+    with launched() as ranks:
+        opened = ranks.agree(lambda: _opened(source, layout, chosen))
+        with safetensors_folder.new_folder(output, ranks=ranks) as folder:
+            if layout == "megatron":
+                _write_megatron(folder, opened, tokenizer=tokenizer, options=chosen, ranks=ranks)
+            else:
+                _write_hf(
+                    folder, opened, layout=layout, tokenizer=tokenizer, options=chosen, ranks=ranks
+                )
+        if chosen.verify == "bits":
+            _verify(output, opened, options=chosen, ranks=ranks)
+    return output
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportedModel:
+    """A Hugging Face folder under Megatron's names; its tensors are read when they are asked
+    for."""
+
+    source: Source
+    absent: tuple[str, ...]
+    """Canonical names of the tensors that the layout does not hold."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """The size."""
+        return self.source.model
+
+    @property
+    def layout(self) -> Layout:
+        """Of the folder."""
+        assert self.source.layout is not None, "it was opened as a Hugging Face folder"
+        return self.source.layout
+
+    def read(self, name: str) -> Tensor:
+        """One tensor as a model on one tensor-parallel rank has it, its vocabulary padded."""
+        kind = _rows(self.model)[name].kind
+        tensor = self.source.read(name)
+        return kind.to_megatron([tensor]) if isinstance(kind, PaddedVocabulary) else tensor
+
+    def canonical_state(self) -> dict[str, Tensor]:
+        """All tensors, under the table's names."""
+        return {name: self.read(name) for name in self.source.forms}
+
+
+def import_hf(directory: str | Path, *, model_size: str | None = None) -> ImportedModel:
+    """Open a Hugging Face checkpoint; its layout and size are found from config.json and checked
+    against the tensors.
+
+    Args:
+        directory: a folder in any of the three layouts.
+        model_size: the size it should be; unset, any known one.
+
+    Returns:
+        Its tensors under Megatron's names, as stored; none has been read yet.
+
+    Raises:
+        CheckpointError: if a file is broken, the size is another one, or a tensor is missing,
+            unknown or misshapen.
+    """
+    source = hf_source(safetensors_folder.open_folder(directory), model_size=model_size)
+    absent = tuple(name for name in _rows(source.model) if name not in source.forms)
+    return ImportedModel(source=source, absent=absent)
+
+
+def load_imported(
+    imported: ImportedModel, *, encoder: VisionEncoder, language_model: LanguageModel
+) -> None:
+    """Read imported tensors into modules; what the layout does not hold keeps the module's fresh
+    values.
+
+    Args:
+        imported: from `import_hf`.
+        encoder: of the same size.
+        language_model: of the same size.
+
+    Raises:
+        CheckpointError: if a module has a tensor that was not imported, or lacks one that was, or
+            has another shape.
+    """
+    target = canonical_state({"encoder": encoder, "language_model": language_model})
+    where = "the model to load into"
+    check_names(target.keys(), imported.source.forms.keys() | set(imported.absent), where=where)
+    shapes = {name: row.shape for name, row in _rows(imported.model).items()}
+    for name in imported.source.forms:
+        check_shape(name, target[name].shape, shapes[name], where=where)
+    with torch.no_grad():
+        for name in imported.source.forms:
+            target[name].copy_(imported.read(name))
+
+
+def export_hf(
+    out_dir: str | Path,
+    *,
+    encoder: VisionEncoder,
+    language_model: LanguageModel,
+    model: ModelConfig,
+    layout: Layout,
+    tokenizer: Tokenizer | None = None,
+    options: ExportOptions | None = None,
+) -> Path:
+    """Write a model, whole in this process, as a Hugging Face checkpoint.
+
+    Args:
+        out_dir: where to; must not exist, or be empty.
+        encoder: the vision encoder, outside of DDP.
+        language_model: the language model, outside of DDP.
+        model: their size.
+        layout: which names and config fields; `internvl` and `hf` leave connector_16x and ViR out.
+        tokenizer: written beside the weights.
+        options: what the config files say; unset, the defaults.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: if a tensor is not in the table, one of the table is missing, or the folder
+            cannot be written.
+    """
+    source = module_source({"encoder": encoder, "language_model": language_model}, model=model)
+    with safetensors_folder.new_folder(out_dir) as folder:
+        shards = shards_of(source, layout)
+        write_weights(folder, source, layout=layout, shards=shards, ranks=Ranks(), written=_ignored)
+        write_companions(
+            folder,
+            model=model,
+            layout=layout,
+            dtype=source.dtype,
+            options=options,
+            tokenizer=tokenizer,
+        )
+    return Path(out_dir)
+
+
+def _refuse_overlap(source: Path, output: Path) -> None:
+    # What is at the unfinished folder's path is removed.
+    if source in (output, *output.parents) or files.unfinished_path(output) in (
+        source,
+        *source.parents,
+    ):
+        raise CheckpointError(
+            f"the output {output} is the input {source}, or within it, or would take its place"
+            " while it is written; the input is never touched, so name another folder."
+        )
+
+
+def _refuse_without_effect(
+    layout: Layout | Literal["megatron"], options: ConversionOptions
+) -> None:
+    if layout == "megatron" and options.export is not None:
+        raise ConfigError(
+            "what an exported config says has no effect on a Megatron checkpoint; give it when"
+            " exporting."
+        )
+    if layout != "megatron" and options.tensor_parallel_size != 1:
+        raise ConfigError(
+            "--tensor-model-parallel-size pads the vocabulary of a Megatron checkpoint; a Hugging"
+            " Face folder has none of that padding, so leave it out."
+        )
+
+
+def _opened(
+    source: str | Path | Source, layout: Layout | Literal["megatron"], options: ConversionOptions
+) -> Source:
+    if not isinstance(source, Source):
+        folder = Path(source)
+        if layout == "megatron" and is_megatron(folder):
+            raise CheckpointError(
+                f"{folder} is a Megatron checkpoint already; name a layout: internvl, hf or flash."
+            )
+        source = open_source(
+            folder,
+            model_size=options.model_size,
+            layout=options.input_layout,
+            iteration=options.iteration,
+        )
+    if layout == "megatron":
+        source = completed(source, seed=options.seed)
+    elif layout == "flash" and not any(
+        name.startswith(CONNECTOR_16X_AND_VIR) for name in source.forms
+    ):
+        raise CheckpointError(
+            f"{source.where} has no connector_16x and no ViR, so it is no Flash model yet; convert"
+            " it to Megatron's form, train it, and export that."
+        )
+    if options.dtype is not None:
+        source = cast(source, safetensors_folder.as_dtype(options.dtype))
+    if layout == "megatron":
+        check_formats(source)
+    return source
+
+
+def _write_hf(
+    folder: Path,
+    source: Source,
+    *,
+    layout: Layout,
+    tokenizer: Tokenizer | None,
+    options: ConversionOptions,
+    ranks: Ranks,
+) -> None:
+    shards = ranks.agree(lambda: shards_of(source, layout, max_shard_bytes=options.max_shard_bytes))
+    sizes = [shard.num_bytes for shard in shards]
+    ranks.on_main(lambda: _check_space(folder, sum(sizes)))
+    with _progress("writing", sizes, options=options, ranks=ranks) as written:
+        write_weights(folder, source, layout=layout, shards=shards, ranks=ranks, written=written)
+    companions = partial(
+        write_companions,
+        folder,
+        model=source.model,
+        layout=layout,
+        dtype=source.dtype,
+        options=options.export,
+        tokenizer=tokenizer,
+        carried_from=source.companions,
+    )
+    ranks.on_main(companions)
+
+
+def _write_megatron(
+    folder: Path,
+    source: Source,
+    *,
+    tokenizer: Tokenizer | None,
+    options: ConversionOptions,
+    ranks: Ranks,
+) -> None:
+    target = training_checkpoint.iteration_folder(folder, 0)
+    padded = padded_vocab_size(source.model.language.vocab_size, options.tensor_parallel_size)
+    sizes = sizes_of(source, padded_vocab_size=padded)
+    ranks.on_main(lambda: _check_space(folder, sum(sizes)))
+    ranks.on_main(target.mkdir)
+    with _progress("writing", sizes, options=options, ranks=ranks) as written:
+        write_dcp(
+            target,
+            source,
+            padded_vocab_size=padded,
+            ranks=ranks,
+            written=written,
+            max_file_bytes=options.max_shard_bytes,
+        )
+
+    def finish() -> None:
+        if source.companions is not None:
+            carry_companions(source.companions, folder / TOKENIZER_FOLDER, tokenizer=tokenizer)
+        metadata = training_checkpoint.CheckpointMetadata(
+            model_size=source.model.name, stage="converted", layout="1 rank"
+        )
+        training_checkpoint.describe(target, metadata)
+        training_checkpoint.point_to(folder, 0)
+
+    ranks.on_main(finish)
+
+
+def _verify(output: Path, source: Source, *, options: ConversionOptions, ranks: Ranks) -> None:
+    """Compare all tensors of the output; one that differs or cannot be read gets the name of an
+    unfinished one."""
+    problem = None
+    try:
+        differing = _differing(output, source, options=options, ranks=ranks)
+        if differing:
+            problem = f"differs from {source.where} in {listed(differing)}"
+    except FAILURES as error:
+        problem = f"cannot be compared with {source.where}: {cause_of(error)}"
+    if problem is not None:
+        marked = files.unfinished_path(output.resolve())
+        ranks.on_main(lambda: output.resolve().rename(marked))
+        raise CheckpointError(
+            f"{output} {problem}; it is now {marked}. The input has changed meanwhile, or the disk"
+            " does not keep what is written to it; convert again."
+        )
+
+
+def _differing(
+    output: Path, source: Source, *, options: ConversionOptions, ranks: Ranks
+) -> list[str]:
+    """Names of the tensors that differ, on all ranks."""
+    written = ranks.agree(lambda: open_source(output, model_size=source.model.name))
+    names = list(written.forms)
+    sizes = [form.num_bytes for form in written.forms.values()]
+
+    def compare() -> list[str]:
+        own = []
+        with _progress("verifying", sizes, options=options, ranks=ranks) as compared:
+            for index in ranks.share(sizes):
+                if not _same_bits(written.read(names[index]), source.read(names[index])):
+                    own.append(names[index])
+                compared(sizes[index])
+        return own
+
+    return [name for each in ranks.gather(ranks.agree(compare)) for name in each]
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    # As bytes: numbers that are no numbers are equal too, and 0 is not -0.
+    return (
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and torch.equal(_bits(one), _bits(other))
+    )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def _check_space(folder: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise CheckpointError(
+            f"{folder} needs {num_bytes / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free;"
+            " nothing was written."
+        )
+
+
+@contextmanager
+def _progress(
+    what: str, sizes: Sequence[int], *, options: ConversionOptions, ranks: Ranks
+) -> Iterator[Callable[[int], object]]:
+    """What to call with bytes done; the main process shows those of its own share."""
+    if options.progress == "none" or not ranks.is_main:
+        yield _ignored
+        return
+    total = sum(sizes[index] for index in ranks.share(sizes))
+    what = what if ranks.size == 1 else f"{what}, rank 0 of {ranks.size}"
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, mininterval=0.5) as bar:
+        yield bar.update
+
+
+def _ignored(num_bytes: int) -> None:
+    """Nobody wants to know."""
+
+
+def _rows(model: ModelConfig) -> dict[str, Entry]:
+    """The table by name, as a model on one tensor-parallel rank has it."""
+    padded = padded_vocab_size(model.language.vocab_size, 1)
+    return {row.megatron: row for row in entries(model, layout="flash", padded_vocab_size=padded)}

@@ -1,0 +1,1 @@
+"""Folders in one of the Hugging Face layouts."""

@@ -1,0 +1,1 @@
+"""megatron-core's distributed checkpoints, a tensor at a time."""

@@ -1,0 +1,246 @@
+"""The tensors of a Megatron checkpoint one at a time, under the mapping table's names, whatever
+layout it was saved in.
+
+megatron-core stores a layer's parameter of all layers under one key, as one tensor with a leading
+dimension for the layer (and a second one for the expert), cut into chunks by the ranks that wrote
+it. Here each layer's part is a tensor of its own again, and reading one reads no more than the
+chunks it lies in: no process groups, no model, one process.
+"""
+
+import itertools
+import math
+import pickle
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata as Chunk
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
+
+from megatron_vico.convert.names.internvl import canonical_name
+from megatron_vico.errors import CheckpointError, listed
+
+Place = tuple[int, ...]
+
+_STACKED = re.compile(r"\.layers\.(?!\d)")
+_STACKED_EXPERTS = ".mlp.experts.experts."
+
+
+@dataclass(frozen=True, kw_only=True)
+class DcpTensor:
+    """A tensor of a Megatron checkpoint that has not been read."""
+
+    key: str
+    """megatron-core's, shared by all layers and experts."""
+
+    place: Place
+    """Where it is in the leading dimensions that megatron-core added: (), (layer,) or (layer,
+    expert)."""
+
+    shape: tuple[int, ...]
+    """Without those dimensions; an embedding's and the head's rows are padded as they were when it
+    was saved."""
+
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+    """What it was cut into, in the coordinates of the key's tensor."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class DcpFolder:
+    """The tensors of one step's folder by name; only its metadata has been read."""
+
+    path: Path
+    tensors: dict[str, DcpTensor]
+    """By the table's name; the optimizer's under `optimizer.state.KIND.` and the parameter's
+    name."""
+
+    metadata: Metadata
+
+    def read(self, name: str) -> Tensor:
+        """One tensor.
+
+        Args:
+            name: a key of `tensors`.
+
+        Returns:
+            It, as stored.
+
+        Raises:
+            CheckpointError: if a file is absent or cut short.
+        """
+        wanted = self.tensors[name]
+        num_leading = len(wanted.place)
+        target = torch.empty(wanted.shape, dtype=wanted.dtype)
+        items = [_read_item(wanted.key, chunk, wanted.place) for chunk in wanted.chunks]
+        reader = FileSystemReader(self.path)
+        try:
+            reader.set_up_storage_reader(self.metadata, is_coordinator=True)
+            reader.read_data(
+                LoadPlan(items), _Into(target.view((1,) * num_leading + wanted.shape))
+            ).wait()
+        except (
+            OSError,
+            CheckpointException,
+            RuntimeError,
+            pickle.UnpicklingError,
+            EOFError,
+        ) as error:
+            raise CheckpointError(
+                f"could not read {name} from {self.path}: {error}; copy the folder again."
+            ) from error
+        return target
+
+
+def open_dcp(path: str | Path) -> DcpFolder:
+    """Open one step's folder of a run.
+
+    Args:
+        path: the folder that holds .metadata and the .distcp files, as `state.find_iteration` finds
+            it.
+
+    Returns:
+        The folder; no tensor has been read.
+
+    Raises:
+        CheckpointError: if the metadata cannot be read, a file is absent or cut short, or a tensor
+            is not stored whole.
+    """
+    folder = Path(path)
+    try:
+        metadata = FileSystemReader(folder).read_metadata()
+    except (OSError, CheckpointException, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise CheckpointError(f"{folder} is not a readable checkpoint: {error}.") from error
+    _check_files(folder, metadata)
+    tensors: dict[str, DcpTensor] = {}
+    for key, stored in metadata.state_dict_metadata.items():
+        if isinstance(stored, TensorStorageMetadata):
+            tensors |= dict(_tensors_of(key, stored, folder))
+    return DcpFolder(path=folder, tensors=tensors, metadata=metadata)
+
+
+def _check_files(folder: Path, metadata: Metadata) -> None:
+    """Compare the files with what the metadata says of them: to find out while reading can take
+    hours."""
+    sizes: dict[str, int] = {}
+    for stored in metadata.storage_data.values():
+        sizes[stored.relative_path] = max(
+            sizes.get(stored.relative_path, 0), stored.offset + stored.length
+        )
+    absent = [name for name in sizes if not (folder / name).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{folder} lacks {listed(absent)}, which its .metadata names; copy the folder again."
+        )
+    short = [name for name, size in sizes.items() if (folder / name).stat().st_size < size]
+    if short:
+        raise CheckpointError(f"{folder}: {listed(short)} cut short; copy the folder again.")
+
+
+class _Into(DefaultLoadPlanner):
+    """Hands the reader the part of a tensor that a chunk goes to."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        part = self._target
+        for dim, (start, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
+            part = part.narrow(dim, start, length)
+        return part
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Nothing is left to do: the reader has copied into the target."""
+
+
+def _tensors_of(
+    key: str, stored: TensorStorageMetadata, folder: Path
+) -> Iterator[tuple[str, DcpTensor]]:
+    num_leading = _num_leading(key)
+    size = tuple(stored.size)
+    shape = size[num_leading:]
+    by_place = _chunks_by_place(stored.chunks, num_leading)
+    for place in itertools.product(*map(range, size[:num_leading])):
+        name = canonical_name(_unstacked(key, place))
+        if name is None:
+            continue
+        chunks = by_place.get(place, [])
+        held = sum(math.prod(chunk.sizes[num_leading:]) for chunk in chunks)
+        if held != math.prod(shape):
+            raise CheckpointError(
+                f"{folder} holds {held} of the {math.prod(shape)} numbers of {name}; a rank's part"
+                " was never written."
+            )
+        yield (
+            name,
+            DcpTensor(
+                key=key,
+                place=place,
+                shape=shape,
+                dtype=stored.properties.dtype,
+                chunks=tuple(chunks),
+            ),
+        )
+
+
+def _chunks_by_place(chunks: Sequence[Chunk], num_leading: int) -> dict[Place, list[Chunk]]:
+    # Once for all: to search a key's chunks for each of its tensors is 3e8 steps with 94 layers of
+    # 128 experts.
+    found: dict[Place, list[Chunk]] = {}
+    for chunk in chunks:
+        spans = [
+            range(start, start + length)
+            for start, length in zip(
+                chunk.offsets[:num_leading], chunk.sizes[:num_leading], strict=True
+            )
+        ]
+        for place in itertools.product(*spans):
+            found.setdefault(place, []).append(chunk)
+    return found
+
+
+def _num_leading(key: str) -> int:
+    if not _STACKED.search(key):
+        return 0
+    return 2 if _STACKED_EXPERTS in key else 1
+
+
+def _unstacked(key: str, place: Place) -> str:
+    """The key with the layer's and the expert's number in it, as in a module's state_dict."""
+    if not place:
+        return key
+    layer, *expert = place
+    name = _STACKED.sub(f".layers.{layer}.", key)
+    return (
+        name.replace(_STACKED_EXPERTS, f".mlp.experts.local_experts.{expert[0]}.")
+        if expert
+        else name
+    )
+
+
+def _read_item(key: str, chunk: Chunk, place: Place) -> ReadItem:
+    num_leading = len(place)
+    return ReadItem(
+        type=LoadItemType.TENSOR,
+        dest_index=MetadataIndex(key, chunk.offsets),
+        dest_offsets=torch.Size((0,) * num_leading + tuple(chunk.offsets[num_leading:])),
+        storage_index=MetadataIndex(key, chunk.offsets),
+        storage_offsets=torch.Size(
+            [wanted - start for wanted, start in zip(place, chunk.offsets, strict=False)]
+            + [0] * (len(chunk.sizes) - num_leading)
+        ),
+        lengths=torch.Size((1,) * num_leading + tuple(chunk.sizes[num_leading:])),
+    )

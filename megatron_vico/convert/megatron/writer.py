@@ -1,0 +1,334 @@
+"""Writes a Megatron checkpoint one tensor at a time, the same as `state.save_checkpoint` writes of
+a model in memory.
+
+megatron-core's dist_checkpointing.save takes the whole state at once. Here torch's distributed
+checkpointing gets a planner that knows keys, places and shapes from the mapping table, and makes a
+tensor when its turn to be written comes. Every layout, and both kinds of layers, read the result:
+the keys are TransformerEngine's, as in training checkpoints.
+"""
+
+import contextlib
+import io
+import os
+import re
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from megatron_vico.config.registry import ModelConfig
+from megatron_vico.convert.huggingface import safetensors_folder
+from megatron_vico.convert.huggingface.safetensors_folder import MAX_SHARD_BYTES, TensorForm
+from megatron_vico.convert.names.internvl import Entry, entries
+from megatron_vico.convert.names.kinds import GatedMLP, PaddedVocabulary
+from megatron_vico.convert.ranks import Ranks
+from megatron_vico.convert.source import Source
+from megatron_vico.convert.write_behind import WriteBehind
+from megatron_vico.errors import CheckpointError
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")
+_LINEAR_IN_LAYER = re.compile(r"\.layers\..*\.linear_(qkv|proj|fc1|fc2)\.weight$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where megatron-core keeps a tensor: the parameters of all layers, and of all experts, are one
+    tensor."""
+
+    key: str
+    index: tuple[int, ...]
+    """(), (layer,) or (layer, expert)."""
+
+    counts: tuple[int, ...]
+    """How many there are of each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """What one item of the plan stores: some rows of one tensor of the table."""
+
+    name: str
+    first_row: int
+    num_rows: int
+
+
+def write_dcp(
+    folder: Path,
+    source: Source,
+    *,
+    padded_vocab_size: int,
+    ranks: Ranks,
+    written: Callable[[int], object],
+    max_file_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write all of a model's weights; called by every rank, which share the work.
+
+    Args:
+        folder: an existing, empty folder.
+        source: of every tensor of the table.
+        padded_vocab_size: rows of embedding and head.
+        ranks: the processes.
+        written: called with the bytes of each tensor that this rank has written.
+        max_file_bytes: size at which a rank begins a new file.
+
+    Raises:
+        CheckpointException: torch's, on all ranks, if one could not read or write.
+    """
+    rows = list(entries(source.model, layout="flash", padded_vocab_size=padded_vocab_size))
+    own = ranks.share(sizes_of(source, padded_vocab_size=padded_vocab_size))
+    planner = _LazyPlanner(source, rows, own=own, is_main=ranks.is_main)
+    with _quiet():
+        dcp.save(
+            {},
+            storage_writer=_Writer(folder, written, max_file_bytes),
+            planner=planner,
+            no_dist=ranks.size == 1,
+        )
+    ranks.on_main(lambda: save_config(CheckpointingConfig("torch_dist", 1), str(folder)))
+
+
+def sizes_of(source: Source, *, padded_vocab_size: int) -> list[int]:
+    """Bytes of each tensor as it will be stored, in the order of the table; arguments as
+    `write_dcp`."""
+    return [
+        TensorForm(shape=row.shape, dtype=source.forms[row.megatron].dtype).num_bytes
+        for row in entries(source.model, layout="flash", padded_vocab_size=padded_vocab_size)
+    ]
+
+
+def check_formats(source: Source) -> None:
+    """CheckpointError if layers, or experts, that are one tensor in a Megatron checkpoint differ in
+    format.
+
+    The checkpoint notes one format a tensor, in which the others would be read: a loss that nobody
+    sees.
+    """
+    first: dict[str, str] = {}
+    for row in entries(source.model, layout="flash"):
+        other = first.setdefault(_place(row, source.model).key, row.megatron)
+        formats = [
+            safetensors_folder.dtype_name(source.forms[name].dtype)
+            for name in (other, row.megatron)
+        ]
+        if formats[0] != formats[1]:
+            raise CheckpointError(
+                f"{source.where}: {other} is {formats[0]}, {row.megatron} is {formats[1]}; a"
+                " Megatron checkpoint keeps all layers of a weight in one format: give --dtype"
+                " (fp32 loses nothing)."
+            )
+
+
+class _LazyPlanner(SavePlanner):
+    """Says what is to be stored without having it."""
+
+    def __init__(self, source: Source, rows: list[Entry], *, own: range, is_main: bool) -> None:
+        self._source = source
+        self._rows = {row.megatron: row for row in rows}
+        self._objects: dict[str, Any] = {}
+        self._parts: dict[tuple[str, tuple[int, ...]], _Part] = {}
+        self._items: list[WriteItem] = []
+        # Two items can come from one tensor; they are neighbours, so that one is kept.
+        self._latest: tuple[str, Tensor] | None = None
+        if is_main:
+            self._add_objects()
+        for index in own:
+            self._add_tensor(rows[index])
+
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
+        """There is no state to look at."""
+
+    def create_local_plan(self) -> SavePlan:
+        """What this rank writes."""
+        return SavePlan(self._items)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """What all ranks write. Not checked for overlaps as torch does, in minutes where there are
+        128 experts."""
+        return create_default_global_save_plan(all_plans)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        """The plan as the main rank has completed it."""
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        """Make what an item stores."""
+        if write_item.type == WriteItemType.BYTE_IO:
+            stream = io.BytesIO()
+            torch.save([self._objects[write_item.index.fqn]], stream)
+            return stream
+        assert write_item.tensor_data is not None
+        assert write_item.index.offset is not None
+        part = self._parts[write_item.index.fqn, tuple(write_item.index.offset)]
+        rows = self._whole(part.name)[part.first_row : part.first_row + part.num_rows]
+        # torch.save stores all of the memory that a view belongs to: by way of numpy, these rows
+        # are all of it.
+        memory = rows.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy()
+        return torch.from_numpy(memory).view(rows.dtype).view(write_item.tensor_data.chunk.sizes)
+
+    def _whole(self, name: str) -> Tensor:
+        if self._latest is None or self._latest[0] != name:
+            self._latest = None  # or two of them would be in memory
+            tensor, row = self._source.read(name), self._rows[name]
+            if isinstance(row.kind, PaddedVocabulary):
+                tensor = row.kind.to_megatron([tensor])
+            self._latest = (name, tensor)
+        return self._latest[1]
+
+    def _add_objects(self) -> None:
+        # As save_checkpoint stores them: what is not a tensor, and TransformerEngine's state of
+        # each linear layer, which holds nothing without FP8 but is asked for by name.
+        self._objects["common_state/shard_0_1"] = {"scheduler": {}, "trainer_state": {}}
+        for row in self._rows.values():
+            if _LINEAR_IN_LAYER.search(row.megatron):
+                place = _place(row, self._source.model)
+                index, counts = (".".join(map(str, each)) for each in (place.index, place.counts))
+                self._objects[
+                    f"{place.key.removesuffix('weight')}_extra_state/shard_{index}_{counts}"
+                ] = None
+        self._items += [
+            WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._objects
+        ]
+
+    def _add_tensor(self, row: Entry) -> None:
+        place = _place(row, self._source.model)
+        # megatron-core cuts gate from up, so that tensor-parallel ranks find their parts of each.
+        num_parts = 2 if isinstance(row.kind, GatedMLP) else 1
+        num_rows = row.shape[0] // num_parts
+        ones = (1,) * len(place.index)
+        for first_row in range(0, row.shape[0], num_rows):
+            offsets = torch.Size((*place.index, first_row, *(0 for _ in row.shape[1:])))
+            data = TensorWriteData(
+                chunk=ChunkStorageMetadata(
+                    offsets=offsets, sizes=torch.Size((*ones, num_rows, *row.shape[1:]))
+                ),
+                properties=TensorProperties(dtype=self._source.forms[row.megatron].dtype),
+                size=torch.Size((*place.counts, *row.shape)),
+            )
+            self._items.append(
+                WriteItem(MetadataIndex(place.key, offsets), WriteItemType.SHARD, tensor_data=data)
+            )
+            self._parts[place.key, tuple(offsets)] = _Part(
+                name=row.megatron, first_row=first_row, num_rows=num_rows
+            )
+
+
+class _Writer(FileSystemWriter):
+    """torch's writer, but an item is written while the next is made, and dropped; torch keeps a
+    file's tensors."""
+
+    def __init__(self, path: Path, written: Callable[[int], object], max_file_bytes: int) -> None:
+        super().__init__(path)
+        self._path = path
+        self._written = written
+        self._max_file_bytes = max_file_bytes
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's items in the order of the plan, in files of about the largest size
+        asked for."""
+        results: list[WriteResult] = []
+        items = deque(plan.items)
+        number = 0
+        while items:
+            name = f"{plan.storage_data.prefix}{number}{DEFAULT_SUFFIX}"
+            number += 1
+            num_bytes = 0
+            with (self._path / name).open("wb") as stream:
+                with WriteBehind() as behind:
+                    while items and num_bytes < self._max_file_bytes:
+                        item = items.popleft()
+                        data = planner.resolve_data(item)
+                        num_bytes += (
+                            data.nbytes if isinstance(data, Tensor) else data.getbuffer().nbytes
+                        )
+                        behind(partial(self._write, item, data, stream, name, results))
+                        del data  # the thread has it: or two would wait beside the one that is made
+                stream.flush()
+                os.fsync(stream.fileno())
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def _write(
+        self,
+        item: WriteItem,
+        data: Tensor | io.BytesIO,
+        stream: Any,
+        file: str,
+        results: list[WriteResult],
+    ) -> None:
+        start = stream.tell()
+        if isinstance(data, Tensor):
+            try:
+                torch.save(data, stream)
+            except RuntimeError as error:
+                # torch's archive complains of a wrong position where the file has said that the
+                # disk is full.
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+            self._written(data.nbytes)
+        else:
+            stream.write(data.getbuffer())
+        length = stream.tell() - start
+        place = _StorageInfo(file, start, length)
+        results.append(WriteResult(index=item.index, size_in_bytes=length, storage_data=place))
+
+
+def _place(row: Entry, model: ModelConfig) -> _Place:
+    name, language = row.megatron, model.language
+    index: list[int] = []
+    counts: list[int] = []
+    layer, expert = _LAYER.search(name), _EXPERT.search(name)
+    if layer is not None:
+        index.append(int(layer[1]))
+        counts.append(
+            model.vision.num_layers if name.startswith("encoder.") else language.num_layers
+        )
+        name = name.replace(layer[0], ".layers.", 1)
+    if expert is not None:
+        assert language.num_experts is not None, "only a model with experts has such names"
+        index.append(int(expert[1]))
+        counts.append(language.num_experts)
+        name = name.replace(expert[0], ".experts.experts.", 1)
+    if name.startswith("language_model."):
+        # TransformerEngine's norms are part of the linear layer behind them, but for the one before
+        # the experts.
+        name = name.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
+        if language.num_experts is None:
+            name = name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
+    return _Place(key=name, index=tuple(index), counts=tuple(counts))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's note that a single process saves alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch\.distributed\.")
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

@@ -1,0 +1,243 @@
+"""Turns to token ids and response mask by the official `internvl2_5` template (InternVL3.5 with
+Qwen3 uses it).
+
+Each turn is tokenised by itself. Only answers and their `<|im_end|>` are trained. Here an image is
+`<img>`, ONE `<IMG_CONTEXT>` per tile, `</img>`; data/encode/expand.py repeats it once a compression
+plan exists.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from megatron_vico.data.encode.tokenizer import (
+    IMAGE_CONTEXT,
+    IMAGE_END,
+    IMAGE_START,
+    TURN_END,
+    TURN_START,
+    Tokenizer,
+)
+from megatron_vico.data.samples import BoolArray, IntArray, Turn
+from megatron_vico.errors import SampleError
+
+TileTags = Literal["none", "numbered"]
+
+IMAGE_TAG = "<image>"
+ASSISTANT_PREFIX = f"{TURN_START}assistant\n"
+# The official message, Chinese as the released models saw it in training, written in escapes to
+# keep the file ASCII: "I am Shusheng Wanxiang, in English InternVL, a multimodal model by Shanghai
+# AI Laboratory, Tsinghua and others."
+DEFAULT_SYSTEM_MESSAGE = (
+    "\u4f60\u662f\u4e66\u751f\u00b7\u4e07\u8c61\uff0c\u82f1\u6587\u540d\u662fInternVL\uff0c\u662f\u7531"
+    "\u4e0a\u6d77\u4eba\u5de5\u667a\u80fd\u5b9e\u9a8c\u5ba4\u3001\u6e05\u534e\u5927\u5b66\u53ca"
+    "\u591a\u5bb6\u5408\u4f5c\u5355\u4f4d\u8054\u5408\u5f00\u53d1\u7684"
+    "\u591a\u6a21\u6001\u5927\u8bed\u8a00\u6a21\u578b\u3002"
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EncodedText:
+    """Token ids of a conversation, one image token per tile."""
+
+    token_ids: IntArray
+    """[L] int64."""
+
+    is_response: BoolArray
+    """[L] bool, True on trained tokens."""
+
+
+def encode_conversation(
+    turns: Sequence[Turn],
+    *,
+    tiles_per_image: Sequence[int],
+    tokenizer: Tokenizer,
+    tile_tags: TileTags = "none",
+    key: str = "",
+) -> EncodedText:
+    """Ids and response mask of a conversation with its answers.
+
+    Trained are each `gpt` turn's text and `<|im_end|>`, but neither `<|im_start|>assistant\\n` nor
+    the last newline; of a `pretrain` conversation, everything outside images but its first token
+    (which nothing predicts).
+
+    Args:
+        turns: the conversation; a missing system turn is added with the official default.
+        tiles_per_image: tiles of each image, in the order of the `<image>` tags.
+        tokenizer: gives the ids.
+        tile_tags: "numbered" puts `<tile_i>` before each tile of an image.
+        key: the sample's name, for errors.
+
+    Returns:
+        Ids and mask.
+
+    Raises:
+        SampleError: if tags and images do not match, roles are out of place, or there is no answer
+            or an empty one.
+    """
+    _check_turns(turns, key)
+    placed = _place_images(turns, tiles_per_image, tile_tags, key)
+    if placed[0].role == "pretrain":
+        return _encode_pretrain(placed[0].text, tile_tags, tokenizer)
+    if not any(turn.role == "gpt" for turn in turns):
+        raise SampleError(f"sample {key!r}: no answer to train on; add a turn from 'gpt'.")
+    for number, turn in enumerate(turns):
+        if turn.role == "gpt" and not turn.text.strip():
+            raise SampleError(
+                f"sample {key!r}: turn {number + 1} is an empty answer; remove the turn or the"
+                " sample."
+            )
+    prefix_len = len(tokenizer.encode_fixed(ASSISTANT_PREFIX))
+    token_ids: list[int] = []
+    trained: list[tuple[int, int]] = []
+    for turn in _with_system_turn(placed):
+        start = len(token_ids)
+        token_ids += _encode_turn(turn, tokenizer)
+        if turn.role == "gpt":
+            trained.append((start + prefix_len, len(token_ids) - 1))
+    is_response = np.zeros(len(token_ids), dtype=np.bool_)
+    for start, end in trained:
+        is_response[start:end] = True
+    return EncodedText(token_ids=np.array(token_ids, dtype=np.int64), is_response=is_response)
+
+
+def encode_prompt(
+    turns: Sequence[Turn],
+    *,
+    tiles_per_image: Sequence[int],
+    tokenizer: Tokenizer,
+    tile_tags: TileTags = "none",
+    key: str = "",
+) -> EncodedText:
+    """Ids up to and with `<|im_start|>assistant\\n`, for the model to go on; nothing is a response.
+
+    Args:
+        turns: the conversation so far, ending with a `human` turn; former answers may be in it.
+        tiles_per_image: tiles of each image, in the order of the `<image>` tags.
+        tokenizer: gives the ids.
+        tile_tags: "numbered" puts `<tile_i>` before each tile of an image.
+        key: the sample's name, for errors.
+
+    Returns:
+        Ids, and a mask that is False everywhere.
+
+    Raises:
+        SampleError: if tags and images do not match, or the last turn is not a question.
+    """
+    _check_turns(turns, key)
+    if turns[-1].role != "human":
+        raise SampleError(
+            f"sample {key!r}: a prompt ends with role {turns[-1].role!r}; expected 'human'."
+        )
+    token_ids: list[int] = []
+    for turn in _with_system_turn(_place_images(turns, tiles_per_image, tile_tags, key)):
+        token_ids += _encode_turn(turn, tokenizer)
+    token_ids += tokenizer.encode_fixed(ASSISTANT_PREFIX)
+    return EncodedText(
+        token_ids=np.array(token_ids, dtype=np.int64),
+        is_response=np.zeros(len(token_ids), np.bool_),
+    )
+
+
+def encode_follow_up(question: str, *, tokenizer: Tokenizer) -> IntArray:
+    """Ids from an answer's `<|im_end|>` (not in it) to the next answer: newline, the question's
+    turn, the prefix.
+
+    Args:
+        question: a later question of the conversation, without images.
+        tokenizer: gives the ids.
+
+    Returns:
+        [L] int64.
+    """
+    ids = [*tokenizer.encode_fixed("\n"), *_encode_turn(Turn("human", question), tokenizer)]
+    return np.array([*ids, *tokenizer.encode_fixed(ASSISTANT_PREFIX)], dtype=np.int64)
+
+
+def _encode_turn(turn: Turn, tokenizer: Tokenizer) -> Sequence[int]:
+    if turn.role == "system":
+        return tokenizer.encode_fixed(f"{TURN_START}system\n{turn.text}{TURN_END}\n")
+    speaker = "user" if turn.role == "human" else "assistant"
+    return tokenizer.encode(f"{TURN_START}{speaker}\n{turn.text}{TURN_END}\n")
+
+
+def _encode_pretrain(text: str, tile_tags: str, tokenizer: Tokenizer) -> EncodedText:
+    token_ids = np.array(tokenizer.encode(text), dtype=np.int64)
+    start, end = tokenizer.token_id(IMAGE_START), tokenizer.token_id(IMAGE_END)
+    is_response = ~np.isin(token_ids, (start, tokenizer.image_token_id, end))
+    if (
+        tile_tags == "numbered"
+    ):  # no part of the official template: the tags within an image are not trained either
+        is_response &= np.cumsum(token_ids == start) == np.cumsum(token_ids == end)
+    is_response[:1] = False
+    return EncodedText(token_ids=token_ids, is_response=is_response)
+
+
+def _with_system_turn(turns: Sequence[Turn]) -> Sequence[Turn]:
+    return turns if turns[0].role == "system" else (Turn("system", DEFAULT_SYSTEM_MESSAGE), *turns)
+
+
+def _check_turns(turns: Sequence[Turn], key: str) -> None:
+    roles = [turn.role for turn in turns]
+    if not roles:
+        raise SampleError(f"sample {key!r}: the conversation is empty; expected at least one turn.")
+    if "pretrain" in roles and len(roles) > 1:
+        raise SampleError(
+            f"sample {key!r}: a 'pretrain' turn among {len(roles)} turns; it must be the only one."
+        )
+    if "system" in roles[1:]:
+        raise SampleError(
+            f"sample {key!r}: turn {roles.index('system', 1) + 1} is from 'system'; it must be the"
+            " first."
+        )
+    for number, turn in enumerate(turns):
+        if IMAGE_CONTEXT in turn.text:
+            raise SampleError(
+                f"sample {key!r}: turn {number + 1} contains {IMAGE_CONTEXT}; use {IMAGE_TAG} tags."
+            )
+
+
+def _place_images(
+    turns: Sequence[Turn], tiles_per_image: Sequence[int], tile_tags: str, key: str
+) -> list[Turn]:
+    """Turns with each `<image>` tag replaced; without any tag, all images come before the first
+    question.
+
+    Only questions and `pretrain` texts are searched. The official code puts tags before the first
+    question also when a later one has them, and then leaves the later tags as plain text; here tags
+    stay where the data has them.
+    """
+    placed = list(turns)
+    holders = [number for number, turn in enumerate(turns) if turn.role in ("human", "pretrain")]
+    num_tags = sum(turns[number].text.count(IMAGE_TAG) for number in holders)
+    if not tiles_per_image and not num_tags:
+        return placed
+    if num_tags == 0 and holders:
+        first = turns[holders[0]]
+        placed[holders[0]] = Turn(first.role, f"{IMAGE_TAG}\n" * len(tiles_per_image) + first.text)
+        num_tags = len(tiles_per_image)
+    if num_tags != len(tiles_per_image):
+        raise SampleError(
+            f"sample {key!r}: {num_tags} {IMAGE_TAG} tags but {len(tiles_per_image)} images; "
+            "give one tag for each image, in order, or no tag at all."
+        )
+    images = iter(tiles_per_image)
+    for number in holders:
+        pieces = placed[number].text.split(IMAGE_TAG)
+        text = pieces[0] + "".join(
+            _image_text(next(images), tile_tags) + piece for piece in pieces[1:]
+        )
+        placed[number] = Turn(placed[number].role, text)
+    return placed
+
+
+def _image_text(num_tiles: int, tile_tags: str) -> str:
+    if tile_tags == "numbered":
+        return (
+            IMAGE_START
+            + "".join(f"<tile_{i}>{IMAGE_CONTEXT}" for i in range(1, num_tiles + 1))
+            + IMAGE_END
+        )
+    return IMAGE_START + IMAGE_CONTEXT * num_tiles + IMAGE_END

@@ -1,0 +1,136 @@
+"""A conversation sample to an encoded one: tiling and template together, with the settings that
+both depend on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from megatron_vico.config.schema import DataOptions
+from megatron_vico.data.encode import conversation, tiling
+from megatron_vico.data.encode.augment import jpeg_degrade
+from megatron_vico.data.encode.conversation import EncodedText, TileTags
+from megatron_vico.data.encode.expand import check_image_tokens
+from megatron_vico.data.encode.tokenizer import Tokenizer
+from megatron_vico.data.samples import ByteArray, ConversationSample, EncodedSample
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingSettings:
+    """What the number of tokens and tiles of a sample depends on, besides the tokenizer; written
+    into shard indexes."""
+
+    image_size: int
+    """Side S of a tile in px."""
+
+    max_dynamic_patch: int = 12
+    """Most tiles of one image, thumbnail not counted; a sample may have its own."""
+
+    use_thumbnail: bool = True
+    """Append the whole image as one more tile when it was cut into several."""
+
+    tile_tags: TileTags = "none"
+    """Text before each tile."""
+
+    @classmethod
+    def from_options(cls, options: DataOptions, *, image_size: int) -> "EncodingSettings":
+        """The settings of a run's data options and its vision tower's `image_size`."""
+        return cls(
+            image_size=image_size,
+            max_dynamic_patch=options.max_dynamic_patch,
+            use_thumbnail=options.use_thumbnail,
+            tile_tags=options.tile_tags,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleEncoder:
+    """Turns samples into ids and tiles."""
+
+    tokenizer: Tokenizer
+    settings: EncodingSettings
+
+    def encode(
+        self, sample: ConversationSample, *, random: torch.Generator | None = None
+    ) -> EncodedSample:
+        """Ids, response mask and tiles of a sample with its answers.
+
+        Args:
+            sample: any.
+            random: the stream that augmentation draws from, where the sample has `data_augment`;
+                None, for indexing and evaluation, leaves the tiles as they are. Their number is the
+                same either way.
+
+        Returns:
+            The encoded sample.
+
+        Raises:
+            SampleError: if an image is broken, tags and images do not match, or an answer is
+                missing or empty.
+        """
+        encoded = self._encode(sample, conversation.encode_conversation)
+        if random is None or not sample.data_augment:
+            return encoded
+        return replace(encoded, tiles=jpeg_degrade(encoded.tiles, random=random))
+
+    def encode_blank(self, sample: ConversationSample) -> EncodedSample:
+        """As `encode`, but with blank tiles: all that can be counted and every error, at a fraction
+        of the time.
+
+        Raises:
+            SampleError: if an image is broken, tags and images do not match, or an answer is
+                missing or empty.
+        """
+        return self._encode(
+            sample, conversation.encode_conversation, tile_images=tiling.blank_tiles
+        )
+
+    def encode_prompt(self, sample: ConversationSample) -> EncodedSample:
+        """Ids and tiles of a sample that ends with a question; nothing is a response.
+
+        Raises:
+            SampleError: if an image is broken, tags and images do not match, or the last turn is
+                not a question.
+        """
+        return self._encode(sample, conversation.encode_prompt)
+
+    def _encode(
+        self,
+        sample: ConversationSample,
+        encode_text: Callable[..., EncodedText],
+        *,
+        tile_images: Callable[..., list[ByteArray]] = tiling.tile_images,
+    ) -> EncodedSample:
+        settings = self.settings
+        tiles_of_images = tile_images(
+            sample.images,
+            key=sample.key,
+            image_size=settings.image_size,
+            max_dynamic_patch=sample.max_dynamic_patch or settings.max_dynamic_patch,
+            use_thumbnail=settings.use_thumbnail,
+        )
+        tiles_per_image = tuple(len(tiles) for tiles in tiles_of_images)
+        text = encode_text(
+            sample.turns,
+            tiles_per_image=tiles_per_image,
+            tokenizer=self.tokenizer,
+            tile_tags=settings.tile_tags,
+            key=sample.key,
+        )
+        encoded = EncodedSample(
+            key=sample.key,
+            token_ids=text.token_ids,
+            is_response=text.is_response,
+            tiles=_join(tiles_of_images, settings.image_size),
+            tiles_per_image=tiles_per_image,
+        )
+        check_image_tokens(encoded, image_token_id=self.tokenizer.image_token_id)
+        return encoded
+
+
+def _join(tiles_of_images: list[ByteArray], image_size: int) -> ByteArray:
+    if len(tiles_of_images) == 1:
+        return tiles_of_images[0]
+    empty = np.empty((0, 3, image_size, image_size), dtype=np.uint8)
+    return np.concatenate([empty, *tiles_of_images])

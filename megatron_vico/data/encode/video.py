@@ -1,0 +1,308 @@
+"""Videos to frames by the official rules: which frames a sample shows, and the text that stands
+before each.
+
+A video is a file that PyAV reads (the extra `video`) or a folder of frame images. In a shard a
+video is nothing but its frames, as images of one tile each; they are drawn once, when the shards
+are made.
+"""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_vico.data.encode.conversation import IMAGE_TAG
+from megatron_vico.data.samples import Turn
+from megatron_vico.errors import ConfigError, SampleError
+
+VIDEO_TAG = "<video>"
+# The released models were trained with one text and are asked with another; both are official.
+TRAINING_TEXT = f"Frame-{{number}}: {IMAGE_TAG}\n"
+INFERENCE_TEXT = f"Frame{{number}}: {IMAGE_TAG}\n"
+FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+JPEG_QUALITY = 95
+MICROSECONDS = 1_000_000
+SLACK_S = 0.5  # durations in headers may be rounded
+
+
+def video_frames(
+    source: str | Path,
+    *,
+    random: torch.Generator,
+    min_frames: int = 8,
+    max_frames: int = 32,
+    clip: Sequence[float] | None = None,
+) -> list[bytes]:
+    """Frames of a video by the official training rule.
+
+    Their number is drawn from `min_frames` to `max_frames`; the video is cut into as many
+    intervals, and a frame is drawn from each. A file with fewer frames has its last one repeated; a
+    folder or an animated GIF gives all it has.
+
+    Args:
+        source: a video file, or a folder of frame images in the natural order of their names.
+        random: the sample's random stream.
+        min_frames: fewest frames.
+        max_frames: most frames.
+        clip: (start, end) of the part to show, in seconds; what of it lies after the end of the
+            file is left out.
+
+    Returns:
+        Image files: JPEG for a video, as they are for a folder.
+
+    Raises:
+        ConfigError: if PyAV is not installed.
+        SampleError: if the video is broken, cut short or empty, or `clip` is not in it; names the
+            file.
+    """
+    path = Path(source)
+    num_frames = int(torch.randint(min_frames, max_frames + 1, (), generator=random))
+    if path.is_dir():
+        if clip:
+            raise SampleError(
+                f"{path}: 'clip' of a folder of frames, which has no frame rate; give the frames"
+                " of it."
+            )
+        names = frame_files(path)
+        chosen = draw_frames(len(names), num_frames=min(num_frames, len(names)), random=random)
+        try:
+            return [names[number].read_bytes() for number in chosen]
+        except OSError as error:
+            raise SampleError(
+                f"{error.filename}: {error.strerror}; restore the frame or remove the sample."
+            ) from error
+
+    def choose(video: _Video) -> list[int]:
+        start, available = _clip(video, clip) if clip else (0, video.num_frames)
+        most = available if path.suffix.lower() == ".gif" else max_frames
+        drawn = draw_frames(available, num_frames=min(num_frames, most), random=random)
+        return [start + number for number in drawn]
+
+    return _read_frames(path, choose)
+
+
+def middle_frames(source: str | Path, *, num_frames: int) -> list[bytes]:
+    """Frames of a video file by the rule of the official inference example: the middle of each of
+    equal segments.
+
+    Args:
+        source: a video file.
+        num_frames: how many; of a shorter video, some come repeatedly.
+
+    Returns:
+        JPEG files.
+
+    Raises:
+        ConfigError: if PyAV is not installed.
+        SampleError: if the video is broken, cut short or empty; names the file.
+    """
+
+    def choose(video: _Video) -> list[int]:
+        segment = (video.num_frames - 1) / num_frames
+        return [int(segment / 2 + np.round(segment * number)) for number in range(num_frames)]
+
+    return _read_frames(Path(source), choose)
+
+
+def with_frames(
+    turns: Sequence[Turn], num_frames: int, *, frame_text: str = TRAINING_TEXT, key: str = ""
+) -> tuple[Turn, ...]:
+    """Turns with the frames' `<image>` tags in place of `<video>`, or before the first question
+    without that tag.
+
+    The official code fails on a tag without a newline after it, and on a system turn before a
+    question without the tag; both are taken here as they are meant.
+
+    Args:
+        turns: the conversation.
+        num_frames: frames of its video.
+        frame_text: of one frame; `{number}` counts from 1.
+        key: the sample's name, for errors.
+
+    Returns:
+        The turns.
+
+    Raises:
+        SampleError: if there are several tags, or no question.
+    """
+    holders = [number for number, turn in enumerate(turns) if turn.role in ("human", "pretrain")]
+    tagged = [number for number in holders for _ in range(turns[number].text.count(VIDEO_TAG))]
+    if len(tagged) > 1 or not holders:
+        raise SampleError(
+            f"sample {key!r}: {len(tagged)} {VIDEO_TAG} tags in {len(holders)} questions; expected"
+            " a question, and one tag for its video or none."
+        )
+    place = (tagged or holders)[0]
+    before, _, after = turns[place].text.rpartition(VIDEO_TAG)
+    frames = "".join(frame_text.format(number=number) for number in range(1, num_frames + 1))
+    text = before + frames + (after.removeprefix("\n") if tagged else after)
+    return (*turns[:place], Turn(turns[place].role, text), *turns[place + 1 :])
+
+
+def draw_frames(num_available: int, *, num_frames: int, random: torch.Generator) -> list[int]:
+    """Numbers of frames, ascending: one drawn from each of `num_frames` intervals of the video
+    (official "rand").
+
+    Args:
+        num_available: frames that the video has.
+        num_frames: how many to draw; if the video has fewer, all of them and the last one
+            repeatedly.
+        random: random stream.
+
+    Returns:
+        `num_frames` numbers in [0, num_available).
+    """
+    shown = min(num_frames, num_available)
+    edges = np.linspace(0, num_available, num=shown + 1).astype(int).tolist()
+    if min(end - start for start, end in pairwise(edges)) > 1:
+        # Never the last frame of an interval, as in the official code.
+        drawn = [
+            int(torch.randint(start, end - 1, (), generator=random))
+            for start, end in pairwise(edges)
+        ]
+    else:
+        drawn = sorted(torch.randperm(num_available, generator=random)[:shown].tolist())
+    return drawn + drawn[-1:] * (num_frames - shown)
+
+
+def frame_files(folder: Path) -> list[Path]:
+    """The frame images of a folder in natural order: `frame_2.jpg` before `frame_10.jpg`.
+
+    Raises:
+        SampleError: if there is none.
+    """
+    files = [
+        file
+        for file in folder.iterdir()
+        if file.suffix.lower() in FRAME_SUFFIXES and file.name[0] != "."
+    ]
+    if not files:
+        raise SampleError(
+            f"{folder}: no frame in it; expected images ({', '.join(sorted(FRAME_SUFFIXES))})."
+        )
+    # Split at numbers, names alternate between text and digits, so that like is compared with like.
+    return sorted(
+        files,
+        key=lambda file: [int(s) if s.isdecimal() else s for s in re.split(r"([0-9]+)", file.name)],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Video:
+    """What can be known of a video file without decoding it."""
+
+    path: Path
+    num_frames: int
+    rate: Fraction | None
+    """Frames a second."""
+
+
+def _clip(video: _Video, clip: Sequence[float]) -> tuple[int, int]:
+    """First frame of a clip, and how many it has."""
+    try:
+        start, end = (float(second) for second in clip)
+    except (TypeError, ValueError):
+        start = end = -1.0
+    if not 0 <= start < end:
+        raise SampleError(f"{video.path}: 'clip' is {clip!r}; expected [start, end] in seconds.")
+    if not video.rate:
+        raise SampleError(
+            f"{video.path}: has no frame rate, so that 'clip' cannot be found; encode it again."
+        )
+    first = int(min(start * video.rate, video.num_frames))
+    available = int(min((end - start) * video.rate, video.num_frames - first))
+    if available < 1:
+        seconds = float(video.num_frames / video.rate)
+        raise SampleError(
+            f"{video.path}: no frame in 'clip' {clip!r} of a video of {seconds:.2f} s."
+        )
+    return first, available
+
+
+def _read_frames(path: Path, choose: Callable[[_Video], list[int]]) -> list[bytes]:
+    try:
+        import av
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{path}: videos are read by PyAV; pip install 'megatron_vico[video]'."
+        ) from error
+    try:
+        video = _measure(path)
+        # Where the codec has hidden frames, fewer come out than packets are counted: then choose
+        # again among those.
+        while video.num_frames:
+            chosen = choose(video)
+            frames, num_decoded = _decode(path, set(chosen))
+            if len(frames) == len(set(chosen)):
+                return [frames[number] for number in chosen]
+            video = _Video(path=path, num_frames=num_decoded, rate=video.rate)
+    except (av.FFmpegError, av.codec.codec.UnknownCodecError) as error:
+        raise SampleError(
+            f"{path}: not a readable video ({error}); replace the file or remove the sample."
+        ) from error
+    raise SampleError(f"{path}: no frame can be decoded; replace the file or remove the sample.")
+
+
+def _measure(path: Path) -> _Video:
+    with _open(path) as container:
+        if not container.streams.video:
+            raise SampleError(f"{path}: no video in it; replace the file or remove the sample.")
+        stream = container.streams.video[0]
+        num_packets = num_frames = corrupt = 0
+        end = 0.0
+        for packet in container.demux():
+            if packet.dts is None and not packet.size:
+                continue  # the mark at the end of a stream
+            corrupt += packet.is_corrupt
+            end = max(
+                end,
+                float(
+                    ((packet.pts or packet.dts or 0) + (packet.duration or 0)) * packet.time_base
+                ),
+            )
+            if packet.stream_index == stream.index:
+                num_packets += 1
+                num_frames += packet.size > 0
+        # Containers say how many frames or, Matroska, how many seconds there should be.
+        seconds = 0.0 if stream.frames else (container.duration or 0) / MICROSECONDS
+        if corrupt or num_packets < stream.frames or end < seconds - SLACK_S:
+            raise SampleError(
+                f"{path}: damaged or cut short: {num_packets} of {stream.frames or 'unknown'}"
+                f" frames, {end:.1f} of {(container.duration or 0) / MICROSECONDS:.1f} s; copy it"
+                " again."
+            )
+        return _Video(path=path, num_frames=num_frames, rate=stream.average_rate)
+
+
+def _decode(path: Path, wanted: set[int]) -> tuple[dict[int, bytes], int]:
+    """The wanted frames by their number, and how many frames were decoded to find them."""
+    frames: dict[int, bytes] = {}
+    num_decoded = 0
+    with _open(path) as container:
+        for frame in container.decode(video=0):
+            if num_decoded in wanted:
+                file = io.BytesIO()
+                image = frame.to_image()
+                if (
+                    frame.rotation
+                ):  # phones note how they were held; the official reader turns such videos too
+                    image = image.rotate(frame.rotation, expand=True)
+                image.save(file, "JPEG", quality=JPEG_QUALITY)
+                frames[num_decoded] = file.getvalue()
+            num_decoded += 1
+            if len(frames) == len(wanted):
+                break
+    return frames, num_decoded
+
+
+def _open(path: Path) -> Any:
+    import av
+
+    return av.open(f"file:{path}")  # a name with a colon would be taken for a protocol

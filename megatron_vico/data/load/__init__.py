@@ -1,0 +1,1 @@
+"""Packs, read and prepared ahead by worker processes."""

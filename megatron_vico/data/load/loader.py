@@ -1,0 +1,353 @@
+"""A rank's packed batches, one list a step, prepared ahead by worker processes.
+
+Data-parallel ranks share the packs of a step by their estimated cost (data/pack/balance.py), as
+many for each. The state is the place in the plan of packs and the broken samples
+(data/load/error_budget.py): any number of ranks and workers goes on from it.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from megatron_vico.config.schema import DataOptions
+from megatron_vico.data.encode.sample_encoder import SampleEncoder
+from megatron_vico.data.load import packed_bytes
+from megatron_vico.data.load.error_budget import Gap, SkipList
+from megatron_vico.data.load.worker_life import live_as_long_as_parent
+from megatron_vico.data.pack.balance import assign
+from megatron_vico.data.pack.builder import PackBuilder
+from megatron_vico.data.pack.plan import FolderList, Pack, PackPlan
+from megatron_vico.data.pack.plan_state import PlanState
+from megatron_vico.data.samples import EncodedSample, PackedBatch, Skipped
+from megatron_vico.data.shards.mixture import read_mixture
+from megatron_vico.data.shards.reader import ShardFolder
+from megatron_vico.data.shards.storage import StorageOptions
+from megatron_vico.errors import ConfigError, SampleError, WorkerError
+from megatron_vico.vico import compression_plan
+
+MAX_PIECES = 32
+"""Pieces that a rank's packs of a step are prepared in: each takes one of the 1,024 files a process
+may have open."""
+
+UserError = SampleError | ConfigError
+"""What a worker hands over as it is; torch would wrap it in a traceback."""
+
+
+class Loader:
+    """This rank's packed batches, one list a step."""
+
+    def __init__(
+        self,
+        plan: PackPlan,
+        *,
+        encoder: SampleEncoder,
+        builder: PackBuilder,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        num_steps: int | None = None,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        """Check that the shards were indexed with this encoder.
+
+        Args:
+            plan: the packs of each step, and how many workers prepare how many steps ahead.
+            encoder: tokenises and tiles.
+            builder: packs for the stage.
+            dp_rank: data-parallel rank.
+            dp_size: data-parallel size.
+            num_steps: steps to stop after; None, never.
+            state: of the loader that this one goes on from.
+
+        Raises:
+            ConfigError: if the packs of a step do not divide over the ranks, or tokenizer, model
+                and index differ.
+        """
+        if plan.global_batch_size % dp_size:
+            raise ConfigError(
+                f"--global-batch-size {plan.global_batch_size} is not a multiple of the {dp_size}"
+                " data-parallel ranks; choose one that is."
+            )
+        if builder.image_token_id != encoder.tokenizer.image_token_id:
+            raise ConfigError(
+                f"--tokenizer-model {encoder.tokenizer.source}: <IMG_CONTEXT> is"
+                f" {encoder.tokenizer.image_token_id}, but the model expects"
+                f" {builder.image_token_id}; use the tokenizer that belongs to the model."
+            )
+        for folder in plan.data.folders:
+            folder.check_encoding(tokenizer=encoder.tokenizer, settings=encoder.settings)
+        self.plan = plan
+        self.place = plan.start if state is None else PlanState.from_dict(state["plan"])
+        """The next pack of the run; it counts what was handed out."""
+
+        self.skips = (
+            SkipList()
+            if state is None
+            else _known_here(SkipList.from_state(state["skipped"]), plan.data)
+        )
+        self.num_steps = num_steps
+        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._begun: deque[PlanState] = deque()
+        packs = plan.global_batch_size // dp_size
+        self._packs_per_piece = math.ceil(packs / MAX_PIECES)
+        self._pieces_per_step = math.ceil(packs / self._packs_per_piece)
+        self._dataset = _PieceDataset(plan.data, encoder=encoder, builder=builder)
+
+    def __iter__(self) -> Iterator[list[PackedBatch]]:
+        """Batches from `place` on.
+
+        Raises:
+            SampleError: if shard and index differ; the same in a worker as without workers.
+            ConfigError: if a shard does not fit into the cache, or that cannot be written;
+                likewise.
+            WorkerError: if a worker died.
+        """
+        self._begun.clear()
+        pieces = self._prepared()
+        while True:
+            try:
+                with worker_death_explained():
+                    step = list(itertools.islice(pieces, self._pieces_per_step))
+            except (ConnectionError, EOFError) as error:  # half handed over, before torch noticed
+                raise _death_of_a_worker(error) from error
+            if not step:
+                return
+            self.place = self._begun.popleft()
+            yield [self._without_known(batch) for piece in step for batch in piece]
+
+    @property
+    def begun_packs(self) -> int:
+        """Packs of the run, over all ranks, that were handed out or given to workers."""
+        return (self._begun[-1] if self._begun else self.place).consumed_packs
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on, on any number of ranks and workers: numbers and strings."""
+        return {"plan": self.place.to_dict(), "skipped": self.skips.to_state()}
+
+    def _prepared(self) -> Iterator[list[PackedBatch]]:
+        options = self.plan.options
+        if options.num_workers == 0:
+            return (_unless_error(self._dataset[piece]) for piece in self._pieces())
+        ahead = options.prefetch_steps * self._pieces_per_step
+        parcels = DataLoader(
+            self._dataset,
+            sampler=_Pieces(self._pieces()),
+            batch_size=None,
+            num_workers=options.num_workers,
+            prefetch_factor=math.ceil(ahead / options.num_workers),
+            collate_fn=_parcel,  # runs in the worker
+            worker_init_fn=live_as_long_as_parent,
+        )
+        return (packed_bytes.unwrap(_unless_error(sent)) for sent in parcels)
+
+    def _pieces(self) -> Iterator["_Piece"]:
+        """What there is to prepare; workers get it from the training process, where packing is done
+        once."""
+        for step in itertools.islice(self.plan.steps(self.place), self.num_steps):
+            self._begun.append(step.after)
+            first = step.after.consumed_packs - len(step.packs)
+            # The same on every rank: it follows from the index alone.
+            mine = assign(step.costs, num_ranks=self._dp_size)[self._dp_rank]
+            for numbers in itertools.batched(mine, self._packs_per_piece):
+                packs = {number: step.packs[number] for number in numbers}
+                left_out = frozenset(
+                    (number, sample_id)
+                    for number, pack in packs.items()
+                    for sample_id in pack.sample_ids
+                    if self.skips.leaves_out(sample_id, pack=first + number)
+                )
+                yield _Piece(packs=packs, num_samples=step.num_samples, left_out=left_out)
+
+    def _without_known(self, batch: PackedBatch) -> PackedBatch:
+        return dataclasses.replace(
+            batch, skipped=tuple(each for each in batch.skipped if self.skips.add(each))
+        )
+
+
+@contextlib.contextmanager
+def worker_death_explained() -> Iterator[None]:
+    """Says what a worker's sudden end means. torch raises it wherever the training process is at
+    that moment."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise _death_of_a_worker(error) from error
+
+
+def _death_of_a_worker(error: Exception) -> WorkerError:
+    return WorkerError(
+        f"a worker process of the loader died ({str(error).strip()}): so ends one that a machine"
+        " has no memory for (dmesg shows it); fewer --num-workers, --prefetch-steps or"
+        " --max-tiles-per-pack take less."
+    )
+
+
+def make_loader(
+    options: DataOptions,
+    *,
+    encoder: SampleEncoder,
+    builder: PackBuilder,
+    global_batch_size: int,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    num_steps: int | None = None,
+    state: dict[str, Any] | None = None,
+) -> Loader:
+    """Open the folders of `options.data_path` and make a rank's loader.
+
+    Args:
+        options: shards, packing, workers.
+        encoder: tokenizer and tiling, those that the shards were indexed with.
+        builder: the stage's pack builder; its seed also seeds the order.
+        global_batch_size: packs of a step over all ranks.
+        dp_rank: data-parallel rank.
+        dp_size: data-parallel size.
+        num_steps: steps to stop after; None, never.
+        state: of the loader that this one goes on from.
+
+    Returns:
+        The loader.
+
+    Raises:
+        ConfigError: if shards, tokenizer and options do not fit together.
+        SampleError: if a shard is broken or a sample is larger than a pack.
+    """
+    mixture = read_mixture(options.data_path)
+    plan = PackPlan(
+        [ShardFolder.open(each.path, storage=StorageOptions.of(options)) for each in mixture],
+        repeats=[each.repeat for each in mixture],
+        options=options,
+        tokens_kept=builder.tokens_kept,
+        seed=builder.seed,
+        global_batch_size=global_batch_size,
+        cost=builder.cost,
+    )
+    return Loader(
+        plan,
+        encoder=encoder,
+        builder=builder,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        num_steps=num_steps,
+        state=state,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """Some of a rank's packs of a step, which one worker prepares as a whole."""
+
+    packs: dict[int, Pack]
+    """By their place in the step."""
+
+    num_samples: int
+    """Of the step."""
+
+    left_out: frozenset[tuple[int, int]]
+    """(place of the pack, sample) of samples that are known to be broken."""
+
+
+class _Pieces(Sampler[_Piece]):
+    """Hands a loader's pieces to torch."""
+
+    def __init__(self, pieces: Iterator[_Piece]) -> None:
+        self._pieces = pieces
+
+    def __iter__(self) -> Iterator[_Piece]:
+        return self._pieces
+
+
+class _PieceDataset(Dataset[list[PackedBatch] | UserError]):
+    """Piece -> packed batches, or what is wrong with them (torch would wrap an error in a
+    worker)."""
+
+    def __init__(self, data: FolderList, *, encoder: SampleEncoder, builder: PackBuilder) -> None:
+        self._data, self._encoder, self._builder = data, encoder, builder
+
+    def __getitem__(self, piece: _Piece) -> list[PackedBatch] | UserError:
+        try:
+            return [self._batch(piece, number) for number in piece.packs]
+        except (SampleError, ConfigError) as error:
+            return error
+
+    def _batch(self, piece: _Piece, number: int) -> PackedBatch:
+        pack, samples, skipped = piece.packs[number], [], []
+        for sample_id, visit in zip(pack.sample_ids, pack.visits, strict=True):
+            sample: EncodedSample | Skipped | None = None
+            if (number, sample_id) not in piece.left_out:
+                sample = self._read(sample_id, visit)
+            if isinstance(sample, Skipped):
+                skipped.append(sample)
+            samples.append(sample if isinstance(sample, EncodedSample) else self._gap(sample_id))
+        batch = self._builder.build(
+            samples, pack=pack, samples_in_global_batch=piece.num_samples, position=number
+        )
+        return dataclasses.replace(batch, skipped=tuple(skipped))
+
+    def _read(self, sample_id: int, visit: int) -> EncodedSample | Skipped:
+        """A sample that fits the index, or why it is left out."""
+        folder, number = self._data.locate(sample_id)
+        try:
+            encoded = self._encode(sample_id, visit)
+        except (SampleError, OSError) as error:
+            cause = error.cause if isinstance(error, SampleError) else "unreadable shard"
+            key = folder.describe(number).key
+            return Skipped(sample_id=sample_id, key=key, cause=cause, reason=str(error))
+        if (
+            encoded.token_ids.size != folder.num_tokens[number]
+            or encoded.num_tiles != folder.num_tiles[number]
+        ):
+            # Not in the budget: packs were made for another sample, and so may all others be.
+            raise SampleError(
+                f"sample {encoded.key!r}: {encoded.token_ids.size} tokens and {encoded.num_tiles}"
+                f" tiles, but the index of {folder.path} says {folder.num_tokens[number]} and"
+                f" {folder.num_tiles[number]}; make the index anew with `vico shards index`."
+            )
+        return encoded
+
+    def _encode(self, sample_id: int, visit: int) -> EncodedSample:
+        folder, number = self._data.locate(sample_id)
+        random = None
+        if self._builder.views == "training":
+            random = compression_plan.generator(self._builder.seed, visit, sample_id, "augment")
+        return self._encoder.encode(folder.read(number), random=random)
+
+    def _gap(self, sample_id: int) -> Gap:
+        folder, number = self._data.locate(sample_id)
+        known = folder.describe(number)
+        return Gap.of(
+            known.key,
+            tiles_per_image=known.tiles_per_image,
+            image_size=self._encoder.settings.image_size,
+        )
+
+
+def _known_here(skips: SkipList, data: FolderList) -> SkipList:
+    """Those still where they were: with other shards (--override-data-state) a number may be
+    another sample."""
+
+    def is_here(skipped: Skipped) -> bool:
+        if skipped.sample_id >= len(data):
+            return False
+        folder, number = data.locate(skipped.sample_id)
+        return folder.describe(number).key == skipped.key
+
+    return SkipList(each for each in skips if is_here(each))
+
+
+def _unless_error[T](prepared: T | UserError) -> T:
+    if isinstance(prepared, UserError):
+        raise prepared
+    return prepared
+
+
+def _parcel(batches: list[PackedBatch] | UserError) -> packed_bytes.Parcel | UserError:
+    return batches if isinstance(batches, UserError) else packed_bytes.wrap(batches)

@@ -1,0 +1,274 @@
+"""What is known of shards without opening them: where each sample lies, and how many tokens and
+tiles it has.
+
+Each tar file has its index beside it (`shard-000000.tar`, `shard-000000.npz`), columns of numbers
+that load in milliseconds; `index.json` lists the shards, with the hash of each file and the
+settings that the numbers hold for.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_vico.data.encode.sample_encoder import EncodingSettings
+from megatron_vico.data.samples import IntArray
+from megatron_vico.errors import ConfigError, SampleError
+
+INDEX_NAME = "index.json"
+INDEX_VERSION = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexedSample:
+    """One sample as its shard's index knows it."""
+
+    key: str
+    """Unique within the folder."""
+
+    members: tuple[tuple[int, int], ...]
+    """(offset, size) in the tar file of the JSON member and then of each image."""
+
+    num_tokens: int
+    """L, with one image token per tile."""
+
+    num_responses: int
+    """Trained tokens."""
+
+    tiles_per_image: tuple[int, ...]
+    """Tiles of each image."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ShardIndex:
+    """The samples of one tar file, as columns; D samples, M members of which D are JSON."""
+
+    keys: npt.NDArray[np.bytes_]
+    """[D] UTF-8."""
+
+    member_starts: IntArray
+    """[D + 1], where a sample's members begin in `members`."""
+
+    members: IntArray
+    """[M, 2]: offset and size in bytes."""
+
+    num_tokens: IntArray
+    """[D]"""
+
+    num_responses: IntArray
+    """[D]"""
+
+    tiles_per_image: IntArray
+    """[M - D], over all images of all samples."""
+
+    @classmethod
+    def of(cls, samples: Sequence[IndexedSample]) -> "ShardIndex":
+        """From its samples, in the tar file's order."""
+        counts = [len(sample.members) for sample in samples]
+        members = [member for sample in samples for member in sample.members]
+        return cls(
+            keys=np.array([sample.key.encode() for sample in samples], dtype=np.bytes_),
+            member_starts=np.cumsum([0, *counts], dtype=np.int64),
+            members=np.array(members, dtype=np.int64).reshape(-1, 2),
+            num_tokens=np.array([sample.num_tokens for sample in samples], dtype=np.int64),
+            num_responses=np.array([sample.num_responses for sample in samples], dtype=np.int64),
+            tiles_per_image=np.array(
+                [n for sample in samples for n in sample.tiles_per_image], dtype=np.int64
+            ),
+        )
+
+    def __len__(self) -> int:
+        return len(self.num_tokens)
+
+    def __getitem__(self, number: int) -> IndexedSample:
+        """Sample `number`, from 0."""
+        start, end = int(self.member_starts[number]), int(self.member_starts[number + 1])
+        return IndexedSample(
+            key=self.keys[number].decode(),
+            members=tuple((int(offset), int(size)) for offset, size in self.members[start:end]),
+            num_tokens=int(self.num_tokens[number]),
+            num_responses=int(self.num_responses[number]),
+            # One member a sample, its JSON, is no image.
+            tiles_per_image=tuple(self.tiles_per_image[start - number : end - number - 1].tolist()),
+        )
+
+    @property
+    def num_tiles(self) -> IntArray:
+        """[D], tiles of each sample."""
+        sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.tiles_per_image)])
+        return np.diff(sums[self.member_starts - np.arange(len(self) + 1)])
+
+    @property
+    def num_images(self) -> IntArray:
+        """[D], images of each sample."""
+        return np.diff(self.member_starts) - 1
+
+    def _check_columns(self) -> None:
+        num_members = len(self.members)
+        found = (
+            len(self.keys),
+            len(self.member_starts) - 1,
+            len(self.num_responses),
+            len(self.tiles_per_image),
+        )
+        expected = (len(self), len(self), len(self), num_members - len(self))
+        ends = self.member_starts[[0, -1]].tolist()
+        if found != expected or ends != [0, num_members] or (self.num_images < 0).any():
+            raise ValueError("its columns do not fit together")
+
+    def write(self, path: Path) -> None:
+        """Write the file; a reader sees it whole or not at all, and the same content gives the same
+        bytes."""
+        temporary = path.with_name(path.name + ".partial")
+        with temporary.open("wb") as file:
+            np.savez(file, **{name: getattr(self, name) for name in self.__dataclass_fields__})
+        os.replace(temporary, path)
+
+    @classmethod
+    def read(cls, path: Path) -> "ShardIndex":
+        """Read the file.
+
+        Raises:
+            SampleError: if it is missing or broken.
+        """
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise SampleError(
+                f"{path}: cannot be read ({error}); make it anew with `vico shards index`."
+            ) from error
+        return cls.parse(content, where=str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, *, where: str) -> "ShardIndex":
+        """The content of such a file; `where` is its path or URL, for errors.
+
+        Raises:
+            SampleError: if it is broken.
+        """
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as columns:
+                index = cls(**{name: columns[name] for name in cls.__dataclass_fields__})
+            index._check_columns()
+        except Exception as error:  # a damaged zip file raises almost anything
+            raise SampleError(
+                f"{where}: broken index ({error!r}); make it anew with `vico shards index`."
+            ) from error
+        return index
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFiles:
+    """One shard as `index.json` lists it."""
+
+    name: str
+    """Of the tar file, within the folder."""
+
+    num_bytes: int
+    """Size of the tar file."""
+
+    sha256: str
+    """Of the tar file."""
+
+    num_samples: int
+    """In it."""
+
+    index_sha256: str
+    """Of the index beside it."""
+
+    @property
+    def index_name(self) -> str:
+        """Name of the index beside the tar file."""
+        return Path(self.name).with_suffix(".npz").name
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderIndex:
+    """Content of `index.json`."""
+
+    version: int = INDEX_VERSION
+    """Of this format."""
+
+    tokenizer: str
+    """Fingerprint of the tokenizer that tokens were counted with."""
+
+    settings: EncodingSettings
+    """Tiling and tags that tokens and tiles were counted with."""
+
+    shards: tuple[ShardFiles, ...]
+    """In order."""
+
+    skipped: tuple[str, ...] = ()
+    """One message for each sample left out."""
+
+    @property
+    def num_samples(self) -> int:
+        """In all shards."""
+        return sum(shard.num_samples for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when any shard, its order, or what was counted in it does."""
+        content = asdict(self) | {"skipped": ()}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def write(self, folder: Path) -> None:
+        """Write `index.json` so that a reader sees the old file or the new one, never half of
+        it."""
+        temporary = folder / (INDEX_NAME + ".partial")
+        temporary.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        os.replace(temporary, folder / INDEX_NAME)
+
+    @classmethod
+    def read(cls, folder: Path) -> "FolderIndex":
+        """Read and check `index.json`.
+
+        Raises:
+            ConfigError: if there is none, or it is of another version.
+            SampleError: if it is broken.
+        """
+        path = folder / INDEX_NAME
+        if not path.exists():
+            raise ConfigError(
+                f"{folder}: no {INDEX_NAME} there; make the folder with `vico shards make`."
+            )
+        return cls.parse(path.read_bytes(), where=str(folder))
+
+    @classmethod
+    def parse(cls, content: bytes, *, where: str) -> "FolderIndex":
+        """The content of `index.json`; `where` is the folder, for errors."""
+        try:
+            fields: dict[str, Any] = json.loads(content)
+            version = fields["version"]
+            if version != INDEX_VERSION:
+                raise ConfigError(
+                    f"{where}: index version {version}, expected {INDEX_VERSION}; "
+                    "make it anew with `vico shards index`."
+                )
+            fields["settings"] = EncodingSettings(**fields["settings"])
+            fields["shards"] = tuple(ShardFiles(**shard) for shard in fields["shards"])
+            fields["skipped"] = tuple(fields["skipped"])
+            if not fields["shards"]:
+                raise KeyError("no shard")
+            for name, kind in get_type_hints(ShardFiles).items():
+                if not all(type(getattr(shard, name)) is kind for shard in fields["shards"]):
+                    raise TypeError(f"{name!r} of a shard is not of type {kind.__name__}")
+            return cls(**fields)
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise SampleError(
+                f"{where}/{INDEX_NAME}: broken index ({error!r}); make it anew with `vico shards"
+                " index`."
+            ) from error
+
+
+def hash_of_file(path: Path) -> str:
+    """sha256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

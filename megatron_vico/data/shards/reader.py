@@ -1,0 +1,331 @@
+"""WebDataset tar shards with an index: read any sample by its number, check everything before
+training starts.
+
+A folder holds `shard-000000.tar`, ... (members KEY.json, KEY.0.jpg, KEY.1.png, ..., as any
+WebDataset reader expects) and their indexes (data/shards/index.py). Writing is in
+shard_tools/writer.py, the files themselves are read in data/shards/storage.py.
+"""
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_vico.data.encode.sample_encoder import EncodingSettings
+from megatron_vico.data.encode.tokenizer import Tokenizer
+from megatron_vico.data.samples import ROLES, ConversationSample, IntArray, Turn
+from megatron_vico.data.shards.index import (
+    INDEX_NAME,
+    FolderIndex,
+    IndexedSample,
+    ShardFiles,
+    ShardIndex,
+)
+from megatron_vico.data.shards.storage import (
+    LocalStorage,
+    Storage,
+    StorageOptions,
+    is_url,
+    open_storage,
+)
+from megatron_vico.errors import ConfigError, SampleError, nearest
+
+TAR_BLOCK_BYTES = 512
+"""Of the header before each member."""
+
+INDEX_THREADS = 16
+PROGRESS_AFTER_S = 5.0
+
+
+class ShardFolder:
+    """A folder of shards, read by sample number; safe to fork and to pickle."""
+
+    def __init__(
+        self,
+        path: Path | str,
+        index: FolderIndex,
+        shards: Sequence[ShardIndex],
+        *,
+        storage: Storage | None = None,
+    ) -> None:
+        """Take a folder that was checked; `open` checks one.
+
+        Args:
+            path: the folder, or its URL.
+            index: of the folder.
+            shards: their indexes, in the same order.
+            storage: reads the folder's files; None, those of a local folder.
+        """
+        self.path = path
+        self.index = index
+        self.num_tokens: IntArray = np.concatenate([shard.num_tokens for shard in shards])
+        self.num_responses: IntArray = np.concatenate([shard.num_responses for shard in shards])
+        self.num_tiles: IntArray = np.concatenate([shard.num_tiles for shard in shards])
+        self.num_images: IntArray = np.concatenate([shard.num_images for shard in shards])
+        self.samples_per_shard: tuple[int, ...] = tuple(len(shard) for shard in shards)
+        self._shards = tuple(shards)
+        self._shard_starts = np.cumsum([0, *self.samples_per_shard])
+        self._storage = storage or LocalStorage(Path(path))
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        verify: Literal["size", "sha256"] = "size",
+        storage: StorageOptions | None = None,
+    ) -> "ShardFolder":
+        """Open a folder and check its files.
+
+        Args:
+            path: the folder, or any URL that fsspec opens.
+            verify: compare each tar file's size, or read all of it and compare its hash.
+            storage: cache and retries of a URL.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ConfigError: if this is no folder of shards, or there is no driver for the URL.
+            SampleError: if a file is missing, cut short, or not the one that was indexed.
+        """
+        files = open_storage(path, storage or StorageOptions())
+        try:
+            content = files.read(INDEX_NAME)
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"{path}: no {INDEX_NAME} there; make the folder with `vico shards make`."
+            ) from error
+        index = FolderIndex.parse(content, where=str(path))
+        # Threads, because at a URL nearly all of the time is waiting.
+        with ThreadPoolExecutor(INDEX_THREADS) as threads:
+            opened = threads.map(
+                lambda shard: _open_shard(files, shard, verify=verify), index.shards
+            )
+            bar = tqdm(
+                opened,
+                total=len(index.shards),
+                desc=f"open {path}",
+                delay=PROGRESS_AFTER_S,
+                leave=False,
+            )
+            shards = list(bar)
+        return cls(path if is_url(path) else Path(path), index, shards, storage=files)
+
+    def __len__(self) -> int:
+        return int(self._shard_starts[-1])
+
+    def find(self, key: str) -> int | None:
+        """Number of the sample of that name; None without one."""
+        for start, shard in zip(self._shard_starts.tolist(), self._shards, strict=False):
+            found = np.flatnonzero(shard.keys == key.encode())
+            if len(found):
+                return start + int(found[0])
+        return None
+
+    def describe(self, number: int) -> IndexedSample:
+        """What the index knows of a sample."""
+        shard, local = self._locate(number)
+        return self._shards[shard][local]
+
+    def check_encoding(self, *, tokenizer: Tokenizer, settings: EncodingSettings) -> None:
+        """Check that the index counted with this tokenizer and these settings.
+
+        Raises:
+            ConfigError: if not; names both.
+        """
+        fix = (
+            "make the index anew with `vico shards index`, or train with the settings it was made"
+            " with."
+        )
+        if self.index.tokenizer != tokenizer.fingerprint:
+            raise ConfigError(
+                f"{self.path}: indexed with tokenizer {self.index.tokenizer}, but --tokenizer-model"
+                f" {tokenizer.source} is {tokenizer.fingerprint}; {fix}"
+            )
+        if self.index.settings != settings:
+            raise ConfigError(
+                f"{self.path}: indexed with {self.index.settings}, not {settings}; {fix}"
+            )
+
+    def read(self, number: int) -> ConversationSample:
+        """Read one sample with one access to the file.
+
+        Args:
+            number: of the sample, from 0.
+
+        Returns:
+            The sample.
+
+        Raises:
+            SampleError: if the shard ends too early, or holds something else than the index says.
+        """
+        shard, local = self._locate(number)
+        files, sample = self.index.shards[shard], self._shards[shard][local]
+        where = self._storage.where(files.name)
+        start = min(offset for offset, _ in sample.members) - TAR_BLOCK_BYTES
+        end = max(offset + size for offset, size in sample.members)
+        try:
+            content = self._storage.read_range(files, start, end)
+            if len(content) != end - start:
+                raise SampleError(
+                    f"sample {sample.key!r}: {where} ends after {self._storage.size(files.name)}"
+                    f" bytes, but the sample ends at {end}; the file was cut short: copy it again.",
+                    cause="unreadable shard",
+                )
+        except FileNotFoundError as error:
+            raise SampleError(
+                f"sample {sample.key!r}: {where} is missing; restore it.", cause="unreadable shard"
+            ) from error
+        _check_header(content, sample, start=start, where=where)
+        parts = [content[offset - start : offset - start + size] for offset, size in sample.members]
+        return parse_sample(parts[0], key=sample.key, images=tuple(parts[1:]), where=where)
+
+    def _locate(self, number: int) -> tuple[int, int]:
+        if not 0 <= number < len(self):
+            raise IndexError(f"sample {number} of a folder of {len(self)} samples")
+        shard = int(np.searchsorted(self._shard_starts, number, side="right")) - 1
+        return shard, number - int(self._shard_starts[shard])
+
+
+def _open_shard(
+    files: Storage, shard: ShardFiles, *, verify: Literal["size", "sha256"]
+) -> ShardIndex:
+    """A shard's index, once its files are those that `index.json` lists."""
+    again = "copy it again, or make the index anew with `vico shards index`."
+    try:
+        where = files.where(shard.name)
+        size = files.size(shard.name)
+        if size not in (None, shard.num_bytes):
+            raise SampleError(
+                f"{where}: {size} bytes, but the index says {shard.num_bytes}; "
+                f"the file was cut short or replaced: {again}"
+            )
+        if verify == "sha256" and files.sha256(shard) != shard.sha256:
+            raise SampleError(
+                f"{where}: its content is not what was indexed (sha256 differs); copy it again."
+            )
+        where = files.where(shard.index_name)
+        content = files.read(shard.index_name)
+    except FileNotFoundError as error:
+        raise SampleError(
+            f"{where}: missing, though {INDEX_NAME} lists it; restore it or make the shards anew."
+        ) from error
+    if hashlib.sha256(content).hexdigest() != shard.index_sha256:
+        raise SampleError(f"{where}: not the one that {INDEX_NAME} lists (sha256 differs); {again}")
+    index = ShardIndex.parse(content, where=where)
+    if len(index) != shard.num_samples:
+        raise SampleError(
+            f"{where}: {len(index)} samples, but {INDEX_NAME} says {shard.num_samples}; {again}"
+        )
+    return index
+
+
+def _check_header(content: bytes, sample: IndexedSample, *, start: int, where: str) -> None:
+    """Check that the tar file has the sample's JSON where the index says; another file of the same
+    size has not."""
+    offset, size = sample.members[0]
+    header = content[offset - start - TAR_BLOCK_BYTES : offset - start]
+    name = f"{sample.key}.json".encode()
+    try:
+        found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        # Longer names and others than ASCII are cut or replaced here and stand in a header before
+        # this one.
+        is_same = found.size == size and (
+            found.name.encode(errors="surrogateescape") == name or not _is_plain(name)
+        )
+    except tarfile.HeaderError:
+        is_same = False
+    if not is_same:
+        raise SampleError(
+            f"sample {sample.key!r}: {where} has another member at byte {offset}; the file is not"
+            " the one that was indexed: copy it again, or make the index anew with `vico shards"
+            " index`.",
+            cause="unreadable shard",
+        )
+
+
+def _is_plain(name: bytes) -> bool:
+    return name.isascii() and len(name) <= tarfile.LENGTH_NAME
+
+
+def parse_sample(
+    content: bytes, *, key: str, images: Sequence[bytes], where: str
+) -> ConversationSample:
+    """A sample from its JSON in the official chat format.
+
+    Args:
+        content: JSON with `conversations`: a list of {"from": role, "value": text}; and, where the
+            sample's data set sets them, `max_dynamic_patch` and `data_augment`.
+        key: the sample's name.
+        images: its encoded image files.
+        where: file (and line) for errors.
+
+    Returns:
+        The sample.
+
+    Raises:
+        SampleError: if the JSON is broken or not a conversation.
+    """
+    try:
+        record = json.loads(content)
+        # Escapes may stand for half a character, which neither a tokenizer nor a file takes.
+        json.dumps(record, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise SampleError(
+            f"{where}: sample {key!r}: broken JSON ({error}); correct or remove the line."
+        ) from error
+    turns = record.get("conversations") if isinstance(record, dict) else None
+    if not isinstance(turns, list) or not turns:
+        raise SampleError(
+            f"{where}: sample {key!r}: no list 'conversations'; expected the official chat format."
+        )
+    parsed = []
+    for number, turn in enumerate(turns):
+        role, text = (
+            (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+        )
+        if role not in ROLES:
+            raise SampleError(
+                f"{where}: sample {key!r}: turn {number + 1} is from {role!r}, expected one of"
+                f" {', '.join(ROLES)}{nearest(str(role), ROLES)}."
+            )
+        if not isinstance(text, str):
+            raise SampleError(f"{where}: sample {key!r}: turn {number + 1} has no text 'value'.")
+        parsed.append(Turn(role, text))
+    most, augment = record.get("max_dynamic_patch"), record.get("data_augment", False)
+    if most is not None and (type(most) is not int or most < 1):
+        raise SampleError(
+            f"{where}: sample {key!r}: 'max_dynamic_patch' is {most!r}; expected a whole number"
+            " from 1."
+        )
+    if not isinstance(augment, bool):
+        raise SampleError(
+            f"{where}: sample {key!r}: 'data_augment' is {augment!r}; expected true or false."
+        )
+    return ConversationSample(
+        key=key,
+        turns=tuple(parsed),
+        images=tuple(images),
+        max_dynamic_patch=most,
+        data_augment=augment,
+    )
+
+
+def sample_json(sample: ConversationSample) -> bytes:
+    """The JSON member of a sample in a shard: what `parse_sample` reads, without what has its
+    default."""
+    record: dict[str, Any] = {
+        "conversations": [{"from": turn.role, "value": turn.text} for turn in sample.turns]
+    }
+    if sample.max_dynamic_patch is not None:
+        record["max_dynamic_patch"] = sample.max_dynamic_patch
+    if sample.data_augment:
+        record["data_augment"] = True
+    return json.dumps(record, ensure_ascii=False).encode()

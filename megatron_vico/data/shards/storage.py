@@ -1,0 +1,470 @@
+"""Files of a shard folder, on this machine or at any URL that fsspec opens: reads by range,
+retries, a local cache.
+
+Nothing here stays open across a fork: local files are read at given offsets, and fsspec's own cache
+of file systems is asked for one before each read (it begins anew in each process; an asynchronous
+file system does not outlive a fork).
+"""
+
+import errno
+import hashlib
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import fsspec
+from filelock import FileLock, Timeout
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
+
+from megatron_vico.config.schema import DataOptions
+from megatron_vico.data.shards.index import ShardFiles, hash_of_file
+from megatron_vico.errors import ConfigError, SampleError
+
+logger = logging.getLogger(__name__)
+
+MAX_OPEN_FILES = 64
+CHUNK_BYTES = 32 << 20
+FIRST_WAIT_S = 2.0
+"""Doubles with each try: five tries again take about a minute."""
+
+PERMANENT = (
+    *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError),
+    # Nothing of the network: a URL that its driver cannot parse, options it does not take, a name
+    # it does not know, a driver that is not installed, an operation that fsspec's base class raises
+    # for where a driver has none. Waiting mends none of them, and a bug must not hide behind a
+    # minute of tries.
+    *(ValueError, TypeError, AttributeError, LookupError, ImportError, NotImplementedError),
+)
+"""What is not tried again. All else is: when a server is away drivers raise errors of their own,
+many no OSError."""
+TRANSIENT_STATUS = (408, 425, 429)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageOptions:
+    """How files at a URL are read; without effect on local paths."""
+
+    cache_dir: str | None = None
+    """Local folder that whole shards are kept in; None, each sample is read by a request of its
+    own."""
+
+    cache_bytes: int = 0
+    """Most bytes of `cache_dir`."""
+
+    retries: int = 5
+    """How often a read that failed is tried again."""
+
+    sleep: Callable[[float], None] = time.sleep
+    """Waits between two tries."""
+
+    @classmethod
+    def of(cls, options: DataOptions) -> "StorageOptions":
+        """Those of a run."""
+        return cls(
+            cache_dir=options.data_cache_dir,
+            cache_bytes=int((options.data_cache_gb or 0) * 1e9),
+            retries=options.data_retries,
+        )
+
+
+class Storage(Protocol):
+    """A folder's files; safe to fork and to pickle. Every method raises FileNotFoundError for a
+    missing file."""
+
+    def where(self, name: str) -> str:
+        """Path or URL of a file, for messages."""
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where its server does not say."""
+
+    def read(self, name: str) -> bytes:
+        """All of a file.
+
+        Raises:
+            SampleError: if it cannot be read.
+        """
+
+    def read_range(self, shard: ShardFiles, start: int, end: int) -> bytes:
+        """Bytes `start` to `end` of a tar file; fewer only where the file itself ends before.
+
+        Raises:
+            SampleError: if they cannot be read.
+        """
+
+    def sha256(self, shard: ShardFiles) -> str:
+        """Hash of a tar file as it is now, in hex.
+
+        Raises:
+            SampleError: if it cannot be read.
+        """
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether fsspec reads this path; file:///data/shards is a local folder with retries and a
+    cache."""
+    return "://" in str(path)
+
+
+def check_url(url: str) -> None:
+    """Check that there is a driver for a URL.
+
+    Raises:
+        ConfigError: if not; with fsspec's own hint.
+    """
+    _file_system(url)
+
+
+def open_storage(path: str | Path, options: StorageOptions) -> Storage:
+    """The files of a folder.
+
+    Raises:
+        ConfigError: if it is a URL that no driver is there for.
+    """
+    if not is_url(path):
+        return LocalStorage(Path(path))
+    check_url(str(path))
+    return RemoteStorage(str(path), options)
+
+
+class LocalStorage:
+    """A folder of this machine; descriptors of its tar files stay open."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, int] = {}
+
+    def where(self, name: str) -> str:
+        """See `Storage`."""
+        return str(self._folder / name)
+
+    def size(self, name: str) -> int | None:
+        """See `Storage`."""
+        with self._errors(name):
+            return (self._folder / name).stat().st_size
+
+    def read(self, name: str) -> bytes:
+        """See `Storage`."""
+        with self._errors(name):
+            return (self._folder / name).read_bytes()
+
+    def read_range(self, shard: ShardFiles, start: int, end: int) -> bytes:
+        """See `Storage`."""
+        with self._errors(shard.name):
+            # At an offset, so that processes that share the descriptor by a fork do not disturb
+            # each other.
+            return os.pread(self._file(shard.name), end - start, start)
+
+    def sha256(self, shard: ShardFiles) -> str:
+        """See `Storage`."""
+        with self._errors(shard.name):
+            return hash_of_file(self._folder / shard.name)
+
+    @contextmanager
+    def _errors(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise SampleError(
+                f"{self.where(name)}: cannot be read ({error}); check disk and rights.",
+                cause="unreadable shard",
+            ) from error
+
+    def _file(self, name: str) -> int:
+        """An open file descriptor; the one opened first is closed when there are too many."""
+        if name not in self._files:
+            if len(self._files) >= MAX_OPEN_FILES:
+                os.close(self._files.pop(next(iter(self._files))))
+            self._files[name] = os.open(self._folder / name, os.O_RDONLY)
+        return self._files[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}
+
+    def __del__(self) -> None:
+        for file in getattr(self, "_files", {}).values():
+            os.close(file)
+
+
+class RemoteStorage:
+    """A folder at a URL; what fails for a moment is tried again."""
+
+    def __init__(self, url: str, options: StorageOptions) -> None:
+        self._url, self._options = url.rstrip("/"), options
+        self._cache: ShardCache | None = None
+        if options.cache_dir is not None:
+            self._cache = ShardCache(Path(options.cache_dir), max_bytes=options.cache_bytes)
+
+    def where(self, name: str) -> str:
+        """See `Storage`."""
+        return f"{self._url}/{name}"
+
+    def size(self, name: str) -> int | None:
+        """See `Storage`."""
+        return self._retrying(lambda: self._size(name), name)
+
+    def read(self, name: str) -> bytes:
+        """See `Storage`."""
+
+        def read() -> bytes:
+            content, size = self._cat(name), self._size(name)
+            if size is not None and len(content) != size:
+                raise EOFError(f"{len(content)} of {size} bytes came")
+            return content
+
+        return self._retrying(read, name)
+
+    def read_range(self, shard: ShardFiles, start: int, end: int) -> bytes:
+        """See `Storage`."""
+        if self._cache is None:
+            return self._read_range(shard.name, start, end)
+        return self._cache.read_range(shard, start, end, fetch=self._chunks)
+
+    def sha256(self, shard: ShardFiles) -> str:
+        """See `Storage`."""
+        digest = hashlib.sha256()
+        for chunk in self._chunks(shard):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+    def _chunks(self, shard: ShardFiles) -> Iterator[bytes]:
+        for start in range(0, shard.num_bytes, CHUNK_BYTES):
+            yield self._read_range(shard.name, start, min(start + CHUNK_BYTES, shard.num_bytes))
+
+    def _read_range(self, name: str, start: int, end: int) -> bytes:
+        def read() -> bytes:
+            content = self._cat(name, start=start, end=end)
+            if len(content) > end - start:
+                raise ValueError(
+                    "more came than was asked for; the server must answer requests for a range of"
+                    " bytes"
+                )
+            if len(content) < end - start:
+                size = self._size(name)
+                if size is None or size >= end or len(content) != max(0, size - start):
+                    raise EOFError(f"{len(content)} bytes came for bytes {start} to {end}")
+            return content
+
+        return self._retrying(read, name)
+
+    def _cat(self, name: str, **span: int) -> bytes:
+        files, folder = _file_system(self._url)
+        content: bytes = files.cat_file(f"{folder}/{name}", **span)
+        return content
+
+    def _size(self, name: str) -> int | None:
+        files, folder = _file_system(self._url)
+        size: int | None = files.info(f"{folder}/{name}")["size"]
+        return size
+
+    def _retrying[T](self, call: Callable[[], T], name: str) -> T:
+        def log(state: RetryCallState) -> None:
+            assert state.outcome is not None
+            assert state.next_action is not None
+            logger.warning(
+                "%s: %s; try %d of %d in %.1f s",
+                self.where(name),
+                _cause(state.outcome.exception()),
+                state.attempt_number + 1,
+                self._options.retries + 1,
+                state.next_action.sleep,
+            )
+
+        retrying = Retrying(
+            retry=retry_if_exception(_is_transient),
+            stop=stop_after_attempt(self._options.retries + 1),
+            wait=_wait_s,
+            sleep=self._options.sleep,
+            before_sleep=log,
+            reraise=True,
+        )
+        try:
+            return retrying(call)
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise SampleError(
+                f"{self.where(name)}: cannot be read; tries:"
+                f" {retrying.statistics['attempt_number']}, last cause: {_cause(error)}; check the"
+                " network and the right to read, or raise --data-retries.",
+                cause="unreadable shard",
+            ) from error
+
+
+class ShardCache:
+    """Whole shards in a local folder, named by their sha256, so that neither a URL nor a new
+    version is confused.
+
+    A shard is opened anew for each sample (some microseconds), so that removing it frees its space
+    at once and the reader of that moment reads on: POSIX keeps a file until its last descriptor is
+    closed. All changes of names happen under one lock; whoever fetches a shard holds the shard's
+    own lock as well.
+    """
+
+    def __init__(self, folder: Path, *, max_bytes: int) -> None:
+        """Take a folder.
+
+        Args:
+            folder: made when it is needed.
+            max_bytes: of all files in it; exceeded only by shards that are fetched at the same
+                time.
+        """
+        self._folder, self._max_bytes = folder, max_bytes
+
+    def read_range(
+        self,
+        shard: ShardFiles,
+        start: int,
+        end: int,
+        *,
+        fetch: Callable[[ShardFiles], Iterator[bytes]],
+    ) -> bytes:
+        """Bytes `start` to `end` of a shard, which is fetched if it is not there.
+
+        Args:
+            shard: the shard.
+            start: first byte.
+            end: behind the last byte.
+            fetch: the shard's content.
+
+        Returns:
+            The bytes.
+
+        Raises:
+            ConfigError: if the folder cannot be written, or is too small for the shard.
+            SampleError: if what was fetched is not what was indexed.
+        """
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            file = self._open(shard)
+            if file is None:
+                with self._lock(shard.sha256):
+                    file = self._open(shard)  # another process may have fetched it meanwhile
+                    if file is None:
+                        file = self._fetch(shard, fetch(shard))
+            try:
+                return os.pread(file, end - start, start)
+            finally:
+                os.close(file)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise ConfigError(
+                f"--data-cache-dir {self._folder}: {error}; "
+                "give a folder of a local disk with room for --data-cache-gb."
+            ) from error
+
+    def _open(self, shard: ShardFiles) -> int | None:
+        try:
+            file = os.open(self._path(shard), os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        if os.fstat(file).st_size != shard.num_bytes:
+            os.close(file)
+            return None  # damaged; fetching it replaces it
+        os.utime(file)  # of its last use: the order of removal
+        return file
+
+    def _fetch(self, shard: ShardFiles, content: Iterator[bytes]) -> int:
+        """A descriptor of the fetched shard: another process may remove the name before it could be
+        opened."""
+        partial = self._path(shard).with_suffix(".partial")
+        with self._lock("names"):
+            self._make_room(shard, own=partial)
+            with partial.open("wb") as reserved:
+                reserved.truncate(shard.num_bytes)  # what others count it as
+        file, digest = os.open(partial, os.O_RDWR), hashlib.sha256()
+        try:
+            with open(file, "wb", closefd=False) as written:
+                for chunk in content:
+                    digest.update(chunk)
+                    written.write(chunk)
+            os.fsync(
+                file
+            )  # or a machine that fails could leave a file of the right size without its content
+            if digest.hexdigest() != shard.sha256:
+                raise SampleError(
+                    f"{shard.name}: fetched into {self._folder}, its content is not what was"
+                    " indexed (sha256 differs); copy the shard to its URL again.",
+                    cause="unreadable shard",
+                )
+            with self._lock("names"):
+                os.replace(partial, self._path(shard))
+        except BaseException:
+            os.close(file)
+            with self._lock("names"):
+                partial.unlink(missing_ok=True)
+            raise
+        return file
+
+    def _make_room(self, shard: ShardFiles, *, own: Path) -> None:
+        """Remove those used longest ago, and what an ended process left half fetched."""
+        if shard.num_bytes > self._max_bytes:
+            raise ConfigError(
+                f"--data-cache-gb {self._max_bytes / 1e9:g} is less than {shard.name} alone,"
+                f" {shard.num_bytes / 1e9:g} GB; raise it to at least --shuffle-shards shards."
+            )
+        own.unlink(missing_ok=True)
+        for partial in self._folder.glob("*.partial"):
+            try:
+                with self._lock(partial.stem, timeout=0):
+                    partial.unlink()
+            except Timeout:
+                continue  # being fetched
+        room = self._max_bytes - shard.num_bytes
+        room -= sum(partial.stat().st_size for partial in self._folder.glob("*.partial"))
+        for path in sorted(
+            self._folder.glob("*.tar"), key=lambda path: path.stat().st_mtime_ns, reverse=True
+        ):
+            room -= path.stat().st_size
+            if room < 0:
+                path.unlink()
+
+    def _path(self, shard: ShardFiles) -> Path:
+        return self._folder / f"{shard.sha256}.tar"
+
+    def _lock(self, name: str, *, timeout: float = -1) -> FileLock:
+        return FileLock(self._folder / f"{name}.lock", timeout=timeout)
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system, which it makes once a process, and the folder's path in it."""
+    try:
+        files, folder = fsspec.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{url}: fsspec cannot open it: {error}.") from error
+    return files, folder.rstrip("/")
+
+
+def _is_transient(error: BaseException) -> bool:
+    """Whether a read may work a moment later.
+
+    Drivers raise errors of their own for a broken connection, so that all but the known ones are
+    tried again: a minute lost to an error that stays is cheaper than a run lost to one that passes.
+    """
+    status = getattr(error, "status", getattr(error, "code", None))  # of aiohttp, gcsfs
+    if isinstance(status, int) and 400 <= status < 500:
+        return status in TRANSIENT_STATUS
+    if getattr(error, "errno", None) == errno.EINVAL:
+        return False  # s3fs: a range behind the end of the file
+    return isinstance(error, Exception) and not isinstance(error, PERMANENT)
+
+
+def _cause(error: BaseException | None) -> str:
+    # Not its repr: aiohttp's holds the headers of the request, and so the token that gives access.
+    return f"{type(error).__name__}: {error}"
+
+
+def _wait_s(state: RetryCallState) -> float:
+    """Half to one and a half times the step's wait, so that ranks do not come back together.
+
+    Drawn by the operating system: tenacity's own jitter moves the random state of the process.
+    """
+    return FIRST_WAIT_S * 2 ** (state.attempt_number - 1) * random.SystemRandom().uniform(0.5, 1.5)

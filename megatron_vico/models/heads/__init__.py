@@ -1,0 +1,1 @@
+"""The vocabulary heads and the losses fused with them."""

@@ -1,0 +1,1 @@
+"""Making, checking and picturing shards; training never imports it."""

@@ -1,0 +1,167 @@
+"""One sample as a person looks at it: its images and how they are cut, its text with what is
+trained marked."""
+
+import io
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from megatron_vico.data.encode.sample_encoder import EncodingSettings, SampleEncoder
+from megatron_vico.data.encode.tiling import grids
+from megatron_vico.data.encode.tokenizer import IMAGE_CONTEXT
+from megatron_vico.data.samples import ConversationSample
+
+TRAINED = ("[+", "+]")
+"""Around text that is trained, as wdiff marks what is new."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewedImage:
+    """An image file, and the tiles that the index says it is cut into."""
+
+    content: bytes
+    """The file."""
+
+    format: str = ""
+    """PNG, JPEG, ...; empty if the file is no image."""
+
+    width: int = 0
+    """In px; 0 if the file is no image."""
+
+    height: int = 0
+    """In px; 0 if the file is no image."""
+
+    num_tiles: int
+    """Thumbnail included."""
+
+    columns: int = 1
+    """Of the grid of tiles."""
+
+    rows: int = 1
+    """Of the grid of tiles."""
+
+    @property
+    def tiling(self) -> str:
+        """Such as `1 tile` or `3x2+1 tiles`: the grid and the thumbnail."""
+        if self.num_tiles == 1:
+            return "1 tile"
+        thumbnail = "+1" if self.num_tiles > self.columns * self.rows else ""
+        return f"{self.columns}x{self.rows}{thumbnail} tiles"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewedSample:
+    """A sample and what is known of its images."""
+
+    sample: ConversationSample
+    images: tuple[ViewedImage, ...]
+
+
+def view(
+    sample: ConversationSample, *, tiles_per_image: Sequence[int], settings: EncodingSettings
+) -> ViewedSample:
+    """Look at a sample's images; only their headers are read.
+
+    Args:
+        sample: as read from a shard.
+        tiles_per_image: as the index has them.
+        settings: those of the index.
+
+    Returns:
+        The sample; an image that cannot be opened has no size.
+    """
+    images = tuple(
+        _view_image(content, num_tiles, settings)
+        for content, num_tiles in zip(sample.images, tiles_per_image, strict=True)
+    )
+    return ViewedSample(sample=sample, images=images)
+
+
+def _view_image(content: bytes, num_tiles: int, settings: EncodingSettings) -> ViewedImage:
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            width, height = image.size
+            kind = image.format or "?"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return ViewedImage(content=content, num_tiles=num_tiles)
+    area = num_tiles - (settings.use_thumbnail and num_tiles > 1)
+    # Among grids of one area the closest shape is the one that was chosen, whatever the sample's
+    # budget was.
+    columns, rows = min(
+        (grid for grid in grids(area) if grid[0] * grid[1] == area),
+        key=lambda grid: abs(width / height - grid[0] / grid[1]),
+    )
+    return ViewedImage(
+        content=content,
+        format=kind,
+        width=width,
+        height=height,
+        num_tiles=num_tiles,
+        columns=columns,
+        rows=rows,
+    )
+
+
+def image_lines(images: Sequence[ViewedImage]) -> list[str]:
+    """One line for each run of images that are of one kind, size and tiling (the frames of a video
+    are)."""
+    lines = []
+    numbered = enumerate(images)
+    for _, run in itertools.groupby(
+        numbered, key=lambda item: (item[1].format, item[1].width, item[1].height, item[1].tiling)
+    ):
+        members = list(run)
+        first, last, image = members[0][0], members[-1][0], members[0][1]
+        name = f"image {first}" if first == last else f"images {first} to {last}"
+        sizes = sorted(len(each.content) for _, each in members)
+        size = (
+            f"{sizes[0]:,} bytes"
+            if sizes[0] == sizes[-1]
+            else f"{sizes[0]:,} to {sizes[-1]:,} bytes"
+        )
+        kind = (
+            f"{image.format} {image.width}x{image.height}" if image.format else "CANNOT BE OPENED"
+        )
+        lines.append(f"{name}: {kind}, {size}, {image.tiling}")
+    return lines
+
+
+def turn_lines(sample: ConversationSample) -> list[str]:
+    """The raw turns; answers, which are trained, are marked."""
+    before, after = TRAINED
+    return [
+        f"{turn.role}: {before}{turn.text}{after}"
+        if turn.role in ("gpt", "pretrain")
+        else f"{turn.role}: {turn.text}"
+        for turn in sample.turns
+    ]
+
+
+def token_text(sample: ConversationSample, *, encoder: SampleEncoder) -> str:
+    """What the model sees, special tokens included; runs of trained tokens are marked, image tokens
+    are counted.
+
+    Args:
+        sample: as read from a shard.
+        encoder: tokenizer and settings of the index.
+
+    Returns:
+        Text of several lines.
+
+    Raises:
+        SampleError: if the sample cannot be encoded.
+    """
+    encoded = encoder.encode(sample)
+    image_token = encoder.tokenizer.image_token_id
+    before, after = TRAINED
+    pieces = []
+    tokens = zip(encoded.token_ids.tolist(), encoded.is_response.tolist(), strict=True)
+    for (is_trained, is_image), run in itertools.groupby(
+        tokens, key=lambda pair: (pair[1], pair[0] == image_token)
+    ):
+        ids = [token for token, _ in run]
+        text = f"{IMAGE_CONTEXT}*{len(ids)}" if is_image else encoder.tokenizer.decode(ids)
+        pieces.append(f"{before}{text}{after}" if is_trained else text)
+    return "".join(pieces)

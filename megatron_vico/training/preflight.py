@@ -1,0 +1,101 @@
+"""Checks before a run that open files or import megatron-core; the others are in
+config/validate.py."""
+
+from pathlib import Path
+
+from megatron_vico.config import stages
+from megatron_vico.config.arguments import config_kwargs
+from megatron_vico.config.registry import get_model_config
+from megatron_vico.config.schema import RunConfig
+from megatron_vico.data.shards.mixture import read_mixture
+from megatron_vico.data.shards.storage import check_url, is_url
+from megatron_vico.errors import ConfigError
+
+
+def check_files(cfg: RunConfig) -> None:
+    """Raises if data, tokenizer or checkpoints that the stage needs are not named or not there.
+
+    Args:
+        cfg: a run that `validate` accepts.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    stage = cfg.stage.stage
+    if not cfg.data.data_path:
+        raise ConfigError(
+            "--data-path is not set: give one or more folders made by `vico shards make`."
+        )
+    if cfg.data.tokenizer_model is None:
+        raise ConfigError(
+            "--tokenizer-model is not set: give a Hugging Face tokenizer folder or a .model file."
+        )
+    if stages.needs_reference(cfg.stage) and not (
+        cfg.checkpoint.pretrained_checkpoint or cfg.checkpoint.load
+    ):
+        raise ConfigError(
+            f"stage {stage!r} has nothing to start from: give --pretrained-checkpoint (made by"
+            " `vico convert` or by the stage before), or --load to resume."
+        )
+    if stage == "router" and cfg.stage.reference_load is None:
+        raise ConfigError(
+            "stage 'router' needs --reference-load: the checkpoint from before consistency"
+            " training, which the policy is compared with."
+        )
+    paths = {
+        "--tokenizer-model": (cfg.data.tokenizer_model,),
+        "--data-path": tuple(folder.path for folder in read_mixture(cfg.data.data_path)),
+        "--valid-data-path": tuple(
+            folder.path
+            for folder in read_mixture(cfg.data.valid_data_path, flag="--valid-data-path")
+        ),
+        "--pretrained-checkpoint": (cfg.checkpoint.pretrained_checkpoint,),
+        "--reference-load": (cfg.stage.reference_load,),
+    }
+    for flag, given in paths.items():
+        for path in given:
+            if flag.endswith("data-path") and path is not None and is_url(path):
+                check_url(path)
+            elif path is not None and not Path(path).exists():
+                raise ConfigError(
+                    f"{flag} {path}: no such file or folder (looked from {Path.cwd()})."
+                )
+
+
+def check_environment(cfg: RunConfig) -> None:
+    """Raises for what `validate` accepts and the trainer or megatron-core would refuse once it
+    runs; imports megatron.
+
+    Args:
+        cfg: a run that `validate` accepts.
+
+    Raises:
+        ConfigError: naming the flag to leave out, or with megatron-core's own words.
+    """
+    if cfg.parallel.fp8_format is not None:
+        raise ConfigError(
+            f"--fp8-format {cfg.parallel.fp8_format}: checked by `vico train --check`, but not"
+            " trained with until the KL between an FP8 and a bf16 reference has been measured on a"
+            " GPU; leave it out."
+        )
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_vico.models.build import language_transformer_config
+
+    try:
+        language_transformer_config(
+            get_model_config(cfg.model.model_size),
+            bf16=cfg.training.bf16,
+            parallel=cfg.parallel,
+            **config_kwargs(cfg.transformer_overrides, TransformerConfig),
+        )
+        OptimizerConfig(**config_kwargs(cfg.optimizer_overrides, OptimizerConfig))
+        DistributedDataParallelConfig(
+            **config_kwargs(cfg.ddp_overrides, DistributedDataParallelConfig)
+        )
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"megatron-core refuses these flags: {' '.join(str(error).split())}"
+        ) from error

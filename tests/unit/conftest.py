@@ -1,0 +1,125 @@
+"""A tokenizer, a folder of shards and loaders of it that the data tests share."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import pytest
+
+from megatron_vico.config.schema import DataOptions
+from megatron_vico.data.encode.sample_encoder import EncodingSettings, SampleEncoder
+from megatron_vico.data.encode.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from megatron_vico.data.load.loader import make_loader
+from megatron_vico.data.pack.balance import PackCost
+from megatron_vico.data.pack.builder import PackBuilder
+from megatron_vico.data.samples import map_tensors
+from megatron_vico.shard_tools.writer import WriterOptions, make_shards
+from tests.toy_data import write_conversations
+
+NUM_SAMPLES = 42
+SETTINGS = EncodingSettings(image_size=32, max_dynamic_patch=4, use_thumbnail=True)
+BUILDER = PackBuilder(
+    stage="consistency", seed=7, tokens_kept=4, tokens_compressed=1, image_token_id=5
+)
+GLOBAL_BATCH = 4
+COST = PackCost(
+    per_token=20.0,
+    per_token_squared=0.5,
+    per_tile=300.0,
+    full_passes=1.0,
+    compressed_passes=3.0,
+    saved_per_tile=1.5,
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    texts = [
+        "Answer in few words.",
+        "What colour?",
+        "red and green",
+        "system user assistant",
+        "aaaa aa ------ 12 345",
+    ]
+    return load_tokenizer(
+        train_sentencepiece(texts * 4, model_prefix=tmp_path_factory.mktemp("tok") / "toy")
+    )
+
+
+@pytest.fixture(scope="session")
+def conversations(tmp_path_factory) -> Path:
+    """A JSONL file with text-only, one-image and two-image samples; images lie beside it."""
+    return write_conversations(tmp_path_factory.mktemp("conversations"), num_samples=NUM_SAMPLES)
+
+
+@pytest.fixture(scope="session")
+def shards(conversations, tokenizer, tmp_path_factory) -> Path:
+    """The same samples as shards: three tar files."""
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    make_shards(
+        conversations,
+        image_root=conversations.parent,
+        out_dir=folder,
+        tokenizer=tokenizer,
+        settings=SETTINGS,
+        options=WriterOptions(samples_per_shard=16, show_progress=False),
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def options(shards):
+    return DataOptions(
+        data_path=(str(shards),),
+        seq_length=400,
+        max_tiles_per_pack=20,
+        max_samples_per_pack=3,
+        packing_window=16,
+        max_dynamic_patch=4,
+        num_workers=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def load(options, tokenizer):
+    """loader(**overrides) of the options, of the builder's fields, or of make_loader's
+    arguments."""
+
+    def make(**overrides):
+        data = {
+            k: overrides.pop(k)
+            for k in list(overrides)
+            if k in {f.name for f in dataclasses.fields(DataOptions)}
+        }
+        of_builder = {f.name for f in dataclasses.fields(PackBuilder)}
+        fields = {k: overrides.pop(k) for k in list(overrides) if k in of_builder}
+        changed = dataclasses.replace(options, **data)
+        settings = EncodingSettings.from_options(changed, image_size=32)
+        return make_loader(
+            changed,
+            encoder=SampleEncoder(tokenizer=tokenizer, settings=settings),
+            builder=dataclasses.replace(BUILDER, **fields),
+            global_batch_size=overrides.pop("global_batch_size", GLOBAL_BATCH),
+            **overrides,
+        )
+
+    return make
+
+
+def take(loader, steps):
+    return list(itertools.islice(iter(loader), steps))
+
+
+def step_plan(plan, step):
+    return next(itertools.islice(plan.steps(), step, None))
+
+
+def flat(batch):
+    """Everything in a batch as text, so that == compares it."""
+    return repr(
+        map_tensors(batch, lambda tensor: (tensor.dtype, tensor.shape, tensor.numpy().tobytes()))
+    )
+
+
+def flat_steps(steps):
+    return [[flat(batch) for batch in batches] for batches in steps]

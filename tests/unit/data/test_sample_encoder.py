@@ -1,0 +1,121 @@
+"""A sample's own tiling cap, and JPEG augmentation: when it happens, and that it is a function of
+the seed alone."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megatron_vico.data.encode.augment import jpeg_degrade
+from megatron_vico.data.encode.sample_encoder import SampleEncoder
+from megatron_vico.data.samples import ConversationSample, Turn
+from megatron_vico.vico.compression_plan import generator
+from tests.unit.conftest import SETTINGS
+
+
+def png(size, seed=0):
+    written = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(written, "PNG")
+    return written.getvalue()
+
+
+def sample(*sizes, **fields):
+    images = tuple(png(size, seed) for seed, size in enumerate(sizes))
+    return ConversationSample(
+        key="k", turns=(Turn("human", "What?"), Turn("gpt", "red")), images=images, **fields
+    )
+
+
+@pytest.fixture
+def encoder(tokenizer):
+    return SampleEncoder(tokenizer=tokenizer, settings=SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("most", "num_images", "tiles"),
+    [
+        (None, 1, 5),  # the run's cap is 4: 2 x 2 tiles and a thumbnail
+        (None, 2, 1),  # of 2 tiles none is closer to a square than one alone
+        (None, 5, 1),
+        (9, 1, 10),
+        (9, 2, 5),
+        (9, 9, 1),
+        (1, 1, 1),
+        (1, 3, 1),
+    ],
+)
+def test_the_cap_of_the_sample_counts_and_its_images_share_it(encoder, most, num_images, tiles):
+    encoded = encoder.encode(sample(*[(96, 96)] * num_images, max_dynamic_patch=most))
+    assert encoded.tiles_per_image == (tiles,) * num_images
+
+
+def test_prompts_have_the_same_tiles(encoder):
+    asked = dataclasses.replace(
+        sample((96, 96), max_dynamic_patch=9), turns=(Turn("human", "What?"),)
+    )
+    assert encoder.encode_prompt(asked).num_tiles == 10
+
+
+def test_tiles_are_degraded_one_by_one_with_a_quality_of_their_own():
+    tiles = np.random.default_rng(0).integers(0, 256, (40, 3, 32, 32), dtype=np.uint8)
+    before = tiles.copy()
+    degraded = jpeg_degrade(tiles, random=generator(1, 2, 3, "augment"))
+    np.testing.assert_array_equal(tiles, before)
+    qualities = set()
+    for tile, found in zip(tiles, degraded, strict=True):
+        matches = []
+        for quality in range(1, 101):
+            file = io.BytesIO()
+            Image.fromarray(tile.transpose(1, 2, 0)).save(file, format="JPEG", quality=quality)
+            if np.array_equal(np.asarray(Image.open(file)).transpose(2, 0, 1), found):
+                matches.append(quality)
+        assert len(matches) == 1
+        qualities |= set(matches)
+    assert min(qualities) >= 75
+    assert len(qualities) > 10
+
+
+def test_every_quality_from_75_to_100_is_drawn(monkeypatch):
+    drawn = set()
+    save = Image.Image.save
+    monkeypatch.setattr(
+        Image.Image,
+        "save",
+        lambda self, file, kind, quality: (drawn.add(quality), save(self, file, kind))[1],
+    )
+    jpeg_degrade(np.zeros((500, 3, 8, 8), dtype=np.uint8), random=torch.Generator().manual_seed(0))
+    assert drawn == set(range(75, 101))
+
+
+def test_only_training_degrades_and_only_where_the_data_set_says_so(encoder):
+    augmented, plain = sample((64, 64), data_augment=True), sample((64, 64))
+    clean = encoder.encode(plain).tiles
+    np.testing.assert_array_equal(encoder.encode(augmented).tiles, clean)
+    np.testing.assert_array_equal(
+        encoder.encode(plain, random=generator(1, 0, 0, "augment")).tiles, clean
+    )
+    degraded = encoder.encode(augmented, random=generator(1, 0, 0, "augment"))
+    assert degraded.tiles.shape == clean.shape
+    assert not np.array_equal(degraded.tiles, clean)
+    np.testing.assert_array_equal(degraded.token_ids, encoder.encode(plain).token_ids)
+
+
+def test_text_alone_is_left_alone(encoder):
+    assert (
+        encoder.encode(sample(data_augment=True), random=generator(1, 0, 0, "augment")).num_tiles
+        == 0
+    )
+
+
+def test_the_same_seed_visit_and_sample_give_the_same_bytes(encoder):
+    augmented = sample((64, 64), (32, 32), data_augment=True)
+    drawn = [
+        encoder.encode(augmented, random=generator(*which, "augment")).tiles.tobytes()
+        for which in ((1, 0, 0), (1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1))
+    ]
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) == 4

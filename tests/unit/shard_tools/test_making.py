@@ -1,0 +1,395 @@
+"""Shards are the same bytes however many processes make them, and however often these are killed on
+the way."""
+
+import contextlib
+import functools
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from megatron_vico.cli.shards import main
+from megatron_vico.data.encode.tokenizer import train_sentencepiece
+from megatron_vico.data.shards.reader import ShardFolder
+from megatron_vico.errors import ConfigError, SampleError
+from megatron_vico.shard_tools.journal import JOURNAL_NAME, Journal
+from megatron_vico.shard_tools.pool import run_tasks
+from megatron_vico.shard_tools.writer import WriterOptions, index_shards, make_mixture, make_shards
+from tests.toy_data import write_conversations
+from tests.unit.conftest import SETTINGS
+from tests.unit.shard_tools.test_sources import frames_of, picture, row, write_tar
+
+TIMEOUT_S = 120
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def keys_of(path):
+    folder = ShardFolder.open(path, verify="sha256")
+    return [folder.describe(number).key for number in range(len(folder))]
+
+
+@pytest.fixture
+def make(tokenizer):
+    def call(jsonl, out, **options):
+        return make_shards(
+            jsonl,
+            image_root=jsonl.parent,
+            out_dir=out,
+            tokenizer=tokenizer,
+            settings=SETTINGS,
+            options=WriterOptions(show_progress=False, **options),
+        )
+
+    return call
+
+
+def with_broken_lines(folder, *, num_samples, broken):
+    """The toy conversations, with JSON that ends too early in the given lines (from 1)."""
+    jsonl = write_conversations(folder, num_samples=num_samples)
+    lines = jsonl.read_text().splitlines()
+    jsonl.write_text(
+        "".join(
+            (line[:20] if n in broken else line) + "\n" for n, line in enumerate(lines, start=1)
+        )
+    )
+    return jsonl
+
+
+@contextlib.contextmanager
+def files_of_at_most(num_bytes):
+    """Writing on fails as on a full disk, with another number."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_is_named_and_left_clean(tmp_path, make):
+    jsonl = write_conversations(tmp_path / "raw", num_samples=8)
+    with (
+        files_of_at_most(8192),
+        pytest.raises(ConfigError, match=r"out: .*File too large; make room"),
+    ):
+        make(jsonl, tmp_path / "out", samples_per_shard=4)
+    assert [path.name for path in (tmp_path / "out.partial").iterdir()] == [JOURNAL_NAME]
+    make(jsonl, tmp_path / "out", samples_per_shard=4)
+    assert len(keys_of(tmp_path / "out")) == 8
+
+
+def test_any_number_of_workers_gives_the_same_bytes(tmp_path, make):
+    jsonl = with_broken_lines(tmp_path / "raw", num_samples=24, broken={3, 9, 21})
+    options = {"samples_per_shard": 5, "max_shard_bytes": 1000, "max_skipped": 3}
+    made = []
+    for num_workers in (1, 2, 3):
+        index = make(jsonl, tmp_path / f"out{num_workers}", num_workers=num_workers, **options)
+        made.append(content(tmp_path / f"out{num_workers}"))
+        assert [re.search(r":(\d+): sample", message)[1] for message in index.skipped] == [
+            "3",
+            "9",
+            "21",
+        ]
+    assert made[0] == made[1] == made[2]
+    names = [shard.name for shard in index.shards]
+    assert names == sorted(names)
+    assert "shard-000001_001.tar" in names  # the limit in bytes cut a run in several
+    numbers = [n for n in range(1, 25) if n not in (3, 9, 21)]
+    assert keys_of(tmp_path / "out3") == [f"conversations-{n:08d}" for n in numbers]
+
+
+def test_an_index_made_anew_by_workers_is_the_same(tmp_path, make, tokenizer):
+    make(
+        write_conversations(tmp_path / "raw", num_samples=9), tmp_path / "out", samples_per_shard=3
+    )
+    before = content(tmp_path / "out")
+    for path in (tmp_path / "out").glob("*.npz"):
+        path.write_bytes(b"broken")
+    index_shards(tmp_path / "out", tokenizer=tokenizer, settings=SETTINGS, num_workers=2)
+    assert content(tmp_path / "out") == before
+
+
+def test_too_many_broken_samples_end_it_with_a_table_and_the_rest_is_kept(tmp_path, make):
+    jsonl = with_broken_lines(tmp_path / "raw", num_samples=20, broken={7, 8, 9})
+    (jsonl.parent / "000_0.png").write_bytes(b"no picture")
+    out = tmp_path / "out"
+    for num_workers in (1, 2):
+        with pytest.raises(SampleError, match="at most 2 may be left out") as raised:
+            make(jsonl, out, samples_per_shard=5, max_skipped_share=0.1, num_workers=num_workers)
+        assert re.search(r"broken line +[23]\n", str(raised.value))
+        assert f"broken line: {jsonl}:7: sample 'conversations-00000007': broken JSON" in str(
+            raised.value
+        )
+    assert not out.exists()
+    index = make(jsonl, out, samples_per_shard=5, max_skipped_share=0.2)
+    assert [message.partition(":")[0] for message in index.skipped] == [
+        "broken image",
+        *["broken line"] * 3,
+    ]
+    assert index.num_samples == 16
+
+
+def test_a_file_of_broken_samples_is_no_data_set(tmp_path, make):
+    jsonl = with_broken_lines(tmp_path / "raw", num_samples=2, broken={1, 2})
+    with pytest.raises(SampleError, match=r"no sample in it that can be used: broken line: .*:1:"):
+        make(jsonl, tmp_path / "out", max_skipped_share=1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples_per_shard": 0}, "--samples-per-shard 0: expected at least 1"),
+        ({"max_skipped": -1}, "--max-skipped -1"),
+        ({"max_skipped_share": 1.5}, "--max-skipped-share 1.5: expected a share"),
+        ({"num_workers": 0}, "--workers 0"),
+    ],
+)
+def test_options_out_of_range_are_named(options, message):
+    with pytest.raises(ConfigError, match=message):
+        WriterOptions(**options)
+
+
+def wait_for_lines(path, number, process):
+    """Until a journal has as many lines; what a process writes is seen only by looking."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not path.exists() or path.read_bytes().count(b"\n") < number:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "the journal does not grow"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["worker", "all"])
+def test_making_goes_on_after_a_kill(tmp_path, killed):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    jsonl = write_conversations(raw, num_samples=12)
+    tokenizer = train_sentencepiece(
+        ["Answer in few words."], model_prefix=tmp_path / "tok", vocab_size=300
+    )
+    command = (
+        f"make --jsonl {jsonl} --samples-per-shard 4 --tokenizer-model {tokenizer} --model-size toy"
+    )
+    main(f"{command} --workers 1 --out {tmp_path / 'whole'}".split())
+    # The second run of lines waits for ever for an image, a pipe that nobody writes to.
+    image = raw / "004_0.png"
+    image.rename(raw / "kept")
+    os.mkfifo(image)
+    words = [
+        sys.executable,
+        "-m",
+        "megatron_vico",
+        "shards",
+        *f"{command} --workers 2 --out {out}".split(),
+    ]
+    journal = tmp_path / "out.partial" / JOURNAL_NAME
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_lines(journal, 3, process)
+        below = psutil.Process(process.pid).children(recursive=True)
+        if killed == "worker":
+            workers = [
+                worker
+                for child in psutil.Process(process.pid).children()
+                for worker in child.children()
+            ]
+            assert len(workers) == 2
+            for worker in workers:
+                worker.kill()
+            assert "worker processes was killed" in process.communicate(timeout=TIMEOUT_S)[1]
+            assert process.returncode == 2
+        else:
+            process.kill()
+            # The last words of the journal are cut off, and a file of an unfinished run is left.
+            process.wait(timeout=TIMEOUT_S)
+            journal.write_bytes(journal.read_bytes() + b'{"name": "conv')
+            (journal.parent / "shard-000001.npz").write_bytes(b"half")
+        assert psutil.wait_procs(below, timeout=TIMEOUT_S)[1] == []
+    assert not out.exists()
+    finished = {path.name: path.stat() for path in journal.parent.glob("shard-00000[02].*")}
+    assert len(finished) == 4
+    image.unlink()
+    (raw / "kept").rename(image)
+    with pytest.raises(ConfigError, match=r"out.partial: .*--samples-per-shard was 4, now 5"):
+        main(f"{command} --samples-per-shard 5 --workers 1 --out {out}".split())
+    main(f"{command} --workers 1 --out {out}".split())
+    assert content(out) == content(tmp_path / "whole")
+    for name, before in finished.items():  # not made a second time
+        assert ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) == (
+            before.st_ino,
+            before.st_mtime_ns,
+        )
+
+
+def end_own_process(number, task, note):
+    """Work for `run_tasks`: the last task is killed."""
+    if task == number:
+        os.kill(os.getpid(), signal.SIGKILL)
+    note(1, 10)
+    return task
+
+
+def test_a_killed_worker_is_an_error_with_a_fix():
+    tasks = run_tasks(
+        end_own_process, range(6), shared=5, num_workers=2, note=lambda samples, num_bytes: None
+    )
+    message = r"one of 2 worker processes was killed.*fewer --workers"
+    with pytest.raises(ConfigError, match=message), contextlib.closing(tasks):
+        list(tasks)
+
+
+def fail(shared, task, note):
+    """Work for `run_tasks` that raises."""
+    raise SampleError(f"task {task}")
+
+
+def test_an_error_in_a_worker_reaches_the_caller():
+    tasks = run_tasks(
+        fail, range(3), shared=None, num_workers=2, note=lambda samples, num_bytes: None
+    )
+    with pytest.raises(SampleError, match="task"), contextlib.closing(tasks):
+        list(tasks)
+
+
+def test_a_finished_run_whose_files_are_gone_is_made_again(tmp_path, make):
+    jsonl = with_broken_lines(tmp_path / "raw", num_samples=12, broken={12})
+    make(jsonl, tmp_path / "whole", samples_per_shard=4, max_skipped=1)
+    with pytest.raises(SampleError):
+        make(jsonl, tmp_path / "out", samples_per_shard=4)
+    half = tmp_path / "out.partial"
+    (half / "shard-000000.tar").write_bytes(b"cut short")
+    (half / "shard-000001.npz").unlink()
+    make(jsonl, tmp_path / "out", samples_per_shard=4, max_skipped=1)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_half_made_folder_has_one_maker_and_one_recipe(tmp_path):
+    journal = Journal(tmp_path / "out", {"root": "a"})
+    with pytest.raises(ConfigError, match="another process is making it"):
+        Journal(tmp_path / "out", {"root": "a"})
+    journal.close()
+    Journal(
+        tmp_path / "out", {"root": "b"}
+    ).close()  # nothing was finished yet, so that nothing is lost
+
+
+@pytest.fixture
+def meta(tmp_path):
+    """Three data sets whose annotations have one name: text in CRLF with a BOM, images in a tar,
+    videos as frames."""
+    for name in ("text", "tar", "video"):
+        (tmp_path / name).mkdir()
+    words = [row(question="Sag \u00fc."), b"", row(question="Say b.")]
+    (tmp_path / "text" / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(words))
+    pictures = {f"in/\u00e9{i}.jpg": picture((i, 0, 0), kind="JPEG") for i in range(4)}
+    write_tar(tmp_path / "tar" / "images.tar", pictures)
+    (tmp_path / "tar" / "train.jsonl").write_bytes(b"\n".join(row(image=name) for name in pictures))
+    frames_of(tmp_path / "video", "a", number=3)
+    frames_of(tmp_path / "video", "b", number=40)
+    (tmp_path / "video" / "train.jsonl").write_bytes(b"\n".join(row(video=name) for name in "ab"))
+    sets = {
+        "texte-\u00fc": {
+            "root": "",
+            "annotation": str(tmp_path / "text/train.jsonl"),
+            "repeat_time": 2,
+        },
+        "tar.1": {
+            "root": str(tmp_path / "tar/images.tar"),
+            "annotation": str(tmp_path / "tar/train.jsonl"),
+            "data_augment": True,
+            "max_dynamic_patch": 2,
+            "repeat_time": 0.5,
+            "length": 5,
+        },
+        "video": {
+            "root": str(tmp_path / "video"),
+            "annotation": str(tmp_path / "video/train.jsonl"),
+            "length": 2,
+        },
+    }
+    (tmp_path / "meta.json").write_text(json.dumps(sets))
+    return tmp_path / "meta.json"
+
+
+@pytest.fixture
+def make_all(meta, tokenizer):
+    return functools.partial(make_mixture, meta, tokenizer=tokenizer, settings=SETTINGS)
+
+
+def test_an_official_meta_becomes_a_mixture(tmp_path, make_all):
+    out = tmp_path / "out"
+    options = WriterOptions(samples_per_shard=2, num_workers=2, show_progress=False)
+    folders = make_all(out_dir=out, options=options)
+    assert json.loads((out / "mixture.json").read_bytes()) == {
+        "version": 1,
+        "folders": [
+            {"path": "texte-\u00fc", "repeat": 2.0},
+            {"path": "tar.1", "repeat": 0.5},
+            {"path": "video", "repeat": 1.0},
+        ],
+    }
+    assert [folder.warning for folder in folders] == [
+        None,
+        "tar.1: the meta JSON says length 5, but there are 4 lines",
+        None,
+    ]
+    text, tar, video = (ShardFolder.open(folder.path, verify="sha256") for folder in folders)
+    keys = [key for folder in folders for key in keys_of(folder.path)]
+    assert keys[:3] == ["texte-\u00fc-00000001", "texte-\u00fc-00000003", "tar_1-00000001"]
+    assert len(set(keys)) == 8
+    assert text.read(0).turns[0].text == "Sag \u00fc."
+    for number in range(4):
+        sample = tar.read(number)
+        assert (sample.max_dynamic_patch, sample.data_augment) == (2, True)
+        assert sample.images == (picture((number, 0, 0), kind="JPEG"),)
+    assert [sample.max_dynamic_patch for sample in map(video.read, range(2))] == [1, 1]
+    assert video.num_tiles.tolist()[0] == 3
+    assert 8 <= video.num_tiles.tolist()[1] <= 32
+    assert video.read(0).turns[0].text.startswith("Frame-1: <image>\nFrame-2: <image>\n")
+
+
+def test_a_mixture_goes_on_and_refuses_what_differs(tmp_path, make_all, meta, tokenizer):
+    out, quiet = tmp_path / "out", WriterOptions(show_progress=False)
+    (tmp_path / "video/train.jsonl").write_bytes(row(video="a") + b"\n" + row(video="none"))
+    with pytest.raises(SampleError, match=r"broken video: .*train.jsonl:2"):
+        make_all(out_dir=out, options=quiet)
+    assert not (out / "mixture.json").exists()
+    begun = (out / "tar.1.partial" / "shard-000000.tar").stat().st_ino
+    frames_of(tmp_path / "video", "none", number=9)
+    make_all(out_dir=out, options=quiet)
+    assert (out / "tar.1" / "shard-000000.tar").stat().st_ino == begun
+    before = {path: content(path) for path in out.iterdir() if path.is_dir()}
+    make_all(out_dir=out, options=quiet)  # there is nothing left to do
+    assert {path: content(path) for path in out.iterdir() if path.is_dir()} == before
+    sets = json.loads(meta.read_bytes())
+    sets["tar.1"]["max_dynamic_patch"] = 3
+    meta.write_text(json.dumps(sets))
+    with pytest.raises(ConfigError, match=r"tar.1: .*data set's max_dynamic_patch was 2, now 3"):
+        make_all(out_dir=out, options=quiet)
+
+
+def test_another_seed_takes_other_frames(tmp_path, meta, tokenizer, capsys):
+    command = (
+        f"make --meta {meta} --tokenizer-model {tokenizer.source} --model-size toy --workers 1"
+        " --min-num-frame 4"
+    )
+    for seed in (1, 2):
+        main(f"{command} --seed {seed} --out {tmp_path / str(seed)}".split())
+    shown = capsys.readouterr().out
+    assert "warning: tar.1: the meta JSON says length 5, but there are 4 lines" in shown
+    assert "train on all of them with --data-path" in shown
+    assert "0 left out" in shown
+    video = [content(tmp_path / seed / "video")["shard-000000.tar"] for seed in "12"]
+    tar = [content(tmp_path / seed / "tar.1")["shard-000000.tar"] for seed in "12"]
+    assert video[0] != video[1]
+    assert tar[0] == tar[1]
+    with pytest.raises(ConfigError, match="--image-root has no effect with --meta"):
+        main(f"{command} --image-root / --out {tmp_path / 'x'}".split())

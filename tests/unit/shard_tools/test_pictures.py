@@ -1,0 +1,184 @@
+"""Contact sheets show each image where they say, whole and with its grid; plots show the numbers
+they are given."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFont
+
+from megatron_vico.data.encode.sample_encoder import EncodingSettings
+from megatron_vico.data.pack.packing import PackLimits
+from megatron_vico.data.samples import ConversationSample, Turn
+from megatron_vico.shard_tools.contact_sheet import CARD_WIDTH, contact_sheet, wrap
+from megatron_vico.shard_tools.plots import shard_figure
+from megatron_vico.shard_tools.report import PackingFill, ShardStatistics
+from megatron_vico.shard_tools.sample_view import view
+from tests.toy_data import COLOURS
+
+SETTINGS = EncodingSettings(image_size=32)
+
+
+def png(colour, width, height):
+    written = io.BytesIO()
+    Image.new("RGB", (width, height), COLOURS[colour]).save(written, "PNG")
+    return written.getvalue()
+
+
+def make_sample(*images, tiles=(), question="What colour?", key="key"):
+    turns = (Turn("human", "<image>\n" * len(images) + question), Turn("gpt", "answer"))
+    sample = ConversationSample(key=key, turns=turns, images=images)
+    return view(sample, tiles_per_image=tiles or (1,) * len(images), settings=SETTINGS)
+
+
+def test_each_image_is_where_the_sheet_says_with_its_grid():
+    samples = [
+        make_sample(png("red", 96, 64), tiles=(7,)),
+        make_sample(png("green", 64, 64), png("blue", 32, 64), tiles=(1, 3)),
+        make_sample(),
+    ]
+    sheet = contact_sheet(samples)
+    pixels = np.asarray(sheet.picture)
+    assert [len(boxes) for boxes in sheet.boxes] == [1, 2, 0]
+    assert sheet.picture.width == 2 * CARD_WIDTH + 3 * 16
+    for boxes, colours, grids in zip(
+        sheet.boxes, [["red"], ["green", "blue"], []], [[(3, 2)], [(1, 1), (1, 2)], []], strict=True
+    ):
+        for (left, top, right, bottom), colour, (columns, rows) in zip(
+            boxes, colours, grids, strict=True
+        ):
+            inside = pixels[top:bottom, left:right]
+            assert inside.shape[0] == 150
+            for row in range(rows):
+                for column in range(columns):
+                    middle = inside[
+                        int((row + 0.5) * 150 / rows),
+                        int((column + 0.5) * inside.shape[1] / columns),
+                    ]
+                    assert tuple(middle) == COLOURS[colour]
+            white = (inside == 255).all(axis=-1)
+            assert white[5].sum() == columns - 1  # lines that run down
+            assert white[:, 5].sum() == rows - 1
+            assert (pixels[top - 2, left:right] == 255).all()  # the card above it
+
+
+def test_no_image_overlaps_another_or_leaves_its_card():
+    frames = [png(colour, 64, 36) for colour in COLOURS] * 20
+    samples = [
+        make_sample(*frames),
+        make_sample(png("red", 2000, 20)),
+        make_sample(png("red", 20, 2000), *frames[:6]),
+    ]
+    sheet = contact_sheet(samples)
+    boxes = [box for each in sheet.boxes for box in each]
+    assert len(sheet.boxes[0]) == 56  # of 80
+    drawn = np.zeros((sheet.picture.height, sheet.picture.width), dtype=int)
+    for left, top, right, bottom in boxes:
+        assert right > left
+        assert bottom > top
+        drawn[top:bottom, left:right] += 1
+        card = (left - 16) // (CARD_WIDTH + 16)
+        assert 16 + card * (CARD_WIDTH + 16) <= left < right <= (card + 1) * (CARD_WIDTH + 16)
+    assert drawn.max() == 1
+    assert (
+        np.asarray(sheet.picture)[-15:] == np.asarray(sheet.picture)[-1, -1]
+    ).all()  # nothing in the margin
+
+
+def test_text_only_and_broken_images_have_a_card():
+    sheet = contact_sheet(
+        [make_sample(question="word " * 400), make_sample(b"no image")], columns=1
+    )
+    assert sheet.picture.width == CARD_WIDTH + 32
+    pixels = np.asarray(sheet.picture)
+    assert (pixels[:, -28:-20] == pixels[30, -24]).all(axis=-1).sum() > 0.9 * 8 * len(
+        pixels
+    )  # the text ends before
+    assert (pixels[20:120] < 100).any()  # and is there
+    ((left, top, right, bottom),) = sheet.boxes[1]
+    assert (pixels[top:bottom, left:right] == (0xF3, 0xC9, 0xC9)).all()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "one", "a few words that need more than one line", "x" * 300, "y " * 300]
+)
+def test_wrapped_lines_fit_and_lose_nothing_but_what_is_cut(text):
+    font = ImageFont.load_default(14)
+    lines = wrap(text, font, width=120, most=3)
+    assert len(lines) <= 3
+    assert all(font.getlength(line) <= 120 for line in lines)
+    whole = "".join(wrap(text, font, width=120, most=10_000)).replace(" ", "")
+    assert whole == text.replace(" ", "")
+    if lines and lines[-1].endswith("..."):
+        assert text.replace(" ", "").startswith("".join(lines).removesuffix("...").replace(" ", ""))
+    else:
+        assert "".join(lines).replace(" ", "") == whole
+
+
+def make_statistics(num_images, *, packing=None):
+    images = np.array(num_images)
+    return ShardStatistics(
+        num_tokens=10 + 100 * images,
+        num_responses=np.arange(len(images)),
+        num_tiles=3 * images,
+        num_images=images,
+        lengths=None if packing is None else 10 + 255 * 3 * images,
+        packing=packing,
+    )
+
+
+def heights(panel):
+    """Samples in a panel, by kind; stacked bars lie on those of the kinds before."""
+    return [round(sum(patch.get_height() for patch in bars)) for bars in panel.containers]
+
+
+def test_panels_count_every_sample_by_kind(tmp_path):
+    limits = PackLimits(capacity=1000, max_tiles=10)
+    fill = PackingFill(
+        limits=limits,
+        tokens=np.array([900, 500]),
+        tiles=np.array([10, 2]),
+        samples=np.array([2, 4]),
+        num_too_large=0,
+    )
+    figure = shard_figure(make_statistics([0, 0, 1, 1, 1, 5], packing=fill), title="a folder")
+    assert [panel.get_title() for panel in figure.axes] == [
+        "tokens, uncompressed",
+        "trained tokens",
+        "packs, 70.0 % full in tokens",
+        "tiles",
+        "images",
+        "packs, 60.0 % full in tiles",
+    ]
+    for number in (0, 1, 3, 4):
+        assert heights(figure.axes[number]) == [2, 3, 1]
+    packs = [patch for patch in figure.axes[2].patches if patch.get_height()]
+    assert [(round(patch.get_x(), 1), patch.get_height()) for patch in packs] == [
+        (50.0, 1),
+        (90.0, 1),
+    ]
+    assert figure.axes[2].get_xlabel() == "% of 1,000 tokens\n2 packs, 3.0 samples each"
+    figure.savefig(tmp_path / "shards.png")
+    assert Image.open(tmp_path / "shards.png").size == (1320, 660)
+
+
+def test_a_data_set_without_packs_says_so():
+    nothing = np.array([], dtype=np.int64)
+    limits = PackLimits(capacity=1, max_tiles=1)
+    fill = PackingFill(
+        limits=limits, tokens=nothing, tiles=nothing, samples=nothing, num_too_large=2
+    )
+    figure = shard_figure(make_statistics([0, 1], packing=fill))
+    assert [figure.axes[number].get_title() for number in (2, 5)] == [
+        "no packs, in tokens",
+        "no packs, in tiles",
+    ]
+
+
+@pytest.mark.parametrize("num_images", [[0], [0, 0], [64, 0, 1000]])
+def test_odd_data_sets_are_drawn(tmp_path, num_images):
+    figure = shard_figure(make_statistics(num_images))
+    assert len(figure.axes) == 4
+    for panel in figure.axes:
+        assert sum(heights(panel)) == len(num_images)
+    figure.savefig(tmp_path / "shards.png")

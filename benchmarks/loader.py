@@ -40,7 +40,8 @@ from PIL import Image  # noqa: E402
 from benchmarks.step import build_run, stage_config  # noqa: E402
 from megatron_vico.config.arguments import parse  # noqa: E402
 from megatron_vico.config.registry import ModelConfig, get_model_config  # noqa: E402
-from megatron_vico.config.schema import STAGES, DataOptions, Stage  # noqa: E402
+from megatron_vico.config.schema import DataOptions  # noqa: E402
+from megatron_vico.config.stages import STAGES, Stage  # noqa: E402
 from megatron_vico.data.encode.sample_encoder import EncodingSettings, SampleEncoder  # noqa: E402
 from megatron_vico.data.encode.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece  # noqa: E402
 from megatron_vico.data.load.loader import Loader, make_loader  # noqa: E402

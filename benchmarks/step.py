@@ -51,8 +51,8 @@ from megatron.core.optimizer import OptimizerConfig  # noqa: E402
 from megatron_vico.config.arguments import config_kwargs, parse  # noqa: E402
 from megatron_vico.config.layout import check_layout, data_parallel_size  # noqa: E402
 from megatron_vico.config.registry import ModelConfig, get_model_config  # noqa: E402
-from megatron_vico.config.schema import RunConfig, Stage  # noqa: E402
-from megatron_vico.config.stages import lr_factors, needs_reference, train_modules  # noqa: E402
+from megatron_vico.config.schema import RunConfig  # noqa: E402
+from megatron_vico.config.stages import Stage  # noqa: E402
 from megatron_vico.parallel.batch import StepBatch, share_step  # noqa: E402
 from megatron_vico.parallel.groups import Groups, launched_world_size, started  # noqa: E402
 from megatron_vico.parallel.streams import language_inputs  # noqa: E402
@@ -202,12 +202,12 @@ def build_run(cfg: RunConfig, model: ModelConfig, groups: Groups) -> setup.Run:
         policy,
         cfg.optimizer,
         bf16=cfg.training.bf16,
-        lr_factors=lr_factors(cfg.stage),
+        lr_factors=cfg.stage.lr_factors,
         groups=groups,
         overrides=config_kwargs(cfg.optimizer_overrides, OptimizerConfig),
     )
     reference = None
-    if needs_reference(cfg.stage):
+    if cfg.stage.spec.needs_reference:
         frozen_encoder, frozen_chunks = setup.build_modules(
             setup.reference_config(cfg), model, groups
         )
@@ -372,7 +372,7 @@ def measure(
 def stage_config(cfg: RunConfig, stage: Stage) -> RunConfig:
     """The run of a stage with its ViT frozen."""
     options = dataclasses.replace(cfg.stage, stage=stage, train_modules=None)
-    trained = tuple(module for module in train_modules(options) if module != "vit")
+    trained = tuple(module for module in options.trained if module != "vit")
     return dataclasses.replace(cfg, stage=dataclasses.replace(options, train_modules=trained))
 
 

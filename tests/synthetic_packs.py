@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_vico.config.registry import ModelConfig
-from megatron_vico.config.schema import Stage
+from megatron_vico.config.stages import Stage
 from megatron_vico.data.pack.builder import PackBuilder
 from megatron_vico.data.pack.plan import Pack
 from megatron_vico.data.samples import EncodedSample, PackedBatch

@@ -9,12 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-OptionValue = bool | int | float | str | tuple[str, ...] | tuple[int, ...] | None
-Stage = Literal["pretrain", "warmup", "consistency", "router"]
-Module = Literal["vit", "connector_4x", "connector_16x", "vir", "language_model"]
+from megatron_vico.config.stages import STAGES, Module, Stage, StageSpec
 
-STAGES: tuple[Stage, ...] = ("pretrain", "warmup", "consistency", "router")
-MODULES: tuple[Module, ...] = ("vit", "connector_4x", "connector_16x", "vir", "language_model")
+OptionValue = bool | int | float | str | tuple[str, ...] | tuple[int, ...] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +86,22 @@ class StageOptions:
     router_eps: float = 1e-6
     """Added to both KL values of Eq. 2, in nats, so that a policy equal to its reference gives a
     ratio near 1."""
+
+    @property
+    def spec(self) -> StageSpec:
+        """The stage's row in the table of stages."""
+        return STAGES[self.stage]
+
+    @property
+    def trained(self) -> tuple[Module, ...]:
+        """The modules that get gradients in this run."""
+        return self.spec.train_modules if self.train_modules is None else self.train_modules
+
+    @property
+    def lr_factors(self) -> dict[Module, float]:
+        """--lr-mult as a table; `config/validate.py` has checked names and numbers."""
+        pairs = (item.split("=", 1) for item in self.lr_mult)
+        return {name: float(factor) for name, factor in pairs}  # type: ignore[misc]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,14 @@
-"""What each of the four stages trains, with which loss, and whether it needs the frozen
-reference."""
+"""The table of stages. A fifth stage is one row here, its name in `Stage`, and one step function in
+training/trainer.py."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_vico.config.schema import Module, Stage, StageOptions
+Stage = Literal["pretrain", "warmup", "consistency", "router"]
+Module = Literal["vit", "connector_4x", "connector_16x", "vir", "language_model"]
+
+MODULES: tuple[Module, ...] = ("vit", "connector_4x", "connector_16x", "vir", "language_model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,42 +18,83 @@ class StageSpec:
     loss: Literal["cross_entropy", "consistency", "router"]
     """Next-token cross-entropy, Eq. 1, or the cross-entropy of Eq. 3's labels."""
 
+    plans: Literal["none", "xi", "one_tile"]
+    """What the policy sees of a pack: the uncompressed stream (none); one view in which the share
+    xi of each image's tiles is compressed (xi); or two, with nothing and with one tile (or image) a
+    sample compressed (one_tile)."""
+
+    trainable: tuple[Module, ...]
+    """Modules that the loss reaches and may move; --train-modules chooses among them."""
+
     train_modules: tuple[Module, ...]
     """Modules that get gradients unless --train-modules says otherwise; all others are frozen."""
 
+    reference: Literal["none", "start", "named"]
+    """What the policy is compared with: nothing, the weights that the stage starts from (or
+    --reference-load), or always --reference-load."""
+
+    options: tuple[str, ...]
+    """Options that have an effect in this stage, of those that have none in another one."""
+
+    figures: tuple[str, ...]
+    """Means over the samples of a validation set, as they are logged after `valid_`."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the policy is compared with a frozen reference."""
+        return self.reference != "none"
+
+
+_REFERENCE = ("reference_load", "reference_offload")
+_RECOMPUTE = ("recompute_granularity",)
+_ROUTER = ("router_granularity", "router_window", "router_percentile", "router_eps")
 
 STAGES: Mapping[Stage, StageSpec] = {
     "pretrain": StageSpec(
-        loss="cross_entropy", train_modules=("vit", "connector_4x", "language_model")
+        loss="cross_entropy",
+        plans="none",
+        trainable=("vit", "connector_4x", "language_model"),
+        train_modules=("vit", "connector_4x", "language_model"),
+        reference="none",
+        options=_RECOMPUTE,
+        figures=("loss",),
     ),
     # The 16x connector is new: it learns Eq. 1 alone before the rest of the model follows (paper,
     # section 4.1).
-    "warmup": StageSpec(loss="consistency", train_modules=("connector_16x",)),
+    "warmup": StageSpec(
+        loss="consistency",
+        plans="xi",
+        trainable=("connector_16x",),
+        train_modules=("connector_16x",),
+        reference="start",
+        options=("xi_sampler", *_REFERENCE, *_RECOMPUTE),
+        figures=("loss", "loss_all_compressed"),
+    ),
     # Neither paper nor report says that the vision tower is frozen here ("the entire model is
     # trained"). Frozen is the default since one ViT pass then serves policy and reference: at 241B
     # a third of the step's arithmetic.
     "consistency": StageSpec(
-        loss="consistency", train_modules=("connector_4x", "connector_16x", "language_model")
+        loss="consistency",
+        plans="xi",
+        trainable=("vit", "connector_4x", "connector_16x", "language_model"),
+        train_modules=("connector_4x", "connector_16x", "language_model"),
+        reference="start",
+        options=("xi_sampler", *_REFERENCE, *_RECOMPUTE),
+        figures=("loss", "loss_all_compressed"),
     ),
-    "router": StageSpec(loss="router", train_modules=("vir",)),
+    # No backward pass goes through the policy, so there is nothing to recompute.
+    "router": StageSpec(
+        loss="router",
+        plans="one_tile",
+        trainable=("vir",),
+        train_modules=("vir",),
+        reference="named",
+        options=(*_ROUTER, *_REFERENCE),
+        figures=(
+            "loss",
+            "router_accuracy",
+            "router_labelled_compress",
+            "router_predicted_compress",
+        ),
+    ),
 }
-
-
-def train_modules(options: StageOptions) -> tuple[Module, ...]:
-    """The modules that get gradients in this run."""
-    return (
-        options.train_modules
-        if options.train_modules is not None
-        else STAGES[options.stage].train_modules
-    )
-
-
-def needs_reference(options: StageOptions) -> bool:
-    """Whether the stage compares with the frozen reference."""
-    return STAGES[options.stage].loss != "cross_entropy"
-
-
-def lr_factors(options: StageOptions) -> dict[Module, float]:
-    """--lr-mult as a table; `config/validate.py` has checked names and numbers."""
-    pairs = (item.split("=", 1) for item in options.lr_mult)
-    return {name: float(factor) for name, factor in pairs}  # type: ignore[misc]

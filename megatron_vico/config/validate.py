@@ -3,7 +3,6 @@ RunConfig."""
 
 import math
 
-from megatron_vico.config import stages
 from megatron_vico.config.layout import (
     check_layout,
     data_parallel_size,
@@ -13,16 +12,14 @@ from megatron_vico.config.layout import (
 )
 from megatron_vico.config.megatron_flags import TRANSFORMER, flag_of
 from megatron_vico.config.registry import ModelConfig, get_model_config
-from megatron_vico.config.schema import MODULES, DataOptions, Module, RunConfig, Stage, StageOptions
+from megatron_vico.config.schema import (
+    DataOptions,
+    ParallelOptions,
+    RunConfig,
+    StageOptions,
+)
+from megatron_vico.config.stages import MODULES, STAGES, Stage
 from megatron_vico.errors import ConfigError, nearest
-
-TRAINABLE: dict[Stage, tuple[Module, ...]] = {
-    "pretrain": ("vit", "connector_4x", "language_model"),
-    "warmup": ("connector_16x",),
-    "consistency": ("vit", "connector_4x", "connector_16x", "language_model"),
-    "router": ("vir",),
-}
-"""Modules that a stage's loss reaches and may move; --train-modules chooses among them."""
 
 RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mlp", "moe")
 
@@ -73,9 +70,7 @@ def remarks(cfg: RunConfig, world_size: int) -> list[str]:
     )
     if data_parallel * context == 1:
         # The encoder is data-parallel over all ranks, so its optimizer state is sharded even then.
-        encoder_is_sharded = world_size > 1 and set(stages.train_modules(cfg.stage)) != {
-            "language_model"
-        }
+        encoder_is_sharded = world_size > 1 and set(cfg.stage.trained) != {"language_model"}
         settings = {
             "--use-distributed-optimizer": (
                 cfg.optimizer.use_distributed_optimizer and not encoder_is_sharded
@@ -171,7 +166,7 @@ def _check_ranges(cfg: RunConfig) -> None:
 
 
 def _check_stage(cfg: RunConfig) -> None:
-    options, stage = cfg.stage, cfg.stage.stage
+    options, stage, spec = cfg.stage, cfg.stage.stage, cfg.stage.spec
     if options.train_modules is not None:
         if not options.train_modules or len(set(options.train_modules)) < len(
             options.train_modules
@@ -181,44 +176,42 @@ def _check_stage(cfg: RunConfig) -> None:
                 " once."
             )
         for module in options.train_modules:
-            if module not in TRAINABLE[stage]:
+            if module not in spec.trainable:
                 raise ConfigError(
                     f"--train-modules {module}: stage {stage!r} can train"
-                    f" {', '.join(TRAINABLE[stage])} only."
+                    f" {', '.join(spec.trainable)} only."
                 )
-    defaults = StageOptions()
-    for name, where in {
-        "xi_sampler": ("warmup", "consistency"),
-        "router_granularity": ("router",),
-        "router_window": ("router",),
-        "router_percentile": ("router",),
-        "router_eps": ("router",),
-        "reference_load": ("warmup", "consistency", "router"),
-        "reference_offload": ("warmup", "consistency", "router"),
-    }.items():
-        if stage not in where and getattr(options, name) != getattr(defaults, name):
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(
-                f"{flag} has no effect in stage {stage!r} (only in {', '.join(where)}); leave it"
-                " out."
-            )
-    trained = stages.train_modules(options)
-    if cfg.model.drop_path_rate and "vit" not in trained:
+    _check_options_of_stage(options, StageOptions(), stage=stage)
+    _check_options_of_stage(cfg.parallel, ParallelOptions(), stage=stage)
+    if cfg.model.drop_path_rate and "vit" not in options.trained:
         raise ConfigError(
             f"--drop-path-rate {cfg.model.drop_path_rate} has no effect: the vision tower is"
             " frozen; leave it out, or "
             + (
                 "train it: --train-modules vit ..."
-                if "vit" in TRAINABLE[stage]
+                if "vit" in spec.trainable
                 else "use another stage"
             )
             + "."
         )
 
 
+def _check_options_of_stage(given: object, defaults: object, *, stage: Stage) -> None:
+    """Options of a section that are set, and act in other stages only."""
+    for name in {name: None for spec in STAGES.values() for name in spec.options}:
+        if name in STAGES[stage].options or not hasattr(given, name):
+            continue
+        if getattr(given, name) != getattr(defaults, name):
+            where = ", ".join(other for other, spec in STAGES.items() if name in spec.options)
+            raise ConfigError(
+                f"--{name.replace('_', '-')} has no effect in stage {stage!r} (only in {where});"
+                " leave it out."
+            )
+
+
 def _check_frozen(cfg: RunConfig, model: ModelConfig) -> None:
     """Settings of the language model's training, where it is not trained."""
-    options, trained = cfg.stage, "language_model" in stages.train_modules(cfg.stage)
+    options, trained = cfg.stage, "language_model" in cfg.stage.trained
     settings = {
         "--moe-aux-loss-coeff": bool(cfg.parallel.moe_aux_loss_coeff),
         "--freeze-moe-router": options.freeze_moe_router,
@@ -237,7 +230,7 @@ def _check_frozen(cfg: RunConfig, model: ModelConfig) -> None:
     own = options.reference_load not in (None, cfg.checkpoint.pretrained_checkpoint)
     if (
         options.reference_offload != "none"
-        and options.stage != "router"
+        and options.spec.reference == "start"
         and not trained
         and not own
     ):
@@ -248,7 +241,7 @@ def _check_frozen(cfg: RunConfig, model: ModelConfig) -> None:
 
 
 def _check_lr_mult(options: StageOptions) -> None:
-    trained = stages.train_modules(options)
+    trained = options.trained
     seen = set()
     for item in options.lr_mult:
         module, equals, factor = item.partition("=")
@@ -310,11 +303,6 @@ def _check_data(cfg: RunConfig, model: ModelConfig) -> None:
 def _check_recompute(cfg: RunConfig, model: ModelConfig) -> None:
     parallel, moe = cfg.parallel, model.language.num_experts is not None
     granularity = parallel.recompute_granularity
-    if granularity is not None and cfg.stage.stage == "router":
-        raise ConfigError(
-            "--recompute-granularity has no effect in stage 'router': nothing of the policy is"
-            " stored."
-        )
     if granularity != "full" and (parallel.recompute_method or parallel.recompute_num_layers):
         raise ConfigError(
             "--recompute-method and --recompute-num-layers belong to --recompute-granularity full,"

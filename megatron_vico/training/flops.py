@@ -7,7 +7,6 @@ ones (data/pack/balance.py).
 
 from megatron_vico.config.registry import LanguageConfig, ModelConfig, VisionConfig
 from megatron_vico.config.schema import StageOptions
-from megatron_vico.config.stages import needs_reference, train_modules
 from megatron_vico.data.pack.balance import PackCost
 
 
@@ -59,9 +58,9 @@ def pack_cost(model: ModelConfig, options: StageOptions) -> PackCost:
     Returns:
         Coefficients in FLOPs.
     """
-    trained = train_modules(options)
-    reference = 1 if needs_reference(options) else 0
-    if options.stage == "router":
+    trained = options.trained
+    reference = 1 if options.spec.needs_reference else 0
+    if options.spec.plans == "one_tile":
         # Reference and twice the policy, forward only; one tile a sample compressed is as good as
         # none.
         full, compressed = 3.0, 0.0

@@ -18,7 +18,8 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_vico.config.schema import Module, OptimizerOptions, TrainingOptions
+from megatron_vico.config.schema import OptimizerOptions, TrainingOptions
+from megatron_vico.config.stages import Module
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.training.policy import Policy
 

@@ -14,7 +14,7 @@ from megatron.core.distributed import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
-from megatron_vico.config.schema import Module
+from megatron_vico.config.stages import Module
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageInputs, LanguageModel
 from megatron_vico.models.vir import is_dead

@@ -3,7 +3,6 @@ config/validate.py."""
 
 from pathlib import Path
 
-from megatron_vico.config import stages
 from megatron_vico.config.arguments import config_kwargs
 from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.schema import RunConfig
@@ -30,16 +29,16 @@ def check_files(cfg: RunConfig) -> None:
         raise ConfigError(
             "--tokenizer-model is not set: give a Hugging Face tokenizer folder or a .model file."
         )
-    if stages.needs_reference(cfg.stage) and not (
+    if cfg.stage.spec.needs_reference and not (
         cfg.checkpoint.pretrained_checkpoint or cfg.checkpoint.load
     ):
         raise ConfigError(
             f"stage {stage!r} has nothing to start from: give --pretrained-checkpoint (made by"
             " `vico convert` or by the stage before), or --load to resume."
         )
-    if stage == "router" and cfg.stage.reference_load is None:
+    if cfg.stage.spec.reference == "named" and cfg.stage.reference_load is None:
         raise ConfigError(
-            "stage 'router' needs --reference-load: the checkpoint from before consistency"
+            f"stage {stage!r} needs --reference-load: the checkpoint from before consistency"
             " training, which the policy is compared with."
         )
     paths = {

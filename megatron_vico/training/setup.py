@@ -16,7 +16,6 @@ from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.config.arguments import config_kwargs
 from megatron_vico.config.registry import ModelConfig, get_model_config
 from megatron_vico.config.schema import RunConfig
-from megatron_vico.config.stages import lr_factors, needs_reference, train_modules
 from megatron_vico.data.encode.sample_encoder import EncodingSettings, SampleEncoder
 from megatron_vico.data.encode.tokenizer import load_tokenizer
 from megatron_vico.data.load.loader import Loader, make_loader
@@ -80,7 +79,7 @@ class Run:
             loader,
             num_steps=num_steps,
             groups=self.groups,
-            whole_images=options.stage == "router" and options.router_granularity == "image",
+            whole_images=options.spec.plans == "one_tile" and options.router_granularity == "image",
         )
 
 
@@ -112,7 +111,7 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
         else None
     )
     start_from = resume or cfg.checkpoint.pretrained_checkpoint
-    if start_from is None and needs_reference(cfg.stage):
+    if start_from is None and cfg.stage.spec.needs_reference:
         raise ConfigError(
             f"stage {cfg.stage.stage!r} has nothing to start from: give --pretrained-checkpoint, "
             f"or --load with a checkpoint in it (found --load {cfg.checkpoint.load})"
@@ -126,7 +125,7 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
         policy,
         cfg.optimizer,
         bf16=cfg.training.bf16,
-        lr_factors=lr_factors(cfg.stage),
+        lr_factors=cfg.stage.lr_factors,
         groups=groups,
         overrides=config_kwargs(cfg.optimizer_overrides, OptimizerConfig),
     )
@@ -154,7 +153,9 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
         groups=groups,
         model=model,
         policy=policy,
-        reference=_reference(cfg, model, policy, groups) if needs_reference(cfg.stage) else None,
+        reference=_reference(cfg, model, policy, groups)
+        if cfg.stage.spec.needs_reference
+        else None,
         window=window,
         optimizer=optimizer,
         scheduler=scheduler,
@@ -198,7 +199,7 @@ def policy_options(cfg: RunConfig, groups: Groups) -> PolicyOptions:
     """What of the policy is trained, and how, in a run."""
     fp8 = cfg.parallel.fp8_format is not None
     return PolicyOptions(
-        trained=frozenset(train_modules(cfg.stage)),
+        trained=frozenset(cfg.stage.trained),
         ddp_config=_ddp_config(cfg),
         stream_cut=StreamCut.of(
             groups,

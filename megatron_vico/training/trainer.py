@@ -10,8 +10,8 @@ import torch
 
 from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.config.arguments import to_yaml
-from megatron_vico.config.schema import MODULES, RunConfig
-from megatron_vico.config.stages import STAGES
+from megatron_vico.config.schema import RunConfig
+from megatron_vico.config.stages import MODULES
 from megatron_vico.config.validate import validate
 from megatron_vico.data.load.loader import worker_death_explained
 from megatron_vico.parallel import groups as process_groups
@@ -173,7 +173,7 @@ def update_weights(run: Run) -> float:
 
 
 def _step(run: Run, batch: StepBatch, trace: StepTrace | None) -> StepSums:
-    loss = STAGES[run.cfg.stage.stage].loss
+    loss = run.cfg.stage.spec.loss
     if loss == "cross_entropy":
         return pretrain_step(run.policy, batch, groups=run.groups, trace=trace)
     assert run.reference is not None

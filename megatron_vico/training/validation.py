@@ -12,14 +12,12 @@ and no sample is left out.
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_vico.config.schema import RunConfig
-from megatron_vico.config.stages import STAGES
 from megatron_vico.data.load.loader import Loader
 from megatron_vico.data.samples import PackedBatch
 from megatron_vico.errors import ConfigError
@@ -32,13 +30,6 @@ from megatron_vico.training.setup import Run, build_loader
 
 SEED = 0
 """Of the order of packs and of what is drawn for a sample."""
-
-_FIGURES: Mapping[str, tuple[str, ...]] = {
-    "cross_entropy": ("loss",),
-    "consistency": ("loss", "loss_all_compressed"),
-    "router": ("loss", "router_accuracy", "router_labelled_compress", "router_predicted_compress"),
-}
-"""What `_sums` sums after the number of samples, by the stage's loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +115,7 @@ def evaluate(run: Run, validation: ValidationSet, *, iteration: int) -> Validati
     # The head's weight is read outside its module's forward pass, which would wait.
     run.policy.finish_param_sync()
     run.policy.eval_mode()
-    names = _FIGURES[STAGES[run.cfg.stage.stage].loss]
+    names = run.cfg.stage.spec.figures
     sums = torch.zeros(1 + len(names), dtype=torch.float64, device=run.groups.device)
     on_gpu = run.groups.device.type == "cuda"
     # Nothing draws in evaluation but torch's DataLoader, a seed for its workers.
@@ -169,7 +160,7 @@ def _weighed(batch: StepBatch, *, num_packs: int) -> StepBatch:
 def _sums(run: Run, batch: StepBatch) -> Tensor:
     """This rank's share of the number of samples and of the stage's figures, [1 + figures]
     float64."""
-    loss = STAGES[run.cfg.stage.stage].loss
+    loss = run.cfg.stage.spec.loss
     if loss == "router":
         values = _router_sums(run, batch)
     else:

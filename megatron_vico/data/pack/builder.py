@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from megatron_vico.config.schema import Stage
+from megatron_vico.config.stages import STAGES, Stage
 from megatron_vico.data.encode.expand import expand_pack
 from megatron_vico.data.load.error_budget import Gap
 from megatron_vico.data.pack.balance import EQUAL_COST, PackCost
@@ -62,7 +62,7 @@ class PackBuilder:
         weights = 1.0 / (np.maximum(rows_per_sample, 1) * float(samples_in_global_batch))
         question, router_tile_sample = self._router_question(samples, pack)
         plans = self._plans(samples, pack, question)
-        if self.views == "validation" and self.stage in ("warmup", "consistency"):
+        if self.views == "validation" and STAGES[self.stage].plans == "xi":
             plans = (*plans, np.ones_like(question))
         return PackedBatch(
             position=position,
@@ -93,9 +93,10 @@ class PackBuilder:
     def _plans(
         self, samples: Sequence[EncodedSample], pack: Pack, question: np.ndarray
     ) -> tuple[np.ndarray, ...]:
-        if self.stage == "pretrain":
+        kind = STAGES[self.stage].plans
+        if kind == "none":
             return ()
-        if self.stage == "router":
+        if kind == "one_tile":
             return (np.zeros_like(question), question)
         if self.xi_sampler == "stratified":
             # A sample comes once a visit, so the first one names the pack; no other pack draws from
@@ -132,7 +133,7 @@ class PackBuilder:
         tile."""
         plans = []
         for sample, sample_id, visit in zip(samples, pack.sample_ids, pack.visits, strict=True):
-            if self.stage != "router" or not sample.num_tiles:
+            if STAGES[self.stage].plans != "one_tile" or not sample.num_tiles:
                 plans.append(np.zeros(sample.num_tiles, dtype=np.bool_))
                 continue
             random = compression_plan.generator(self.seed, visit, sample_id, "router")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import loader
-from megatron_vico.config.schema import STAGES
+from megatron_vico.config.stages import STAGES
 
 
 def test_a_few_samples(

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vico.config import stages
 from megatron_vico.config.arguments import parse
 from megatron_vico.config.layout import layers_of_a_stage
 from megatron_vico.config.registry import MODELS, get_model_config
-from megatron_vico.config.schema import STAGES
-from megatron_vico.config.validate import TRAINABLE, remarks, validate
+from megatron_vico.config.stages import STAGES
+from megatron_vico.config.validate import remarks, validate
 from megatron_vico.errors import ConfigError
 from megatron_vico.training.preflight import check_environment, check_files
 
@@ -370,9 +369,8 @@ def test_uneven_pipeline_stages() -> None:
 
 
 def test_each_stage_trains_by_default_what_it_may_train() -> None:
-    assert set(TRAINABLE) == set(STAGES)
-    for stage, spec in stages.STAGES.items():
-        assert set(spec.train_modules) <= set(TRAINABLE[stage])
+    for spec in STAGES.values():
+        assert set(spec.train_modules) <= set(spec.trainable)
 
 
 def test_the_trainer_takes_every_layout_and_no_fp8_yet() -> None:
@@ -416,11 +414,14 @@ def test_remarks() -> None:
 
 
 def test_files_are_asked_for_when_a_run_starts(tmp_path: Path) -> None:
+    def check(*words: str) -> None:
+        cfg = parse(list(words))
+        validate(cfg, 1)
+        check_files(cfg)
+
     def problem(*words: str) -> str:
         with pytest.raises(ConfigError) as error:
-            cfg = parse(list(words))
-            validate(cfg, 1)
-            check_files(cfg)
+            check(*words)
         return str(error.value)
 
     here = str(tmp_path)

@@ -7,7 +7,6 @@ import pytest
 import run
 
 from megatron_vico.config.arguments import parse
-from megatron_vico.config.stages import needs_reference
 from megatron_vico.config.validate import validate
 
 
@@ -28,7 +27,7 @@ def test_every_training_stage_is_a_valid_run_that_starts_from_the_one_before(tmp
         validate(cfg, world_size=2)
         assert cfg.training.seed == 7
         assert cfg.checkpoint.save == cfg.checkpoint.load == str(tmp_path / name)
-        assert (cfg.checkpoint.pretrained_checkpoint is not None) == needs_reference(cfg.stage)
+        assert (cfg.checkpoint.pretrained_checkpoint is not None) == cfg.stage.spec.needs_reference
         for source in (cfg.checkpoint.pretrained_checkpoint, cfg.stage.reference_load):
             assert source is None or source in finished
         assert cfg.training.train_iters > cfg.optimizer.lr_warmup_iters

@@ -9,27 +9,43 @@ Cause = Literal["unreadable shard", "broken image", "bad text"]
 
 
 class ConfigError(ValueError):
-    """A flag, recipe or layout that cannot work; raised before any process group or memory is
-    taken."""
+    """A flag, recipe or layout that cannot work; raised before a run takes memory or groups."""
 
 
 class SampleError(ValueError):
     """A training or evaluation sample that cannot be used; names the sample's key."""
 
     def __init__(self, message: str, *, cause: Cause = "bad text") -> None:
-        """Args: cause: text unless another is named, since all but two checks of a sample are of
-        its text."""
+        """Text is the cause unless another is named: most checks of a sample are of its text."""
         super().__init__(message)
         self.cause: Cause = cause
 
 
 class WorkerError(RuntimeError):
-    """A worker process of the loader that died; says how many there are and what makes them
-    smaller."""
+    """A worker process of the loader that died; says how to make the workers smaller."""
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that is broken, incomplete or of another model; names the file or tensor."""
+
+
+USER_ERRORS = (ConfigError, SampleError, WorkerError, CheckpointError)
+"""The four errors that are printed as one line, without a traceback."""
+
+
+def cause_of(error: BaseException) -> str:
+    """What went wrong, in a line; torch's CheckpointException says it rank by rank."""
+    failures = getattr(error, "failures", None)  # rank -> (exception, traceback)
+    if not failures:
+        return _message(error)
+    causes: dict[str, int] = {}
+    for rank, wrapped in failures.items():
+        causes.setdefault(_message(wrapped[0]), rank)
+    return "; ".join(f"rank {rank}: {cause}" for cause, rank in causes.items())
+
+
+def _message(error: BaseException) -> str:
+    return str(error) or type(error).__name__
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

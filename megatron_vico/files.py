@@ -2,14 +2,15 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron_vico.errors import CheckpointError
 
 INCOMPLETE_SUFFIX = ".incomplete"
-"""Of a folder or file that is still being written, or whose writer was killed; readers refuse
-it."""
+"""Of a file or folder that is being written, or whose writer was killed; readers refuse it."""
 
 
 def unfinished_path(target: Path) -> Path:
@@ -18,8 +19,7 @@ def unfinished_path(target: Path) -> Path:
 
 
 def refuse_incomplete(folder: Path) -> None:
-    """Raise CheckpointError for a folder that is absent, or whose name says that it was never
-    finished."""
+    """Raise CheckpointError for a folder that is absent or that its writer never finished."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder.")
     if folder.name.endswith(INCOMPLETE_SUFFIX):
@@ -42,14 +42,26 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, contents: Any, *, sort_keys: bool = True) -> None:
-    """Write a JSON file as transformers does: indented, with a final newline; whole or not at all.
+    """Write a JSON file as transformers does: indented, sorted, with a final newline."""
+    text = json.dumps(contents, indent=2, sort_keys=sort_keys, ensure_ascii=False)
+    write_text(path, text + "\n")
 
-    Args:
-        path: of the file; what is there is replaced in one step.
-        contents: what `json` can write.
-        sort_keys: whether keys are put in alphabetical order, as transformers does.
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file; readers see the old one or the new one, never half of it."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes the place of `path` once the block ends without error.
+
+    A reader sees the old file or the whole new one, also after a crash of the machine.
     """
     unfinished = unfinished_path(path)
-    text = json.dumps(contents, indent=2, sort_keys=sort_keys, ensure_ascii=False)
-    unfinished.write_text(text + "\n", encoding="utf-8")
+    yield unfinished
+    # On the disk before its name is: a crash may keep the rename and lose what was written.
+    with unfinished.open("rb") as written:
+        os.fsync(written.fileno())
     os.replace(unfinished, path)

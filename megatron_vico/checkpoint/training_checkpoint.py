@@ -36,8 +36,14 @@ from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vico.checkpoint.extra_state import leave_out_unstored, load_state
-from megatron_vico.errors import CheckpointError, listed
-from megatron_vico.files import INCOMPLETE_SUFFIX, read_json, refuse_incomplete, write_json
+from megatron_vico.errors import CheckpointError, cause_of, listed
+from megatron_vico.files import (
+    INCOMPLETE_SUFFIX,
+    read_json,
+    refuse_incomplete,
+    write_json,
+    write_text,
+)
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 
@@ -150,7 +156,7 @@ def save_checkpoint(
         if torch.distributed.get_rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(
-            f"could not save {target}: {_cause(error)}; {_last_good(root)}"
+            f"could not save {target}: {cause_of(error)}; {_last_good(root)}"
         ) from error
     return target
 
@@ -163,7 +169,7 @@ def describe(folder: Path, metadata: CheckpointMetadata, *, config_yaml: str = "
 
 def point_to(directory: Path, iteration: int) -> None:
     """Make a finished step the latest of a run."""
-    _write_durably(directory / LATEST_FILE, f"{iteration}\n")
+    write_text(directory / LATEST_FILE, f"{iteration}\n")
 
 
 def load_checkpoint(
@@ -215,7 +221,7 @@ def load_checkpoint(
     except (KeyError, ValueError, RuntimeError, AssertionError) as error:
         raise CheckpointError(
             f"{folder}, saved under {metadata.layout or 'an unknown layout'}: the optimizer's state"
-            f" does not fit this run's: {_cause(error)}; resume with the stage, the trained"
+            f" does not fit this run's: {cause_of(error)}; resume with the stage, the trained"
             " modules, the learning rates and the optimizer it was saved with, or give it as"
             " --pretrained-checkpoint to start from its weights."
         ) from error
@@ -423,7 +429,7 @@ def _load(folder: Path, modules: Modules, optimizer: MegatronOptimizer | None) -
                 state, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED
             )
     except (OSError, CheckpointingException, CheckpointException, RuntimeError) as error:
-        raise CheckpointError(f"could not read {folder}: {_cause(error)}.") from error
+        raise CheckpointError(f"could not read {folder}: {cause_of(error)}.") from error
     for name, module in modules.items():
         prefix = f"{name}."
         for index, chunk in enumerate(_chunks(module)):
@@ -473,7 +479,9 @@ def _stored(folder: Path) -> dict[str, Any]:
         pickle.UnpicklingError,
         EOFError,
     ) as error:
-        raise CheckpointError(f"{folder} is not a readable checkpoint: {_cause(error)}.") from error
+        raise CheckpointError(
+            f"{folder} is not a readable checkpoint: {cause_of(error)}."
+        ) from error
     return stored
 
 
@@ -523,22 +531,6 @@ def _replace_folder(source: Path, target: Path) -> None:
         os.rename(target, old)
     os.rename(source, target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + INCOMPLETE_SUFFIX)
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-
-
-def _cause(error: BaseException) -> str:
-    failures = getattr(error, "failures", None)
-    if failures:  # torch's CheckpointException: rank -> (exception, traceback)
-        return "; ".join(f"rank {rank}: {wrapped[0]}" for rank, wrapped in failures.items())
-    return str(error) or type(error).__name__
 
 
 def _last_good(root: Path) -> str:

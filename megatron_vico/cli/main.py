@@ -11,8 +11,8 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_vico.cli.rank_failure import USER_ERRORS, end_rank, is_one_of_many
-from megatron_vico.errors import nearest
+from megatron_vico.cli.rank_failure import end_rank, is_one_of_many
+from megatron_vico.errors import USER_ERRORS, nearest
 
 USER_ERROR = 2
 """Exit status after an error that the user can mend; argparse uses the same."""

@@ -12,9 +12,7 @@ import time
 import traceback
 from typing import NoReturn
 
-from megatron_vico.errors import CheckpointError, ConfigError, SampleError, WorkerError
-
-USER_ERRORS = (ConfigError, SampleError, WorkerError, CheckpointError)
+from megatron_vico.errors import USER_ERRORS
 
 PEER_GRACE_S = 3.0
 """What a rank waits that failed in a collective: the launcher names the first process to end as the

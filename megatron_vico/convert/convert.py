@@ -33,7 +33,7 @@ from megatron_vico.convert.initial import CONNECTOR_16X_AND_VIR
 from megatron_vico.convert.megatron.writer import check_formats, sizes_of, write_dcp
 from megatron_vico.convert.names.internvl import Entry, Layout, entries
 from megatron_vico.convert.names.kinds import PaddedVocabulary
-from megatron_vico.convert.ranks import FAILURES, Ranks, cause_of, launched
+from megatron_vico.convert.ranks import FAILURES, Ranks, launched
 from megatron_vico.convert.source import (
     TOKENIZER_FOLDER,
     Source,
@@ -48,7 +48,7 @@ from megatron_vico.convert.source import (
     open_source,
 )
 from megatron_vico.data.encode.tokenizer import Tokenizer, load_tokenizer
-from megatron_vico.errors import CheckpointError, ConfigError, listed
+from megatron_vico.errors import CheckpointError, ConfigError, cause_of, listed
 from megatron_vico.models.build import padded_vocab_size
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel

@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_vico.errors import CheckpointError
+from megatron_vico.errors import CheckpointError, cause_of
 
 FAILURES = (OSError, CheckpointException, CheckpointError)
 """What reading and writing can fail with; anything else is a bug and ends its process."""
@@ -130,14 +130,3 @@ def launched() -> Iterator[Ranks]:
     yield Ranks(rank=torch.distributed.get_rank(), size=size)
     # Not after an error: the process ends anyway.
     torch.distributed.destroy_process_group()
-
-
-def cause_of(error: BaseException) -> str:
-    """What went wrong, in a line; torch's CheckpointException says it rank by rank."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        causes = {
-            str(wrapped[0]) or type(wrapped[0]).__name__: rank for rank, wrapped in failures.items()
-        }
-        return "; ".join(causes)
-    return str(error) or type(error).__name__

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -23,6 +22,7 @@ from megatron_vico.data.encode.tokenizer import Tokenizer
 from megatron_vico.data.shards.index import INDEX_NAME, FolderIndex, ShardFiles
 from megatron_vico.data.shards.mixture import MIXTURE_NAME, MIXTURE_VERSION
 from megatron_vico.errors import ConfigError, SampleError
+from megatron_vico.files import write_text
 from megatron_vico.shard_tools.journal import (
     JOURNAL_NAME,
     MADE_NAME,
@@ -191,7 +191,8 @@ def make_mixture(
     with _disk_errors_explained(out):
         made = _make_folders(targets, encoder=encoder, options=options or WriterOptions())
         folders = [{"path": folder.source.name, "repeat": folder.source.repeat} for folder in made]
-        _write_json(out / MIXTURE_NAME, {"version": MIXTURE_VERSION, "folders": folders})
+        mixture = {"version": MIXTURE_VERSION, "folders": folders}
+        write_text(out / MIXTURE_NAME, json.dumps(mixture, indent=1))
     return made
 
 
@@ -336,7 +337,7 @@ class _Folder:
                 shards=shards,
                 skipped=self.skipped,
             )
-            _write_json(self.partial / MADE_NAME, self._made)
+            write_text(self.partial / MADE_NAME, json.dumps(self._made, indent=1))
             self.index.write(self.partial)
             os.replace(self.partial, self.target)
             (self.target / JOURNAL_NAME).unlink()
@@ -505,9 +506,3 @@ def _progress_bar(*, total: int | None, done: int, shown: bool) -> Iterator[Note
             bar.update(samples)
 
         yield note
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(temporary, path)

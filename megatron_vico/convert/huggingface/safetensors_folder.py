@@ -16,9 +16,9 @@ from typing import IO, Any, TypeGuard
 import torch
 from torch import Tensor
 
-from megatron_vico.convert.ranks import FAILURES, Ranks, cause_of
+from megatron_vico.convert.ranks import FAILURES, Ranks
 from megatron_vico.convert.write_behind import WriteBehind
-from megatron_vico.errors import CheckpointError, listed
+from megatron_vico.errors import CheckpointError, cause_of, listed
 from megatron_vico.files import read_json, refuse_incomplete, unfinished_path, write_json
 
 MAX_SHARD_BYTES = 5_000_000_000

@@ -9,7 +9,6 @@ settings that the numbers hold for.
 import hashlib
 import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy.typing as npt
 from megatron_vico.data.encode.sample_encoder import EncodingSettings
 from megatron_vico.data.samples import IntArray
 from megatron_vico.errors import ConfigError, SampleError
+from megatron_vico.files import replacing, write_text
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 2
@@ -124,12 +124,9 @@ class ShardIndex:
             raise ValueError("its columns do not fit together")
 
     def write(self, path: Path) -> None:
-        """Write the file; a reader sees it whole or not at all, and the same content gives the same
-        bytes."""
-        temporary = path.with_name(path.name + ".partial")
-        with temporary.open("wb") as file:
+        """Write the file; the same content gives the same bytes."""
+        with replacing(path) as unfinished, unfinished.open("wb") as file:
             np.savez(file, **{name: getattr(self, name) for name in self.__dataclass_fields__})
-        os.replace(temporary, path)
 
     @classmethod
     def read(cls, path: Path) -> "ShardIndex":
@@ -220,11 +217,8 @@ class FolderIndex:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def write(self, folder: Path) -> None:
-        """Write `index.json` so that a reader sees the old file or the new one, never half of
-        it."""
-        temporary = folder / (INDEX_NAME + ".partial")
-        temporary.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-        os.replace(temporary, folder / INDEX_NAME)
+        """Write `index.json`."""
+        write_text(folder / INDEX_NAME, json.dumps(asdict(self), indent=1))
 
     @classmethod
     def read(cls, folder: Path) -> "FolderIndex":

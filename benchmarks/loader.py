@@ -174,17 +174,17 @@ def measure(
     counted."""
     loader = loader_of(case, data, stage=stage, tokenizer=tokenizer)
     (folder,) = loader.plan.data.folders
-    image_bytes = [
-        sum(size for _, size in folder.describe(i).members[1:]) for i in range(len(folder))
-    ]
+    described = [folder.describe(i) for i in range(len(folder))]
+    image_bytes = {each.key: sum(size for _, size in each.members[1:]) for each in described}
     steps = iter(loader)
     next(steps)
     seen, tiles, read, start = 0, 0, 0, time.process_time()
     while seen < num_samples:
-        for batch in next(steps):
-            seen += len(batch.keys)
-            tiles += len(batch.tiles)
-            read += sum(image_bytes[i] for i in batch.sample_ids.tolist())
+        for block in next(steps):
+            keys = [key for pack in block.packs for key in pack.keys]
+            seen += len(keys)
+            tiles += len(block.tiles)
+            read += sum(image_bytes[key] for key in keys)
     elapsed_s = time.process_time() - start
     return Measured(
         name=case.name,
@@ -214,15 +214,16 @@ def feed(
     samples = 0
     for number in range(num_steps + 1):
         begun = time.perf_counter()
-        packs = next(steps)
+        blocks = next(steps)
         taken, cpu = time.perf_counter(), time.process_time()
-        trainer.compute_gradients(run, share_step(packs, groups=groups))
+        batch = share_step(blocks, groups=groups)
+        trainer.compute_gradients(run, batch)
         trainer.update_weights(run)
         if number:
             wait_s += taken - begun
             wall_s += time.perf_counter() - begun
             cpu_s += time.process_time() - cpu
-            samples += sum(len(pack.keys) for pack in packs)
+            samples += sum(len(pack.keys) for pack in batch.packs)
     return Fed(
         name=case.name,
         num_workers=num_workers,

@@ -7,9 +7,10 @@ import numpy as np
 
 from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.stages import Stage
+from megatron_vico.data.load.packed_bytes import PackedBytes, wrap
 from megatron_vico.data.pack.builder import PackBuilder
 from megatron_vico.data.pack.plan import Pack
-from megatron_vico.data.samples import EncodedSample, PackedBatch
+from megatron_vico.data.samples import EncodedSample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class PackShape:
 
 def synthetic_pack(
     shape: PackShape, *, model: ModelConfig, stage: Stage, number: int, samples_in_global_batch: int
-) -> PackedBatch:
+) -> PackedBytes:
     """A pack of random tokens and pixels.
 
     Args:
@@ -51,7 +52,7 @@ def synthetic_pack(
         samples_in_global_batch: as for `PackBuilder.build`.
 
     Returns:
-        The batch, on the CPU.
+        The pack as a loader gives it.
     """
     random = np.random.default_rng(number)
     builder = PackBuilder(
@@ -65,7 +66,8 @@ def synthetic_pack(
     samples = [_sample(num_tiles, num_text, model, random) for num_tiles, num_text in pairs]
     ids = tuple(range(number * len(samples), (number + 1) * len(samples)))
     pack = Pack(sample_ids=ids, visits=(0,) * len(ids))
-    return builder.build(samples, pack=pack, samples_in_global_batch=samples_in_global_batch)
+    packed = builder.build(samples, pack=pack, samples_in_global_batch=samples_in_global_batch)
+    return wrap([packed], [sample.tiles for sample in samples])
 
 
 def _sample(

@@ -78,7 +78,6 @@ def pack(
         token_ids=torch.randint(6, 512, (num_tokens,), generator=generator),
         visual_positions=torch.tensor(visual_positions, dtype=torch.int64),
         cu_seqlens=torch.tensor([0, *document_lens]).cumsum(0).int(),
-        max_seqlen=max(document_lens),
         response_rows=torch.tensor(
             range(num_tokens) if response_rows is None else response_rows, dtype=torch.int64
         ),

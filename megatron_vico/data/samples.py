@@ -2,22 +2,20 @@
 needed to read them.
 
 ConversationSample (text and image files) -> EncodedSample (ids and tiles, one image token per tile)
--> Stream (ids under one compression plan) -> PackedStream and PackedBatch (several samples, torch
-tensors).
+-> PackedBatch (several samples, each text as one PackedStream per compression plan, torch tensors).
+The tiles travel beside the PackedBatch (data/load/packed_bytes.py).
 
-Shape letters: L tokens of a sample before expansion, S tokens of a sample after it, T tokens of a
-pack, D samples (documents) of a pack, N tiles, V visual tokens, R response rows, M tiles the router
-is asked about.
+Shape letters: L tokens of a sample before expansion, T tokens of a pack after it, D samples
+(documents) of a pack, N tiles, V visual tokens, R response rows, M tiles the router is asked about.
 """
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from megatron_vico.errors import Cause
@@ -28,6 +26,9 @@ ROLES: tuple[Role, ...] = ("system", "human", "gpt", "pretrain")
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 ByteArray = npt.NDArray[np.uint8]
+
+GAP_TOKEN_ID = 0
+"""The one token of a gap: a text token of every tokenizer, the one that streams are padded with."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,26 @@ class EncodedSample:
         return self.token_ids[self.is_response]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Gap(EncodedSample):
+    """What stands in a pack for a broken sample: one token that nothing is trained on."""
+
+    missing_tiles: tuple[int, ...]
+    """Tiles per image that the sample would have: plans are drawn for them too, so that its
+    neighbours keep theirs."""
+
+    @classmethod
+    def of(cls, key: str, *, tiles_per_image: tuple[int, ...], image_size: int) -> Self:
+        """The gap of a sample whose index has `tiles_per_image`; `image_size` in px."""
+        return cls(
+            key=key,
+            token_ids=np.array([GAP_TOKEN_ID], dtype=np.int64),
+            is_response=np.zeros(1, dtype=np.bool_),
+            tiles=np.empty((0, 3, image_size, image_size), dtype=np.uint8),
+            missing_tiles=tiles_per_image,
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
     """A sample that could not be used; a gap stands in its pack (data/load/error_budget.py)."""
@@ -110,25 +131,9 @@ class Skipped:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Stream:
-    """One sample under one plan: every image token expanded to as many as its tile has visual
-    tokens."""
-
-    token_ids: IntArray
-    """[S] int64."""
-
-    visual_positions: IntArray
-    """[V] int64, where visual token v goes."""
-
-    response_rows: IntArray
-    """[R] int64, the position whose hidden state predicts response token r: the token's own
-    position - 1."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class PackedStream:
-    """The streams of several samples, one after the other; positions and rows count from the start
-    of the pack."""
+    """Samples one after the other under one plan, every image token expanded to as many as its tile
+    has visual tokens; positions and rows count from the start of the pack."""
 
     token_ids: Tensor
     """[T] int64."""
@@ -136,14 +141,12 @@ class PackedStream:
     cu_seqlens: Tensor
     """[D + 1] int32, where each sample starts; the last entry is T."""
 
-    max_seqlen: int
-    """Length of the longest sample."""
-
     visual_positions: Tensor
-    """[V] int64."""
+    """[V] int64, where visual token v goes."""
 
     response_rows: Tensor
-    """[R] int64."""
+    """[R] int64, the position whose hidden state predicts response token r: the token's own
+    position - 1."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -158,20 +161,14 @@ class PolicyView:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedBatch:
-    """One pack (a microbatch): tiles, the uncompressed reference stream, and the stage's policy
-    streams.
+    """One pack (a microbatch) without its tiles: the uncompressed reference stream, and the stage's
+    policy streams.
 
     Row r of the reference and of every policy view predicts the same response token, `labels[r]`.
     """
 
     keys: tuple[str, ...]
     """Names of the D samples, in pack order."""
-
-    sample_ids: Tensor
-    """[D] int64, index of each sample in the data set."""
-
-    tiles: Tensor
-    """[N, 3, S, S] uint8 RGB, not normalised."""
 
     tiles_per_sample: tuple[int, ...]
     """[D] entries that sum to N."""
@@ -196,7 +193,7 @@ class PackedBatch:
     compressed; router: nothing compressed, then the router's question."""
 
     position: int = 0
-    """The pack's place among those of its step, over all ranks."""
+    """Index of the pack among those of its step, over all ranks."""
 
     skipped: tuple[Skipped, ...] = ()
     """Broken samples among the D that were not known to be broken before this step."""
@@ -209,12 +206,8 @@ class PackedBatch:
 
     @property
     def num_tiles(self) -> int:
-        """N, also where the tiles themselves are elsewhere (parallel/batch.py)."""
+        """N."""
         return sum(self.tiles_per_sample)
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedBatch":
-        """The same batch with every tensor on `device`."""
-        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
 
 def map_tensors[T](value: T, function: Callable[[Any], Any], *, leaf: type = Tensor) -> T:

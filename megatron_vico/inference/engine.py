@@ -204,8 +204,8 @@ class Engine:
             plans = list(plan)
         streams = [
             expand(
-                prompt.first,
-                plan=each,
+                [prompt.first],
+                plan=each.cpu(),
                 tokens_kept=self.model.visual_tokens_per_tile,
                 tokens_compressed=self.model.compressed_tokens_per_tile,
                 image_token_id=self.tokenizer.image_token_id,
@@ -218,15 +218,18 @@ class Engine:
             self.language_model,
             batch=len(batch),
             # Room for the padded segments of all turns, and for every answer with its end mark.
-            max_len=max(stream.token_ids.size for stream in streams)
+            max_len=max(len(stream.token_ids) for stream in streams)
             + sum(_longest(batch, turn) for turn in range(num_turns - 1))
             + num_turns * (max_new_tokens + 2),
             tokenizer=self.tokenizer,
             device=self._device,
         )
-        positions = [stream.visual_positions for stream in streams]
+        positions = [stream.visual_positions.numpy() for stream in streams]
         tokens = decoder.say(
-            [stream.token_ids for stream in streams], max_new_tokens, visual_tokens_VH, positions
+            [stream.token_ids.numpy() for stream in streams],
+            max_new_tokens,
+            visual_tokens_VH,
+            positions,
         )
         said = [[ids] for ids in tokens]
         for turn in range(num_turns - 1):
@@ -243,7 +246,7 @@ class Engine:
                 ),
                 compressed_N=each,
                 probability_N=probability,
-                num_visual_tokens=stream.visual_positions.size,
+                num_visual_tokens=len(stream.visual_positions),
             )
             for prompt, answers, each, probability, stream in zip(
                 batch, said, plans, probabilities, streams, strict=True

@@ -8,7 +8,6 @@ Shapes: T tokens of a pack, D documents (samples) of it, V visual tokens, R resp
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -108,7 +107,6 @@ def pad_stream(stream: PackedStream, cut: StreamCut) -> PackedStream:
     return PackedStream(
         token_ids=ids,
         cu_seqlens=torch.tensor([0, *ends], dtype=torch.int32),
-        max_seqlen=max(end - start for start, end in pairwise([0, *ends])),
         visual_positions=stream.visual_positions + shift_T[stream.visual_positions],
         response_rows=stream.response_rows + shift_T[stream.response_rows],
     )

@@ -13,13 +13,15 @@ from torch import Tensor
 from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.schema import RunConfig
-from megatron_vico.data.samples import PackedBatch, PackedStream
+from megatron_vico.data.load.packed_bytes import PackedBytes
+from megatron_vico.data.samples import PackedStream
 from megatron_vico.parallel.batch import SharedBatches
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.training.metrics import StepFigures
 from megatron_vico.training.setup import Run, build_modules, named_modules, set_up
 from megatron_vico.training.trainer import compute_gradients, update_weights
 from tests.distributed.global_weights import Part, parts_of
+from tests.packs import WholePack, as_blocks, whole_packs
 
 STEPS = 3
 
@@ -124,15 +126,15 @@ def _main_grads(ddp: DistributedDataParallel) -> Iterator[tuple[torch.nn.Paramet
             yield param, whole[start:end].view(param.shape)
 
 
-def _emptied(run: Run, index: int) -> Iterator[Sequence[PackedBatch]]:
+def _emptied(run: Run, index: int) -> Iterator[Sequence[PackedBytes]]:
     assert run.data.loader is not None
-    for packs in run.data.loader:
-        changed = list(packs)
+    for blocks in run.data.loader:
+        changed = whole_packs(blocks)
         changed[index] = _without_rows(changed[index])
-        yield changed
+        yield as_blocks(changed)
 
 
-def _without_rows(pack: PackedBatch) -> PackedBatch:
+def _without_rows(pack: WholePack) -> WholePack:
     def no_rows(stream: PackedStream) -> PackedStream:
         return dataclasses.replace(stream, response_rows=stream.response_rows[:0])
 

@@ -5,6 +5,7 @@ import base64
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from megatron_vico.data.encode.conversation import encode_conversation
@@ -187,8 +188,8 @@ def check(turns, official_turns, tiles_per_image, folder):
         tiles_per_image=tiles_per_image,
     )
     stream = expand(
-        sample,
-        plan=np.zeros(num_tiles, dtype=bool),
+        [sample],
+        plan=torch.zeros(num_tiles, dtype=torch.bool),
         tokens_kept=256,
         tokens_compressed=64,
         image_token_id=ours.image_token_id,

@@ -175,8 +175,8 @@ def conversation(index: int, *, num_questions: int = 2) -> ConversationSample:
 
 def uncompressed_ids(exported: Exported, prompt: Prompt) -> list[int]:
     """What a user of the remote code writes: every tile with all its image tokens."""
-    kept = np.zeros(prompt.first.num_tiles, dtype=bool)
-    stream = expand(prompt.first, plan=kept, tokens_kept=4, tokens_compressed=1, image_token_id=5)
+    kept = torch.zeros(prompt.first.num_tiles, dtype=torch.bool)
+    stream = expand([prompt.first], plan=kept, tokens_kept=4, tokens_compressed=1, image_token_id=5)
     return stream.token_ids.tolist()
 
 

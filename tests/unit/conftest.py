@@ -14,6 +14,7 @@ from megatron_vico.data.pack.balance import PackCost
 from megatron_vico.data.pack.builder import PackBuilder
 from megatron_vico.data.samples import map_tensors
 from megatron_vico.shard_tools.writer import WriterOptions, make_shards
+from tests.packs import whole_packs
 from tests.toy_data import write_conversations
 
 NUM_SAMPLES = 42
@@ -107,7 +108,8 @@ def load(options, tokenizer):
 
 
 def take(loader, steps):
-    return list(itertools.islice(iter(loader), steps))
+    """The packs of the next steps, each with its tiles."""
+    return [whole_packs(blocks) for blocks in itertools.islice(iter(loader), steps)]
 
 
 def step_plan(plan, step):

@@ -11,9 +11,9 @@ from megatron_vico.config.schema import DataOptions
 from megatron_vico.data.encode import conversation, tiling
 from megatron_vico.data.encode.augment import jpeg_degrade
 from megatron_vico.data.encode.conversation import EncodedText, TileTags
-from megatron_vico.data.encode.expand import check_image_tokens
 from megatron_vico.data.encode.tokenizer import Tokenizer
 from megatron_vico.data.samples import ByteArray, ConversationSample, EncodedSample
+from megatron_vico.errors import SampleError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,3 +134,23 @@ def _join(tiles_of_images: list[ByteArray], image_size: int) -> ByteArray:
         return tiles_of_images[0]
     empty = np.empty((0, 3, image_size, image_size), dtype=np.uint8)
     return np.concatenate([empty, *tiles_of_images])
+
+
+def check_image_tokens(sample: EncodedSample, *, image_token_id: int) -> None:
+    """Check that a sample has one image token per tile and that something predicts each response
+    token.
+
+    Raises:
+        SampleError: if not.
+    """
+    num_placeholders = int(np.count_nonzero(sample.token_ids == image_token_id))
+    if num_placeholders != sample.num_tiles or sum(sample.tiles_per_image) != sample.num_tiles:
+        raise SampleError(
+            f"sample {sample.key!r}: {num_placeholders} image placeholders but {sample.num_tiles}"
+            f" tiles ({sum(sample.tiles_per_image)} over its images); check the <image> tags of the"
+            " conversation."
+        )
+    if sample.is_response[:1].any():
+        raise SampleError(
+            f"sample {sample.key!r}: the first token is a response; nothing predicts it."
+        )

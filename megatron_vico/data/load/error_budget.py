@@ -11,9 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-import numpy as np
-
-from megatron_vico.data.samples import EncodedSample, Skipped
+from megatron_vico.data.samples import Skipped
 from megatron_vico.errors import SampleError
 
 MIN_SAMPLES = 10_000
@@ -21,31 +19,7 @@ MIN_SAMPLES = 10_000
 samples are within the budget at any time, so that one among the first hundred ends no run, and the
 eleventh of a missing folder does."""
 
-GAP_TOKEN_ID = 0
-"""The one token of a gap: a text token of every tokenizer, the one that streams are padded with."""
-
 _SHOWN_KEYS = 3
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Gap(EncodedSample):
-    """What stands in a pack for a sample that could not be used."""
-
-    missing_tiles: tuple[int, ...]
-    """Tiles per image that the sample would have: plans are drawn for them too, so that its
-    neighbours keep theirs."""
-
-    @classmethod
-    def of(cls, key: str, *, tiles_per_image: tuple[int, ...], image_size: int) -> Self:
-        """The gap of a sample whose index has `tiles_per_image`; tiles have a side of `image_size`
-        px."""
-        return cls(
-            key=key,
-            token_ids=np.array([GAP_TOKEN_ID], dtype=np.int64),
-            is_response=np.zeros(1, dtype=np.bool_),
-            tiles=np.empty((0, 3, image_size, image_size), dtype=np.uint8),
-            missing_tiles=tiles_per_image,
-        )
 
 
 class SkipList:

@@ -19,13 +19,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from megatron_vico.config.schema import DataOptions
 from megatron_vico.data.encode.sample_encoder import SampleEncoder
 from megatron_vico.data.load import packed_bytes
-from megatron_vico.data.load.error_budget import Gap, SkipList
+from megatron_vico.data.load.error_budget import SkipList
+from megatron_vico.data.load.packed_bytes import PackedBytes
 from megatron_vico.data.load.worker_life import live_as_long_as_parent
 from megatron_vico.data.pack.balance import assign
 from megatron_vico.data.pack.builder import PackBuilder
 from megatron_vico.data.pack.plan import FolderList, Pack, PackPlan
 from megatron_vico.data.pack.plan_state import PlanState
-from megatron_vico.data.samples import EncodedSample, PackedBatch, Skipped
+from megatron_vico.data.samples import EncodedSample, Gap, Skipped
 from megatron_vico.data.shards.mixture import read_mixture
 from megatron_vico.data.shards.reader import ShardFolder
 from megatron_vico.data.shards.storage import StorageOptions
@@ -99,8 +100,8 @@ class Loader:
         self._pieces_per_step = math.ceil(packs / self._packs_per_piece)
         self._dataset = _PieceDataset(plan.data, encoder=encoder, builder=builder)
 
-    def __iter__(self) -> Iterator[list[PackedBatch]]:
-        """Batches from `place` on.
+    def __iter__(self) -> Iterator[list[PackedBytes]]:
+        """This rank's packs of each step from `place` on, in one or more blocks.
 
         Raises:
             SampleError: if shard and index differ; the same in a worker as without workers.
@@ -119,7 +120,7 @@ class Loader:
             if not step:
                 return
             self.place = self._begun.popleft()
-            yield [self._without_known(batch) for piece in step for batch in piece]
+            yield [self._without_known(packed) for packed in step]
 
     @property
     def begun_packs(self) -> int:
@@ -130,21 +131,20 @@ class Loader:
         """All that is needed to go on, on any number of ranks and workers: numbers and strings."""
         return {"plan": self.place.to_dict(), "skipped": self.skips.to_state()}
 
-    def _prepared(self) -> Iterator[list[PackedBatch]]:
+    def _prepared(self) -> Iterator[PackedBytes]:
         options = self.plan.options
         if options.num_workers == 0:
             return (_unless_error(self._dataset[piece]) for piece in self._pieces())
         ahead = options.prefetch_steps * self._pieces_per_step
-        parcels = DataLoader(
+        prepared = DataLoader(
             self._dataset,
             sampler=_Pieces(self._pieces()),
             batch_size=None,
             num_workers=options.num_workers,
             prefetch_factor=math.ceil(ahead / options.num_workers),
-            collate_fn=_parcel,  # runs in the worker
             worker_init_fn=live_as_long_as_parent,
         )
-        return (packed_bytes.unwrap(_unless_error(sent)) for sent in parcels)
+        return (_unless_error(packed) for packed in prepared)
 
     def _pieces(self) -> Iterator["_Piece"]:
         """What there is to prepare; workers get it from the training process, where packing is done
@@ -164,10 +164,12 @@ class Loader:
                 )
                 yield _Piece(packs=packs, num_samples=step.num_samples, left_out=left_out)
 
-    def _without_known(self, batch: PackedBatch) -> PackedBatch:
-        return dataclasses.replace(
-            batch, skipped=tuple(each for each in batch.skipped if self.skips.add(each))
-        )
+    def _without_known(self, packed: PackedBytes) -> PackedBytes:
+        packs = [
+            dataclasses.replace(pack, skipped=tuple(filter(self.skips.add, pack.skipped)))
+            for pack in packed.packs
+        ]
+        return dataclasses.replace(packed, packs=packs)
 
 
 @contextlib.contextmanager
@@ -265,32 +267,42 @@ class _Pieces(Sampler[_Piece]):
         return self._pieces
 
 
-class _PieceDataset(Dataset[list[PackedBatch] | UserError]):
-    """Piece -> packed batches, or what is wrong with them (torch would wrap an error in a
-    worker)."""
+class _PieceDataset(Dataset[PackedBytes | UserError]):
+    """Piece -> its packs, or what is wrong with them (torch would wrap an error in a worker)."""
 
     def __init__(self, data: FolderList, *, encoder: SampleEncoder, builder: PackBuilder) -> None:
         self._data, self._encoder, self._builder = data, encoder, builder
 
-    def __getitem__(self, piece: _Piece) -> list[PackedBatch] | UserError:
+    def __getitem__(self, piece: _Piece) -> PackedBytes | UserError:
+        packs, tiles = [], []
         try:
-            return [self._batch(piece, number) for number in piece.packs]
+            for position in piece.packs:
+                samples, skipped = self._samples(piece, position)
+                pack = self._builder.build(
+                    samples,
+                    pack=piece.packs[position],
+                    samples_in_global_batch=piece.num_samples,
+                    position=position,
+                )
+                packs.append(dataclasses.replace(pack, skipped=tuple(skipped)))
+                tiles += [sample.tiles for sample in samples]
         except (SampleError, ConfigError) as error:
             return error
+        return packed_bytes.wrap(packs, tiles)
 
-    def _batch(self, piece: _Piece, number: int) -> PackedBatch:
-        pack, samples, skipped = piece.packs[number], [], []
+    def _samples(self, piece: _Piece, position: int) -> tuple[list[EncodedSample], list[Skipped]]:
+        """The samples of a pack, gaps among them, and why there are gaps."""
+        pack = piece.packs[position]
+        samples: list[EncodedSample] = []
+        skipped = []
         for sample_id, visit in zip(pack.sample_ids, pack.visits, strict=True):
             sample: EncodedSample | Skipped | None = None
-            if (number, sample_id) not in piece.left_out:
+            if (position, sample_id) not in piece.left_out:
                 sample = self._read(sample_id, visit)
             if isinstance(sample, Skipped):
                 skipped.append(sample)
             samples.append(sample if isinstance(sample, EncodedSample) else self._gap(sample_id))
-        batch = self._builder.build(
-            samples, pack=pack, samples_in_global_batch=piece.num_samples, position=number
-        )
-        return dataclasses.replace(batch, skipped=tuple(skipped))
+        return samples, skipped
 
     def _read(self, sample_id: int, visit: int) -> EncodedSample | Skipped:
         """A sample that fits the index, or why it is left out."""
@@ -347,7 +359,3 @@ def _unless_error[T](prepared: T | UserError) -> T:
     if isinstance(prepared, UserError):
         raise prepared
     return prepared
-
-
-def _parcel(batches: list[PackedBatch] | UserError) -> packed_bytes.Parcel | UserError:
-    return batches if isinstance(batches, UserError) else packed_bytes.wrap(batches)

@@ -40,22 +40,26 @@ def broken(shards, victim, tmp_path_factory):
     return copy
 
 
+def key_of(shards, number):
+    return ShardFolder.open(shards).describe(number).key
+
+
 def by_sample(batch):
-    """All that belongs to each sample of a batch, by its number."""
+    """All that belongs to each sample of a batch, by its name."""
     found = {}
     counts = list(batch.tiles_per_sample)
     views = [(None, batch.reference)] + [(view.compressed, view.stream) for view in batch.policies]
-    for local, sample_id in enumerate(batch.sample_ids.tolist()):
+    for local, key in enumerate(batch.keys):
         tiles = slice(sum(counts[:local]), sum(counts[: local + 1]))
         rows = batch.sample_of_row == local
-        mine = [batch.keys[local], batch.tiles[tiles].tolist(), batch.labels[rows].tolist()]
+        mine = [key, batch.tiles[tiles].tolist(), batch.labels[rows].tolist()]
         mine += [batch.kl_weight[rows].tolist(), int((batch.router_tile_sample == local).sum())]
         for plan, stream in views:
             start, end = stream.cu_seqlens[local : local + 2].tolist()
             ids = stream.token_ids[start:end].tolist()
             rows_here = (stream.response_rows[rows] - start).tolist()
             mine.append([ids, rows_here, plan[tiles].tolist() if plan is not None else None])
-        found[sample_id] = mine
+        found[key] = mine
     return found
 
 
@@ -71,17 +75,17 @@ def by_sample(batch):
 )
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_broken_image_changes_nothing_of_the_other_samples(
-    load, broken, victim, of_builder, num_workers
+    load, shards, broken, victim, of_builder, num_workers
 ):
     whole = take(load(**of_builder), STEPS)
     gapped = take(load(data_path=(str(broken),), num_workers=num_workers, **of_builder), STEPS)
-    seen = 0
+    seen, key = 0, key_of(shards, victim)
     for batch, other in zip(itertools.chain(*gapped), itertools.chain(*whole), strict=True):
         mine, theirs = by_sample(batch), by_sample(other)
         assert list(mine) == list(theirs)
-        assert mine.pop(victim, None) == gap_of(theirs.pop(victim, None))
+        assert mine.pop(key, None) == gap_of(theirs.pop(key, None))
         assert mine == theirs
-        seen += victim in batch.sample_ids.tolist()
+        seen += key in batch.keys
         assert torch.isfinite(batch.kl_weight).all()
         assert len(batch.reference.cu_seqlens) == len(batch.keys) + 1
     assert seen >= 2  # it comes again, and counts once
@@ -110,7 +114,9 @@ def test_a_pack_of_nothing_but_gaps(load, shards, tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_resumed_run_leaves_out_what_has_become_readable(load, broken, victim, num_workers):
+def test_a_resumed_run_leaves_out_what_has_become_readable(
+    load, shards, broken, victim, num_workers
+):
     """A disk that was away for a while: the run that was never interrupted had skipped the sample
     for good."""
     loader = load(data_path=(str(broken),))
@@ -120,13 +126,13 @@ def test_a_resumed_run_leaves_out_what_has_become_readable(load, broken, victim,
     state = json.loads(json.dumps(loader.state_dict()))
     going_on = take(loader, 3)
     resumed = load(num_workers=num_workers, state=state)
-    left_out = 0
+    left_out, key = 0, key_of(shards, victim)
     for batch, other in zip(
         itertools.chain(*take(resumed, 3)), itertools.chain(*going_on), strict=True
     ):
         assert by_sample(batch) == by_sample(other)
         assert batch.skipped == other.skipped == ()
-        left_out += victim in batch.sample_ids.tolist()
+        left_out += key in batch.keys
     assert left_out == 1
     assert list(resumed.skips) == [dataclasses.replace(each, reason="") for each in loader.skips]
     forgetful = take(load(state=state | {"skipped": []}), 3)
@@ -158,7 +164,7 @@ def test_what_is_left_out_begins_where_no_rank_has_begun():
 
 def test_samples_that_are_elsewhere_now_are_forgotten(load, shards, victim):
     state = load().state_dict()
-    key = ShardFolder.open(shards).describe(victim).key
+    key = key_of(shards, victim)
     listed = [
         [victim, key, "bad text", 0],
         [victim + 1, key, "bad text", 0],

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vico.data.encode.expand import expand, expand_pack
+from megatron_vico.data.encode.expand import expand
+from megatron_vico.data.encode.sample_encoder import check_image_tokens
 from megatron_vico.data.samples import EncodedSample
 from megatron_vico.errors import SampleError
 
@@ -41,8 +42,8 @@ def samples_and_plans(draw):
     trained &= token_ids != IMAGE
     trained[0] = False
     num_tiles = int((token_ids == IMAGE).sum())
-    plan = np.array(
-        draw(st.lists(st.booleans(), min_size=num_tiles, max_size=num_tiles)), dtype=bool
+    plan = torch.tensor(
+        draw(st.lists(st.booleans(), min_size=num_tiles, max_size=num_tiles)), dtype=torch.bool
     )
     return sample(token_ids, trained, num_tiles), plan
 
@@ -63,7 +64,7 @@ def test_expansion_equals_a_loop_and_a_pack_equals_its_samples(drawn):
     joined = {"ids": [], "visual": [], "rows": [], "cu": [0]}
     for each, plan in drawn:
         ids, visual, rows = naive(each, plan)
-        stream = expand(each, plan=plan, **COUNTS)
+        stream = expand([each], plan=plan, **COUNTS)
         assert stream.token_ids.tolist() == ids
         assert stream.visual_positions.tolist() == visual
         assert stream.response_rows.tolist() == rows
@@ -72,32 +73,33 @@ def test_expansion_equals_a_loop_and_a_pack_equals_its_samples(drawn):
         joined["visual"] += [start + position for position in visual]
         joined["rows"] += [start + row for row in rows]
         joined["cu"].append(start + len(ids))
-    packed = expand_pack(
-        [s for s, _ in drawn], plan=np.concatenate([plan for _, plan in drawn]), **COUNTS
-    )
+    packed = expand([s for s, _ in drawn], plan=torch.cat([plan for _, plan in drawn]), **COUNTS)
     assert packed.token_ids.tolist() == joined["ids"]
     assert packed.visual_positions.tolist() == joined["visual"]
     assert packed.response_rows.tolist() == joined["rows"]
     assert packed.cu_seqlens.tolist() == joined["cu"]
-    assert packed.max_seqlen == max(np.diff(joined["cu"]))
     assert (packed.cu_seqlens.dtype, packed.token_ids.dtype) == (torch.int32, torch.int64)
 
 
 def test_rows_of_all_plans_predict_the_same_labels():
     each = sample([7, IMAGE, 8, IMAGE, 9, 10], [0, 0, 1, 0, 1, 1], 2)
-    for plan in ([False, False], [True, False], torch.tensor([True, True])):
-        stream = expand(each, plan=plan, **COUNTS)
+    for plan in ([False, False], [True, False], [True, True]):
+        stream = expand([each], plan=torch.tensor(plan), **COUNTS)
         np.testing.assert_array_equal(stream.token_ids[stream.response_rows + 1], each.labels)
 
 
 @pytest.mark.parametrize(
-    ("token_ids", "is_response", "num_tiles", "plan", "message"),
+    ("token_ids", "is_response", "num_tiles", "message"),
     [
-        ([7, IMAGE, 8], [0, 0, 1], 2, [False, False], "'k': 1 image placeholders but 2 tiles"),
-        ([7, IMAGE, 8], [0, 0, 1], 1, [False, False], "'k': a plan for 2 tiles but 1"),
-        ([7, 8], [1, 1], 0, [], "'k': the first token is a response"),
+        ([7, IMAGE, 8], [0, 0, 1], 2, "'k': 1 image placeholders but 2 tiles"),
+        ([7, 8], [1, 1], 0, "'k': the first token is a response"),
     ],
 )
-def test_mismatches_are_refused(token_ids, is_response, num_tiles, plan, message):
+def test_samples_that_do_not_fit_together_are_refused(token_ids, is_response, num_tiles, message):
     with pytest.raises(SampleError, match=message):
-        expand(sample(token_ids, is_response, num_tiles), plan=plan, **COUNTS)
+        check_image_tokens(sample(token_ids, is_response, num_tiles), image_token_id=IMAGE)
+
+
+def test_a_plan_for_other_tiles_is_refused():
+    with pytest.raises(SampleError, match="'k': a plan for 2 tiles but 1"):
+        expand([sample([7, IMAGE, 8], [0, 0, 1], 1)], plan=torch.zeros(2).bool(), **COUNTS)

@@ -18,8 +18,8 @@ import pytest
 
 from megatron_vico.data.load.loader import MAX_PIECES, worker_death_explained
 from megatron_vico.data.load.worker_life import live_as_long_as_parent
-from megatron_vico.data.samples import map_tensors
 from megatron_vico.errors import ConfigError, WorkerError
+from tests.packs import whole_packs
 from tests.unit.conftest import COST, GLOBAL_BATCH, flat, flat_steps, step_plan, take
 
 
@@ -35,23 +35,17 @@ def test_workers_change_nothing(load, num_workers):
 def test_workers_can_be_started_without_fork(load):
     """Python 3.14 and macOS pickle the data set for their workers; to start one takes seconds, so
     only that is done."""
-    loader = load()
-    piece = next(loader._pieces())
-    again = pickle.loads(pickle.dumps(loader._dataset))
-    assert flat_steps([again[pickle.loads(pickle.dumps(piece))]]) == flat_steps(
-        [loader._dataset[piece]]
-    )
+    again = pickle.loads(pickle.dumps(load()))
+    assert flat_steps(take(again, 2)) == flat_steps(take(load(), 2))
 
 
 def test_batches_come_from_workers_in_few_pieces_of_memory(load):
     """Not one shared file a tensor: a process may have about a thousand open. Several workers share
     a step."""
-    (batches,) = take(load(num_workers=2, stage="router", global_batch_size=MAX_PIECES + 8), 1)
-    assert [batch.position for batch in batches] == list(range(MAX_PIECES + 8))
-    storages = set()
-    for batch in batches:
-        map_tensors(batch, lambda tensor: storages.add(tensor.untyped_storage().data_ptr()))
-    assert len(storages) == MAX_PIECES // 2 + 4  # of two packs each
+    loader = load(num_workers=2, stage="router", global_batch_size=MAX_PIECES + 8)
+    blocks = next(iter(loader))
+    assert [pack.position for pack in whole_packs(blocks)] == list(range(MAX_PIECES + 8))
+    assert len(blocks) == MAX_PIECES // 2 + 4  # of two packs each
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -116,7 +110,7 @@ def test_random_stops_and_resumes_change_nothing(load):
 
 def test_another_global_batch_size_goes_on_with_the_next_pack(load):
     def ids(steps):
-        return [batch.sample_ids.tolist() for batches in steps for batch in batches]
+        return [batch.keys for batches in steps for batch in batches]
 
     stopped = load()
     seen = ids(take(stopped, 3))
@@ -196,13 +190,12 @@ def test_a_worker_that_is_killed_ends_the_run_with_the_likely_cause(load):
 
 
 def test_a_worker_that_is_killed_while_it_hands_over_is_no_riddle(load, monkeypatch):
-    loader = load()
-
-    def broken_off():
-        yield loader._dataset[next(loader._pieces())]
+    def broken_off(*_, **__):
         raise ConnectionResetError("Connection reset by peer")
+        yield
 
-    monkeypatch.setattr(loader, "_prepared", broken_off)
+    monkeypatch.setattr("megatron_vico.data.load.loader.DataLoader", broken_off)
+    loader = load(num_workers=1)
     with pytest.raises(
         WorkerError, match=r"^a worker process of the loader died \(Connection reset by peer\)"
     ):

@@ -89,7 +89,7 @@ def naive_answers(engine, prompt, plan):
     """Every token from a full pass over everything said so far, through the packed path that
     training uses."""
     tokenizer, model = engine.tokenizer, engine.model
-    stream = expand(prompt.first, plan=plan, tokens_kept=4, tokens_compressed=1, image_token_id=5)
+    stream = expand([prompt.first], plan=plan, tokens_kept=4, tokens_compressed=1, image_token_id=5)
     with torch.no_grad():
         features = engine.encoder.features(
             engine.encoder.normalise(torch.from_numpy(prompt.first.tiles))
@@ -103,7 +103,7 @@ def naive_answers(engine, prompt, plan):
         while len(answer) < MAX_NEW_TOKENS:
             inputs = LanguageInputs(
                 token_ids_T=torch.tensor(ids),
-                visual_positions_V=torch.from_numpy(stream.visual_positions),
+                visual_positions_V=stream.visual_positions,
                 cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
                 document_lens=(len(ids),),
                 response_rows_R=torch.tensor([len(ids) - 1]),

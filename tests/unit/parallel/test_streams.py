@@ -34,7 +34,6 @@ def streams(draw: st.DrawFn) -> PackedStream:
     return PackedStream(
         token_ids=torch.arange(1, num_tokens + 1),
         cu_seqlens=torch.tensor([0, *lens]).cumsum(0).int(),
-        max_seqlen=max(lens),
         visual_positions=places.get("visual", torch.zeros(0, dtype=torch.int64)),
         response_rows=places.get("response", torch.zeros(0, dtype=torch.int64)),
     )
@@ -63,7 +62,6 @@ def test_padding_meets_every_need_of_a_layout(stream: PackedStream, cut: StreamC
     lens = padded.cu_seqlens.diff().tolist()
     num_tokens = len(padded.token_ids)
     assert int(padded.cu_seqlens[-1]) == num_tokens
-    assert padded.max_seqlen == max(lens)
     assert all(
         length % (2 * cut.context_size if cut.context_size > 1 else 1) == 0 for length in lens
     )

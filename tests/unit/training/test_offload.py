@@ -19,6 +19,7 @@ from megatron_vico.parallel.groups import Groups, started
 from megatron_vico.training.consistency_step import consistency_step
 from megatron_vico.training.offload import HostOffload
 from megatron_vico.training.setup import Run
+from tests.packs import as_blocks
 from tests.peak_bytes import PeakBytes
 from tests.training_runs import ToyData
 from tests.unit.training.test_steps import main_grads, move_away, next_packs, start_run
@@ -150,7 +151,7 @@ def test_a_step_is_the_same_and_the_policy_pass_runs_without_the_reference(
         reference, policy = run.reference.head, run.policy.head
         reference.register_forward_pre_hook(lambda *_, count=count: count("reference"))
         policy.register_forward_pre_hook(lambda *_, count=count: count("policy"))
-        batch = share_step(next_packs(run), groups=groups)
+        batch = share_step(as_blocks(next_packs(run)), groups=groups)
         sums = consistency_step(run.policy, run.reference, batch, groups=groups)
         found.append((sums.loss, main_grads(run)))
     # Two packs without offload, then two with it.

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_vico.config.schema import RunConfig
-from megatron_vico.data.samples import PackedBatch
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel
 from megatron_vico.parallel.batch import share_step
@@ -20,6 +19,7 @@ from megatron_vico.parallel.streams import StreamCut, language_inputs
 from megatron_vico.training.consistency_step import consistency_step, pretrain_step
 from megatron_vico.training.router_step import router_step
 from megatron_vico.training.setup import Run, set_up
+from tests.packs import WholePack, as_blocks, whole_packs
 from tests.training_runs import ToyData, toy_config
 
 CPU = torch.device("cpu")
@@ -40,9 +40,9 @@ def start_run(data: ToyData, stage: str, base: Path, groups: Groups, **options: 
     return set_up(toy_config(data, stage, **source, **options), groups)
 
 
-def next_packs(run: Run) -> list[PackedBatch]:
+def next_packs(run: Run) -> list[WholePack]:
     assert run.data.loader is not None
-    return next(iter(run.data.loader))
+    return whole_packs(next(iter(run.data.loader)))
 
 
 def move_away(run: Run) -> None:
@@ -60,7 +60,7 @@ def move_away(run: Run) -> None:
 
 
 def naive_loss(
-    encoder: VisionEncoder, language_model: LanguageModel, pack: PackedBatch, *, view: int | None
+    encoder: VisionEncoder, language_model: LanguageModel, pack: WholePack, *, view: int | None
 ) -> Tensor:
     """float64 logits [R, V] of one pack; None: the reference stream, nothing compressed."""
     stream = pack.reference if view is None else pack.policies[view].stream
@@ -133,7 +133,7 @@ def test_loss_and_every_gradient_equal_plain_autograd(
     run.policy.zero_grad()
     policy = run.policy
     if stage == "pretrain":
-        sums = pretrain_step(policy, share_step(packs, groups=groups), groups=groups)
+        sums = pretrain_step(policy, share_step(as_blocks(packs), groups=groups), groups=groups)
         logits = [naive_loss(policy.encoder, policy.head, pack, view=None) for pack in packs]
         rows = [
             F.cross_entropy(each, pack.labels, reduction="none")
@@ -142,7 +142,7 @@ def test_loss_and_every_gradient_equal_plain_autograd(
     else:
         assert run.reference is not None
         sums = consistency_step(
-            policy, run.reference, share_step(packs, groups=groups), groups=groups
+            policy, run.reference, share_step(as_blocks(packs), groups=groups), groups=groups
         )
         rows = []
         for pack in packs:
@@ -189,7 +189,7 @@ def test_equal_policy_and_reference_without_compression_give_exactly_zero(
     run.policy.zero_grad()
     assert run.reference is not None
     sums = consistency_step(
-        run.policy, run.reference, share_step(packs, groups=groups), groups=groups
+        run.policy, run.reference, share_step(as_blocks(packs), groups=groups), groups=groups
     )
     assert float(sums.loss) == 0.0
     assert all(float(grad.abs().max()) == 0.0 for grad in main_grads(run).values())
@@ -221,7 +221,7 @@ def test_splitting_packs_changes_nothing(
         run.policy.zero_grad()
         assert run.reference is not None
         sums = consistency_step(
-            run.policy, run.reference, share_step(packs, groups=groups), groups=groups
+            run.policy, run.reference, share_step(as_blocks(packs), groups=groups), groups=groups
         )
         found.append(
             (sorted(key for pack in packs for key in pack.keys), float(sums.loss), main_grads(run))
@@ -248,7 +248,7 @@ def test_router_labels_and_gradients_equal_the_plain_computation(
     run.policy.zero_grad()
     assert run.reference is not None
     eps = run.cfg.stage.router_eps
-    batch = share_step(packs, groups=groups, whole_images=granularity == "image")
+    batch = share_step(as_blocks(packs), groups=groups, whole_images=granularity == "image")
     sums = router_step(run.policy, run.reference, run.window, batch, eps=eps, groups=groups)
 
     ratios, logits = [], []

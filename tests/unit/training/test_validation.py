@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_vico.config.schema import RunConfig
-from megatron_vico.data.samples import PackedBatch
 from megatron_vico.errors import ConfigError, SampleError
 from megatron_vico.parallel.groups import Groups, started
 from megatron_vico.training.setup import Run
 from megatron_vico.training.trainer import train
 from megatron_vico.training.validation import ValidationSet, evaluate, open_validation
+from tests.packs import WholePack, whole_packs
 from tests.toy_data import write_conversations
 from tests.training_runs import ToyData, make_toy_shards, read_metrics, toy_config
 from tests.unit.training.test_steps import main_grads, move_away, naive_kl, naive_loss, start_run
@@ -47,15 +47,17 @@ def opened(run: Run) -> ValidationSet:
     return validation
 
 
-def each_pack_once(validation: ValidationSet) -> list[PackedBatch]:
+def each_pack_once(validation: ValidationSet) -> list[WholePack]:
     """The packs of one epoch, as the loader makes them."""
     assert validation.loader is not None
-    packs = [pack for packs in validation.loader for pack in packs][: validation.num_packs]
+    packs = [pack for blocks in validation.loader for pack in whole_packs(blocks)][
+        : validation.num_packs
+    ]
     assert sum(len(pack.keys) for pack in packs) == NUM_SAMPLES
     return packs
 
 
-def mean_per_sample(values_R: Tensor, pack: PackedBatch) -> list[float]:
+def mean_per_sample(values_R: Tensor, pack: WholePack) -> list[float]:
     return [
         float(values_R[pack.sample_of_row == sample].mean()) for sample in range(len(pack.keys))
     ]
@@ -268,7 +270,7 @@ def test_some_batches_are_the_first_ones(
     run = start_run(toy_data, "pretrain", base_checkpoint, groups, **options, eval_iters=1)
     validation = opened(run)
     assert validation.loader is not None
-    first = sum(len(pack.keys) for pack in next(iter(validation.loader)))
+    first = sum(len(pack.keys) for pack in whole_packs(next(iter(validation.loader))))
     assert evaluate(run, validation, iteration=1).samples == first < NUM_SAMPLES
     with pytest.raises(
         ConfigError,

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_vico.training.trace import trace_file
+from megatron_vico.training.profiler import trace_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "examples" / "quickstart"
@@ -87,13 +87,13 @@ def commands(folder: Path, picture: Path, *, step: int) -> Iterator[list[str]]:
             str(step),
         ),
         *("--pipeline-model-parallel-size", str(STAGES), "--global-batch-size", "8"),
-        *("--trace-step", str(step)),
+        *("--profile", "--profile-step-start", str(step - 1), "--profile-step-end", str(step)),
     ]
     title = (
         f"A step of consistency training, 8 packs on {STAGES} pipeline stages ({os.cpu_count()} CPU"
         " cores)"
     )
-    trace = trace_file(str(run), step, rank=0).parent
+    trace = trace_folder(str(run), step)
     yield [*vico, "plot", "trace", str(trace), "--title", title, "--output", str(picture)]
 
 

@@ -34,7 +34,11 @@ def main(arguments: Sequence[str]) -> None:
         "--output", type=Path, required=True, help="picture to write; its ending says the format"
     )
     trace = actions.add_parser("trace", help="who did what when in one step: a row a rank")
-    trace.add_argument("folder", type=Path, help="what --trace-step N wrote: <save>/trace/step_N")
+    trace.add_argument(
+        "folder",
+        type=Path,
+        help="what --profile wrote: <save>/trace/step_N; its last step is drawn",
+    )
     trace.add_argument("--title", default="", help="line above the picture")
     trace.add_argument(
         "--output", type=Path, required=True, help="picture to write; its ending says the format"
@@ -76,7 +80,7 @@ def _trace(folder: Path, output: Path, *, title: str) -> None:
     boxes = read_trace(folder)
     if not boxes:
         raise ConfigError(
-            f"{folder}: no rank_*.json; give <save>/trace/step_N of a run with --trace-step N."
+            f"{folder}: no rank_*.json; give <save>/trace/step_N of a run with --profile."
         )
     trace_picture(boxes, title=title).savefig(output, dpi=110)
     print(output)

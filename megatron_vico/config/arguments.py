@@ -213,6 +213,10 @@ def _check_names(flags: Iterable[str], *, origin: str) -> None:
         reason = megatron_flags.refusal(name)
         if reason is not None:
             raise ConfigError(f"{origin}: {flag} is refused: {reason}")
+        if name == "trace_step":
+            raise ConfigError(
+                f"{origin}: {flag} N is now --profile --profile-step-start N-1 --profile-step-end N"
+            )
         close = nearest(flag, [option.flag for option in all_options().values()])
         raise ConfigError(f"{origin}: unknown option {flag}{close}")
 

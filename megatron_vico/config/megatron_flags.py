@@ -55,6 +55,7 @@ KINDS: Mapping[str, Any] = {
 
 _SIZE = "fixed by --model-size; sizes are names, never numbers"
 _TRAINER = "set by the trainer, which relies on its value"
+_PROFILER = "--profile is torch's profiler; run the trainer under nsys for more"
 _LOGGING = "training/metrics.py decides what is logged: a log line, TensorBoard and metrics.jsonl"
 _PACKS = "the data are packed conversations in WebDataset shards; see --data-path and --seq-length"
 _ITERATIONS = (
@@ -390,11 +391,10 @@ REFUSED: Mapping[str, str] = {
     "app_tag_*": _LOGGING,
     "config_logger_dir": _LOGGING,
     "logits_*": "the reference runs in the same process; no logits are stored",
-    "profile*": "run the trainer under nsys or torch's profiler",
-    "*pytorch_profiler*": "run the trainer under nsys or torch's profiler",
-    "record_*": "run the trainer under nsys or torch's profiler",
-    "memory_snapshot_path": "run the trainer under nsys or torch's profiler",
-    "nvtx_ranges": "run the trainer under nsys or torch's profiler",
+    "*pytorch_profiler*": _PROFILER,
+    "record_*": _PROFILER,
+    "memory_snapshot_path": _PROFILER,
+    "nvtx_ranges": _PROFILER,
     # Other programs that share Megatron's parser.
     "inference_*": _INFERENCE,
     "*inference*": _INFERENCE,

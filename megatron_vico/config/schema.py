@@ -211,9 +211,18 @@ class TrainingOptions:
     """Global batches of --valid-data-path in one pass, the same ones each time; unset, all of it
     once."""
 
-    trace_step: int | None = None
-    """Optimizer step whose forward and backward passes are recorded to <save>/trace, a file a rank
-    in Chrome's trace format; `vico plot trace` draws them. Unset, none."""
+    profile: bool = False
+    """Record some steps with torch.profiler to <save>/trace, in Chrome's trace format, a file a
+    rank; `vico plot trace` draws the pipeline from them."""
+
+    profile_step_start: int = 10
+    """Steps done when --profile begins to record."""
+
+    profile_step_end: int = 12
+    """Steps done when --profile has recorded enough: 9 and 10 record the tenth step alone."""
+
+    profile_ranks: tuple[int, ...] = ()
+    """Ranks that --profile records; unset, all."""
 
     distributed_timeout_minutes: int = 10
     """Minutes a collective may wait before the run is ended."""

@@ -17,6 +17,7 @@ from megatron_vico.config.schema import (
     ParallelOptions,
     RunConfig,
     StageOptions,
+    TrainingOptions,
 )
 from megatron_vico.config.stages import MODULES, STAGES, Stage
 from megatron_vico.errors import ConfigError, nearest
@@ -47,6 +48,7 @@ def validate(cfg: RunConfig, world_size: int) -> None:
     _check_precision(cfg)
     _check_passed_on(cfg, model)
     _check_checkpoints(cfg)
+    _check_profile(cfg, world_size)
 
 
 def remarks(cfg: RunConfig, world_size: int) -> list[str]:
@@ -124,7 +126,7 @@ def _check_ranges(cfg: RunConfig) -> None:
         "--exit-interval": (cfg.training.exit_interval, 1),
         "--eval-interval": (cfg.training.eval_interval, 1),
         "--eval-iters": (cfg.training.eval_iters, 1),
-        "--trace-step": (cfg.training.trace_step, 1),
+        "--profile-step-start": (cfg.training.profile_step_start, 0),
         "--distributed-timeout-minutes": (cfg.training.distributed_timeout_minutes, 1),
         "--ckpt-step": (cfg.checkpoint.ckpt_step, 0),
         "--lr-warmup-iters": (cfg.optimizer.lr_warmup_iters, 0),
@@ -440,14 +442,33 @@ def _check_checkpoints(cfg: RunConfig) -> None:
         raise ConfigError(
             f"--save-interval {cfg.training.save_interval} needs --save; set it to a folder."
         )
-    step = cfg.training.trace_step
-    if step is not None and files.save is None:
-        raise ConfigError(f"--trace-step {step} needs --save; set it to a folder.")
-    if step is not None and step > cfg.training.train_iters:
+
+
+def _check_profile(cfg: RunConfig, world_size: int) -> None:
+    options, defaults = cfg.training, TrainingOptions()
+    if not options.profile:
+        for name in ("profile_step_start", "profile_step_end", "profile_ranks"):
+            if getattr(options, name) != getattr(defaults, name):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} has no effect without --profile; add it, or leave"
+                    " both out."
+                )
+        return
+    if cfg.checkpoint.save is None:
+        raise ConfigError("--profile writes to <save>/trace, but --save is not set; set it.")
+    start, end = options.profile_step_start, options.profile_step_end
+    if end <= start:
         raise ConfigError(
-            f"--trace-step {step} is never reached: --train-iters is {cfg.training.train_iters};"
+            f"--profile-step-end is {end}, expected more than --profile-step-start, {start}."
+        )
+    if end > options.train_iters:
+        raise ConfigError(
+            f"--profile-step-end {end} is never reached: --train-iters is {options.train_iters};"
             " use at most that."
         )
+    for rank in options.profile_ranks:
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"--profile-ranks {rank}: the run has ranks 0 to {world_size - 1}.")
 
 
 def _check_reading(data: DataOptions) -> None:

@@ -3,9 +3,11 @@ a step's trace."""
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -188,6 +190,11 @@ _CHARACTER_INCHES = 0.085
 """Width of a digit in a box."""
 
 
+_SPAN = re.compile(r"(?P<model>.+) (?P<kind>\w+) pack (?P<pack>\d+) chunk (?P<chunk>\d+)")
+_PHASE = re.compile(r"phase: (?P<model>.+)")
+"""Names of the parts of a step (training/pipeline_schedule.py, training/profiler.py)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TraceBox:
     """What a rank did from one moment to another."""
@@ -199,8 +206,8 @@ class TraceBox:
     kind: str
     """forward, loss, backward or phase."""
 
-    microbatch: int | None
-    chunk: int | None
+    pack: int | None = None
+    chunk: int | None = None
     start_ms: float
     """From the first moment of the step on any rank."""
 
@@ -208,34 +215,57 @@ class TraceBox:
 
 
 def read_trace(folder: Path) -> list[TraceBox]:
-    """The files that the ranks of a run wrote for one step (training/trace.py).
+    """The last step in the traces that --profile wrote, a file a rank.
 
     Args:
-        folder: with rank_0000.json and so on.
+        folder: with rank_0000.json and so on, in Chrome's trace format.
 
     Returns:
         Boxes, in order of their beginnings; none if the folder has no such file.
     """
-    events = [
-        event
-        for file in sorted(folder.glob("rank_*.json"))
-        for event in json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
-    ]
-    origin_us = min((event["ts"] for event in events), default=0.0)
     boxes = [
-        TraceBox(
-            **{key: event["args"][key] for key in ("rank", "model", "kind", "microbatch", "chunk")},
-            start_ms=(event["ts"] - origin_us) / 1000,
-            end_ms=(event["ts"] + event["dur"] - origin_us) / 1000,
+        box
+        for file in sorted(folder.glob("rank_*.json"))
+        for box in _last_step(
+            json.loads(file.read_text(encoding="utf-8")), int(file.stem.removeprefix("rank_"))
         )
-        for event in events
     ]
-    return sorted(boxes, key=lambda box: box.start_ms)
+    origin_ms = min((box.start_ms for box in boxes), default=0.0)
+    moved = [
+        replace(box, start_ms=box.start_ms - origin_ms, end_ms=box.end_ms - origin_ms)
+        for box in boxes
+    ]
+    return sorted(moved, key=lambda box: box.start_ms)
+
+
+def _last_step(trace: Mapping[str, Any], rank: int) -> Iterator[TraceBox]:
+    """The named ranges of the last step of a trace, in milliseconds of the machine's clock."""
+    events = [event for event in trace["traceEvents"] if "dur" in event]
+    # On a GPU each range also comes with the time in which its kernels ran.
+    on_gpu = any(event.get("cat") == "gpu_user_annotation" for event in events)
+    wanted = "gpu_user_annotation" if on_gpu else "user_annotation"
+    ranges = [event for event in events if event.get("cat") == wanted]
+    starts = [event["ts"] for event in ranges if event["name"].startswith("ProfilerStep#")]
+    for event in ranges:
+        span, phase = _SPAN.fullmatch(event["name"]), _PHASE.fullmatch(event["name"])
+        named = span or phase
+        if named is None or event["ts"] < max(starts, default=0.0):
+            continue
+        start_ms = (event["ts"] + trace.get("baseTimeNanoseconds", 0) / 1000) / 1000
+        yield TraceBox(
+            rank=rank,
+            model=named["model"],
+            kind=span["kind"] if span else "phase",
+            pack=int(span["pack"]) if span else None,
+            chunk=int(span["chunk"]) if span else None,
+            start_ms=start_ms,
+            end_ms=start_ms + event["dur"] / 1000,
+        )
 
 
 def trace_picture(boxes: Sequence[TraceBox], *, title: str = "") -> Figure:
-    """Who does what when in one step: a row a rank, a colour for each kind of work, the microbatch
-    in each box.
+    """Who does what when in one step: a row a rank, a colour for each kind of work, the pack in
+    each box.
 
     Two lines mark the moments between which reference and policy overlap: the first policy forward
     pass on any rank begins, the last reference forward pass on any rank ends.
@@ -290,11 +320,11 @@ def trace_picture(boxes: Sequence[TraceBox], *, title: str = "") -> Figure:
 
 
 def _box_text(box: TraceBox, num_chunks: int) -> str:
-    """The microbatch, and a letter for the chunk where a rank has several; nothing for other
+    """The pack, and a letter for the chunk where a rank has several; nothing for other
     phases."""
-    if box.microbatch is None or box.kind == "loss":
+    if box.pack is None or box.kind == "loss":
         return ""
-    return str(box.microbatch) + (chr(ord("a") + (box.chunk or 0)) if num_chunks > 1 else "")
+    return str(box.pack) + (chr(ord("a") + (box.chunk or 0)) if num_chunks > 1 else "")
 
 
 def _mark_overlap(axes: Axes, boxes: Sequence[TraceBox]) -> None:

@@ -18,7 +18,6 @@ from megatron_vico.parallel.streams import language_inputs, row_share
 from megatron_vico.training.pipeline_schedule import LanguagePass, forward_pass
 from megatron_vico.training.policy import Policy
 from megatron_vico.training.reference import Reference
-from megatron_vico.training.trace import StepTrace
 from megatron_vico.training.vision import tile_features, visual_tokens
 
 
@@ -42,7 +41,6 @@ def compare_views(
     *,
     plans: Sequence[str],
     groups: Groups,
-    trace: StepTrace | None = None,
 ) -> ComparedViews:
     """Run the reference once and the policy once a view, without gradients; called by every rank.
 
@@ -52,7 +50,6 @@ def compare_views(
         batch: this replica's packs with `len(plans)` policy views each.
         plans: what each view is called in traces.
         groups: process groups.
-        trace: records who does what when.
 
     Returns:
         Features and KL.
@@ -65,10 +62,8 @@ def compare_views(
     view_inputs = [
         [language_inputs(each.stream, policy.stream_cut, device) for each in view] for view in views
     ]
-    features_NPD = tile_features(
-        policy.encoder, batch, device, chunk_tiles=policy.chunk_tiles, trace=trace
-    )
-    reference_tokens = reference.visual_tokens(batch, features_NPD, groups, trace=trace)
+    features_NPD = tile_features(policy.encoder, batch, device, chunk_tiles=policy.chunk_tiles)
+    reference_tokens = reference.visual_tokens(batch, features_NPD, groups)
     view_tokens = [
         visual_tokens(
             policy.encoder,
@@ -77,13 +72,10 @@ def compare_views(
             [each.compressed for each in view],
             trained=False,
             groups=groups,
-            trace=trace,
         )
         for view in views
     ]
-    reference_rows = reference.response_rows(
-        reference_inputs, reference_tokens, groups=groups, trace=trace
-    )
+    reference_rows = reference.response_rows(reference_inputs, reference_tokens, groups=groups)
     passes = [
         LanguagePass(
             name=f"policy ({plan})",
@@ -91,7 +83,6 @@ def compare_views(
             inputs=inputs,
             tokens=tokens,
             groups=groups.language,
-            trace=trace,
         )
         for plan, inputs, tokens in zip(plans, view_inputs, view_tokens, strict=True)
     ]

@@ -23,7 +23,6 @@ from megatron_vico.training.pipeline_schedule import (
 )
 from megatron_vico.training.policy import Policy
 from megatron_vico.training.reference import Reference
-from megatron_vico.training.trace import StepTrace
 from megatron_vico.training.vision import VisualTokens, tile_features, visual_tokens
 
 
@@ -33,7 +32,6 @@ def consistency_step(
     batch: StepBatch,
     *,
     groups: Groups,
-    trace: StepTrace | None = None,
 ) -> StepSums:
     """Gradients of Eq. 1 over the packs of one optimizer step; called by every rank.
 
@@ -43,7 +41,6 @@ def consistency_step(
         batch: this replica's packs, each with one policy view whose plan has a share xi ~ U[0, 1]
             of each image's tiles compressed.
         groups: process groups.
-        trace: records who does what when.
 
     Returns:
         This rank's share of the loss and of the figures that are logged; nothing is synchronised.
@@ -59,10 +56,8 @@ def consistency_step(
     weights = _row_weights(batch, groups)
     policy.weigh_balancing_loss(policy_inputs, groups)
 
-    features_NPD = tile_features(
-        policy.encoder, batch, device, chunk_tiles=policy.chunk_tiles, trace=trace
-    )
-    reference_tokens = reference.visual_tokens(batch, features_NPD, groups, trace=trace)
+    features_NPD = tile_features(policy.encoder, batch, device, chunk_tiles=policy.chunk_tiles)
+    reference_tokens = reference.visual_tokens(batch, features_NPD, groups)
     tokens = visual_tokens(
         policy.encoder,
         features_NPD,
@@ -70,12 +65,9 @@ def consistency_step(
         [pack.policies[0].compressed for pack in packs],
         trained=policy.trains_encoder,
         groups=groups,
-        trace=trace,
     )
 
-    reference_rows = reference.response_rows(
-        reference_inputs, reference_tokens, groups=groups, trace=trace
-    )
+    reference_rows = reference.response_rows(reference_inputs, reference_tokens, groups=groups)
     del reference_tokens, reference_inputs
 
     def loss(index: int, rows_RH: Tensor) -> Tensor:
@@ -88,14 +80,10 @@ def consistency_step(
             rows_RH, weights[index], reference=reference.head, reference_rows_RH=theirs_RH
         )
 
-    return _train(
-        policy, batch, loss, inputs=policy_inputs, tokens=tokens, groups=groups, trace=trace
-    )
+    return _train(policy, batch, loss, inputs=policy_inputs, tokens=tokens, groups=groups)
 
 
-def pretrain_step(
-    policy: Policy, batch: StepBatch, *, groups: Groups, trace: StepTrace | None = None
-) -> StepSums:
+def pretrain_step(policy: Policy, batch: StepBatch, *, groups: Groups) -> StepSums:
     """Gradients of next-token cross-entropy: how a model is made that ViCO can start from; called
     by every rank.
 
@@ -105,7 +93,6 @@ def pretrain_step(
         policy: the model that is trained; its gradients are zero when this is called.
         batch: this replica's packs, without policy views; nothing is compressed.
         groups: process groups.
-        trace: records who does what when.
 
     Returns:
         As `consistency_step`.
@@ -113,8 +100,8 @@ def pretrain_step(
     inputs = _whole_inputs(policy, batch, groups)
     loss = _label_loss(policy, batch, groups)
     policy.weigh_balancing_loss(inputs, groups)
-    tokens = _whole_tokens(policy, batch, trained=policy.trains_encoder, groups=groups, trace=trace)
-    return _train(policy, batch, loss, inputs=inputs, tokens=tokens, groups=groups, trace=trace)
+    tokens = _whole_tokens(policy, batch, trained=policy.trains_encoder, groups=groups)
+    return _train(policy, batch, loss, inputs=inputs, tokens=tokens, groups=groups)
 
 
 @torch.no_grad()
@@ -148,16 +135,11 @@ def _whole_tokens(
     *,
     trained: bool,
     groups: Groups,
-    trace: StepTrace | None = None,
 ) -> VisualTokens:
     """The policy's visual tokens with nothing compressed."""
     encoder = policy.encoder
-    features_NPD = tile_features(
-        encoder, batch, groups.device, chunk_tiles=policy.chunk_tiles, trace=trace
-    )
-    return visual_tokens(
-        encoder, features_NPD, batch, None, trained=trained, groups=groups, trace=trace
-    )
+    features_NPD = tile_features(encoder, batch, groups.device, chunk_tiles=policy.chunk_tiles)
+    return visual_tokens(encoder, features_NPD, batch, None, trained=trained, groups=groups)
 
 
 def _label_loss(policy: Policy, batch: StepBatch, groups: Groups) -> LossFunction:
@@ -181,7 +163,6 @@ def _train(
     inputs: Sequence[LanguageInputs],
     tokens: VisualTokens,
     groups: Groups,
-    trace: StepTrace | None,
 ) -> StepSums:
     """Policy pass and encoder backward."""
     run = LanguagePass(
@@ -190,7 +171,6 @@ def _train(
         inputs=inputs,
         tokens=tokens,
         groups=groups.language,
-        trace=trace,
     )
     total = training_pass(run, loss)
     if policy.trains_encoder:

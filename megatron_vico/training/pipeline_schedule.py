@@ -7,7 +7,6 @@ stages begin with the next pass while the last ones still finish this one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +14,11 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from megatron_vico.models.language_model import LanguageInputs
 from megatron_vico.parallel.static_shapes import KnownShapes
-from megatron_vico.training.trace import Kind, Span, StepTrace
+from megatron_vico.training.profiler import name_backward
 from megatron_vico.training.vision import VisualTokens
 
 LossFunction = Callable[[int, Tensor], Tensor]
@@ -30,7 +30,7 @@ class LanguagePass:
     """What one run of a schedule works on."""
 
     name: str
-    """For traces: reference or policy, and in the router stage under which plan."""
+    """In a profile: reference or policy, and in the router stage under which plan."""
 
     chunks: Sequence[nn.Module]
     """This rank's pipeline chunks, wrapped in DDP where they are trained."""
@@ -40,7 +40,6 @@ class LanguagePass:
 
     tokens: VisualTokens
     groups: ProcessGroupCollection
-    trace: StepTrace | None = None
 
 
 @torch.no_grad()
@@ -78,7 +77,7 @@ def training_pass(run: LanguagePass, loss: LossFunction) -> Tensor:
         index = next(batches)
 
         def loss_function(rows_RH: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            with _span(run, "loss", index, chunk):
+            with record_function(_name(run, "loss", index, chunk)):
                 value = loss(index, rows_RH)
             # Three values: mcore then divides by neither microbatches nor tokens
             # (calculate_per_token_loss).
@@ -93,19 +92,15 @@ def training_pass(run: LanguagePass, loss: LossFunction) -> Tensor:
 
 
 def _forward(run: LanguagePass, chunk: nn.Module, index: int) -> Tensor:
-    with _span(run, "forward", index, chunk) as span:
+    with record_function(_name(run, "forward", index, chunk)):
         output: Tensor = chunk(run.inputs[index], run.tokens.of(index))
-    if run.trace is not None and span is not None:
-        run.trace.await_backward(span, output)
+    name_backward(_name(run, "backward", index, chunk), output)
     return output
 
 
-def _span(
-    run: LanguagePass, kind: Kind, index: int, chunk: nn.Module
-) -> AbstractContextManager[Span | None]:
-    if run.trace is None:
-        return nullcontext()
-    return run.trace.span(run.name, kind, index, list(run.chunks).index(chunk))
+def _name(run: LanguagePass, kind: str, index: int, chunk: nn.Module) -> str:
+    """As evaluation/plots.py reads it."""
+    return f"{run.name} {kind} pack {index} chunk {list(run.chunks).index(chunk)}"
 
 
 def _schedule(step: Callable[..., Any], run: LanguagePass, *, forward_only: bool) -> list[Any]:

@@ -21,7 +21,6 @@ from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.training.offload import HostOffload
 from megatron_vico.training.pipeline_schedule import LanguagePass, forward_pass
-from megatron_vico.training.trace import StepTrace
 from megatron_vico.training.vision import VisualTokens, tile_features, visual_tokens
 
 
@@ -52,8 +51,6 @@ class Reference:
         batch: StepBatch,
         policy_features_NPD: Tensor,
         groups: Groups,
-        *,
-        trace: StepTrace | None = None,
     ) -> VisualTokens:
         """Visual tokens of a step with nothing compressed; called by every rank of the replica.
 
@@ -62,7 +59,6 @@ class Reference:
             policy_features_NPD: the policy's ViT outputs, used instead of a second pass where the
                 ViT is shared.
             groups: process groups.
-            trace: records who does what when.
 
         Returns:
             The tokens, where they are embedded.
@@ -70,11 +66,9 @@ class Reference:
         features_NPD = policy_features_NPD
         if not self.shares_vit:
             features_NPD = tile_features(
-                self.encoder, batch, groups.device, chunk_tiles=self.chunk_tiles, trace=trace
+                self.encoder, batch, groups.device, chunk_tiles=self.chunk_tiles
             )
-        return visual_tokens(
-            self.encoder, features_NPD, batch, None, trained=False, groups=groups, trace=trace
-        )
+        return visual_tokens(self.encoder, features_NPD, batch, None, trained=False, groups=groups)
 
     def response_rows(
         self,
@@ -82,7 +76,6 @@ class Reference:
         tokens: VisualTokens,
         *,
         groups: Groups,
-        trace: StepTrace | None = None,
     ) -> list[Tensor | None]:
         """The reference pass.
 
@@ -90,7 +83,6 @@ class Reference:
             inputs: the uncompressed stream of each pack.
             tokens: from `visual_tokens`.
             groups: process groups.
-            trace: records who does what when.
 
         Returns:
             Hidden states [R, H] that predict each response token, one tensor a pack, on the last
@@ -105,7 +97,6 @@ class Reference:
                 inputs=inputs,
                 tokens=tokens,
                 groups=groups.language,
-                trace=trace,
             )
         )
         for chunk in self.language_chunks:

@@ -20,7 +20,6 @@ from megatron_vico.training.compare_plans import ComparedViews, compare_views
 from megatron_vico.training.metrics import RouterSums, StepSums, sums_of
 from megatron_vico.training.policy import Policy
 from megatron_vico.training.reference import Reference
-from megatron_vico.training.trace import StepTrace
 from megatron_vico.vico.router_targets import (
     RatioWindow,
     labels_from_ratios,
@@ -47,7 +46,6 @@ def router_step(
     *,
     eps: float,
     groups: Groups,
-    trace: StepTrace | None = None,
 ) -> StepSums:
     """Gradients of ViR's cross-entropy over the packs of one optimizer step; called by every rank.
 
@@ -60,14 +58,11 @@ def router_step(
             image are all on one rank.
         eps: of Eq. 2, nats.
         groups: process groups.
-        trace: records who does what when.
 
     Returns:
         This rank's share of the loss and of the figures that are logged.
     """
-    views = compare_views(
-        policy, reference, batch, plans=("none", "one"), groups=groups, trace=trace
-    )
+    views = compare_views(policy, reference, batch, plans=("none", "one"), groups=groups)
     ratio_M = _loss_ratios(views, batch.packs, eps=eps, groups=groups)
     # Every rank takes part, also one without a single image, and adds the same ratios in the same
     # order.

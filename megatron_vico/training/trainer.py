@@ -25,9 +25,9 @@ from megatron_vico.training.metrics import (
     log_skipped,
 )
 from megatron_vico.training.preflight import check_environment, check_files
+from megatron_vico.training.profiler import open_profiler, phase
 from megatron_vico.training.router_step import router_step
 from megatron_vico.training.setup import Run, set_up
-from megatron_vico.training.trace import StepTrace, phase, trace_file
 from megatron_vico.training.validation import evaluate, open_validation
 
 
@@ -74,50 +74,45 @@ def _loop(run: Run, stop: "_StopSignal") -> None:
     validation = open_validation(run)
     run.policy.train_mode()
     iteration = run.iteration
-    started = time.perf_counter()
-    for batch in run.batches():
-        # Dropped paths depend on seed, step and rank alone, so a resumed run drops the same ones.
-        torch.manual_seed(cfg.training.seed + 1_000_003 * iteration + torch.distributed.get_rank())
-        iteration += 1
-        trace = StepTrace() if iteration == cfg.training.trace_step else None
-        sums = compute_gradients(run, batch, trace=trace)
-        learning_rate = run.scheduler.get_lr({})  # that of --lr; modules may have multiples of it
-        with phase(trace, "optimizer"):
-            grad_norm = update_weights(run)
-        now = time.perf_counter()
-        figures = StepFigures.reduce(
-            sums,
-            iteration=iteration,
-            grad_norm=grad_norm,
-            learning_rate=learning_rate,
-            step_time_s=now - started,
-        )
-        started = now
-        check_finite(figures)
-        if run.data.loader is not None:
-            log_skipped(batch.packs)
-        logger.log(figures)
-        run.data.count(figures)
-        if trace is not None:
-            assert cfg.checkpoint.save is not None, "config/validate.py asks for it"
+    with open_profiler(cfg, resume_at=iteration) as profiler:
+        started = time.perf_counter()
+        for batch in run.batches():
+            # Dropped paths depend on seed, step and rank alone: a resumed run drops the same ones.
             rank = torch.distributed.get_rank()
-            trace.write(trace_file(cfg.checkpoint.save, iteration, rank), rank=rank)
-            started = time.perf_counter()
-        ending = (
-            stop.agreed(groups)
-            or iteration == cfg.training.train_iters
-            or _due(iteration, cfg.training.exit_interval)
-        )
-        if ending or _due(iteration, cfg.training.save_interval):
-            _save(run, iteration)
-            started = time.perf_counter()
-        # After the checkpoint, which a broken validation set must not cost.
-        last = iteration == cfg.training.train_iters
-        if validation is not None and (last or _due(iteration, cfg.training.eval_interval)):
-            logger.log_validation(evaluate(run, validation, iteration=iteration))
-            started = time.perf_counter()
-        if ending:
-            break
+            torch.manual_seed(cfg.training.seed + 1_000_003 * iteration + rank)
+            iteration += 1
+            sums = compute_gradients(run, batch)
+            learning_rate = run.scheduler.get_lr({})  # that of --lr; modules may have a multiple
+            with phase("optimizer"):
+                grad_norm = update_weights(run)
+            now = time.perf_counter()
+            figures = StepFigures.reduce(
+                sums,
+                iteration=iteration,
+                grad_norm=grad_norm,
+                learning_rate=learning_rate,
+                step_time_s=now - started,
+            )
+            started = now
+            check_finite(figures)
+            if run.data.loader is not None:
+                log_skipped(batch.packs)
+            logger.log(figures)
+            run.data.count(figures)
+            if profiler is not None:
+                profiler.step()
+                started = time.perf_counter()  # the writing of a trace is no part of a step
+            last = iteration == cfg.training.train_iters
+            ending = stop.agreed(groups) or last or _due(iteration, cfg.training.exit_interval)
+            if ending or _due(iteration, cfg.training.save_interval):
+                _save(run, iteration)
+                started = time.perf_counter()
+            # After the checkpoint, which a broken validation set must not cost.
+            if validation is not None and (last or _due(iteration, cfg.training.eval_interval)):
+                logger.log_validation(evaluate(run, validation, iteration=iteration))
+                started = time.perf_counter()
+            if ending:
+                break
     logger.close()
 
 
@@ -135,9 +130,10 @@ def _announce(run: Run) -> None:
         f" {sum(counts.values()) - sum(counts[n] for n in policy.trained):,}",
         flush=True,
     )
-    if cfg.training.trace_step is not None and cfg.training.trace_step <= run.iteration:
+    if cfg.training.profile and cfg.training.profile_step_end <= run.iteration:
         print(
-            f"--trace-step {cfg.training.trace_step} is past: nothing will be recorded", flush=True
+            f"--profile-step-end {cfg.training.profile_step_end} is past: nothing will be recorded",
+            flush=True,
         )
     if cfg.checkpoint.save is not None:
         folder = Path(cfg.checkpoint.save)
@@ -145,13 +141,12 @@ def _announce(run: Run) -> None:
         (folder / "config.yaml").write_text(to_yaml(cfg))
 
 
-def compute_gradients(run: Run, batch: StepBatch, *, trace: StepTrace | None = None) -> StepSums:
+def compute_gradients(run: Run, batch: StepBatch) -> StepSums:
     """Gradients of one step, reduced over ranks; called by every rank.
 
     Args:
         run: the run.
         batch: this rank's view of the step.
-        trace: records who does what when.
 
     Returns:
         This rank's sums.
@@ -160,7 +155,7 @@ def compute_gradients(run: Run, batch: StepBatch, *, trace: StepTrace | None = N
     # Not the same thing: mcore's fp32 optimizer leaves param.grad aliased to the buffer that was
     # just zeroed.
     run.optimizer.zero_grad()
-    sums = _step(run, batch, trace)
+    sums = _step(run, batch)
     run.policy.finish_grad_sync()
     return sums
 
@@ -172,13 +167,13 @@ def update_weights(run: Run) -> float:
     return float(grad_norm or 0.0)
 
 
-def _step(run: Run, batch: StepBatch, trace: StepTrace | None) -> StepSums:
+def _step(run: Run, batch: StepBatch) -> StepSums:
     loss = run.cfg.stage.spec.loss
     if loss == "cross_entropy":
-        return pretrain_step(run.policy, batch, groups=run.groups, trace=trace)
+        return pretrain_step(run.policy, batch, groups=run.groups)
     assert run.reference is not None
     if loss == "consistency":
-        return consistency_step(run.policy, run.reference, batch, groups=run.groups, trace=trace)
+        return consistency_step(run.policy, run.reference, batch, groups=run.groups)
     return router_step(
         run.policy,
         run.reference,
@@ -186,7 +181,6 @@ def _step(run: Run, batch: StepBatch, trace: StepTrace | None) -> StepSums:
         batch,
         eps=run.cfg.stage.router_eps,
         groups=run.groups,
-        trace=trace,
     )
 
 

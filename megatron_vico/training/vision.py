@@ -19,7 +19,7 @@ from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.parallel.tile_parallel import TokenExchange
-from megatron_vico.training.trace import StepTrace, phase
+from megatron_vico.training.profiler import phase
 
 
 def tile_features(
@@ -28,7 +28,6 @@ def tile_features(
     device: torch.device,
     *,
     chunk_tiles: int,
-    trace: StepTrace | None = None,
 ) -> Tensor:
     """ViT outputs of this rank's tiles, a chunk at a time.
 
@@ -38,7 +37,6 @@ def tile_features(
         batch: the step.
         device: where to compute.
         chunk_tiles: tiles of a chunk.
-        trace: records who does what when.
 
     Returns:
         [N, P, D], patch features without the class token.
@@ -48,7 +46,7 @@ def tile_features(
         return encoder.features(encoder.normalise(tiles_N3SS))
 
     trained = any(param.requires_grad for param in encoder.vit.parameters())
-    with phase(trace, "encode"):
+    with phase("encode"):
         chunks = [chunk.to(device, non_blocking=True) for chunk in batch.tiles.split(chunk_tiles)]
         if not trained:
             with torch.no_grad():
@@ -66,7 +64,6 @@ class VisualTokens:
         exchange: TokenExchange,
         *,
         trained: bool,
-        trace: StepTrace | None = None,
     ) -> None:
         """Deliver tokens; called by every rank of the replica.
 
@@ -75,10 +72,9 @@ class VisualTokens:
                 is trained.
             exchange: the way to the ranks that embed tokens.
             trained: whether gradients are wanted.
-            trace: records who does what when.
         """
-        self._outputs_VH, self._exchange, self._trace = outputs_VH, exchange, trace
-        with phase(trace, "deliver tokens"):
+        self._outputs_VH, self._exchange = outputs_VH, exchange
+        with phase("deliver tokens"):
             delivered = exchange.deliver(outputs_VH.detach())
         self._grad_VH: Tensor | None = None
         self.leaves: Sequence[Tensor] | None = None
@@ -104,9 +100,9 @@ class VisualTokens:
     def backward(self) -> None:
         """Carry the gradients that the language model left back through connectors and ViT; every
         rank calls it."""
-        with phase(self._trace, "return gradients"):
+        with phase("return gradients"):
             grad_VH = self._exchange.give_back(self._grad_VH, like=self._outputs_VH)
-        with phase(self._trace, "encoder backward"):
+        with phase("encoder backward"):
             if self._outputs_VH.requires_grad:
                 torch.autograd.backward(self._outputs_VH, grad_VH)
 
@@ -119,7 +115,6 @@ def visual_tokens(
     *,
     trained: bool,
     groups: Groups,
-    trace: StepTrace | None = None,
 ) -> VisualTokens:
     """Encode a step's tiles under a plan for each pack; called by every rank of the replica.
 
@@ -130,7 +125,6 @@ def visual_tokens(
         plans: [N] bool a pack, on the CPU, True = compressed; None: nothing is.
         trained: whether gradients will be carried back.
         groups: process groups.
-        trace: records who does what when.
 
     Returns:
         The tokens, where they are embedded.
@@ -138,9 +132,9 @@ def visual_tokens(
     if plans is None:
         plans = [torch.zeros(pack.num_tiles, dtype=torch.bool) for pack in batch.packs]
     mine_N = torch.cat(list(plans))[batch.share.mine]
-    with phase(trace, "encode"), torch.set_grad_enabled(trained):
+    with phase("encode"), torch.set_grad_enabled(trained):
         outputs_VH = encoder.visual_tokens(
             features_NPD if trained else features_NPD.detach(), mine_N
         )
     exchange = TokenExchange([encoder.tokens_per_tile(plan) for plan in plans], batch.share, groups)
-    return VisualTokens(outputs_VH, exchange, trained=trained, trace=trace)
+    return VisualTokens(outputs_VH, exchange, trained=trained)

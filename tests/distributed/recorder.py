@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from megatron_vico import cpu_stand_in
-from megatron_vico.training.trace import Span
 
 COLLECTIVES = (
     *(
@@ -73,6 +72,17 @@ class Event:
     def is_ours(self) -> bool:
         """Whether this project made the call, and not megatron-core."""
         return self.caller.startswith("megatron_vico/")
+
+
+@dataclass(kw_only=True)
+class Span:
+    """A named range of the step, in seconds of the machine's clock."""
+
+    name: str
+    """As in a profile: policy forward pack 3 chunk 0."""
+
+    start: float
+    end: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import functools
 import os
 import pickle
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_vico import cpu_stand_in
-from tests.distributed.recorder import RankRecord, Recorder
+from tests.distributed.recorder import RankRecord, Recorder, Span
 
 RECORDER = Recorder()
 if __name__ == "__main__":
@@ -37,7 +38,6 @@ from megatron_vico.training import (  # noqa: E402
     reference,
 )
 from megatron_vico.training.setup import set_up  # noqa: E402
-from megatron_vico.training.trace import Kind, Span, StepTrace  # noqa: E402
 from megatron_vico.training.trainer import compute_gradients, update_weights  # noqa: E402
 from tests.distributed.cached_layouts import CachedLayouts  # noqa: E402
 
@@ -47,8 +47,8 @@ communicator."""
 
 
 @dataclass(kw_only=True)
-class HandshakeTrace(StepTrace):
-    """A trace in which the end of the reference waits for the beginning of the policy.
+class Handshake:
+    """Stands for `record_function`: the end of the reference waits for the beginning of the policy.
 
     The last stage does not run its last reference forward pass before the first stage is about to
     run its first policy forward pass. With anything between the passes that waits for all ranks,
@@ -58,40 +58,29 @@ class HandshakeTrace(StepTrace):
     groups: Groups
     store: torch.distributed.Store
     case: str
-    last: tuple[int, int]
-    """Microbatch and chunk of the last stage's last reference forward pass."""
+    last: str
+    """Name of the last stage's last reference forward pass."""
 
     wait_s: float
     met: bool = True
-    _begun: bool = field(default=False)
+    spans: list[Span] = field(default_factory=list)
 
     @contextmanager
-    def span(
-        self, name: str, kind: Kind, microbatch: int | None = None, chunk: int | None = None
-    ) -> Iterator[Span]:
-        """As in the base class, but for the handshake."""
-        with super().span(name, kind, microbatch, chunk) as span:
-            key = f"{self.case}, replica {self.groups.dp_rank}"
-            if (
-                name == "policy"
-                and kind == "forward"
-                and self.groups.is_first_stage
-                and not self._begun
-            ):
-                self._begun = True
-                self.store.set(key, b"begun")
-            if (
-                name == "reference"
-                and self.groups.is_last_stage
-                and (microbatch, chunk) == self.last
-            ):
-                try:
-                    self.store.wait([key], timedelta(seconds=self.wait_s))
-                except (
-                    RuntimeError
-                ):  # out of time; the step goes on, so that the other ranks end too
-                    self.met = False
-            yield span
+    def __call__(self, name: str) -> Iterator[None]:
+        """Note when a named range of the step begins and ends."""
+        span = Span(name=name, start=time.time())
+        self.spans.append(span)
+        key = f"{self.case}, replica {self.groups.dp_rank}"
+        begins = name.startswith("policy forward") and self.groups.language.pp.rank() == 0
+        if begins and not any(each.name.startswith("policy") for each in self.spans[:-1]):
+            self.store.set(key, b"begun")
+        if name == self.last and self.groups.is_last_stage:
+            try:
+                self.store.wait([key], timedelta(seconds=self.wait_s))
+            except RuntimeError:  # out of time; the step goes on, so that the other ranks end too
+                self.met = False
+        yield
+        span.end = time.time()
 
 
 class AskingShapes(KnownShapes):
@@ -130,29 +119,30 @@ class Launch:
         compute_gradients(run, next(batches))
         update_weights(run)
         batch = next(batches)
-        trace = HandshakeTrace(
+        last_chunk = len(run.policy.language_chunks) - 1
+        handshake = Handshake(
             groups=groups,
             store=self.store,
             case=name,
-            last=(len(batch.packs) - 1, len(run.policy.language_chunks) - 1),
+            last=f"reference forward pack {len(batch.packs) - 1} chunk {last_chunk}",
             wait_s=wait_s,
         )
         RECORDER.events.clear()
         self.shape_exchanges = 0
-        with _watched(fault):
-            compute_gradients(run, batch, trace=trace)
+        with _watched(fault, handshake):
+            compute_gradients(run, batch)
         return RankRecord(
-            is_first_stage=groups.is_first_stage,
+            is_first_stage=groups.language.pp.rank() == 0,
             is_last_stage=groups.is_last_stage,
-            met=trace.met,
-            spans=tuple(trace.spans),
+            met=handshake.met,
+            spans=tuple(handshake.spans),
             events=tuple(RECORDER.events),
             shape_exchanges=self.shape_exchanges,
         )
 
 
 @contextmanager
-def _watched(fault: Fault) -> Iterator[None]:
+def _watched(fault: Fault, handshake: Handshake) -> Iterator[None]:
     """Tell the recorder which phase runs, and put the fault in."""
     forward_pass, training_pass, communicator = (
         reference.forward_pass,
@@ -170,6 +160,10 @@ def _watched(fault: Fault) -> Iterator[None]:
         after_barrier if fault == "barrier" else _phased(training_pass, "policy", then="after")
     )
     pipeline_schedule.KnownShapes = AskingShapes if fault == "shape exchange" else communicator
+    record_function, pipeline_schedule.record_function = (
+        pipeline_schedule.record_function,
+        handshake,
+    )
     RECORDER.phase = "before"
     try:
         yield
@@ -177,6 +171,7 @@ def _watched(fault: Fault) -> Iterator[None]:
         RECORDER.phase = ""
         reference.forward_pass, consistency_step.training_pass = forward_pass, training_pass
         pipeline_schedule.KnownShapes = communicator
+        pipeline_schedule.record_function = record_function
 
 
 def _phased(function: Callable[..., Any], phase: str, *, then: str) -> Callable[..., Any]:

@@ -199,11 +199,11 @@ def test_plot_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plot", "trace", str(tmp_path), "--output", str(tmp_path / "step.png")]
     assert main(words) == 2
     assert (
-        "no rank_*.json; give <save>/trace/step_N of a run with --trace-step N"
+        "no rank_*.json; give <save>/trace/step_N of a run with --profile"
         in capsys.readouterr().err
     )
-    args = {"model": "policy", "kind": "forward", "microbatch": 0, "chunk": 0, "rank": 0}
-    events = [{"ts": 0.0, "dur": 9.0, "args": args}]
+    name = "policy forward pack 0 chunk 0"
+    events = [{"cat": "user_annotation", "name": name, "ts": 0.0, "dur": 9.0}]
     (tmp_path / "rank_0000.json").write_text(json.dumps({"traceEvents": events}))
     assert main(words) == 0
     assert Image.open(tmp_path / "step.png").width > 100

@@ -66,7 +66,7 @@ GOOD = [
     ("--fine-grained-activation-offloading --offload-modules core_attn", 1),
     ("--save x --save-interval 10", 1),
     ("--data-path /a s3://b/c --data-cache-dir x --data-cache-gb 0.5 --data-retries 0", 1),
-    ("--save x --train-iters 3 --trace-step 3", 1),
+    ("--save x --train-iters 3 --profile --profile-step-start 2 --profile-step-end 3", 1),
     ("--valid-data-path x y --eval-interval 5 --eval-iters 2", 1),
     ("--reference-offload host --kl-chunk-rows 1 --encoder-chunk-tiles 1", 1),
     (
@@ -317,12 +317,14 @@ BAD = [
     # Checkpoints.
     ("--ckpt-step 3", 1, "chooses a step of --load"),
     ("--save-interval 3", 1, "--save-interval 3 needs --save"),
-    ("--trace-step 3", 1, "--trace-step 3 needs --save"),
-    ("--save x --trace-step 0", 1, "--trace-step is 0, expected 1 or more"),
+    ("--profile", 1, "--profile writes to <save>/trace, but --save is not set"),
+    ("--profile-step-end 3", 1, "--profile-step-end has no effect without --profile"),
+    ("--save x --profile --profile-step-start 12", 1, "expected more than --profile-step-start"),
+    ("--save x --profile --profile-ranks 0 1", 1, "--profile-ranks 1: the run has ranks 0 to 0"),
     (
-        "--save x --train-iters 3 --trace-step 4",
+        "--save x --train-iters 3 --profile",
         1,
-        "--trace-step 4 is never reached: --train-iters is 3",
+        "--profile-step-end 12 is never reached: --train-iters is 3",
     ),
 ]
 

@@ -123,12 +123,12 @@ def test_validation_is_drawn_as_points_between_the_steps(tmp_path):
     assert panel.get_yscale() == "log"
 
 
-def make_box(rank, model, kind, start_ms, end_ms, *, microbatch=None, chunk=None):
+def make_box(rank, model, kind, start_ms, end_ms, *, pack=None, chunk=None):
     return plots.TraceBox(
         rank=rank,
         model=model,
         kind=kind,
-        microbatch=microbatch,
+        pack=pack,
         chunk=chunk,
         start_ms=start_ms,
         end_ms=end_ms,
@@ -138,25 +138,50 @@ def make_box(rank, model, kind, start_ms, end_ms, *, microbatch=None, chunk=None
 def two_ranks():
     return [
         make_box(0, "encode", "phase", 0, 5),
-        make_box(0, "reference", "forward", 10, 20, microbatch=0, chunk=0),
-        make_box(1, "reference", "forward", 20, 40, microbatch=0, chunk=0),
-        make_box(0, "policy", "forward", 25, 35, microbatch=0, chunk=0),
-        make_box(1, "policy", "forward", 40, 40.5, microbatch=7, chunk=0),
-        make_box(1, "policy", "loss", 50, 60, microbatch=7, chunk=0),
-        make_box(1, "policy", "backward", 60, 100, microbatch=7, chunk=0),
+        make_box(0, "reference", "forward", 10, 20, pack=0, chunk=0),
+        make_box(1, "reference", "forward", 20, 40, pack=0, chunk=0),
+        make_box(0, "policy", "forward", 25, 35, pack=0, chunk=0),
+        make_box(1, "policy", "forward", 40, 40.5, pack=7, chunk=0),
+        make_box(1, "policy", "loss", 50, 60, pack=7, chunk=0),
+        make_box(1, "policy", "backward", 60, 100, pack=7, chunk=0),
     ]
 
 
-def test_a_trace_is_read_from_the_files_of_all_ranks(tmp_path):
-    for rank, start_us in ((0, 5e9 + 2000), (1, 5e9)):
-        args = {"model": "policy", "kind": "forward", "microbatch": rank, "chunk": 0, "rank": rank}
-        events = [{"ts": start_us, "dur": 500.0, "args": args}]
-        (tmp_path / f"rank_{rank:04d}.json").write_text(json.dumps({"traceEvents": events}))
+def write_trace(path, names, *, start_us, category="user_annotation"):
+    """Ranges of 0.5 ms, 1 ms apart, as torch.profiler exports them."""
+    events = [
+        {"ph": "X", "cat": category, "name": name, "ts": start_us + 1000 * index, "dur": 500.0}
+        for index, name in enumerate(names)
+    ]
+    trace = {"baseTimeNanoseconds": 10**18, "traceEvents": [{"ph": "M"}, *events]}
+    path.write_text(json.dumps(trace))
+
+
+def test_the_last_step_is_read_from_the_files_of_all_ranks(tmp_path):
+    span = "policy (one) forward pack {} chunk 1"
+    before = ["ProfilerStep#9", span.format(9), "ProfilerStep#10"]
+    write_trace(
+        tmp_path / "rank_0000.json", [*before, span.format(0), "Optimizer.step#Adam"], start_us=2000
+    )
+    write_trace(tmp_path / "rank_0001.json", [*before, "phase: encode"], start_us=0)
     assert plots.read_trace(tmp_path) == [
-        make_box(1, "policy", "forward", 0.0, 0.5, microbatch=1, chunk=0),
-        make_box(0, "policy", "forward", 2.0, 2.5, microbatch=0, chunk=0),
+        make_box(1, "encode", "phase", 0.0, 0.5),
+        make_box(0, "policy (one)", "forward", 2.0, 2.5, pack=0, chunk=1),
     ]
     assert plots.read_trace(tmp_path / "nowhere") == []
+
+
+def test_a_gpu_trace_shows_when_kernels_ran(tmp_path):
+    name = "policy backward pack 3 chunk 0"
+    write_trace(tmp_path / "rank_0000.json", [name], start_us=0, category="gpu_user_annotation")
+    trace = json.loads((tmp_path / "rank_0000.json").read_text())
+    trace["traceEvents"].append(
+        {"ph": "X", "cat": "user_annotation", "name": name, "ts": 0.0, "dur": 10.0}
+    )
+    (tmp_path / "rank_0000.json").write_text(json.dumps(trace))
+    assert plots.read_trace(tmp_path) == [
+        make_box(0, "policy", "backward", 0.0, 0.5, pack=3, chunk=0)
+    ]
 
 
 def test_a_trace_picture_has_a_box_for_each_span(tmp_path):
@@ -185,14 +210,14 @@ def test_a_trace_picture_marks_where_reference_and_policy_overlap():
     assert not axes.lines
 
 
-def test_microbatches_are_named_where_there_is_room():
+def test_packes_are_named_where_there_is_room():
     (axes,) = plots.trace_picture(two_ranks()).axes
     shown = [text.get_text() for text in axes.texts if text.get_text()]
     assert shown[:4] == ["0", "0", "0", "7"]  # that of 0.5 ms has none
     assert len(shown) == 6  # and two for the lines
 
     chunks = [
-        make_box(0, "policy (one)", "forward", index, index + 1, microbatch=3, chunk=index)
+        make_box(0, "policy (one)", "forward", index, index + 1, pack=3, chunk=index)
         for index in (0, 1)
     ]
     (axes,) = plots.trace_picture(chunks).axes

@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_vico.config.arguments import parse
 from megatron_vico.config.validate import validate
 from megatron_vico.training.preflight import check_environment
-from megatron_vico.training.trace import trace_file
+from megatron_vico.training.profiler import trace_folder
 from tests.training_runs import load_tool
 
 
@@ -19,9 +19,7 @@ def test_the_commands_fit_each_other(tmp_path: Path) -> None:
         check_environment(cfg)
     start, traced = configs
     assert traced.checkpoint.pretrained_checkpoint == start.checkpoint.save
-    assert traced.training.trace_step == traced.training.train_iters == 7
+    assert traced.training.profile_step_end == traced.training.train_iters == 7
     assert traced.checkpoint.save is not None
     plot = commands[-1]
-    assert plot[plot.index("trace") + 1] == str(
-        trace_file(traced.checkpoint.save, 7, rank=0).parent
-    )
+    assert plot[plot.index("trace") + 1] == str(trace_folder(traced.checkpoint.save, 7))

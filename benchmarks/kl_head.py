@@ -35,10 +35,8 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # run as a script, only this folder is on the path
 
-from megatron_vico.models.heads.kl import kl_loss
-from megatron_vico.models.heads.vocabulary import VocabularyShard
 from tests.peak_bytes import PeakBytes
-from tests.unit.models.heads.test_kl import Heads, make_heads, naive_kl_loss
+from tests.unit.models.heads.test_kl import Heads, make_heads, naive_kl_loss, ours
 
 CPU_SHAPES = ((256, 256, 32768), (1024, 256, 32768), (4096, 256, 32768))
 GPU_SHAPES = (
@@ -71,12 +69,6 @@ class Measured:
     """What of the peak is gradients that are handed back; a `main_grad` is an input."""
 
     note: str = ""
-
-
-def ours(heads: Heads, chunk_rows: int) -> Tensor:
-    """The fused head, as training calls it on one rank."""
-    shard = VocabularyShard(group=None, vocab_size=heads.vocab_size, chunk_rows=chunk_rows)
-    return kl_loss(heads.policy_rows_RH, **heads.tensors(), shard=shard)
 
 
 def liger(heads: Heads) -> Tensor:
@@ -125,7 +117,7 @@ def peak_bytes(step: Callable[[Heads], Tensor], heads: Heads) -> int:
         torch.cuda.reset_peak_memory_stats()
         one_pass(step, heads)
         return int(torch.cuda.max_memory_allocated()) - before
-    with PeakBytes(heads.policy_rows_RH, *heads.tensors().values()) as seen:
+    with PeakBytes(*heads.tensors()) as seen:
         one_pass(step, heads)
     return seen.peak
 

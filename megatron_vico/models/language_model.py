@@ -7,7 +7,6 @@ Shapes: T packed tokens, V visual tokens, R response rows, B samples, S tokens o
 channels.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +26,9 @@ from torch import Tensor
 
 from megatron_vico.config.registry import LanguageConfig
 from megatron_vico.models.attention import KVCache, Rotary, batch_layout, packed_layout
-from megatron_vico.models.heads.cross_entropy import cross_entropy_loss
-from megatron_vico.models.heads.kl import kl_loss, kl_rows
-from megatron_vico.models.heads.vocabulary import VocabularyShard
+from megatron_vico.models.heads.cross_entropy import CrossEntropy
+from megatron_vico.models.heads.kl import KLToReference
+from megatron_vico.models.heads.vocabulary import RowLoss, VocabularyShard, head_loss, row_values
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,19 +72,13 @@ class VocabularyHead(ColumnParallelLinear):
     """
 
     def forward(
-        self,
-        input_: Tensor,
-        weight: Tensor | None = None,
-        runtime_gather_output: bool | None = None,
-        *,
-        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> tuple[Tensor, None]:
-        """[..., H] to float32 [..., vocabulary of this rank]; or, with `loss`, what that makes of
-        rows and weight."""
-        assert weight is None, "InternVL3.5 does not tie embeddings"
-        if loss is not None:
-            return loss(input_, self.weight), None
-        return torch.nn.functional.linear(input_.float(), self.weight.float()), None
+        self, rows: Tensor, *, loss: RowLoss | None = None, row_weight_R: Tensor | None = None
+    ) -> Tensor:
+        """[..., H] to logits [..., vocabulary of this rank], float32; or their loss, a scalar."""
+        if loss is None:
+            return torch.nn.functional.linear(rows.float(), self.weight.float())
+        assert row_weight_R is not None
+        return head_loss(rows, self.weight, row_weight_R, loss=loss)
 
 
 class LanguageModel(MegatronModule):
@@ -155,7 +148,7 @@ class LanguageModel(MegatronModule):
     def response_logits(self, rows_RH: Tensor) -> Tensor:
         """Logits [R, V] in float32 over the real vocabulary; [R, H] from `forward` or [..., H] from
         `forward_batch`."""
-        logits, _ = self.gpt.output_layer(rows_RH)
+        logits = self.gpt.output_layer(rows_RH)
         if self.tp_group.size() > 1:
             logits = gather_from_tensor_model_parallel_region(logits, group=self.tp_group)
         real: Tensor = logits[..., : self.language.vocab_size]
@@ -178,59 +171,24 @@ class LanguageModel(MegatronModule):
             reference_rows_RH: [R, H], the same response tokens, from `forward` of the reference.
 
         Returns:
-            Scalar float32, the same on all tensor-parallel ranks. See models/heads/kl.py for its
-            gradients.
+            Scalar float32, the same on all tensor-parallel ranks; its gradients as `head_loss`
+            says.
         """
-
-        def loss(rows_RH: Tensor, weight_VH: Tensor) -> Tensor:
-            return kl_loss(
-                rows_RH,
-                policy_weight_VH=weight_VH,
-                reference_rows_RH=reference_rows_RH,
-                reference_weight_VH=reference.head_weight,
-                row_weight_R=row_weight_R,
-                shard=self.shard,
-            )
-
-        value: Tensor = self.gpt.output_layer(rows_RH, loss=loss)[0]
+        loss = self._kl_to(reference, reference_rows_RH)
+        value: Tensor = self.gpt.output_layer(rows_RH, loss=loss, row_weight_R=row_weight_R)
         return value
 
     def consistency_rows(
         self, rows_RH: Tensor, *, reference: "LanguageModel", reference_rows_RH: Tensor
     ) -> Tensor:
-        """KL(reference || this model) of each row, [R] float32, without a gradient; arguments as
-        `consistency_loss`."""
-        return kl_rows(
-            rows_RH,
-            policy_weight_VH=self.head_weight,
-            reference_rows_RH=reference_rows_RH,
-            reference_weight_VH=reference.head_weight,
-            shard=self.shard,
-        )
+        """As `consistency_loss`, but the KL of each row, [R] float32, and without a gradient."""
+        loss = self._kl_to(reference, reference_rows_RH)
+        return row_values(rows_RH, self.head_weight, loss=loss)
 
     def cross_entropy(self, rows_RH: Tensor, labels_R: Tensor, row_weight_R: Tensor) -> Tensor:
-        """Next-token cross-entropy over the rows of one pack, weighted and summed; a float32
-        scalar.
-
-        Args:
-            rows_RH: [R, H] from `forward`.
-            labels_R: [R] int64.
-            row_weight_R: [R] float32.
-
-        Returns:
-            Scalar float32, the same on all tensor-parallel ranks.
-        """
-
-        def loss(rows_RH: Tensor, weight_VH: Tensor) -> Tensor:
-            return cross_entropy_loss(
-                rows_RH,
-                weight_VH=weight_VH,
-                labels_R=labels_R,
-                row_weight_R=row_weight_R,
-                shard=self.shard,
-            )
-
-        value: Tensor = self.gpt.output_layer(rows_RH, loss=loss)[0]
+        """As `consistency_loss`, with next-token cross-entropy to `labels_R` [R] int64."""
+        loss = CrossEntropy(labels_R=labels_R, shard=self.shard)
+        value: Tensor = self.gpt.output_layer(rows_RH, loss=loss, row_weight_R=row_weight_R)
         return value
 
     @property
@@ -294,6 +252,11 @@ class LanguageModel(MegatronModule):
         if cache is not None:
             cache.lengths = cache.lengths + (length if num_new_B is None else num_new_B)
         return output.transpose(0, 1)
+
+    def _kl_to(self, reference: "LanguageModel", reference_rows_RH: Tensor) -> KLToReference:
+        return KLToReference(
+            rows_RH=reference_rows_RH, weight_VH=reference.head_weight, shard=self.shard
+        )
 
     def _embed_pack(self, inputs: LanguageInputs, visual_tokens_VH: Tensor | None) -> Tensor:
         hidden: Tensor = self.gpt.embedding(

@@ -19,9 +19,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from megatron_vico.models.heads.cross_entropy import cross_entropy_loss
-from megatron_vico.models.heads.kl import kl_loss, kl_rows
-from megatron_vico.models.heads.vocabulary import VocabularyShard
+from megatron_vico.models.heads.cross_entropy import CrossEntropy
+from megatron_vico.models.heads.kl import KLToReference
+from megatron_vico.models.heads.vocabulary import VocabularyShard, head_loss, row_values
 
 HIDDEN, VOCAB, PADDED, CHUNK = (
     16,
@@ -52,36 +52,25 @@ def make_inputs(num_rows: int) -> dict[str, Tensor]:
     return inputs
 
 
-def kl(inputs: dict[str, Tensor], shard: VocabularyShard) -> Tensor:
-    return kl_loss(
-        inputs["rows"],
-        policy_weight_VH=inputs["weight"],
-        reference_rows_RH=inputs["reference_rows"],
-        reference_weight_VH=inputs["reference_weight"],
-        row_weight_R=inputs["row_weight"],
-        shard=shard,
+def to_reference(inputs: dict[str, Tensor], shard: VocabularyShard) -> KLToReference:
+    return KLToReference(
+        rows_RH=inputs["reference_rows"], weight_VH=inputs["reference_weight"], shard=shard
     )
+
+
+def kl(inputs: dict[str, Tensor], shard: VocabularyShard) -> Tensor:
+    loss = to_reference(inputs, shard)
+    return head_loss(inputs["rows"], inputs["weight"], inputs["row_weight"], loss=loss)
 
 
 def cross_entropy(inputs: dict[str, Tensor], shard: VocabularyShard) -> Tensor:
-    return cross_entropy_loss(
-        inputs["rows"],
-        weight_VH=inputs["weight"],
-        labels_R=inputs["labels"],
-        row_weight_R=inputs["row_weight"],
-        shard=shard,
-    )
+    loss = CrossEntropy(labels_R=inputs["labels"], shard=shard)
+    return head_loss(inputs["rows"], inputs["weight"], inputs["row_weight"], loss=loss)
 
 
 def rows_only(inputs: dict[str, Tensor], shard: VocabularyShard) -> Tensor:
     """The rows' values, weighted with other weights than the loss, so that a mix-up would show."""
-    values = kl_rows(
-        inputs["rows"],
-        policy_weight_VH=inputs["weight"],
-        reference_rows_RH=inputs["reference_rows"],
-        reference_weight_VH=inputs["reference_weight"],
-        shard=shard,
-    )
+    values = row_values(inputs["rows"], inputs["weight"], loss=to_reference(inputs, shard))
     return (values * torch.arange(1, len(values) + 1)).sum()
 
 

@@ -1,5 +1,4 @@
-"""What every loss on a vocabulary head shares: logits a chunk of rows at a time, and gradients in
-the same pass.
+"""What losses on a vocabulary head share: logits in chunks of rows, gradients in the same pass.
 
 The logits of 32,768 rows over 151,936 entries are 20 GB in float32, for each of two models. Here
 one chunk of them lives at a time: its loss, the gradient of its rows and its share of the weight's
@@ -70,16 +69,28 @@ class VocabularyShard:
 
 
 class RowLoss(Protocol):
-    """A loss on each row of logits, as `head_loss` takes it."""
+    """A loss of each row of logits, as `head_loss` takes it."""
 
-    def chunk(self, logits_CV: Tensor, rows: slice, *, scale_C: Tensor | None) -> Tensor:
+    @property
+    def shard(self) -> VocabularyShard:
+        """How the head is split."""
+        ...
+
+    def check(self, rows_RH: Tensor, weight_VH: Tensor) -> None:
+        """Raise ValueError unless the loss fits these rows and this rank's weight."""
+        ...
+
+    def chunk(
+        self, logits_CV: Tensor, rows: slice, *, first: int, scale_C: Tensor | None
+    ) -> Tensor:
         """Work on one chunk; every rank of the group calls this for the same rows.
 
         Args:
-            logits_CV: [C, V] float32, over this rank's real entries; overwritten.
+            logits_CV: [C, V] float32, over this rank's real entries, perhaps none; overwritten.
             rows: which of all rows the chunk holds.
-            scale_C: [C] float32: then the logits are overwritten by their gradient times this.
-                None: with anything.
+            first: the entry of the whole vocabulary that column 0 stands for.
+            scale_C: [C] float32: the logits are overwritten by their gradient times this. None: no
+                gradient is wanted, and what they hold afterwards is not looked at.
 
         Returns:
             [C] float32, this rank's part of each row's loss: the sum over ranks is the loss.
@@ -137,29 +148,15 @@ def logits_of(rows_CH: Tensor, weight_VH: Tensor) -> Tensor:
     return logits_CV
 
 
-def row_values(
-    rows_RH: Tensor, weight_VH: Tensor, *, loss: RowLoss, shard: VocabularyShard
-) -> Tensor:
+def row_values(rows_RH: Tensor, weight_VH: Tensor, *, loss: RowLoss) -> Tensor:
     """[R] float32, the loss of each row, equal on all ranks of the group; no gradient."""
+    check_head(rows_RH, weight_VH, loss.shard, name="policy")
+    loss.check(rows_RH, weight_VH)
     with torch.no_grad():
-        return _sweep(
-            rows_RH,
-            weight_VH,
-            None,
-            _Gradients(rows_RH=None, weight_VH=None),
-            loss=loss,
-            shard=shard,
-        )
+        return _sweep(rows_RH, weight_VH, None, _Gradients(rows_RH=None, weight_VH=None), loss=loss)
 
 
-def head_loss(
-    rows_RH: Tensor,
-    weight_VH: Tensor,
-    row_weight_R: Tensor,
-    *,
-    loss: RowLoss,
-    shard: VocabularyShard,
-) -> Tensor:
+def head_loss(rows_RH: Tensor, weight_VH: Tensor, row_weight_R: Tensor, *, loss: RowLoss) -> Tensor:
     """Weighted sum of the rows' losses, with both gradients made in the same pass.
 
     The gradient of the rows is this rank's share, over its part of the vocabulary: whoever made the
@@ -170,19 +167,29 @@ def head_loss(
     comes in.
 
     Args:
-        rows_RH: [R, H], the same on all ranks of the group.
+        rows_RH: [R, H], after the final norm; the same on all ranks of the group.
         weight_VH: [V, H], this rank's share, of the rows' dtype. Without `main_grad`, its gradient
             is gathered in float32 and handed back in its dtype.
-        row_weight_R: [R] float32.
-        loss: what is taken of each row.
-        shard: how the head is split.
+        row_weight_R: [R] float32; for Eq. 1, 1 / (response tokens of the row's sample * samples in
+            the global batch).
+        loss: per-row loss.
 
     Returns:
-        Scalar float32, equal on all ranks of the group; 0 where there are no rows.
+        Scalar float32, equal on all ranks of the group; 0 where there are no rows. Not a view, as
+        Megatron's pipeline schedules want it.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit one another.
     """
+    if row_weight_R.shape != rows_RH.shape[:1]:
+        raise ValueError(
+            f"{len(rows_RH)} rows but row weights of shape {tuple(row_weight_R.shape)}"
+        )
     if not torch.is_grad_enabled():
-        return (row_values(rows_RH, weight_VH, loss=loss, shard=shard) * row_weight_R).sum()
-    total: Tensor = _FusedHead.apply(rows_RH, weight_VH, row_weight_R, loss, shard)
+        return (row_values(rows_RH, weight_VH, loss=loss) * row_weight_R).sum()
+    check_head(rows_RH, weight_VH, loss.shard, name="policy")
+    loss.check(rows_RH, weight_VH)
+    total: Tensor = _FusedHead.apply(rows_RH, weight_VH, row_weight_R, loss)
     return total
 
 
@@ -206,7 +213,6 @@ class _FusedHead(torch.autograd.Function):
         weight_VH: Tensor,
         row_weight_R: Tensor,
         loss: RowLoss,
-        shard: VocabularyShard,
     ) -> Tensor:
         rows_wanted, weight_wanted = ctx.needs_input_grad[:2]
         main_grad_VH: Tensor | None = (
@@ -219,7 +225,7 @@ class _FusedHead(torch.autograd.Function):
             rows_RH=torch.empty_like(rows_RH) if rows_wanted else None,
             weight_VH=own_grad_VH if main_grad_VH is None else main_grad_VH,
         )
-        values_R = _sweep(rows_RH, weight_VH, row_weight_R, gradients, loss=loss, shard=shard)
+        values_R = _sweep(rows_RH, weight_VH, row_weight_R, gradients, loss=loss)
         if main_grad_VH is not None:
             weight_VH.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         ctx.weight_VH = weight_VH if main_grad_VH is not None else None
@@ -229,7 +235,7 @@ class _FusedHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_rows_RH, grad_weight_VH = ctx.saved_tensors
         if grad_rows_RH is not None:
             grad_rows_RH.mul_(grad)  # in place: a second copy would grow with the rows
@@ -244,7 +250,7 @@ class _FusedHead(torch.autograd.Function):
                 else torch.empty_like
             )
             grad_weight_VH = make(ctx.weight_VH)
-        return grad_rows_RH, grad_weight_VH, None, None, None
+        return grad_rows_RH, grad_weight_VH, None, None
 
 
 def _sweep(
@@ -254,40 +260,40 @@ def _sweep(
     gradients: _Gradients,
     *,
     loss: RowLoss,
-    shard: VocabularyShard,
 ) -> Tensor:
-    """[R], the loss of each row over the whole vocabulary; fills the gradients. The chunks depend
-    on R alone."""
+    """[R], the loss of each row over the whole vocabulary; fills the gradients."""
+    shard, first = loss.shard, loss.shard.first(weight_VH)
     real = _Gradients(
         rows_RH=gradients.rows_RH,
         weight_VH=None if gradients.weight_VH is None else shard.real(gradients.weight_VH),
     )
     weight_VH = shard.real(weight_VH)
     values_R = rows_RH.new_empty(len(rows_RH), dtype=accumulation_dtype(rows_RH.dtype))
+    # The chunks depend on R alone: each has a collective, and all ranks have to come to all.
     for rows in _blocks(len(rows_RH), shard.chunk_rows):
-        scale_C = (
-            row_weight_R[rows].to(values_R.dtype)
-            if row_weight_R is not None and real.wanted
-            else None
+        scale_C = None
+        if row_weight_R is not None and real.wanted:
+            scale_C = row_weight_R[rows].to(values_R.dtype)
+        values_R[rows] = _one_chunk(
+            rows_RH[rows], weight_VH, rows, scale_C, first=first, gradients=real, loss=loss
         )
-        values_R[rows] = _one_chunk(rows_RH, weight_VH, rows, scale_C, gradients=real, loss=loss)
     return shard.sum_(values_R)
 
 
 def _one_chunk(
-    rows_RH: Tensor,
+    rows_CH: Tensor,
     weight_VH: Tensor,
     rows: slice,
     scale_C: Tensor | None,
     *,
+    first: int,
     gradients: _Gradients,
     loss: RowLoss,
 ) -> Tensor:
-    """A function of its own, so that the logits of one chunk are gone before those of the next are
-    made."""
-    rows_CH = rows_RH[rows]
+    # A function of its own, so that the logits of one chunk are freed before those of the next are
+    # made.
     logits_CV = logits_of(rows_CH, weight_VH)
-    values_C = loss.chunk(logits_CV, rows, scale_C=scale_C)
+    values_C = loss.chunk(logits_CV, rows, first=first, scale_C=scale_C)
     if gradients.wanted:
         grad_CV = logits_CV
         if _has_wide_product(rows_CH):
@@ -314,8 +320,8 @@ def _rows_gradient(grad_CV: Tensor, weight_VH: Tensor) -> Tensor:
 
 
 def _add_weight_gradient(total_VH: Tensor, grad_CV: Tensor, rows_CH: Tensor) -> None:
-    """Add grad^T rows; no [V, H] temporary, which would be 2.5 GB for a vocabulary of 151,936 and
-    4,096 channels."""
+    """Add grad^T rows."""
+    # No [V, H] temporary: 2.5 GB for a vocabulary of 151,936 and 4,096 channels.
     if grad_CV.dtype == total_VH.dtype:
         total_VH.addmm_(grad_CV.T, rows_CH.to(grad_CV.dtype))
         return

@@ -21,6 +21,7 @@ from megatron_vico.training.router_step import router_step
 from megatron_vico.training.setup import Run, set_up
 from tests.packs import WholePack, as_blocks, whole_packs
 from tests.training_runs import ToyData, toy_config
+from tests.unit.vico.test_consistency import naive_kl
 
 CPU = torch.device("cpu")
 
@@ -69,11 +70,6 @@ def naive_loss(
     rows = language_model(language_inputs(stream, StreamCut(), CPU), tokens)
     weight = language_model.gpt.output_layer.weight[: language_model.language.vocab_size]
     return rows.double() @ weight.double().T
-
-
-def naive_kl(reference: Tensor, policy: Tensor) -> Tensor:
-    log_q, log_p = reference.log_softmax(-1), policy.log_softmax(-1)
-    return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
 def main_grads(run: Run) -> dict[str, Tensor]:

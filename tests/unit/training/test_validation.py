@@ -21,7 +21,8 @@ from megatron_vico.training.validation import ValidationSet, evaluate, open_vali
 from tests.packs import WholePack, whole_packs
 from tests.toy_data import write_conversations
 from tests.training_runs import ToyData, make_toy_shards, read_metrics, toy_config
-from tests.unit.training.test_steps import main_grads, move_away, naive_kl, naive_loss, start_run
+from tests.unit.training.test_steps import main_grads, move_away, naive_loss, start_run
+from tests.unit.vico.test_consistency import naive_kl
 
 NUM_SAMPLES = 10
 

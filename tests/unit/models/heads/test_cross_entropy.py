@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_vico.models.heads.cross_entropy import cross_entropy_loss
-from megatron_vico.models.heads.vocabulary import VocabularyShard
+from megatron_vico.models.heads.cross_entropy import CrossEntropy
+from megatron_vico.models.heads.vocabulary import VocabularyShard, head_loss
 from tests.peak_bytes import PeakBytes
 
 PADDING = 7
@@ -31,9 +31,9 @@ def make_inputs(
 
 
 def ours(inputs: dict[str, Tensor], vocab_size: int, chunk_rows: int = 1024) -> Tensor:
-    named = {name: tensor for name, tensor in inputs.items() if name != "rows_RH"}
     shard = VocabularyShard(group=None, vocab_size=vocab_size, chunk_rows=chunk_rows)
-    return cross_entropy_loss(inputs["rows_RH"], **named, shard=shard)
+    loss = CrossEntropy(labels_R=inputs["labels_R"], shard=shard)
+    return head_loss(inputs["rows_RH"], inputs["weight_VH"], inputs["row_weight_R"], loss=loss)
 
 
 def naive(inputs: dict[str, Tensor], vocab_size: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -9,7 +9,11 @@ STAMP := $(VENV)/.installed
 PYTHON ?= $(shell for python in python3 python3.12 python3.13; do \
 	if $$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then echo $$python; break; fi; done)
 
-.PHONY: help venv test test-slow test-large lint demo demo-quick clean
+# For `make gpu`, which makes no environment: a GPU machine often has no network, and torch and
+# TransformerEngine are its container's. Packages that lie elsewhere: make gpu PYTHONPATH=/folder
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+
+.PHONY: help venv test gpu test-slow test-large lint demo demo-quick clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +36,9 @@ test-slow: $(STAMP)  ## only the tests marked slow (`make test` runs them too)
 
 test-large: $(STAMP)  ## convert 8 GB both ways: memory, and speed against a copy (needs 40 GB of disk)
 	OMP_NUM_THREADS=1 VICO_TEST_GB=8 $(BIN)/python -m pytest tests/test_large_conversion.py
+
+gpu:  ## the checks for one GPU, a line each (without one: small forms, as in `make test`)
+	$(GPU_PYTHON) -m tests.gpu $(CHECKS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

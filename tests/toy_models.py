@@ -70,6 +70,7 @@ def pack(
     response_rows: Sequence[int] | None = None,
     seed: int = 0,
     cut: StreamCut | None = None,
+    device: torch.device | str = "cpu",
 ) -> LanguageInputs:
     """A pack of random tokens; by default every row is wanted, and the pack is whole."""
     num_tokens = sum(document_lens)
@@ -82,4 +83,4 @@ def pack(
             range(num_tokens) if response_rows is None else response_rows, dtype=torch.int64
         ),
     )
-    return language_inputs(stream, cut or StreamCut(), torch.device("cpu"))
+    return language_inputs(stream, cut or StreamCut(), torch.device(device))

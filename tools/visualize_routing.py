@@ -83,16 +83,15 @@ def draw(options: argparse.Namespace, *, groups: "Groups") -> None:
         options: the parsed command line.
         groups: process groups of one rank.
     """
-    from megatron_vico.config.registry import get_model_config
     from megatron_vico.data.encode.sample_encoder import EncodingSettings
     from megatron_vico.data.encode.tiling import choose_grid, decode_image
     from megatron_vico.data.encode.tokenizer import load_tokenizer
     from megatron_vico.data.samples import ConversationSample, Turn
     from megatron_vico.evaluation.plots import RoutedImage, routing_picture
     from megatron_vico.inference.engine import Routing
-    from megatron_vico.inference.loading import build_engine, load_weights, model_size_of
+    from megatron_vico.inference.loading import build_engine, load_weights, model_of
 
-    model = get_model_config(model_size_of(options.load))
+    model = model_of(options.load)
     image_size = model.vision.image_size
     engine = build_engine(
         model,

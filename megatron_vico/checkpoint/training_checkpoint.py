@@ -1,14 +1,10 @@
 """Training checkpoints: weights, optimizer and the loop's own state through megatron-core's
 dist_checkpointing.
 
-    SAVE/latest_checkpointed_iteration.txt   the newest finished step, written last
-    SAVE/iter_0000100/ megatron-core's torch_dist files, checkpoint.json, config.yaml
-
-
 A step's folder has the suffix .incomplete until every rank has written its part, so what an
 interrupted save leaves behind is never taken for a checkpoint, and the one before it stays the
 latest. Tensors are stored under parameter names and in global shapes, those of the optimizer too,
-so that every layout reads what any other wrote.
+so that every layout reads what any other wrote. The files: run_folder.py.
 """
 
 import contextlib
@@ -18,7 +14,7 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,23 +32,23 @@ from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vico.checkpoint.extra_state import leave_out_unstored, load_state
-from megatron_vico.errors import CheckpointError, cause_of, listed
-from megatron_vico.files import (
-    INCOMPLETE_SUFFIX,
-    read_json,
-    refuse_incomplete,
-    write_json,
-    write_text,
+from megatron_vico.checkpoint.run_folder import (
+    CheckpointMetadata,
+    find_iteration,
+    iteration_folder,
+    latest_iteration,
+    point_to,
+    read_metadata,
+    write_metadata,
 )
-
-LATEST_FILE = "latest_checkpointed_iteration.txt"
+from megatron_vico.errors import CheckpointError, cause_of, listed
+from megatron_vico.files import INCOMPLETE_SUFFIX, unfinished_path
 
 Modules = Mapping[str, MegatronModule | Sequence[MegatronModule]]
 """By name, outside of DDP: a module, or the chunks of it that a pipeline rank has, in the order of
 the layers."""
 
-_METADATA_FILE, _CONFIG_FILE = "checkpoint.json", "config.yaml"
-_FORMAT_VERSION = 1
+_FAILURES = (OSError, CheckpointingException, CheckpointException)
 
 # What megatron-core's parts are asked for: the distributed optimizer's state under parameter names
 # and in their shapes, which every layout can read, at the price of gathering it over the
@@ -62,33 +58,6 @@ _SHARDING = {
     "chained_optim_avoid_prefix": True,
     "singleton_local_shards": False,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointMetadata:
-    """What a checkpoint is, for people and for the checks before it is read."""
-
-    model_size: str
-    """Name in config/registry.py."""
-
-    stage: str
-    """The stage that wrote it, or `converted`."""
-
-    has_optimizer: bool = False
-    """Whether training can resume from it; filled in when it is saved."""
-
-    iteration: int = 0
-    """Optimizer steps of the stage; filled in when it is saved."""
-
-    layout: str = ""
-    """Parallel sizes it was saved under, to be read by people: any layout can load it; filled in
-    when it is saved."""
-
-    optimizer: Literal["replicated", "distributed"] | None = None
-    """Kind of its optimizer; None where it has none or was saved before this was noted. Filled in
-    when it is saved."""
-
-    format_version: int = _FORMAT_VERSION
 
 
 def save_checkpoint(
@@ -105,10 +74,10 @@ def save_checkpoint(
     """Write a checkpoint and make it the latest; called by every rank.
 
     Args:
-        directory: of the run; the step gets a folder in it.
-        iteration: optimizer steps done.
+        directory: of the run.
+        iteration: optimizer steps done; they get a folder, which is returned.
         modules: what is saved; a module's name is the prefix of its tensors.
-        metadata: what this is.
+        metadata: from `metadata_of`.
         optimizer: of these modules, after at least one step (before it there is no state); unset,
             weights only.
         scheduler: of the learning rate.
@@ -116,15 +85,12 @@ def save_checkpoint(
             dicts of them.
         config_yaml: the resolved configuration, stored beside it.
 
-    Returns:
-        The step's folder.
-
     Raises:
         CheckpointError: if the disk is full or cannot be written; names the last good checkpoint.
     """
     root = Path(directory)
     target = iteration_folder(root, iteration)
-    unfinished = target.with_name(target.name + INCOMPLETE_SUFFIX)
+    unfinished = unfinished_path(target)
     facts = replace(
         metadata,
         has_optimizer=optimizer is not None,
@@ -138,7 +104,7 @@ def save_checkpoint(
         unfinished.mkdir(parents=True)
 
     def finish() -> None:
-        describe(unfinished, facts, config_yaml=config_yaml)
+        write_metadata(unfinished, facts, config_yaml=config_yaml)
         _replace_folder(unfinished, target)
         point_to(root, iteration)
 
@@ -152,24 +118,13 @@ def save_checkpoint(
         with _quiet():
             dist_checkpointing.save(state, str(unfinished))
         _on_main_rank(finish)
-    except (OSError, CheckpointingException, CheckpointException) as error:
+    except _FAILURES as error:
         if torch.distributed.get_rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(
             f"could not save {target}: {cause_of(error)}; {_last_good(root)}"
         ) from error
     return target
-
-
-def describe(folder: Path, metadata: CheckpointMetadata, *, config_yaml: str = "") -> None:
-    """Write what a step's folder is beside its tensors."""
-    write_json(folder / _METADATA_FILE, asdict(metadata))
-    (folder / _CONFIG_FILE).write_text(config_yaml, encoding="utf-8")
-
-
-def point_to(directory: Path, iteration: int) -> None:
-    """Make a finished step the latest of a run."""
-    write_text(directory / LATEST_FILE, f"{iteration}\n")
 
 
 def load_checkpoint(
@@ -181,15 +136,14 @@ def load_checkpoint(
     model_size: str,
     iteration: int | None = None,
 ) -> dict[str, Any]:
-    """Put a checkpoint's weights, optimizer and scheduler state back in place, to resume; called by
-    every rank.
+    """Load weights, optimizer and scheduler state to resume; called by every rank.
 
     Args:
         directory: of the run.
         modules: as in `save_checkpoint`; of the same size, in any layout.
         optimizer: of these modules.
         scheduler: of the learning rate.
-        model_size: name of the modules' size, compared with the checkpoint's.
+        model_size: the model's name, compared with the checkpoint's.
         iteration: which step; unset, the latest.
 
     Returns:
@@ -213,9 +167,7 @@ def load_checkpoint(
         )
     loaded = _load(folder, modules, optimizer)
     try:
-        with (
-            torch.no_grad()
-        ):  # in fp32 the distributed optimizer copies into views of leaf parameters
+        with torch.no_grad():  # in fp32 the distributed one copies into views of leaf parameters
             optimizer.load_state_dict(loaded["optimizer"])
         scheduler.load_state_dict(loaded["scheduler"])
     except (KeyError, ValueError, RuntimeError, AssertionError) as error:
@@ -238,11 +190,8 @@ def load_weights(
     Args:
         directory: of the run.
         modules: as in `save_checkpoint`; may be fewer than were saved.
-        model_size: name of the modules' size.
+        model_size: the model's name, compared with the checkpoint's.
         iteration: which step; unset, the latest.
-
-    Returns:
-        What the checkpoint is.
 
     Raises:
         CheckpointError: if it is no checkpoint, of another size, or lacks a tensor.
@@ -251,98 +200,6 @@ def load_weights(
     metadata = _checked_metadata(folder, model_size)
     _load(folder, modules, None)
     return metadata
-
-
-def has_checkpoint(directory: str | Path) -> bool:
-    """Whether a folder holds a run that can be resumed, rather than nothing yet."""
-    return latest_iteration(directory) is not None
-
-
-def read_metadata(directory: str | Path, iteration: int | None = None) -> CheckpointMetadata:
-    """What a checkpoint is, without reading its tensors.
-
-    Args:
-        directory: of the run.
-        iteration: which step; unset, the latest.
-
-    Returns:
-        Its metadata.
-
-    Raises:
-        CheckpointError: if it is no checkpoint of this project.
-    """
-    path = find_iteration(directory, iteration) / _METADATA_FILE
-    contents = read_json(path)
-    if contents.get("format_version") != _FORMAT_VERSION:
-        found = contents.get("format_version")
-        raise CheckpointError(
-            f"{path}: format version {found}, this program reads {_FORMAT_VERSION}."
-        )
-    try:
-        return CheckpointMetadata(**contents)
-    except TypeError as error:
-        raise CheckpointError(f"{path} is not a checkpoint's metadata: {error}.") from error
-
-
-def weight_dtypes(
-    directory: str | Path, *, modules: Iterable[str], iteration: int | None = None
-) -> frozenset[torch.dtype]:
-    """The number formats a checkpoint's weights are stored in.
-
-    Args:
-        directory: of the run.
-        modules: names of the modules looked at.
-        iteration: which step; unset, the latest.
-
-    Returns:
-        The formats.
-    """
-    prefixes = tuple(f"{name}." for name in modules)
-    stored = _stored(find_iteration(directory, iteration))
-    tensors = {key: each for key, each in stored.items() if isinstance(each, ShardedTensor)}
-    return frozenset(each.dtype for key, each in tensors.items() if key.startswith(prefixes))
-
-
-def iteration_folder(directory: str | Path, iteration: int) -> Path:
-    """Where the checkpoint of a step is."""
-    return Path(directory) / f"iter_{iteration:07d}"
-
-
-def latest_iteration(directory: str | Path) -> int | None:
-    """The newest finished step of a run; None before the first.
-
-    Raises:
-        CheckpointError: if the pointer file holds no number.
-    """
-    path = Path(directory) / LATEST_FILE
-    if not path.exists():
-        return None
-    text = path.read_text(encoding="utf-8").strip()
-    if not text.isdecimal():
-        raise CheckpointError(
-            f"{path} holds {text[:40]!r}, expected a step; write that of a finished folder into it."
-        )
-    return int(text)
-
-
-def find_iteration(directory: str | Path, iteration: int | None = None) -> Path:
-    """The folder of a step, of the latest where none is given; CheckpointError where there is
-    none."""
-    root = Path(directory)
-    if not root.is_dir():
-        raise CheckpointError(f"{root}: no such folder; give the folder of --save of a former run.")
-    refuse_incomplete(root)
-    step = latest_iteration(root) if iteration is None else iteration
-    if step is None:
-        raise CheckpointError(f"{root} is not a checkpoint folder: it has no {LATEST_FILE}.")
-    folder = iteration_folder(root, step)
-    if not (folder / _METADATA_FILE).is_file():
-        finished = [each.parent.name for each in sorted(root.glob(f"iter_*/{_METADATA_FILE}"))]
-        finished = [name for name in finished if not name.endswith(INCOMPLETE_SUFFIX)]
-        raise CheckpointError(
-            f"{folder} is no finished checkpoint; finished here: {', '.join(finished) or 'none'}."
-        )
-    return folder
 
 
 def _checked_metadata(folder: Path, model_size: str) -> CheckpointMetadata:
@@ -428,7 +285,7 @@ def _load(folder: Path, modules: Modules, optimizer: MegatronOptimizer | None) -
             loaded = dist_checkpointing.load(
                 state, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED
             )
-    except (OSError, CheckpointingException, CheckpointException, RuntimeError) as error:
+    except (*_FAILURES, RuntimeError) as error:
         raise CheckpointError(f"could not read {folder}: {cause_of(error)}.") from error
     for name, module in modules.items():
         prefix = f"{name}."
@@ -448,9 +305,9 @@ def _check_tensors(
     }
     # Of all ranks, for a pipeline stage has a part of the names; and so that all ranks come to the
     # same verdict.
-    everyones: list[dict[str, ShardedTensor]] = [{}] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyones, own)
-    asked = {key: part for parts in everyones for key, part in parts.items()}
+    of_ranks: list[dict[str, ShardedTensor]] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(of_ranks, own)
+    asked = {key: part for parts in of_ranks for key, part in parts.items()}
     absent = asked.keys() - stored.keys()
     prefixes = tuple(f"{name}." for name in modules)
     unknown = {key for key in stored.keys() - asked.keys() if key.startswith(prefixes)}
@@ -494,8 +351,7 @@ def _tensors_of(value: Any) -> list[ShardedTensor]:
 
 
 def _on_main_rank(action: Callable[[], None]) -> None:
-    """Do something with files once; if it fails, every rank raises, so that none waits for the
-    others."""
+    """Do something with files once; if it fails, every rank raises, so that none waits."""
     failure: list[str | None] = [None]
     if torch.distributed.get_rank() == 0:
         try:
@@ -509,8 +365,7 @@ def _on_main_rank(action: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep megatron-core's and torch's notes about each other's deprecated parts, which no user can
-    act on, to them."""
+    """Leave out megatron-core's and torch's notes about each other's deprecated parts."""
     logger = logging.getLogger("megatron.core.dist_checkpointing.strategies.torch")
     level = logger.level
     logger.setLevel(logging.ERROR)

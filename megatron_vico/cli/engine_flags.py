@@ -91,14 +91,13 @@ def open_engine(options: argparse.Namespace) -> Iterator["Engine"]:
         CheckpointError: if --load is no checkpoint.
         ConfigError: if there is no tokenizer.
     """
-    from megatron_vico.config.registry import get_model_config
     from megatron_vico.config.schema import ParallelOptions
     from megatron_vico.data.encode.sample_encoder import EncodingSettings
     from megatron_vico.data.encode.tokenizer import load_tokenizer
-    from megatron_vico.inference.loading import build_engine, load_weights, model_size_of
+    from megatron_vico.inference.loading import build_engine, load_weights, model_of
     from megatron_vico.parallel import groups as process_groups
 
-    model = get_model_config(model_size_of(options.load))
+    model = model_of(options.load)
     tokenizer = load_tokenizer(options.tokenizer_model or options.load)
     settings = EncodingSettings(
         image_size=model.vision.image_size,

@@ -11,7 +11,8 @@ from textwrap import indent
 
 from tqdm import tqdm
 
-from megatron_vico.config.registry import MODELS, get_model_config
+from megatron_vico.config.config_json import model_named
+from megatron_vico.config.registry import MODELS
 from megatron_vico.config.schema import DataOptions, TrainingOptions
 from megatron_vico.data.encode.sample_encoder import SampleEncoder
 from megatron_vico.data.encode.tokenizer import load_tokenizer
@@ -264,7 +265,7 @@ def _limits(options: argparse.Namespace) -> PackLimits:
 def _tokens_kept(model_size: str | None, image_size: int | None) -> int | None:
     """Visual tokens of a tile that is not compressed; None where that is not known."""
     if model_size is not None:
-        return get_model_config(model_size).visual_tokens_per_tile
+        return model_named(model_size).visual_tokens_per_tile
     known = {
         model.visual_tokens_per_tile
         for model in MODELS.values()

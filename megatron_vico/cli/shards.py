@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_vico.cli import shard_checks
-from megatron_vico.config.registry import get_model_config
+from megatron_vico.config.config_json import model_named
 from megatron_vico.config.schema import DataOptions
 from megatron_vico.data.encode.sample_encoder import EncodingSettings
 from megatron_vico.data.encode.tokenizer import Tokenizer, load_tokenizer
@@ -188,7 +188,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 def _settings(options: argparse.Namespace) -> EncodingSettings:
     return EncodingSettings(
-        image_size=get_model_config(options.model_size).vision.image_size,
+        image_size=model_named(options.model_size).vision.image_size,
         max_dynamic_patch=options.max_dynamic_patch,
         use_thumbnail=options.use_thumbnail,
         tile_tags=options.tile_tags,

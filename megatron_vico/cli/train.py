@@ -3,9 +3,10 @@
 import argparse
 from collections.abc import Sequence
 
+from megatron_vico.checkpoint.run_folder import resolve_model
 from megatron_vico.config.arguments import help_text, parse, to_yaml
 from megatron_vico.config.layout import data_parallel_size, num_microbatches, virtual_stages
-from megatron_vico.config.registry import get_model_config
+from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.validate import remarks, validate
 from megatron_vico.errors import ConfigError
@@ -33,10 +34,11 @@ def main(arguments: Sequence[str]) -> None:
     if given.print_config:
         print(to_yaml(cfg), end="")
     if given.check:
-        validate(cfg, world_size)
+        model = resolve_model(cfg)
+        validate(cfg, world_size, model=model)
         if given.check == "files":
             check_files(cfg)
-        print(summary(cfg, world_size))
+        print(summary(cfg, model, world_size))
     if given.check or given.print_config:
         return
     if given.world_size is not None:
@@ -48,24 +50,25 @@ def main(arguments: Sequence[str]) -> None:
     train(cfg)
 
 
-def summary(cfg: RunConfig, world_size: int) -> str:
+def summary(cfg: RunConfig, model: ModelConfig, world_size: int) -> str:
     """What a checked run would do, in a few lines.
 
     Args:
         cfg: a run that `validate` accepts.
+        model: its model.
         world_size: its ranks.
 
     Returns:
         Text for the terminal.
     """
-    parallel, language = cfg.parallel, get_model_config(cfg.model.model_size).language
+    parallel, language = cfg.parallel, model.language
     chunks = virtual_stages(cfg, language)
     extras = [f"{chunks} chunks a stage"] if chunks is not None else []
     if language.num_experts is not None:
         width = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
         extras.append(f"expert {parallel.expert_model_parallel_size} x expert tensor {width}")
     lines = [
-        f"OK: stage {cfg.stage.stage} of {cfg.model.model_size} on {world_size} ranks: tensor"
+        f"OK: stage {cfg.stage.stage} of {model.name} on {world_size} ranks: tensor"
         f" {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size}"
         f" x context {parallel.context_parallel_size} x data"
         f" {data_parallel_size(parallel, world_size)}{''.join(f', {extra}' for extra in extras)};"

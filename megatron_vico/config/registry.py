@@ -1,13 +1,18 @@
-"""The model sizes: every number that is fixed by a size's name, and the parameter counts that
-follow from them.
+"""What a model is, its parameter counts, and the released sizes as presets.
 
-No torch here, so that recipes and layouts can be checked on a machine without it.
+A model of any other size is described by its config.json (config/config_json.py). No torch here, so
+that recipes and layouts can be checked on a machine without it.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from megatron_vico.errors import ConfigError, nearest
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Pixels are normalised by these in every size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +40,7 @@ class VisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageConfig:
-    """A Qwen3 or (with `num_experts`) Qwen3-MoE language model; embeddings are never tied in
-    InternVL3.5."""
+    """A Qwen3 or, with `num_experts`, Qwen3-MoE model; InternVL3.5 never ties its embeddings."""
 
     hidden_size: int
     num_layers: int
@@ -55,8 +59,7 @@ class LanguageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
-    """Parameters of each module; `vir` includes the four dead submodules that released checkpoints
-    carry."""
+    """Parameters of each module; `vir` has the four dead submodules of released checkpoints."""
 
     vit: int
     connector_4x: int
@@ -72,9 +75,11 @@ class ParameterCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """One size of InternVL3.5-Flash."""
+    """An InternVL3.5-Flash of one size."""
 
     name: str
+    """A preset's, or made of the fields: models of one name are equal."""
+
     vision: VisionConfig
     language: LanguageConfig
     vir_num_heads: int = 16
@@ -256,70 +261,50 @@ _TOY_MOE = ModelConfig(
     image_token_id=5,
 )
 
-MODELS: dict[str, ModelConfig] = {
-    config.name: config
-    for config in (
-        ModelConfig(
-            name="internvl3_5-1b",
-            vision=_INTERN_VIT_300M,
-            language=_qwen3(1024, 28, 16, 3072),
-        ),
-        ModelConfig(
-            name="internvl3_5-2b",
-            vision=_INTERN_VIT_300M,
-            language=_qwen3(2048, 28, 16, 6144),
-        ),
-        ModelConfig(
-            name="internvl3_5-4b",
-            vision=_INTERN_VIT_300M,
-            language=_qwen3(2560, 36, 32, 9728),
-        ),
-        ModelConfig(
-            name="internvl3_5-8b",
-            vision=_INTERN_VIT_300M,
-            language=_qwen3(4096, 36, 32, 12288),
-        ),
-        ModelConfig(
-            name="internvl3_5-14b",
-            vision=_INTERN_VIT_300M,
-            language=_qwen3(5120, 40, 40, 17408),
-        ),
-        ModelConfig(
-            name="internvl3_5-38b",
-            vision=_INTERN_VIT_6B,
-            language=_qwen3(5120, 64, 64, 25600),
-        ),
-        ModelConfig(
-            name="internvl3_5-30b-a3b",
-            vision=_INTERN_VIT_300M,
-            language=_qwen3_moe(2048, 48, 32, 768),
-        ),
-        ModelConfig(
-            name="internvl3_5-241b-a28b",
-            vision=_INTERN_VIT_6B,
-            language=_qwen3_moe(4096, 94, 64, 1536),
-        ),
-        _TOY,
-        _TOY_6B,
-        _TOY_MOE,
-    )
+_RELEASED = {
+    "internvl3_5-1b": (_INTERN_VIT_300M, _qwen3(1024, 28, 16, 3072)),
+    "internvl3_5-2b": (_INTERN_VIT_300M, _qwen3(2048, 28, 16, 6144)),
+    "internvl3_5-4b": (_INTERN_VIT_300M, _qwen3(2560, 36, 32, 9728)),
+    "internvl3_5-8b": (_INTERN_VIT_300M, _qwen3(4096, 36, 32, 12288)),
+    "internvl3_5-14b": (_INTERN_VIT_300M, _qwen3(5120, 40, 40, 17408)),
+    "internvl3_5-38b": (_INTERN_VIT_6B, _qwen3(5120, 64, 64, 25600)),
+    "internvl3_5-30b-a3b": (_INTERN_VIT_300M, _qwen3_moe(2048, 48, 32, 768)),
+    "internvl3_5-241b-a28b": (_INTERN_VIT_6B, _qwen3_moe(4096, 94, 64, 1536)),
 }
+
+MODELS: dict[str, ModelConfig] = {
+    name: ModelConfig(name=name, vision=vision, language=language)
+    for name, (vision, language) in _RELEASED.items()
+} | {toy.name: toy for toy in (_TOY, _TOY_6B, _TOY_MOE)}
+"""The presets, by name."""
 
 
 def get_model_config(name: str) -> ModelConfig:
-    """The model of that name.
-
-    Args:
-        name: a key of `MODELS`, such as internvl3_5-8b.
-
-    Returns:
-        Its ModelConfig.
-
-    Raises:
-        ConfigError: if there is no such model; names the nearest.
-    """
+    """The preset of that name; ConfigError with the nearest name if there is none."""
     if name not in MODELS:
         raise ConfigError(
             f"unknown model size {name!r}{nearest(name, MODELS)} (known: {', '.join(MODELS)})"
         )
     return MODELS[name]
+
+
+def named(model: ModelConfig) -> ModelConfig:
+    """A model under the name of the preset that it equals, or one made of its fields."""
+    for preset in MODELS.values():
+        if replace(model, name=preset.name) == preset:
+            return preset
+    fields = {key: value for key, value in asdict(model).items() if key != "name"}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    language = model.language
+    return replace(model, name=f"custom-{language.num_layers}x{language.hidden_size}-{digest[:6]}")
+
+
+def model_from_fields(fields: dict[str, Any]) -> ModelConfig:
+    """The model that `dataclasses.asdict` made `fields` of; TypeError where they do not fit."""
+    return ModelConfig(
+        **fields
+        | {
+            "vision": VisionConfig(**fields["vision"]),
+            "language": LanguageConfig(**fields["language"]),
+        }
+    )

@@ -18,9 +18,10 @@ OptionValue = bool | int | float | str | tuple[str, ...] | tuple[int, ...] | Non
 class ModelOptions:
     """Which model, and the few of its settings that are not fixed by its size."""
 
-    model_size: str = "toy"
-    """Name in config/registry.py, such as internvl3_5-8b; sizes are names, never numbers in a
-    recipe."""
+    model_size: str | None = None
+    """A preset's name, such as internvl3_5-8b; the path of a config.json, or of a folder with one;
+    or `checkpoint`, the size of the one that is loaded. Unset, that too, or `toy` where none is
+    loaded. Never numbers in a recipe."""
 
     drop_path_rate: float = 0.0
     """Stochastic depth of the vision tower, growing linearly from 0 (first layer) to this (last

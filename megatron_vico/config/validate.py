@@ -3,6 +3,7 @@ RunConfig."""
 
 import math
 
+from megatron_vico.config.config_json import model_named
 from megatron_vico.config.layout import (
     check_layout,
     data_parallel_size,
@@ -11,7 +12,7 @@ from megatron_vico.config.layout import (
     virtual_stages,
 )
 from megatron_vico.config.megatron_flags import TRANSFORMER, flag_of
-from megatron_vico.config.registry import ModelConfig, get_model_config
+from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import (
     DataOptions,
     ParallelOptions,
@@ -25,17 +26,19 @@ from megatron_vico.errors import ConfigError, nearest
 RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mlp", "moe")
 
 
-def validate(cfg: RunConfig, world_size: int) -> None:
+def validate(cfg: RunConfig, world_size: int, *, model: ModelConfig | None = None) -> None:
     """Raises if a run cannot work, or if one of its settings would have no effect.
 
     Args:
         cfg: the resolved run.
         world_size: ranks it is meant for.
+        model: that of the checkpoint it starts from; unset, what --model-size names.
 
     Raises:
         ConfigError: saying what was found, what was expected and the fix.
     """
-    model = get_model_config(cfg.model.model_size)
+    if model is None:
+        model = model_named(cfg.model.model_size or "toy")
     _check_ranges(cfg)
     _check_stage(cfg)
     _check_frozen(cfg, model)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megatron_vico.config.config_json import Json, read_model
 from megatron_vico.config.registry import ModelConfig
-from megatron_vico.convert.huggingface.config import Json, model_of
 from megatron_vico.convert.huggingface.safetensors_folder import (
     SafetensorsFolder,
     StoredTensor,
@@ -115,13 +115,14 @@ def open_parts(vit: str | Path, llm: str | Path, *, model_size: str | None = Non
         )
     is_tied = bool(language_config.get("tie_word_embeddings"))
     joined: Json = {
+        "model_type": "internvl" if form.layout == "hf" else "internvl_chat",
         "vision_config": vision_config,
         form.language_config: {
             name: value for name, value in language_config.items() if name != "tie_word_embeddings"
         },
     }
     where = f"{tower.path / 'config.json'} with {language.path / 'config.json'}"
-    model = model_of(joined, layout=form.layout, path=where, expected=model_size)
+    model = read_model(joined, path=where, expected=model_size)
 
     origins = {form.prefix + name: (tower, name) for name in tower.tensors}
     origins |= {_LANGUAGE + name: (language, name) for name in language.tensors}

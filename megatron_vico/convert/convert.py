@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_vico import files
-from megatron_vico.checkpoint import training_checkpoint
+from megatron_vico.checkpoint import run_folder
 from megatron_vico.config.registry import ModelConfig
 from megatron_vico.convert.huggingface import safetensors_folder
 from megatron_vico.convert.huggingface.config import ExportOptions
@@ -359,7 +359,7 @@ def _write_megatron(
     options: ConversionOptions,
     ranks: Ranks,
 ) -> None:
-    target = training_checkpoint.iteration_folder(folder, 0)
+    target = run_folder.iteration_folder(folder, 0)
     padded = padded_vocab_size(source.model.language.vocab_size, options.tensor_parallel_size)
     sizes = sizes_of(source, padded_vocab_size=padded)
     ranks.on_main(lambda: _check_space(folder, sum(sizes)))
@@ -377,11 +377,9 @@ def _write_megatron(
     def finish() -> None:
         if source.companions is not None:
             carry_companions(source.companions, folder / TOKENIZER_FOLDER, tokenizer=tokenizer)
-        metadata = training_checkpoint.CheckpointMetadata(
-            model_size=source.model.name, stage="converted", layout="1 rank"
-        )
-        training_checkpoint.describe(target, metadata)
-        training_checkpoint.point_to(folder, 0)
+        metadata = run_folder.metadata_of(source.model, stage="converted", layout="1 rank")
+        run_folder.write_metadata(target, metadata)
+        run_folder.point_to(folder, 0)
 
     ranks.on_main(finish)
 
@@ -409,7 +407,7 @@ def _differing(
     output: Path, source: Source, *, options: ConversionOptions, ranks: Ranks
 ) -> list[str]:
     """Names of the tensors that differ, on all ranks."""
-    written = ranks.agree(lambda: open_source(output, model_size=source.model.name))
+    written = ranks.agree(lambda: open_source(output))
     names = list(written.forms)
     sizes = [form.num_bytes for form in written.forms.values()]
 

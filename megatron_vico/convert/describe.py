@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from megatron_vico import files
-from megatron_vico.checkpoint import training_checkpoint
-from megatron_vico.config.registry import ModelConfig, get_model_config
+from megatron_vico.checkpoint import run_folder
+from megatron_vico.config.config_json import read_model
+from megatron_vico.config.registry import ModelConfig
 from megatron_vico.convert.huggingface import safetensors_folder
-from megatron_vico.convert.huggingface.config import layout_of, model_of
+from megatron_vico.convert.huggingface.config import layout_of
 from megatron_vico.convert.megatron.reader import DcpFolder, open_dcp
 from megatron_vico.convert.names.internvl import Entry, entries
 from megatron_vico.errors import CheckpointError, listed
@@ -126,13 +127,13 @@ def open_checkpoint(
     path = Path(directory)
     files.refuse_incomplete(path)
     step = re.fullmatch(r"iter_(\d+)", path.name)
-    if step is not None and not (path / training_checkpoint.LATEST_FILE).exists():
+    if step is not None and not (path / run_folder.LATEST_FILE).exists():
         return _open_megatron(path.parent, iteration=int(step[1]), model_size=model_size)
-    if (path / training_checkpoint.LATEST_FILE).exists():
+    if (path / run_folder.LATEST_FILE).exists():
         return _open_megatron(path, iteration=iteration, model_size=model_size)
     if not list(path.glob("*.safetensors*")):
         raise CheckpointError(
-            f"{path} is no checkpoint: it has neither {training_checkpoint.LATEST_FILE}, as a"
+            f"{path} is no checkpoint: it has neither {run_folder.LATEST_FILE}, as a"
             " run's folder has, nor safetensors, as one of Hugging Face's has."
         )
     if iteration is not None:
@@ -149,11 +150,9 @@ def matching(names: Iterable[str], pattern: str | None) -> list[str]:
 
 
 def _open_megatron(root: Path, *, iteration: int | None, model_size: str | None) -> Checkpoint:
-    metadata = training_checkpoint.read_metadata(root, iteration)
-    if model_size not in (None, metadata.model_size):
-        raise CheckpointError(f"{root} is of {metadata.model_size}, expected {model_size}.")
-    model = get_model_config(metadata.model_size)
-    folder = open_dcp(training_checkpoint.find_iteration(root, iteration))
+    metadata = run_folder.read_metadata(root, iteration)
+    model = run_folder.model_of_run(root, iteration=iteration, expected=model_size)
+    folder = open_dcp(run_folder.find_iteration(root, iteration))
     expected = {row.megatron: row.shape for row in entries(model, layout="flash")}
     tensors, weights, misshapen = [], {}, []
     for name, stored in folder.tensors.items():
@@ -195,7 +194,7 @@ def _open_hf(path: Path, *, model_size: str | None) -> Checkpoint:
     config_path = path / "config.json"
     config = files.read_json(config_path)
     layout = layout_of(config, path=str(config_path), tensors=folder.tensors.keys())
-    model = model_of(config, layout=layout, path=str(config_path), expected=model_size)
+    model = read_model(config, path=str(config_path), expected=model_size)
     rows = [row for row in entries(model, layout=layout) if row.files]
     owner = {name: row for row in rows for name in row.files}
     tensors = []

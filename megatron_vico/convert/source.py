@@ -17,10 +17,11 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_vico import files
-from megatron_vico.checkpoint import training_checkpoint
-from megatron_vico.config.registry import ModelConfig, get_model_config
+from megatron_vico.checkpoint import run_folder
+from megatron_vico.config.config_json import read_model
+from megatron_vico.config.registry import ModelConfig
 from megatron_vico.convert.huggingface import safetensors_folder
-from megatron_vico.convert.huggingface.config import layout_of, model_of
+from megatron_vico.convert.huggingface.config import layout_of
 from megatron_vico.convert.huggingface.safetensors_folder import StoredTensor, TensorForm
 from megatron_vico.convert.initial import initial_tensor
 from megatron_vico.convert.megatron.reader import open_dcp
@@ -82,7 +83,7 @@ class Source:
 
 def is_megatron(folder: Path) -> bool:
     """Whether a folder is a run's, in megatron-core's form."""
-    return (folder / training_checkpoint.LATEST_FILE).exists()
+    return (folder / run_folder.LATEST_FILE).exists()
 
 
 def open_source(
@@ -140,7 +141,7 @@ def hf_source(
             f"{folder.path} has the {found} layout, expected {layout}; give --layout {found}, or"
             " none."
         )
-    model = model_of(config, layout=found, path=str(path), expected=model_size)
+    model = read_model(config, path=str(path), expected=model_size)
     return files_source(folder, model=model, layout=found)
 
 
@@ -200,13 +201,8 @@ def megatron_source(
         CheckpointError: if it is no checkpoint, of another size, or a tensor is missing, unknown or
             misshapen.
     """
-    folder = training_checkpoint.find_iteration(path, iteration)
-    metadata = training_checkpoint.read_metadata(path, iteration)
-    if model_size not in (None, metadata.model_size):
-        raise CheckpointError(
-            f"{folder} is of {metadata.model_size}, expected {model_size}; set --model-size."
-        )
-    model = get_model_config(metadata.model_size)
+    folder = run_folder.find_iteration(path, iteration)
+    model = run_folder.model_of_run(path, iteration=iteration, expected=model_size)
     stored = open_dcp(folder)
     tables = {row.megatron: row for row in entries(model, layout="flash")}
     where = f"{folder} (Megatron checkpoint of {model.name})"

@@ -4,9 +4,11 @@ checkpoint has."""
 from pathlib import Path
 
 from megatron_vico.checkpoint import training_checkpoint
-from megatron_vico.config.registry import ModelConfig
+from megatron_vico.checkpoint.run_folder import has_checkpoint, model_of_run
+from megatron_vico.config.config_json import read_model
+from megatron_vico.config.registry import MODELS, ModelConfig
 from megatron_vico.convert import convert
-from megatron_vico.convert.huggingface.config import layout_of, model_of
+from megatron_vico.convert.huggingface.config import layout_of
 from megatron_vico.data.encode.sample_encoder import EncodingSettings
 from megatron_vico.data.encode.tokenizer import Tokenizer
 from megatron_vico.files import read_json
@@ -76,28 +78,24 @@ def load_weights(engine: Engine, source: str | Path) -> None:
     Raises:
         CheckpointError: if it is no checkpoint, broken, or of another size.
     """
-    if training_checkpoint.has_checkpoint(source):
+    if has_checkpoint(source):
         modules = {"encoder": engine.encoder, "language_model": engine.language_model}
         training_checkpoint.load_weights(source, modules=modules, model_size=engine.model.name)
         return
-    imported = convert.import_hf(source, model_size=engine.model.name)
+    name = engine.model.name
+    imported = convert.import_hf(source, model_size=name if name in MODELS else None)
     convert.load_imported(imported, encoder=engine.encoder, language_model=engine.language_model)
 
 
-def model_size_of(source: str | Path) -> str:
-    """The size of a checkpoint, by name.
-
-    Args:
-        source: a run's folder, or a Hugging Face folder in any layout.
-
-    Returns:
-        A name of config/registry.py.
+def model_of(source: str | Path) -> ModelConfig:
+    """The model of a run's folder, or of a Hugging Face folder in any layout.
 
     Raises:
-        CheckpointError: if it is no checkpoint, or of no known size.
+        CheckpointError: if it is no checkpoint, or its model cannot be computed.
     """
-    if training_checkpoint.has_checkpoint(source):
-        return training_checkpoint.read_metadata(source).model_size
+    if has_checkpoint(source):
+        return model_of_run(source)
     path = Path(source) / "config.json"
     config = read_json(path)
-    return model_of(config, layout=layout_of(config, path=str(path)), path=str(path)).name
+    layout_of(config, path=str(path))  # refuses what is no InternVL
+    return read_model(config, path=str(path))

@@ -11,13 +11,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_vico.config.registry import ModelConfig
+from megatron_vico.config.registry import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from megatron_vico.models.connector import Connector4x, Connector16x
 from megatron_vico.models.intern_vit import InternViT
 from megatron_vico.models.vir import ViR
-
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class VisionEncoder(MegatronModule):
@@ -53,7 +50,7 @@ class VisionEncoder(MegatronModule):
         weights."""
         mean, std = (
             torch.tensor(x, device=tiles_uint8.device).view(3, 1, 1)
-            for x in (_IMAGENET_MEAN, _IMAGENET_STD)
+            for x in (IMAGENET_MEAN, IMAGENET_STD)
         )
         pixels = tiles_uint8.to(torch.float32).div_(255.0).sub_(mean).div_(std)
         return pixels.to(self.config.params_dtype)

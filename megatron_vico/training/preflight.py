@@ -3,8 +3,8 @@ config/validate.py."""
 
 from pathlib import Path
 
+from megatron_vico.checkpoint.run_folder import resolve_model
 from megatron_vico.config.arguments import config_kwargs
-from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.data.shards.mixture import read_mixture
 from megatron_vico.data.shards.storage import check_url, is_url
@@ -85,7 +85,7 @@ def check_environment(cfg: RunConfig) -> None:
 
     try:
         language_transformer_config(
-            get_model_config(cfg.model.model_size),
+            resolve_model(cfg),
             bf16=cfg.training.bf16,
             parallel=cfg.parallel,
             **config_kwargs(cfg.transformer_overrides, TransformerConfig),

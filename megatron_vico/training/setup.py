@@ -13,8 +13,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vico.checkpoint import training_checkpoint
+from megatron_vico.checkpoint.run_folder import has_checkpoint, resolve_model
 from megatron_vico.config.arguments import config_kwargs
-from megatron_vico.config.registry import ModelConfig, get_model_config
+from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.data.encode.sample_encoder import EncodingSettings, SampleEncoder
 from megatron_vico.data.encode.tokenizer import load_tokenizer
@@ -104,11 +105,9 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
         ConfigError: if the stage has nothing to start from.
         CheckpointError: if a checkpoint is broken or of another model.
     """
-    model = get_model_config(cfg.model.model_size)
+    model = resolve_model(cfg)
     resume = (
-        cfg.checkpoint.load
-        if cfg.checkpoint.load and training_checkpoint.has_checkpoint(cfg.checkpoint.load)
-        else None
+        cfg.checkpoint.load if cfg.checkpoint.load and has_checkpoint(cfg.checkpoint.load) else None
     )
     start_from = resume or cfg.checkpoint.pretrained_checkpoint
     if start_from is None and cfg.stage.spec.needs_reference:

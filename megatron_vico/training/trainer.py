@@ -9,6 +9,7 @@ from types import FrameType
 import torch
 
 from megatron_vico.checkpoint import training_checkpoint
+from megatron_vico.checkpoint.run_folder import metadata_of, resolve_model
 from megatron_vico.config.arguments import to_yaml
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.stages import MODULES
@@ -46,7 +47,7 @@ def train(cfg: RunConfig) -> None:
         CheckpointError: if a checkpoint cannot be read or written; the last good one still loads.
     """
     stop = _StopSignal()  # first: a signal while the weights are loaded must not be lost
-    validate(cfg, process_groups.launched_world_size())
+    validate(cfg, process_groups.launched_world_size(), model=resolve_model(cfg))
     check_files(cfg)
     check_environment(cfg)
     with process_groups.started(
@@ -204,9 +205,7 @@ def _save(run: Run, iteration: int) -> None:
             "data": run.data.to_state(),
         },
         config_yaml=to_yaml(run.cfg),
-        metadata=training_checkpoint.CheckpointMetadata(
-            model_size=run.model.name, stage=run.cfg.stage.stage
-        ),
+        metadata=metadata_of(run.model, stage=run.cfg.stage.stage),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_vico.checkpoint import training_checkpoint
+from megatron_vico.checkpoint import run_folder
 from megatron_vico.config.schema import ParallelOptions
 from megatron_vico.parallel.groups import started
 from tests.checkpoint_runs import make_training
@@ -65,4 +65,4 @@ def test_every_rank_is_told_of_a_full_disk(folder: Path) -> None:
         assert rank["latest"] == 1
         assert "iter_0000001" in rank["left"]
         assert not [name for name in rank["left"] if name.endswith(".incomplete")]
-    assert training_checkpoint.has_checkpoint(folder / "full")
+    assert run_folder.has_checkpoint(folder / "full")

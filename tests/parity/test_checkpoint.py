@@ -13,9 +13,8 @@ from transformers import (
     InternVLForConditionalGeneration,
 )
 
-from megatron_vico.config.registry import MODELS, ModelConfig, get_model_config
+from megatron_vico.config.registry import IMAGENET_MEAN, MODELS, ModelConfig, get_model_config
 from megatron_vico.convert import convert
-from megatron_vico.convert.huggingface.config import IMAGENET_MEAN
 from megatron_vico.data.encode.tokenizer import load_tokenizer, train_sentencepiece
 from tests.parity.hf_weights import transformers_model
 from tests.toy_models import make_encoder, make_language_model, pack, random_tiles

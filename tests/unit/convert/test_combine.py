@@ -175,9 +175,8 @@ def test_what_transformers_saves_is_understood(size: str, tmp_path: Path) -> Non
 def test_what_does_not_belong_together_is_refused_by_field(apart: Apart) -> None:
     vit, llm, _ = apart("toy", "internvl")
     _, other_llm, _ = apart("toy-moe", "internvl")
-    with pytest.raises(
-        CheckpointError, match=r"describes no known size; the nearest is \S+, but: .*hidden_size is"
-    ):
+    # Any tower may go with any language model that has room for the image token.
+    with pytest.raises(CheckpointError, match="is 151671, expected less than vocab_size 512"):
         open_parts(vit, other_llm)
     with pytest.raises(
         CheckpointError,
@@ -189,7 +188,7 @@ def test_what_does_not_belong_together_is_refused_by_field(apart: Apart) -> None
         match=r"model_type is 'qwen3', expected 'intern_vit_6b' or 'internvl_vision'",
     ):
         open_parts(llm, llm)
-    with pytest.raises(CheckpointError, match=r"language\.model_type is 'intern_vit_6b'"):
+    with pytest.raises(CheckpointError, match=r"llm_config\.model_type is 'intern_vit_6b'"):
         open_parts(vit, vit)
     with pytest.raises(CheckpointError, match=r"no such folder"):
         open_parts(vit, llm / "absent")

@@ -1,0 +1,210 @@
+"""A run's folder: which steps it holds, and what each of them says it is.
+
+    SAVE/latest_checkpointed_iteration.txt    the newest finished step, written last
+    SAVE/iter_0000100/checkpoint.json         CheckpointMetadata
+    SAVE/iter_0000100/config.yaml             the resolved configuration
+    SAVE/iter_0000100/*                       megatron-core's torch_dist files
+
+No torch here: the size of a model is asked for before anything heavy is imported.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_vico.config.config_json import CHECKPOINT, differences, model_named
+from megatron_vico.config.registry import MODELS, ModelConfig, get_model_config, model_from_fields
+from megatron_vico.config.schema import RunConfig
+from megatron_vico.errors import CheckpointError, ConfigError
+from megatron_vico.files import (
+    INCOMPLETE_SUFFIX,
+    read_json,
+    refuse_incomplete,
+    write_json,
+    write_text,
+)
+
+LATEST_FILE = "latest_checkpointed_iteration.txt"
+
+_METADATA_FILE, _CONFIG_FILE = "checkpoint.json", "config.yaml"
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointMetadata:
+    """What a checkpoint is, for people and for the checks before it is read."""
+
+    model_size: str
+    """Name of the model: a preset's, or that of `description`."""
+
+    description: ModelConfig | None = None
+    """The model where it is no preset; the key `model` of the file, absent where this is None."""
+
+    stage: str
+    """The stage that wrote it, or `converted`."""
+
+    has_optimizer: bool = False
+    """Whether training can resume from it; filled in, as all below, when it is saved."""
+
+    iteration: int = 0
+    """Optimizer steps of the stage."""
+
+    layout: str = ""
+    """Parallel sizes it was saved under, to be read by people: any layout can load it."""
+
+    optimizer: Literal["replicated", "distributed"] | None = None
+    """Type of its optimizer; None where it has none or was saved before this was noted."""
+
+    format_version: int = _FORMAT_VERSION
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model; ConfigError if the name is of no preset and nothing describes it."""
+        return self.description or get_model_config(self.model_size)
+
+
+def metadata_of(model: ModelConfig, *, stage: str, layout: str = "") -> CheckpointMetadata:
+    """What a new checkpoint of a model says; the rest is filled in when it is saved."""
+    return CheckpointMetadata(
+        model_size=model.name,
+        description=None if MODELS.get(model.name) == model else model,
+        stage=stage,
+        layout=layout,
+    )
+
+
+def write_metadata(folder: Path, metadata: CheckpointMetadata, *, config_yaml: str = "") -> None:
+    """Write what a step's folder is beside its tensors."""
+    contents = asdict(metadata)
+    description = contents.pop("description")
+    if description is not None:
+        contents["model"] = description
+    write_json(folder / _METADATA_FILE, contents)
+    (folder / _CONFIG_FILE).write_text(config_yaml, encoding="utf-8")
+
+
+def read_metadata(directory: str | Path, iteration: int | None = None) -> CheckpointMetadata:
+    """What the checkpoint of a step, or of the latest, is; its tensors are not read.
+
+    Raises:
+        CheckpointError: if it is no checkpoint of this project.
+    """
+    path = find_iteration(directory, iteration) / _METADATA_FILE
+    contents = read_json(path)
+    if contents.get("format_version") != _FORMAT_VERSION:
+        found = contents.get("format_version")
+        raise CheckpointError(
+            f"{path}: format version {found}, this program reads {_FORMAT_VERSION}."
+        )
+    try:
+        description: dict[str, Any] | None = contents.pop("model", None)
+        return CheckpointMetadata(
+            **contents,
+            description=None if description is None else model_from_fields(description),
+        )
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} is not a checkpoint's metadata: {error}.") from error
+
+
+def model_of_run(
+    directory: str | Path, *, iteration: int | None = None, expected: str | None = None
+) -> ModelConfig:
+    """The model of a run's checkpoint.
+
+    Args:
+        directory: of the run.
+        iteration: which step; unset, the latest.
+        expected: what --model-size says, see `config_json.model_named`; unset or `checkpoint`, any.
+
+    Raises:
+        CheckpointError: if it is no checkpoint, or its model is not the expected one.
+    """
+    model = read_metadata(directory, iteration).model
+    if expected not in (None, CHECKPOINT, model.name):
+        wanted = model_named(expected)
+        differing = differences(model, wanted)
+        if differing:
+            raise CheckpointError(
+                f"{find_iteration(directory, iteration)} is of {model.name}, expected"
+                f" {wanted.name}: {'; '.join(differing)}; set --model-size."
+            )
+    return model
+
+
+def resolve_model(cfg: RunConfig) -> ModelConfig:
+    """The model of a run: --model-size, or else that of the checkpoint the run starts from.
+
+    Raises:
+        ConfigError: if --model-size is of no model, or `checkpoint` where none is loaded.
+        CheckpointError: if the checkpoint is none.
+    """
+    size, files = cfg.model.model_size, cfg.checkpoint
+    if size not in (None, CHECKPOINT):
+        return model_named(size)
+    if files.load is not None and has_checkpoint(files.load):
+        return model_of_run(files.load, iteration=files.ckpt_step)
+    if files.pretrained_checkpoint is not None:
+        if not Path(files.pretrained_checkpoint).exists():
+            raise ConfigError(
+                f"--pretrained-checkpoint {files.pretrained_checkpoint}: no such file or folder"
+                f" (looked from {Path.cwd()}), so that the size of the model is not known; correct"
+                " it, or name the size with --model-size."
+            )
+        return model_of_run(files.pretrained_checkpoint)
+    if size is None:
+        return get_model_config("toy")
+    raise ConfigError(
+        f"--model-size {CHECKPOINT}: there is no --pretrained-checkpoint, and none in --load"
+        f" ({files.load}); name a size, or give the path of a config.json."
+    )
+
+
+def iteration_folder(directory: str | Path, iteration: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return Path(directory) / f"iter_{iteration:07d}"
+
+
+def point_to(directory: Path, iteration: int) -> None:
+    """Make a finished step the latest of a run."""
+    write_text(directory / LATEST_FILE, f"{iteration}\n")
+
+
+def has_checkpoint(directory: str | Path) -> bool:
+    """Whether a folder holds a run that can be resumed, rather than nothing yet."""
+    return latest_iteration(directory) is not None
+
+
+def latest_iteration(directory: str | Path) -> int | None:
+    """The newest finished step of a run; None before the first.
+
+    Raises:
+        CheckpointError: if the pointer file holds no number.
+    """
+    path = Path(directory) / LATEST_FILE
+    if not path.exists():
+        return None
+    text = path.read_text(encoding="utf-8").strip()
+    if not text.isdecimal():
+        raise CheckpointError(
+            f"{path} holds {text[:40]!r}, expected a step; write that of a finished folder into it."
+        )
+    return int(text)
+
+
+def find_iteration(directory: str | Path, iteration: int | None = None) -> Path:
+    """The folder of a step, or of the latest; CheckpointError where there is none."""
+    root = Path(directory)
+    if not root.is_dir():
+        raise CheckpointError(f"{root}: no such folder; give the folder of --save of a former run.")
+    refuse_incomplete(root)
+    step = latest_iteration(root) if iteration is None else iteration
+    if step is None:
+        raise CheckpointError(f"{root} is not a checkpoint folder: it has no {LATEST_FILE}.")
+    folder = iteration_folder(root, step)
+    if not (folder / _METADATA_FILE).is_file():
+        finished = [each.parent.name for each in sorted(root.glob(f"iter_*/{_METADATA_FILE}"))]
+        finished = [name for name in finished if not name.endswith(INCOMPLETE_SUFFIX)]
+        raise CheckpointError(
+            f"{folder} is no finished checkpoint; finished here: {', '.join(finished) or 'none'}."
+        )
+    return folder

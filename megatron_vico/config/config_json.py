@@ -1,0 +1,385 @@
+"""The architecture in an InternVL config.json: one table of fields, to read a model of any size and
+to write it again.
+
+Two forms: `remote` is that of the remote-code layouts (model_type internvl_chat, with or without
+Flash), `native` is transformers' own (model_type internvl). What changes no tensor's shape and is
+computed in one way only is a fact of the family: written as it is, and refused where it differs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_vico.config.registry import (
+    MODELS,
+    LanguageConfig,
+    ModelConfig,
+    VisionConfig,
+    get_model_config,
+    named,
+)
+from megatron_vico.errors import CheckpointError, ConfigError
+from megatron_vico.files import read_json
+
+Json = dict[str, Any]
+Form = Literal["remote", "native"]
+
+CHECKPOINT = "checkpoint"
+"""Value of --model-size: the size of the checkpoint that is loaded."""
+
+_IMAGE_TOKEN = "<IMG_CONTEXT>"
+_OWN = ("image_token_id", "vir_num_heads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Names:
+    """What the forms call a thing."""
+
+    vision: dict[str, str]
+    """Field of VisionConfig -> field of vision_config."""
+
+    language_part: str
+    image_token_id: str
+    facts: Json
+    vision_facts: Json
+
+
+_SHARED_VISION = {
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "ffn_hidden_size": "intermediate_size",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "norm_type": "norm_type",
+    "norm_eps": "layer_norm_eps",
+}
+_VISION_FACTS: Json = {"hidden_act": "gelu", "num_channels": 3}
+_NAMES: dict[Form, _Names] = {
+    "remote": _Names(
+        vision=_SHARED_VISION
+        | {
+            "qkv_bias": "qkv_bias",
+            "qk_norm": "qk_normalization",
+            "layer_scale_init": "initializer_factor",
+        },
+        language_part="llm_config",
+        image_token_id="img_context_token_id",
+        facts={"downsample_ratio": 0.5, "ps_version": "v2", "select_layer": -1},
+        vision_facts=_VISION_FACTS,
+    ),
+    "native": _Names(
+        vision=_SHARED_VISION
+        | {
+            "qkv_bias": "attention_bias",
+            "qk_norm": "use_qk_norm",
+            "layer_scale_init": "layer_scale_init_value",
+        },
+        language_part="text_config",
+        image_token_id="image_token_id",
+        facts={
+            "downsample_ratio": 0.5,
+            "projector_hidden_act": "gelu",
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "default",
+        },
+        vision_facts=_VISION_FACTS
+        | {
+            "use_absolute_position_embeddings": True,
+            "use_mask_token": False,
+            "use_mean_pooling": True,
+        },
+    ),
+}
+# Field of LanguageConfig -> field of llm_config and text_config alike.
+_LANGUAGE = {
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "ffn_hidden_size": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "rope_theta": "rope_theta",
+    "norm_eps": "rms_norm_eps",
+    "max_position_embeddings": "max_position_embeddings",
+}
+_EXPERTS = {
+    "num_experts": "num_experts",
+    "moe_top_k": "num_experts_per_tok",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+}
+_LANGUAGE_FACTS: Json = {
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+}
+_EXPERT_FACTS: Json = {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
+# They change neither weights nor outputs: a preset is recognised whatever they are.
+_NOT_COMPARED = ("max_position_embeddings", "layer_scale_init")
+
+
+def architecture_json(model: ModelConfig, form: Form) -> Json:
+    """What a config.json says of a model's size and family; the rest is not of this file."""
+    names, vision, language = _NAMES[form], model.vision, model.language
+    vision_config = {name: getattr(vision, ours) for ours, name in names.vision.items()}
+    if form == "native":
+        vision_config |= {side: [vision_config[side]] * 2 for side in ("image_size", "patch_size")}
+    dense = language.num_experts is None
+    named_fields = _LANGUAGE if dense else _LANGUAGE | _EXPERTS
+    return {
+        **names.facts,
+        names.image_token_id: model.image_token_id,
+        "vision_config": vision_config | names.vision_facts,
+        names.language_part: {
+            **{name: getattr(language, ours) for ours, name in named_fields.items()},
+            **_LANGUAGE_FACTS,
+            **({} if dense else _EXPERT_FACTS),
+            "model_type": "qwen3" if dense else "qwen3_moe",
+            "rope_scaling": None,
+        },
+    }
+
+
+def model_named(size: str) -> ModelConfig:
+    """The model that --model-size names: a preset, or a config.json, or a folder with one.
+
+    Raises:
+        ConfigError: if it is neither.
+        CheckpointError: if the file describes no model of this family.
+    """
+    path = Path(size)
+    if size not in MODELS and path.exists():
+        path = path / "config.json" if path.is_dir() else path
+        return read_model(read_json(path), path=str(path))
+    try:
+        return get_model_config(size)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; or give the path of a config.json") from error
+
+
+def read_model(config: Json, *, path: str, expected: str | None = None) -> ModelConfig:
+    """The model that a config.json describes.
+
+    A field that it does not state is left to the check of tensor shapes where the others say which
+    preset it is.
+
+    Args:
+        config: its contents.
+        path: of the file, for errors; a tokenizer beside it is asked for the image token's id if
+            the file does not state it.
+        expected: what --model-size says, see `model_named`; unset or `checkpoint`, any will do.
+
+    Returns:
+        A preset where the file is equal to one.
+
+    Raises:
+        CheckpointError: naming the field, if the modules cannot compute such a model; if it is not
+            the expected one, or fields are missing that tell which it is.
+    """
+    form: Form = "native" if config.get("model_type") == "internvl" else "remote"
+    refused = list(_refused(config, form))
+    if refused:
+        raise CheckpointError(
+            f"{path} describes a model that cannot be computed here: {'; '.join(refused)}."
+        )
+    stated = _stated_fields(config, form)
+    if "model.image_token_id" not in stated:
+        stated |= _token_of_tokenizer(Path(path).parent)
+    if expected not in (None, CHECKPOINT):
+        try:
+            model = model_named(expected)
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        differing = _differences(stated, model)
+        if differing:
+            raise CheckpointError(
+                f"{path}: the checkpoint is {_known_as(stated)}, expected {model.name}:"
+                f" {'; '.join(differing)}."
+            )
+        return model
+    fitting = [name for name, model in MODELS.items() if not _differences(stated, model)]
+    if len(fitting) > 1:
+        raise CheckpointError(
+            f"{path} fits several sizes ({', '.join(fitting)}); say which with --model-size."
+        )
+    return MODELS[fitting[0]] if fitting else _built(stated, path)
+
+
+def differences(found: ModelConfig, expected: ModelConfig) -> list[str]:
+    """How one model differs from another, field by field."""
+    stated: Json = {f"model.{name}": getattr(found, name) for name in _OWN}
+    for part in ("vision", "language"):
+        section = getattr(found, part)
+        stated |= {f"{part}.{item.name}": getattr(section, item.name) for item in fields(section)}
+    return _differences(stated, expected)
+
+
+def _stated_fields(config: Json, form: Form) -> Json:
+    """`part.field` of a ModelConfig -> what config.json says, for the fields it states."""
+    names = _NAMES[form]
+    stated: Json = {
+        "model.image_token_id": config.get(names.image_token_id),
+        "model.vir_num_heads": config.get("vir_num_heads"),
+    }
+    vision = config.get("vision_config") or {}
+    for ours, name in names.vision.items():
+        value = vision.get(name)
+        # Tiles are square; transformers writes both sides.
+        stated[f"vision.{ours}"] = value[0] if isinstance(value, list) else value
+    language = dict(config.get(names.language_part) or {})
+    rope = language.get("rope_parameters") or {}
+    language.setdefault("rope_theta", rope.get("rope_theta"))
+    language.setdefault("num_experts", language.get("num_local_experts"))
+    has_experts = language.get("model_type") != "qwen3"
+    for ours, name in (_LANGUAGE | (_EXPERTS if has_experts else {})).items():
+        stated[f"language.{ours}"] = language.get(name)
+    stated = {name: value for name, value in stated.items() if value is not None}
+    return stated if has_experts else stated | {"language.num_experts": None}
+
+
+def _token_of_tokenizer(folder: Path) -> Json:
+    """The image token's id by the tokenizer in a folder; nothing where none says it.
+
+    The released remote code asks the tokenizer, so that its config.json has no such field.
+    """
+    file = folder / "added_tokens.json"
+    if file.is_file():
+        found = read_json(file).get(_IMAGE_TOKEN)
+        return {} if found is None else {"model.image_token_id": found}
+    file = folder / "tokenizer_config.json"
+    if file.is_file():
+        for number, token in (read_json(file).get("added_tokens_decoder") or {}).items():
+            if isinstance(token, dict) and token.get("content") == _IMAGE_TOKEN:
+                return {"model.image_token_id": int(number)}
+    return {}
+
+
+def _refused(config: Json, form: Form) -> Iterator[str]:
+    """What a config.json says that no module here computes; most of it no tensor would tell."""
+    names = _NAMES[form]
+    vision = config.get("vision_config") or {}
+    language = config.get(names.language_part) or {}
+    has_experts = language.get("model_type") == "qwen3_moe"
+    for prefix, section, facts in (
+        ("", config, names.facts),
+        ("vision_config.", vision, names.vision_facts),
+        (
+            f"{names.language_part}.",
+            language,
+            _LANGUAGE_FACTS | (_EXPERT_FACTS if has_experts else {}),
+        ),
+    ):
+        for name, expected in facts.items():
+            if section.get(name) not in (None, expected):
+                yield f"{prefix}{name} is {section[name]!r}, expected {expected!r}"
+    for side in ("image_size", "patch_size"):
+        value = vision.get(side)
+        if isinstance(value, list) and len(set(value)) != 1:
+            yield f"vision_config.{side} is {value}, expected two equal sides"
+    forced = config.get("force_image_size")
+    if form == "remote" and forced not in (None, vision.get("image_size", forced)):
+        yield f"force_image_size is {forced}, expected image_size {vision['image_size']} of the ViT"
+    part = names.language_part
+    if language.get("model_type") not in (None, "qwen3", "qwen3_moe"):
+        yield f"{part}.model_type is {language['model_type']!r}, expected 'qwen3' or 'qwen3_moe'"
+    rope = language.get("rope_parameters") or {}
+    scaling = language.get("rope_scaling") or rope
+    rope_type = scaling.get("rope_type", scaling.get("type"))
+    # Dynamic scaling begins beyond the position limit, where nothing is trained.
+    if rope_type not in (None, "default", "dynamic"):
+        yield f"{part}: rope_type is {rope_type!r}, expected 'default'"
+    rotated = rope.get("partial_rotary_factor", 1.0)
+    if rotated != 1.0:
+        yield f"{part}: partial_rotary_factor is {rotated}, expected 1.0 or none"
+    if set(language.get("layer_types") or ()) - {"full_attention"}:
+        found = sorted(set(language["layer_types"]))
+        yield f"{part}.layer_types has {', '.join(found)}, expected full_attention only"
+
+
+def _differences(stated: Json, model: ModelConfig) -> list[str]:
+    differing = []
+    for name, found in stated.items():
+        part, field = name.split(".")
+        expected = getattr(model if part == "model" else getattr(model, part), field)
+        # Beside experts no layer uses the dense width.
+        unused = name == "language.ffn_hidden_size" and model.language.num_experts is not None
+        if found != expected and field not in _NOT_COMPARED and not unused:
+            differing.append(f"{name} is {found!r}, {model.name} has {expected!r}")
+    return differing
+
+
+def _known_as(stated: Json) -> str:
+    fitting = [name for name, model in MODELS.items() if not _differences(stated, model)]
+    return " or ".join(fitting) or "of no preset's size"
+
+
+def _built(stated: Json, path: str) -> ModelConfig:
+    """A model that is no preset, from what its config.json says."""
+    parts: dict[str, Json] = {"model": {}, "vision": {}, "language": {}}
+    for name, value in stated.items():
+        part, field = name.split(".")
+        parts[part][field] = value
+    vision, language, own = parts["vision"], parts["language"], parts["model"]
+    if language.get("num_experts") is not None:
+        language.setdefault("ffn_hidden_size", language.get("moe_ffn_hidden_size"))
+        # Both have defaults in LanguageConfig, which are no defaults of the file.
+        wanted_of_experts = {"moe_top_k", "moe_ffn_hidden_size"}
+    else:
+        wanted_of_experts = set()
+    missing = [
+        *(f"vision.{name}" for name in _SHARED_VISION.keys() | {"qkv_bias", "qk_norm"}),
+        *(f"language.{name}" for name in _LANGUAGE.keys() - {"max_position_embeddings"}),
+        *(f"language.{name}" for name in wanted_of_experts),
+    ]
+    missing = sorted(
+        name for name in missing if name.split(".")[1] not in parts[name.split(".")[0]]
+    )
+    if missing:
+        nearest_size = min(MODELS.values(), key=lambda each: len(_differences(stated, each)))
+        raise CheckpointError(
+            f"{path} fits no preset (the nearest is {nearest_size.name}, but:"
+            f" {'; '.join(_differences(stated, nearest_size))}), and does not state"
+            f" {', '.join(missing)}, which a model of its own size needs."
+        )
+    width = vision["hidden_size"]
+    # Released Flash models have 16 built in; another width gets the most of them that fit.
+    own.setdefault("vir_num_heads", max(n for n in range(1, 17) if width % n == 0))
+    model = ModelConfig(
+        name="custom", vision=VisionConfig(**vision), language=LanguageConfig(**language), **own
+    )
+    unsound = list(_unsound(model))
+    if unsound:
+        raise CheckpointError(
+            f"{path} describes a model that cannot be computed here: {'; '.join(unsound)}."
+        )
+    return named(model)
+
+
+def _unsound(model: ModelConfig) -> Iterator[str]:
+    """Numbers that do not go together in the modules."""
+    vision, language = model.vision, model.language
+    for what, number, divisor, reason in (
+        ("vision.hidden_size", vision.hidden_size, vision.num_heads, "num_heads"),
+        ("vision.hidden_size", vision.hidden_size, model.vir_num_heads, "vir_num_heads"),
+        ("vision.image_size", vision.image_size, 4 * vision.patch_size, "4 x patch_size"),
+        ("language.num_heads", language.num_heads, language.num_query_groups, "num_query_groups"),
+        ("language.head_dim", language.head_dim, 2, "the two halves that rotate"),
+        ("language.rope_theta", language.rope_theta, 1, "whole numbers"),
+    ):
+        if number % divisor:
+            yield f"{what} is {number}, expected a multiple of {divisor} ({reason})"
+    if vision.norm_type not in ("layer_norm", "rms_norm"):
+        yield f"vision.norm_type is {vision.norm_type!r}, expected 'layer_norm' or 'rms_norm'"
+    if model.image_token_id >= language.vocab_size:
+        yield (
+            f"image_token_id is {model.image_token_id}, expected less than"
+            f" vocab_size {language.vocab_size}"
+        )
+    if language.num_experts is not None and language.moe_top_k > language.num_experts:
+        yield (
+            f"language.moe_top_k is {language.moe_top_k}, expected at most num_experts"
+            f" {language.num_experts}"
+        )

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Builds the exact InternVL3.5 tokenizer from a qwen.tiktoken file, offline.
 
-    pip download --no-deps qwen-agent==0.0.34 && unzip qwen_agent-*.whl
-    qwen_agent/utils/qwen.tiktoken python tools/build_tokenizer.py --from-tiktoken
-    qwen_agent/utils/qwen.tiktoken --out tokenizers/internvl3_5
+    pip download --no-deps qwen-agent==0.0.34
+    unzip qwen_agent-*.whl qwen_agent/utils/qwen.tiktoken
+    python tools/build_tokenizer.py --from-tiktoken qwen_agent/utils/qwen.tiktoken \\
+        --out tokenizers/internvl3_5
 
 Without --from-tiktoken, the file of an installed qwen-agent or dashscope is used.
 """

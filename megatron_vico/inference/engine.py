@@ -294,7 +294,7 @@ class _Decoder:
     ) -> None:
         self._language_model = language_model
         self._tokenizer = tokenizer
-        self._vocab_size = tokenizer.vocab_size  # counted anew at every look
+        self._vocab_size = tokenizer.vocab_size
         self._cache: KVCache = language_model.new_cache(batch, max_len)
         self._device = device
         self._unseen: list[list[int]] = [[] for _ in range(batch)]

@@ -1,5 +1,4 @@
-"""The exact InternVL3.5 tokenizer from a `qwen.tiktoken` file: Qwen's byte-level BPE and all added
-tokens.
+"""The exact InternVL3.5 tokenizer from a `qwen.tiktoken` file: Qwen's BPE and all added tokens.
 
 The file comes with the Apache-2.0 packages qwen-agent (qwen_agent/utils) and dashscope
 (dashscope/resources). A line is a token in base64 and its rank. Ranks are ids, and the merge that
@@ -104,22 +103,24 @@ def read_tiktoken(path: str | Path) -> dict[bytes, int]:
 def build_tokenizer(ranks: dict[bytes, int]) -> tokenizers.Tokenizer:
     """A fast tokenizer with the ids of `ranks`, then Qwen3's 26 added tokens, then InternVL's 9.
 
-    Args:
-        ranks: of byte-level tokens, from `read_tiktoken`.
-
-    Returns:
-        The tokenizer; with Qwen's file, `<IMG_CONTEXT>` is 151671.
+    With Qwen's file, `<IMG_CONTEXT>` is 151671. The merges are those of the official merges.txt,
+    one for each token; transformers' TikTokenConverter makes one of every split of a token, and so
+    another file.
     """
-    letters = _byte_letters()
-    vocabulary = {_spell(token, letters): rank for token, rank in ranks.items()}
+    from transformers.convert_slow_tokenizer import bytes_to_unicode  # slow to import
+
+    letters = bytes_to_unicode()
+
+    def spell(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
-        if len(token) > 1:
-            parts = _split_before(token, ranks)
-            if (
-                len(parts) == 2
-            ):  # a token that no merge can reach stays without one, as in tiktoken itself
-                merges.append((_spell(parts[0], letters), _spell(parts[1], letters)))
+        parts = _split_before(token, ranks)
+        # A token that no merge can reach stays without one, as in tiktoken itself.
+        if len(parts) == 2:
+            merges.append((spell(parts[0]), spell(parts[1])))
+    vocabulary = {spell(token): rank for token, rank in ranks.items()}
     fast = tokenizers.Tokenizer(
         BPE(vocab=vocabulary, merges=merges, fuse_unk=False, byte_fallback=False)
     )
@@ -132,12 +133,9 @@ def build_tokenizer(ranks: dict[bytes, int]) -> tokenizers.Tokenizer:
     )
     fast.decoder = decoders.ByteLevel()
     # One by one, since the ids follow the order in which tokens are added.
-    for text in QWEN3_SPECIAL_TOKENS:
-        fast.add_special_tokens([AddedToken(text, normalized=False, special=True)])
-    for text in QWEN3_PLAIN_TOKENS:
-        fast.add_tokens([AddedToken(text, normalized=False, special=False)])
-    for text in INTERNVL_SPECIAL_TOKENS:
-        fast.add_special_tokens([AddedToken(text, normalized=False, special=True)])
+    for text in (*QWEN3_SPECIAL_TOKENS, *QWEN3_PLAIN_TOKENS, *INTERNVL_SPECIAL_TOKENS):
+        special = text not in QWEN3_PLAIN_TOKENS
+        fast.add_tokens([AddedToken(text, normalized=False, special=special)])
     return fast
 
 
@@ -174,21 +172,3 @@ def _split_before(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
             break
         parts[place : place + 2] = [parts[place] + parts[place + 1]]
     return parts
-
-
-def _spell(token: bytes, letters: dict[int, str]) -> str:
-    return "".join(letters[byte] for byte in token)
-
-
-def _byte_letters() -> dict[int, str]:
-    """A printable letter for each byte, as byte-level BPE writes its vocabulary (GPT-2's
-    convention).
-
-    Printable Latin-1 bytes stand for themselves; the others take the letters from U+0100 on, in
-    order.
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {
-        byte: chr(0x100 + i) for i, byte in enumerate(others)
-    }

@@ -1,15 +1,15 @@
 """Text to ids and back: a Hugging Face tokenizer folder, or a SentencePiece model of our own (the
-toy models).
+toy models), which is converted to the same kind when it is loaded.
 
-Both kinds give plain ids (nothing is added), know the chat template's special strings, pickle (for
-loader workers), and are written by `save_to` as files that transformers loads with the same ids.
+A tokenizer gives plain ids (nothing is added), knows the chat template's special strings, pickles
+(for loader workers), and is written by `save_to` as files that transformers loads with the same
+ids.
 """
 
 import hashlib
 import io
 import json
 import shutil
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -30,11 +30,12 @@ IMAGE_CONTEXT = "<IMG_CONTEXT>"
 IMAGE_END = "</img>"
 SPECIAL_STRINGS = (PAD, TURN_START, TURN_END, IMAGE_START, IMAGE_CONTEXT, IMAGE_END)
 
-MAX_TILE_TAGS = 13
-TILE_TAGS = tuple(f"<tile_{i}>" for i in range(1, MAX_TILE_TAGS + 1))
-"""Single tokens of our own SentencePiece models; other tokenizers spell them out."""
-
+MAX_CACHED_STRINGS = 1024
 MAX_SENTENCEPIECE_VOCAB = 4096
+_PLAIN_SYMBOLS = ("\n", *(f"<tile_{i}>" for i in range(1, 14)))
+"""Single tokens of our own SentencePiece models besides the special strings; other tokenizers spell
+the tile tags out."""
+
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 _HF_FILES = (
     "tokenizer.json",
@@ -52,51 +53,45 @@ _PROBES = (
 )
 
 
-class Tokenizer(ABC):
-    """What the rest of the package asks of a tokenizer."""
+class Tokenizer:
+    """A fast tokenizer, run by the `tokenizers` package."""
 
-    source: str
-    """Where it was loaded from; only for messages."""
+    def __init__(self, backend: tokenizers.Tokenizer, *, source: str | Path) -> None:
+        """Args: source: the folder or .model file that it was loaded from."""
+        self.source = str(source)
+        self._backend = backend
+        self._fixed: dict[str, tuple[int, ...]] = {}
 
-    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; special strings in it become their ids, and nothing is added."""
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
 
-    @abstractmethod
+    def encode_fixed(self, text: str) -> tuple[int, ...]:
+        """Ids of a string that comes again and again (a prefix, a system turn), from a cache."""
+        ids = self._fixed.get(text)
+        if ids is None:
+            ids = tuple(self.encode(text))
+            if len(self._fixed) < MAX_CACHED_STRINGS:
+                self._fixed[text] = ids
+        return ids
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of `ids`, with or without the special strings."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
-    @abstractmethod
     def tokens(self) -> list[str]:
         """The token of every id, in order of id; an id that is not in use has an empty string."""
+        ids = self._backend.get_vocab(with_added_tokens=True)
+        tokens = [""] * (max(ids.values()) + 1)
+        for token, token_id in ids.items():
+            tokens[token_id] = token
+        return tokens
 
-    @abstractmethod
-    def save_to(self, folder: str | Path) -> None:
-        """Write files to `folder` that transformers' AutoTokenizer loads with the same ids."""
-
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the highest id; a model's vocabulary may be larger (InternVL3.5: 151,678 of
         151,936)."""
         return len(self.tokens())
-
-    @cached_property
-    def _ids_of_special_strings(self) -> dict[str, int]:
-        return {text: self.token_id(text) for text in SPECIAL_STRINGS}
-
-    @cached_property
-    def _fixed(self) -> dict[str, tuple[int, ...]]:
-        return {}
-
-    def encode_fixed(self, text: str) -> tuple[int, ...]:
-        """Ids of a string that comes again and again (a prefix, a system turn), from a cache of at
-        most 1,024."""
-        ids = self._fixed.get(text)
-        if ids is None:
-            ids = tuple(self.encode(text))
-            if len(self._fixed) < 1024:
-                self._fixed[text] = ids
-        return ids
 
     def token_id(self, token: str) -> int:
         """The id of a special string.
@@ -104,7 +99,7 @@ class Tokenizer(ABC):
         Raises:
             ConfigError: if `token` is not a single token of this tokenizer.
         """
-        ids = self.encode(token)
+        ids = self.encode_fixed(token)
         if len(ids) != 1:
             raise ConfigError(
                 f"--tokenizer-model {self.source}: {token!r} becomes {len(ids)} tokens, expected 1;"
@@ -115,17 +110,17 @@ class Tokenizer(ABC):
     @property
     def image_token_id(self) -> int:
         """Id of `<IMG_CONTEXT>`: 151671 for InternVL3.5, 5 for our SentencePiece models."""
-        return self._ids_of_special_strings[IMAGE_CONTEXT]
+        return self.token_id(IMAGE_CONTEXT)
 
     @property
     def eos_id(self) -> int:
         """Id of `<|im_end|>`, with which an answer ends."""
-        return self._ids_of_special_strings[TURN_END]
+        return self.token_id(TURN_END)
 
     @property
     def pad_id(self) -> int:
         """Id of `<|endoftext|>`."""
-        return self._ids_of_special_strings[PAD]
+        return self.token_id(PAD)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -137,142 +132,20 @@ class Tokenizer(ABC):
         digest.update(json.dumps([self.encode(text) for text in _PROBES]).encode())
         return digest.hexdigest()[:16]
 
-
-class HFTokenizer(Tokenizer):
-    """A Hugging Face fast tokenizer, run by the `tokenizers` package."""
-
-    def __init__(self, backend: tokenizers.Tokenizer, *, source: str) -> None:
-        """Args: backend: the loaded tokenizer; source: its folder."""
-        self.source = source
-        self._backend = backend
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> "HFTokenizer":
-        """Load `tokenizer.json`, or let transformers convert older files (vocab.json,
-        merges.txt)."""
-        if (folder / "tokenizer.json").exists():
-            return cls(
-                tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), source=str(folder)
-            )
-        from transformers import AutoTokenizer  # slow to import, and rarely needed
-
-        try:
-            loaded: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"--tokenizer-model {folder}: no tokenizer.json, and transformers cannot load it:"
-                f" {error}"
-            ) from error
-        return cls(loaded.backend_tokenizer, source=str(folder))
-
-    def encode(self, text: str) -> list[int]:
-        """See `Tokenizer.encode`."""
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
-
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """See `Tokenizer.decode`."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
-
-    def tokens(self) -> list[str]:
-        """See `Tokenizer.tokens`."""
-        ids = self._backend.get_vocab(with_added_tokens=True)
-        tokens = [""] * (max(ids.values()) + 1)
-        for token, token_id in ids.items():
-            tokens[token_id] = token
-        return tokens
-
     def save_to(self, folder: str | Path) -> None:
-        """Copy the tokenizer's files; `tokenizer.json` is written anew where the source has
-        none."""
-        target = Path(folder)
+        """Write files to `folder` that transformers' AutoTokenizer loads with the same ids: the
+        source's own, and those that it lacks."""
+        source, target = Path(self.source), Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        for name in _HF_FILES:
-            path = Path(self.source) / name
-            if path.exists() and path.resolve() != (target / name).resolve():
-                shutil.copyfile(path, target / name)
-        if not (target / "tokenizer.json").exists():
+        if source.is_file():
+            shutil.copyfile(source, target / "sentencepiece.model")
+        for path in (source / name for name in _HF_FILES):
+            if path.exists() and path.resolve() != (target / path.name).resolve():
+                shutil.copyfile(path, target / path.name)
+        if source.is_file() or not (target / "tokenizer.json").exists():
             self._backend.save(str(target / "tokenizer.json"))
-        if not (target / "tokenizer_config.json").exists():
+        if source.is_file() or not (target / "tokenizer_config.json").exists():
             _write_tokenizer_config(target)
-
-
-class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece BPE model made by `train_sentencepiece`."""
-
-    def __init__(self, model_proto: bytes, *, source: str) -> None:
-        """Args: model_proto: content of the .model file; source: its path."""
-        self.source = source
-        self._proto = model_proto
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickle_sentencepiece, (self._proto, self.source)
-
-    def encode(self, text: str) -> list[int]:
-        """See `Tokenizer.encode`. One text a call: SentencePiece's own batching starts threads, 80x
-        slower here."""
-        ids: list[int] = self._processor.encode(text)
-        return ids
-
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """See `Tokenizer.decode`."""
-        special = set(self._ids_of_special_strings.values()) if skip_special_tokens else set()
-        return str(
-            self._processor.decode([int(token_id) for token_id in ids if token_id not in special])
-        )
-
-    def tokens(self) -> list[str]:
-        """See `Tokenizer.tokens`."""
-        return [self._processor.id_to_piece(i) for i in range(self._processor.get_piece_size())]
-
-    def save_to(self, folder: str | Path) -> None:
-        """Write the model as an exactly equal fast tokenizer, with the .model file beside it."""
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        (target / "sentencepiece.model").write_bytes(self._proto)
-        self.as_fast_tokenizer().save(str(target / "tokenizer.json"))
-        _write_tokenizer_config(target)
-
-    def as_fast_tokenizer(self) -> tokenizers.Tokenizer:
-        """The same tokenizer in the `tokenizers` package.
-
-        Exact because the model is BPE without normalisation or dummy prefix: SentencePiece joins
-        whichever neighbours form the best-ranked piece, so each way to split a piece into two
-        pieces is a merge of its rank.
-        """
-        sp = self._processor
-        pieces = self.tokens()
-        ids = {piece: i for i, piece in enumerate(pieces)}
-        normal = [
-            piece
-            for i, piece in enumerate(pieces)
-            if not (sp.is_unknown(i) or sp.is_control(i) or sp.is_byte(i))
-            and piece not in _symbols()
-        ]
-        known = set(normal)
-        merges = []
-        for piece in sorted(normal, key=lambda piece: (-sp.get_score(ids[piece]), ids[piece])):
-            splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-            merges += [(left, right) for left, right in splits if left in known and right in known]
-        fast = tokenizers.Tokenizer(
-            BPE(
-                vocab=ids,
-                merges=merges,
-                byte_fallback=True,
-                unk_token=pieces[sp.unk_id()],
-                fuse_unk=False,
-            )
-        )
-        fast.normalizer = normalizers.Replace(" ", _SPACE)
-        fast.decoder = decoders.Sequence(
-            [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-        )
-        fast.add_special_tokens(
-            [AddedToken(text, normalized=False, special=True) for text in SPECIAL_STRINGS]
-        )
-        others = [symbol for symbol in _symbols() if symbol not in SPECIAL_STRINGS]
-        fast.add_tokens([AddedToken(text, normalized=False, special=False) for text in others])
-        return fast
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -282,26 +155,39 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path: a Hugging Face tokenizer folder, or a SentencePiece .model file of
             `train_sentencepiece`.
 
-    Returns:
-        The tokenizer.
-
     Raises:
         ConfigError: if there is nothing to load, or a special string is not a single token.
     """
     found = Path(path)
-    loaded: Tokenizer
     if found.is_dir():
-        loaded = HFTokenizer.from_folder(found)
+        backend = _load_folder(found)
     elif found.suffix == ".model" and found.is_file():
-        loaded = SentencePieceTokenizer(found.read_bytes(), source=str(found))
+        backend = fast_tokenizer(found.read_bytes())
     else:
         raise ConfigError(
             f"--tokenizer-model {found}: found neither a folder nor a SentencePiece .model file; "
             "give a Hugging Face tokenizer folder, or make one with tools/build_tokenizer.py."
         )
+    loaded = Tokenizer(backend, source=found)
     for text in SPECIAL_STRINGS:
         loaded.token_id(text)
     return loaded
+
+
+def _load_folder(folder: Path) -> tokenizers.Tokenizer:
+    if (folder / "tokenizer.json").exists():
+        return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    from transformers import AutoTokenizer  # slow to import, and needed for old files only
+
+    try:
+        loaded: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--tokenizer-model {folder}: no tokenizer.json, and transformers cannot load it:"
+            f" {error}"
+        ) from error
+    backend: tokenizers.Tokenizer = loaded.backend_tokenizer
+    return backend
 
 
 def train_sentencepiece(
@@ -312,21 +198,18 @@ def train_sentencepiece(
     Ids are always: 0 `<|endoftext|>` (padding), 1 unknown, 2 `<|im_start|>`, 3 `<|im_end|>`, 4
     `<img>`, 5 `<IMG_CONTEXT>`, 6 `</img>`, 7 newline, 8 to 20 `<tile_1>` to `<tile_13>`, then 256
     bytes, then pieces. Text is kept exactly (no normalisation, no dummy prefix), digits are single
-    tokens, and a character that `texts` does not have is spelled in bytes. BPE, since that converts
-    exactly to a fast tokenizer.
+    tokens, and a character that `texts` does not have is spelled in bytes.
 
     Args:
         texts: sentences to learn pieces from; short ones, without special strings.
         model_prefix: path without its suffix.
         vocab_size: most entries, 278 to 4096; fewer where the texts do not give as many pieces.
 
-    Returns:
-        Path of the .model file.
-
     Raises:
         ConfigError: if `vocab_size` is out of range.
     """
-    fewest = len(_symbols()) + 1 + 256
+    symbols = (*SPECIAL_STRINGS, *_PLAIN_SYMBOLS)
+    fewest = len(symbols) + 1 + 256
     if not fewest < vocab_size <= MAX_SENTENCEPIECE_VOCAB:
         raise ConfigError(
             f"vocab_size {vocab_size} is not in [{fewest + 1}, {MAX_SENTENCEPIECE_VOCAB}]."
@@ -339,7 +222,7 @@ def train_sentencepiece(
         sentence_iterator=iter(lines),
         model_writer=written,
         vocab_size=vocab_size,
-        model_type="bpe",
+        model_type="bpe",  # the kind that converts exactly to a fast tokenizer
         pad_id=0,
         pad_piece=PAD,
         unk_id=1,
@@ -347,7 +230,7 @@ def train_sentencepiece(
         bos_piece=TURN_START,
         eos_id=3,
         eos_piece=TURN_END,
-        user_defined_symbols=list(_symbols()),
+        user_defined_symbols=list(symbols),
         normalization_rule_name="identity",
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
@@ -363,13 +246,43 @@ def train_sentencepiece(
     return path
 
 
-def _symbols() -> tuple[str, ...]:
-    """Strings that are one token wherever they stand in a text."""
-    return (PAD, TURN_START, TURN_END, IMAGE_START, IMAGE_CONTEXT, IMAGE_END, "\n", *TILE_TAGS)
+def fast_tokenizer(model_proto: bytes) -> tokenizers.Tokenizer:
+    """A model of `train_sentencepiece` in the `tokenizers` package.
 
-
-def _unpickle_sentencepiece(model_proto: bytes, source: str) -> SentencePieceTokenizer:
-    return SentencePieceTokenizer(model_proto, source=source)
+    Exact because the model is BPE without normalisation or dummy prefix: SentencePiece joins
+    whichever neighbours form the best-ranked piece, so each way to split a piece into two pieces is
+    a merge of its rank.
+    """
+    sp = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
+    symbols = {*SPECIAL_STRINGS, *_PLAIN_SYMBOLS}
+    ids = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
+    learned = {
+        piece: i
+        for piece, i in ids.items()
+        if not (sp.is_unknown(i) or sp.is_control(i) or sp.is_byte(i) or piece in symbols)
+    }
+    merges = []
+    for piece in sorted(learned, key=lambda piece: (-sp.get_score(ids[piece]), ids[piece])):
+        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        merges += [(left, right) for left, right in splits if left in learned and right in learned]
+    fast = tokenizers.Tokenizer(
+        BPE(
+            vocab=ids,
+            merges=merges,
+            byte_fallback=True,
+            unk_token=sp.id_to_piece(sp.unk_id()),
+            fuse_unk=False,
+        )
+    )
+    fast.normalizer = normalizers.Replace(" ", _SPACE)
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    fast.add_special_tokens(
+        [AddedToken(text, normalized=False, special=True) for text in SPECIAL_STRINGS]
+    )
+    fast.add_tokens([AddedToken(text, normalized=False, special=False) for text in _PLAIN_SYMBOLS])
+    return fast
 
 
 def _write_tokenizer_config(folder: Path) -> None:

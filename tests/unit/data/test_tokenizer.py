@@ -4,30 +4,22 @@ import pickle
 import random
 
 import pytest
+from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
 from megatron_vico.data.encode.tokenizer import SPECIAL_STRINGS, load_tokenizer, train_sentencepiece
 from megatron_vico.errors import ConfigError
 
 ALPHABET = [
-    *"abcdeghilnorstuw AW?.\n\t-012345",
+    *"abcdeghilnorstuw AW?.\n\t-012345\r\x01",
     "  ",
+    "\u00a0",
     "\u00e9",
     "\u4f60",
     "\U0001f600",
-    "\u00a0",
-    "\r",
-    "\x01",
 ]
 LOOKALIKES = [
-    "<unk>",
-    "<0x41>",
-    "<s>",
-    "<tile_1>",
-    "<tile_11>",
-    "<tile_99>",
-    "\u2581",
-    "<img",
+    *"<unk> <0x41> <s> <tile_1> <tile_11> <tile_99> \u2581 <img".split(),
     *SPECIAL_STRINGS,
 ]
 
@@ -41,21 +33,12 @@ def random_texts(count, *, seed=0):
 
 
 def test_ids_of_special_strings_are_fixed(tokenizer, tmp_path):
-    expected = [
-        "<|endoftext|>",
-        "<unk>",
-        "<|im_start|>",
-        "<|im_end|>",
-        "<img>",
-        "<IMG_CONTEXT>",
-        "</img>",
-        "\n",
-    ]
+    expected = "<|endoftext|> <unk> <|im_start|> <|im_end|> <img> <IMG_CONTEXT> </img>".split()
     other = load_tokenizer(
         train_sentencepiece(["something else 99"], model_prefix=tmp_path / "x", vocab_size=300)
     )
     for each in (tokenizer, other):
-        assert each.tokens()[:8] == expected
+        assert each.tokens()[:8] == [*expected, "\n"]
         assert each.tokens()[8:21] == [f"<tile_{i}>" for i in range(1, 14)]
         assert (each.image_token_id, each.eos_id, each.pad_id) == (5, 3, 0)
     assert tokenizer.fingerprint != other.fingerprint
@@ -76,19 +59,21 @@ def test_decode_can_leave_special_tokens_out(tokenizer):
     assert tokenizer.decode(ids, skip_special_tokens=True) == "red\n"
 
 
-def test_saved_files_give_the_same_ids_in_transformers(tokenizer, tmp_path):
+def test_ids_equal_sentencepieces_own_and_those_of_saved_files(tokenizer, tmp_path):
+    sentencepiece = SentencePieceProcessor(model_file=tokenizer.source)
     tokenizer.save_to(tmp_path)
     transformers_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     fast = load_tokenizer(tmp_path)
     for index, text in enumerate(random_texts(6000)):
         ids = tokenizer.encode(text)
-        assert fast.encode(text) == ids, repr(text)
-        assert fast.decode(ids) == tokenizer.decode(ids)
+        assert fast.encode(text) == ids == sentencepiece.encode(text), repr(text)
+        assert fast.decode(ids) == tokenizer.decode(ids) == sentencepiece.decode(ids)
         if index % 20 == 0:
             assert transformers_tokenizer(text).input_ids == ids, repr(text)
             assert transformers_tokenizer.decode(ids) == tokenizer.decode(ids)
     assert fast.fingerprint == tokenizer.fingerprint
-    assert fast.tokens() == tokenizer.tokens()
+    pieces = [sentencepiece.id_to_piece(i) for i in range(sentencepiece.get_piece_size())]
+    assert fast.tokens() == tokenizer.tokens() == pieces
     assert (transformers_tokenizer.eos_token_id, transformers_tokenizer.pad_token_id) == (3, 0)
 
 

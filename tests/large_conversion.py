@@ -167,8 +167,8 @@ def _make(folder: Path, model: "ModelConfig") -> None:
     from megatron_vico.convert.source import Source
 
     forms = {
-        row.megatron: TensorForm(shape=row.shape, dtype=torch.bfloat16)
-        for row in entries(model, layout="flash")
+        name: TensorForm(shape=row.shape, dtype=torch.bfloat16)
+        for name, row in entries(model, layout="flash").items()
     }
 
     def read(name: str) -> torch.Tensor:

@@ -128,7 +128,7 @@ def open_parts(vit: str | Path, llm: str | Path, *, model_size: str | None = Non
     origins |= {_LANGUAGE + name: (language, name) for name in language.tensors}
     if is_tied and _HEAD not in language.tensors and _EMBEDDING in language.tensors:
         origins[_LANGUAGE + _HEAD] = (language, _EMBEDDING)
-    wanted = [name for row in entries(model, layout=form.layout) for name in row.files]
+    wanted = [name for row in entries(model, layout=form.layout).values() for name in row.files]
     for folder, prefix in ((tower, form.prefix), (language, _LANGUAGE)):
         _check_names(folder.path, prefix, found=origins.keys(), wanted=wanted, model=model)
     return Parts(

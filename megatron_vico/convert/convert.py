@@ -466,4 +466,4 @@ def _ignored(num_bytes: int) -> None:
 def _rows(model: ModelConfig) -> dict[str, Entry]:
     """The table by name, as a model on one tensor-parallel rank has it."""
     padded = padded_vocab_size(model.language.vocab_size, 1)
-    return {row.megatron: row for row in entries(model, layout="flash", padded_vocab_size=padded)}
+    return entries(model, layout="flash", padded_vocab_size=padded)

@@ -39,8 +39,11 @@ _MODULES = (
     ("connector_16x", r"encoder\.connector_16x\."),
     ("vir", r"encoder\.vir\."),
     ("language_model embedding", r"language_model\.gpt\.embedding\."),
-    ("language_model attention", r"language_model\.gpt\..*\.self_attention\."),
-    ("language_model norms", r"language_model\.gpt\..*\w+_layernorm\."),
+    (
+        "language_model attention",
+        r"language_model\.gpt\..*\.self_attention\.(?!linear_qkv\.layer_norm_)",
+    ),
+    ("language_model norms", r"language_model\.gpt\..*(_layernorm\.|\.layer_norm_)"),
     ("language_model router", r"language_model\.gpt\..*\.mlp\.router\."),
     ("language_model experts", r"language_model\.gpt\..*\.mlp\.experts\."),
     ("language_model mlp", r"language_model\.gpt\..*\.mlp\."),
@@ -153,7 +156,7 @@ def _open_megatron(root: Path, *, iteration: int | None, model_size: str | None)
     metadata = run_folder.read_metadata(root, iteration)
     model = run_folder.model_of_run(root, iteration=iteration, expected=model_size)
     folder = open_dcp(run_folder.find_iteration(root, iteration))
-    expected = {row.megatron: row.shape for row in entries(model, layout="flash")}
+    expected = {name: row.shape for name, row in entries(model, layout="flash").items()}
     tensors, weights, misshapen = [], {}, []
     for name, stored in folder.tensors.items():
         module = _module_of(name) if name in expected or name.startswith("optimizer.") else UNMAPPED
@@ -195,7 +198,7 @@ def _open_hf(path: Path, *, model_size: str | None) -> Checkpoint:
     config = files.read_json(config_path)
     layout = layout_of(config, path=str(config_path), tensors=folder.tensors.keys())
     model = read_model(config, path=str(config_path), expected=model_size)
-    rows = [row for row in entries(model, layout=layout) if row.files]
+    rows = [row for row in entries(model, layout=layout).values() if row.files]
     owner = {name: row for row in rows for name in row.files}
     tensors = []
     for name, stored in folder.tensors.items():

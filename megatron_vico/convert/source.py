@@ -6,6 +6,7 @@ tensor. Embedding and head have the real vocabulary's rows: what Megatron adds t
 side.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from typing import Protocol
 
 import torch
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_vico import files
@@ -25,13 +27,23 @@ from megatron_vico.convert.huggingface.config import layout_of
 from megatron_vico.convert.huggingface.safetensors_folder import StoredTensor, TensorForm
 from megatron_vico.convert.initial import initial_tensor
 from megatron_vico.convert.megatron.reader import open_dcp
-from megatron_vico.convert.names.internvl import Entry, Layout, canonical_name, entries
+from megatron_vico.convert.names.internvl import Entry, Layout, entries
 from megatron_vico.convert.names.kinds import PaddedVocabulary
 from megatron_vico.errors import CheckpointError, listed
 
 TOKENIZER_FOLDER = "tokenizer"
 """In a converted Megatron checkpoint: the tokenizer that came with the weights."""
 
+_LAYER = re.compile(r".*\.layers\.\d+\.")
+# How experts are told apart: modules of their own in the local spec, numbered weights of one
+# grouped layer in TransformerEngine's.
+_EXPERTS = (
+    (re.compile(r"mlp\.experts\.local_experts\.(\d+)\."), r"mlp.experts.experts.\1."),
+    (
+        re.compile(r"mlp\.experts\.linear_fc([12])\.weight(\d+)$"),
+        r"mlp.experts.experts.\2.linear_fc\1.weight",
+    ),
+)
 _WEIGHTS = ("encoder.", "language_model.")
 _FORMATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -165,9 +177,9 @@ def files_source(
             format.
     """
     rows = {
-        row.megatron: row
-        for row in entries(model, layout=layout)
-        if row.files and not row.megatron.startswith(tuple(without))
+        name: row
+        for name, row in entries(model, layout=layout).items()
+        if row.files and not name.startswith(tuple(without))
     }
     where = f"{folder.path} ({layout} layout of {model.name})"
     check_names(
@@ -204,7 +216,7 @@ def megatron_source(
     folder = run_folder.find_iteration(path, iteration)
     model = run_folder.model_of_run(path, iteration=iteration, expected=model_size)
     stored = open_dcp(folder)
-    tables = {row.megatron: row for row in entries(model, layout="flash")}
+    tables = entries(model, layout="flash")
     where = f"{folder} (Megatron checkpoint of {model.name})"
     check_names((name for name in stored.tensors if name.startswith(_WEIGHTS)), tables, where=where)
     forms = {}
@@ -240,7 +252,7 @@ def module_source(modules: Mapping[str, MegatronModule], *, model: ModelConfig) 
     """
     tensors = canonical_state(modules)
     where = f"the model to export as {model.name}"
-    tables = {row.megatron: row for row in entries(model, layout="flash")}
+    tables = entries(model, layout="flash")
     check_names(tensors, tables, where=where)
     for name, row in tables.items():
         if isinstance(row.kind, PaddedVocabulary):
@@ -260,15 +272,35 @@ def canonical_state(modules: Mapping[str, MegatronModule]) -> dict[str, Tensor]:
         modules: by name, `encoder` and `language_model`, outside of DDP.
 
     Returns:
-        Canonical name -> the module's own tensor (not a copy).
+        Name -> the module's own tensor (not a copy); without TransformerEngine's `_extra_state`,
+        which holds no weights.
     """
     tensors: dict[str, Tensor] = {}
     for prefix, module in modules.items():
+        # megatron-core's own map from a layer's names to those on the disk; the layer's spec has it
+        # (models/build.py).
+        maps = {
+            f"{path}.": layer.submodules_config.sharded_state_dict_keys_map
+            for path, layer in module.named_modules()
+            if isinstance(layer, TransformerLayer)
+        }
         for key, tensor in module.state_dict().items():
-            name = canonical_name(key)
-            if name is not None:
-                tensors[f"{prefix}.{name}"] = tensor
+            if not key.endswith("_extra_state"):
+                tensors[f"{prefix}.{_stored_name(key, maps)}"] = tensor
     return tensors
+
+
+def _stored_name(key: str, maps: Mapping[str, Mapping[str, str]]) -> str:
+    layer = _LAYER.match(key)
+    if layer is None:
+        return key
+    start, rest = layer[0], key[layer.end() :]
+    for own, stored in maps.get(start, {}).items():
+        if rest.startswith(own):
+            rest = stored + rest.removeprefix(own)
+    for pattern, stored in _EXPERTS:
+        rest = pattern.sub(stored, rest)
+    return start + rest
 
 
 def completed(source: Source, *, seed: int) -> Source:
@@ -281,7 +313,7 @@ def completed(source: Source, *, seed: int) -> Source:
     Returns:
         A source of every tensor of the table.
     """
-    shapes = {row.megatron: row.shape for row in entries(source.model, layout="flash")}
+    shapes = {name: row.shape for name, row in entries(source.model, layout="flash").items()}
     dtype = source.dtype
     forms = {
         name: source.forms.get(name) or TensorForm(shape=shape, dtype=dtype)
@@ -320,17 +352,8 @@ def check_shape(name: str, found: Sequence[int], expected: Sequence[int], *, whe
         )
 
 
-def file_shapes(row: Entry) -> tuple[tuple[int, ...], ...]:
-    """Shapes of a row's file tensors, in the order of their names."""
-    if not row.files:
-        return ()
-    return tuple(
-        tuple(tensor.shape) for tensor in row.kind.to_hf(torch.empty(row.shape, device="meta"))
-    )
-
-
 def _checked_form(row: Entry, stored: Mapping[str, StoredTensor]) -> TensorForm:
-    for name, shape in zip(row.files, file_shapes(row), strict=True):
+    for name, shape in zip(row.files, row.file_shapes, strict=True):
         check_shape(name, stored[name].shape, shape, where=str(stored[name].file))
     formats = {stored[name].torch_dtype for name in row.files}
     if len(formats) > 1:

@@ -24,7 +24,7 @@ from megatron_vico.convert.huggingface.safetensors_folder import Group, Shard, T
 from megatron_vico.convert.names.internvl import Layout, entries
 from megatron_vico.convert.ranks import Ranks
 from megatron_vico.convert.remote_code_files import write_remote_code
-from megatron_vico.convert.source import Source, check_names, file_shapes
+from megatron_vico.convert.source import Source, check_names
 from megatron_vico.data.encode.tokenizer import Tokenizer
 
 _GENERATION = "generation_config.json"
@@ -52,7 +52,7 @@ def shards_of(
     Raises:
         CheckpointError: if the source lacks a tensor of the layout.
     """
-    rows = [row for row in entries(source.model, layout=layout) if row.files]
+    rows = [row for row in entries(source.model, layout=layout).values() if row.files]
     wanted = {row.megatron for row in rows}
     # A source may have more: connector_16x and ViR, where the layout has no place for them.
     check_names(
@@ -63,7 +63,7 @@ def shards_of(
     groups: list[Group] = [
         {
             name: TensorForm(shape=shape, dtype=source.forms[row.megatron].dtype)
-            for name, shape in zip(row.files, file_shapes(row), strict=True)
+            for name, shape in zip(row.files, row.file_shapes, strict=True)
         }
         for row in rows
     ]
@@ -93,7 +93,7 @@ def write_weights(
         CheckpointError: on all ranks, if one could not read.
         OSError: on all ranks, if one could not write.
     """
-    rows = {row.files: row for row in entries(source.model, layout=layout) if row.files}
+    rows = {row.files: row for row in entries(source.model, layout=layout).values() if row.files}
 
     def make(group: Group) -> tuple[Tensor, ...]:
         row = rows[tuple(group)]

@@ -22,13 +22,12 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata as Chunk
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
-from megatron_vico.convert.names.internvl import canonical_name
 from megatron_vico.errors import CheckpointError, listed
 
 Place = tuple[int, ...]
 
 _STACKED = re.compile(r"\.layers\.(?!\d)")
-_STACKED_EXPERTS = ".mlp.experts.experts."
+_STACKED_EXPERTS = re.compile(r"\.mlp\.experts\.experts\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +123,8 @@ def open_dcp(path: str | Path) -> DcpFolder:
     _check_files(folder, metadata)
     tensors: dict[str, DcpTensor] = {}
     for key, stored in metadata.state_dict_metadata.items():
-        if isinstance(stored, TensorStorageMetadata):
+        # TransformerEngine's `_extra_state` holds no weights.
+        if isinstance(stored, TensorStorageMetadata) and not key.endswith("_extra_state"):
             tensors |= dict(_tensors_of(key, stored, folder))
     return DcpFolder(path=folder, tensors=tensors, metadata=metadata)
 
@@ -174,9 +174,7 @@ def _tensors_of(
     shape = size[num_leading:]
     by_place = _chunks_by_place(stored.chunks, num_leading)
     for place in itertools.product(*map(range, size[:num_leading])):
-        name = canonical_name(_unstacked(key, place))
-        if name is None:
-            continue
+        name = _unstacked(key, place)
         chunks = by_place.get(place, [])
         held = sum(math.prod(chunk.sizes[num_leading:]) for chunk in chunks)
         if held != math.prod(shape):
@@ -215,20 +213,14 @@ def _chunks_by_place(chunks: Sequence[Chunk], num_leading: int) -> dict[Place, l
 def _num_leading(key: str) -> int:
     if not _STACKED.search(key):
         return 0
-    return 2 if _STACKED_EXPERTS in key else 1
+    return 2 if _STACKED_EXPERTS.search(key) else 1
 
 
 def _unstacked(key: str, place: Place) -> str:
-    """The key with the layer's and the expert's number in it, as in a module's state_dict."""
-    if not place:
-        return key
-    layer, *expert = place
-    name = _STACKED.sub(f".layers.{layer}.", key)
-    return (
-        name.replace(_STACKED_EXPERTS, f".mlp.experts.local_experts.{expert[0]}.")
-        if expert
-        else name
-    )
+    """The table's name: the key with the layer's and the expert's number in it."""
+    for number, stacked in zip(place, (_STACKED, _STACKED_EXPERTS), strict=False):
+        key = stacked.sub(rf"\g<0>{number}.", key)
+    return key
 
 
 def _read_item(key: str, chunk: Chunk, place: Place) -> ReadItem:

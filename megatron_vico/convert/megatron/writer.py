@@ -41,7 +41,6 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megatron_vico.config.registry import ModelConfig
 from megatron_vico.convert.huggingface import safetensors_folder
 from megatron_vico.convert.huggingface.safetensors_folder import MAX_SHARD_BYTES, TensorForm
 from megatron_vico.convert.names.internvl import Entry, entries
@@ -51,22 +50,7 @@ from megatron_vico.convert.source import Source
 from megatron_vico.convert.write_behind import WriteBehind
 from megatron_vico.errors import CheckpointError
 
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
-_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")
 _LINEAR_IN_LAYER = re.compile(r"\.layers\..*\.linear_(qkv|proj|fc1|fc2)\.weight$")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    """Where megatron-core keeps a tensor: the parameters of all layers, and of all experts, are one
-    tensor."""
-
-    key: str
-    index: tuple[int, ...]
-    """(), (layer,) or (layer, expert)."""
-
-    counts: tuple[int, ...]
-    """How many there are of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +84,7 @@ def write_dcp(
     Raises:
         CheckpointException: torch's, on all ranks, if one could not read or write.
     """
-    rows = list(entries(source.model, layout="flash", padded_vocab_size=padded_vocab_size))
+    rows = entries(source.model, layout="flash", padded_vocab_size=padded_vocab_size)
     own = ranks.share(sizes_of(source, padded_vocab_size=padded_vocab_size))
     planner = _LazyPlanner(source, rows, own=own, is_main=ranks.is_main)
     with _quiet():
@@ -118,7 +102,9 @@ def sizes_of(source: Source, *, padded_vocab_size: int) -> list[int]:
     `write_dcp`."""
     return [
         TensorForm(shape=row.shape, dtype=source.forms[row.megatron].dtype).num_bytes
-        for row in entries(source.model, layout="flash", padded_vocab_size=padded_vocab_size)
+        for row in entries(
+            source.model, layout="flash", padded_vocab_size=padded_vocab_size
+        ).values()
     ]
 
 
@@ -130,8 +116,8 @@ def check_formats(source: Source) -> None:
     sees.
     """
     first: dict[str, str] = {}
-    for row in entries(source.model, layout="flash"):
-        other = first.setdefault(_place(row, source.model).key, row.megatron)
+    for row in entries(source.model, layout="flash").values():
+        other = first.setdefault(row.key, row.megatron)
         formats = [
             safetensors_folder.dtype_name(source.forms[name].dtype)
             for name in (other, row.megatron)
@@ -147,9 +133,11 @@ def check_formats(source: Source) -> None:
 class _LazyPlanner(SavePlanner):
     """Says what is to be stored without having it."""
 
-    def __init__(self, source: Source, rows: list[Entry], *, own: range, is_main: bool) -> None:
+    def __init__(
+        self, source: Source, rows: dict[str, Entry], *, own: range, is_main: bool
+    ) -> None:
         self._source = source
-        self._rows = {row.megatron: row for row in rows}
+        self._rows = rows
         self._objects: dict[str, Any] = {}
         self._parts: dict[tuple[str, tuple[int, ...]], _Part] = {}
         self._items: list[WriteItem] = []
@@ -157,8 +145,9 @@ class _LazyPlanner(SavePlanner):
         self._latest: tuple[str, Tensor] | None = None
         if is_main:
             self._add_objects()
-        for index in own:
-            self._add_tensor(rows[index])
+        in_order = list(rows.values())
+        for number in own:
+            self._add_tensor(in_order[number])
 
     def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
         """There is no state to look at."""
@@ -206,34 +195,31 @@ class _LazyPlanner(SavePlanner):
         self._objects["common_state/shard_0_1"] = {"scheduler": {}, "trainer_state": {}}
         for row in self._rows.values():
             if _LINEAR_IN_LAYER.search(row.megatron):
-                place = _place(row, self._source.model)
-                index, counts = (".".join(map(str, each)) for each in (place.index, place.counts))
-                self._objects[
-                    f"{place.key.removesuffix('weight')}_extra_state/shard_{index}_{counts}"
-                ] = None
+                index, counts = (".".join(map(str, each)) for each in (row.index, row.counts))
+                module = row.key.removesuffix("weight")
+                self._objects[f"{module}_extra_state/shard_{index}_{counts}"] = None
         self._items += [
             WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._objects
         ]
 
     def _add_tensor(self, row: Entry) -> None:
-        place = _place(row, self._source.model)
         # megatron-core cuts gate from up, so that tensor-parallel ranks find their parts of each.
         num_parts = 2 if isinstance(row.kind, GatedMLP) else 1
         num_rows = row.shape[0] // num_parts
-        ones = (1,) * len(place.index)
+        ones = (1,) * len(row.index)
         for first_row in range(0, row.shape[0], num_rows):
-            offsets = torch.Size((*place.index, first_row, *(0 for _ in row.shape[1:])))
+            offsets = torch.Size((*row.index, first_row, *(0 for _ in row.shape[1:])))
             data = TensorWriteData(
                 chunk=ChunkStorageMetadata(
                     offsets=offsets, sizes=torch.Size((*ones, num_rows, *row.shape[1:]))
                 ),
                 properties=TensorProperties(dtype=self._source.forms[row.megatron].dtype),
-                size=torch.Size((*place.counts, *row.shape)),
+                size=torch.Size((*row.counts, *row.shape)),
             )
             self._items.append(
-                WriteItem(MetadataIndex(place.key, offsets), WriteItemType.SHARD, tensor_data=data)
+                WriteItem(MetadataIndex(row.key, offsets), WriteItemType.SHARD, tensor_data=data)
             )
-            self._parts[place.key, tuple(offsets)] = _Part(
+            self._parts[row.key, tuple(offsets)] = _Part(
                 name=row.megatron, first_row=first_row, num_rows=num_rows
             )
 
@@ -298,31 +284,6 @@ class _Writer(FileSystemWriter):
         length = stream.tell() - start
         place = _StorageInfo(file, start, length)
         results.append(WriteResult(index=item.index, size_in_bytes=length, storage_data=place))
-
-
-def _place(row: Entry, model: ModelConfig) -> _Place:
-    name, language = row.megatron, model.language
-    index: list[int] = []
-    counts: list[int] = []
-    layer, expert = _LAYER.search(name), _EXPERT.search(name)
-    if layer is not None:
-        index.append(int(layer[1]))
-        counts.append(
-            model.vision.num_layers if name.startswith("encoder.") else language.num_layers
-        )
-        name = name.replace(layer[0], ".layers.", 1)
-    if expert is not None:
-        assert language.num_experts is not None, "only a model with experts has such names"
-        index.append(int(expert[1]))
-        counts.append(language.num_experts)
-        name = name.replace(expert[0], ".experts.experts.", 1)
-    if name.startswith("language_model."):
-        # TransformerEngine's norms are part of the linear layer behind them, but for the one before
-        # the experts.
-        name = name.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
-        if language.num_experts is None:
-            name = name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
-    return _Place(key=name, index=tuple(index), counts=tuple(counts))
 
 
 @contextlib.contextmanager

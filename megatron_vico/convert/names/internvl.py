@@ -1,18 +1,18 @@
-"""The table: each tensor of the Megatron model beside its name in the three layouts of InternVL3.5
-checkpoints.
+"""The table: each tensor of the Megatron model beside its name in the three layouts of InternVL3.5.
 
 Layouts: `internvl` is the remote-code format, `hf` is transformers' own on disk, `flash` is
 `internvl` plus connector_16x and ViR. The table is read in both directions; a new model family is
-new rows. Names on the Megatron side are the canonical ones, `encoder.` or `language_model.` plus
-the parameter's name under megatron-core's local spec; `canonical_name` is the one place that knows
-what the TransformerEngine spec calls them.
+new rows. Names on the Megatron side are those on the disk, which are TransformerEngine's, with the
+numbers of layer and expert put in: megatron-core stores a parameter of all layers (and all experts)
+as one tensor, under the name without them.
 """
 
 import itertools
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
 
 from megatron_vico.config.registry import LanguageConfig, ModelConfig, VisionConfig
 from megatron_vico.convert.names.kinds import (
@@ -66,6 +66,22 @@ class Entry:
     """Empty where the layout has no such tensor."""
 
     kind: Mapping
+    key: str
+    """What it is stored under: the name without the numbers of layer and expert."""
+
+    index: tuple[int, ...]
+    """Where in the tensor of that key: (), (layer,) or (layer, expert)."""
+
+    counts: tuple[int, ...]
+    """How many there are of each."""
+
+    @property
+    def file_shapes(self) -> tuple[Shape, ...]:
+        """Shapes of the file tensors, in the order of their names."""
+        if not self.files:
+            return ()
+        parts = self.kind.to_hf(torch.empty(self.shape, device="meta"))
+        return tuple(tuple(part.shape) for part in parts)
 
 
 def table(model: ModelConfig, *, padded_vocab_size: int | None = None) -> tuple[Row, ...]:
@@ -91,53 +107,32 @@ def table(model: ModelConfig, *, padded_vocab_size: int | None = None) -> tuple[
 
 def entries(
     model: ModelConfig, *, layout: Layout, padded_vocab_size: int | None = None
-) -> Iterator[Entry]:
-    """The table of one layout, a line for each tensor of the Megatron model.
+) -> dict[str, Entry]:
+    """The table of one layout, an entry for each tensor of the Megatron model, by its name.
 
-    Args:
-        model: the size.
-        layout: of the files.
-        padded_vocab_size: see `table`.
-
-    Yields:
-        Tensors in the order of the table, layers and experts counted up.
+    They are in the order of the table, layers and experts counted up; arguments as for `table`.
     """
+    found = {}
     for row in table(model, padded_vocab_size=padded_vocab_size):
         files: Files = getattr(row, layout) or Files(())
-        for layer, expert in itertools.product(range(row.num_layers), range(row.num_experts)):
-            yield Entry(
-                megatron=row.megatron.format(layer=layer, expert=expert),
+        limits = [
+            count
+            for placeholder, count in (("{layer}", row.num_layers), ("{expert}", row.num_experts))
+            if placeholder in row.megatron
+        ]
+        for index in itertools.product(*map(range, limits)):
+            numbers = dict(zip(("layer", "expert"), index, strict=False))
+            name = row.megatron.format(**numbers)
+            found[name] = Entry(
+                megatron=name,
                 shape=row.shape,
-                files=tuple(name.format(layer=layer, expert=expert) for name in files.names),
+                files=tuple(each.format(**numbers) for each in files.names),
                 kind=files.kind,
+                key=row.megatron.replace(".{layer}", "").replace(".{expert}", ""),
+                index=index,
+                counts=tuple(limits),
             )
-
-
-_TRANSFORMER_ENGINE = (
-    (re.compile(r"self_attention\.linear_qkv\.layer_norm_(weight|bias)$"), r"input_layernorm.\1"),
-    (re.compile(r"mlp\.linear_fc1\.layer_norm_(weight|bias)$"), r"pre_mlp_layernorm.\1"),
-    (
-        re.compile(r"mlp\.experts\.linear_fc([12])\.weight(\d+)$"),
-        r"mlp.experts.local_experts.\2.linear_fc\1.weight",
-    ),
-)
-
-
-def canonical_name(name: str) -> str | None:
-    """The table's name of a state-dict key, whichever spec the model was built with.
-
-    Args:
-        name: a key of a module's state_dict(), with or without the module's own prefix.
-
-    Returns:
-        The local spec's name, or None for TransformerEngine's `_extra_state`, which holds no
-        weights.
-    """
-    if name.endswith("_extra_state"):
-        return None
-    for pattern, local in _TRANSFORMER_ENGINE:
-        name = pattern.sub(local, name)
-    return name
+    return found
 
 
 def _everywhere(
@@ -345,7 +340,11 @@ def _language_rows(config: LanguageConfig, padded_vocab_size: int) -> Iterator[R
         file + "embed_tokens.weight",
         kind=vocabulary,
     )
-    yield each("input_layernorm.weight", (h,), "input_layernorm.weight")
+    # TransformerEngine's norms are part of the linear layer behind them, but for the one before the
+    # experts.
+    qkv_norm, dense = "self_attention.linear_qkv.layer_norm_weight", config.num_experts is None
+    mlp_norm = "mlp.linear_fc1.layer_norm_weight" if dense else "pre_mlp_layernorm.weight"
+    yield each(qkv_norm, (h,), "input_layernorm.weight")
     names = tuple(f"self_attn.{part}_proj.weight" for part in "qkv")
     yield each(
         "self_attention.linear_qkv.weight", ((heads + 2 * groups) * width, h), *names, kind=qkv
@@ -353,13 +352,13 @@ def _language_rows(config: LanguageConfig, padded_vocab_size: int) -> Iterator[R
     yield each("self_attention.q_layernorm.weight", (width,), "self_attn.q_norm.weight")
     yield each("self_attention.k_layernorm.weight", (width,), "self_attn.k_norm.weight")
     yield each("self_attention.linear_proj.weight", (h, heads * width), "self_attn.o_proj.weight")
-    yield each("pre_mlp_layernorm.weight", (h,), "post_attention_layernorm.weight")
+    yield each(mlp_norm, (h,), "post_attention_layernorm.weight")
     if config.num_experts is None:
         mlp, file_mlp, f, experts = "mlp.", "mlp.", config.ffn_hidden_size, 1
     else:
         assert config.moe_ffn_hidden_size is not None, "a model with experts has a width for them"
         mlp, file_mlp, f = (
-            "mlp.experts.local_experts.{expert}.",
+            "mlp.experts.experts.{expert}.",
             "mlp.experts.{expert}.",
             config.moe_ffn_hidden_size,
         )

@@ -2,13 +2,14 @@
 
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_vico.config.registry import MODELS, get_model_config
 from megatron_vico.convert.convert import canonical_state
-from megatron_vico.convert.names.internvl import LAYOUTS, Layout, canonical_name, entries, table
+from megatron_vico.convert.names.internvl import LAYOUTS, Layout, entries, table
 from tests.toy_models import make_encoder, make_language_model
 
 VIT_REMOTE = """
@@ -88,7 +89,7 @@ def test_file_names_are_the_published_ones(name: str, layout: Layout) -> None:
         expected = VIT_REMOTE + (VIT_REMOTE_6B if big else VIT_REMOTE_300M)
     expected += LANGUAGE + (DENSE if model.language.num_experts is None else EXPERTS)
     expected += FLASH if layout == "flash" else ""
-    names = [name for row in entries(model, layout=layout) for name in row.files]
+    names = [name for row in entries(model, layout=layout).values() for name in row.files]
     assert len(names) == len(set(names))
     assert {re.sub(r"(layers?|experts)\.\d+\.", r"\1.N.", name) for name in names} == expand(
         expected
@@ -102,14 +103,11 @@ def test_megatron_names_and_shapes_are_those_of_the_modules(
     model = get_model_config(name)
     modules = {"encoder": make_encoder(model), "language_model": make_language_model(model)}
     found = {name: tuple(tensor.shape) for name, tensor in canonical_state(modules).items()}
-    assert found == {row.megatron: row.shape for row in entries(model, layout="flash")}
+    assert found == {name: row.shape for name, row in entries(model, layout="flash").items()}
 
 
 def test_vocabulary_is_padded_on_the_megatron_side_only() -> None:
-    rows = {
-        row.megatron: row
-        for row in entries(get_model_config("toy"), layout="hf", padded_vocab_size=640)
-    }
+    rows = entries(get_model_config("toy"), layout="hf", padded_vocab_size=640)
     row = rows["language_model.gpt.output_layer.weight"]
     assert row.shape == (640, 128)
     assert row.kind.to_hf(torch.empty(row.shape, device="meta"))[0].shape == (512, 128)
@@ -119,23 +117,27 @@ def test_every_row_has_a_place_in_the_flash_layout() -> None:
     assert all(row.flash is not None for row in table(get_model_config("toy")))
 
 
+@pytest.mark.parametrize(("kind", "name"), [("dense", "toy"), ("moe", "toy-moe")])
+def test_names_are_those_of_transformer_engine_on_the_disk(kind: str, name: str) -> None:
+    """The golden list is derived from megatron-core: tests/unit/models/test_checkpoint_names.py."""
+    golden = (Path(__file__).parents[2] / "golden" / f"te_keys_{kind}.txt").read_text().split("\n")
+    expected = {line.removeprefix("weight ") for line in golden if line.startswith("weight ")}
+    rows = entries(get_model_config(name), layout="flash").values()
+    prefix = "language_model."
+    found = {row.key.removeprefix(prefix) for row in rows if row.megatron.startswith(prefix)}
+    assert found == expected
+
+
 @pytest.mark.parametrize(
-    ("engine", "local"),
+    ("own", "stored"),
     [
-        ("layers.3.self_attention.linear_qkv.layer_norm_weight", "layers.3.input_layernorm.weight"),
-        ("layers.3.mlp.linear_fc1.layer_norm_weight", "layers.3.pre_mlp_layernorm.weight"),
-        (
-            "layers.3.mlp.experts.linear_fc1.weight17",
-            "layers.3.mlp.experts.local_experts.17.linear_fc1.weight",
-        ),
-        (
-            "layers.3.mlp.experts.linear_fc2.weight0",
-            "layers.3.mlp.experts.local_experts.0.linear_fc2.weight",
-        ),
-        ("layers.3.self_attention.linear_qkv.weight", "layers.3.self_attention.linear_qkv.weight"),
-        ("layers.3.pre_mlp_layernorm.weight", "layers.3.pre_mlp_layernorm.weight"),
-        ("layers.3.mlp.linear_fc1._extra_state", None),
+        ("local_experts.17.linear_fc1.weight", "experts.17.linear_fc1.weight"),
+        ("linear_fc1.weight17", "experts.17.linear_fc1.weight"),
+        ("linear_fc2.weight0", "experts.0.linear_fc2.weight"),
     ],
 )
-def test_transformer_engine_names(engine: str, local: str | None) -> None:
-    assert canonical_name(engine) == local
+def test_experts_of_either_spec_have_one_name(own: str, stored: str) -> None:
+    module = torch.nn.Module()
+    key, name = (f"gpt.layers.3.mlp.experts.{each}" for each in (own, stored))
+    module.state_dict = lambda: {key: torch.ones(1), "layers.3.mlp._extra_state": None}  # type: ignore[assignment]
+    assert canonical_state({"model": module}).keys() == {f"model.{name}"}  # type: ignore[dict-item]

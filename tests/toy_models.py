@@ -1,6 +1,7 @@
 """Tiny models with random weights, and packs for them, that the model and parity tests share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,25 @@ def randomise[M: nn.Module](module: M, *, seed: int) -> M:
             else:
                 param.copy_(0.2 * noise)
     return module
+
+
+def error(value: Tensor, expected: Tensor) -> float:
+    """The largest difference, over the largest expected value."""
+    difference = (value.double() - expected.double()).abs().max()
+    return (difference / expected.abs().max().clamp_min(1e-12)).item()
+
+
+@contextmanager
+def kept_for_backward() -> Iterator[list[Tensor]]:
+    """The tensors that autograd saves in this context."""
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
 
 
 def random_tiles(model: ModelConfig, num_tiles: int, *, seed: int = 0) -> Tensor:

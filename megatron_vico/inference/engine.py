@@ -22,7 +22,7 @@ from megatron_vico.data.encode.sample_encoder import EncodingSettings, SampleEnc
 from megatron_vico.data.encode.tokenizer import Tokenizer
 from megatron_vico.data.samples import ConversationSample, EncodedSample, IntArray
 from megatron_vico.errors import SampleError
-from megatron_vico.models.attention import KVCache
+from megatron_vico.models.attention_layout import KVCache
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel
 from megatron_vico.vico.compression_plan import plan_all, plan_none

@@ -25,7 +25,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_vico.config.registry import LanguageConfig
-from megatron_vico.models.attention import KVCache, Rotary, batch_layout, packed_layout
+from megatron_vico.models.attention_layout import KVCache, Rotary, batch_layout, packed_layout
 from megatron_vico.models.heads.cross_entropy import CrossEntropy
 from megatron_vico.models.heads.kl import KLToReference
 from megatron_vico.models.heads.vocabulary import RowLoss, VocabularyShard, head_loss, row_values

@@ -1,5 +1,4 @@
-"""One step of consistency training or its warm-up (Eq. 1), in four phases; and the pretraining
-step, its simpler kin.
+"""One step of consistency training or its warm-up (Eq. 1), in four phases; and of pretraining.
 
 No barrier, collective over all ranks or `.item()` stands between the reference pass and the policy
 pass.
@@ -22,29 +21,18 @@ from megatron_vico.training.pipeline_schedule import (
     training_pass,
 )
 from megatron_vico.training.policy import Policy
-from megatron_vico.training.reference import Reference
+from megatron_vico.training.setup import Run
 from megatron_vico.training.vision import VisualTokens, tile_features, visual_tokens
 
 
-def consistency_step(
-    policy: Policy,
-    reference: Reference,
-    batch: StepBatch,
-    *,
-    groups: Groups,
-) -> StepSums:
+def consistency_step(run: Run, batch: StepBatch) -> StepSums:
     """Gradients of Eq. 1 over the packs of one optimizer step; called by every rank.
 
-    Args:
-        policy: the model that is trained; its gradients are zero when this is called.
-        reference: the frozen model.
-        batch: this replica's packs, each with one policy view whose plan has a share xi ~ U[0, 1]
-            of each image's tiles compressed.
-        groups: process groups.
-
-    Returns:
-        This rank's share of the loss and of the figures that are logged; nothing is synchronised.
+    Each pack has one policy view, whose plan has a share xi ~ U[0, 1] of each image's tiles
+    compressed. Nothing is synchronised.
     """
+    policy, reference, groups = run.policy, run.reference, run.groups
+    assert reference is not None
     device, packs = groups.device, batch.packs
     # All that goes to the device goes before the passes: nothing between them waits for it.
     reference_inputs = [
@@ -70,33 +58,23 @@ def consistency_step(
     reference_rows = reference.response_rows(reference_inputs, reference_tokens, groups=groups)
     del reference_tokens, reference_inputs
 
-    def loss(index: int, rows_RH: Tensor) -> Tensor:
-        theirs_RH, reference_rows[index] = (
-            reference_rows[index],
-            None,
-        )  # freed as the policy advances
-        assert theirs_RH is not None
+    def loss(index: int, policy_RH: Tensor) -> Tensor:
+        reference_RH, reference_rows[index] = reference_rows[index], None  # freed pack by pack
+        assert reference_RH is not None
         return policy.head.consistency_loss(
-            rows_RH, weights[index], reference=reference.head, reference_rows_RH=theirs_RH
+            policy_RH, weights[index], reference=reference.head, reference_rows_RH=reference_RH
         )
 
     return _train(policy, batch, loss, inputs=policy_inputs, tokens=tokens, groups=groups)
 
 
-def pretrain_step(policy: Policy, batch: StepBatch, *, groups: Groups) -> StepSums:
+def pretrain_step(run: Run, batch: StepBatch) -> StepSums:
     """Gradients of next-token cross-entropy: how a model is made that ViCO can start from; called
     by every rank.
 
     Each sample counts the same, as in Eq. 1: the mean over its response tokens, then over samples.
-
-    Args:
-        policy: the model that is trained; its gradients are zero when this is called.
-        batch: this replica's packs, without policy views; nothing is compressed.
-        groups: process groups.
-
-    Returns:
-        As `consistency_step`.
     """
+    policy, groups = run.policy, run.groups
     inputs = _whole_inputs(policy, batch, groups)
     loss = _label_loss(policy, batch, groups)
     policy.weigh_balancing_loss(inputs, groups)
@@ -105,21 +83,22 @@ def pretrain_step(policy: Policy, batch: StepBatch, *, groups: Groups) -> StepSu
 
 
 @torch.no_grad()
-def pretrain_loss(policy: Policy, batch: StepBatch, *, groups: Groups) -> Tensor:
+def pretrain_loss(run: Run, batch: StepBatch) -> Tensor:
     """The loss of `pretrain_step` alone; called by every rank.
 
     Returns:
-        This rank's share of it; tensor-parallel ranks have the same, of which one counts.
+        This rank's part of it; tensor-parallel ranks have the same, of which one counts.
     """
+    policy, groups = run.policy, run.groups
     loss = _label_loss(policy, batch, groups)
-    run = LanguagePass(
+    language_pass = LanguagePass(
         name="policy",
         chunks=policy.language_chunks,
         inputs=_whole_inputs(policy, batch, groups),
         tokens=_whole_tokens(policy, batch, trained=False, groups=groups),
         groups=groups.language,
     )
-    values = [loss(index, rows_RH) for index, rows_RH in enumerate(forward_pass(run))]
+    values = [loss(index, rows_RH) for index, rows_RH in enumerate(forward_pass(language_pass))]
     return torch.stack(values).sum() if values else torch.zeros((), device=groups.device)
 
 
@@ -130,23 +109,20 @@ def _whole_inputs(policy: Policy, batch: StepBatch, groups: Groups) -> list[Lang
 
 
 def _whole_tokens(
-    policy: Policy,
-    batch: StepBatch,
-    *,
-    trained: bool,
-    groups: Groups,
+    policy: Policy, batch: StepBatch, *, trained: bool, groups: Groups
 ) -> VisualTokens:
     """The policy's visual tokens with nothing compressed."""
-    encoder = policy.encoder
-    features_NPD = tile_features(encoder, batch, groups.device, chunk_tiles=policy.chunk_tiles)
-    return visual_tokens(encoder, features_NPD, batch, None, trained=trained, groups=groups)
+    features_NPD = tile_features(
+        policy.encoder, batch, groups.device, chunk_tiles=policy.chunk_tiles
+    )
+    return visual_tokens(policy.encoder, features_NPD, batch, None, trained=trained, groups=groups)
 
 
 def _label_loss(policy: Policy, batch: StepBatch, groups: Groups) -> LossFunction:
     """Cross-entropy of a pack's response tokens."""
     weights = _row_weights(batch, groups)
     labels = [
-        _my_rows(pack.labels, groups).to(groups.device, non_blocking=True) for pack in batch.packs
+        _own_rows(pack.labels, groups).to(groups.device, non_blocking=True) for pack in batch.packs
     ]
 
     def loss(index: int, rows_RH: Tensor) -> Tensor:
@@ -165,14 +141,14 @@ def _train(
     groups: Groups,
 ) -> StepSums:
     """Policy pass and encoder backward."""
-    run = LanguagePass(
+    language_pass = LanguagePass(
         name="policy",
         chunks=policy.schedule_chunks,
         inputs=inputs,
         tokens=tokens,
         groups=groups.language,
     )
-    total = training_pass(run, loss)
+    total = training_pass(language_pass, loss)
     if policy.trains_encoder:
         tokens.backward()
     return sums_of(batch.packs, groups=groups, loss=total)
@@ -181,11 +157,11 @@ def _train(
 def _row_weights(batch: StepBatch, groups: Groups) -> list[Tensor]:
     """Weights of the response rows that this context-parallel rank works on, a tensor a pack."""
     return [
-        _my_rows(pack.kl_weight, groups).to(groups.device, non_blocking=True)
+        _own_rows(pack.kl_weight, groups).to(groups.device, non_blocking=True)
         for pack in batch.packs
     ]
 
 
-def _my_rows(values_R: Tensor, groups: Groups) -> Tensor:
+def _own_rows(values_R: Tensor, groups: Groups) -> Tensor:
     context = groups.language.cp
     return values_R[row_share(len(values_R), size=context.size(), rank=context.rank())]

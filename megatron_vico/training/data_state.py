@@ -1,5 +1,4 @@
-"""What every rank knows of a run's data: its place in the order of packs, and the broken samples of
-all readers."""
+"""What every rank knows of a run's data: its place in the order, and the broken samples."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +12,7 @@ from megatron_vico.training.metrics import StepFigures
 
 @dataclass(frozen=True, kw_only=True)
 class DataState:
-    """A replica's reader, on its first rank, and the error budget, which is the same on all
-    ranks."""
+    """A replica's reader, on its first rank, and the error budget, the same on all ranks."""
 
     loader: Loader | None
     budget: ErrorBudget
@@ -23,8 +21,7 @@ class DataState:
     def of(
         cls, loader: Loader | None, *, max_skipped_share: float, restored: dict[str, Any] | None
     ) -> "DataState":
-        """Args: restored: what `to_state` gave at the checkpoint that the run goes on from; None, a
-        new run."""
+        """`restored` is what `to_state` gave at the checkpoint resumed from; None for a new run."""
         budget = ErrorBudget(max_share=max_skipped_share)
         if restored is not None:
             budget.seen, budget.skipped = restored["seen"], len(restored["skipped"])
@@ -33,20 +30,17 @@ class DataState:
     def count(self, figures: StepFigures) -> None:
         """Count a step; called by every rank.
 
-        Args:
-            figures: over all ranks, so that all come to the same decision without asking each
-                other.
-
         Raises:
             SampleError: on every rank, if more samples are broken than the budget allows.
         """
+        # The figures are those of all ranks: all decide the same without asking each other.
         self.budget.seen += figures.samples
         self.budget.skipped += figures.skipped
         if self.budget.exceeded:
-            everyones = self._merge().skips
-            # Less may be left of them: one that two ranks met counts once.
+            merged = self._merge().skips
+            # Fewer may be left: a sample that two ranks met counts once.
             if self.budget.exceeded:
-                raise self.budget.error(everyones)
+                raise self.budget.error(merged)
 
     def to_state(self) -> dict[str, Any]:
         """For a checkpoint, the same on every rank: numbers and strings; called by every rank."""
@@ -55,23 +49,18 @@ class DataState:
 
     def _merge(self) -> "_Reader":
         """Ask all readers, and let each know what the others found."""
-        mine = self.loader
-        told: list[_Reader | None] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(
-            told,
-            (
-                None
-                if mine is None
-                else _Reader(plan=mine.place.to_dict(), skips=mine.skips, begun=mine.begun_packs)
-            ),
-        )
-        readers = [each for each in told if each is not None]
+        own = None
+        if (loader := self.loader) is not None:
+            own = _Reader(plan=loader.place.to_dict(), skips=loader.skips, begun=loader.begun_packs)
+        gathered: list[_Reader | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, own)
+        readers = [each for each in gathered if each is not None]
         begun = max(each.begun for each in readers)
-        everyones = SkipList.merged([each.skips for each in readers], from_pack=begun)
-        self.budget.skipped = len(everyones)
-        if mine is not None:
-            mine.skips = everyones
-        return _Reader(plan=readers[0].plan, skips=everyones, begun=begun)
+        merged = SkipList.merged([each.skips for each in readers], from_pack=begun)
+        self.budget.skipped = len(merged)
+        if loader is not None:
+            loader.skips = merged
+        return _Reader(plan=readers[0].plan, skips=merged, begun=begun)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """FLOPs of the models by formula, and what a pack costs in a step of each stage.
 
 A multiplication and its addition are two FLOPs; norms, activations and embeddings are left out.
-Divided by a time and the device's rate these give MFU; as estimates they tell cheap packs from dear
-ones (data/pack/balance.py).
+Divided by a time and the device's rate these give MFU; as estimates they tell cheap from
+expensive packs (data/pack/balance.py).
 """
 
 from megatron_vico.config.registry import LanguageConfig, ModelConfig, VisionConfig
@@ -11,8 +11,7 @@ from megatron_vico.data.pack.balance import PackCost
 
 
 def language_flops_per_token(config: LanguageConfig) -> int:
-    """Forward FLOPs of a token in all linear layers but the head: twice the parameters that it
-    meets.
+    """Forward FLOPs of a token in all linear layers but the head: twice the parameters it meets.
 
     With experts these are the router and the `moe_top_k` experts that a token is sent to.
     """
@@ -36,8 +35,7 @@ def attention_flops_per_token_squared(config: LanguageConfig) -> int:
 
 
 def vit_flops_per_tile(config: VisionConfig) -> int:
-    """Forward FLOPs of the vision tower for one tile; its attention sees all pairs, the class
-    token's too."""
+    """Forward FLOPs of the vision tower for one tile; its attention is not causal."""
     d, num_tokens = config.hidden_size, config.num_patches + 1
     linear = 2 * (4 * d * d + 2 * d * config.ffn_hidden_size) * num_tokens
     embedding = 2 * 3 * config.patch_size**2 * d * config.num_patches
@@ -45,18 +43,10 @@ def vit_flops_per_tile(config: VisionConfig) -> int:
 
 
 def pack_cost(model: ModelConfig, options: StageOptions) -> PackCost:
-    """What a pack costs the ranks of one model replica, as the coefficients of
-    `data/pack/balance.py`.
+    """What a pack costs the ranks of one model replica, in FLOPs.
 
     A frozen vision tower runs once for reference and policy. Connectors, head and recomputation are
-    left out: they are a few per cent, and nearly the same share of every pack.
-
-    Args:
-        model: numbers of the size.
-        options: stage, and which modules it trains.
-
-    Returns:
-        Coefficients in FLOPs.
+    left out: they are a few per cent, and nearly the same fraction of every pack.
     """
     trained = options.trained
     reference = 1 if options.spec.needs_reference else 0

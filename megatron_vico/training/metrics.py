@@ -1,15 +1,14 @@
-"""The one place that logs: a step's sums over all ranks, Megatron's log line with ViCO's figures,
-TensorBoard, JSON."""
+"""The one place that logs: sums over all ranks, Megatron's log line, TensorBoard, JSON."""
 
 import dataclasses
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -20,8 +19,7 @@ from megatron_vico.parallel.groups import Groups
 
 @dataclass(frozen=True, kw_only=True)
 class RouterSums:
-    """What a router step counts on one rank, about its own tiles; float32 scalars that add up over
-    ranks."""
+    """What a router step counts on one rank, of its own tiles; float32 scalars that add up."""
 
     questions: Tensor
     labelled_compress: Tensor
@@ -37,7 +35,7 @@ class StepSums:
     """What a step counts on one rank; every number adds up over ranks."""
 
     loss: Tensor
-    """This rank's share of the step's loss, a float32 scalar."""
+    """This rank's part of the step's loss, a float32 scalar."""
 
     samples: int
     tiles: int
@@ -54,24 +52,17 @@ class StepSums:
 def sums_of(
     packs: Sequence[PackedBatch], *, groups: Groups, loss: Tensor, router: RouterSums | None = None
 ) -> StepSums:
-    """Count a replica's packs, on its first rank; the last policy view is the one whose compression
-    is reported.
+    """Count a replica's packs, on its first rank.
 
-    Args:
-        packs: the replica's packs of the step.
-        groups: process groups.
-        loss: this rank's share of the loss; tensor-parallel ranks have the same, of which one
-            counts.
-        router: figures of a router step.
-
-    Returns:
-        The rank's sums; all counts come from tensors on the CPU, so nothing waits for a device.
+    All counts come from tensors on the CPU, so nothing waits for a device. Of several policy views
+    the compression of the last one is reported.
     """
     loss = loss.detach().float()
     if groups.replica.rank() != 0:
         packs = ()
     views = [pack.policies[-1] if pack.policies else None for pack in packs]
     return StepSums(
+        # Tensor-parallel ranks have the same loss, of which one counts; ViR's is of own tiles.
         loss=loss if groups.counts_loss or router is not None else torch.zeros_like(loss),
         samples=sum(len(pack.keys) for pack in packs),
         tiles=sum(pack.num_tiles for pack in packs),
@@ -89,7 +80,7 @@ def sums_of(
 
 @dataclass(frozen=True, kw_only=True)
 class StepFigures:
-    """One step over all ranks; what the log line, TensorBoard and the JSON line show."""
+    """One step over all ranks: what the log line, TensorBoard and the JSON line show."""
 
     iteration: int
     loss: float
@@ -107,8 +98,7 @@ class StepFigures:
     policy_tokens: int
     response_tokens: int
     skipped: int = 0
-    """Broken samples among `samples`, of which nothing is trained, but those known before; see
-    data/load/error_budget.py."""
+    """Broken samples among `samples` that were not known before (data/load/error_budget.py)."""
 
     router_threshold: float | None = None
     router_accuracy: float | None = None
@@ -127,77 +117,57 @@ class StepFigures:
         step_time_s: float,
     ) -> Self:
         """Add the sums of all ranks, in one collective, and turn them into figures."""
-        counts = [
-            sums.samples,
-            sums.tiles,
-            sums.compressed_tiles,
-            sums.reference_tokens,
-            sums.policy_tokens,
-        ]
-        counts += [sums.response_tokens, sums.skipped]
-        router = (
-            []
-            if sums.router is None
-            else [getattr(sums.router, f.name) for f in dataclasses.fields(RouterSums)]
-        )
+        counted = {
+            field.name: getattr(sums, field.name)
+            for field in dataclasses.fields(sums)
+            if field.name != "router"
+        }
+        if sums.router is not None:
+            counted |= vars(sums.router)
+        device = sums.loss.device
         values = torch.stack(
             [
-                sums.loss.double(),
-                *(torch.tensor(float(count), device=sums.loss.device).double() for count in counts),
-                *(value.to(sums.loss.device).double() for value in router),
+                torch.as_tensor(value, dtype=torch.float64, device=device)
+                for value in counted.values()
             ]
         )
         torch.distributed.all_reduce(values)
-        (
-            loss,
-            samples,
-            tiles,
-            compressed,
-            reference_tokens,
-            policy_tokens,
-            responses,
-            skipped,
-            *rest,
-        ) = values.tolist()
+        total = dict(zip(counted, values.tolist(), strict=True))
         return cls(
             iteration=iteration,
-            loss=loss,
+            loss=total["loss"],
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             step_time_s=step_time_s,
-            samples=int(samples),
-            tiles=int(tiles),
-            compressed_tiles=compressed / max(tiles, 1),
-            visual_token_reduction=1 - policy_tokens / max(reference_tokens, 1),
-            policy_tokens=int(policy_tokens),
-            response_tokens=int(responses),
-            skipped=int(skipped),
-            **_router_figures(rest),
+            samples=int(total["samples"]),
+            tiles=int(total["tiles"]),
+            compressed_tiles=total["compressed_tiles"] / max(total["tiles"], 1),
+            visual_token_reduction=(1 - total["policy_tokens"] / max(total["reference_tokens"], 1)),
+            policy_tokens=int(total["policy_tokens"]),
+            response_tokens=int(total["response_tokens"]),
+            skipped=int(total["skipped"]),
+            **({} if sums.router is None else _router_figures(total)),
         )
 
 
-def _router_figures(values: list[float]) -> dict[str, Any]:
-    if not values:
-        return {}
-    questions, labelled, predicted, correct, log_ratio, threshold = values
-    asked = max(questions, 1)
+def _router_figures(total: Mapping[str, float]) -> dict[str, float]:
+    asked = max(total["questions"], 1)
     return {
-        "router_threshold": threshold,
-        "router_accuracy": correct / asked,
-        "router_labelled_compress": labelled / asked,
-        "router_predicted_compress": predicted / asked,
-        "router_mean_log_ratio": log_ratio / asked,
+        "router_threshold": total["threshold"],
+        "router_accuracy": total["correct"] / asked,
+        "router_labelled_compress": total["labelled_compress"] / asked,
+        "router_predicted_compress": total["predicted_compress"] / asked,
+        "router_mean_log_ratio": total["log_ratio"] / asked,
     }
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationFigures:
-    """The validation set after one step, over all ranks; means over samples, NaN where none could
-    be used."""
+    """The validation set after one step, over all ranks: means over samples, NaN without any."""
 
     iteration: int
     loss: float
-    """Cross-entropy; KL of Eq. 1 at a share of tiles compressed; or the router's cross-entropy."""
+    """Cross-entropy; KL of Eq. 1 with a part of the tiles compressed; or the router's loss."""
 
     loss_all_compressed: float | None = None
     """KL of Eq. 1 with every tile compressed."""
@@ -250,9 +220,8 @@ class MetricsLogger:
         self._skipped_samples = sum(json.loads(line).get("skipped", 0) for line in kept)
         path.write_text("".join(kept))
         self._lines = path.open("a", buffering=1)
-        from torch.utils.tensorboard import (
-            SummaryWriter,
-        )  # 2 s of imports that only the main rank needs
+        # 2 s of imports that only the main rank needs.
+        from torch.utils.tensorboard import SummaryWriter
 
         self._tensorboard = SummaryWriter(
             str(tensorboard_dir or save / "tensorboard"), purge_step=resume_at + 1
@@ -265,37 +234,35 @@ class MetricsLogger:
         self._consumed_samples += figures.samples
         self._skipped_samples += figures.skipped
         self._window.append(figures)
-        shown = {
-            name: value for name, value in dataclasses.asdict(figures).items() if value is not None
-        }
-        if self._lines is not None and self._tensorboard is not None:
-            self._lines.write(json.dumps(shown) + "\n")
-            for name, value in shown.items():
-                if name != "iteration":
-                    self._tensorboard.add_scalar(name, value, figures.iteration)
+        shown = _shown(figures)
+        self._write(shown, figures.iteration, {"iteration": figures.iteration, **shown})
         if figures.iteration % self.log_interval == 0 or figures.iteration == self.train_iters:
             print(self._line(), flush=True)
             self._window.clear()
 
     def log_validation(self, figures: ValidationFigures) -> None:
-        """Print and record the validation set; in `metrics.jsonl` a line of its own, whose keys
-        begin with `valid_`."""
+        """Print and record the validation set; in `metrics.jsonl` a line with keys `valid_`..."""
         if not self.is_main:
             return
-        shown = {
-            name: value for name, value in dataclasses.asdict(figures).items() if value is not None
-        }
-        step = shown.pop("iteration")
-        if self._lines is not None and self._tensorboard is not None:
-            line = {"iteration": step, **{f"valid_{name}": value for name, value in shown.items()}}
-            self._lines.write(json.dumps(line) + "\n")
-            for name, value in shown.items():
-                self._tensorboard.add_scalar(f"valid/{name}", value, step)
+        shown, step = _shown(figures), figures.iteration
+        line = {"iteration": step, **{f"valid_{name}": value for name, value in shown.items()}}
+        self._write({f"valid/{name}": value for name, value in shown.items()}, step, line)
         parts = [f"{name.replace('_', ' ')}: {value:.6G}" for name, value in shown.items()]
         print(f"validation at step {step}: {' | '.join(parts)}", flush=True)
 
+    def _write(self, scalars: Mapping[str, float], step: int, line: Mapping[str, float]) -> None:
+        if self._lines is None or self._tensorboard is None:
+            return
+        self._lines.write(json.dumps(line) + "\n")
+        for name, value in scalars.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def note(self, text: str) -> None:
+        """Print a line about the run."""
+        if self.is_main:
+            print(text, flush=True)
+
     def close(self) -> None:
-        """Flush and close the files."""
         if self._lines is not None and self._tensorboard is not None:
             self._lines.close()
             self._tensorboard.close()
@@ -324,6 +291,14 @@ class MetricsLogger:
             parts.append(f"skipped samples: {self._skipped_samples}")
         parts.append(f"time left: {time.strftime('%H:%M:%S', time.gmtime(left_s))}")
         return " | ".join(parts) + " |"
+
+
+def _shown(figures: StepFigures | ValidationFigures) -> dict[str, float]:
+    return {
+        name: value
+        for name, value in vars(figures).items()
+        if value is not None and name != "iteration"
+    }
 
 
 def log_skipped(packs: Sequence[PackedBatch]) -> None:

@@ -14,12 +14,7 @@ class HostOffload:
     """
 
     def __init__(self, params: Iterable[nn.Parameter], device: torch.device) -> None:
-        """Move weights to the host.
-
-        Args:
-            params: frozen weights.
-            device: where they are used.
-        """
+        """Move frozen weights to the host; `device` is where they are used."""
         self._device = device
         self._host: list[tuple[nn.Parameter, Tensor]] = []
         for param in params:

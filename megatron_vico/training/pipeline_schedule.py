@@ -1,5 +1,4 @@
-"""The two middle phases of a step: the language model over all packs, forward only, or forward and
-backward.
+"""The middle phases of a step: the language model over all packs, forward only or with backward.
 
 Both run megatron-core's schedules (1F1B, interleaved, or none without a pipeline) with lengths that
 differ from pack to pack and are known beforehand. Nothing here synchronises ranks, so the first
@@ -22,7 +21,7 @@ from megatron_vico.training.profiler import name_backward
 from megatron_vico.training.vision import VisualTokens
 
 LossFunction = Callable[[int, Tensor], Tensor]
-"""From a pack's place in the step and its response rows [R, H] to its loss, a scalar."""
+"""From a pack's index in the step and its response rows [R, H] to its loss, a scalar."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +45,6 @@ class LanguagePass:
 def forward_pass(run: LanguagePass) -> list[Tensor]:
     """A forward-only schedule over all packs of the step.
 
-    Args:
-        run: of a frozen model.
-
     Returns:
         Response rows [R, H] a pack, in order, on the last pipeline stage; elsewhere an empty list.
     """
@@ -61,8 +57,7 @@ def forward_pass(run: LanguagePass) -> list[Tensor]:
 
 
 def training_pass(run: LanguagePass, loss: LossFunction) -> Tensor:
-    """Forward and backward over all packs of the step; gradients end in the model and on the visual
-    tokens.
+    """Forward and backward over all packs; gradients end in the model and on the visual tokens.
 
     Args:
         run: of the policy.
@@ -70,7 +65,7 @@ def training_pass(run: LanguagePass, loss: LossFunction) -> Tensor:
             never averaged.
 
     Returns:
-        This rank's share of the loss, a float32 scalar; 0 on all but the last pipeline stage.
+        This rank's part of the loss, a float32 scalar; 0 on all but the last pipeline stage.
     """
 
     def step(batches: Iterator[int], chunk: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -105,17 +100,18 @@ def _name(run: LanguagePass, kind: str, index: int, chunk: nn.Module) -> str:
 
 def _schedule(step: Callable[..., Any], run: LanguagePass, *, forward_only: bool) -> list[Any]:
     num_packs, groups = len(run.inputs), run.groups
+    # A rank with several chunks needs the interleaved schedule, which wants an iterator for each.
     interleaved = len(run.chunks) > 1
     schedule = get_forward_backward_func(
         pp_size=groups.pp.size(), vp_size=len(run.chunks) if interleaved else None
     )
+    # Every rank knows all lengths, so that no shape is sent ahead of a tensor.
     shard_lens = [each.shard_len for each in run.inputs]
     communicator = (
         KnownShapes(groups.pp, run.chunks[0].config, shard_lens) if groups.pp.size() > 1 else None
     )
     outputs: list[Any] = schedule(
         forward_step_func=step,
-        # Each chunk goes through all packs.
         data_iterator=[iter(range(num_packs)) for _ in run.chunks]
         if interleaved
         else iter(range(num_packs)),

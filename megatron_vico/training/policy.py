@@ -1,5 +1,4 @@
-"""The model that is trained: encoder and language model, what of them is frozen, and their DDP
-wrappers."""
+"""The model that is trained: encoder and language model, what is frozen, and their DDP wrappers."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -24,8 +23,7 @@ from megatron_vico.parallel.streams import StreamCut
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """Encoder and language model of this rank; the DDP wrapper of a module is absent where all of
-    it is frozen."""
+    """Encoder and language model of this rank; what is frozen as a whole has no DDP wrapper."""
 
     encoder: VisionEncoder
     language_chunks: tuple[LanguageModel, ...]
@@ -37,8 +35,7 @@ class Policy:
     """One wrapper a chunk, or none."""
 
     stream_cut: StreamCut
-    """How packed streams are padded and cut for the language model; the reference has the same
-    layout."""
+    """How packed streams are padded and cut, for the reference too."""
 
     chunk_tiles: int
     """Tiles that go through the ViT at once."""
@@ -69,24 +66,21 @@ class Policy:
             module.zero_grad_buffer()
 
     def finish_grad_sync(self) -> None:
-        """Reduce the encoder's gradients; the language model's are reduced by the schedule, when it
-        has one.
+        """Reduce the encoder's gradients; the schedule has reduced the language model's.
 
-        Every rank comes here, also one whose tiles were none.
+        Every rank comes here, also one without tiles.
         """
         if self.encoder_ddp is not None:
             self.encoder_ddp.finish_grad_sync()
 
     def finish_param_sync(self) -> None:
-        """Wait for parameters that are still being gathered; before anything but a training step
-        reads weights."""
+        """Wait for parameters being gathered; before anything but a training step reads weights."""
         for module in self.language_ddp:
             if module.ddp_config.overlap_param_gather:
                 module.start_param_sync(force_sync=True)
 
     def train_mode(self) -> None:
-        """Training behaviour (drop path) in what is trained, inference behaviour in what is
-        frozen."""
+        """Training behaviour (drop path) in what is trained, inference behaviour elsewhere."""
         self.encoder.eval()
         for chunk in self.language_chunks:
             chunk.train("language_model" in self.trained)
@@ -101,13 +95,10 @@ class Policy:
             chunk.eval()
 
     def weigh_balancing_loss(self, inputs: Sequence[LanguageInputs], groups: Groups) -> None:
-        """Tell mcore what the expert-balancing loss of a pack counts: its share of the step's
-        tokens.
-
-        mcore multiplies it by the pack's tokens, expecting that all gradients are divided by the
-        step's tokens in the end; here losses come with their weight, and so must this one. Called
-        by every rank before the passes.
-        """
+        """Weigh the expert-balancing loss of a pack by its part of the step's tokens; called by
+        every rank before the passes."""
+        # mcore multiplies it by the pack's tokens, expecting that all gradients are divided by the
+        # step's tokens in the end; here losses come with their weight, and so must this one.
         config = self.head.config
         balances = (
             config.num_moe_experts is not None and config.moe_router_load_balancing_type != "none"
@@ -128,8 +119,7 @@ class Policy:
 def parameters_of(
     module: Module, encoder: VisionEncoder, language_chunks: Sequence[LanguageModel]
 ) -> Iterator[nn.Parameter]:
-    """Parameters of one of the five modules that are trained or frozen as a whole; ViR's dead ones
-    left out."""
+    """Parameters of one of the five modules, but ViR's dead ones."""
     owners: Sequence[nn.Module] = (
         language_chunks if module == "language_model" else [getattr(encoder, module)]
     )
@@ -165,15 +155,7 @@ def wrap(
 ) -> Policy:
     """Freeze what is not trained and put the rest under Megatron's DDP.
 
-    Args:
-        encoder: the vision encoder.
-        language_chunks: this rank's chunks of the language model.
-        options: what is trained, and how.
-        groups: process groups.
-
-    Returns:
-        The policy. Gradients of both wrappers are plain sums over ranks: the loss weights already
-        hold every mean.
+    Gradients of both wrappers are plain sums over ranks: the loss weights already hold every mean.
     """
     encoder.requires_grad_(False)
     for chunk in language_chunks:

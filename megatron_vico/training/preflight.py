@@ -1,5 +1,4 @@
-"""Checks before a run that open files or import megatron-core; the others are in
-config/validate.py."""
+"""Checks before a run that open files or import megatron-core; see also config/validate.py."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
 """The frozen reference: the model from before consistency training, always on uncompressed images.
 
 Only its response rows [R, H] leave it, never logits. What the policy keeps frozen and bitwise equal
-is shared with it instead of held twice: the ViT in the usual stages, everything but the 16x
-connector in the warm-up.
+is shared instead of held twice: the ViT in the usual stages, everything but the 16x connector in
+the warm-up.
 
 A step asks a reference for three things: the visual tokens it wants embedded, its response rows,
 and, for the KL head, its last chunk with the vocabulary head. A reference that lives in another
@@ -26,8 +26,7 @@ from megatron_vico.training.vision import VisualTokens, tile_features, visual_to
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """A frozen encoder and language model in the policy's layout; in no DDP wrapper, optimizer or
-    checkpoint."""
+    """A frozen encoder and language model in the policy's layout; in no DDP or checkpoint."""
 
     encoder: VisionEncoder
     language_chunks: tuple[LanguageModel, ...]
@@ -54,14 +53,7 @@ class Reference:
     ) -> VisualTokens:
         """Visual tokens of a step with nothing compressed; called by every rank of the replica.
 
-        Args:
-            batch: the step.
-            policy_features_NPD: the policy's ViT outputs, used instead of a second pass where the
-                ViT is shared.
-            groups: process groups.
-
-        Returns:
-            The tokens, where they are embedded.
+        The policy's ViT outputs serve instead of a second pass where the ViT is shared.
         """
         features_NPD = policy_features_NPD
         if not self.shares_vit:
@@ -77,12 +69,7 @@ class Reference:
         *,
         groups: Groups,
     ) -> list[Tensor | None]:
-        """The reference pass.
-
-        Args:
-            inputs: the uncompressed stream of each pack.
-            tokens: from `visual_tokens`.
-            groups: process groups.
+        """The reference pass over the uncompressed stream of each pack.
 
         Returns:
             Hidden states [R, H] that predict each response token, one tensor a pack, on the last
@@ -110,13 +97,7 @@ class Reference:
 def share_equal_modules(
     reference: nn.Module, policy: nn.Module, names: Sequence[str]
 ) -> tuple[str, ...]:
-    """Replace children of `reference` by the policy's where the policy's are frozen and bitwise
-    equal.
-
-    Args:
-        reference: frozen module.
-        policy: module of the same structure.
-        names: children to look at.
+    """Replace children of `reference` by the policy's where those are frozen and bitwise equal.
 
     Returns:
         The names that are now shared.
@@ -133,4 +114,4 @@ def _frozen_and_equal(policy: nn.Module, reference: nn.Module) -> bool:
     if any(param.requires_grad for param in policy.parameters()):
         return False
     pairs = zip(policy.parameters(), reference.parameters(), strict=True)
-    return all(torch.equal(mine, theirs) for mine, theirs in pairs)
+    return all(torch.equal(own, frozen) for own, frozen in pairs)

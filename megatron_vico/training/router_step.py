@@ -1,5 +1,4 @@
-"""One step of router training (Eq. 2-4): three forward passes label the one tile that ViR is asked
-about.
+"""One step of router training (Eq. 2-4): three forward passes give the labels of ViR.
 
 The last pipeline stage finds the loss ratios, every rank learns those of all replicas and finds the
 same threshold, and the rank that encoded a tile asks ViR about it.
@@ -16,12 +15,11 @@ from torch import Tensor
 from megatron_vico.data.samples import PackedBatch
 from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.parallel.groups import Groups
-from megatron_vico.training.compare_plans import ComparedViews, compare_views
+from megatron_vico.training.compare_plans import ComparedPlans, compare_plans
 from megatron_vico.training.metrics import RouterSums, StepSums, sums_of
 from megatron_vico.training.policy import Policy
-from megatron_vico.training.reference import Reference
+from megatron_vico.training.setup import Run
 from megatron_vico.vico.router_targets import (
-    RatioWindow,
     labels_from_ratios,
     loss_ratio,
     sample_means,
@@ -29,92 +27,55 @@ from megatron_vico.vico.router_targets import (
 from megatron_vico.vico.routing import COMPRESS
 
 
-class Answers(NamedTuple):
-    """What the router makes of the questions about one rank's tiles."""
+class RouterLoss(NamedTuple):
+    """ViR's answers to the questions about one rank's tiles."""
 
     loss: Tensor
     """Cross-entropy, summed over questions, nats."""
 
-    router: RouterSums
+    sums: RouterSums
 
 
-def router_step(
-    policy: Policy,
-    reference: Reference,
-    window: RatioWindow,
-    batch: StepBatch,
-    *,
-    eps: float,
-    groups: Groups,
-) -> StepSums:
+def router_step(run: Run, batch: StepBatch) -> StepSums:
     """Gradients of ViR's cross-entropy over the packs of one optimizer step; called by every rank.
 
-    Args:
-        policy: the model after consistency training; only its ViR is trained.
-        reference: the model from before it, which never sees a compressed tile.
-        window: past loss ratios, the same on every rank; this step's are added.
-        batch: this replica's packs with two policy views each: nothing compressed, and one tile (or
-            one image) of each sample compressed, named by `router_tiles`. The tiles of such an
-            image are all on one rank.
-        eps: of Eq. 2, nats.
-        groups: process groups.
-
-    Returns:
-        This rank's share of the loss and of the figures that are logged.
+    Each pack has two policy views: nothing compressed, and one tile (or one image) of each sample
+    compressed, named by `router_tiles`. The tiles of such an image are all on one rank. The step's
+    loss ratios are added to the run's window, the same ones on every rank.
     """
-    views = compare_views(policy, reference, batch, plans=("none", "one"), groups=groups)
-    ratio_M = _loss_ratios(views, batch.packs, eps=eps, groups=groups)
+    compared = compare_plans(run, batch, plans=("none", "one"))
+    ratio_M = _loss_ratios(run, compared, batch.packs)
     # Every rank takes part, also one without a single image, and adds the same ratios in the same
     # order.
-    all_ratios = _gather(ratio_M, batch.packs, groups)
-    window.push(all_ratios)
-    loss, router = _answers(
-        policy, batch, views.features_NPD, ratio_M, threshold=window.threshold()
-    )
+    all_ratios = _gather(ratio_M, batch.packs, run.groups)
+    run.window.push(all_ratios)
+    loss, router = _router_loss(run, batch, compared.features_NPD, ratio_M)
     loss = loss / max(len(all_ratios), 1)
     if loss.requires_grad:
         loss.backward()
-    return sums_of(batch.packs, groups=groups, loss=loss, router=router)
+    return sums_of(batch.packs, groups=run.groups, loss=loss, router=router)
 
 
 @torch.no_grad()
-def router_answers(
-    policy: Policy,
-    reference: Reference,
-    batch: StepBatch,
-    *,
-    threshold: Tensor,
-    eps: float,
-    groups: Groups,
-) -> Answers:
-    """What the router answers to the questions of packs that it is not trained on; called by every
+def router_loss(run: Run, batch: StepBatch) -> RouterLoss:
+    """This rank's part of the loss over packs that the router is not trained on; called by every
     rank.
 
-    Args:
-        policy: in evaluation mode.
-        reference: as for `router_step`.
-        batch: as for `router_step`.
-        threshold: tau of Eq. 3, a scalar, which makes the labels.
-        eps: of Eq. 2, nats.
-        groups: process groups.
-
-    Returns:
-        This rank's share.
+    The window of past ratios gives the threshold and is left as it is.
     """
-    views = compare_views(policy, reference, batch, plans=("none", "one"), groups=groups)
-    ratio_M = _loss_ratios(views, batch.packs, eps=eps, groups=groups)
-    return _answers(policy, batch, views.features_NPD, ratio_M, threshold=threshold)
+    compared = compare_plans(run, batch, plans=("none", "one"))
+    ratio_M = _loss_ratios(run, compared, batch.packs)
+    return _router_loss(run, batch, compared.features_NPD, ratio_M)
 
 
 @torch.no_grad()
-def _loss_ratios(
-    views: ComparedViews, packs: Sequence[PackedBatch], *, eps: float, groups: Groups
-) -> Tensor:
+def _loss_ratios(run: Run, compared: ComparedPlans, packs: Sequence[PackedBatch]) -> Tensor:
     """r of Eq. 2 for all questions of the replica's packs, [M], on every rank of the replica."""
+    groups = run.groups
     ratio_M = torch.zeros(sum(len(_asked_samples(pack)) for pack in packs), device=groups.device)
     if groups.is_last_stage:
-        none_M, one_M = (_asked_means(packs, each, groups) for each in views.kl_R)
-        ratio_M = loss_ratio(one_M, none_M, eps=eps)
+        none_M, one_M = (_asked_means(packs, each, groups) for each in compared.kl_R)
+        ratio_M = loss_ratio(one_M, none_M, eps=run.cfg.stage.router_eps)
     # From one rank to all of the replica, so that no two differ in a last digit: labels and
     # threshold depend on it.
     last = groups.replica.size() - groups.language.tp.size() * groups.language.cp.size()
@@ -125,10 +86,10 @@ def _loss_ratios(
 def _asked_means(packs: Sequence[PackedBatch], kl_R: Tensor, groups: Groups) -> Tensor:
     """L_ViCO of each sample that the router is asked about, [M] in pack order."""
     means = []
-    for pack, of_pack in zip(packs, kl_R.split([len(pack.labels) for pack in packs]), strict=True):
+    for pack, pack_R in zip(packs, kl_R.split([len(pack.labels) for pack in packs]), strict=True):
         sample_of_row_R = pack.sample_of_row.to(groups.device)
         asked_M = _asked_samples(pack).to(groups.device)
-        means.append(sample_means(of_pack, sample_of_row_R, len(pack.keys))[asked_M])
+        means.append(sample_means(pack_R, sample_of_row_R, len(pack.keys))[asked_M])
     return torch.cat(means)
 
 
@@ -138,16 +99,14 @@ def _asked_samples(pack: PackedBatch) -> Tensor:
     return pack.router_tile_sample.unique_consecutive()
 
 
-def _answers(
-    policy: Policy, batch: StepBatch, features_NPD: Tensor, ratio_M: Tensor, *, threshold: Tensor
-) -> Answers:
+def _router_loss(run: Run, batch: StepBatch, features_NPD: Tensor, ratio_M: Tensor) -> RouterLoss:
     """Ask about this rank's tiles; `ratio_M` is of all questions of the replica."""
-    threshold = threshold.to(ratio_M.device)
-    mine_M, logits_M2 = _ask(policy, batch, features_NPD)
-    ratio_M = ratio_M[mine_M.to(ratio_M.device)]
+    threshold = run.window.threshold().to(ratio_M.device)  # tau of Eq. 3
+    own_M, logits_M2 = _ask(run.policy, batch, features_NPD)
+    ratio_M = ratio_M[own_M.to(ratio_M.device)]
     label_M = labels_from_ratios(ratio_M, threshold)
     predicted_M = logits_M2.argmax(dim=-1)
-    router = RouterSums(
+    sums = RouterSums(
         questions=torch.tensor(float(len(label_M))),
         labelled_compress=(label_M == COMPRESS).sum().float(),
         predicted_compress=(predicted_M == COMPRESS).sum().float(),
@@ -155,7 +114,7 @@ def _answers(
         log_ratio=ratio_M.log().sum(),
         threshold=threshold / torch.distributed.get_world_size(),
     )
-    return Answers(loss=F.cross_entropy(logits_M2.float(), label_M, reduction="sum"), router=router)
+    return RouterLoss(F.cross_entropy(logits_M2.float(), label_M, reduction="sum"), sums)
 
 
 def _ask(policy: Policy, batch: StepBatch, features_NPD: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,33 +131,33 @@ def _ask(policy: Policy, batch: StepBatch, features_NPD: Tensor) -> tuple[Tensor
         [pack.router_tiles + first for pack, first in zip(batch.packs, first_tiles, strict=True)]
     )
     question = torch.arange(len(counts_M)).repeat_interleave(counts_M)
-    mine = (tiles >= batch.share.mine.start) & (tiles < batch.share.mine.stop)
-    mine_M = question[mine].unique_consecutive()
-    if not len(mine_M):
-        return mine_M, features_NPD.new_zeros(0, 2)
-    asked_NPD = features_NPD[(tiles[mine] - batch.share.mine.start).to(features_NPD.device)]
-    counts = counts_M[mine_M].tolist()  # on the CPU, where packs are made
+    own = (tiles >= batch.share.mine.start) & (tiles < batch.share.mine.stop)
+    own_M = question[own].unique_consecutive()
+    if not len(own_M):
+        return own_M, features_NPD.new_zeros(0, 2)
+    asked_NPD = features_NPD[(tiles[own] - batch.share.mine.start).to(features_NPD.device)]
+    counts = counts_M[own_M].tolist()  # on the CPU, where packs are made
     assert sum(counts) == len(asked_NPD), "the tiles of a question are on one rank"
     if max(counts) == 1:
-        return mine_M, policy.encoder.vir(asked_NPD)
+        return own_M, policy.encoder.vir(asked_NPD)
     first = torch.tensor([0, *counts[:-1]]).cumsum(0).to(features_NPD.device)
     logits: Tensor = policy.encoder.vir(asked_NPD, counts)
-    return mine_M, logits[first]
+    return own_M, logits[first]
 
 
 def _gather(ratio_M: Tensor, packs: Sequence[PackedBatch], groups: Groups) -> Tensor:
-    """The ratios of all replicas in the order of the step's packs: a window that is full drops the
-    same ones for every number of data-parallel ranks."""
+    """The ratios of all replicas, in the order of the step's packs."""
+    # A window that is full then drops the same ones for every number of data-parallel ranks.
     if groups.dp_size == 1:
         return ratio_M
     positions = [torch.full((len(_asked_samples(pack)),), float(pack.position)) for pack in packs]
-    mine = torch.stack([ratio_M, torch.cat(positions).to(ratio_M.device)], dim=1)
-    count = torch.tensor([len(mine)], device=ratio_M.device)
+    placed_M2 = torch.stack([ratio_M, torch.cat(positions).to(ratio_M.device)], dim=1)
+    count = torch.tensor([len(placed_M2)], device=ratio_M.device)
     counts = [torch.empty_like(count) for _ in range(groups.dp_size)]
     torch.distributed.all_gather(counts, count, group=groups.data_parallel)
     sizes = [int(each) for each in counts]
-    padded = mine.new_zeros(max(sizes), 2)
-    padded[: len(mine)] = mine
+    padded = placed_M2.new_zeros(max(sizes), 2)
+    padded[: len(placed_M2)] = placed_M2
     gathered = [torch.empty_like(padded) for _ in sizes]
     torch.distributed.all_gather(gathered, padded, group=groups.data_parallel)
     ratios, order = torch.cat(

@@ -17,7 +17,6 @@ from megatron_vico.config.validate import validate
 from megatron_vico.data.load.loader import worker_death_explained
 from megatron_vico.parallel import groups as process_groups
 from megatron_vico.parallel.batch import StepBatch
-from megatron_vico.training.consistency_step import consistency_step, pretrain_step
 from megatron_vico.training.metrics import (
     MetricsLogger,
     StepFigures,
@@ -27,17 +26,14 @@ from megatron_vico.training.metrics import (
 )
 from megatron_vico.training.preflight import check_environment, check_files
 from megatron_vico.training.profiler import open_profiler, phase
-from megatron_vico.training.router_step import router_step
 from megatron_vico.training.setup import Run, set_up
+from megatron_vico.training.steps import STEPS
 from megatron_vico.training.validation import evaluate, open_validation
 
 
 @worker_death_explained()
 def train(cfg: RunConfig) -> None:
     """Run one stage from its configuration to its last checkpoint.
-
-    Args:
-        cfg: default < recipe < command line.
 
     Raises:
         ConfigError: before any process group exists, if the configuration cannot work.
@@ -70,8 +66,7 @@ def _loop(run: Run, stop: "_StopSignal") -> None:
         resume_at=run.iteration,
         is_main=groups.is_main,
     )
-    if groups.is_main:
-        _announce(run)
+    _announce(run, logger)
     validation = open_validation(run)
     run.policy.train_mode()
     iteration = run.iteration
@@ -117,46 +112,34 @@ def _loop(run: Run, stop: "_StopSignal") -> None:
     logger.close()
 
 
-def _announce(run: Run) -> None:
+def _announce(run: Run, logger: MetricsLogger) -> None:
     """Say what is about to run, and leave its configuration beside its results."""
-    cfg, policy = run.cfg, run.policy
-    counts = dataclasses.asdict(
-        run.model.parameter_counts()
-    )  # of the whole model, however it is split
-    trained = ", ".join(f"{name} {counts[name]:,}" for name in MODULES if name in policy.trained)
-    print(
+    cfg, trained = run.cfg, run.policy.trained
+    # Of the whole model, however it is split.
+    counts = dataclasses.asdict(run.model.parameter_counts())
+    described = ", ".join(f"{name} {counts[name]:,}" for name in MODULES if name in trained)
+    logger.note(
         f"stage {cfg.stage.stage} of {run.model.name}: {cfg.training.train_iters} steps from step"
         f" {run.iteration}, {cfg.training.global_batch_size} packs a step on {run.groups.dp_size}"
-        f" data-parallel ranks; trained parameters: {trained}; frozen:"
-        f" {sum(counts.values()) - sum(counts[n] for n in policy.trained):,}",
-        flush=True,
+        f" data-parallel ranks; trained parameters: {described}; frozen:"
+        f" {sum(counts.values()) - sum(counts[name] for name in trained):,}"
     )
     if cfg.training.profile and cfg.training.profile_step_end <= run.iteration:
-        print(
-            f"--profile-step-end {cfg.training.profile_step_end} is past: nothing will be recorded",
-            flush=True,
+        logger.note(
+            f"--profile-step-end {cfg.training.profile_step_end} is past: nothing will be recorded"
         )
-    if cfg.checkpoint.save is not None:
+    if run.groups.is_main and cfg.checkpoint.save is not None:
         folder = Path(cfg.checkpoint.save)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(cfg))
 
 
 def compute_gradients(run: Run, batch: StepBatch) -> StepSums:
-    """Gradients of one step, reduced over ranks; called by every rank.
-
-    Args:
-        run: the run.
-        batch: this rank's view of the step.
-
-    Returns:
-        This rank's sums.
-    """
+    """Gradients of one step, reduced over ranks; called by every rank."""
     run.policy.zero_grad()
-    # Not the same thing: mcore's fp32 optimizer leaves param.grad aliased to the buffer that was
-    # just zeroed.
+    # Not the same: mcore's fp32 optimizer leaves param.grad aliased to the buffer just zeroed.
     run.optimizer.zero_grad()
-    sums = _step(run, batch)
+    sums = STEPS[run.cfg.stage.spec.loss].train(run, batch)
     run.policy.finish_grad_sync()
     return sums
 
@@ -166,23 +149,6 @@ def update_weights(run: Run) -> float:
     _, grad_norm, _ = run.optimizer.step()
     run.scheduler.step(increment=1)
     return float(grad_norm or 0.0)
-
-
-def _step(run: Run, batch: StepBatch) -> StepSums:
-    loss = run.cfg.stage.spec.loss
-    if loss == "cross_entropy":
-        return pretrain_step(run.policy, batch, groups=run.groups)
-    assert run.reference is not None
-    if loss == "consistency":
-        return consistency_step(run.policy, run.reference, batch, groups=run.groups)
-    return router_step(
-        run.policy,
-        run.reference,
-        run.window,
-        batch,
-        eps=run.cfg.stage.router_eps,
-        groups=run.groups,
-    )
 
 
 def _due(iteration: int, interval: int | None) -> bool:
@@ -210,8 +176,7 @@ def _save(run: Run, iteration: int) -> None:
 
 
 class _StopSignal:
-    """SIGTERM (a scheduler taking the machines back) ends the run with a checkpoint after the
-    running step."""
+    """SIGTERM (a scheduler taking the machines back) ends the run with a checkpoint."""
 
     def __init__(self) -> None:
         self._received = False
@@ -221,8 +186,7 @@ class _StopSignal:
         self._received = True
 
     def agreed(self, groups: process_groups.Groups) -> bool:
-        """Whether any rank was told to stop; all ranks ask, so that they stop after the same
-        step."""
+        """Whether any rank was told to stop; all ask, and so stop after the same step."""
         flag = torch.tensor(float(self._received), device=groups.device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return bool(flag)

@@ -1,5 +1,4 @@
-"""Figures over a validation set between two steps of training, which goes on as if nothing had
-happened.
+"""Figures over a validation set between two steps of training, which does not notice it.
 
 The packs, their order and their compression plans are the same at every evaluation and for every
 --seed, so that values compare over steps and runs. Each sample with an answer counts the same, once
@@ -15,18 +14,15 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.data.load.loader import Loader
 from megatron_vico.data.samples import PackedBatch
 from megatron_vico.errors import ConfigError
 from megatron_vico.parallel.batch import StepBatch
-from megatron_vico.training.compare_plans import compare_views
-from megatron_vico.training.consistency_step import pretrain_loss
 from megatron_vico.training.metrics import ValidationFigures, log_skipped
-from megatron_vico.training.router_step import router_answers
 from megatron_vico.training.setup import Run, build_loader
+from megatron_vico.training.steps import STEPS
 
 SEED = 0
 """Of the order of packs and of what is drawn for a sample."""
@@ -50,11 +46,7 @@ class ValidationSet:
 def open_validation(run: Run) -> ValidationSet | None:
     """The validation set of a run, None if it has none; called by every rank.
 
-    Args:
-        run: the run.
-
-    Returns:
-        The set, of which nothing but the index has been read.
+    Of the set nothing but the index is read.
 
     Raises:
         ConfigError: if the shards do not fit the run, or --eval-iters asks for more than there is.
@@ -96,15 +88,9 @@ def _own_config(cfg: RunConfig) -> RunConfig:
 
 @torch.no_grad()
 def evaluate(run: Run, validation: ValidationSet, *, iteration: int) -> ValidationFigures:
-    """The stage's figures over the validation set; called by every rank between two steps.
+    """The stage's figures over the validation set, the same on every rank, which all call it.
 
-    Args:
-        run: weights, gradients, optimizer, random state and router window are left as they are.
-        validation: from `open_validation`.
-        iteration: steps done.
-
-    Returns:
-        Figures over all ranks, the same on each.
+    Weights, gradients, optimizer, random state and router window are left as they are.
 
     Raises:
         SampleError: on every rank of a replica whose reader met a sample that cannot be read.
@@ -115,7 +101,7 @@ def evaluate(run: Run, validation: ValidationSet, *, iteration: int) -> Validati
     # The head's weight is read outside its module's forward pass, which would wait.
     run.policy.finish_param_sync()
     run.policy.eval_mode()
-    names = run.cfg.stage.spec.figures
+    names, validate = run.cfg.stage.spec.figures, STEPS[run.cfg.stage.spec.loss].validate
     sums = torch.zeros(1 + len(names), dtype=torch.float64, device=run.groups.device)
     on_gpu = run.groups.device.type == "cuda"
     # Nothing draws in evaluation but torch's DataLoader, a seed for its workers.
@@ -126,7 +112,8 @@ def evaluate(run: Run, validation: ValidationSet, *, iteration: int) -> Validati
             if run.groups.replica.rank() == 0:
                 log_skipped(batch.packs)
             left = validation.num_packs - number * run.cfg.training.global_batch_size
-            sums += _sums(run, _weighed(batch, num_packs=left))
+            counted = validate(run, _weighed(batch, num_packs=left))
+            sums += torch.stack([value.to(sums.device, torch.float64) for value in counted])
     run.policy.train_mode()
     torch.distributed.all_reduce(sums)
     samples, *totals = sums.tolist()
@@ -155,61 +142,3 @@ def _weighed(batch: StepBatch, *, num_packs: int) -> StepBatch:
         return dataclasses.replace(pack, kl_weight=1 / rows_D[pack.sample_of_row])
 
     return dataclasses.replace(batch, packs=tuple(weighed(pack) for pack in batch.packs))
-
-
-def _sums(run: Run, batch: StepBatch) -> Tensor:
-    """This rank's share of the number of samples and of the stage's figures, [1 + figures]
-    float64."""
-    loss = run.cfg.stage.spec.loss
-    if loss == "router":
-        values = _router_sums(run, batch)
-    else:
-        weight_R = torch.cat([pack.kl_weight for pack in batch.packs])
-        # Over the rows of a sample that counts the sum is 1.
-        samples = (
-            weight_R.double().sum().round()
-            if run.groups.replica.rank() == 0
-            else weight_R.new_zeros(())
-        )
-        values = [
-            samples,
-            *(
-                _label_sums(run, batch)
-                if loss == "cross_entropy"
-                else _kl_sums(run, batch, weight_R)
-            ),
-        ]
-    return torch.stack([value.to(run.groups.device, torch.float64) for value in values])
-
-
-def _label_sums(run: Run, batch: StepBatch) -> list[Tensor]:
-    loss = pretrain_loss(run.policy, batch, groups=run.groups)
-    return [loss if run.groups.counts_loss else torch.zeros_like(loss)]
-
-
-def _kl_sums(run: Run, batch: StepBatch, weight_R: Tensor) -> list[Tensor]:
-    assert run.reference is not None
-    views = compare_views(
-        run.policy, run.reference, batch, plans=("share", "all"), groups=run.groups
-    )
-    if (
-        not run.groups.counts_loss or run.groups.language.cp.rank() != 0
-    ):  # others have the same, or none
-        return [torch.zeros(()), torch.zeros(())]
-    return [(kl_R * weight_R.to(kl_R.device)).sum() for kl_R in views.kl_R]
-
-
-def _router_sums(run: Run, batch: StepBatch) -> list[Tensor]:
-    assert run.reference is not None
-    tau, eps = run.window.threshold(), run.cfg.stage.router_eps
-    answers = router_answers(
-        run.policy, run.reference, batch, threshold=tau, eps=eps, groups=run.groups
-    )
-    router = answers.router
-    return [
-        router.questions,
-        answers.loss,
-        router.correct,
-        router.labelled_compress,
-        router.predicted_compress,
-    ]

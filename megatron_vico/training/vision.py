@@ -1,5 +1,4 @@
-"""The first and the last phase of every step: tiles to visual tokens, and their gradients back
-through the encoder.
+"""First and last phase of a step: tiles to visual tokens, and gradients back through the encoder.
 
 Each rank encodes its own tiles (parallel/tile_parallel.py). Visual tokens enter the language model
 as leaf tensors, so that the encoder's backward pass is separate from the language model's, and its
@@ -23,20 +22,12 @@ from megatron_vico.training.profiler import phase
 
 
 def tile_features(
-    encoder: VisionEncoder,
-    batch: StepBatch,
-    device: torch.device,
-    *,
-    chunk_tiles: int,
+    encoder: VisionEncoder, batch: StepBatch, device: torch.device, *, chunk_tiles: int
 ) -> Tensor:
-    """ViT outputs of this rank's tiles, a chunk at a time.
+    """ViT outputs of this rank's tiles, `chunk_tiles` at a time.
 
-    Args:
-        encoder: the vision encoder; where its ViT is trained, only the features are kept for the
-            backward pass, and what lies between is computed again chunk by chunk.
-        batch: the step.
-        device: where to compute.
-        chunk_tiles: tiles of a chunk.
+    Where the ViT is trained, only the features are kept for the backward pass; what lies between is
+    computed again chunk by chunk.
 
     Returns:
         [N, P, D], patch features without the class token.
@@ -58,20 +49,13 @@ def tile_features(
 class VisualTokens:
     """Visual tokens of all packs of a step under one plan each, cut from the encoder's graph."""
 
-    def __init__(
-        self,
-        outputs_VH: Tensor,
-        exchange: TokenExchange,
-        *,
-        trained: bool,
-    ) -> None:
+    def __init__(self, outputs_VH: Tensor, exchange: TokenExchange, *, trained: bool) -> None:
         """Deliver tokens; called by every rank of the replica.
 
         Args:
-            outputs_VH: [V, H], what the encoder made of this rank's tiles; holds its graph where it
-                is trained.
+            outputs_VH: what the encoder made of this rank's tiles, with its graph if it is trained.
             exchange: the way to the ranks that embed tokens.
-            trained: whether gradients are wanted.
+            trained: whether gradients will be carried back.
         """
         self._outputs_VH, self._exchange = outputs_VH, exchange
         with phase("deliver tokens"):
@@ -98,8 +82,7 @@ class VisualTokens:
         return None if self.leaves is None else self.leaves[index]
 
     def backward(self) -> None:
-        """Carry the gradients that the language model left back through connectors and ViT; every
-        rank calls it."""
+        """Carry the language model's gradients back through the encoder; every rank calls it."""
         with phase("return gradients"):
             grad_VH = self._exchange.give_back(self._grad_VH, like=self._outputs_VH)
         with phase("encoder backward"):
@@ -120,21 +103,18 @@ def visual_tokens(
 
     Args:
         encoder: its connectors are used.
-        features_NPD: [N, P, D], ViT outputs of this rank's tiles.
+        features_NPD: ViT outputs of this rank's tiles.
         batch: the step.
         plans: [N] bool a pack, on the CPU, True = compressed; None: nothing is.
         trained: whether gradients will be carried back.
         groups: process groups.
-
-    Returns:
-        The tokens, where they are embedded.
     """
     if plans is None:
         plans = [torch.zeros(pack.num_tiles, dtype=torch.bool) for pack in batch.packs]
-    mine_N = torch.cat(list(plans))[batch.share.mine]
+    compressed_N = torch.cat(list(plans))[batch.share.mine]
     with phase("encode"), torch.set_grad_enabled(trained):
         outputs_VH = encoder.visual_tokens(
-            features_NPD if trained else features_NPD.detach(), mine_N
+            features_NPD if trained else features_NPD.detach(), compressed_N
         )
     exchange = TokenExchange([encoder.tokens_per_tile(plan) for plan in plans], batch.share, groups)
     return VisualTokens(outputs_VH, exchange, trained=trained)

@@ -152,7 +152,7 @@ def test_a_step_is_the_same_and_the_policy_pass_runs_without_the_reference(
         reference.register_forward_pre_hook(lambda *_, count=count: count("reference"))
         policy.register_forward_pre_hook(lambda *_, count=count: count("policy"))
         batch = share_step(as_blocks(next_packs(run)), groups=groups)
-        sums = consistency_step(run.policy, run.reference, batch, groups=groups)
+        sums = consistency_step(run, batch)
         found.append((sums.loss, main_grads(run)))
     # Two packs without offload, then two with it.
     assert away == {"reference": [0, 0, len(params) - 1, len(params) - 1], "policy": [0, 0, 0, 0]}

@@ -129,7 +129,7 @@ def test_loss_and_every_gradient_equal_plain_autograd(
     run.policy.zero_grad()
     policy = run.policy
     if stage == "pretrain":
-        sums = pretrain_step(policy, share_step(as_blocks(packs), groups=groups), groups=groups)
+        sums = pretrain_step(run, share_step(as_blocks(packs), groups=groups))
         logits = [naive_loss(policy.encoder, policy.head, pack, view=None) for pack in packs]
         rows = [
             F.cross_entropy(each, pack.labels, reduction="none")
@@ -137,9 +137,7 @@ def test_loss_and_every_gradient_equal_plain_autograd(
         ]
     else:
         assert run.reference is not None
-        sums = consistency_step(
-            policy, run.reference, share_step(as_blocks(packs), groups=groups), groups=groups
-        )
+        sums = consistency_step(run, share_step(as_blocks(packs), groups=groups))
         rows = []
         for pack in packs:
             with torch.no_grad():
@@ -184,9 +182,7 @@ def test_equal_policy_and_reference_without_compression_give_exactly_zero(
     run.policy.train_mode()
     run.policy.zero_grad()
     assert run.reference is not None
-    sums = consistency_step(
-        run.policy, run.reference, share_step(as_blocks(packs), groups=groups), groups=groups
-    )
+    sums = consistency_step(run, share_step(as_blocks(packs), groups=groups))
     assert float(sums.loss) == 0.0
     assert all(float(grad.abs().max()) == 0.0 for grad in main_grads(run).values())
 
@@ -216,9 +212,7 @@ def test_splitting_packs_changes_nothing(
         run.policy.train_mode()
         run.policy.zero_grad()
         assert run.reference is not None
-        sums = consistency_step(
-            run.policy, run.reference, share_step(as_blocks(packs), groups=groups), groups=groups
-        )
+        sums = consistency_step(run, share_step(as_blocks(packs), groups=groups))
         found.append(
             (sorted(key for pack in packs for key in pack.keys), float(sums.loss), main_grads(run))
         )
@@ -245,7 +239,7 @@ def test_router_labels_and_gradients_equal_the_plain_computation(
     assert run.reference is not None
     eps = run.cfg.stage.router_eps
     batch = share_step(as_blocks(packs), groups=groups, whole_images=granularity == "image")
-    sums = router_step(run.policy, run.reference, run.window, batch, eps=eps, groups=groups)
+    sums = router_step(run, batch)
 
     ratios, logits = [], []
     policy, reference = run.policy, run.reference

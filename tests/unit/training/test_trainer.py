@@ -139,7 +139,7 @@ def test_router_steps_without_an_image_teach_nothing(
 
 
 @pytest.mark.parametrize(
-    "during", ["set_up", "_step"]
+    "during", ["set_up", "compute_gradients"]
 )  # while the weights are loaded, and in the first step
 def test_sigterm_ends_the_run_with_a_checkpoint(
     during: str,

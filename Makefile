@@ -1,11 +1,12 @@
-# All from a fresh clone: `make test` and `make demo` make the environment first. `make help` lists the targets.
+# All from a fresh clone: `make test` and `make demo` make the environment first. `make help` lists
+# the targets.
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# python3 when it is new enough, else 3.12 or 3.13 by name; `make PYTHON=...` overrides. Each is run, not only found: a
-# pyenv shim exists also for versions that are not installed.
+# python3 when it is new enough, else 3.12 or 3.13 by name; `make PYTHON=...` overrides. Each is run,
+# not only found: a pyenv shim exists also for versions that are not installed.
 PYTHON ?= $(shell for python in python3 python3.12 python3.13; do \
 	if $$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then echo $$python; break; fi; done)
 
@@ -13,7 +14,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.13; do \
 # TransformerEngine are its container's. Packages that lie elsewhere: make gpu PYTHONPATH=/folder
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
-.PHONY: help venv test gpu test-slow test-large lint demo demo-quick clean
+.PHONY: help venv test gpu test-quick test-large lint demo demo-quick clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,8 +32,8 @@ $(STAMP): setup.py constraints.txt
 test: $(STAMP)  ## every test that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-test-slow: $(STAMP)  ## only the tests marked slow (`make test` runs them too)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+test-quick: $(STAMP)  ## the quick ones of tests/unit and tests/policy: for the work in between
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/policy -m 'not slow'
 
 test-large: $(STAMP)  ## convert 8 GB both ways: memory, and speed against a copy (needs 40 GB of disk)
 	OMP_NUM_THREADS=1 VICO_TEST_GB=8 $(BIN)/python -m pytest tests/test_large_conversion.py
@@ -48,7 +49,7 @@ lint: $(STAMP)  ## ruff and mypy
 demo: $(STAMP)  ## the whole method at toy size on the CPU, with a table and pictures (at most 20 minutes on 2 cores)
 	$(BIN)/python examples/quickstart/run.py
 
-demo-quick: $(STAMP)  ## the same with few steps (3 minutes; mechanics, not quality)
+demo-quick: $(STAMP)  ## the same with few steps (2 minutes; mechanics, not quality)
 	$(BIN)/python examples/quickstart/run.py --quick
 
 clean:  ## remove the environment, caches and build files; runs/ stays

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from megatron_vico.vico.compression_plan import plan_none
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 ROWS = ("vanilla", "vanilla_vir", "all_compress", "random_compress", "image_level", "vico")
 STAGES = ("pretrain", "warmup", "consistency", "router", "router_image")
@@ -38,7 +39,6 @@ def losses(run: Path, stage: str) -> list[float]:
     ]
 
 
-@pytest.mark.slow
 def test_the_table_has_its_rows_and_their_figures_fit_together(run: Path) -> None:
     rows = json.loads((run / "results.json").read_text())
     assert [row["row"] for row in rows] == list(ROWS)
@@ -57,7 +57,6 @@ def test_the_table_has_its_rows_and_their_figures_fit_together(run: Path) -> Non
         assert row["visual_token_reduction"] == pytest.approx(0.75 * row["compressed_tiles"])
 
 
-@pytest.mark.slow
 def test_every_stage_learns_and_reports(run: Path) -> None:
     for stage in ("pretrain", "consistency"):
         found = losses(run, stage)
@@ -70,7 +69,6 @@ def test_every_stage_learns_and_reports(run: Path) -> None:
         assert list((run / stage / "tensorboard").iterdir())
 
 
-@pytest.mark.slow
 def test_the_export_has_router_and_second_connector(run: Path) -> None:
     config = json.loads((run / "flash" / "config.json").read_text())
     assert config["flash_mode"] is True
@@ -85,7 +83,6 @@ def test_the_export_has_router_and_second_connector(run: Path) -> None:
     } <= keys
 
 
-@pytest.mark.slow
 def test_the_pictures_are_there(run: Path) -> None:
     for name in ("routing.png", "loss.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")

@@ -1,9 +1,8 @@
-"""The whole method at toy size on the CPU: data, tokenizer, shards, five training stages, Flash
-export, evaluation.
+"""The whole method at toy size on the CPU: data, five training stages, export, evaluation.
 
 Run: python examples/quickstart/run.py            (make demo; at most 20 minutes on 2 cores)
-     python examples/quickstart/run.py --quick (make demo-quick; 3 minutes, mechanics and not
-     quality) python examples/quickstart/run.py --resume   (go on where an interrupted run stopped)
+     python examples/quickstart/run.py --quick    (make demo-quick; mechanics, not quality)
+     python examples/quickstart/run.py --resume   (go on where an interrupted run stopped)
 
 Every step is a command that can be run by itself; the driver prints it.
 """
@@ -35,19 +34,18 @@ class Stage:
     """Stage whose checkpoint it starts from."""
 
     quick_iters: int
-    """Steps under --quick: enough for losses to fall and for the router to see that tiles
-    differ."""
+    """Steps under --quick: enough for the losses of pretrain and consistency to fall."""
 
     reference: str | None = None
     """Stage whose checkpoint is the frozen reference, where that is not `start`."""
 
 
 STAGES = (
-    Stage(name="pretrain", start=None, quick_iters=60),
-    Stage(name="warmup", start="pretrain", quick_iters=12),
+    Stage(name="pretrain", start=None, quick_iters=30),
+    Stage(name="warmup", start="pretrain", quick_iters=6),
     Stage(name="consistency", start="warmup", quick_iters=30),
-    Stage(name="router", start="consistency", quick_iters=20, reference="pretrain"),
-    Stage(name="router_image", start="consistency", quick_iters=20, reference="pretrain"),
+    Stage(name="router", start="consistency", quick_iters=8, reference="pretrain"),
+    Stage(name="router_image", start="consistency", quick_iters=8, reference="pretrain"),
 )
 
 
@@ -230,8 +228,7 @@ def main() -> int:
 
 
 def execute(step: Step, run: Path) -> int:
-    """Run one step's command; its output goes to its log, and what is worth showing to the
-    terminal.
+    """Run one step's command: all output to its log, what is worth showing to the terminal.
 
     Args:
         step: what to run.

@@ -94,14 +94,18 @@ def weights_of(
 ) -> tuple["VisionEncoder", "LanguageModel"]:
     """Encoder and language model of a toy run's checkpoint."""
     from megatron_vico.checkpoint import training_checkpoint
-    from megatron_vico.config.registry import get_model_config
+    from megatron_vico.checkpoint.run_folder import model_of_run
     from megatron_vico.parallel.groups import started
     from megatron_vico.training.setup import build_modules, named_modules
 
+    model = model_of_run(folder, iteration=iteration)
     with started(cfg.parallel, seed=1, timeout_minutes=1) as groups:
-        encoder, chunks = build_modules(cfg, get_model_config("toy"), groups)
+        encoder, chunks = build_modules(cfg, model, groups)
         training_checkpoint.load_weights(
-            folder, modules=named_modules(encoder, chunks), model_size="toy", iteration=iteration
+            folder,
+            modules=named_modules(encoder, chunks),
+            model_size=model.name,
+            iteration=iteration,
         )
     return encoder, chunks[0]
 

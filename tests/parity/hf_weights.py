@@ -139,9 +139,10 @@ def _vision_weights(encoder: VisionEncoder) -> Iterator[tuple[str, Tensor]]:
 
 def _language_weights(language_model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
     language, gpt = language_model.language, language_model.gpt
-    yield "model.language_model.embed_tokens.weight", gpt.embedding.word_embeddings.weight
+    real = slice(language.vocab_size)  # without the rows that pad the vocabulary
+    yield "model.language_model.embed_tokens.weight", gpt.embedding.word_embeddings.weight[real]
     yield "model.language_model.norm.weight", gpt.decoder.final_layernorm.weight
-    yield "lm_head.weight", gpt.output_layer.weight
+    yield "lm_head.weight", gpt.output_layer.weight[real]
     for index, layer in enumerate(gpt.decoder.layers):
         prefix, params = f"model.language_model.layers.{index}.", dict(layer.named_parameters())
         yield prefix + "input_layernorm.weight", params["input_layernorm.weight"]

@@ -1,0 +1,164 @@
+"""Models that are no preset: from transformers to Megatron's form, a step of training, and out
+again, to be loaded by transformers itself."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModel, InternVLForConditionalGeneration, dynamic_module_utils
+
+from megatron_vico import files
+from megatron_vico.checkpoint.run_folder import read_metadata, resolve_model
+from megatron_vico.config.config_json import differences
+from megatron_vico.config.registry import ModelConfig, get_model_config
+from megatron_vico.config.schema import RunConfig
+from megatron_vico.convert import convert
+from megatron_vico.convert.names.internvl import LAYOUTS
+from megatron_vico.models.internvl import VisionEncoder
+from megatron_vico.models.language_model import LanguageModel
+from megatron_vico.training.trainer import train
+from tests.parity.hf_weights import transformers_model
+from tests.toy_models import make_encoder, make_language_model, pack, random_tiles
+from tests.training_runs import ToyData, toy_config, weights_of
+
+
+def odd(base: str, *, vision: dict[str, Any], language: dict[str, Any]) -> ModelConfig:
+    model = get_model_config(base)
+    return replace(
+        model,
+        name="odd",
+        vision=replace(model.vision, **vision),
+        language=replace(model.language, **language),
+    )
+
+
+ODD = {
+    "added tokens": odd("toy", vision={}, language={"vocab_size": 517}),
+    "pruned": odd("toy-6b", vision={"num_layers": 1}, language={"num_layers": 3}),
+    "another width": odd(
+        "toy-moe",
+        vision={"hidden_size": 36, "num_heads": 3, "patch_size": 4},
+        language={"hidden_size": 40, "num_experts": 3, "moe_ffn_hidden_size": 24, "num_heads": 6},
+    ),
+}
+# Of transformers' own fields; what is said of dtypes, dropout and classes may differ.
+ARCHITECTURE = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("image_size", "patch_size", "norm_type", "attention_bias", "use_qk_norm", "layer_norm_eps"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "rms_norm_eps", "hidden_act"),
+    *("num_experts_per_tok", "moe_intermediate_size"),
+)
+
+
+def read_all(folder: Path) -> dict[str, Tensor]:
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Names, formats and every bit."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def assert_same_architecture(found: Path, expected: Path) -> None:
+    one, other = (files.read_json(folder / "config.json") for folder in (found, expected))
+    for part in ("vision_config", "text_config"):
+        stated = {name: one[part][name] for name in ARCHITECTURE if name in other[part]}
+        assert stated == {name: other[part][name] for name in stated}
+    assert one["image_token_id"] == other["image_token_id"]
+
+
+@torch.no_grad()
+def assert_equal_logits(
+    folder: Path, encoder: VisionEncoder, language_model: LanguageModel
+) -> None:
+    model = encoder.model
+    loaded, loading = InternVLForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(loading.values()), loading
+    num_tokens, count = 40, model.visual_tokens_per_tile
+    inputs = pack([num_tokens], visual_positions=range(3, 3 + count))
+    token_ids = inputs.token_ids_T.clone()
+    token_ids[inputs.visual_positions_V] = model.image_token_id
+    pixels = encoder.normalise(random_tiles(model, 1))
+    expected = loaded.eval()(
+        input_ids=token_ids[None],
+        pixel_values=pixels,
+        attention_mask=torch.ones(1, num_tokens, dtype=torch.int64),
+    ).logits[0]
+    tokens = encoder.visual_tokens(encoder.features(pixels), None)
+    found = language_model.response_logits(language_model(inputs, tokens))
+    assert found.size(-1) == model.language.vocab_size
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)  # measured: at most 4e-6
+
+
+def stage(data: ToyData, name: str, start: Path, save: Path) -> RunConfig:
+    """No --model-size: the checkpoint says it."""
+    return toy_config(
+        data, name, train_iters=1, pretrained_checkpoint=str(start), save=str(save), lr=1e-2
+    )
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_model_of_no_preset_comes_in_trains_and_goes_out(
+    name: str,
+    toy_data: ToyData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    single_process_groups: None,
+) -> None:
+    model, source = ODD[name], tmp_path / "source"
+    transformers_model(make_encoder(model), make_language_model(model)).save_pretrained(source)
+    expected = read_all(source)
+
+    start = convert.convert(source, output=tmp_path / "start", layout="megatron")
+    metadata = read_metadata(start)
+    described = replace(metadata.model, vir_num_heads=model.vir_num_heads)  # no router in `hf`
+    assert not differences(described, model)
+    assert metadata.model_size == metadata.model.name
+    assert metadata.model_size.startswith("custom-")
+    back = convert.convert(start, output=tmp_path / "back", layout="hf")
+    assert_same(read_all(back), expected)
+    assert_same_architecture(back, source)
+
+    pretrain = stage(toy_data, "pretrain", start, tmp_path / "pretrained")
+    train(pretrain)
+    consistency = stage(toy_data, "consistency", tmp_path / "pretrained", tmp_path / "run")
+    train(consistency)
+    assert resolve_model(consistency) == metadata.model
+    run = tmp_path / "run"
+    assert read_metadata(run) == replace(
+        metadata, stage="consistency", iteration=1, has_optimizer=True, optimizer="replicated"
+    )
+    encoder, language_model = weights_of(consistency, run)
+    exported = {layout: tmp_path / layout for layout in LAYOUTS}
+    for layout, folder in exported.items():
+        convert.convert(run, output=folder, layout=layout)
+    trained = read_all(exported["hf"])
+    assert trained.keys() == expected.keys()
+    assert any(not torch.equal(trained[key], expected[key]) for key in expected)
+    assert_same_architecture(exported["hf"], source)
+    assert_equal_logits(exported["hf"], encoder.eval(), language_model.eval())
+
+    # Each of the layouts comes in again, bit for bit.
+    for layout, folder in exported.items():
+        again = convert.convert(folder, output=tmp_path / f"{layout}-again", layout="megatron")
+        out = convert.convert(again, output=tmp_path / f"{layout}-out", layout=layout)
+        assert_same(read_all(out), read_all(folder))
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    _, loading = AutoModel.from_pretrained(
+        exported["flash"], trust_remote_code=True, output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(loading.values()), loading

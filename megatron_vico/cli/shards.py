@@ -15,10 +15,10 @@ from megatron_vico.data.shards.mixture import MIXTURE_NAME
 from megatron_vico.data.shards.reader import ShardFolder
 from megatron_vico.errors import ConfigError
 from megatron_vico.shard_tools.pool import usable_cpus
+from megatron_vico.shard_tools.reindex import index_shards
 from megatron_vico.shard_tools.sources import FrameOptions
 from megatron_vico.shard_tools.writer import (
     WriterOptions,
-    index_shards,
     make_mixture,
     make_shards,
     table_of_causes,

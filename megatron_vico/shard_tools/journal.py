@@ -1,13 +1,13 @@
-"""What of a half-made folder of shards is finished, so that making goes on where it was
-interrupted, also by a kill.
+"""What of a half-made folder of shards is finished, so that making goes on after an interruption.
 
-`journal.jsonl` in the half-made folder: what is made from what, then one line for each finished run
-of lines. A complete folder has `made.json` instead, which holds the first of these.
+Beside its shards, a half-made folder has `made.json` (what they are made from) and `journal/`, with
+a file for each finished run of lines: which shards it became, and what was left out. Hashes of
+shards alone would not do: a run may have become none or several, and its skipped samples count.
 """
 
 import fcntl
 import json
-import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +15,9 @@ from typing import Any
 
 from megatron_vico.data.shards.index import INDEX_NAME, ShardFiles, hash_of_file
 from megatron_vico.errors import ConfigError
+from megatron_vico.files import write_text
 
-JOURNAL_NAME = "journal.jsonl"
+JOURNAL_NAME = "journal"
 MADE_NAME = "made.json"
 
 
@@ -36,6 +37,13 @@ class FinishedRun:
     skipped: tuple[str, ...]
     """One message for each sample left out."""
 
+    @classmethod
+    def read(cls, path: Path) -> "FinishedRun":
+        """As `Journal.add` wrote it."""
+        fields = json.loads(path.read_bytes())
+        shards = tuple(ShardFiles(**shard) for shard in fields["shards"])
+        return cls(**fields | {"shards": shards, "skipped": tuple(fields["skipped"])})
+
 
 class Journal:
     """The journal of a half-made folder; only one process at a time can have it."""
@@ -52,32 +60,39 @@ class Journal:
             ConfigError: if another process has the folder, or something finished in it is made from
                 something else.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
-        self._file = (folder / JOURNAL_NAME).open("a+b")
-        self._file.seek(0)
+        self._folder, self._runs = folder, folder / JOURNAL_NAME
+        self._runs.mkdir(parents=True, exist_ok=True)
+        self._lock = (self._runs / "lock").open("w")
         self.finished: dict[int, FinishedRun] = {}
         """By number of the run."""
         try:
-            self._lock()
-            self._read(made)
+            self._take_lock()
+            runs = map(FinishedRun.read, self._runs.glob("*.json"))
+            self.finished = {run.number: run for run in runs if self._is_whole(run)}
+            if self.finished:
+                check_made(json.loads((folder / MADE_NAME).read_bytes()), made, where=folder)
+            else:
+                write_text(folder / MADE_NAME, json.dumps(made, indent=1))
+            self._remove_unfinished()
         except BaseException:
             self.close()
             raise
-        self._remove_unfinished()
 
     def add(self, run: FinishedRun) -> None:
         """Note that a run's files are complete."""
-        self._write(asdict(run))
+        write_text(self._path(run.number), json.dumps(asdict(run)))
         self.finished[run.number] = run
 
     def close(self) -> None:
         """Let other processes have the folder."""
-        self._file.close()
+        self._lock.close()
 
-    def _lock(self) -> None:
+    def _path(self, number: int) -> Path:
+        return self._runs / f"{number:06d}.json"
+
+    def _take_lock(self) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
                 f"{self._folder}: another process is making it; wait for it, or end it."
@@ -85,26 +100,8 @@ class Journal:
         except OSError:
             pass  # a file system without locks
 
-    def _read(self, made: Mapping[str, Any]) -> None:
-        lines: list[dict[str, Any]] = []
-        end = 0
-        for line in self._file:
-            if not line.endswith(b"\n"):
-                break  # a kill cut it short
-            lines.append(json.loads(line))
-            end += len(line)
-        finished = [_finished_run(line) for line in lines[1:]]
-        self.finished = {run.number: run for run in finished if self._is_whole(run)}
-        if self.finished:
-            check_made(lines[0], made, where=self._folder)
-            self._file.truncate(end)
-        else:
-            self._file.truncate(0)
-            self._write(dict(made))
-
     def _is_whole(self, run: FinishedRun) -> bool:
-        """Whether the files are there, as long as they were; tar files are not read, for they may
-        be many TB."""
+        """Whether the files are there; of tar files, which may be many TB, only sizes are read."""
         return all(
             (self._folder / shard.name).is_file()
             and (self._folder / shard.name).stat().st_size == shard.num_bytes
@@ -114,25 +111,18 @@ class Journal:
         )
 
     def _remove_unfinished(self) -> None:
-        kept = {
-            name
-            for run in self.finished.values()
-            for s in run.shards
-            for name in (s.name, s.index_name)
-        }
-        for path in self._folder.iterdir():
-            if path.name not in kept and path.name.startswith(("shard-", INDEX_NAME, MADE_NAME)):
+        kept = {self._path(number) for number in self.finished}
+        for run in self.finished.values():
+            for shard in run.shards:
+                kept |= {self._folder / shard.name, self._folder / shard.index_name}
+        for pattern in ("shard-*", f"{INDEX_NAME}*", f"{JOURNAL_NAME}/*.json*"):
+            for path in set(self._folder.glob(pattern)) - kept:
                 path.unlink()
 
-    def _write(self, content: dict[str, Any]) -> None:
-        self._file.write(json.dumps(content).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
 
-
-def _finished_run(fields: dict[str, Any]) -> FinishedRun:
-    shards = tuple(ShardFiles(**shard) for shard in fields["shards"])
-    return FinishedRun(**fields | {"shards": shards, "skipped": tuple(fields["skipped"])})
+def remove_journal(folder: Path) -> None:
+    """Leave of a folder only what belongs into a complete one."""
+    shutil.rmtree(folder / JOURNAL_NAME, ignore_errors=True)
 
 
 def check_made(before: Mapping[str, Any], now: Mapping[str, Any], *, where: Path) -> None:

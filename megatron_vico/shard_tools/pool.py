@@ -1,28 +1,21 @@
-"""Work on shards, spread over processes: tasks in, results out as they are ready, and progress on
-the way."""
+"""Work on shards, spread over processes: tasks in, a stream of progress and results out."""
 
-import multiprocessing
 import os
-import pickle
-import signal
-import tempfile
-import threading
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache
-from multiprocessing.connection import wait as wait_for_end
-from pathlib import Path
+import time
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm import tqdm
 
+from megatron_vico.data.load.worker_life import live_as_long_as_parent
 from megatron_vico.errors import ConfigError
 
-type Note = Callable[[int, int], None]
-"""Told of progress: samples and bytes since it was last called."""
-
-POLL_S = 0.5
+PROGRESS_S = 0.2
+"""Between two reports of progress of a worker: a message costs more than a small sample."""
 
 
 def usable_cpus() -> int:
@@ -30,130 +23,119 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def run_tasks[S, T, R](
-    work: Callable[[S, T, Note], R], tasks: Sequence[T], *, shared: S, num_workers: int, note: Note
-) -> Generator[R]:
-    """Do `work(shared, task, note)` for every task.
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a task has done since it last told of it."""
 
-    Leave the iterator with `contextlib.closing`: workers then stop at their next sample, also after
-    an error.
+    num_samples: int
+    num_bytes: int
+
+
+@contextmanager
+def run_tasks[S, T, R](
+    work: Callable[[S, T], Iterator[R | Progress]],
+    tasks: Sequence[T],
+    *,
+    shared: S,
+    num_workers: int,
+    kept: str = "",
+) -> Iterator[Iterator[R | Progress]]:
+    """What `work(shared, task)` yields, for every task, in the order in which it is ready.
+
+    At the end of the block workers stop where they next yield something.
 
     Args:
-        work: a function of a module, for workers import it.
-        tasks: what is to be done; each is pickled.
-        shared: what all tasks need (a tokenizer); every worker unpickles it once.
+        work: what to do; yields `Progress` on the way, some of which is passed on together.
+        tasks: dealt out to the processes beforehand, as cards are.
+        shared: what all tasks need (a tokenizer).
         num_workers: processes; with 1, or one task, everything happens in this one.
-        note: is told of progress, in this process.
-
-    Yields:
-        Results, in the order in which they are ready.
+        kept: a clause of what is not lost when a worker is killed, for the error.
 
     Raises:
-        ConfigError: if a worker was killed.
+        ConfigError: if a worker was killed; torch says so anywhere in the block.
     """
-    if min(num_workers, len(tasks)) <= 1:
-        for task in tasks:
-            yield work(shared, task, note)
-        return
-    context = multiprocessing.get_context(
-        "forkserver"
-    )  # threads of this process make a plain fork unsafe
-    context.set_forkserver_preload([work.__module__])
-    with tempfile.TemporaryDirectory() as folder:
-        progress = _Progress(Path(folder) / "progress", num_tasks=len(tasks))
-        pool = ProcessPoolExecutor(
-            min(num_workers, len(tasks)), mp_context=context, initializer=_prepare_worker
+    num_workers = min(num_workers, len(tasks))
+    results = _results(_Stream(work, tasks, shared), num_workers if num_workers > 1 else 0)
+    try:
+        with closing(results):
+            yield results
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise ConfigError(
+            f"one of {num_workers} worker processes was killed, probably for want of memory;"
+            f" {kept}give the same command again, with fewer --workers if it happens again."
+        ) from error
+
+
+def with_progress[R](
+    results: Iterator[R | Progress], *, total: int | None, done: int, shown: bool
+) -> Iterator[R]:
+    """The results alone; the progress among them moves a bar, which begins at `done` samples."""
+    num_bytes = 0
+    with tqdm(total=total, initial=done, unit=" samples", disable=not shown) as bar:
+        for item in results:
+            if isinstance(item, Progress):
+                num_bytes += item.num_bytes
+                bar.set_postfix_str(tqdm.format_sizeof(num_bytes, "B"), refresh=False)
+                bar.update(item.num_samples)
+            else:
+                yield item
+
+
+def _results[R](stream: IterableDataset[R], num_workers: int) -> Generator[Any]:
+    with warnings.catch_warnings():
+        # Of more workers than CPUs: they were asked for.
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        loader = DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=num_workers,
+            collate_fn=_unchanged,
+            in_order=False,  # a worker that decodes a long video does not hold up the others
+            worker_init_fn=live_as_long_as_parent,
         )
-        content = pickle.dumps(shared)
+        items = iter(loader)
+    for item in items:
+        if isinstance(item, _Failure):
+            raise item.error
+        yield item
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error in a worker; torch would put its traceback into the message."""
+
+    error: Exception
+
+
+class _Stream[S, T, R](IterableDataset[R | Progress | _Failure]):
+    """What the tasks yield; in a worker process, what its share of them does."""
+
+    def __init__(
+        self, work: Callable[[S, T], Iterator[R | Progress]], tasks: Sequence[T], shared: S
+    ) -> None:
+        self._work, self._tasks, self._shared = work, tasks, shared
+
+    def __iter__(self) -> Iterator[R | Progress | _Failure]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        samples = num_bytes = 0
+        due = time.monotonic()
         try:
-            waiting = {
-                pool.submit(_run, work, content, task, progress.of(i))
-                for i, task in enumerate(tasks)
-            }
-            while waiting:
-                done, waiting = wait(waiting, timeout=POLL_S, return_when=FIRST_COMPLETED)
-                note(*progress.news())
-                # What is done is done, also when a worker died meanwhile.
-                for future in sorted(done, key=lambda future: future.exception() is not None):
-                    yield future.result()
-        except BrokenProcessPool as error:
-            raise ConfigError(
-                f"one of {num_workers} worker processes was killed, probably for want of memory;"
-                " finished work is kept: give the same command again, with fewer --workers if it"
-                " happens again."
-            ) from error
-        finally:
-            progress.stop()
-            pool.shutdown(cancel_futures=True)
+            for task in self._tasks[first::step]:
+                for item in self._work(self._shared, task):
+                    if not isinstance(item, Progress):
+                        yield item
+                        continue
+                    samples, num_bytes = samples + item.num_samples, num_bytes + item.num_bytes
+                    if time.monotonic() >= due:
+                        yield Progress(num_samples=samples, num_bytes=num_bytes)
+                        samples, num_bytes, due = 0, 0, time.monotonic() + PROGRESS_S
+            yield Progress(num_samples=samples, num_bytes=num_bytes)
+        except Exception as error:
+            yield _Failure(error)
 
 
-class _Stopped(Exception):
-    """The parent wants no more results."""
-
-
-class _Progress:
-    """Samples and bytes of each task, and a stop sign in the last row: a file that parent and
-    workers share."""
-
-    def __init__(self, path: Path, *, num_tasks: int) -> None:
-        self._path = path
-        self._counts = np.memmap(path, dtype=np.int64, mode="w+", shape=(num_tasks + 1, 2))
-        self._seen = np.zeros(2, dtype=np.int64)
-
-    def of(self, task: int) -> "_TaskProgress":
-        """What a worker is given to note progress of a task with."""
-        return _TaskProgress(self._path, task)
-
-    def news(self) -> tuple[int, int]:
-        """Samples and bytes since the last call."""
-        total = self._counts[:-1].sum(axis=0)
-        samples, num_bytes = (total - self._seen).tolist()
-        self._seen = total
-        return samples, num_bytes
-
-    def stop(self) -> None:
-        """Make the next call of every `_TaskProgress` raise."""
-        self._counts[-1] = 1
-
-
-class _TaskProgress:
-    """A task's row of the shared file."""
-
-    def __init__(self, path: Path, task: int) -> None:
-        self._path, self._task = path, task
-
-    def open(self) -> Note:
-        """The function that work calls for every sample."""
-        counts = np.memmap(self._path, dtype=np.int64, mode="r+").reshape(-1, 2)
-
-        def note(samples: int, num_bytes: int) -> None:
-            if counts[-1, 0]:
-                raise _Stopped
-            counts[self._task] += samples, num_bytes
-
-        return note
-
-
-@lru_cache(maxsize=1)
-def _unpickled(content: bytes) -> Any:
-    return pickle.loads(content)
-
-
-def _run[S, T, R](
-    work: Callable[[S, T, Note], R], content: bytes, task: T, progress: _TaskProgress
-) -> R:
-    return work(_unpickled(content), task, progress.open())
-
-
-def _prepare_worker() -> None:
-    """Leave Ctrl-C to the parent, and end when it ends: an idle worker would wait for ever for a
-    killed one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "only for workers"
-    wait_for_end([parent.sentinel])
-    os._exit(1)
+def _unchanged[R](item: R) -> R:
+    return item

@@ -1,4 +1,4 @@
-"""One tar file of samples and the index beside it: written sample by sample, or counted anew.
+"""One tar file of samples and the index beside it: written sample by sample, read by its headers.
 
 The same samples give the same bytes, whatever the clock, the locale and the process.
 """
@@ -6,19 +6,15 @@ The same samples give the same bytes, whatever the clock, the locale and the pro
 import os
 import tarfile
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import webdataset
 
-from megatron_vico.data.encode.sample_encoder import SampleEncoder
 from megatron_vico.data.samples import ConversationSample, EncodedSample
 from megatron_vico.data.shards.index import IndexedSample, ShardFiles, ShardIndex, hash_of_file
-from megatron_vico.data.shards.reader import parse_sample, sample_json
+from megatron_vico.data.shards.reader import sample_json
 from megatron_vico.errors import SampleError
-
-NEW_INDEX = ".npz.new"
-"""Suffix of an index that `count_anew` wrote, until it takes the place of the old one."""
 
 
 class ShardWriter:
@@ -38,81 +34,77 @@ class ShardWriter:
     def add(
         self, sample: ConversationSample, *, suffixes: tuple[str, ...], encoded: EncodedSample
     ) -> int:
-        """Write a sample.
+        """Write a sample and return its bytes, tar headers not counted.
 
         Args:
             sample: what is written.
             suffixes: of each image file, without a dot.
             encoded: the same sample, for the index; its tiles may be blank.
-
-        Returns:
-            Bytes written, tar headers not counted.
         """
-        images = {
-            f"{i}.{suffix}": image
-            for i, (suffix, image) in enumerate(zip(suffixes, sample.images, strict=True))
-        }
+        numbered = enumerate(zip(suffixes, sample.images, strict=True))
+        images = {f"{i}.{suffix}": image for i, (suffix, image) in numbered}
         members = {"__key__": sample.key, "json": sample_json(sample), **images}
         num_bytes: int = self._writer.write(members)
         self.num_bytes += num_bytes
-        self._samples.append(
-            _indexed(encoded, members=())
-        )  # where they lie is known when the file is complete
+        # Where the members lie is known when the file is complete.
+        self._samples.append(indexed(encoded, members=()))
         return num_bytes
 
     def close(self) -> ShardFiles:
-        """Complete the tar file and write its index.
-
-        Returns:
-            Both files, as `index.json` lists them.
-        """
+        """Complete the tar file and write its index; both files as `index.json` lists them."""
         self._writer.close()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._temporary, self.path)
         members = members_of(self.path)
-        assert list(members) == [sample.key for sample in self._samples], (
-            "the tar file holds other samples"
-        )
+        keys = [sample.key for sample in self._samples]
+        assert list(members) == keys, "the tar file holds other samples"
         samples = [replace(sample, members=members[sample.key]) for sample in self._samples]
-        return _write_index(self.path, samples, index_path=self.path.with_suffix(".npz"))
+        return write_index(self.path, samples, index_path=self.path.with_suffix(".npz"))
 
     def discard(self) -> None:
         """Give up: leave no file behind, also where the disk is full."""
-        for opened in (
-            self._writer,
-            self._file,
-        ):  # the file alone, and tarfile would write its end into it later
+        # Closing the file alone is not enough: tarfile would write its end into it later.
+        for opened in (self._writer, self._file):
             with suppress(OSError):
                 opened.close()
         self._temporary.unlink(missing_ok=True)
 
 
-def count_anew(path: Path, *, encoder: SampleEncoder) -> ShardFiles:
-    """Read a tar file and write its index as `NAME.npz.new`, counted by `encoder`; nothing else is
-    needed or changed.
+@dataclass(frozen=True, kw_only=True)
+class TarHeaders:
+    """What a tar file's headers say, as far as they can be read."""
 
-    Args:
-        path: the tar file.
-        encoder: counts tokens and tiles.
+    members: dict[str, dict[int, tuple[int, int]]]
+    """(offset, size) by key and number: -1 the JSON, from 0 the images, from FOREIGN all else."""
 
-    Returns:
-        Both files, as `index.json` lists them once the new index has taken the old one's place.
+    end: int
+    """Byte at which the headers end or cannot be read any more."""
 
-    Raises:
-        SampleError: if the tar file or a sample in it is broken.
-    """
-    samples = []
-    with path.open("rb") as file:
-        for key, members in members_of(path).items():
-            parts = [os.pread(file.fileno(), size, offset) for offset, size in members]
-            sample = parse_sample(parts[0], key=key, images=parts[1:], where=str(path))
-            try:
-                samples.append(_indexed(encoder.encode_blank(sample), members=members))
-            except SampleError as error:
-                raise SampleError(f"{path}: {error}") from error
-    return _write_index(path, samples, index_path=path.with_suffix(NEW_INDEX))
+    error: str = ""
+    """Why they cannot be read any more."""
+
+
+FOREIGN = 1 << 30
+
+
+def read_headers(path: Path) -> TarHeaders:
+    """The headers of a tar file, which may be damaged."""
+    found: dict[str, dict[int, tuple[int, int]]] = {}
+    end, error = 0, ""
+    try:
+        with tarfile.open(path, "r:", encoding="utf-8") as tar:
+            for member in tar:
+                key, _, suffix = member.name.partition(".")
+                parts, number = found.setdefault(key, {}), suffix.partition(".")[0]
+                position = int(number) if number.isdecimal() else FOREIGN + len(parts)
+                place = (member.offset_data, member.size)
+                parts[-1 if suffix == "json" else position] = place
+                end = tar.offset
+    except tarfile.TarError as problem:
+        error = str(problem)
+    return TarHeaders(members=found, end=end, error=error)
 
 
 def members_of(path: Path) -> dict[str, tuple[tuple[int, int], ...]]:
@@ -121,42 +113,31 @@ def members_of(path: Path) -> dict[str, tuple[tuple[int, int], ...]]:
     Raises:
         SampleError: if the file is no complete tar file of samples.
     """
-    found: dict[str, dict[int, tuple[int, int]]] = {}
-    try:
-        with tarfile.open(path, encoding="utf-8") as tar:
-            for member in tar:
-                key, _, suffix = member.name.partition(".")
-                number = -1 if suffix == "json" else int(suffix.split(".")[0])
-                found.setdefault(key, {})[number] = (member.offset_data, member.size)
-        _check_end(
-            path,
-            max(
-                (offset + size for parts in found.values() for offset, size in parts.values()),
-                default=0,
-            ),
-        )
-    except (tarfile.TarError, ValueError) as error:
-        raise SampleError(
-            f"{path}: not a complete tar file of samples ({error}); copy it again."
-        ) from error
-    for key, parts in found.items():
+    headers = read_headers(path)
+    error = headers.error
+    with path.open("rb") as file:
+        # Two blocks of zeros follow the last member; without them, what was cut off may have been
+        # whole samples.
+        file.seek(headers.end)
+        if file.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
+            error = error or "unexpected end of data"
+    if error:
+        raise SampleError(f"{path}: not a complete tar file of samples ({error}); copy it again.")
+    for key, parts in headers.members.items():
         if sorted(parts) != list(range(-1, len(parts) - 1)):
             raise SampleError(
                 f"{path}: sample {key!r} lacks its JSON or an image; copy the file again."
             )
-    return {key: tuple(parts[number] for number in sorted(parts)) for key, parts in found.items()}
+    return {key: ordered(parts) for key, parts in headers.members.items()}
 
 
-def _check_end(path: Path, data_end: int) -> None:
-    """Two blocks of zeros follow the last member; without them, what was cut off may have been
-    whole samples."""
-    with path.open("rb") as file:
-        file.seek(-(-data_end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
-        if file.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
-            raise tarfile.ReadError("unexpected end of data")
+def ordered(parts: dict[int, tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """A sample's members as an index lists them: the JSON, then each image."""
+    return tuple(parts[number] for number in sorted(parts))
 
 
-def _indexed(encoded: EncodedSample, *, members: tuple[tuple[int, int], ...]) -> IndexedSample:
+def indexed(encoded: EncodedSample, *, members: tuple[tuple[int, int], ...]) -> IndexedSample:
+    """What an index keeps of a sample, whose tiles may be blank."""
     return IndexedSample(
         key=encoded.key,
         members=members,
@@ -166,7 +147,8 @@ def _indexed(encoded: EncodedSample, *, members: tuple[tuple[int, int], ...]) ->
     )
 
 
-def _write_index(path: Path, samples: list[IndexedSample], *, index_path: Path) -> ShardFiles:
+def write_index(path: Path, samples: list[IndexedSample], *, index_path: Path) -> ShardFiles:
+    """Write the index of a tar file; both files as `index.json` lists them."""
     ShardIndex.of(samples).write(index_path)
     return ShardFiles(
         name=path.name,

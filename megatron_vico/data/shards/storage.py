@@ -132,12 +132,35 @@ def open_storage(path: str | Path, options: StorageOptions) -> Storage:
     return RemoteStorage(str(path), options)
 
 
+class OpenFiles:
+    """Files that stay open, for reads at given places; safe to fork and to pickle."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, int] = {}
+
+    def read(self, path: Path, start: int, size: int) -> bytes:
+        """`size` bytes from byte `start` on; fewer only where the file ends before."""
+        if path not in self._files:
+            if len(self._files) >= MAX_OPEN_FILES:  # the one opened first makes room
+                os.close(self._files.pop(next(iter(self._files))))
+            self._files[path] = os.open(path, os.O_RDONLY)
+        # At an offset, so that processes that share the descriptor by a fork do not disturb each
+        # other.
+        return os.pread(self._files[path], size, start)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_files": {}}
+
+    def __del__(self) -> None:
+        for file in self._files.values():
+            os.close(file)
+
+
 class LocalStorage:
     """A folder of this machine; descriptors of its tar files stay open."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files: dict[str, int] = {}
+        self._folder, self._files = folder, OpenFiles()
 
     def where(self, name: str) -> str:
         """See `Storage`."""
@@ -156,9 +179,7 @@ class LocalStorage:
     def read_range(self, shard: ShardFiles, start: int, end: int) -> bytes:
         """See `Storage`."""
         with self._errors(shard.name):
-            # At an offset, so that processes that share the descriptor by a fork do not disturb
-            # each other.
-            return os.pread(self._file(shard.name), end - start, start)
+            return self._files.read(self._folder / shard.name, start, end - start)
 
     def sha256(self, shard: ShardFiles) -> str:
         """See `Storage`."""
@@ -176,21 +197,6 @@ class LocalStorage:
                 f"{self.where(name)}: cannot be read ({error}); check disk and rights.",
                 cause="unreadable shard",
             ) from error
-
-    def _file(self, name: str) -> int:
-        """An open file descriptor; the one opened first is closed when there are too many."""
-        if name not in self._files:
-            if len(self._files) >= MAX_OPEN_FILES:
-                os.close(self._files.pop(next(iter(self._files))))
-            self._files[name] = os.open(self._folder / name, os.O_RDONLY)
-        return self._files[name]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
-
-    def __del__(self) -> None:
-        for file in getattr(self, "_files", {}).values():
-            os.close(file)
 
 
 class RemoteStorage:

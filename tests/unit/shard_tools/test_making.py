@@ -4,24 +4,22 @@ the way."""
 import contextlib
 import functools
 import json
+import multiprocessing
 import os
 import re
 import resource
 import signal
-import subprocess
-import sys
 import time
 
 import psutil
 import pytest
 
 from megatron_vico.cli.shards import main
-from megatron_vico.data.encode.tokenizer import train_sentencepiece
 from megatron_vico.data.shards.reader import ShardFolder
 from megatron_vico.errors import ConfigError, SampleError
-from megatron_vico.shard_tools.journal import JOURNAL_NAME, Journal
-from megatron_vico.shard_tools.pool import run_tasks
-from megatron_vico.shard_tools.writer import WriterOptions, index_shards, make_mixture, make_shards
+from megatron_vico.shard_tools.journal import JOURNAL_NAME, MADE_NAME, Journal
+from megatron_vico.shard_tools.reindex import index_shards
+from megatron_vico.shard_tools.writer import WriterOptions, make_mixture, make_shards
 from tests.toy_data import write_conversations
 from tests.unit.conftest import SETTINGS
 from tests.unit.shard_tools.test_sources import frames_of, picture, row, write_tar
@@ -83,7 +81,8 @@ def test_a_full_disk_is_named_and_left_clean(tmp_path, make):
         pytest.raises(ConfigError, match=r"out: .*File too large; make room"),
     ):
         make(jsonl, tmp_path / "out", samples_per_shard=4)
-    assert [path.name for path in (tmp_path / "out.partial").iterdir()] == [JOURNAL_NAME]
+    left = sorted(path.name for path in (tmp_path / "out.incomplete").iterdir())
+    assert left == [JOURNAL_NAME, MADE_NAME]
     make(jsonl, tmp_path / "out", samples_per_shard=4)
     assert len(keys_of(tmp_path / "out")) == 8
 
@@ -159,104 +158,55 @@ def test_options_out_of_range_are_named(options, message):
         WriterOptions(**options)
 
 
-def wait_for_lines(path, number, process):
-    """Until a journal has as many lines; what a process writes is seen only by looking."""
+def wait_until(condition, what):
+    """What another process does is seen only by looking."""
     deadline = time.monotonic() + TIMEOUT_S
-    while not path.exists() or path.read_bytes().count(b"\n") < number:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline, "the journal does not grow"
-        time.sleep(0.05)
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("killed", ["worker", "all"])
-def test_making_goes_on_after_a_kill(tmp_path, killed):
-    raw, out = tmp_path / "raw", tmp_path / "out"
-    jsonl = write_conversations(raw, num_samples=12)
-    tokenizer = train_sentencepiece(
-        ["Answer in few words."], model_prefix=tmp_path / "tok", vocab_size=300
-    )
-    command = (
-        f"make --jsonl {jsonl} --samples-per-shard 4 --tokenizer-model {tokenizer} --model-size toy"
-    )
-    main(f"{command} --workers 1 --out {tmp_path / 'whole'}".split())
+@pytest.mark.parametrize("killed", ["workers", "all"])
+def test_making_goes_on_after_a_kill(tmp_path, make, killed):
+    jsonl = write_conversations(tmp_path / "raw", num_samples=12)
+    make(jsonl, tmp_path / "whole", samples_per_shard=4)
     # The second run of lines waits for ever for an image, a pipe that nobody writes to.
-    image = raw / "004_0.png"
-    image.rename(raw / "kept")
+    image, out = jsonl.parent / "004_0.png", tmp_path / "out"
+    image.rename(jsonl.parent / "kept")
     os.mkfifo(image)
-    words = [
-        sys.executable,
-        "-m",
-        "megatron_vico",
-        "shards",
-        *f"{command} --workers 2 --out {out}".split(),
-    ]
-    journal = tmp_path / "out.partial" / JOURNAL_NAME
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
-        wait_for_lines(journal, 3, process)
-        below = psutil.Process(process.pid).children(recursive=True)
-        if killed == "worker":
-            workers = [
-                worker
-                for child in psutil.Process(process.pid).children()
-                for worker in child.children()
-            ]
-            assert len(workers) == 2
-            for worker in workers:
-                worker.kill()
-            assert "worker processes was killed" in process.communicate(timeout=TIMEOUT_S)[1]
-            assert process.returncode == 2
-        else:
-            process.kill()
-            # The last words of the journal are cut off, and a file of an unfinished run is left.
-            process.wait(timeout=TIMEOUT_S)
-            journal.write_bytes(journal.read_bytes() + b'{"name": "conv')
-            (journal.parent / "shard-000001.npz").write_bytes(b"half")
-        assert psutil.wait_procs(below, timeout=TIMEOUT_S)[1] == []
+    maker = multiprocessing.get_context("fork").Process(
+        target=expect_a_killed_worker,
+        args=(lambda: make(jsonl, out, samples_per_shard=4, num_workers=2),),
+    )
+    maker.start()
+    half = tmp_path / "out.incomplete"
+    wait_until(lambda: len([*half.glob("journal/*.json")]) == 2, "two finished runs")
+    workers = psutil.Process(maker.pid).children(recursive=True)
+    assert len(workers) >= 1  # the one that wrote both runs may have ended
+    for process in workers if killed == "workers" else [maker]:
+        process.kill()
+    maker.join(TIMEOUT_S)
+    assert maker.exitcode == (0 if killed == "workers" else -signal.SIGKILL)
+    assert psutil.wait_procs(workers, timeout=TIMEOUT_S)[1] == []
     assert not out.exists()
-    finished = {path.name: path.stat() for path in journal.parent.glob("shard-00000[02].*")}
+    (half / "shard-000001.npz").write_bytes(b"half")  # of an unfinished run
+    finished = {path.name: path.stat() for path in half.glob("shard-00000[02].*")}
     assert len(finished) == 4
     image.unlink()
-    (raw / "kept").rename(image)
-    with pytest.raises(ConfigError, match=r"out.partial: .*--samples-per-shard was 4, now 5"):
-        main(f"{command} --samples-per-shard 5 --workers 1 --out {out}".split())
-    main(f"{command} --workers 1 --out {out}".split())
+    (jsonl.parent / "kept").rename(image)
+    with pytest.raises(ConfigError, match=r"out.incomplete: .*--samples-per-shard was 4, now 5"):
+        make(jsonl, out, samples_per_shard=5)
+    make(jsonl, out, samples_per_shard=4)
     assert content(out) == content(tmp_path / "whole")
     for name, before in finished.items():  # not made a second time
-        assert ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) == (
-            before.st_ino,
-            before.st_mtime_ns,
-        )
+        after = (out / name).stat()
+        assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def end_own_process(number, task, note):
-    """Work for `run_tasks`: the last task is killed."""
-    if task == number:
-        os.kill(os.getpid(), signal.SIGKILL)
-    note(1, 10)
-    return task
-
-
-def test_a_killed_worker_is_an_error_with_a_fix():
-    tasks = run_tasks(
-        end_own_process, range(6), shared=5, num_workers=2, note=lambda samples, num_bytes: None
-    )
-    message = r"one of 2 worker processes was killed.*fewer --workers"
-    with pytest.raises(ConfigError, match=message), contextlib.closing(tasks):
-        list(tasks)
-
-
-def fail(shared, task, note):
-    """Work for `run_tasks` that raises."""
-    raise SampleError(f"task {task}")
-
-
-def test_an_error_in_a_worker_reaches_the_caller():
-    tasks = run_tasks(
-        fail, range(3), shared=None, num_workers=2, note=lambda samples, num_bytes: None
-    )
-    with pytest.raises(SampleError, match="task"), contextlib.closing(tasks):
-        list(tasks)
+def expect_a_killed_worker(make):
+    message = r"one of 2 worker processes was killed.*finished work is kept.*fewer --workers"
+    with pytest.raises(ConfigError, match=message):
+        make()
 
 
 def test_a_finished_run_whose_files_are_gone_is_made_again(tmp_path, make):
@@ -264,7 +214,7 @@ def test_a_finished_run_whose_files_are_gone_is_made_again(tmp_path, make):
     make(jsonl, tmp_path / "whole", samples_per_shard=4, max_skipped=1)
     with pytest.raises(SampleError):
         make(jsonl, tmp_path / "out", samples_per_shard=4)
-    half = tmp_path / "out.partial"
+    half = tmp_path / "out.incomplete"
     (half / "shard-000000.tar").write_bytes(b"cut short")
     (half / "shard-000001.npz").unlink()
     make(jsonl, tmp_path / "out", samples_per_shard=4, max_skipped=1)
@@ -276,9 +226,8 @@ def test_a_half_made_folder_has_one_maker_and_one_recipe(tmp_path):
     with pytest.raises(ConfigError, match="another process is making it"):
         Journal(tmp_path / "out", {"root": "a"})
     journal.close()
-    Journal(
-        tmp_path / "out", {"root": "b"}
-    ).close()  # nothing was finished yet, so that nothing is lost
+    # Nothing was finished yet, so that nothing is lost.
+    Journal(tmp_path / "out", {"root": "b"}).close()
 
 
 @pytest.fixture
@@ -362,7 +311,7 @@ def test_a_mixture_goes_on_and_refuses_what_differs(tmp_path, make_all, meta, to
     with pytest.raises(SampleError, match=r"broken video: .*train.jsonl:2"):
         make_all(out_dir=out, options=quiet)
     assert not (out / "mixture.json").exists()
-    begun = (out / "tar.1.partial" / "shard-000000.tar").stat().st_ino
+    begun = (out / "tar.1.incomplete" / "shard-000000.tar").stat().st_ino
     frames_of(tmp_path / "video", "none", number=9)
     make_all(out_dir=out, options=quiet)
     assert (out / "tar.1" / "shard-000000.tar").stat().st_ino == begun

@@ -1,0 +1,87 @@
+"""A JSONL file cut into runs of lines, each the work of one process."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineRun:
+    """Some lines of a JSONL file, one after the other."""
+
+    number: int
+    """Of the run in the file, from 0."""
+
+    start: int
+    """Byte that it starts at."""
+
+    end: int
+    """Byte after its last."""
+
+    first_line: int
+    """Number of its first line, from 1."""
+
+    num_samples: int
+    """Lines that are not blank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinePlan:
+    """A JSONL file cut into runs of equally many samples."""
+
+    sha256: str
+    runs: tuple[LineRun, ...]
+
+    @property
+    def num_samples(self) -> int:
+        """Lines that are not blank."""
+        return sum(run.num_samples for run in self.runs)
+
+
+def cut_lines(path: Path, *, samples_per_run: int) -> LinePlan:
+    """Cut a JSONL file into runs; one pass that parses nothing.
+
+    Args:
+        path: of the file.
+        samples_per_run: lines of a run, blank ones not counted; the last may have fewer.
+    """
+    digest, runs = hashlib.sha256(), list[LineRun]()
+    start = end = num_samples = 0
+    first_line = 1
+
+    def cut(next_line: int) -> None:
+        nonlocal start, first_line, num_samples
+        runs.append(
+            LineRun(
+                number=len(runs),
+                start=start,
+                end=end,
+                first_line=first_line,
+                num_samples=num_samples,
+            )
+        )
+        start, first_line, num_samples = end, next_line, 0
+
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            digest.update(line)
+            end += len(line)
+            num_samples += bool(line.strip())
+            if num_samples == samples_per_run:
+                cut(number + 1)
+    if num_samples:
+        cut(0)
+    return LinePlan(sha256=digest.hexdigest(), runs=tuple(runs))
+
+
+def read_lines(path: Path, run: LineRun) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, content) of each line of a run that is not blank."""
+    with path.open("rb") as file:
+        file.seek(run.start)
+        number = run.first_line
+        while file.tell() < run.end:
+            line = file.readline()
+            if line.strip():
+                yield number, line
+            number += 1

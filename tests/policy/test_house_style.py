@@ -1,32 +1,57 @@
-"""The limits of the house style that a machine can hold: lengths, numbers of parameters,
-docstrings, plain ASCII."""
+"""The limits of the house style that a machine can hold; the width of 100 columns is ruff's."""
 
 import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MAX_FILE_LINES = 500
+MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_LOOP_LINES = 100
 MAX_PARAMETERS = 8
 # The official system message of InternVL is Chinese.
 NOT_ASCII = {"conversation.py"}
+# Travels with exports as transformers wants it: a model in one file.
+REMOTE_CODE = ROOT / "megatron_vico" / "convert" / "remote_code"
+# Longer than the limit today; each leaves these lists when it is cut, none comes in.
+LONG_FILES = {
+    "benchmarks/step.py",
+    "megatron_vico/checkpoint/training_checkpoint.py",
+    "megatron_vico/config/layout.py",
+    "megatron_vico/config/megatron_flags.py",
+    "megatron_vico/config/validate.py",
+    "megatron_vico/convert/convert.py",
+    "megatron_vico/convert/huggingface/safetensors_folder.py",
+    "megatron_vico/data/shards/storage.py",
+    "megatron_vico/inference/engine.py",
+    "megatron_vico/shard_tools/sources.py",
+    "megatron_vico/shard_tools/verify.py",
+    "megatron_vico/shard_tools/writer.py",
+    "tests/parity/test_remote_code.py",
+    "tests/unit/config/test_validate.py",
+    "tests/unit/convert/test_streaming.py",
+    "tests/unit/models/heads/test_kl.py",
+}
+LONG_FUNCTIONS = {
+    "megatron_vico/cli/convert.py: _parser",
+    "megatron_vico/inference/engine.py: _answer_batch",
+    "tests/checkpoint_runs.py: make_training",
+    "tools/trace_pipeline.py: commands",
+}
 
 
 def test_files_are_short() -> None:
-    assert [
-        shown(path) for path in files() if len(path.read_text().splitlines()) > MAX_FILE_LINES
-    ] == []
+    long = {shown(path) for path in files() if num_lines(path) > MAX_FILE_LINES}
+    assert long - LONG_FILES == set()
 
 
 def test_functions_are_short() -> None:
-    long = []
+    long = set()
     for path in files():
         for function in functions(path):
             is_the_loop = (path.name, function.name) == ("trainer.py", "_loop")
             if code_lines(function) > (MAX_LOOP_LINES if is_the_loop else MAX_FUNCTION_LINES):
-                long.append(f"{shown(path)}: {function.name} has {code_lines(function)} lines")
-    assert long == []
+                long.add(f"{shown(path)}: {function.name}")
+    assert long - LONG_FUNCTIONS == set()
 
 
 def test_functions_take_few_parameters() -> None:
@@ -63,9 +88,14 @@ def test_text_is_plain_ascii() -> None:
 def files(*folders: str) -> list[Path]:
     return [
         path
-        for folder in folders or ("megatron_vico", "tools", "examples", "tests")
+        for folder in folders or ("megatron_vico", "tools", "examples", "benchmarks", "tests")
         for path in sorted((ROOT / folder).rglob("*.py"))
+        if path.parent != REMOTE_CODE
     ]
+
+
+def num_lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
 
 
 def shown(path: Path) -> str:
@@ -80,8 +110,7 @@ def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 
 def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines of a function without its docstring, which is for the reader and does not make it
-    long."""
+    """Lines of a function without its docstring, which does not make it long."""
     assert function.end_lineno is not None
     lines = function.end_lineno - function.lineno + 1
     if ast.get_docstring(function) is None:

@@ -44,7 +44,7 @@ from megatron_vico.config.schema import DataOptions  # noqa: E402
 from megatron_vico.config.stages import STAGES, Stage  # noqa: E402
 from megatron_vico.data.encode.sample_encoder import EncodingSettings, SampleEncoder  # noqa: E402
 from megatron_vico.data.encode.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece  # noqa: E402
-from megatron_vico.data.load.loader import Loader, make_loader  # noqa: E402
+from megatron_vico.data.load.loader import Loader, open_plan  # noqa: E402
 from megatron_vico.data.pack.builder import PackBuilder  # noqa: E402
 from megatron_vico.parallel.batch import share_step  # noqa: E402
 from megatron_vico.parallel.groups import Groups, started  # noqa: E402
@@ -164,7 +164,8 @@ def loader_of(case: Case, data: DataOptions, *, stage: Stage, tokenizer: Tokeniz
     )
     settings = EncodingSettings.from_options(data, image_size=case.image_size)
     encoder = SampleEncoder(tokenizer=tokenizer, settings=settings)
-    return make_loader(data, encoder=encoder, builder=builder, global_batch_size=1)
+    plan = open_plan(data, builder=builder, global_batch_size=1)
+    return Loader(plan, encoder=encoder, builder=builder)
 
 
 def measure(

@@ -99,12 +99,7 @@ def open_engine(options: argparse.Namespace) -> Iterator["Engine"]:
 
     model = model_of(options.load)
     tokenizer = load_tokenizer(options.tokenizer_model or options.load)
-    settings = EncodingSettings(
-        image_size=model.vision.image_size,
-        max_dynamic_patch=options.max_dynamic_patch,
-        use_thumbnail=options.use_thumbnail,
-        tile_tags=options.tile_tags,
-    )
+    settings = EncodingSettings.from_options(options, image_size=model.vision.image_size)
     with process_groups.started(ParallelOptions(), seed=0, timeout_minutes=10) as groups:
         engine = build_engine(
             model,

@@ -187,12 +187,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def _settings(options: argparse.Namespace) -> EncodingSettings:
-    return EncodingSettings(
-        image_size=model_named(options.model_size).vision.image_size,
-        max_dynamic_patch=options.max_dynamic_patch,
-        use_thumbnail=options.use_thumbnail,
-        tile_tags=options.tile_tags,
-    )
+    image_size = model_named(options.model_size).vision.image_size
+    return EncodingSettings.from_options(options, image_size=image_size)
 
 
 def _report(folder: Path, index: FolderIndex) -> None:

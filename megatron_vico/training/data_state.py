@@ -51,7 +51,8 @@ class DataState:
         """Ask all readers, and let each know what the others found."""
         own = None
         if (loader := self.loader) is not None:
-            own = _Reader(plan=loader.place.to_dict(), skips=loader.skips, begun=loader.begun_packs)
+            plan = loader.plan_state.to_dict()
+            own = _Reader(plan=plan, skips=loader.skips, begun=loader.begun_packs)
         gathered: list[_Reader | None] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(gathered, own)
         readers = [each for each in gathered if each is not None]

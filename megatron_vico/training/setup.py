@@ -19,7 +19,7 @@ from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.data.encode.sample_encoder import EncodingSettings, SampleEncoder
 from megatron_vico.data.encode.tokenizer import load_tokenizer
-from megatron_vico.data.load.loader import Loader, make_loader
+from megatron_vico.data.load.loader import Loader, open_plan
 from megatron_vico.data.pack.builder import PackBuilder
 from megatron_vico.errors import CheckpointError, ConfigError
 from megatron_vico.models.build import (
@@ -342,11 +342,11 @@ def build_loader(
         views=views,
         cost=pack_cost(model, cfg.stage),
     )
-    return make_loader(
-        cfg.data,
+    plan = open_plan(cfg.data, builder=builder, global_batch_size=cfg.training.global_batch_size)
+    return Loader(
+        plan,
         encoder=SampleEncoder(tokenizer=tokenizer, settings=settings),
         builder=builder,
-        global_batch_size=cfg.training.global_batch_size,
         dp_rank=groups.dp_rank,
         dp_size=groups.dp_size,
         num_steps=num_steps,

@@ -97,7 +97,7 @@ def evaluate(run: Run, validation: ValidationSet, *, iteration: int) -> Validati
     """
     started = time.perf_counter()
     if validation.loader is not None:
-        validation.loader.place = validation.loader.plan.start
+        validation.loader.plan_state = validation.loader.plan.start
     # The head's weight is read outside its module's forward pass, which would wait.
     run.policy.finish_param_sync()
     run.policy.eval_mode()

@@ -178,12 +178,12 @@ def check(turns, official_turns, tiles_per_image, folder):
         official_turns, tiles_per_image, AutoTokenizer.from_pretrained(folder)
     )
     ours = load_tokenizer(folder)
-    text = encode_conversation(turns, tiles_per_image=tiles_per_image, tokenizer=ours)
+    ids, is_response = encode_conversation(turns, tiles_per_image=tiles_per_image, tokenizer=ours)
     num_tiles = sum(tiles_per_image)
     sample = EncodedSample(
         key="k",
-        token_ids=text.token_ids,
-        is_response=text.is_response,
+        token_ids=ids,
+        is_response=is_response,
         tiles=np.zeros((num_tiles, 3, 1, 1), dtype=np.uint8),
         tiles_per_image=tiles_per_image,
     )

@@ -9,7 +9,7 @@ import pytest
 from megatron_vico.config.schema import DataOptions
 from megatron_vico.data.encode.sample_encoder import EncodingSettings, SampleEncoder
 from megatron_vico.data.encode.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
-from megatron_vico.data.load.loader import make_loader
+from megatron_vico.data.load.loader import Loader, open_plan
 from megatron_vico.data.pack.balance import PackCost
 from megatron_vico.data.pack.builder import PackBuilder
 from megatron_vico.data.samples import map_tensors
@@ -83,8 +83,7 @@ def options(shards):
 
 @pytest.fixture(scope="module")
 def load(options, tokenizer):
-    """loader(**overrides) of the options, of the builder's fields, or of make_loader's
-    arguments."""
+    """loader(**overrides) of the options, of the builder's fields, or of Loader's arguments."""
 
     def make(**overrides):
         data = {
@@ -96,11 +95,12 @@ def load(options, tokenizer):
         fields = {k: overrides.pop(k) for k in list(overrides) if k in of_builder}
         changed = dataclasses.replace(options, **data)
         settings = EncodingSettings.from_options(changed, image_size=32)
-        return make_loader(
-            changed,
+        builder = dataclasses.replace(BUILDER, **fields)
+        batch = overrides.pop("global_batch_size", GLOBAL_BATCH)
+        return Loader(
+            open_plan(changed, builder=builder, global_batch_size=batch),
             encoder=SampleEncoder(tokenizer=tokenizer, settings=settings),
-            builder=dataclasses.replace(BUILDER, **fields),
-            global_batch_size=overrides.pop("global_batch_size", GLOBAL_BATCH),
+            builder=builder,
             **overrides,
         )
 

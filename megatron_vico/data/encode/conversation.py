@@ -1,5 +1,4 @@
-"""Turns to token ids and response mask by the official `internvl2_5` template (InternVL3.5 with
-Qwen3 uses it).
+"""Turns to ids and response mask by the official `internvl2_5` template, which InternVL3.5 uses.
 
 Each turn is tokenised by itself. Only answers and their `<|im_end|>` are trained. Here an image is
 `<img>`, ONE `<IMG_CONTEXT>` per tile, `</img>`; data/encode/expand.py repeats it once a compression
@@ -7,7 +6,6 @@ plan exists.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -38,17 +36,6 @@ DEFAULT_SYSTEM_MESSAGE = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class EncodedText:
-    """Token ids of a conversation, one image token per tile."""
-
-    token_ids: IntArray
-    """[L] int64."""
-
-    is_response: BoolArray
-    """[L] bool, True on trained tokens."""
-
-
 def encode_conversation(
     turns: Sequence[Turn],
     *,
@@ -56,8 +43,8 @@ def encode_conversation(
     tokenizer: Tokenizer,
     tile_tags: TileTags = "none",
     key: str = "",
-) -> EncodedText:
-    """Ids and response mask of a conversation with its answers.
+) -> tuple[IntArray, BoolArray]:
+    """Ids [L] and response mask [L] of a conversation with its answers.
 
     Trained are each `gpt` turn's text and `<|im_end|>`, but neither `<|im_start|>assistant\\n` nor
     the last newline; of a `pretrain` conversation, everything outside images but its first token
@@ -65,16 +52,13 @@ def encode_conversation(
 
     Args:
         turns: the conversation; a missing system turn is added with the official default.
-        tiles_per_image: tiles of each image, in the order of the `<image>` tags.
+        tiles_per_image: in the order of the `<image>` tags.
         tokenizer: gives the ids.
         tile_tags: "numbered" puts `<tile_i>` before each tile of an image.
         key: the sample's name, for errors.
 
-    Returns:
-        Ids and mask.
-
     Raises:
-        SampleError: if tags and images do not match, roles are out of place, or there is no answer
+        SampleError: if tags and images do not match, roles are out of order, or there is no answer
             or an empty one.
     """
     _check_turns(turns, key)
@@ -91,16 +75,13 @@ def encode_conversation(
             )
     prefix_len = len(tokenizer.encode_fixed(ASSISTANT_PREFIX))
     token_ids: list[int] = []
-    trained: list[tuple[int, int]] = []
+    is_response: list[bool] = []
     for turn in _with_system_turn(placed):
-        start = len(token_ids)
-        token_ids += _encode_turn(turn, tokenizer)
-        if turn.role == "gpt":
-            trained.append((start + prefix_len, len(token_ids) - 1))
-    is_response = np.zeros(len(token_ids), dtype=np.bool_)
-    for start, end in trained:
-        is_response[start:end] = True
-    return EncodedText(token_ids=np.array(token_ids, dtype=np.int64), is_response=is_response)
+        ids = _encode_turn(turn, tokenizer)
+        token_ids += ids
+        is_answer = turn.role == "gpt"
+        is_response += [is_answer and prefix_len <= i < len(ids) - 1 for i in range(len(ids))]
+    return np.array(token_ids, dtype=np.int64), np.array(is_response, dtype=np.bool_)
 
 
 def encode_prompt(
@@ -110,18 +91,9 @@ def encode_prompt(
     tokenizer: Tokenizer,
     tile_tags: TileTags = "none",
     key: str = "",
-) -> EncodedText:
-    """Ids up to and with `<|im_start|>assistant\\n`, for the model to go on; nothing is a response.
-
-    Args:
-        turns: the conversation so far, ending with a `human` turn; former answers may be in it.
-        tiles_per_image: tiles of each image, in the order of the `<image>` tags.
-        tokenizer: gives the ids.
-        tile_tags: "numbered" puts `<tile_i>` before each tile of an image.
-        key: the sample's name, for errors.
-
-    Returns:
-        Ids, and a mask that is False everywhere.
+) -> tuple[IntArray, BoolArray]:
+    """As `encode_conversation`, for a conversation that ends with a question: up to and with
+    `<|im_start|>assistant\\n`, for the model to go on; nothing is a response.
 
     Raises:
         SampleError: if tags and images do not match, or the last turn is not a question.
@@ -135,23 +107,12 @@ def encode_prompt(
     for turn in _with_system_turn(_place_images(turns, tiles_per_image, tile_tags, key)):
         token_ids += _encode_turn(turn, tokenizer)
     token_ids += tokenizer.encode_fixed(ASSISTANT_PREFIX)
-    return EncodedText(
-        token_ids=np.array(token_ids, dtype=np.int64),
-        is_response=np.zeros(len(token_ids), np.bool_),
-    )
+    return np.array(token_ids, dtype=np.int64), np.zeros(len(token_ids), np.bool_)
 
 
 def encode_follow_up(question: str, *, tokenizer: Tokenizer) -> IntArray:
-    """Ids from an answer's `<|im_end|>` (not in it) to the next answer: newline, the question's
-    turn, the prefix.
-
-    Args:
-        question: a later question of the conversation, without images.
-        tokenizer: gives the ids.
-
-    Returns:
-        [L] int64.
-    """
+    """Ids [L] from an answer's `<|im_end|>` (not in it) to the next answer, for a later question
+    without images."""
     ids = [*tokenizer.encode_fixed("\n"), *_encode_turn(Turn("human", question), tokenizer)]
     return np.array([*ids, *tokenizer.encode_fixed(ASSISTANT_PREFIX)], dtype=np.int64)
 
@@ -163,16 +124,15 @@ def _encode_turn(turn: Turn, tokenizer: Tokenizer) -> Sequence[int]:
     return tokenizer.encode(f"{TURN_START}{speaker}\n{turn.text}{TURN_END}\n")
 
 
-def _encode_pretrain(text: str, tile_tags: str, tokenizer: Tokenizer) -> EncodedText:
+def _encode_pretrain(text: str, tile_tags: str, tokenizer: Tokenizer) -> tuple[IntArray, BoolArray]:
     token_ids = np.array(tokenizer.encode(text), dtype=np.int64)
     start, end = tokenizer.token_id(IMAGE_START), tokenizer.token_id(IMAGE_END)
     is_response = ~np.isin(token_ids, (start, tokenizer.image_token_id, end))
-    if (
-        tile_tags == "numbered"
-    ):  # no part of the official template: the tags within an image are not trained either
+    if tile_tags == "numbered":
+        # No part of the official template: the tags within an image are not trained either.
         is_response &= np.cumsum(token_ids == start) == np.cumsum(token_ids == end)
     is_response[:1] = False
-    return EncodedText(token_ids=token_ids, is_response=is_response)
+    return token_ids, is_response
 
 
 def _with_system_turn(turns: Sequence[Turn]) -> Sequence[Turn]:
@@ -223,21 +183,15 @@ def _place_images(
             f"sample {key!r}: {num_tags} {IMAGE_TAG} tags but {len(tiles_per_image)} images; "
             "give one tag for each image, in order, or no tag at all."
         )
-    images = iter(tiles_per_image)
+    images = (_image_text(num_tiles, tile_tags) for num_tiles in tiles_per_image)
     for number in holders:
-        pieces = placed[number].text.split(IMAGE_TAG)
-        text = pieces[0] + "".join(
-            _image_text(next(images), tile_tags) + piece for piece in pieces[1:]
-        )
+        first_piece, *pieces = placed[number].text.split(IMAGE_TAG)
+        text = first_piece + "".join(next(images) + piece for piece in pieces)
         placed[number] = Turn(placed[number].role, text)
     return placed
 
 
 def _image_text(num_tiles: int, tile_tags: str) -> str:
-    if tile_tags == "numbered":
-        return (
-            IMAGE_START
-            + "".join(f"<tile_{i}>{IMAGE_CONTEXT}" for i in range(1, num_tiles + 1))
-            + IMAGE_END
-        )
-    return IMAGE_START + IMAGE_CONTEXT * num_tiles + IMAGE_END
+    numbers = range(1, num_tiles + 1)
+    tags = [f"<tile_{i}>" if tile_tags == "numbered" else "" for i in numbers]
+    return IMAGE_START + "".join(tag + IMAGE_CONTEXT for tag in tags) + IMAGE_END

@@ -1,6 +1,6 @@
-"""A conversation sample to an encoded one: tiling and template together, with the settings that
-both depend on."""
+"""A sample to ids and tiles: tiling and template together, with the settings of both."""
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -10,16 +10,22 @@ import torch
 from megatron_vico.config.schema import DataOptions
 from megatron_vico.data.encode import conversation, tiling
 from megatron_vico.data.encode.augment import jpeg_degrade
-from megatron_vico.data.encode.conversation import EncodedText, TileTags
+from megatron_vico.data.encode.conversation import TileTags
 from megatron_vico.data.encode.tokenizer import Tokenizer
-from megatron_vico.data.samples import ByteArray, ConversationSample, EncodedSample
+from megatron_vico.data.samples import (
+    BoolArray,
+    ByteArray,
+    ConversationSample,
+    EncodedSample,
+    IntArray,
+)
 from megatron_vico.errors import SampleError
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingSettings:
-    """What the number of tokens and tiles of a sample depends on, besides the tokenizer; written
-    into shard indexes."""
+    """What a sample's numbers of tokens and tiles depend on, besides the tokenizer; written into
+    shard indexes."""
 
     image_size: int
     """Side S of a tile in px."""
@@ -34,8 +40,10 @@ class EncodingSettings:
     """Text before each tile."""
 
     @classmethod
-    def from_options(cls, options: DataOptions, *, image_size: int) -> "EncodingSettings":
-        """The settings of a run's data options and its vision tower's `image_size`."""
+    def from_options(
+        cls, options: DataOptions | argparse.Namespace, *, image_size: int
+    ) -> "EncodingSettings":
+        """The settings of a command's flags and its vision tower's `image_size`."""
         return cls(
             image_size=image_size,
             max_dynamic_patch=options.max_dynamic_patch,
@@ -46,7 +54,11 @@ class EncodingSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleEncoder:
-    """Turns samples into ids and tiles."""
+    """Turns samples into ids and tiles.
+
+    Each of its methods raises SampleError if an image is broken, or tags, turns and images do not
+    match.
+    """
 
     tokenizer: Tokenizer
     settings: EncodingSettings
@@ -61,46 +73,26 @@ class SampleEncoder:
             random: the stream that augmentation draws from, where the sample has `data_augment`;
                 None, for indexing and evaluation, leaves the tiles as they are. Their number is the
                 same either way.
-
-        Returns:
-            The encoded sample.
-
-        Raises:
-            SampleError: if an image is broken, tags and images do not match, or an answer is
-                missing or empty.
         """
-        encoded = self._encode(sample, conversation.encode_conversation)
+        encoded = self._encode(sample, conversation.encode_conversation, tiling.tile_images)
         if random is None or not sample.data_augment:
             return encoded
         return replace(encoded, tiles=jpeg_degrade(encoded.tiles, random=random))
 
     def encode_blank(self, sample: ConversationSample) -> EncodedSample:
         """As `encode`, but with blank tiles: all that can be counted and every error, at a fraction
-        of the time.
-
-        Raises:
-            SampleError: if an image is broken, tags and images do not match, or an answer is
-                missing or empty.
-        """
-        return self._encode(
-            sample, conversation.encode_conversation, tile_images=tiling.blank_tiles
-        )
+        of the time."""
+        return self._encode(sample, conversation.encode_conversation, tiling.blank_tiles)
 
     def encode_prompt(self, sample: ConversationSample) -> EncodedSample:
-        """Ids and tiles of a sample that ends with a question; nothing is a response.
-
-        Raises:
-            SampleError: if an image is broken, tags and images do not match, or the last turn is
-                not a question.
-        """
-        return self._encode(sample, conversation.encode_prompt)
+        """Ids and tiles of a sample that ends with a question; nothing is a response."""
+        return self._encode(sample, conversation.encode_prompt, tiling.tile_images)
 
     def _encode(
         self,
         sample: ConversationSample,
-        encode_text: Callable[..., EncodedText],
-        *,
-        tile_images: Callable[..., list[ByteArray]] = tiling.tile_images,
+        encode_text: Callable[..., tuple[IntArray, BoolArray]],
+        tile_images: Callable[..., list[ByteArray]],
     ) -> EncodedSample:
         settings = self.settings
         tiles_of_images = tile_images(
@@ -111,7 +103,7 @@ class SampleEncoder:
             use_thumbnail=settings.use_thumbnail,
         )
         tiles_per_image = tuple(len(tiles) for tiles in tiles_of_images)
-        text = encode_text(
+        token_ids, is_response = encode_text(
             sample.turns,
             tiles_per_image=tiles_per_image,
             tokenizer=self.tokenizer,
@@ -120,8 +112,8 @@ class SampleEncoder:
         )
         encoded = EncodedSample(
             key=sample.key,
-            token_ids=text.token_ids,
-            is_response=text.is_response,
+            token_ids=token_ids,
+            is_response=is_response,
             tiles=_join(tiles_of_images, settings.image_size),
             tiles_per_image=tiles_per_image,
         )

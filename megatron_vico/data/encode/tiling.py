@@ -43,13 +43,10 @@ def choose_grid(
     area is less than twice the image's, so that small pictures are not blown up.
 
     Args:
-        width: of the image, in px.
-        height: of the image, in px.
+        width: in px.
+        height: in px.
         image_size: side of a tile, in px.
         max_dynamic_patch: most tiles, thumbnail not counted.
-
-    Returns:
-        Columns and rows of the grid.
     """
     aspect_ratio = width / height
     best, best_difference = (1, 1), float("inf")
@@ -78,7 +75,7 @@ def count_tiles(
     columns, rows = choose_grid(
         width, height, image_size=image_size, max_dynamic_patch=max_dynamic_patch
     )
-    return columns * rows + (1 if use_thumbnail and columns * rows > 1 else 0)
+    return columns * rows + (use_thumbnail and columns * rows > 1)
 
 
 def tile(
@@ -119,9 +116,6 @@ def decode_image(encoded: bytes, *, key: str, number: int) -> Image.Image:
         key: the sample's name, for errors.
         number: index of the image in the sample, for errors.
 
-    Returns:
-        The image, fully read.
-
     Raises:
         SampleError: if the file is truncated, broken, no image, or far too large (Pillow's limit of
             179 megapixels).
@@ -129,9 +123,8 @@ def decode_image(encoded: bytes, *, key: str, number: int) -> Image.Image:
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             return image.convert("RGB")
-    except (
-        Exception
-    ) as error:  # broken bytes end in whatever their decoder meets (AVIF: RuntimeError)
+    # Broken bytes end in whatever their decoder meets (AVIF: RuntimeError).
+    except Exception as error:
         raise SampleError(
             f"sample {key!r}: image {number} ({len(encoded)} bytes) cannot be decoded: {error}; "
             "replace the file or remove the sample.",
@@ -163,12 +156,12 @@ def tile_images(
     Raises:
         SampleError: if an image cannot be decoded.
     """
-    most = tiles_of_image(max_dynamic_patch, num_images=len(images))
+    limit = tiles_of_image(max_dynamic_patch, num_images=len(images))
     return [
         tile(
             decode_image(encoded, key=key, number=number),
             image_size=image_size,
-            max_dynamic_patch=most,
+            max_dynamic_patch=limit,
             use_thumbnail=use_thumbnail,
         )
         for number, encoded in enumerate(images)
@@ -183,29 +176,20 @@ def blank_tiles(
     max_dynamic_patch: int,
     use_thumbnail: bool,
 ) -> list[ByteArray]:
-    """`tile_images` with blank tiles, for counting: images are decoded, with its errors, and
-    nothing is resized.
-
-    Returns:
-        One [N_i, 3, S, S] uint8 array per image, a view of a single number.
-    """
-    most = tiles_of_image(max_dynamic_patch, num_images=len(images))
-    sizes = [
-        decode_image(encoded, key=key, number=number).size for number, encoded in enumerate(images)
-    ]
-    counts = [
-        count_tiles(
-            width,
-            height,
+    """`tile_images` for counting: images are decoded, with its errors, and nothing is resized; the
+    tiles of an image are views of a single number."""
+    limit = tiles_of_image(max_dynamic_patch, num_images=len(images))
+    blank = []
+    for number, encoded in enumerate(images):
+        num_tiles = count_tiles(
+            *decode_image(encoded, key=key, number=number).size,
             image_size=image_size,
-            max_dynamic_patch=most,
+            max_dynamic_patch=limit,
             use_thumbnail=use_thumbnail,
         )
-        for width, height in sizes
-    ]
-    return [
-        np.broadcast_to(np.uint8(0), (num_tiles, 3, image_size, image_size)) for num_tiles in counts
-    ]
+        shape = (num_tiles, 3, image_size, image_size)
+        blank.append(np.broadcast_to(np.uint8(0), shape))
+    return blank
 
 
 def _pixels(image: Image.Image, width: int, height: int) -> ByteArray:

@@ -1,5 +1,4 @@
-"""Broken samples: each leaves a gap in its pack and is counted by cause; too many of them end the
-run with a table.
+"""Broken samples: each leaves a gap in its pack and is counted by cause; too many end the run.
 
 A gap is one token that nothing is trained on, without tiles. The plan of packs, the weights of the
 other samples and their compression plans stay as they are, so every rank and every resumed run
@@ -34,12 +33,12 @@ class SkipList:
     def __len__(self) -> int:
         return len(self._by_id)
 
+    def __iter__(self) -> Iterator[Skipped]:
+        return iter(self._by_id.values())
+
     def add(self, skipped: Skipped) -> bool:
         """Note a sample; returns whether it was not noted before."""
         return self._by_id.setdefault(skipped.sample_id, skipped) is skipped
-
-    def __iter__(self) -> Iterator[Skipped]:
-        return iter(self._by_id.values())
 
     def leaves_out(self, sample_id: int, *, pack: int) -> bool:
         """Whether the sample is left out of this pack of the run (from 0) without being read."""
@@ -55,32 +54,30 @@ class SkipList:
         `from_pack` is one that no rank has begun; it is part of the state, and a resumed run reads
         and leaves out the same.
         """
-        everyones = sorted(
+        # What was agreed on before comes first, and so stays.
+        of_all_readers = sorted(
             (each for one in lists for each in one),
             key=lambda each: (each.sample_id, each.from_pack is None),
         )
         return cls(
             each if each.from_pack is not None else replace(each, from_pack=from_pack)
-            for each in everyones
+            for each in of_all_readers
         )
 
     def to_state(self) -> list[list[Any]]:
-        """For a checkpoint: numbers and strings."""
+        """For a checkpoint: numbers and strings, without the errors' texts."""
         return [[each.sample_id, each.key, each.cause, each.from_pack] for each in self]
 
     @classmethod
     def from_state(cls, state: list[list[Any]]) -> Self:
-        """The list that `to_state` was called on, without the errors' texts."""
-        return cls(
-            Skipped(sample_id=sample_id, key=key, cause=cause, from_pack=from_pack)
-            for sample_id, key, cause, from_pack in state
-        )
+        """The list that `to_state` was called on."""
+        names = ("sample_id", "key", "cause", "from_pack")
+        return cls(Skipped(**dict(zip(names, each, strict=True))) for each in state)
 
     def table(self) -> str:
         """A line for each cause: how many, and the first few keys."""
-        counts = Counter(each.cause for each in self)
         lines = [f"{'samples':>8}  {'cause':16}  keys"]
-        for cause, count in counts.most_common():
+        for cause, count in Counter(each.cause for each in self).most_common():
             keys = [repr(each.key) for each in self if each.cause == cause]
             shown = ", ".join(keys[:_SHOWN_KEYS]) + (", ..." if count > _SHOWN_KEYS else "")
             lines.append(f"{count:8}  {cause:16}  {shown}")

@@ -1,7 +1,7 @@
-"""A rank's packed batches, one list a step, prepared ahead by worker processes.
+"""A rank's packs of each step as blocks of bytes, prepared ahead by worker processes.
 
 Data-parallel ranks share the packs of a step by their estimated cost (data/pack/balance.py), as
-many for each. The state is the place in the plan of packs and the broken samples
+many for each. The state is the next pack of the plan and the broken samples
 (data/load/error_budget.py): any number of ranks and workers goes on from it.
 """
 
@@ -41,8 +41,28 @@ UserError = SampleError | ConfigError
 """What a worker hands over as it is; torch would wrap it in a traceback."""
 
 
+def open_plan(options: DataOptions, *, builder: PackBuilder, global_batch_size: int) -> PackPlan:
+    """The packs of a run from the folders of `options.data_path`; the builder's seed also seeds the
+    order.
+
+    Raises:
+        ConfigError: if there is no sample, or an option does not fit the shards.
+        SampleError: if a shard is broken or a sample is larger than a pack.
+    """
+    mixture = read_mixture(options.data_path)
+    return PackPlan(
+        [ShardFolder.open(each.path, storage=StorageOptions.of(options)) for each in mixture],
+        repeats=[each.repeat for each in mixture],
+        options=options,
+        tokens_kept=builder.tokens_kept,
+        seed=builder.seed,
+        global_batch_size=global_batch_size,
+        cost=builder.cost,
+    )
+
+
 class Loader:
-    """This rank's packed batches, one list a step."""
+    """This rank's packs, one list of blocks a step."""
 
     def __init__(
         self,
@@ -58,13 +78,14 @@ class Loader:
         """Check that the shards were indexed with this encoder.
 
         Args:
-            plan: the packs of each step, and how many workers prepare how many steps ahead.
-            encoder: tokenises and tiles.
+            plan: the packs of each step; its options say how many workers prepare how many steps
+                ahead.
+            encoder: the tokenizer and tiling that the shards were indexed with.
             builder: packs for the stage.
-            dp_rank: data-parallel rank.
-            dp_size: data-parallel size.
+            dp_rank: of this rank.
+            dp_size: data-parallel ranks.
             num_steps: steps to stop after; None, never.
-            state: of the loader that this one goes on from.
+            state: `state_dict` of the loader that this one goes on from.
 
         Raises:
             ConfigError: if the packs of a step do not divide over the ranks, or tokenizer, model
@@ -84,14 +105,12 @@ class Loader:
         for folder in plan.data.folders:
             folder.check_encoding(tokenizer=encoder.tokenizer, settings=encoder.settings)
         self.plan = plan
-        self.place = plan.start if state is None else PlanState.from_dict(state["plan"])
-        """The next pack of the run; it counts what was handed out."""
+        self.plan_state, self.skips = plan.start, SkipList()
+        """The next pack of the run, counting what was handed out; and the broken samples."""
 
-        self.skips = (
-            SkipList()
-            if state is None
-            else _known_here(SkipList.from_state(state["skipped"]), plan.data)
-        )
+        if state is not None:
+            self.plan_state = PlanState.from_dict(state["plan"])
+            self.skips = _still_here(SkipList.from_state(state["skipped"]), plan.data)
         self.num_steps = num_steps
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._begun: deque[PlanState] = deque()
@@ -101,7 +120,7 @@ class Loader:
         self._dataset = _PieceDataset(plan.data, encoder=encoder, builder=builder)
 
     def __iter__(self) -> Iterator[list[PackedBytes]]:
-        """This rank's packs of each step from `place` on, in one or more blocks.
+        """The steps from `plan_state` on.
 
         Raises:
             SampleError: if shard and index differ; the same in a worker as without workers.
@@ -110,26 +129,26 @@ class Loader:
             WorkerError: if a worker died.
         """
         self._begun.clear()
-        pieces = self._prepared()
+        prepared = self._prepared()
         while True:
             try:
                 with worker_death_explained():
-                    step = list(itertools.islice(pieces, self._pieces_per_step))
+                    step = list(itertools.islice(prepared, self._pieces_per_step))
             except (ConnectionError, EOFError) as error:  # half handed over, before torch noticed
                 raise _death_of_a_worker(error) from error
             if not step:
                 return
-            self.place = self._begun.popleft()
-            yield [self._without_known(packed) for packed in step]
+            self.plan_state = self._begun.popleft()
+            yield [self._without_known(block) for block in step]
 
     @property
     def begun_packs(self) -> int:
         """Packs of the run, over all ranks, that were handed out or given to workers."""
-        return (self._begun[-1] if self._begun else self.place).consumed_packs
+        return (self._begun[-1] if self._begun else self.plan_state).consumed_packs
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on, on any number of ranks and workers: numbers and strings."""
-        return {"plan": self.place.to_dict(), "skipped": self.skips.to_state()}
+        return {"plan": self.plan_state.to_dict(), "skipped": self.skips.to_state()}
 
     def _prepared(self) -> Iterator[PackedBytes]:
         options = self.plan.options
@@ -144,32 +163,32 @@ class Loader:
             prefetch_factor=math.ceil(ahead / options.num_workers),
             worker_init_fn=live_as_long_as_parent,
         )
-        return (_unless_error(packed) for packed in prepared)
+        return (_unless_error(block) for block in prepared)
 
     def _pieces(self) -> Iterator["_Piece"]:
         """What there is to prepare; workers get it from the training process, where packing is done
         once."""
-        for step in itertools.islice(self.plan.steps(self.place), self.num_steps):
+        for step in itertools.islice(self.plan.steps(self.plan_state), self.num_steps):
             self._begun.append(step.after)
             first = step.after.consumed_packs - len(step.packs)
             # The same on every rank: it follows from the index alone.
-            mine = assign(step.costs, num_ranks=self._dp_size)[self._dp_rank]
-            for numbers in itertools.batched(mine, self._packs_per_piece):
-                packs = {number: step.packs[number] for number in numbers}
+            of_rank = assign(step.costs, num_ranks=self._dp_size)[self._dp_rank]
+            for positions in itertools.batched(of_rank, self._packs_per_piece):
+                packs = {position: step.packs[position] for position in positions}
                 left_out = frozenset(
-                    (number, sample_id)
-                    for number, pack in packs.items()
+                    (position, sample_id)
+                    for position, pack in packs.items()
                     for sample_id in pack.sample_ids
-                    if self.skips.leaves_out(sample_id, pack=first + number)
+                    if self.skips.leaves_out(sample_id, pack=first + position)
                 )
                 yield _Piece(packs=packs, num_samples=step.num_samples, left_out=left_out)
 
-    def _without_known(self, packed: PackedBytes) -> PackedBytes:
+    def _without_known(self, block: PackedBytes) -> PackedBytes:
         packs = [
             dataclasses.replace(pack, skipped=tuple(filter(self.skips.add, pack.skipped)))
-            for pack in packed.packs
+            for pack in block.packs
         ]
-        return dataclasses.replace(packed, packs=packs)
+        return dataclasses.replace(block, packs=packs)
 
 
 @contextlib.contextmanager
@@ -192,69 +211,18 @@ def _death_of_a_worker(error: Exception) -> WorkerError:
     )
 
 
-def make_loader(
-    options: DataOptions,
-    *,
-    encoder: SampleEncoder,
-    builder: PackBuilder,
-    global_batch_size: int,
-    dp_rank: int = 0,
-    dp_size: int = 1,
-    num_steps: int | None = None,
-    state: dict[str, Any] | None = None,
-) -> Loader:
-    """Open the folders of `options.data_path` and make a rank's loader.
-
-    Args:
-        options: shards, packing, workers.
-        encoder: tokenizer and tiling, those that the shards were indexed with.
-        builder: the stage's pack builder; its seed also seeds the order.
-        global_batch_size: packs of a step over all ranks.
-        dp_rank: data-parallel rank.
-        dp_size: data-parallel size.
-        num_steps: steps to stop after; None, never.
-        state: of the loader that this one goes on from.
-
-    Returns:
-        The loader.
-
-    Raises:
-        ConfigError: if shards, tokenizer and options do not fit together.
-        SampleError: if a shard is broken or a sample is larger than a pack.
-    """
-    mixture = read_mixture(options.data_path)
-    plan = PackPlan(
-        [ShardFolder.open(each.path, storage=StorageOptions.of(options)) for each in mixture],
-        repeats=[each.repeat for each in mixture],
-        options=options,
-        tokens_kept=builder.tokens_kept,
-        seed=builder.seed,
-        global_batch_size=global_batch_size,
-        cost=builder.cost,
-    )
-    return Loader(
-        plan,
-        encoder=encoder,
-        builder=builder,
-        dp_rank=dp_rank,
-        dp_size=dp_size,
-        num_steps=num_steps,
-        state=state,
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Piece:
     """Some of a rank's packs of a step, which one worker prepares as a whole."""
 
     packs: dict[int, Pack]
-    """By their place in the step."""
+    """By their index in the step."""
 
     num_samples: int
     """Of the step."""
 
     left_out: frozenset[tuple[int, int]]
-    """(place of the pack, sample) of samples that are known to be broken."""
+    """(index of the pack, sample) of samples that are known to be broken."""
 
 
 class _Pieces(Sampler[_Piece]):
@@ -307,8 +275,11 @@ class _PieceDataset(Dataset[PackedBytes | UserError]):
     def _read(self, sample_id: int, visit: int) -> EncodedSample | Skipped:
         """A sample that fits the index, or why it is left out."""
         folder, number = self._data.locate(sample_id)
+        random = None
+        if self._builder.views == "training":
+            random = compression_plan.generator(self._builder.seed, visit, sample_id, "augment")
         try:
-            encoded = self._encode(sample_id, visit)
+            encoded = self._encoder.encode(folder.read(number), random=random)
         except (SampleError, OSError) as error:
             cause = error.cause if isinstance(error, SampleError) else "unreadable shard"
             key = folder.describe(number).key
@@ -321,16 +292,9 @@ class _PieceDataset(Dataset[PackedBytes | UserError]):
             raise SampleError(
                 f"sample {encoded.key!r}: {encoded.token_ids.size} tokens and {encoded.num_tiles}"
                 f" tiles, but the index of {folder.path} says {folder.num_tokens[number]} and"
-                f" {folder.num_tiles[number]}; make the index anew with `vico shards index`."
+                f" {folder.num_tiles[number]}; rebuild the index with `vico shards index`."
             )
         return encoded
-
-    def _encode(self, sample_id: int, visit: int) -> EncodedSample:
-        folder, number = self._data.locate(sample_id)
-        random = None
-        if self._builder.views == "training":
-            random = compression_plan.generator(self._builder.seed, visit, sample_id, "augment")
-        return self._encoder.encode(folder.read(number), random=random)
 
     def _gap(self, sample_id: int) -> Gap:
         folder, number = self._data.locate(sample_id)
@@ -342,7 +306,7 @@ class _PieceDataset(Dataset[PackedBytes | UserError]):
         )
 
 
-def _known_here(skips: SkipList, data: FolderList) -> SkipList:
+def _still_here(skips: SkipList, data: FolderList) -> SkipList:
     """Those still where they were: with other shards (--override-data-state) a number may be
     another sample."""
 
@@ -352,7 +316,7 @@ def _known_here(skips: SkipList, data: FolderList) -> SkipList:
         folder, number = data.locate(skipped.sample_id)
         return folder.describe(number).key == skipped.key
 
-    return SkipList(each for each in skips if is_here(each))
+    return SkipList(filter(is_here, skips))
 
 
 def _unless_error[T](prepared: T | UserError) -> T:

@@ -33,7 +33,7 @@ class PackBuilder:
     compressed."""
 
     cost: PackCost = EQUAL_COST
-    """What a pack of the stage costs, by which `make_loader` spreads the packs over data-parallel
+    """What a pack of the stage costs, by which packs are spread over data-parallel
     ranks."""
 
     def build(

@@ -22,12 +22,10 @@ SYSTEM, ASK, ANSWER = (
 
 def texts(turns, tokenizer, tiles_per_image=(2,), **options):
     """(all text, trained text)."""
-    encoded = encode_conversation(
+    ids, is_response = encode_conversation(
         turns, tiles_per_image=tiles_per_image, tokenizer=tokenizer, **options
     )
-    return tokenizer.decode(encoded.token_ids), tokenizer.decode(
-        encoded.token_ids[encoded.is_response]
-    )
+    return tokenizer.decode(ids), tokenizer.decode(ids[is_response])
 
 
 def test_answers_and_their_end_mark_are_trained(tokenizer):
@@ -81,32 +79,22 @@ def test_of_marks_in_pretrain_text_only_themselves_are_not_trained(tokenizer):
 
 def test_prompt_and_follow_up_join_into_the_trained_ids(tokenizer):
     questions, answer = ("<image>\nWhat?", "Sure?"), "red"
-    trained = encode_conversation(
-        [
-            SYSTEM,
-            Turn("human", questions[0]),
-            Turn("gpt", answer),
-            Turn("human", questions[1]),
-            Turn("gpt", "ok"),
-        ],
-        tiles_per_image=(2,),
-        tokenizer=tokenizer,
-    )
-    prompt = encode_prompt(
-        [SYSTEM, Turn("human", questions[0])], tiles_per_image=(2,), tokenizer=tokenizer
-    )
+    asked = [SYSTEM, Turn("human", questions[0])]
+    turns = [*asked, Turn("gpt", answer), Turn("human", questions[1]), Turn("gpt", "ok")]
+    trained, _ = encode_conversation(turns, tiles_per_image=(2,), tokenizer=tokenizer)
+    prompt, in_prompt = encode_prompt(asked, tiles_per_image=(2,), tokenizer=tokenizer)
     said = [*tokenizer.encode(answer), tokenizer.eos_id]
     follow_up = encode_follow_up(questions[1], tokenizer=tokenizer)
     joined = [
-        *prompt.token_ids,
+        *prompt,
         *said,
         *follow_up,
         *tokenizer.encode("ok"),
         tokenizer.eos_id,
         *tokenizer.encode("\n"),
     ]
-    np.testing.assert_array_equal(joined, trained.token_ids)
-    assert not prompt.is_response.any()
+    np.testing.assert_array_equal(joined, trained)
+    assert not in_prompt.any()
 
 
 @pytest.mark.parametrize(

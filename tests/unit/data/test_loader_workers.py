@@ -71,7 +71,7 @@ def test_workers_prepare_no_more_than_the_steps_asked_for(load):
     """Of 4 packs a step; one worker has them all."""
     loader = load(num_workers=1, prefetch_steps=3)
     take(loader, 2)
-    assert loader.place.consumed_packs == 2 * GLOBAL_BATCH
+    assert loader.plan_state.consumed_packs == 2 * GLOBAL_BATCH
     assert loader.begun_packs == (2 + 3) * GLOBAL_BATCH
 
 

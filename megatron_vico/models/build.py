@@ -40,9 +40,8 @@ from megatron_vico.models.language_model import LanguageModel, VocabularyHead
 from megatron_vico.models.layers import Layer
 from megatron_vico.models.norms import RMSNorm
 
+# Megatron's default: the vocabulary is padded to a multiple of this times the tensor-parallel size.
 _VOCAB_MULTIPLE = 128
-"""The vocabulary is padded to a multiple of this times the tensor-parallel size, as Megatron does
-by default."""
 
 
 def language_transformer_config(
@@ -52,16 +51,13 @@ def language_transformer_config(
     parallel: ParallelOptions | None = None,
     **overrides: Any,
 ) -> TransformerConfig:
-    """mcore's configuration of a model's language model.
+    """A new configuration of a model's language model.
 
     Args:
         model: which model.
         bf16: compute in bfloat16.
         parallel: layout; None, one rank.
         **overrides: fields of TransformerConfig that the user gave.
-
-    Returns:
-        A new TransformerConfig.
     """
     language = model.language
     on_gpu = torch.cuda.is_available()
@@ -79,9 +75,8 @@ def language_transformer_config(
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "bias_activation_fusion": on_gpu,
-        "use_te_activation_func": (
-            not on_gpu
-        ),  # mcore's name for "the layer spec brings the activation": SwiGLU below
+        # mcore's name for "the layer spec brings the activation": SwiGLU below.
+        "use_te_activation_func": not on_gpu,
         "bias_dropout_fusion": on_gpu,
         "apply_rope_fusion": on_gpu and transformer_engine_usable(),
         "deallocate_pipeline_outputs": True,
@@ -104,16 +99,9 @@ def language_transformer_config(
 def vision_transformer_config(
     model: ModelConfig, *, bf16: bool = False, drop_path_rate: float = 0.0, **overrides: Any
 ) -> TransformerConfig:
-    """mcore's configuration of a model's vision tower; it is replicated, so it has no layout.
+    """A new configuration of a model's vision tower; it is replicated, so it has no layout.
 
-    Args:
-        model: which model.
-        bf16: compute in bfloat16.
-        drop_path_rate: stochastic depth of the last layer, in [0, 1).
-        **overrides: fields of TransformerConfig.
-
-    Returns:
-        A new TransformerConfig, with the drop path rate as its attribute `drop_path_rate`.
+    The drop path rate, that of the last layer, in [0, 1), becomes an attribute of it.
     """
     vision = model.vision
     fields: dict[str, Any] = {
@@ -129,14 +117,12 @@ def vision_transformer_config(
         "add_qkv_bias": vision.qkv_bias,
         "gated_linear_unit": False,
         "activation_func": F.gelu,
-        "bias_activation_fusion": (
-            False
-        ),  # mcore's fused bias-GELU is the tanh form; InternViT has erf
+        # mcore's fused bias-GELU is the tanh form; InternViT has erf.
+        "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
     }
-    config = TransformerConfig(
-        **(fields | _common_fields(vision.hidden_size, bf16=bf16) | overrides)
-    )
+    fields |= _common_fields(vision.hidden_size, bf16=bf16)
+    config = TransformerConfig(**(fields | overrides))
     config.drop_path_rate = drop_path_rate
     return config
 
@@ -154,9 +140,6 @@ def build_vision_encoder(
         config: from `vision_transformer_config`, used by no other module.
         pg_collection: groups in which tensor, pipeline and context parallel have one rank; None,
             mcore's own.
-
-    Returns:
-        The encoder.
     """
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     assert groups.tp.size() == 1, "the vision encoder is replicated: give it groups of one rank"
@@ -180,17 +163,14 @@ def build_language_model(
     Args:
         model: which model.
         config: from `language_transformer_config`, used by no other module.
-        pg_collection: process groups; None, mcore's own.
+        pg_collection: None, mcore's own.
         pre_process: whether the chunk has the embedding.
         post_process: whether the chunk has the final norm and the head.
-        vp_stage: the chunk's place among the chunks of its rank, with interleaving.
+        vp_stage: index among the chunks of its rank, with interleaving.
         attention: "auto" takes TransformerEngine's layers where there are CUDA and
             TransformerEngine; "sdpa", and "auto" elsewhere, mcore's local layers with torch's
             attention.
         head_chunk_rows: rows whose logits exist at once when a loss is taken.
-
-    Returns:
-        The chunk.
     """
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     engine = attention == "auto" and transformer_engine_usable()
@@ -206,9 +186,8 @@ def build_language_model(
         pre_process=pre_process,
         post_process=post_process,
         share_embeddings_and_output_weights=False,
-        position_embedding_type=(
-            "rope" if engine else "none"
-        ),  # without TransformerEngine, attention.py rotates
+        # Without TransformerEngine, attention.py rotates.
+        position_embedding_type="rope" if engine else "none",
         rotary_base=int(model.language.rope_theta),
         scatter_embedding_sequence_parallel=False,  # visual tokens are put in first
         pg_collection=groups,
@@ -227,12 +206,13 @@ def build_language_model(
     for name, param in gpt.named_parameters():
         if ".experts." in name:
             # Megatron's mark of what has gradient buffers and an optimizer of its own. It sets it
-            # at EP > 1 only, and with another number of optimizers a checkpoint of EP 1 would not
-            # load there.
+            # at EP > 1 only, and a checkpoint of EP 1 would not load into other optimizers there.
             param.allreduce = False
-    layout = "te" if engine else "sdpa"
     return LanguageModel(
-        gpt, language=model.language, layout=layout, head_chunk_rows=head_chunk_rows
+        gpt,
+        language=model.language,
+        layout="te" if engine else "sdpa",
+        head_chunk_rows=head_chunk_rows,
     )
 
 
@@ -244,19 +224,9 @@ def build_language_chunks(
     attention: Literal["auto", "sdpa"] = "auto",
     head_chunk_rows: int = 1024,
 ) -> tuple[LanguageModel, ...]:
-    """A pipeline rank's chunks of a model's language model: one, or with the interleaved schedule
-    several.
+    """A pipeline rank's chunks in the order of their layers; several when interleaved.
 
-    Args:
-        model: which model.
-        config: from `language_transformer_config`, used by no other module; it says into how many
-            chunks.
-        pg_collection: process groups.
-        attention: as in `build_language_model`.
-        head_chunk_rows: as in `build_language_model`.
-
-    Returns:
-        The chunks in the order of their layers.
+    Arguments as in `build_language_model`.
     """
     stage, num_stages = pg_collection.pp.rank(), pg_collection.pp.size()
     num_chunks = config.virtual_pipeline_model_parallel_size
@@ -349,8 +319,7 @@ def _transformer_engine_layer(config: TransformerConfig) -> ModuleSpec:
 
 
 class _LocalBackend(LocalSpecProvider):
-    """mcore's local modules with this project's SwiGLU; mcore takes it where
-    `use_te_activation_func` is set."""
+    """mcore's local modules with this project's SwiGLU."""
 
     def activation_func(self) -> type[SwiGLU]:
         return SwiGLU

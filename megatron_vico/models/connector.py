@@ -1,5 +1,4 @@
-"""From patch features to visual tokens: pixel shuffle, and the connectors for kept and for
-compressed tiles.
+"""From patch features to visual tokens: pixel shuffle, and a connector for either kind of tile.
 
 Shapes: N tiles, P patches of a tile, Q visual tokens of a tile, D channels of the ViT, H of the
 language model.
@@ -12,23 +11,16 @@ from torch import Tensor, nn
 
 
 def pixel_shuffle(features_NPD: Tensor, ratio: int) -> Tensor:
-    """Fold each ratio x ratio square of patches into one vector (the released models' pixel shuffle
-    "v2").
+    """Fold each ratio x ratio square of patches into one vector.
 
-    Args:
-        features_NPD: [N, P, D], patches row by row; P is a square number.
-        ratio: side of a square, in patches.
-
-    Returns:
-        [N, P / ratio^2, ratio^2 * D], squares row by row, channels of a square patch by patch, row
-        by row.
+    The released models' pixel shuffle "v2": [N, P, D] with P patches of a square tile, row by row,
+    to [N, P / ratio^2, ratio^2 * D], squares row by row, and in each its patches row by row.
     """
     num_tiles, num_patches, width = features_NPD.shape
     side = math.isqrt(num_patches)
     squares = features_NPD.view(num_tiles, side // ratio, ratio, side // ratio, ratio, width)
-    return squares.permute(0, 1, 3, 2, 4, 5).reshape(
-        num_tiles, num_patches // ratio**2, ratio**2 * width
-    )
+    folded = squares.permute(0, 1, 3, 2, 4, 5)
+    return folded.reshape(num_tiles, num_patches // ratio**2, ratio**2 * width)
 
 
 class Connector4x(nn.Module):

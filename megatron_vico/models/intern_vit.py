@@ -42,17 +42,13 @@ class PatchEmbedding(nn.Module):
         """[N, 3, S, S] pixels to [N, P, D], row by row."""
         num_tiles, _, height, width = tiles_N3SS.shape
         size = self.patch_size
-        patches = tiles_N3SS.view(num_tiles, 3, height // size, size, width // size, size).permute(
-            0, 2, 4, 1, 3, 5
-        )
-        return F.linear(
-            patches.reshape(num_tiles, -1, 3 * size**2), self.weight.flatten(1), self.bias
-        )
+        grid = tiles_N3SS.view(num_tiles, 3, height // size, size, width // size, size)
+        patches = grid.permute(0, 2, 4, 1, 3, 5).reshape(num_tiles, -1, 3 * size**2)
+        return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
 class InternViT(MegatronModule):
-    """The vision tower: from normalised pixels to the last hidden state of each patch, without a
-    final norm."""
+    """From normalised pixels to the last hidden state of each patch, without a final norm."""
 
     def __init__(
         self,
@@ -65,16 +61,13 @@ class InternViT(MegatronModule):
         super().__init__(config=config)
         self.tp_group = pg_collection.tp
         width, dtype = vision.hidden_size, config.params_dtype
-        self.class_token = nn.Parameter(
-            torch.randn(1, 1, width, dtype=dtype) * config.init_method_std
-        )
+        std = config.init_method_std
+        self.class_token = nn.Parameter(torch.randn(1, 1, width, dtype=dtype) * std)
         self.patch_embedding = PatchEmbedding(
             patch_size=vision.patch_size, hidden_size=width, dtype=dtype
         )
-        positions = (
-            torch.randn(1, 1 + vision.num_patches, width, dtype=dtype) * config.init_method_std
-        )
-        self.position_embedding = nn.Parameter(positions)
+        positions = torch.randn(1, 1 + vision.num_patches, width, dtype=dtype)
+        self.position_embedding = nn.Parameter(positions * std)
         self.transformer = TransformerBlock(
             config,
             _block_spec(vision, drop_path_rate=drop_path_rate, dtype=dtype),
@@ -83,14 +76,7 @@ class InternViT(MegatronModule):
         )
 
     def forward(self, tiles_N3SS: Tensor) -> Tensor:
-        """Patch features of each tile.
-
-        Args:
-            tiles_N3SS: [N, 3, S, S], normalised pixels in the dtype of the weights.
-
-        Returns:
-            [N, P, D], the class token dropped.
-        """
+        """[N, 3, S, S] normalised pixels to [N, P, D], the class token dropped."""
         patches_NPD = self.patch_embedding(tiles_N3SS)
         class_N1D = self.class_token.expand(patches_NPD.size(0), -1, -1)
         hidden = torch.cat([class_N1D, patches_NPD], dim=1) + self.position_embedding

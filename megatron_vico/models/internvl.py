@@ -1,5 +1,4 @@
-"""The vision side of InternVL3.5-Flash: tower, both connectors and the router, from pixels to
-visual tokens.
+"""The vision side of InternVL3.5-Flash, from pixels to visual tokens.
 
 Shapes: N tiles, S pixels of a tile's side, P patches of a tile, D channels of the ViT, V visual
 tokens of all tiles, H channels of the language model.
@@ -18,8 +17,7 @@ from megatron_vico.models.vir import ViR
 
 
 class VisionEncoder(MegatronModule):
-    """Tower, connectors and router of one model; which connector a tile goes through is the plan's
-    choice."""
+    """Tower, both connectors and router; a plan says which connector a tile goes through."""
 
     def __init__(
         self,
@@ -32,22 +30,17 @@ class VisionEncoder(MegatronModule):
         super().__init__(config=config)
         self.tp_group = pg_collection.tp
         self.model = model
-        vision_size, language_size = model.vision.hidden_size, model.language.hidden_size
-        dtype = config.params_dtype
+        dtype, vision_size = config.params_dtype, model.vision.hidden_size
+        sizes = {"vision_size": vision_size, "language_size": model.language.hidden_size}
         self.vit = InternViT(
             config, vision=model.vision, drop_path_rate=drop_path_rate, pg_collection=pg_collection
         )
-        self.connector_4x = Connector4x(vision_size=vision_size, language_size=language_size).to(
-            dtype
-        )
-        self.connector_16x = Connector16x(vision_size=vision_size, language_size=language_size).to(
-            dtype
-        )
+        self.connector_4x = Connector4x(**sizes).to(dtype)
+        self.connector_16x = Connector16x(**sizes).to(dtype)
         self.vir = ViR(hidden_size=vision_size, num_heads=model.vir_num_heads).to(dtype)
 
     def normalise(self, tiles_uint8: Tensor) -> Tensor:
-        """Pixels 0..255, [N, 3, S, S], to ImageNet-normalised values in the dtype of the
-        weights."""
+        """[N, 3, S, S] pixels 0..255 to ImageNet-normalised values in the weights' dtype."""
         mean, std = (
             torch.tensor(x, device=tiles_uint8.device).view(3, 1, 1)
             for x in (IMAGENET_MEAN, IMAGENET_STD)
@@ -56,14 +49,10 @@ class VisionEncoder(MegatronModule):
         return pixels.to(self.config.params_dtype)
 
     def features(self, tiles_N3SS: Tensor) -> Tensor:
-        """ViT outputs of normalised tiles, [N, 3, S, S] to [N, P, D]; without a graph where
-        gradients are off."""
-        if not len(
-            tiles_N3SS
-        ):  # a batch of text only; mcore's attention cannot reshape an empty batch
-            return tiles_N3SS.new_zeros(
-                0, self.model.vision.num_patches, self.model.vision.hidden_size
-            )
+        """ViT outputs of normalised tiles, [N, 3, S, S] to [N, P, D]."""
+        vision = self.model.vision
+        if not len(tiles_N3SS):  # text only; mcore's attention cannot reshape an empty batch
+            return tiles_N3SS.new_zeros(0, vision.num_patches, vision.hidden_size)
         features_NPD: Tensor = self.vit(tiles_N3SS)
         return features_NPD if torch.is_grad_enabled() else features_NPD.detach()
 
@@ -79,9 +68,7 @@ class VisionEncoder(MegatronModule):
             [V, H]: the tiles' tokens in tile order, those of a tile together and row by row.
         """
         num_tiles = features_NPD.size(0)
-        assert compressed_N is None or compressed_N.shape == (num_tiles,), (
-            "one entry of the plan a tile"
-        )
+        assert compressed_N is None or compressed_N.shape == (num_tiles,), "one entry a tile"
         num_compressed = 0 if compressed_N is None else int(compressed_N.sum())
         if num_tiles == 0:
             return features_NPD.new_zeros(0, self.model.language.hidden_size)

@@ -1,5 +1,4 @@
-"""The language model: an mcore GPTModel that takes visual tokens in and gives the hidden states of
-response rows out.
+"""The language model: an mcore GPTModel from visual tokens to hidden states of response rows.
 
 The only file that knows GPTModel, which mcore will replace one day.
 
@@ -66,9 +65,9 @@ class LanguageInputs:
 class VocabularyHead(ColumnParallelLinear):
     """The output layer, with logits accumulated and kept in float32.
 
-    A module of its own, so that the hook that gathers parameters for `overlap_param_gather` sees
-    its weight used. It does not sum the gradient of its input over tensor-parallel ranks:
-    `LanguageModel.forward` does that for its rows.
+    Losses are taken inside its call, where the hook that gathers parameters for
+    `overlap_param_gather` sees the weight used. It does not sum the gradient of its input over
+    tensor-parallel ranks: `LanguageModel.forward` does that for its rows.
     """
 
     def forward(
@@ -87,15 +86,10 @@ class LanguageModel(MegatronModule):
     def __init__(
         self, gpt: GPTModel, *, language: LanguageConfig, layout: str, head_chunk_rows: int = 1024
     ) -> None:
-        """Wrap a GPTModel.
+        """For `build_language_model`, whose arguments these are.
 
-        Args:
-            gpt: built by `build_language_model`, with a VocabularyHead where it has an output
-                layer.
-            language: its sizes.
-            layout: "sdpa" if its layers have this project's attention, "te" if they have
-                TransformerEngine's.
-            head_chunk_rows: rows whose logits exist at once when a loss is taken.
+        `layout` is "sdpa" if the layers have this project's attention, "te" if they have
+        TransformerEngine's.
         """
         super().__init__(config=gpt.config)
         self.gpt = gpt
@@ -112,21 +106,12 @@ class LanguageModel(MegatronModule):
         self.share_embeddings_and_output_weights = False
         self.rotary = Rotary(language.head_dim, language.rope_theta) if layout == "sdpa" else None
 
-    def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """For mcore's schedules; nothing is shared."""
-        weight: Tensor | None = self.gpt.shared_embedding_or_output_weight()
-        return weight
-
     def set_input_tensor(self, input_tensor: Any) -> None:
         """For mcore's schedules: the hidden states that the previous pipeline stage sent."""
         self.gpt.set_input_tensor(input_tensor)
 
     def forward(self, inputs: LanguageInputs, visual_tokens_VH: Tensor | None = None) -> Tensor:
-        """Run this chunk over a pack.
-
-        Args:
-            inputs: the pack.
-            visual_tokens_VH: [V, H], all of the pack's, looked at by the first stage only.
+        """Run this chunk over a pack, whose visual tokens only the first stage looks at.
 
         Returns:
             The wanted rows [R, H], after the final norm, on the last stage; elsewhere hidden states
@@ -146,8 +131,7 @@ class LanguageModel(MegatronModule):
         return output
 
     def response_logits(self, rows_RH: Tensor) -> Tensor:
-        """Logits [R, V] in float32 over the real vocabulary; [R, H] from `forward` or [..., H] from
-        `forward_batch`."""
+        """[..., H] of `forward` or `forward_batch` to float32 logits over the real vocabulary."""
         logits = self.gpt.output_layer(rows_RH)
         if self.tp_group.size() > 1:
             logits = gather_from_tensor_model_parallel_region(logits, group=self.tp_group)
@@ -193,8 +177,7 @@ class LanguageModel(MegatronModule):
 
     @property
     def head_weight(self) -> Tensor:
-        """This rank's shard of the vocabulary head [V / tensor ranks, H]; the chunk must be the
-        last one."""
+        """[V / tensor ranks, H], this rank's rows of the vocabulary head, in the last chunk."""
         weight: Tensor = self.gpt.output_layer.weight
         return weight
 
@@ -220,8 +203,7 @@ class LanguageModel(MegatronModule):
         *,
         num_new_B: Tensor | None = None,
     ) -> Tensor:
-        """Run the whole model over a batch, for generation: prefill with S tokens each, then decode
-        with S = 1.
+        """Run the whole model over a batch, for generation: prefill, then decode with S = 1.
 
         Args:
             token_ids_BS: [B, S] int64, padded at the right where samples differ in length.
@@ -259,22 +241,17 @@ class LanguageModel(MegatronModule):
         )
 
     def _embed_pack(self, inputs: LanguageInputs, visual_tokens_VH: Tensor | None) -> Tensor:
-        hidden: Tensor = self.gpt.embedding(
-            inputs.token_ids_T[None], None
-        )  # [s, 1, h], whole on every rank
+        # [s, 1, h], whole on every rank: visual tokens are put in before sequence parallelism.
+        hidden: Tensor = self.gpt.embedding(inputs.token_ids_T[None], None)
         if visual_tokens_VH is not None and len(inputs.visual_positions_V):
             if inputs.visual_index_V is not None:
                 visual_tokens_VH = visual_tokens_VH.index_select(0, inputs.visual_index_V)
             hidden = hidden.index_copy(
                 0, inputs.visual_positions_V, visual_tokens_VH.unsqueeze(1).to(hidden.dtype)
             )
-        if (
-            self.config.recompute_granularity == "full"
-            and torch.is_grad_enabled()
-            and not hidden.requires_grad
-        ):
-            # Under a frozen embedding and without images nothing would: mcore's checkpoint then
-            # drops the gradients of the layers' weights.
+        if self.config.recompute_granularity == "full" and torch.is_grad_enabled():
+            # Under a frozen embedding and without images nothing would want a gradient, and mcore's
+            # checkpoint would then drop those of the layers' weights.
             hidden.requires_grad_()
         if self.config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden, group=self.tp_group)

@@ -1,5 +1,4 @@
-"""What this project changes in megatron-core's transformer layer: gradient mode, layer scale and
-drop path."""
+"""What this project changes in mcore's transformer layer: gradient mode, layer scale, drop path."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -40,8 +39,7 @@ class LayerScaleAdd(nn.Module):
         self.scale = nn.Parameter(torch.full((hidden_size,), init, dtype=dtype))
 
     def forward(self, training: bool, fused: bool) -> BiasDropoutAdd:
-        """The function that the layer applies; mcore asks for it in each call, with its own two
-        arguments."""
+        """The function that the layer applies; mcore asks for it in each call."""
         return self._add_dropped if training and self.drop_path_rate else self._add
 
     def _add(
@@ -56,6 +54,5 @@ class LayerScaleAdd(nn.Module):
         x, bias = x_with_bias
         keep = 1.0 - self.drop_path_rate
         kept = torch.rand(x.size(0), 1, 1, device=x.device) < keep  # tiles come first in InternViT
-        return torch.addcmul(
-            residual, x if bias is None else x + bias, self.scale * (kept / keep).to(x.dtype)
-        )
+        scale = self.scale * (kept / keep).to(x.dtype)
+        return torch.addcmul(residual, x if bias is None else x + bias, scale)

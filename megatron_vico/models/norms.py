@@ -1,5 +1,4 @@
-"""Normalisations for megatron-core's local layers: plain torch, and right under sequence
-parallelism.
+"""Normalisations for mcore's local layers: plain torch, and right under sequence parallelism.
 
 mcore's own torch norm refuses sequence parallelism, because nothing would sum its weight's gradient
 over the ranks that share a sequence. Marking the weight makes mcore's `finalize_model_grads` do
@@ -15,8 +14,7 @@ from megatron_vico.models.elementwise import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension; built the way mcore's layer specs build
-    norms."""
+    """x / rms(x) * weight over the last dimension; built as mcore's layer specs build norms."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -29,8 +27,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last dimension; built the way mcore's layer specs build
-    norms."""
+    """Layer normalisation over the last dimension; built as mcore's layer specs build norms."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -44,8 +41,7 @@ class LayerNorm(nn.Module):
 
 
 class AllHeadsRMSNorm(RMSNorm):
-    """RMSNorm of queries or keys over all heads together, as InternViT-6B has it; mcore would do it
-    head by head."""
+    """RMSNorm of queries or keys over all heads together (InternViT-6B), not head by head."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__(config, hidden_size * config.num_attention_heads, eps)

@@ -13,8 +13,7 @@ _DEAD = ("attn3", "attn4", "norm3", "norm4")
 
 
 def is_dead(name: str) -> bool:
-    """Whether a parameter of ViR, by its name there, is stored in released checkpoints and used by
-    nothing."""
+    """Whether a parameter of ViR, by its name, is in released checkpoints and used by nothing."""
     return not set(_DEAD).isdisjoint(name.split("."))
 
 
@@ -29,11 +28,8 @@ class Pooling(nn.Module):
         super().__init__()
         self.query_token = nn.Parameter(torch.randn(1, hidden_size))
         for index in range(1, 5):
-            setattr(
-                self,
-                f"attn{index}",
-                nn.MultiheadAttention(hidden_size, num_heads, batch_first=True),
-            )
+            attention = nn.MultiheadAttention(hidden_size, num_heads, batch_first=True)
+            setattr(self, f"attn{index}", attention)
             setattr(self, f"norm{index}", nn.LayerNorm(hidden_size))
         for name in _DEAD:
             getattr(self, name).requires_grad_(False)

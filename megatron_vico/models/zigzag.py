@@ -1,5 +1,4 @@
-"""Which tokens of a pack each context-parallel rank holds; TransformerEngine's layout for packed
-(thd) documents.
+"""Which tokens of a pack each context-parallel rank holds: TransformerEngine's layout for thd.
 
 Each document is cut into 2 * CP equal chunks, and rank r holds chunks r and 2 * CP - 1 - r of every
 document, in this order, one document after the other. A chunk from the front and one from the back
@@ -18,10 +17,10 @@ def zigzag_positions(document_lens: Sequence[int], *, cp_size: int, cp_rank: int
     """Where in the pack this rank's tokens are, in the order in which it holds them.
 
     Args:
-        document_lens: D lengths in tokens, padding included; with more than one rank, multiples of
-            2 * cp_size.
+        document_lens: tokens of each of D documents, padding included; with more than one rank,
+            multiples of 2 * cp_size.
         cp_size: context-parallel ranks, C.
-        cp_rank: this rank's place among them, from 0 to C - 1.
+        cp_rank: from 0 to C - 1.
 
     Returns:
         [T / C] int64 on the CPU; over all ranks, each position of the pack once.
@@ -45,6 +44,6 @@ def zigzag_positions(document_lens: Sequence[int], *, cp_size: int, cp_rank: int
         [cp_rank, 2 * cp_size - 1 - cp_rank]
     )
     lens = chunk_lens_D.repeat_interleave(2)
-    # A chunk's global beginning less its local one, added to the local place.
+    # Where a chunk begins in the pack less where it begins here, added to where a token is here.
     shifts = begins_D2.flatten() - (lens.cumsum(0) - lens)
     return torch.arange(int(lens.sum())) + shifts.repeat_interleave(lens)

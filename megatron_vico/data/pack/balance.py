@@ -1,8 +1,7 @@
-"""Which data-parallel rank gets which packs of a step: equal counts, and costs as equal as a greedy
-rule makes them.
+"""Which data-parallel rank gets which packs of a step: equal counts, and nearly equal costs.
 
 Ranks wait for each other once a step, so the step takes as long as the rank with the most work.
-Packs are equally full but not equally dear: attention grows with the squares of the samples'
+Packs are equally full but not equally expensive: attention grows with the squares of the samples'
 lengths, the vision tower with the tiles. Pure functions of the shards' index; every rank computes
 the same assignment and talks to no other. Plain Python floats, since NumPy's sums round differently
 on different processors.
@@ -42,32 +41,22 @@ class PackCost:
     """Tokens by which the compressed stream is expected to be shorter, per tile."""
 
     def flops(self, lengths: Sequence[int], *, tiles: Sequence[int]) -> float:
-        """The estimate for a pack.
+        """The estimate for a pack from each sample's tokens, no tile compressed, and its tiles.
 
         The compressed stream is counted at its expected length: which tiles are compressed is drawn
         when the pack is made, and stratified draws stay near the mean. The language model head is
         left out (1 % at the real sizes): the index does not count response tokens.
-
-        Args:
-            lengths: tokens of each sample of the pack, no tile compressed.
-            tiles: tiles of each sample.
-
-        Returns:
-            FLOPs.
         """
         shorter = [
             length - self.saved_per_tile * count
             for length, count in zip(lengths, tiles, strict=True)
         ]
-        passes = ((self.full_passes, lengths), (self.compressed_passes, shorter))
-        language = sum(
-            number
-            * (
-                self.per_token * sum(each)
-                + self.per_token_squared * sum(length * length for length in each)
-            )
-            for number, each in passes
-        )
+
+        def one_pass(lens: Sequence[float]) -> float:
+            squares = sum(length * length for length in lens)
+            return self.per_token * sum(lens) + self.per_token_squared * squares
+
+        language = self.full_passes * one_pass(lengths) + self.compressed_passes * one_pass(shorter)
         return language + self.per_tile * sum(tiles)
 
 
@@ -85,7 +74,7 @@ BALANCED = 1.005
 """Highest cost of a rank over the mean from which on swapping more packs is not worth the time."""
 
 PARTNERS = 64
-"""With how many ranks, those that have the least, swaps are tried."""
+"""Ranks, those that have the least, with which swaps are tried."""
 
 ROUNDING = 1e-9
 """A swap that gains less may gain nothing: sums of floats differ that much, and swapping would go
@@ -96,18 +85,18 @@ def assign(costs: Sequence[float], *, num_ranks: int) -> tuple[tuple[int, ...], 
     """As many packs for each rank, so that the rank with the highest cost has little more than the
     mean.
 
-    Longest processing time first: the dearest pack goes to the rank with the least so far that may
-    still take one. Equal counts are a constraint (pipeline schedules and collectives need the same
-    number of microbatches everywhere), which leaves the ranks of the dearest packs with too much;
-    so packs are swapped while that helps: with 64 ranks of 4 packs the highest is 1.005 of the mean
-    instead of 1.027 (benchmarks/packing.py).
+    Longest processing time first: the most expensive pack goes to the rank with the least so far
+    that may still take one. Equal counts are a constraint (pipeline schedules and collectives need
+    the same number of microbatches everywhere), which leaves the ranks of the most expensive packs
+    with too much; so packs are swapped while that helps: with 64 ranks of 4 packs the highest is
+    1.005 of the mean instead of 1.027 (benchmarks/packing.py).
 
     Args:
         costs: of the packs of a step, >= 0.
         num_ranks: data-parallel ranks.
 
     Returns:
-        For each rank its packs as ascending positions in `costs`; r, r + num_ranks, ... for rank r
+        For each rank its packs as ascending indices into `costs`; r, r + num_ranks, ... for rank r
         if all costs are equal. The highest cost of a rank is never above what that order gives.
 
     Raises:
@@ -120,9 +109,8 @@ def assign(costs: Sequence[float], *, num_ranks: int) -> tuple[tuple[int, ...], 
     per_rank = len(costs) // num_ranks
     members: list[list[int]] = [[] for _ in range(num_ranks)]
     not_full = [(0.0, rank) for rank in range(num_ranks)]  # a heap of (cost so far, rank)
-    for pack in sorted(
-        range(len(costs)), key=lambda i: -costs[i]
-    ):  # stable: equal costs stay in order
+    # The sort is stable: packs of equal cost stay in order.
+    for pack in sorted(range(len(costs)), key=lambda i: -costs[i]):
         load, rank = heapq.heappop(not_full)
         members[rank].append(pack)
         if len(members[rank]) < per_rank:
@@ -139,12 +127,7 @@ def assign(costs: Sequence[float], *, num_ranks: int) -> tuple[tuple[int, ...], 
 
 def _swap(members: list[list[int]], costs: Sequence[float]) -> None:
     """Swap a pack of the rank with the most for a cheaper one, each time the one that lowers the
-    pair's maximum most.
-
-    Args:
-        members: packs of each rank; changed in place.
-        costs: of the packs.
-    """
+    pair's maximum most; `members`, packs of each rank, is changed in place."""
     loads = [sum(costs[i] for i in each) for each in members]
     while (highest := max(loads)) > BALANCED * sum(costs) / len(members):
         a = loads.index(highest)

@@ -39,29 +39,20 @@ class EpochOrder:
         """Work out the blocks; samples are put in order when they are asked for.
 
         Args:
-            samples_per_shard: for each folder the samples of its shards; samples are numbered in
-                this order.
+            samples_per_shard: of each folder; samples are numbered in this order.
             repeats: how often each folder comes in an epoch, > 0.
-            seed: the run's seed.
+            seed: the run's.
             epoch: pass over the data, from 0.
             block_shards: shards whose samples are shuffled together.
         """
         self._key = f"{seed}/{epoch}"
         starts = np.cumsum([0, *(sum(sizes) for sizes in samples_per_shard)])
-        copies = [
-            copy
-            for folder, (sizes, repeat) in enumerate(zip(samples_per_shard, repeats, strict=True))
-            for copy in _copies(
-                starts[folder],
-                sizes,
-                repeat=repeat,
-                epoch=epoch,
-                key=f"{self._key}/folder/{folder}",
-            )
-        ]
-        shards = np.concatenate(
-            [np.zeros((0, 4), np.int64), *copies]
-        )  # columns: first sample, samples, taken, visit
+        copies = []
+        for folder, (sizes, repeat) in enumerate(zip(samples_per_shard, repeats, strict=True)):
+            key = f"{self._key}/folder/{folder}"
+            copies += _copies(starts[folder], sizes, repeat=repeat, epoch=epoch, key=key)
+        # Columns: first sample, samples, taken, visit.
+        shards = np.concatenate([np.zeros((0, 4), np.int64), *copies])
         num_blocks = math.ceil(len(shards) / block_shards)
         # One block is all shards: shuffling them first would only change which permutation it is.
         shuffled = (
@@ -80,15 +71,8 @@ class EpochOrder:
         return int(self._block_starts[-1])
 
     def slice(self, start: int, stop: int) -> tuple[IntArray, IntArray]:
-        """Samples at some places of the epoch; cheap in ascending order.
-
-        Args:
-            start: first place, from 0.
-            stop: place after the last one; those beyond the end are left out.
-
-        Returns:
-            [stop - start] sample numbers, and their visits.
-        """
+        """Numbers and visits, [stop - start] int64 each, of some samples of the epoch; those beyond
+        its end are left out. Cheap in ascending order."""
         first = int(np.searchsorted(self._block_starts, start, side="right")) - 1
         end = int(np.searchsorted(self._block_starts, min(stop, len(self)), side="left"))
         parts = [
@@ -122,23 +106,16 @@ def _copies(
     """For each copy of a folder its shards: [shards, 4] first sample, samples, taken of them,
     visit."""
     ends = np.cumsum([0, *sizes])
-    whole, share = int(repeat), round(repeat % 1 * 2**SHARE_BITS)
+    num_whole, share = int(repeat), round(repeat % 1 * 2**SHARE_BITS)
     # The random offset rounds each shard's part, and the folder's, up or down so that the mean over
     # epochs is exact.
     offset = int(_draws(1, key=key)[0] >> np.uint64(64 - SHARE_BITS))
     part = np.diff((ends * share + offset) >> SHARE_BITS)
     copies = []
     for copy in range(math.ceil(repeat)):
-        taken = np.array(sizes, dtype=np.int64) if copy < whole else part
-        columns = np.stack(
-            [
-                first + ends[:-1],
-                sizes,
-                taken,
-                np.full(len(sizes), epoch * math.ceil(repeat) + copy),
-            ],
-            1,
-        )
+        taken = np.array(sizes, dtype=np.int64) if copy < num_whole else part
+        visits = np.full(len(sizes), epoch * math.ceil(repeat) + copy)
+        columns = np.stack([first + ends[:-1], sizes, taken, visits], axis=1)
         copies.append(columns[taken > 0])
     return copies
 
@@ -152,6 +129,5 @@ def _draws(size: int, *, key: str, block: int = 0) -> np.ndarray:
     """[size] uint64; blocks of one key have the counter's upper half for themselves, so that they
     never overlap."""
     digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
-    return np.random.Philox(key=int.from_bytes(digest, "little"), counter=block << 128).random_raw(
-        size
-    )
+    philox = np.random.Philox(key=int.from_bytes(digest, "little"), counter=block << 128)
+    return philox.random_raw(size)

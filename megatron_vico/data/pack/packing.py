@@ -1,8 +1,7 @@
 """Which samples share a pack: a pure function of their lengths and tiles, in order.
 
-No I/O and no ranks here. Best-fit decreasing inside a window of the global order; packs that are
-not nearly full at the end of a window are opened again and their samples go first in the next
-window (carry-over).
+Best-fit decreasing inside a window of the global order; packs that are not nearly full at the end
+of a window are opened again and their samples go first in the next window (carry-over).
 """
 
 import bisect
@@ -21,7 +20,7 @@ starves."""
 
 LARGE = 1 / 8
 """Share of the capacity from which a sample is packed in order of length. Smaller ones are packed
-in the global order: they fill the gaps just as well, and sorting them would put samples of one kind
+in the global order: they fill the gaps just as well, and sorting them would put similar samples
 into one pack."""
 
 
@@ -30,13 +29,11 @@ class PackLimits:
     """What one pack can hold."""
 
     capacity: int
-    """Most tokens, counted in the reference stream."""
+    """Tokens, counted in the reference stream."""
 
     max_tiles: int
-    """Most tiles."""
-
     max_samples: int | None = None
-    """Most samples; None, as many as fit."""
+    """None: as many as fit."""
 
 
 @dataclass(eq=False)
@@ -49,9 +46,9 @@ class _Bin:
     members: list[int] = field(default_factory=list)
 
 
-def pack(
-    lengths: Sequence[int], *, tiles: Sequence[int], limits: PackLimits, window: int = 512
-) -> list[tuple[int, ...]]:
+def iter_packs(
+    lengths: Sequence[int], *, tiles: Sequence[int], limits: PackLimits, window: int
+) -> Iterator[tuple[int, ...]]:
     """Packs of samples, none lost, split or repeated.
 
     Args:
@@ -61,35 +58,27 @@ def pack(
         window: samples that are packed together.
 
     Returns:
-        Packs as tuples of positions in `lengths`, ascending inside a pack; packs ordered by their
-        first position within each window.
+        Packs as tuples of indices into `lengths`, ascending inside a pack; packs ordered by their
+        first index within each window.
 
     Raises:
         SampleError: if one sample alone is more than a pack can hold.
     """
-    return list(iter_packs(lengths, tiles=tiles, limits=limits, window=window))
-
-
-def iter_packs(
-    lengths: Sequence[int], *, tiles: Sequence[int], limits: PackLimits, window: int = 512
-) -> Iterator[tuple[int, ...]]:
-    """`pack`, one window at a time."""
     num_samples = len(lengths)
-    carried: dict[int, int] = {}
+    carries: dict[int, int] = {}  # how often each sample that waits was carried over
     for start in range(0, max(num_samples, 1), window):
-        fresh = range(start, min(start + window, num_samples))
-        candidates = [*carried, *fresh]
-        bins = _best_fit(candidates, lengths, tiles, limits)
         is_last = start + window >= num_samples
+        # Those that waited go first: equal lengths keep this order, so they also leave first.
+        candidates = [*carries, *range(start, min(start + window, num_samples))]
         emitted: list[_Bin] = []
         reopened: list[_Bin] = []
-        for packed in bins:
-            too_old = any(carried.get(i, 0) >= MAX_CARRIES for i in packed.members)
+        for packed in _best_fit(candidates, lengths, tiles, limits):
+            too_old = any(carries.get(i, 0) >= MAX_CARRIES for i in packed.members)
             (emitted if is_last or too_old or _is_full(packed, limits) else reopened).append(packed)
-        carried = {
-            i: carried.get(i, 0) + 1
-            for i in sorted(i for packed in reopened for i in packed.members)
-        }
+        # In stream order, not in that of the packs they lay in: what is packed next must not depend
+        # on how this window happened to be divided.
+        waiting = sorted(i for packed in reopened for i in packed.members)
+        carries = {i: carries.get(i, 0) + 1 for i in waiting}
         yield from sorted(tuple(sorted(packed.members)) for packed in emitted)
 
 
@@ -113,11 +102,14 @@ def _best_fit(
                 f"sample {i} of the stream: {length} tokens and {num_tiles} tiles, but a pack holds"
                 f" {limits.capacity} tokens and {limits.max_tiles} tiles."
             )
-        place = bisect.bisect_left(open_bins, (length, -1))
-        while place < len(open_bins) and bins[open_bins[place][1]].remaining_tiles < num_tiles:
-            place += 1
-        if place < len(open_bins):
-            chosen = bins[open_bins.pop(place)[1]]
+        # The first open bin with room for the tokens is the fullest in tokens, and of equally full
+        # ones the oldest (no bin has the number -1); from there on, the first with room for the
+        # tiles too. Tiles are not part of the key: they bind rarely, tokens always.
+        index = bisect.bisect_left(open_bins, (length, -1))
+        while index < len(open_bins) and bins[open_bins[index][1]].remaining_tiles < num_tiles:
+            index += 1
+        if index < len(open_bins):
+            chosen = bins[open_bins.pop(index)[1]]
         else:
             chosen = _Bin(
                 number=len(bins), remaining=limits.capacity, remaining_tiles=limits.max_tiles
@@ -126,6 +118,7 @@ def _best_fit(
         chosen.members.append(i)
         chosen.remaining -= length
         chosen.remaining_tiles -= num_tiles
+        # A bin that holds all the samples it may is never looked at again.
         if limits.max_samples is None or len(chosen.members) < limits.max_samples:
             bisect.insort(open_bins, (chosen.remaining, chosen.number))
     return bins

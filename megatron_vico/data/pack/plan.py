@@ -1,5 +1,4 @@
-"""Which packs each step has: a pure function of (shards, options, seed) and the place in the run,
-from indexes alone.
+"""Which packs each step has: a pure function of (indexes, options, seed) and the state of the run.
 
 It is the same for every rank, worker count and restart. The packs of one epoch follow those of the
 one before, so that an epoch may end inside a step: nothing is dropped. An epoch is packed in
@@ -62,7 +61,6 @@ class FolderList:
     """Several folders as one data set, numbered one after the other."""
 
     def __init__(self, folders: Sequence[ShardFolder]) -> None:
-        """Args: folders: in order."""
         self.folders = tuple(folders)
         self._starts = np.cumsum([0] + [len(folder) for folder in folders])
 
@@ -94,10 +92,10 @@ class PackPlan:
         Args:
             folders: read as one data set.
             repeats: how often each of them comes in an epoch; None, once.
-            options: limits of a pack, packing window, shards shuffled together, and whether a state
-                of other data may be gone on from.
+            options: limits of a pack, packing window, shards shuffled together, and whether a run
+                may be resumed with different data.
             tokens_kept: visual tokens of a tile that is not compressed.
-            seed: the run's seed.
+            seed: the run's.
             global_batch_size: packs of a step.
             cost: what a pack costs the rank that gets it.
 
@@ -146,13 +144,10 @@ class PackPlan:
         return PlanState(epoch=0, section=0, pack=0, consumed_packs=0, inputs=self.inputs)
 
     def steps(self, state: PlanState | None = None) -> Iterator[StepPlan]:
-        """The steps of a run, without end.
+        """The steps of a run, without end, `global_batch_size` packs each.
 
         Args:
             state: where to go on, counted with any number of packs a step; None, at the beginning.
-
-        Returns:
-            Plans of `global_batch_size` packs each.
 
         Raises:
             ConfigError: if the state belongs to other data, and `options.override_data_state` is
@@ -183,33 +178,28 @@ class PackPlan:
         packs_on = self._packs(state)
         while True:
             packs, states = zip(*itertools.islice(packs_on, self.global_batch_size), strict=True)
-            yield StepPlan(
-                packs=packs, costs=tuple(self._flops(pack) for pack in packs), after=states[-1]
-            )
+            costs = tuple(self._flops(pack) for pack in packs)
+            yield StepPlan(packs=packs, costs=costs, after=states[-1])
 
     def _packs(self, state: PlanState) -> Iterator[tuple[Pack, PlanState]]:
-        """The packs from a place on, each with the state after it."""
-        consumed = state.consumed_packs
-        for epoch in itertools.count(state.epoch):
+        """The packs from a state on, each with the state after it."""
+        start = state
+        for epoch in itertools.count(start.epoch):
             order = self._order(epoch)
-            for section in range(
-                state.section if epoch == state.epoch else 0, self._num_sections(order)
-            ):
-                taken = state.pack if (epoch, section) == (state.epoch, state.section) else 0
-                for number, pack in enumerate(
-                    itertools.islice(self._section(order, section), taken, None), taken + 1
-                ):
-                    consumed += 1
-                    yield (
-                        pack,
-                        replace(
-                            state,
-                            epoch=epoch,
-                            section=section,
-                            pack=number,
-                            consumed_packs=consumed,
-                        ),
+            first = start.section if epoch == start.epoch else 0
+            for section in range(first, self._num_sections(order)):
+                is_first = (epoch, section) == (start.epoch, start.section)
+                taken = start.pack if is_first else 0
+                packs = itertools.islice(self._section(order, section), taken, None)
+                for number, pack in enumerate(packs, taken + 1):
+                    state = replace(
+                        state,
+                        epoch=epoch,
+                        section=section,
+                        pack=number,
+                        consumed_packs=state.consumed_packs + 1,
                     )
+                    yield pack, state
 
     def _order(self, epoch: int) -> EpochOrder:
         return EpochOrder(
@@ -224,14 +214,12 @@ class PackPlan:
         return math.ceil(len(order) / (SECTION_WINDOWS * self.options.packing_window))
 
     def _section(self, order: EpochOrder, section: int) -> Iterator[Pack]:
-        """Its packs, packed window by window as they are taken."""
-        size = SECTION_WINDOWS * self.options.packing_window
+        window = self.options.packing_window
+        size = SECTION_WINDOWS * window
         ids, visits = order.slice(section * size, (section + 1) * size)
         lengths, tiles = self.lengths[ids].tolist(), self.num_tiles[ids].tolist()
-        for positions in iter_packs(
-            lengths, tiles=tiles, limits=self.limits, window=self.options.packing_window
-        ):
-            chosen = list(positions)
+        for members in iter_packs(lengths, tiles=tiles, limits=self.limits, window=window):
+            chosen = list(members)
             yield Pack(
                 sample_ids=tuple(ids[chosen].tolist()), visits=tuple(visits[chosen].tolist())
             )

@@ -1,9 +1,8 @@
-"""Where a run is in its data, and what that place belongs to: a few hundred bytes of plain numbers
-in a checkpoint.
+"""Where a run is in its data, and what that belongs to: a few hundred bytes in a checkpoint.
 
-The place is the same for every number of ranks, workers, steps prefetched and packs a step. It
+The state is the same for every number of ranks, workers, steps prefetched and packs a step. It
 means something only for the order and packing that it was counted in, so these travel with it and
-are compared when a run goes on.
+are compared when a run is resumed.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -21,7 +20,7 @@ class PlanInputs:
     """All that the packs of a run follow from."""
 
     folders: tuple[str, ...]
-    """Of each folder the first 8 hex digits of its index's fingerprint."""
+    """The first 8 hex digits of each index's fingerprint."""
 
     repeats: tuple[float, ...]
     """How often each folder comes in an epoch."""
@@ -34,31 +33,26 @@ class PlanInputs:
     shuffle_shards: int
 
     tokens_per_tile: int
-    """Of the uncompressed stream, in which packs are counted."""
+    """In the uncompressed stream, in which packs are counted."""
 
     packer_version: int = PACKER_VERSION
 
     def changes(self, now: "PlanInputs", *, paths: tuple[str, ...]) -> list[str]:
-        """What differs between this and `now`, in the user's words.
-
-        Args:
-            now: of the run that goes on.
-            paths: of its folders.
-
-        Returns:
-            One clause each.
-        """
+        """What differs between this and `now`, of the run that goes on with folders at `paths`: a
+        clause each, in the user's words."""
         found = []
         if len(self.folders) != len(now.folders):
             found.append(f"--data-path had {len(self.folders)} folders, now {len(now.folders)}")
         else:
-            changed = [
-                path for path, a, b in zip(paths, self.folders, now.folders, strict=True) if a != b
-            ]
-            found += [f"the shards of {path} changed" for path in changed]
-            repeats = zip(paths, self.repeats, now.repeats, strict=True)
             found += [
-                f"{path} came {a:g} times an epoch, now {b:g}" for path, a, b in repeats if a != b
+                f"the shards of {path} changed"
+                for path, a, b in zip(paths, self.folders, now.folders, strict=True)
+                if a != b
+            ]
+            found += [
+                f"{path} came {a:g} times an epoch, now {b:g}"
+                for path, a, b in zip(paths, self.repeats, now.repeats, strict=True)
+                if a != b
             ]
         names = {"tokens_per_tile": "tokens per tile", "packer_version": "the version of packing"}
         for field in fields(self):
@@ -75,8 +69,7 @@ class PlanState:
 
     epoch: int
     section: int
-    """Of the epoch; a section is packed by itself, so that finding the place packs no more than
-    one."""
+    """Of the epoch; a section is packed by itself, so that resuming packs no more than one."""
 
     pack: int
     """Packs taken of the section."""

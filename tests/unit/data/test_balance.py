@@ -65,7 +65,7 @@ def test_dealing_is_kept_where_greedy_and_swaps_lose() -> None:
     assert highest(shuffled, assign(shuffled, num_ranks=3)) == 7.0  # 6 is possible
 
 
-def test_dear_packs_are_kept_apart() -> None:
+def test_expensive_packs_are_kept_apart() -> None:
     assert assign([9.0, 1.0, 8.0, 2.0], num_ranks=2) == ((0, 1), (2, 3))
     assert assign([1.0, 1.0, 5.0, 5.0], num_ranks=2) == ((0, 2), (1, 3))
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vico.data.pack.packing import LARGE, MAX_CARRIES, PackLimits, pack
+from megatron_vico.data.pack.packing import LARGE, MAX_CARRIES, PackLimits, iter_packs
 from megatron_vico.errors import SampleError
 
 LIMITS = PackLimits(capacity=100, max_tiles=12, max_samples=7)
@@ -14,12 +14,8 @@ SIZES = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 12)), max_size=12
 
 
 def pack_sizes(sizes, *, limits=LIMITS, window=16):
-    return pack(
-        [length for length, _ in sizes],
-        tiles=[tiles for _, tiles in sizes],
-        limits=limits,
-        window=window,
-    )
+    lengths, tiles = ([size[column] for size in sizes] for column in (0, 1))
+    return list(iter_packs(lengths, tiles=tiles, limits=limits, window=window))
 
 
 @settings(max_examples=200, deadline=None)
@@ -100,12 +96,8 @@ def test_small_samples_stay_in_the_global_order():
     content."""
     lengths = [10 + i % 2 for i in range(64)]
     assert max(lengths) < 8 * 100 * LARGE
-    packs = pack(
-        lengths,
-        tiles=[1] * 64,
-        limits=PackLimits(capacity=1000, max_tiles=100, max_samples=8),
-        window=32,
-    )
+    limits = PackLimits(capacity=1000, max_tiles=100, max_samples=8)
+    packs = pack_sizes([(length, 1) for length in lengths], limits=limits, window=32)
     assert packs == [tuple(range(start, start + 8)) for start in range(0, 64, 8)]
 
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from megatron_vico.config.registry import ModelConfig
+from megatron_vico.config.registry import ModelConfig, get_model_config
 from megatron_vico.data.samples import PackedStream
 from megatron_vico.models.build import (
     build_language_model,
@@ -17,6 +18,15 @@ from megatron_vico.models.build import (
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageInputs, LanguageModel
 from megatron_vico.parallel.streams import StreamCut, language_inputs
+
+# Both kinds of vision tower with both kinds of language model.
+KINDS = [(vision, language) for vision in ("toy", "toy-6b") for language in ("toy", "toy-moe")]
+
+
+def combine(vision: str, language: str) -> ModelConfig:
+    """One toy's tower and another's language model, with a rope_theta that is nobody's default."""
+    chosen = replace(get_model_config(language).language, rope_theta=3e5)
+    return replace(get_model_config(vision), name=f"{vision} and {language}", language=chosen)
 
 
 def make_encoder(
@@ -37,8 +47,7 @@ def make_language_model(model: ModelConfig, *, seed: int = 1) -> LanguageModel:
 
 
 def randomise[M: nn.Module](module: M, *, seed: int) -> M:
-    """Give each parameter values of a size it has in a trained model, biases and norms too, so that
-    none is a no-op."""
+    """Values of the size that trained parameters have, biases and norms too: none is a no-op."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, param in module.named_parameters():

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 from megatron_vico.checkpoint.training_checkpoint import find_iteration
 from megatron_vico.config.registry import MODELS, ModelConfig, get_model_config
@@ -16,6 +14,7 @@ from megatron_vico.convert.convert import ConversionOptions, convert, export_hf
 from megatron_vico.convert.megatron.reader import open_dcp
 from megatron_vico.convert.names.internvl import LAYOUTS
 from tests.distributed.launch import launch, start
+from tests.tensor_files import read_all, same
 from tests.toy_models import make_encoder, make_language_model
 
 LOADED_UNDER = {
@@ -68,21 +67,6 @@ def odd_models() -> dict[str, ModelConfig]:
         ),
     )
     return {model.name: model for model in models}
-
-
-def read_all(folder: Path) -> dict[str, Tensor]:
-    return {
-        name: tensor
-        for file in folder.glob("*.safetensors")
-        for name, tensor in load_file(file).items()
-    }
-
-
-def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(
-        found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
-        for name, tensor in expected.items()
-    )
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoModel, InternVLForConditionalGeneration, dynamic_module_utils
 
 from megatron_vico import files
@@ -22,6 +20,7 @@ from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel
 from megatron_vico.training.trainer import train
 from tests.parity.hf_weights import transformers_model
+from tests.tensor_files import read_all, same
 from tests.toy_models import make_encoder, make_language_model, pack, random_tiles
 from tests.training_runs import ToyData, toy_config, weights_of
 
@@ -52,22 +51,6 @@ ARCHITECTURE = (
     *("num_key_value_heads", "head_dim", "vocab_size", "rms_norm_eps", "hidden_act"),
     *("num_experts_per_tok", "moe_intermediate_size"),
 )
-
-
-def read_all(folder: Path) -> dict[str, Tensor]:
-    return {
-        name: tensor
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Names, formats and every bit."""
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
 
 
 def assert_same_architecture(found: Path, expected: Path) -> None:
@@ -129,7 +112,7 @@ def test_a_model_of_no_preset_comes_in_trains_and_goes_out(
     assert metadata.model_size == metadata.model.name
     assert metadata.model_size.startswith("custom-")
     back = convert.convert(start, output=tmp_path / "back", layout="hf")
-    assert_same(read_all(back), expected)
+    assert same(read_all(back), expected)
     assert_same_architecture(back, source)
 
     pretrain = stage(toy_data, "pretrain", start, tmp_path / "pretrained")
@@ -155,7 +138,7 @@ def test_a_model_of_no_preset_comes_in_trains_and_goes_out(
     for layout, folder in exported.items():
         again = convert.convert(folder, output=tmp_path / f"{layout}-again", layout="megatron")
         out = convert.convert(again, output=tmp_path / f"{layout}-out", layout=layout)
-        assert_same(read_all(out), read_all(folder))
+        assert same(read_all(out), read_all(folder))
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     _, loading = AutoModel.from_pretrained(

@@ -1,7 +1,6 @@
 """Checkpoints that transformers writes and reads itself: ours load there with equal logits, theirs
 here bit for bit."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,21 +12,11 @@ from transformers import (
     InternVLForConditionalGeneration,
 )
 
-from megatron_vico.config.registry import IMAGENET_MEAN, MODELS, ModelConfig, get_model_config
+from megatron_vico.config.registry import IMAGENET_MEAN, MODELS, get_model_config
 from megatron_vico.convert import convert
 from megatron_vico.data.encode.tokenizer import load_tokenizer, train_sentencepiece
 from tests.parity.hf_weights import transformers_model
-from tests.toy_models import make_encoder, make_language_model, pack, random_tiles
-
-
-def combine(vision: str, language: str) -> ModelConfig:
-    """Both kinds of tower with both kinds of language model; a rope_theta that is nobody's
-    default."""
-    chosen = replace(get_model_config(language).language, rope_theta=3e5)
-    return replace(get_model_config(vision), name=f"{vision} and {language}", language=chosen)
-
-
-KINDS = [(vision, language) for vision in ("toy", "toy-6b") for language in ("toy", "toy-moe")]
+from tests.toy_models import KINDS, combine, make_encoder, make_language_model, pack, random_tiles
 
 
 @torch.no_grad()

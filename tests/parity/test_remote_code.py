@@ -4,7 +4,7 @@ engine."""
 import io
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from megatron_vico.data.encode.tokenizer import Tokenizer, load_tokenizer, train
 from megatron_vico.data.samples import ConversationSample, Turn
 from megatron_vico.inference.engine import Engine, Prompt, Routing
 from megatron_vico.models.language_model import LanguageInputs
-from tests.toy_models import make_encoder, make_language_model, random_tiles
+from tests.toy_models import KINDS, combine, make_encoder, make_language_model, random_tiles
 
 OPTIONS = ExportOptions(
     flash_relative_threshold=0.6, flash_absolute_threshold=0.4, max_dynamic_patch=4
@@ -47,16 +47,6 @@ MAX_NEW_TOKENS = 10
 # Images of each conversation, (width, height) in px: 5 tiles, none, 1, 4 and 3 (two images share
 # the budget), 2 and 1.
 IMAGES = [((64, 64),), (), ((32, 32),), ((96, 32), (70, 33)), ((32, 64), (20, 20))]
-
-
-def combine(vision: str, language: str) -> ModelConfig:
-    """Both kinds of tower with both kinds of language model; a rope_theta that is nobody's
-    default."""
-    chosen = replace(get_model_config(language).language, rope_theta=3e5)
-    return replace(get_model_config(vision), name=f"{vision} and {language}", language=chosen)
-
-
-KINDS = [(vision, language) for vision in ("toy", "toy-6b") for language in ("toy", "toy-moe")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_vico import files
@@ -25,6 +25,7 @@ from megatron_vico.data.encode.tokenizer import Tokenizer, load_tokenizer, train
 from megatron_vico.errors import CheckpointError
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel
+from tests.tensor_files import read_all, same
 from tests.toy_models import make_encoder, make_language_model
 
 TOYS = ("toy", "toy-6b", "toy-moe")
@@ -40,22 +41,6 @@ def modules_of(model: ModelConfig, *, seed: int) -> tuple[VisionEncoder, Languag
 
 def tensors_of(encoder: VisionEncoder, language_model: LanguageModel) -> dict[str, Tensor]:
     return convert.canonical_state({"encoder": encoder, "language_model": language_model})
-
-
-def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    """Equal in names, number formats and every bit."""
-    return found.keys() == expected.keys() and all(
-        found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
-        for name, tensor in expected.items()
-    )
-
-
-def read_all(folder: Path) -> dict[str, Tensor]:
-    return {
-        name: tensor
-        for file in folder.glob("*.safetensors")
-        for name, tensor in load_file(file).items()
-    }
 
 
 def add_model(

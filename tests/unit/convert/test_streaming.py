@@ -33,6 +33,7 @@ from megatron_vico.convert.ranks import Ranks, launched
 from megatron_vico.convert.source import Source, hf_source
 from megatron_vico.errors import CheckpointError
 from tests.peak_bytes import PeakBytes
+from tests.tensor_files import read_all, same_bits
 from tests.toy_models import make_encoder, make_language_model
 
 TOYS = ("toy", "toy-6b", "toy-moe")
@@ -498,22 +499,6 @@ def test_reading_is_asked_once_a_tensor(flash: Make, tmp_path: Path) -> None:
     convert(replace(source, read=read), output=tmp_path / "out", layout="megatron")
     assert set(asked.values()) == {1}
     assert asked.keys() == source.forms.keys()
-
-
-def read_all(folder: Path) -> dict[str, Tensor]:
-    return {
-        name: tensor
-        for file in folder.glob("*.safetensors")
-        for name, tensor in load_file(file).items()
-    }
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    return torch.equal(
-        *(each.detach().contiguous().flatten().view(torch.uint8) for each in (one, other))
-    )
 
 
 def test_ranks_wait_longer_than_any_file_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,8 +99,7 @@ def read_metadata(directory: str | Path, iteration: int | None = None) -> Checkp
     try:
         description: dict[str, Any] | None = contents.pop("model", None)
         return CheckpointMetadata(
-            **contents,
-            description=None if description is None else model_from_fields(description),
+            **contents, description=None if description is None else model_from_fields(description)
         )
     except (TypeError, KeyError) as error:
         raise CheckpointError(f"{path} is not a checkpoint's metadata: {error}.") from error

@@ -1,5 +1,5 @@
-"""The flags that `generate` and `evaluate` share: a checkpoint, its tokenizer and tiling, and where
-plans come from."""
+"""The flags of commands that run a model: a checkpoint, its tokenizer and tiling, and where plans
+come from."""
 
 import argparse
 from collections.abc import Iterator
@@ -13,79 +13,55 @@ if TYPE_CHECKING:
     from megatron_vico.inference.engine import Engine, PlanSource
 
 
-def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """Declare them.
-
-    Args:
-        parser: of the command.
-    """
-    from megatron_vico.vico.routing import FLASH_ABSOLUTE_THRESHOLD, FLASH_RELATIVE_THRESHOLD
-
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint, and how its images are cut into tiles."""
     defaults = DataOptions()
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--load", type=Path, required=True, help="a run's folder, or a Hugging Face folder"
-    )
-    model.add_argument(
-        "--tokenizer-model",
-        type=Path,
-        help="tokenizer folder or .model file; unset, the one in --load",
-    )
-    model.add_argument("--bf16", action="store_true", help="compute in bfloat16, not fp32")
-    model.add_argument("--batch-size", type=int, default=16, help="conversations answered together")
-    model.add_argument("--max-new-tokens", type=int, default=64, help="longest answer")
-    model.add_argument(
-        "--max-dynamic-patch",
-        type=int,
-        default=defaults.max_dynamic_patch,
-        help="most tiles an image",
-    )
-    model.add_argument(
-        "--use-thumbnail", action=argparse.BooleanOptionalAction, default=defaults.use_thumbnail
-    )
-    model.add_argument("--tile-tags", choices=("none", "numbered"), default=defaults.tile_tags)
+    load_help = "a run's folder, or a Hugging Face folder in any layout"
+    model.add_argument("--load", type=Path, required=True, help=load_help)
+    tokenizer_help = "tokenizer folder or .model file; unset, the one in --load"
+    model.add_argument("--tokenizer-model", type=Path, help=tokenizer_help)
+    tiles, thumbnail = defaults.max_dynamic_patch, defaults.use_thumbnail
+    model.add_argument("--max-dynamic-patch", type=int, default=tiles, help="most tiles an image")
+    model.add_argument("--use-thumbnail", action=argparse.BooleanOptionalAction, default=thumbnail)
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of `add_model_flags`, and how the model answers."""
+    from megatron_vico.vico.routing import FLASH_ABSOLUTE_THRESHOLD, FLASH_RELATIVE_THRESHOLD
+
+    add_model_flags(parser)
+    answers = parser.add_argument_group("answers")
+    answers.add_argument("--bf16", action="store_true", help="compute in bfloat16, not fp32")
+    together = "conversations answered together"
+    answers.add_argument("--batch-size", type=int, default=16, help=together)
+    answers.add_argument("--max-new-tokens", type=int, default=64, help="longest answer")
+    tags = DataOptions().tile_tags
+    answers.add_argument("--tile-tags", choices=("none", "numbered"), default=tags)
     plan = parser.add_argument_group("compression")
+    plan_help = "which tiles get the 16x connector"
+    plan.add_argument("--plan", choices=("vir", "none", "all"), default="vir", help=plan_help)
+    granularity = ("tile", "image")
     plan.add_argument(
-        "--plan",
-        choices=("vir", "none", "all"),
-        default="vir",
-        help="which tiles get the 16x connector",
+        "--router-granularity", choices=granularity, default="tile", help="as ViR was trained"
     )
-    plan.add_argument(
-        "--router-granularity", choices=("tile", "image"), default="tile", help="as ViR was trained"
+    rule_help = (
+        "paper: p > 0.5; flash: the released models' quantile and threshold, over one conversation"
     )
-    plan.add_argument(
-        "--router-rule",
-        choices=("paper", "flash"),
-        default="paper",
-        help=(
-            "paper: p > 0.5; flash: the released models' quantile and threshold, over one"
-            " conversation"
-        ),
-    )
-    plan.add_argument(
-        "--flash-relative-threshold",
-        type=float,
-        default=FLASH_RELATIVE_THRESHOLD,
-        help="quantile of the flash rule",
-    )
-    plan.add_argument(
-        "--flash-absolute-threshold",
-        type=float,
-        default=FLASH_ABSOLUTE_THRESHOLD,
-        help="least p of the flash rule",
-    )
+    plan.add_argument("--router-rule", choices=("paper", "flash"), default="paper", help=rule_help)
+    for name, default, what in (
+        ("relative", FLASH_RELATIVE_THRESHOLD, "quantile of the flash rule"),
+        ("absolute", FLASH_ABSOLUTE_THRESHOLD, "least p of the flash rule"),
+    ):
+        plan.add_argument(f"--flash-{name}-threshold", type=float, default=default, help=what)
 
 
 @contextmanager
 def open_engine(options: argparse.Namespace) -> Iterator["Engine"]:
-    """An engine with a checkpoint's weights.
+    """An engine with a checkpoint's weights; its process groups end with the context.
 
     Args:
         options: parsed flags of `add_engine_flags`.
-
-    Yields:
-        The engine; its process groups end with the context.
 
     Raises:
         CheckpointError: if --load is no checkpoint.
@@ -114,14 +90,7 @@ def open_engine(options: argparse.Namespace) -> Iterator["Engine"]:
 
 
 def plan_source(options: argparse.Namespace) -> "PlanSource":
-    """Where the plans of a command come from.
-
-    Args:
-        options: parsed flags of `add_engine_flags`.
-
-    Returns:
-        What the engine takes as `plan`.
-    """
+    """What the engine takes as `plan`, from parsed flags of `add_engine_flags`."""
     from megatron_vico.inference.engine import Routing
 
     if options.plan == "none" or options.plan == "all":

@@ -105,7 +105,7 @@ class Engine:
             encoder: vision tower, connectors and router.
             language_model: a whole one (no pipeline), built with attention "sdpa".
             tokenizer: of the model.
-            model: its sizes.
+            model: what both are.
             settings: tiling and tile tags, as in training.
             batch_size: conversations answered together.
         """
@@ -119,12 +119,6 @@ class Engine:
 
     def prompt(self, sample: ConversationSample) -> Prompt:
         """Tile the images and encode the questions; answers that the conversation has are left out.
-
-        Args:
-            sample: a conversation with at least one question.
-
-        Returns:
-            The prompt.
 
         Raises:
             SampleError: if an image is broken, there is no question, or a later question has an
@@ -148,15 +142,7 @@ class Engine:
         )
 
     def route(self, prompts: Sequence[Prompt], routing: Routing) -> list[tuple[Tensor, Tensor]]:
-        """Ask the router only.
-
-        Args:
-            prompts: conversations.
-            routing: how to decide.
-
-        Returns:
-            For each conversation the plan [N] bool and p_compress [N] float32.
-        """
+        """Ask the router only: the plan, [N] bool, and p_compress, [N] float32, of each."""
         routed = []
         with torch.inference_mode():
             for batch in _batches(prompts, self.batch_size):
@@ -166,15 +152,7 @@ class Engine:
     def answer(
         self, prompts: Sequence[Prompt], *, plan: PlanSource, max_new_tokens: int = 64
     ) -> Iterator[Answers]:
-        """Answer every question of every conversation, greedily.
-
-        Args:
-            prompts: conversations, answered in batches in this order.
-            plan: which tiles are compressed.
-            max_new_tokens: longest answer, in tokens.
-
-        Yields:
-            The answers of one conversation after the other.
+        """Answer every question of every conversation, greedily; one conversation after the other.
 
         Raises:
             SampleError: if a given plan has another number of tiles than its conversation.
@@ -183,8 +161,7 @@ class Engine:
         for batch in _batches(prompts, self.batch_size):
             given = plan if isinstance(plan, str | Routing) else plan[start : start + len(batch)]
             start += len(batch)
-            # Not kept on while the caller looks at an answer: inference mode would leak into its
-            # code.
+            # Not on while the caller looks at an answer: it would leak into the caller's code.
             with torch.inference_mode():
                 answers = self._answer_batch(batch, plan=given, max_new_tokens=max_new_tokens)
             yield from answers
@@ -193,15 +170,11 @@ class Engine:
         self, batch: Sequence[Prompt], *, plan: PlanSource, max_new_tokens: int
     ) -> list[Answers]:
         features_NPD = self._features(batch)
-        probabilities: list[Tensor] | list[None] = [None] * len(batch)
+        routed: list[tuple[Tensor, Tensor | None]]
         if isinstance(plan, Routing):
-            routed = self._route(batch, features_NPD, plan)
-            plans, probabilities = [pair[0] for pair in routed], [pair[1] for pair in routed]
-        elif isinstance(plan, str):
-            make = plan_all if plan == "all" else plan_none
-            plans = [make(prompt.first.num_tiles) for prompt in batch]
+            routed = [*self._route(batch, features_NPD, plan)]
         else:
-            plans = list(plan)
+            routed = [(each, None) for each in _given_plans(batch, plan)]
         streams = [
             expand(
                 [prompt.first],
@@ -210,9 +183,10 @@ class Engine:
                 tokens_compressed=self.model.compressed_tokens_per_tile,
                 image_token_id=self.tokenizer.image_token_id,
             )
-            for prompt, each in zip(batch, plans, strict=True)
+            for prompt, (each, _) in zip(batch, routed, strict=True)
         ]
-        visual_tokens_VH = self.encoder.visual_tokens(features_NPD, torch.cat(plans).cpu())
+        plan_N = torch.cat([each for each, _ in routed]).cpu()
+        visual_tokens_VH = self.encoder.visual_tokens(features_NPD, plan_N)
         num_turns = 1 + max(len(prompt.follow_ups) for prompt in batch)
         decoder = _Decoder(
             self.language_model,
@@ -224,48 +198,42 @@ class Engine:
             tokenizer=self.tokenizer,
             device=self._device,
         )
-        positions = [stream.visual_positions.numpy() for stream in streams]
-        tokens = decoder.say(
-            [stream.token_ids.numpy() for stream in streams],
-            max_new_tokens,
-            visual_tokens_VH,
-            positions,
-        )
-        said = [[ids] for ids in tokens]
+        turns = [
+            decoder.answer(
+                [stream.token_ids.numpy() for stream in streams],
+                max_new_tokens,
+                visual_tokens_VH,
+                [stream.visual_positions.numpy() for stream in streams],
+            )
+        ]
         for turn in range(num_turns - 1):
             segments = [
                 prompt.follow_ups[turn] if turn < len(prompt.follow_ups) else np.empty(0, np.int64)
                 for prompt in batch
             ]
-            for answers, ids in zip(said, decoder.say(segments, max_new_tokens), strict=True):
-                answers.append(ids)
+            turns.append(decoder.answer(segments, max_new_tokens))
         return [
             Answers(
-                texts=tuple(
-                    self.tokenizer.decode(ids) for ids in answers[: 1 + len(prompt.follow_ups)]
-                ),
-                compressed_N=each,
-                probability_N=probability,
+                texts=tuple(map(self.tokenizer.decode, own[: 1 + len(prompt.follow_ups)])),
+                compressed_N=compressed_N,
+                probability_N=probability_N,
                 num_visual_tokens=len(stream.visual_positions),
             )
-            for prompt, answers, each, probability, stream in zip(
-                batch, said, plans, probabilities, streams, strict=True
+            for prompt, own, (compressed_N, probability_N), stream in zip(
+                batch, zip(*turns, strict=True), routed, streams, strict=True
             )
         ]
 
     def _features(self, batch: Sequence[Prompt]) -> Tensor:
-        tiles = torch.from_numpy(np.concatenate([prompt.first.tiles for prompt in batch])).to(
-            self._device
-        )
-        return self.encoder.features(self.encoder.normalise(tiles))
+        tiles = torch.from_numpy(np.concatenate([prompt.first.tiles for prompt in batch]))
+        return self.encoder.features(self.encoder.normalise(tiles.to(self._device)))
 
     def _route(
         self, batch: Sequence[Prompt], features_NPD: Tensor, routing: Routing
     ) -> list[tuple[Tensor, Tensor]]:
         by_image = [count for prompt in batch for count in prompt.first.tiles_per_image]
-        logits_N2 = self.encoder.vir(
-            features_NPD, by_image if routing.granularity == "image" else None
-        ).cpu()
+        tiles_per_image = by_image if routing.granularity == "image" else None
+        logits_N2 = self.encoder.vir(features_NPD, tiles_per_image).cpu()
         routed = []
         for logits in logits_N2.split([prompt.first.num_tiles for prompt in batch]):
             if routing.rule == "paper":
@@ -300,19 +268,19 @@ class _Decoder:
         self._unseen: list[list[int]] = [[] for _ in range(batch)]
         """Tokens said but not yet run through the model; they go before the next segment."""
 
-    def say(
+    def answer(
         self,
         segments: Sequence[IntArray],
         max_new_tokens: int,
         visual_tokens_VH: Tensor | None = None,
         visual_positions: Sequence[IntArray] = (),
     ) -> list[list[int]]:
-        """Read one segment of each conversation and go on with an answer.
+        """Read one segment of each conversation, and answer.
 
         Args:
             segments: ids of each conversation; an empty one ends the conversation.
             max_new_tokens: longest answer.
-            visual_tokens_VH: [V, H] over all conversations, for the first segments.
+            visual_tokens_VH: of all conversations, for the first segments.
             visual_positions: where they go in each segment.
 
         Returns:
@@ -336,14 +304,12 @@ class _Decoder:
                     answer.append(token)
             if count == max_new_tokens or not talks_B.any():
                 break
-            # Conversations that are silent run along with padding, which their length does not
-            # count.
+            # Those that have ended run along with padding, which their length does not count.
             next_B = self._step(
                 torch.where(talks_B, next_B, self._tokenizer.pad_id)[:, None], talks_B.long()
             )
         self._unseen = [
-            # An answer that was cut off has its last token left to run; every answer gets its end
-            # mark.
+            # An answer cut off has its last token left to run; every answer gets its end mark.
             [*(answer[-1:] if cut_off else []), self._tokenizer.eos_id]
             for answer, cut_off in zip(answers, talks_B.tolist(), strict=True)
         ]
@@ -362,8 +328,8 @@ class _Decoder:
         )
         index = None
         if visual_tokens_VH is not None:
-            places = [row * longest + positions for row, positions in enumerate(visual_positions)]
-            index = torch.from_numpy(np.concatenate(places)).to(self._device)
+            rows = [row * longest + positions for row, positions in enumerate(visual_positions)]
+            index = torch.from_numpy(np.concatenate(rows)).to(self._device)
         return self._step(
             token_ids_BS.to(self._device),
             torch.tensor(lens, device=self._device),
@@ -378,8 +344,7 @@ class _Decoder:
         visual_tokens_VH: Tensor | None = None,
         visual_index: Tensor | None = None,
     ) -> Tensor:
-        """Run new tokens; the most likely next token after the last real one of each conversation,
-        [B] int64."""
+        """Run new tokens; the most likely next one of each conversation, [B] int64."""
         position_ids_BS = self._cache.lengths[:, None] + torch.arange(
             token_ids_BS.size(1), device=self._device
         )
@@ -393,14 +358,22 @@ class _Decoder:
         )
         last_B = (num_new_B - 1).clamp_min(0)
         rows_BH = hidden_BSH[torch.arange(len(last_B), device=self._device), last_B]
-        # The model's vocabulary is larger than the tokenizer's (151,936 and 151,678): the rest has
-        # no text.
+        # The model's vocabulary is larger than the tokenizer's (151,936 and 151,678).
         return self._language_model.response_logits(rows_BH)[:, : self._vocab_size].argmax(dim=-1)
 
 
 def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
     for start in range(0, len(prompts), size):
         yield prompts[start : start + size]
+
+
+def _given_plans(
+    batch: Sequence[Prompt], plan: Literal["none", "all"] | Sequence[Tensor]
+) -> Sequence[Tensor]:
+    if not isinstance(plan, str):
+        return plan
+    make = plan_all if plan == "all" else plan_none
+    return [make(prompt.first.num_tiles) for prompt in batch]
 
 
 def _longest(batch: Sequence[Prompt], turn: int) -> int:

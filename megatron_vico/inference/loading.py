@@ -1,5 +1,4 @@
-"""Builds an engine and puts a checkpoint's weights into it, whichever of the two forms the
-checkpoint has."""
+"""Builds an engine and puts the weights of a checkpoint of either form into it."""
 
 from pathlib import Path
 
@@ -31,24 +30,14 @@ def build_engine(
     bf16: bool = False,
     batch_size: int = 64,
 ) -> Engine:
-    """An engine with fresh weights; `load_weights` fills it.
+    """An engine with fresh weights, which `load_weights` fills, on the device of the groups.
 
-    Args:
-        model: which model.
-        groups: process groups of one rank.
-        tokenizer: of the model.
-        settings: tiling and tile tags, as in training.
-        bf16: compute in bfloat16.
-        batch_size: conversations answered together.
-
-    Returns:
-        The engine, on the groups' device.
+    The groups are of one rank; settings and batch size as in `Engine`.
     """
     encoder = build_vision_encoder(
         model, vision_transformer_config(model, bf16=bf16), pg_collection=groups.encoder
     ).requires_grad_(False)
-    # mcore's local layers with torch's attention, also on a GPU: they are the ones that know the KV
-    # cache.
+    # mcore's local layers with torch's attention, on a GPU too: they know the KV cache.
     language_model = build_language_model(
         model,
         language_transformer_config(model, bf16=bf16),
@@ -67,16 +56,12 @@ def build_engine(
 
 
 def load_weights(engine: Engine, source: str | Path) -> None:
-    """Put a checkpoint's weights into an engine.
+    """Put the weights of a run's latest step, or of a Hugging Face folder, into an engine.
 
-    Args:
-        engine: of the checkpoint's size.
-        source: a run's folder (its latest step), or a Hugging Face folder in any layout. What a
-            layout does not hold (connector_16x and ViR outside of flash) keeps the engine's
-            weights.
+    What a layout does not hold (connector_16x and ViR outside of flash) keeps its weights.
 
     Raises:
-        CheckpointError: if it is no checkpoint, broken, or of another size.
+        CheckpointError: if it is no checkpoint, broken, or of another model than the engine's.
     """
     if has_checkpoint(source):
         modules = {"encoder": engine.encoder, "language_model": engine.language_model}

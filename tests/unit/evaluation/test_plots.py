@@ -125,13 +125,7 @@ def test_validation_is_drawn_as_points_between_the_steps(tmp_path):
 
 def make_box(rank, model, kind, start_ms, end_ms, *, pack=None, chunk=None):
     return plots.TraceBox(
-        rank=rank,
-        model=model,
-        kind=kind,
-        pack=pack,
-        chunk=chunk,
-        start_ms=start_ms,
-        end_ms=end_ms,
+        rank=rank, model=model, kind=kind, pack=pack, chunk=chunk, start_ms=start_ms, end_ms=end_ms
     )
 
 

@@ -7,34 +7,26 @@ import importlib.util
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 REQUIRED = (
-    *(
-        "torch",
-        "megatron-core",
-        "transformers",
-        "safetensors",
-        "sentencepiece",
-        "webdataset",
-        "numpy",
-        "pillow",
-    ),
-    *("PyYAML", "tqdm", "tensorboard", "matplotlib", "psutil"),
+    *("torch", "megatron-core", "transformers", "safetensors", "sentencepiece", "webdataset"),
+    *("numpy", "pillow", "PyYAML", "tqdm", "tensorboard", "matplotlib", "psutil"),
 )
 DEMO = ("scikit-image", "scikit-learn")
 
 _NO_GPU = "no GPU: the CPU stand-in and gloo are used"
+State = Literal["ok", "absent", "missing"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Finding:
     """One line of the report."""
 
     name: str
-    state: Literal["ok", "absent", "missing"]
+    state: State
     """Usable; absent, with something to fall back to; or missing, and nothing works without it."""
     version: str = ""
     note: str = ""
@@ -42,57 +34,42 @@ class Finding:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the report.
-
-    Args:
-        arguments: the words after `doctor`.
-
-    Returns:
-        Exit status: 1 if something required is missing.
-    """
+    """Print the report; exit status 1 if something required is missing."""
     argparse.ArgumentParser(prog="vico doctor", description=__doc__).parse_args(arguments)
     found = findings()
     for finding in found:
         print(f"{finding.state:8} {finding.name:20} {finding.version:12} {finding.note}".rstrip())
     missing = [finding.name for finding in found if finding.state == "missing"]
     if missing:
-        print(
-            f"\nmissing: {', '.join(missing)}; run `make venv`, or pip install -c constraints.txt"
-            " -e ."
-        )
+        fix = "run `make venv`, or pip install -c constraints.txt -e ."
+        print(f"\nmissing: {', '.join(missing)}; {fix}")
     return 1 if missing else 0
 
 
 def findings() -> list[Finding]:
     """Everything the project can use, looked up on this machine; megatron is not imported."""
-    python = Finding(
-        name="python",
-        state="ok" if sys.version_info >= (3, 12) else "missing",
-        version=platform.python_version(),
-        note="" if sys.version_info >= (3, 12) else "3.12 or newer is needed",
-    )
+    usable = sys.version_info >= (3, 12)
+    needed = "" if usable else "3.12 or newer is needed"
+    python = Finding("python", "ok" if usable else "missing", platform.python_version(), needed)
     packages = [_package(name) for name in REQUIRED]
     if any(finding.name == "torch" and finding.state == "missing" for finding in packages):
         return [python, *packages]
+    attention = "attention of TransformerEngine or torch"
     return [
         python,
         *packages,
         *_devices(),
         _transformer_engine(),
-        _accelerator(
-            "flash-attn", module="flash_attn", fallback="attention of TransformerEngine or torch"
-        ),
+        _accelerator("flash-attn", module="flash_attn", fallback=attention),
         _apex(),
-        *[_package(name, note="only the demo needs it", optional=True) for name in DEMO],
-        _package("av", note="only videos need it", optional=True),
+        *[_package(name, note="only the demo needs it", without="absent") for name in DEMO],
+        _package("av", note="only videos need it", without="absent"),
     ]
 
 
-def _package(name: str, *, note: str = "", optional: bool = False) -> Finding:
+def _package(name: str, *, note: str = "", without: State = "missing") -> Finding:
     version = _version(name)
-    if version is None:
-        return Finding(name=name, state="absent" if optional else "missing", note=note)
-    return Finding(name=name, state="ok", version=version)
+    return Finding(name, without, note=note) if version is None else Finding(name, "ok", version)
 
 
 def _devices() -> list[Finding]:
@@ -101,31 +78,19 @@ def _devices() -> list[Finding]:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         major, minor = torch.cuda.get_device_capability()
-        names = (
-            f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, capability"
-            f" {major}.{minor}"
-        )
-        cuda = Finding(name="CUDA", state="ok", version=str(torch.version.cuda), note=names)
+        gpus = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+        note = f"{gpus}, capability {major}.{minor}"
+        cuda = Finding("CUDA", "ok", str(torch.version.cuda), note)
     else:
-        cuda = Finding(name="CUDA", state="absent", note=_NO_GPU)
+        cuda = Finding("CUDA", "absent", note=_NO_GPU)
     distributed = torch.distributed
-    has_nccl = on_gpu and distributed.is_available() and distributed.is_nccl_available()
+    if on_gpu and distributed.is_available() and distributed.is_nccl_available():
+        nccl = Finding("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
+    else:
+        nccl = Finding("NCCL", "absent", note="collectives go through gloo")
     has_gloo = distributed.is_available() and distributed.is_gloo_available()
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else ""
-    return [
-        cuda,
-        Finding(
-            name="NCCL",
-            state="ok" if has_nccl else "absent",
-            version=nccl,
-            note="" if has_nccl else "collectives go through gloo",
-        ),
-        Finding(
-            name="gloo",
-            state="ok" if has_gloo else "missing",
-            note="" if on_gpu else "collectives of runs on the CPU",
-        ),
-    ]
+    note = "" if on_gpu else "collectives of runs on the CPU"
+    return [cuda, nccl, Finding("gloo", "ok" if has_gloo else "missing", note=note)]
 
 
 def _transformer_engine() -> Finding:
@@ -134,17 +99,10 @@ def _transformer_engine() -> Finding:
     name = "transformer-engine"
     fallback = "megatron-core's local layers with torch's attention; no FP8"
     if not torch.cuda.is_available():
-        return Finding(
-            name=name, state="absent", version=_version(name) or "", note=f"needs a GPU; {fallback}"
-        )
+        return Finding(name, "absent", _version(name) or "", f"needs a GPU; {fallback}")
     finding = _accelerator(name, module="transformer_engine.pytorch", fallback=fallback)
     if finding.state == "ok" and torch.cuda.get_device_capability() < (9, 0):
-        return Finding(
-            name=name,
-            state="ok",
-            version=finding.version,
-            note="no FP8: needs capability 9.0 (Hopper)",
-        )
+        return replace(finding, note="no FP8: needs capability 9.0 (Hopper)")
     return finding
 
 
@@ -152,18 +110,14 @@ def _accelerator(name: str, *, module: str, fallback: str) -> Finding:
     """A package that counts only if it can be imported: one built for another torch cannot."""
     version = _version(name)
     if version is None:
-        return Finding(name=name, state="absent", note=f"falls back to {fallback}")
+        return Finding(name, "absent", note=f"falls back to {fallback}")
     try:
         importlib.import_module(module)
     except (ImportError, OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return Finding(
-            name=name,
-            state="absent",
-            version=version,
-            note=f"cannot be imported ({reason}); falls back to {fallback}",
-        )
-    return Finding(name=name, state="ok", version=version)
+        note = f"cannot be imported ({reason}); falls back to {fallback}"
+        return Finding(name, "absent", version, note)
+    return Finding(name, "ok", version)
 
 
 def _apex() -> Finding:
@@ -172,21 +126,15 @@ def _apex() -> Finding:
     fallback = "optimizers and norms fall back to TransformerEngine's or torch's"
     spec = importlib.util.find_spec("apex")
     if spec is None:
-        return Finding(name="apex", state="absent", note=fallback)
+        return Finding("apex", "absent", note=fallback)
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     if not any((folder / "optimizers").is_dir() for folder in folders):
-        return Finding(
-            name="apex",
-            state="absent",
-            note=f"another package of that name is installed; {fallback}",
-        )
+        note = f"another package of that name is installed; {fallback}"
+        return Finding("apex", "absent", note=note)
     if importlib.util.find_spec("amp_C") is None:
-        return Finding(
-            name="apex",
-            state="absent",
-            note=f"installed without its CUDA kernels (amp_C); {fallback}",
-        )
-    return Finding(name="apex", state="ok", version=_version("apex") or "")
+        note = f"installed without its CUDA kernels (amp_C); {fallback}"
+        return Finding("apex", "absent", note=note)
+    return Finding("apex", "ok", _version("apex") or "")
 
 
 def _version(name: str) -> str | None:

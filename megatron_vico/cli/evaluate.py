@@ -11,32 +11,27 @@ from megatron_vico.cli.engine_flags import add_engine_flags, open_engine, plan_s
 def main(arguments: Sequence[str]) -> None:
     """Print the figures, and write them where --output says.
 
-    Args:
-        arguments: the words after `evaluate`.
-
     Raises:
         SampleError: if a line or image of the set cannot be used.
         CheckpointError: if --load is no checkpoint.
     """
     parser = argparse.ArgumentParser(prog="vico evaluate", description=__doc__)
-    parser.add_argument(
-        "--jsonl", type=Path, required=True, help="official chat format, with `metrics` a question"
-    )
-    parser.add_argument(
-        "--image-root", type=Path, help="folder that image paths start from; unset, the JSONL's own"
-    )
+    jsonl_help = "official chat format, with `metrics` a question"
+    parser.add_argument("--jsonl", type=Path, required=True, help=jsonl_help)
+    root_help = "folder that image paths start from; unset, the JSONL's own"
+    parser.add_argument("--image-root", type=Path, help=root_help)
     parser.add_argument("--limit", type=int, help="use only so many conversations")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     add_engine_flags(parser)
     options = parser.parse_args(arguments)
-    from megatron_vico.evaluation.runner import evaluate, read_evaluation_set
+    from megatron_vico.evaluation.runner import read_evaluation_set, run_evaluation
     from megatron_vico.files import write_json
 
     samples = read_evaluation_set(
         options.jsonl, image_root=options.image_root or options.jsonl.parent, limit=options.limit
     )
     with open_engine(options) as engine:
-        result = evaluate(
+        result = run_evaluation(
             engine,
             samples,
             row=options.plan,

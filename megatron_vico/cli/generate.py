@@ -16,41 +16,26 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str]) -> None:
     """Answer one conversation and print it.
 
-    Args:
-        arguments: the words after `generate`.
-
     Raises:
         SampleError: if an image or the video cannot be used.
         CheckpointError: if --load is no checkpoint.
     """
     parser = argparse.ArgumentParser(prog="vico generate", description=__doc__)
     seen = parser.add_mutually_exclusive_group()
-    seen.add_argument(
-        "--image",
-        type=Path,
-        nargs="+",
-        default=[],
-        help="image files, in the order of their <image>",
-    )
+    image_help = "image files, in the order of their <image>"
+    seen.add_argument("--image", type=Path, nargs="+", default=[], help=image_help)
     seen.add_argument("--video", type=Path, help="a video file, shown as frames of one tile each")
     parser.add_argument("--num-frames", type=int, help="frames of the video; default: 8")
-    parser.add_argument(
-        "--prompt",
-        action="append",
-        required=True,
-        help="a question; may be repeated, each sees the answers before it",
-    )
+    prompt_help = "a question; may be repeated, each sees the answers before it"
+    parser.add_argument("--prompt", action="append", required=True, help=prompt_help)
     add_engine_flags(parser)
     options = parser.parse_args(arguments)
     if options.num_frames is not None and (options.video is None or options.num_frames < 1):
         parser.error(f"--num-frames {options.num_frames}: expected 1 or more, and a --video")
     sample = _sample(options)
     with open_engine(options) as engine:
-        (answers,) = engine.answer(
-            [engine.prompt(sample)],
-            plan=plan_source(options),
-            max_new_tokens=options.max_new_tokens,
-        )
+        prompts, plan = [engine.prompt(sample)], plan_source(options)
+        (answers,) = engine.answer(prompts, plan=plan, max_new_tokens=options.max_new_tokens)
     for question, text in zip(options.prompt, answers.texts, strict=True):
         print(f"> {question}\n{text}\n")
     num_tiles = len(answers.compressed_N)
@@ -66,9 +51,8 @@ def _sample(options: argparse.Namespace) -> "ConversationSample":
 
     turns = tuple(Turn("human", text) for text in options.prompt)
     if options.video is None:
-        return ConversationSample(
-            key="prompt", turns=turns, images=tuple(_read(path) for path in options.image)
-        )
+        images = tuple(_read(path) for path in options.image)
+        return ConversationSample(key="prompt", turns=turns, images=images)
     frames = middle_frames(options.video, num_frames=options.num_frames or 8)
     turns = with_frames(turns, len(frames), frame_text=INFERENCE_TEXT, key="prompt")
     return ConversationSample(key="prompt", turns=turns, images=tuple(frames), max_dynamic_patch=1)
@@ -78,6 +62,5 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise SampleError(
-            f"{path}: {error.strerror}; give an image file that can be read."
-        ) from error
+        message = f"{path}: {error.strerror}; give an image file that can be read."
+        raise SampleError(message) from error

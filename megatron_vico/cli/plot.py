@@ -10,39 +10,20 @@ from megatron_vico.errors import ConfigError
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Draw or print.
-
-    Args:
-        arguments: the words after `plot`.
-
-    Raises:
-        ConfigError: if a file is not there or not what it should be.
-    """
+    """Draw or print; ConfigError if a file is not there or not what it should be."""
     parser = argparse.ArgumentParser(prog="vico plot", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
-    loss = actions.add_parser(
-        "loss",
-        help="one panel a run: every step in light, a running mean in dark, validation as points",
-    )
-    loss.add_argument(
-        "runs",
-        nargs="+",
-        metavar="TITLE=FOLDER",
-        help="a run's --save folder, or its metrics.jsonl",
-    )
-    loss.add_argument(
-        "--output", type=Path, required=True, help="picture to write; its ending says the format"
-    )
+    what = "one panel a run: every step in light, a running mean in dark, validation as points"
+    loss = actions.add_parser("loss", help=what)
+    runs_help = "a run's --save folder, or its metrics.jsonl"
+    loss.add_argument("runs", nargs="+", metavar="TITLE=FOLDER", help=runs_help)
     trace = actions.add_parser("trace", help="who did what when in one step: a row a rank")
-    trace.add_argument(
-        "folder",
-        type=Path,
-        help="what --profile wrote: <save>/trace/step_N; its last step is drawn",
-    )
+    folder_help = "what --profile wrote: <save>/trace/step_N; its last step is drawn"
+    trace.add_argument("folder", type=Path, help=folder_help)
     trace.add_argument("--title", default="", help="line above the picture")
-    trace.add_argument(
-        "--output", type=Path, required=True, help="picture to write; its ending says the format"
-    )
+    for action in (loss, trace):
+        output_help = "picture to write; its ending says the format"
+        action.add_argument("--output", type=Path, required=True, help=output_help)
     table = actions.add_parser("table", help="print a results.json")
     table.add_argument("results", type=Path)
     table.add_argument("--format", choices=("text", "markdown"), default="text")
@@ -66,9 +47,8 @@ def _table(path: Path, *, markdown: bool) -> None:
     try:
         rows = read_results(path)
     except OSError as error:
-        raise ConfigError(
-            f"{path}: {error.strerror}; give the results.json of an evaluation."
-        ) from error
+        message = f"{path}: {error.strerror}; give the results.json of an evaluation."
+        raise ConfigError(message) from error
     except (json.JSONDecodeError, TypeError) as error:
         raise ConfigError(f"{path}: not a results.json ({error}).") from error
     print(as_markdown(rows) if markdown else as_text(rows))
@@ -87,11 +67,11 @@ def _trace(folder: Path, output: Path, *, title: str) -> None:
 
 
 def _metrics_file(word: str) -> tuple[str, Path]:
-    title, equals, place = word.rpartition("=")
-    path = Path(place)
+    title, equals, folder = word.rpartition("=")
+    path = Path(folder)
     file = path / "metrics.jsonl" if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(
             f"{file}: no such file; give TITLE=FOLDER with the --save folder of a run."
         )
-    return (title if equals else path.name or place), file
+    return (title if equals else path.name or folder), file

@@ -1,14 +1,14 @@
 """The rows of Table 3 of the ViCO paper: which weights, and where each row's compression plan comes
 from.
 
-row              weights                                 plan
-vanilla          before consistency training             nothing compressed
-vanilla_vir      the same, and the warmed-up 16x         ViCO's final router decisions, replayed
+row              weights                              plan
+vanilla          before consistency training          nothing compressed
+vanilla_vir      the same, and the warmed-up 16x      ViCO's final router decisions, replayed
                  connector, which the original lacks
-all_compress     after consistency training              everything compressed
-random_compress after consistency training random, exactly as many tiles as ViCO compressed
- image_level      with the image-level router             that router's, per image
-vico             with the tile-level router              the router's, per tile
+all_compress     after consistency training           everything compressed
+random_compress  after consistency training           random, as many tiles as ViCO compressed
+image_level      with the image-level router          that router's, per image
+vico             with the tile-level router           the router's, per tile
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_vico.evaluation.runner import Evaluation, EvaluationSample, evaluate
+from megatron_vico.evaluation.runner import Evaluation, EvaluationSample, run_evaluation
 from megatron_vico.evaluation.tables import TableRow
 from megatron_vico.inference.engine import Engine, Routing
 from megatron_vico.vico.compression_plan import generator, plan_random_exact
@@ -35,7 +35,7 @@ def run_ablations(
     seed: int,
     max_new_tokens: int = 64,
 ) -> list[Evaluation]:
-    """Evaluate all rows.
+    """Evaluate all rows, in the order of ROWS.
 
     Args:
         engine_with: gives an engine with the named weights; it may be one engine whose weights
@@ -44,15 +44,12 @@ def run_ablations(
         samples: the questions.
         seed: of the random row.
         max_new_tokens: longest answer.
-
-    Returns:
-        One evaluation a row, in the order of ROWS.
     """
     engine = engine_with("vico")
     prompts = [engine.prompt(sample.conversation) for sample in samples]
 
     def run(row: str, plan: Literal["none", "all"] | Routing | Sequence[Tensor]) -> Evaluation:
-        return evaluate(
+        return run_evaluation(
             engine, samples, row=row, plan=plan, prompts=prompts, max_new_tokens=max_new_tokens
         )
 
@@ -70,16 +67,8 @@ def run_ablations(
 
 
 def random_plans(decisions: Sequence[Tensor], *, seed: int) -> list[Tensor]:
-    """Plans with exactly as many compressed tiles over the whole set, drawn without regard to
-    content.
-
-    Args:
-        decisions: [N] bool of each conversation.
-        seed: of the draw.
-
-    Returns:
-        [N] bool of each conversation.
-    """
+    """Plans, [N] bool of each conversation, with exactly as many compressed tiles over all of them
+    as `decisions`, whatever the tiles show."""
     everything = torch.cat(list(decisions))
     draw = generator(seed, 0, 0, "random_compress")
     drawn = plan_random_exact(len(everything), int(everything.sum()), generator=draw)
@@ -87,14 +76,7 @@ def random_plans(decisions: Sequence[Tensor], *, seed: int) -> list[Tensor]:
 
 
 def table_rows(evaluations: Sequence[Evaluation]) -> list[TableRow]:
-    """The table: scores against the vanilla row's.
-
-    Args:
-        evaluations: of `run_ablations`.
-
-    Returns:
-        One row each, in the same order.
-    """
+    """The table of `run_ablations`: scores against the vanilla row's."""
     vanilla = next(each.result.score for each in evaluations if each.result.row == "vanilla")
     return [
         TableRow(

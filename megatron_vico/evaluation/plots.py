@@ -41,16 +41,12 @@ class RoutedImage:
 def routing_picture(
     images: Sequence[RoutedImage], *, tile_px: int = 112, columns: int = 4
 ) -> Image.Image:
-    """Images side by side, compressed tiles shaded grey, the router's p_compress printed on each
-    tile.
+    """Images side by side, compressed tiles shaded grey, p_compress printed on each tile.
 
     Args:
         images: what to show, in reading order.
         tile_px: side of a tile in the picture; pixels of small tiles are repeated, not blurred.
         columns: images in a row of the picture.
-
-    Returns:
-        The picture, RGB, with a line below that says how to read it.
     """
     drawn = [_draw_image(image, tile_px=tile_px) for image in images]
     columns = min(columns, len(drawn))
@@ -91,9 +87,8 @@ def _draw_image(image: RoutedImage, *, tile_px: int) -> Image.Image:
             pixels = Image.blend(pixels, Image.new("RGB", pixels.size, _GREY), _SHADE)
         canvas.paste(pixels, (left, top))
         text = f"{probability:.2f}"
-        # Half way down the left edge the label hides least of a tile with something in its corners
-        # or its middle; it has a ground of its own since no colour of text can be read on every
-        # photo.
+        # Half way down the left edge it hides least of a tile with something in its corners or its
+        # middle; it has a ground of its own since no colour of text can be read on every photo.
         place = (left + 3, top + tile_px // 2)
         box = pen.textbbox(place, text, font=font, anchor="lm")
         pen.rectangle(
@@ -108,13 +103,9 @@ def _font(size_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def read_metrics(path: Path) -> dict[str, npt.NDArray[np.float64]]:
-    """Columns of a metrics.jsonl file; half a last line of a run that was killed is left out.
+    """Every numeric key of a metrics.jsonl -> its values in order; NaN in lines that lack the key.
 
-    Args:
-        path: one JSON object a line.
-
-    Returns:
-        Every numeric key -> its values in order; NaN in lines that lack the key.
+    Half a last line, of a run that was killed, is left out.
     """
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -131,17 +122,11 @@ def read_metrics(path: Path) -> dict[str, npt.NDArray[np.float64]]:
 
 def loss_curves(metrics_files: Mapping[str, Path], *, columns: int = 3) -> Figure:
     """The loss of each stage over its steps, one panel a stage: every step in light, a running mean
-    in dark.
-
-    Losses on the validation set are points.
+    in dark, losses on the validation set as points.
 
     Args:
-        metrics_files: stage's title -> its metrics.jsonl; a file without losses leaves its panel
-            empty.
+        metrics_files: stage's title -> its metrics.jsonl; without losses, its panel stays empty.
         columns: panels in a row.
-
-    Returns:
-        A figure to save.
     """
     columns = min(columns, len(metrics_files))
     rows = math.ceil(len(metrics_files) / columns)

@@ -1,5 +1,4 @@
-"""Runs a model over a set of questions under one compression plan, and counts what it saw and how
-it scored."""
+"""Runs a model over questions under one compression plan; counts what it saw and how it scored."""
 
 import json
 import math
@@ -82,18 +81,14 @@ class Evaluation:
 def read_evaluation_set(
     jsonl: str | Path, *, image_root: str | Path, limit: int | None = None
 ) -> list[EvaluationSample]:
-    """Read questions with their scoring: the official chat format with `metrics`, and optionally
-    `kinds` and `answers`.
+    """Read questions with their scoring: the official chat format, one conversation a line, and
+    beside it `metrics`, the name of a scorer for each question; `kinds`, a group for each (unset,
+    its metric); and `answers`, the accepted ones of each (unset, the `gpt` turn that follows it).
 
     Args:
-        jsonl: one conversation a line. `metrics` names a scorer per question; `kinds` a group per
-            question (default: its metric); `answers` lists accepted answers per question (default:
-            the `gpt` turn that follows it).
+        jsonl: the file.
         image_root: folder that image paths start from.
-        limit: read at most so many lines.
-
-    Returns:
-        The conversations in file order.
+        limit: read at most so many conversations.
 
     Raises:
         SampleError: if a line is broken, an image is missing, or a list has another length than the
@@ -105,9 +100,8 @@ def read_evaluation_set(
             if limit is not None and len(samples) >= limit:
                 break
             if line.strip():
-                samples.append(
-                    _read_line(line, where=f"{jsonl}:{number}", image_root=Path(image_root))
-                )
+                where = f"{jsonl}:{number}"
+                samples.append(_read_line(line, where=where, image_root=Path(image_root)))
     if not samples:
         raise SampleError(f"{jsonl}: no conversation in it; expected one JSON object a line.")
     return samples
@@ -123,11 +117,9 @@ def _read_line(line: str, *, where: str, image_root: Path) -> EvaluationSample:
             f"{where}: broken line ({error!r}); expected 'conversations' and 'metrics'."
         ) from error
     names = record.get("image") or []
+    names = [names] if isinstance(names, str) else names
     try:
-        images = tuple(
-            (image_root / name).read_bytes()
-            for name in ([names] if isinstance(names, str) else names)
-        )
+        images = tuple((image_root / name).read_bytes() for name in names)
     except OSError as error:
         raise SampleError(
             f"{where}: {error.filename}: {error.strerror}; restore the image or remove the line."
@@ -153,7 +145,7 @@ def _read_line(line: str, *, where: str, image_root: Path) -> EvaluationSample:
     )
 
 
-def evaluate(
+def run_evaluation(
     engine: Engine,
     samples: Sequence[EvaluationSample],
     *,
@@ -171,15 +163,9 @@ def evaluate(
         plan: which tiles are compressed.
         prompts: of the samples, in order, where they are encoded already.
         max_new_tokens: longest answer.
-
-    Returns:
-        Figures and answers.
     """
-    prompts = (
-        prompts
-        if prompts is not None
-        else [engine.prompt(sample.conversation) for sample in samples]
-    )
+    if prompts is None:
+        prompts = [engine.prompt(sample.conversation) for sample in samples]
     found = engine.answer(prompts, plan=plan, max_new_tokens=max_new_tokens)
     answers = tuple(tqdm(found, total=len(prompts), desc=f"{row:16}", mininterval=1.0))
     tokens_per_tile = engine.model.visual_tokens_per_tile
@@ -196,17 +182,7 @@ def summarise(
     row: str,
     tokens_per_tile: int,
 ) -> RowResult:
-    """Score answers and count tiles and tokens.
-
-    Args:
-        samples: the questions.
-        answers: of the model, in the same order.
-        row: name of the result.
-        tokens_per_tile: visual tokens of a tile that is not compressed.
-
-    Returns:
-        The figures.
-    """
+    """Score answers, count tiles and tokens; `tokens_per_tile` are those of a kept tile."""
     by_kind: dict[str, list[float]] = defaultdict(list)
     compressed_by_kind: dict[str, list[bool]] = defaultdict(list)
     means = []
@@ -219,9 +195,8 @@ def summarise(
         for question, score in zip(sample.questions, scores, strict=True):
             by_kind[question.kind].append(score)
         if len(sample.questions) == len(answer.compressed_N):
-            for question, compressed in zip(
-                sample.questions, answer.compressed_N.tolist(), strict=True
-            ):
+            tiles = zip(sample.questions, answer.compressed_N.tolist(), strict=True)
+            for question, compressed in tiles:
                 compressed_by_kind[question.kind].append(compressed)
     scores = [score for each in by_kind.values() for score in each]
     mean = sum(means) / len(means)
@@ -231,13 +206,15 @@ def summarise(
         row=row,
         score=sum(scores) / len(scores),
         standard_error=math.sqrt(variance / len(means)),
-        score_by_kind={kind: sum(each) / len(each) for kind, each in sorted(by_kind.items())},
+        score_by_kind=_means(by_kind),
         num_questions_by_kind={kind: len(each) for kind, each in sorted(by_kind.items())},
-        compressed_by_kind={
-            kind: sum(each) / len(each) for kind, each in sorted(compressed_by_kind.items())
-        },
+        compressed_by_kind=_means(compressed_by_kind),
         num_tiles=num_tiles,
         num_compressed=sum(int(answer.compressed_N.sum()) for answer in answers),
         num_visual_tokens=sum(answer.num_visual_tokens for answer in answers),
         num_visual_tokens_uncompressed=tokens_per_tile * num_tiles,
     )
+
+
+def _means(by_kind: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {kind: sum(each) / len(each) for kind, each in sorted(by_kind.items())}

@@ -14,20 +14,14 @@ VQA_AGREEING_ANNOTATORS = 3
 
 
 def exact(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the prediction is one of the answers, apart from letter case and outer spaces; else
-    0."""
+    """1 if the prediction is an answer, apart from letter case and outer spaces; else 0."""
     return float(any(_plain(prediction) == _plain(answer) for answer in answers))
 
 
 def anls(prediction: str, answers: Sequence[str]) -> float:
-    """Average normalised Levenshtein similarity, for DocVQA and InfoVQA.
+    """Average normalised Levenshtein similarity to the nearest answer, for DocVQA and InfoVQA.
 
-    Args:
-        prediction: the model's answer.
-        answers: accepted answers; the nearest counts.
-
-    Returns:
-        1 - distance / length, or 0 where that is below 0.5 (exactly 0.5 is kept).
+    That is 1 - distance / length, or 0 where it is below 0.5 (exactly 0.5 is kept).
     """
     best = 0.0
     for answer in answers:
@@ -73,12 +67,8 @@ def ocrbench_formula(prediction: str, answers: Sequence[str]) -> float:
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """Agreement with the annotators, for TextVQA: three who say the same make an answer right.
 
-    Args:
-        prediction: the model's answer.
-        answers: one per annotator (ten in TextVQA), repeats included.
-
-    Returns:
-        Mean, over leaving out one annotator at a time, of min(1, agreeing others / 3).
+    One answer per annotator (ten in TextVQA), repeats included. The mean, over leaving out one
+    annotator at a time, of min(1, agreeing others / 3).
     """
     found = normalise_vqa(prediction)
     agrees = [normalise_vqa(answer) == found for answer in answers]
@@ -98,8 +88,7 @@ SCORERS: Mapping[str, Callable[[str, Sequence[str]], float]] = {
 
 
 def edit_distance(left: str, right: str) -> int:
-    """Levenshtein distance: the fewest insertions, deletions and replacements that turn one text
-    into the other."""
+    """Levenshtein distance: the fewest insertions, deletions and replacements."""
     row = list(range(len(right) + 1))
     for i, a in enumerate(left, start=1):
         diagonal, row[0] = row[0], i
@@ -109,8 +98,7 @@ def edit_distance(left: str, right: str) -> int:
 
 
 def normalise_vqa(text: str) -> str:
-    """The VQA challenge's normal form: no punctuation, articles or number words; contractions with
-    their apostrophe."""
+    """The VQA challenge's normal form: no punctuation, articles or number words."""
     text = text.lower().replace("\n", " ").replace("\t", " ").strip()
     inner_comma = re.search(r"\d,\d", text) is not None
     out = text
@@ -139,20 +127,8 @@ def _number(text: str) -> float | None:
 
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-_DIGIT_NAMES = (
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-)
-_NUMBER_WORDS = {word: str(number) for number, word in enumerate(_DIGIT_NAMES)} | {"none": "0"}
+_DIGITS = "zero one two three four five six seven eight nine ten"
+_NUMBER_WORDS = {word: str(number) for number, word in enumerate(_DIGITS.split())} | {"none": "0"}
 _CONTRACTED = """
 ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd
 how'll how's i'd've i'm i've isn't it'd it'll let's ma'am might've mightn't must've mustn't needn't

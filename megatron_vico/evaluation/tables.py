@@ -23,8 +23,7 @@ class TableRow:
     """Compressed tiles over all tiles of the set."""
 
     visual_token_reduction: float
-    """1 - visual tokens that the language model saw / visual tokens without compression, both
-    counted."""
+    """1 - visual tokens seen by the language model / without compression, both counted."""
 
 
 TITLES = {
@@ -39,12 +38,7 @@ _HEADINGS = ("", "score", "retention", "compressed tiles", "visual tokens saved"
 
 
 def write_results(rows: Sequence[TableRow], path: Path) -> None:
-    """Write the rows as a JSON list, replacing the file only when it is complete.
-
-    Args:
-        rows: the table, in printing order.
-        path: the file; its folder is made.
-    """
+    """Write the rows, in printing order, as a JSON list; the file's folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, [asdict(row) for row in rows], sort_keys=False)
 
@@ -58,13 +52,10 @@ def as_text(rows: Sequence[TableRow]) -> str:
     """The table for a terminal, numbers in per cent."""
     cells = [_HEADINGS, *(_cells(row) for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(_HEADINGS))]
-    lines = [
-        "  ".join(
-            text.ljust(width) if column == 0 else text.rjust(width)
-            for column, (text, width) in enumerate(pairs)
-        )
-        for pairs in (list(zip(row, widths, strict=True)) for row in cells)
-    ]
+    lines = []
+    for title, *numbers in cells:
+        padded = (text.rjust(width) for text, width in zip(numbers, widths[1:], strict=True))
+        lines.append("  ".join((title.ljust(widths[0]), *padded)))
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

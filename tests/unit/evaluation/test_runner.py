@@ -19,8 +19,8 @@ from megatron_vico.evaluation.ablations import (
 from megatron_vico.evaluation.runner import (
     EvaluationSample,
     Question,
-    evaluate,
     read_evaluation_set,
+    run_evaluation,
 )
 from megatron_vico.inference.engine import Answers, Routing
 
@@ -141,7 +141,7 @@ def engine():
 
 
 def test_scores_and_counts(engine, samples):
-    result = evaluate(engine, samples, row="vico", plan=Routing()).result
+    result = run_evaluation(engine, samples, row="vico", plan=Routing()).result
     means = torch.tensor(
         [(1 + 1) / 2, (0.75 + 0) / 2, (0.5 + 1) / 2, (0 + 1) / 2], dtype=torch.float64
     )

@@ -34,7 +34,8 @@ from megatron_vico.shard_tools.sample_view import (
     turn_lines,
     view,
 )
-from megatron_vico.shard_tools.verify import Problem, Verification, VerifyOptions
+from megatron_vico.shard_tools.shard_check import Problem, VerifyOptions
+from megatron_vico.shard_tools.verify import Verification
 
 HAS_PROBLEMS = 1
 """Exit status of `verify` where something is wrong."""
@@ -208,12 +209,13 @@ def verify(options: argparse.Namespace) -> int:
         delay=1,
         file=sys.stderr,
     ) as bar:
-        for finding in verification:
-            for problem in finding.problems:
-                bar.write(str(problem), file=sys.stdout)
-            problems += finding.problems
-            num_samples += finding.num_samples
-            bar.update(finding.num_bytes)
+        for found in verification:
+            if isinstance(found, Problem):
+                bar.write(str(found), file=sys.stdout)
+                problems.append(found)
+            else:
+                num_samples += found.num_samples
+                bar.update(found.num_bytes)
     print(
         f"{options.folder}: {len(folders)} folders, {verification.num_shards} shards,"
         f" {verification.num_bytes:,} bytes, {num_samples:,} samples decoded: {len(problems)}"

@@ -14,7 +14,9 @@ from megatron_vico.data.pack.packing import PackLimits
 from megatron_vico.data.shards.index import INDEX_NAME, FolderIndex, ShardIndex, hash_of_file
 from megatron_vico.data.shards.reader import ShardFolder
 from megatron_vico.errors import ConfigError
-from megatron_vico.shard_tools.verify import Problem, Verification, VerifyOptions
+from megatron_vico.shard_tools.pool import Progress
+from megatron_vico.shard_tools.shard_check import Problem, VerifyOptions
+from megatron_vico.shard_tools.verify import Verification
 from tests.unit.conftest import NUM_SAMPLES
 
 SECOND = "shard-000001"
@@ -28,8 +30,8 @@ def copy(shards, tmp_path):
 
 
 def problems_of(*paths, **options):
-    findings = list(Verification(paths, VerifyOptions(**options)))
-    return [problem for finding in findings for problem in finding.problems]
+    found = Verification(paths, VerifyOptions(**options))
+    return [each for each in found if isinstance(each, Problem)]
 
 
 def facts(problems):
@@ -76,7 +78,7 @@ def test_a_whole_folder_has_no_problem_and_every_byte_and_sample_is_counted(
         VerifyOptions(tokenizer=tokenizer, limits=limits, tokens_kept=16, num_workers=workers),
     )
     findings = list(check)
-    assert [problem for finding in findings for problem in finding.problems] == []
+    assert {type(finding) for finding in findings} == {Progress}
     assert sum(finding.num_samples for finding in findings) == NUM_SAMPLES
     size = sum(path.stat().st_size for path in shards.glob("*.tar"))
     assert sum(finding.num_bytes for finding in findings) == check.num_bytes == size

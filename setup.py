@@ -19,6 +19,7 @@ setup(
         "numpy>=2.0",
         "pillow>=11",
         "pyyaml>=6.0",
+        "tyro>=1.0.17,<1.1",
         "tqdm>=4.66",
         "fsspec>=2025.3",
         "filelock>=3.16",

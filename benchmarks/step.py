@@ -46,15 +46,18 @@ from megatron_vico import cpu_stand_in
 cpu_stand_in.install()
 
 import torch  # noqa: E402
-from megatron.core.optimizer import OptimizerConfig  # noqa: E402
 
-from megatron_vico.config.arguments import config_kwargs, parse  # noqa: E402
-from megatron_vico.config.layout import check_layout, data_parallel_size  # noqa: E402
+from megatron_vico.config.flags import parse  # noqa: E402
+from megatron_vico.config.layout import (  # noqa: E402
+    check_layout,
+    data_parallel_size,
+    launched_world_size,
+)
 from megatron_vico.config.registry import ModelConfig, get_model_config  # noqa: E402
 from megatron_vico.config.schema import RunConfig  # noqa: E402
 from megatron_vico.config.stages import Stage  # noqa: E402
 from megatron_vico.parallel.batch import StepBatch, share_step  # noqa: E402
-from megatron_vico.parallel.groups import Groups, launched_world_size, started  # noqa: E402
+from megatron_vico.parallel.groups import Groups, started  # noqa: E402
 from megatron_vico.parallel.streams import language_inputs  # noqa: E402
 from megatron_vico.training import consistency_step, setup, trainer  # noqa: E402
 from megatron_vico.training.data_state import DataState  # noqa: E402
@@ -198,14 +201,7 @@ def build_run(cfg: RunConfig, model: ModelConfig, groups: Groups) -> setup.Run:
     policy."""
     encoder, chunks = setup.build_modules(cfg, model, groups)
     policy = wrap(encoder, chunks, setup.policy_options(cfg, groups), groups=groups)
-    optimizer = build_optimizer(
-        policy,
-        cfg.optimizer,
-        bf16=cfg.training.bf16,
-        lr_factors=cfg.stage.lr_factors,
-        groups=groups,
-        overrides=config_kwargs(cfg.optimizer_overrides, OptimizerConfig),
-    )
+    optimizer = build_optimizer(policy, cfg, groups=groups)
     reference = None
     if cfg.stage.spec.needs_reference:
         frozen_encoder, frozen_chunks = setup.build_modules(

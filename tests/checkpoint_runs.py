@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.config.registry import ModelConfig, get_model_config
-from megatron_vico.config.schema import ParallelOptions
+from megatron_vico.config.schema import ParallelOptions, RunConfig, TrainingOptions
 from megatron_vico.convert.convert import canonical_state
 from megatron_vico.models.build import (
     build_language_chunks,
@@ -120,9 +120,10 @@ def make_training(
     encoder = build_vision_encoder(
         model, vision_transformer_config(model, bf16=bf16), pg_collection=groups.encoder
     )
+    cfg = RunConfig(training=TrainingOptions(bf16=bf16), parallel=parallel or ParallelOptions())
     chunks = build_language_chunks(
         model,
-        language_transformer_config(model, bf16=bf16, parallel=parallel),
+        language_transformer_config(model, cfg),
         pg_collection=groups.language,
         attention="sdpa",
     )

@@ -28,12 +28,14 @@ class Command:
     summary: str
 
     uses_megatron: bool
-    """Whether it imports megatron: then the CPU stand-in goes first where there is no GPU."""
+    """Whether all but its --help needs megatron: the CPU stand-in goes first where there is no
+    GPU."""
 
 
 COMMANDS: dict[str, Command] = {
     "train": Command(
-        summary="run one stage: pretrain, warmup, consistency or router", uses_megatron=True
+        summary="run one stage: pretrain, warmup, consistency or router",
+        uses_megatron=False,  # only to train; see cli/train.py
     ),
     "generate": Command(summary="ask a model about images", uses_megatron=True),
     "evaluate": Command(summary="score a model on a file of questions", uses_megatron=True),
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return USER_ERROR
     _leave_warnings_to_rank_0()
-    if COMMANDS[name].uses_megatron:
+    if COMMANDS[name].uses_megatron and not {"-h", "--help"} & set(rest):
         from megatron_vico import cpu_stand_in
 
         cpu_stand_in.install()

@@ -1,17 +1,23 @@
-"""`vico train`: resolve a run from recipe and flags, and print it, check it, or train it."""
+"""`vico train`: resolve a run from recipe and flags, and print it, check it, or train it.
+
+torch and megatron (seconds) are imported by a run and by `--check files` only.
+"""
 
 import argparse
 from collections.abc import Sequence
 
 from megatron_vico.checkpoint.run_folder import resolve_model
-from megatron_vico.config.arguments import help_text, parse, to_yaml
-from megatron_vico.config.layout import data_parallel_size, num_microbatches, virtual_stages
+from megatron_vico.config.flags import help_text, parse, to_yaml
+from megatron_vico.config.layout import (
+    data_parallel_size,
+    launched_world_size,
+    num_microbatches,
+    virtual_stages,
+)
 from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.validate import remarks, validate
 from megatron_vico.errors import ConfigError
-from megatron_vico.parallel.groups import launched_world_size
-from megatron_vico.training.preflight import check_environment, check_files
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -37,7 +43,10 @@ def main(arguments: Sequence[str]) -> None:
         model = resolve_model(cfg)
         validate(cfg, world_size, model=model)
         if given.check == "files":
+            from megatron_vico.training.preflight import check_environment, check_files
+
             check_files(cfg)
+            check_environment(cfg)
         print(summary(cfg, model, world_size))
     if given.check or given.print_config:
         return
@@ -45,6 +54,9 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(
             "--world-size belongs to --check; a run takes its ranks from the launcher (torchrun)."
         )
+    from megatron_vico import cpu_stand_in
+
+    cpu_stand_in.install()
     from megatron_vico.training.trainer import train
 
     train(cfg)
@@ -76,10 +88,6 @@ def summary(cfg: RunConfig, model: ModelConfig, world_size: int) -> str:
         f" step, {cfg.training.train_iters} steps."
     ]
     lines += [f"note: {remark}" for remark in remarks(cfg, world_size)]
-    try:
-        check_environment(cfg)
-    except ConfigError as error:
-        lines.append(f"note: {error}")
     return "\n".join(lines)
 
 
@@ -103,7 +111,8 @@ def _own_flags() -> argparse.ArgumentParser:
         nargs="?",
         const="layout",
         choices=("layout", "files"),
-        help="check the run without a GPU, and stop; `files` also asks for data and checkpoints",
+        help="check the run without a GPU, and stop; `files` also asks for data, checkpoints, and"
+        " megatron-core's own checks",
     )
     parser.add_argument("--world-size", type=int, help="ranks to check for; unset, the launcher's")
     return parser

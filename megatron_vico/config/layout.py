@@ -7,12 +7,13 @@ the next error.
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from megatron_vico.config import pipeline_split
-from megatron_vico.config.megatron_flags import TRANSFORMER, flag_of
-from megatron_vico.config.pipeline_split import EMBEDDING, LAYOUT, LOSS, SPLIT_FIELDS
+from megatron_vico.config.flags import flag_of
+from megatron_vico.config.pipeline_split import SPLIT_OPTIONS
 from megatron_vico.config.registry import LanguageConfig, ModelConfig
 from megatron_vico.config.schema import ParallelOptions, RunConfig
 from megatron_vico.errors import ConfigError
@@ -25,7 +26,7 @@ EP, ETP, CHUNK = (
     "num_layers_per_virtual_pipeline_stage",
 )
 _SIZES = (TP, PP, CHUNK, CP, EP, ETP)
-_GROUP = "microbatch_group_size_per_vp_stage"
+_GROUP = "microbatch_group_size_per_virtual_pipeline_stage"
 _MOST_OFFERS = 4
 _MOST_TRIED = 256
 
@@ -93,6 +94,11 @@ def check_layout(cfg: RunConfig, *, model: ModelConfig, world_size: int) -> None
             raise ConfigError(problem.text + _advice(layout, problem, checks) + ".")
 
 
+def launched_world_size() -> int:
+    """World size as the launcher (torchrun, srun) set it; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def data_parallel_size(parallel: ParallelOptions, world_size: int) -> int:
     """Ranks that read different packs."""
     return world_size // _replica_size(parallel)
@@ -109,15 +115,13 @@ def layers_of_a_stage(cfg: RunConfig, language: LanguageConfig) -> int:
     return pipeline_split.layers_of_a_stage(
         language.num_layers,
         stages=cfg.parallel.pipeline_model_parallel_size,
-        given=cfg.transformer_overrides,
+        options=cfg.transformer,
     )
 
 
 def virtual_stages(cfg: RunConfig, language: LanguageConfig) -> int | None:
     """Chunks of each pipeline stage in the interleaved schedule; None without interleaving."""
-    return pipeline_split.virtual_stages(
-        language.num_layers, cfg.parallel, cfg.transformer_overrides
-    )
+    return pipeline_split.virtual_stages(language.num_layers, cfg.parallel, cfg.transformer)
 
 
 def _size_problem(layout: _Layout) -> _Problem | None:
@@ -189,8 +193,8 @@ def _expert_problem(layout: _Layout) -> _Problem | None:
 
 def _pipeline_problem(layout: _Layout) -> _Problem | None:
     stages, chunk = layout.parallel.pipeline_model_parallel_size, layout.value(CHUNK)
-    overrides, name = layout.cfg.transformer_overrides, layout.model.name
-    given = [flag_of(TRANSFORMER, field) for field in SPLIT_FIELDS if field in overrides]
+    options, name = layout.cfg.transformer, layout.model.name
+    given = [flag_of(field) for field in SPLIT_OPTIONS if getattr(options, field) is not None]
     if stages == 1:
         idle = [_shown(CHUNK)] * (chunk is not None) + given
         if idle:
@@ -198,7 +202,7 @@ def _pipeline_problem(layout: _Layout) -> _Problem | None:
                 text=f"{idle[0]} has no effect: {_shown(PP)} is 1", advice="leave it out"
             )
         return None
-    if LAYOUT in overrides:
+    if options.pipeline_model_parallel_layout is not None:
         if chunk is not None or len(given) > 1:
             return _Problem(
                 text="--pipeline-model-parallel-layout names the layers of every stage",
@@ -209,11 +213,14 @@ def _pipeline_problem(layout: _Layout) -> _Problem | None:
             )
         virtual_stages(layout.cfg, layout.model.language)  # reads and checks the string
         return None
-    fixed = pipeline_split.fixed_stages(overrides)
-    empty = [flag_of(TRANSFORMER, field) for field, layers in fixed.items() if layers < 1]
+    fixed = pipeline_split.fixed_stages(options)
+    empty = [flag_of(field) for field, layers in fixed.items() if layers < 1]
     if empty:
         return _Problem(text=f"{empty[0]} is less than 1", advice="leave it out, or use 1 or more")
-    if fixed and (overrides.get(EMBEDDING) or overrides.get(LOSS)):
+    if fixed and (
+        options.account_for_embedding_in_pipeline_split
+        or options.account_for_loss_in_pipeline_split
+    ):
         return _Problem(
             text=(
                 f"{', '.join(given)} are two ways to make stages uneven, and megatron-core"
@@ -253,12 +260,12 @@ def _chunk_problem(layout: _Layout, layers: int) -> _Problem | None:
             change=change,
             advice="leave it out",
         )
-    for field, fixed in pipeline_split.fixed_stages(layout.cfg.transformer_overrides).items():
+    for field, fixed in pipeline_split.fixed_stages(layout.cfg.transformer).items():
         if fixed % (layers // chunk):
             return _Problem(
                 text=(
                     f"{_shown(CHUNK)} {chunk} cuts the {layers} layers of a stage into"
-                    f" {layers // chunk} chunks, and  {flag_of(TRANSFORMER, field)} {fixed} cannot"
+                    f" {layers // chunk} chunks, and  {flag_of(field)} {fixed} cannot"
                     " be cut into as many"
                 ),
                 change=(CHUNK,),
@@ -278,7 +285,7 @@ def _uneven_advice(layers: int, stages: int) -> str:
 
 def _context_problem(layout: _Layout) -> _Problem | None:
     parallel, seq_length = layout.parallel, layout.cfg.data.seq_length
-    kind = layout.cfg.transformer_overrides.get("cp_comm_type")
+    kind = layout.cfg.transformer.cp_comm_type
     if parallel.context_parallel_size == 1:
         if kind is not None:
             return _Problem(
@@ -345,18 +352,18 @@ def _batch_problem(layout: _Layout) -> _Problem | None:
 def _interleaving_problem(layout: _Layout, *, microbatches: int) -> _Problem | None:
     stages, given = (
         layout.parallel.pipeline_model_parallel_size,
-        layout.cfg.transformer_overrides.get(_GROUP),
+        getattr(layout.cfg.transformer, _GROUP),
     )
     if virtual_stages(layout.cfg, layout.model.language) is None:
         if given is not None:
-            flag = flag_of(TRANSFORMER, _GROUP)
+            flag = flag_of(_GROUP)
             return _Problem(
                 text=f"{flag} has no effect without interleaving ({_shown(CHUNK)})",
                 advice="leave it out",
             )
         return None
     group = given if isinstance(given, int) else stages
-    flag = _shown(PP) if given is None else flag_of(TRANSFORMER, _GROUP)
+    flag = _shown(PP) if given is None else flag_of(_GROUP)
     if group < stages:
         return _Problem(
             text=f"{flag} {group} is less than {_shown(PP)} {stages}",

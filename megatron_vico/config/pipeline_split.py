@@ -5,65 +5,61 @@ No torch here, as in registry.py; a layout string is the one thing that is left 
 which defines it.
 """
 
-from collections.abc import Mapping
-
+from megatron_vico.config.megatron_options import TransformerOptions
 from megatron_vico.config.schema import ParallelOptions
 from megatron_vico.errors import ConfigError
 
-FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
-EMBEDDING, LOSS = "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"
-LAYOUT = "pipeline_model_parallel_layout"
-SPLIT_FIELDS = (EMBEDDING, LOSS, FIRST, LAST, LAYOUT)
-"""Fields of megatron-core's TransformerConfig that make stages uneven."""
+SPLIT_OPTIONS = (
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "pipeline_model_parallel_layout",
+)
+"""Options that make stages uneven."""
 
 
-def fixed_stages(given: Mapping[str, object]) -> dict[str, int]:
-    """The stages whose number of layers is given.
-
-    Args:
-        given: fields of TransformerConfig that the user set.
-
-    Returns:
-        FIRST, LAST, both or neither -> layers.
-    """
-    return {name: layers for name in (FIRST, LAST) if isinstance(layers := given.get(name), int)}
+def fixed_stages(options: TransformerOptions) -> dict[str, int]:
+    """Option -> layers of the first and last stage, where they are given."""
+    names = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+    return {name: layers for name in names if (layers := getattr(options, name)) is not None}
 
 
-def layers_of_a_stage(num_layers: int, *, stages: int, given: Mapping[str, object]) -> int:
+def layers_of_a_stage(num_layers: int, *, stages: int, options: TransformerOptions) -> int:
     """Layers of a middle pipeline stage, as megatron-core splits them when there is no layout
     string.
 
     Args:
         num_layers: of the language model.
         stages: pipeline stages.
-        given: fields of TransformerConfig that the user set.
+        options: which make stages uneven.
 
     Returns:
         Layers, with embedding and loss counted where they are told to count; of the first stage
         where its number and the last one's are given and nothing is between them; 0 if the layers
         cannot be shared so.
     """
-    fixed = fixed_stages(given)
-    layers = (
-        num_layers
-        + sum(bool(given.get(name, False)) for name in (EMBEDDING, LOSS))
-        - sum(fixed.values())
+    fixed = fixed_stages(options)
+    counted = (
+        options.account_for_embedding_in_pipeline_split,
+        options.account_for_loss_in_pipeline_split,
     )
+    layers = num_layers + sum(map(bool, counted)) - sum(fixed.values())
     middle = stages - len(fixed)
     if middle == 0 and layers == 0:
-        return fixed[FIRST]
+        return fixed["decoder_first_pipeline_num_layers"]
     return layers // middle if middle > 0 and layers > 0 and layers % middle == 0 else 0
 
 
 def virtual_stages(
-    num_layers: int, parallel: ParallelOptions, given: Mapping[str, object]
+    num_layers: int, parallel: ParallelOptions, options: TransformerOptions
 ) -> int | None:
     """Chunks that each pipeline stage has in the interleaved schedule.
 
     Args:
         num_layers: of the language model.
         parallel: the layout; `config/layout.py` has checked it.
-        given: fields of TransformerConfig that the user set.
+        options: which make stages uneven.
 
     Returns:
         Chunks, or None without interleaving.
@@ -72,13 +68,13 @@ def virtual_stages(
         ConfigError: if a layout string is given that megatron-core cannot read.
     """
     stages = parallel.pipeline_model_parallel_size
-    layout = given.get(LAYOUT)
-    if isinstance(layout, str):
+    layout = options.pipeline_model_parallel_layout
+    if layout is not None:
         chunks = _chunks_of_layout(layout, stages=stages, num_layers=num_layers)
         return chunks if chunks > 1 else None
     if parallel.num_layers_per_virtual_pipeline_stage is None:
         return None
-    layers = layers_of_a_stage(num_layers, stages=stages, given=given)
+    layers = layers_of_a_stage(num_layers, stages=stages, options=options)
     return layers // parallel.num_layers_per_virtual_pipeline_stage
 
 

@@ -1,14 +1,17 @@
 """What a run is: frozen, typed sections of options; the docstring under a field is its help text.
 
-Only this project's own options are here. Megatron's options (parallelism, optimizer, DDP, schedule)
-keep Megatron's names and come from Megatron's own dataclasses; `config/arguments.py` joins both
-into one `RunConfig`.
+Options that Megatron has too keep Megatron's names. Those that this project reads itself, or sets a
+default for, stand here; those that only megatron-core reads are in config/megatron_options.py.
 """
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_vico.config.megatron_options import (
+    DdpOptions,
+    OptimizerStateOptions,
+    TransformerOptions,
+)
 from megatron_vico.config.stages import STAGES, Module, Stage, StageSpec
 
 OptionValue = bool | int | float | str | tuple[str, ...] | tuple[int, ...] | None
@@ -348,24 +351,6 @@ class ParallelOptions:
     """How FP8 scales are found; delayed scaling is wrong with two models in one process."""
 
 
-@dataclass(frozen=True)
-class Overrides(Mapping[str, OptionValue]):
-    """Fields of one of megatron-core's config classes that the user set; immutable, hashable and
-    picklable."""
-
-    pairs: tuple[tuple[str, OptionValue], ...] = ()
-    """(field, value), sorted by field."""
-
-    def __getitem__(self, name: str) -> OptionValue:
-        return dict(self.pairs)[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(dict(self.pairs))
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One resolved run: default < recipe < command line."""
@@ -377,13 +362,6 @@ class RunConfig:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
-
-    transformer_overrides: Overrides = Overrides()
-    """Fields of the language model's TransformerConfig; `config_kwargs` in config/arguments.py
-    types them for it."""
-
-    optimizer_overrides: Overrides = Overrides()
-    """Fields of OptimizerConfig."""
-
-    ddp_overrides: Overrides = Overrides()
-    """Fields of DistributedDataParallelConfig."""
+    transformer: TransformerOptions = field(default_factory=TransformerOptions)
+    optimizer_state: OptimizerStateOptions = field(default_factory=OptimizerStateOptions)
+    ddp: DdpOptions = field(default_factory=DdpOptions)

@@ -4,6 +4,7 @@ RunConfig."""
 import math
 
 from megatron_vico.config.config_json import model_named
+from megatron_vico.config.flags import flag_of
 from megatron_vico.config.layout import (
     check_layout,
     data_parallel_size,
@@ -11,7 +12,6 @@ from megatron_vico.config.layout import (
     num_microbatches,
     virtual_stages,
 )
-from megatron_vico.config.megatron_flags import TRANSFORMER, flag_of
 from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import (
     DataOptions,
@@ -102,11 +102,22 @@ def remarks(cfg: RunConfig, world_size: int) -> list[str]:
             f"{microbatches} microbatches on {pipeline} pipeline stages leave much of the pipeline"
             f" empty; {2 * pipeline} or more are better."
         )
+    if cfg.parallel.fp8_format is not None:
+        found.append(fp8_is_not_trained(cfg.parallel))
     if cfg.checkpoint.save is None:
         found.append(
             "--save is not set: no checkpoint, metrics or TensorBoard file will be written."
         )
     return found
+
+
+def fp8_is_not_trained(parallel: ParallelOptions) -> str:
+    """Why a run with --fp8-format is checked, but not started."""
+    return (
+        f"--fp8-format {parallel.fp8_format}: checked by `vico train --check`, but not trained with"
+        " until the KL between an FP8 and a bf16 reference has been measured on a GPU; leave it"
+        " out."
+    )
 
 
 def _check_ranges(cfg: RunConfig) -> None:
@@ -347,16 +358,14 @@ def _check_recompute(cfg: RunConfig, model: ModelConfig) -> None:
             raise ConfigError(
                 f"--recompute-modules {module} has no effect on {model.name}; use {fitting}."
             )
-    if "moe_act" in parallel.recompute_modules and not cfg.transformer_overrides.get(
-        "moe_grouped_gemm"
-    ):
+    if "moe_act" in parallel.recompute_modules and not cfg.transformer.moe_grouped_gemm:
         raise ConfigError(
             "--recompute-modules moe_act needs --moe-grouped-gemm; add it, or use moe."
         )
 
 
 def _check_optimizer(cfg: RunConfig) -> None:
-    optimizer, parallel, given = cfg.optimizer, cfg.parallel, cfg.optimizer_overrides
+    optimizer, parallel, state = cfg.optimizer, cfg.parallel, cfg.optimizer_state
     if optimizer.min_lr > optimizer.lr:
         raise ConfigError(
             f"--min-lr {optimizer.min_lr} is more than --lr {optimizer.lr}; use at most --lr."
@@ -374,33 +383,33 @@ def _check_optimizer(cfg: RunConfig) -> None:
             "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce; "
             "add both, or leave it out."
         )
-    if given.get("optimizer_cpu_offload") and not given.get("optimizer_offload_fraction"):
+    if state.optimizer_cpu_offload and not state.optimizer_offload_fraction:
         # Megatron's own flag defaults to 1.0, megatron-core's field to 0.0: without it nothing
         # would move.
         raise ConfigError(
             "--optimizer-cpu-offload moves nothing without --optimizer-offload-fraction; add it"
             " (1.0: all)."
         )
-    precision_aware = bool(given.get("use_precision_aware_optimizer"))
+    precision_aware = bool(state.use_precision_aware_optimizer)
     if precision_aware and not optimizer.use_distributed_optimizer:
         raise ConfigError(
             "--use-precision-aware-optimizer needs --use-distributed-optimizer; add it."
         )
     for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
-        if given.get(name, "fp32") != "fp32" and not precision_aware:
-            flag = "--" + name.replace("_", "-")
+        dtype = getattr(state, name)
+        if dtype not in (None, "fp32") and not precision_aware:
             raise ConfigError(
-                f"{flag} {given[name]} needs --use-precision-aware-optimizer; add it."
+                f"{flag_of(name)} {dtype} needs --use-precision-aware-optimizer; add it."
             )
 
 
 def _check_precision(cfg: RunConfig) -> None:
     if cfg.parallel.fp8_format is None:
-        for name, value in cfg.transformer_overrides.items():
+        for name, value in vars(cfg.transformer).items():
             if "fp8" in name and value:
-                flag = flag_of(TRANSFORMER, name)
                 raise ConfigError(
-                    f"{flag} has no effect without --fp8-format; add it, or leave this out."
+                    f"{flag_of(name)} has no effect without --fp8-format; add it, or leave"
+                    " this out."
                 )
         return
     if not cfg.training.bf16:
@@ -415,15 +424,15 @@ def _check_precision(cfg: RunConfig) -> None:
 
 
 def _check_passed_on(cfg: RunConfig, model: ModelConfig) -> None:
-    given = cfg.transformer_overrides
+    given = cfg.transformer
     if model.language.num_experts is None:
-        for name in given:
-            if name.startswith("moe_"):
+        for name, value in vars(given).items():
+            if name.startswith("moe_") and value is not None:
                 raise ConfigError(
                     f"--{name.replace('_', '-')} has no effect: {model.name} has no experts; leave"
                     " it out."
                 )
-    offload, modules = given.get("fine_grained_activation_offloading"), given.get("offload_modules")
+    offload, modules = given.fine_grained_activation_offloading, given.offload_modules
     if bool(offload) != bool(modules):
         raise ConfigError(
             "--fine-grained-activation-offloading and --offload-modules belong together; give both"

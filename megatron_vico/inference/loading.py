@@ -6,6 +6,7 @@ from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.checkpoint.run_folder import has_checkpoint, model_of_run
 from megatron_vico.config.config_json import read_model
 from megatron_vico.config.registry import MODELS, ModelConfig
+from megatron_vico.config.schema import RunConfig, TrainingOptions
 from megatron_vico.convert import convert
 from megatron_vico.convert.huggingface.config import layout_of
 from megatron_vico.data.encode.sample_encoder import EncodingSettings
@@ -40,7 +41,7 @@ def build_engine(
     # mcore's local layers with torch's attention, on a GPU too: they know the KV cache.
     language_model = build_language_model(
         model,
-        language_transformer_config(model, bf16=bf16),
+        language_transformer_config(model, RunConfig(training=TrainingOptions(bf16=bf16))),
         pg_collection=groups.language,
         attention="sdpa",
     ).requires_grad_(False)

@@ -5,7 +5,6 @@ Two modules never share a TransformerConfig: mcore keeps schedule hooks and loss
 
 import importlib.util
 import math
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -30,9 +29,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.utils import get_pg_rank
 
+from megatron_vico.config.megatron_kwargs import megatron_kwargs
 from megatron_vico.config.pipeline_split import virtual_stages
 from megatron_vico.config.registry import ModelConfig
-from megatron_vico.config.schema import ParallelOptions
+from megatron_vico.config.schema import RunConfig
 from megatron_vico.models.attention import SDPACoreAttention
 from megatron_vico.models.elementwise import SwiGLU
 from megatron_vico.models.internvl import VisionEncoder
@@ -45,21 +45,16 @@ _VOCAB_MULTIPLE = 128
 
 
 def language_transformer_config(
-    model: ModelConfig,
-    *,
-    bf16: bool = False,
-    parallel: ParallelOptions | None = None,
-    **overrides: Any,
+    model: ModelConfig, cfg: RunConfig | None = None, **overrides: Any
 ) -> TransformerConfig:
     """A new configuration of a model's language model.
 
     Args:
         model: which model.
-        bf16: compute in bfloat16.
-        parallel: layout; None, one rank.
-        **overrides: fields of TransformerConfig that the user gave.
+        cfg: number format, layout and Megatron's options; None, the defaults.
+        **overrides: fields of TransformerConfig.
     """
-    language = model.language
+    language, cfg = model.language, cfg or RunConfig()
     on_gpu = torch.cuda.is_available()
     fields: dict[str, Any] = {
         "num_layers": language.num_layers,
@@ -91,9 +86,9 @@ def language_transformer_config(
             "moe_router_dtype": "fp32",
             "moe_router_load_balancing_type": "none",
         }
-    fields |= _common_fields(language.hidden_size, bf16=bf16)
-    fields |= _parallel_fields(model, parallel or ParallelOptions(), overrides)
-    return TransformerConfig(**(fields | overrides))
+    fields |= _common_fields(language.hidden_size, bf16=cfg.training.bf16)
+    fields |= _parallel_fields(model, cfg)
+    return TransformerConfig(**(fields | megatron_kwargs(cfg, TransformerConfig) | overrides))
 
 
 def vision_transformer_config(
@@ -275,37 +270,17 @@ def _common_fields(hidden_size: int, *, bf16: bool) -> dict[str, Any]:
     }
 
 
-def _parallel_fields(
-    model: ModelConfig, parallel: ParallelOptions, overrides: Mapping[str, Any]
-) -> dict[str, Any]:
-    fields: dict[str, Any] = {
-        name: getattr(parallel, name)
-        for name in (
-            "tensor_model_parallel_size",
-            "pipeline_model_parallel_size",
-            "context_parallel_size",
-            "expert_model_parallel_size",
-            "expert_tensor_parallel_size",
-            "sequence_parallel",
-            "recompute_granularity",
-            "recompute_method",
-            "recompute_num_layers",
-            "moe_token_dispatcher_type",
-        )
-    }
-    fields["variable_seq_lengths"] = True
-    if parallel.recompute_modules:
-        fields["recompute_modules"] = list(parallel.recompute_modules)
-    chunks = virtual_stages(model.language.num_layers, parallel, overrides)
+def _parallel_fields(model: ModelConfig, cfg: RunConfig) -> dict[str, Any]:
+    """Fields that follow from the layout and the model together."""
+    fields: dict[str, Any] = {"variable_seq_lengths": True}
+    chunks = virtual_stages(model.language.num_layers, cfg.parallel, cfg.transformer)
     if chunks is not None:
         fields["virtual_pipeline_model_parallel_size"] = chunks
         # Batched sends and receives pair up wrongly at two stages, without an error.
         fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-    if parallel.moe_aux_loss_coeff and model.language.num_experts is not None:
+    if cfg.parallel.moe_aux_loss_coeff and model.language.num_experts is not None:
         fields["moe_router_load_balancing_type"] = "aux_loss"
-        fields["moe_aux_loss_coeff"] = parallel.moe_aux_loss_coeff
-    if parallel.fp8_format is not None:
-        fields |= {"fp8": parallel.fp8_format, "fp8_recipe": parallel.fp8_recipe}
+        fields["moe_aux_loss_coeff"] = cfg.parallel.moe_aux_loss_coeff
     return fields
 
 

@@ -11,6 +11,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_vico.config.layout import launched_world_size
 from megatron_vico.config.schema import ParallelOptions
 
 
@@ -68,11 +69,6 @@ class Groups:
         """Whether this rank's loss enters the sum over all ranks: the others have none, or the same
         one."""
         return self.is_last_stage and self.language.tp.rank() == 0
-
-
-def launched_world_size() -> int:
-    """World size as the launcher (torchrun, srun) set it; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager

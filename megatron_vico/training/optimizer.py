@@ -2,7 +2,6 @@
 schedule."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -18,47 +17,29 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_vico.config.schema import OptimizerOptions, TrainingOptions
-from megatron_vico.config.stages import Module
+from megatron_vico.config.megatron_kwargs import megatron_kwargs
+from megatron_vico.config.schema import OptimizerOptions, RunConfig, TrainingOptions
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.training.policy import Policy
 
 
-def build_optimizer(
-    policy: Policy,
-    options: OptimizerOptions,
-    *,
-    bf16: bool,
-    lr_factors: Mapping[Module, float],
-    groups: Groups,
-    overrides: Mapping[str, Any],
-) -> MegatronOptimizer:
+def build_optimizer(policy: Policy, cfg: RunConfig, *, groups: Groups) -> MegatronOptimizer:
     """Megatron's optimizers of the two modules, chained, so that the gradient norm is that of both.
 
     Args:
         policy: what is trained.
-        options: rates, betas, clipping.
-        bf16: whether parameters are bfloat16 with fp32 masters.
-        lr_factors: learning rate of a module over --lr.
+        cfg: rates, betas, clipping, number formats.
         groups: process groups.
-        overrides: further fields of mcore's OptimizerConfig.
 
     Returns:
         A ChainedOptimizer.
     """
+    options, lr_factors, bf16 = cfg.optimizer, cfg.stage.lr_factors, cfg.training.bf16
     config = OptimizerConfig(
         optimizer="adam",
-        lr=options.lr,
-        min_lr=options.min_lr,
-        weight_decay=options.weight_decay,
-        adam_beta1=options.adam_beta1,
-        adam_beta2=options.adam_beta2,
-        adam_eps=options.adam_eps,
-        clip_grad=options.clip_grad,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_distributed_optimizer=options.use_distributed_optimizer,
-        **overrides,
+        **megatron_kwargs(cfg, OptimizerConfig),
     )
     parts: list[
         tuple[list[DistributedDataParallel], ProcessGroupCollection, Mapping[str, float]]

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from megatron_vico.checkpoint.run_folder import resolve_model
-from megatron_vico.config.arguments import config_kwargs
+from megatron_vico.config.megatron_kwargs import megatron_kwargs
 from megatron_vico.config.schema import RunConfig
+from megatron_vico.config.validate import fp8_is_not_trained
 from megatron_vico.data.shards.mixture import read_mixture
 from megatron_vico.data.shards.storage import check_url, is_url
 from megatron_vico.errors import ConfigError
@@ -71,28 +72,16 @@ def check_environment(cfg: RunConfig) -> None:
         ConfigError: naming the flag to leave out, or with megatron-core's own words.
     """
     if cfg.parallel.fp8_format is not None:
-        raise ConfigError(
-            f"--fp8-format {cfg.parallel.fp8_format}: checked by `vico train --check`, but not"
-            " trained with until the KL between an FP8 and a bf16 reference has been measured on a"
-            " GPU; leave it out."
-        )
+        raise ConfigError(fp8_is_not_trained(cfg.parallel))
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig
-    from megatron.core.transformer import TransformerConfig
 
     from megatron_vico.models.build import language_transformer_config
 
     try:
-        language_transformer_config(
-            resolve_model(cfg),
-            bf16=cfg.training.bf16,
-            parallel=cfg.parallel,
-            **config_kwargs(cfg.transformer_overrides, TransformerConfig),
-        )
-        OptimizerConfig(**config_kwargs(cfg.optimizer_overrides, OptimizerConfig))
-        DistributedDataParallelConfig(
-            **config_kwargs(cfg.ddp_overrides, DistributedDataParallelConfig)
-        )
+        language_transformer_config(resolve_model(cfg), cfg)
+        OptimizerConfig(**megatron_kwargs(cfg, OptimizerConfig))
+        DistributedDataParallelConfig(**megatron_kwargs(cfg, DistributedDataParallelConfig))
     except (ValueError, AssertionError) as error:
         raise ConfigError(
             f"megatron-core refuses these flags: {' '.join(str(error).split())}"

@@ -7,14 +7,13 @@ from typing import Any, Literal
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.checkpoint.run_folder import has_checkpoint, resolve_model
-from megatron_vico.config.arguments import config_kwargs
+from megatron_vico.config.megatron_kwargs import megatron_kwargs
 from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.data.encode.sample_encoder import EncodingSettings, SampleEncoder
@@ -120,14 +119,7 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
     if resume is None and start_from is not None:
         training_checkpoint.load_weights(start_from, modules=modules, model_size=model.name)
     policy = wrap(encoder, language_chunks, policy_options(cfg, groups), groups=groups)
-    optimizer = build_optimizer(
-        policy,
-        cfg.optimizer,
-        bf16=cfg.training.bf16,
-        lr_factors=cfg.stage.lr_factors,
-        groups=groups,
-        overrides=config_kwargs(cfg.optimizer_overrides, OptimizerConfig),
-    )
+    optimizer = build_optimizer(policy, cfg, groups=groups)
     scheduler = build_scheduler(optimizer, cfg.optimizer, cfg.training)
     window = RatioWindow(size=cfg.stage.router_window, percentile=cfg.stage.router_percentile)
     iteration, data_state = 0, None
@@ -171,12 +163,7 @@ def build_modules(
     """An encoder and a language model (this rank's chunks) with fresh weights, each with its own
     config."""
     bf16 = cfg.training.bf16
-    language_config = language_transformer_config(
-        model,
-        bf16=bf16,
-        parallel=cfg.parallel,
-        **config_kwargs(cfg.transformer_overrides, TransformerConfig),
-    )
+    language_config = language_transformer_config(model, cfg)
     vision_config = vision_transformer_config(
         model, bf16=bf16, drop_path_rate=cfg.model.drop_path_rate
     )
@@ -211,15 +198,10 @@ def policy_options(cfg: RunConfig, groups: Groups) -> PolicyOptions:
 
 
 def _ddp_config(cfg: RunConfig) -> DistributedDataParallelConfig:
-    fields = {
-        "grad_reduce_in_fp32": True,
-        "use_distributed_optimizer": cfg.optimizer.use_distributed_optimizer,
-        "overlap_grad_reduce": cfg.parallel.overlap_grad_reduce,
-        "overlap_param_gather": cfg.parallel.overlap_param_gather,
-    }
     # --no-accumulate-allreduce-grads-in-fp32 takes the first back.
+    fields = {"grad_reduce_in_fp32": True}
     return DistributedDataParallelConfig(
-        **(fields | config_kwargs(cfg.ddp_overrides, DistributedDataParallelConfig))
+        **(fields | megatron_kwargs(cfg, DistributedDataParallelConfig))
     )
 
 

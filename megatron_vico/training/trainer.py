@@ -10,7 +10,8 @@ import torch
 
 from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.checkpoint.run_folder import metadata_of, resolve_model
-from megatron_vico.config.arguments import to_yaml
+from megatron_vico.config.flags import to_yaml
+from megatron_vico.config.layout import launched_world_size
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.stages import MODULES
 from megatron_vico.config.validate import validate
@@ -43,7 +44,7 @@ def train(cfg: RunConfig) -> None:
         CheckpointError: if a checkpoint cannot be read or written; the last good one still loads.
     """
     stop = _StopSignal()  # first: a signal while the weights are loaded must not be lost
-    validate(cfg, process_groups.launched_world_size(), model=resolve_model(cfg))
+    validate(cfg, launched_world_size(), model=resolve_model(cfg))
     check_files(cfg)
     check_environment(cfg)
     with process_groups.started(

@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  
 from torch import Tensor  # noqa: E402
 
 from megatron_vico.config.registry import get_model_config  # noqa: E402
-from megatron_vico.config.schema import ParallelOptions  # noqa: E402
+from megatron_vico.config.schema import ParallelOptions, RunConfig  # noqa: E402
 from megatron_vico.models import attention  # noqa: E402
 from megatron_vico.models.build import build_language_model, language_transformer_config  # noqa: E402
 from megatron_vico.models.language_model import LanguageInputs, LanguageModel  # noqa: E402
@@ -91,7 +91,7 @@ def errors(
         model, language_transformer_config(model), pg_collection=groups.encoder
     )
     randomise(twin, seed=0)
-    config = language_transformer_config(model, parallel=layout, **overrides)
+    config = language_transformer_config(model, RunConfig(parallel=layout), **overrides)
     split = build_language_model(model, config, pg_collection=groups.language)
     whole = dict(twin.named_parameters())
 

@@ -15,7 +15,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from megatron_vico.config.registry import ModelConfig, get_model_config  # noqa: E402
-from megatron_vico.config.schema import ParallelOptions  # noqa: E402
+from megatron_vico.config.schema import ParallelOptions, RunConfig  # noqa: E402
 from megatron_vico.models.build import build_language_model, language_transformer_config  # noqa: E402
 from megatron_vico.models.language_model import LanguageModel  # noqa: E402
 from megatron_vico.parallel.groups import Groups, started  # noqa: E402
@@ -56,7 +56,9 @@ def errors(
     )
     randomise(twin, seed=0)
     split = build_language_model(
-        model, language_transformer_config(model, parallel=parallel), pg_collection=groups.language
+        model,
+        language_transformer_config(model, RunConfig(parallel=parallel)),
+        pg_collection=groups.language,
     )
     rank, whole = groups.language.tp.rank(), dict(twin.named_parameters())
     with torch.no_grad():

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vico.config.schema import Overrides, ParallelOptions, RunConfig
+from megatron_vico.config.schema import DdpOptions, ParallelOptions, RunConfig
 from megatron_vico.config.validate import validate
 from megatron_vico.parallel.groups import started
 from tests.distributed.launch import launch
@@ -84,7 +84,7 @@ def _config_maker(data: ToyData, models: Path) -> Callable[[dict[str, Any]], Run
         )
         validate(cfg, WORLD)
         # Buckets so small that each module has its own, and its own waiting.
-        return dataclasses.replace(cfg, ddp_overrides=Overrides((("bucket_size", 3000),)))
+        return dataclasses.replace(cfg, ddp=DdpOptions(ddp_bucket_size=3000))
 
     return make
 

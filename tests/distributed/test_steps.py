@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vico.config.schema import Overrides, ParallelOptions
+from megatron_vico.config.schema import DdpOptions, ParallelOptions, TransformerOptions
 from megatron_vico.config.validate import validate
 from megatron_vico.parallel.groups import started
 from tests.distributed.launch import launch
@@ -55,12 +55,12 @@ EXPERTS: Options = {"recompute_granularity": "selective", "recompute_modules": (
 # As the recipe of 241B-A28B: embedding and loss count as a layer each. With chunks of one, the
 # first and the last chunk have no layer at all.
 COUNTED: Options = {
-    "split": (
-        ("account_for_embedding_in_pipeline_split", True),
-        ("account_for_loss_in_pipeline_split", True),
-    )
+    "split": {
+        "account_for_embedding_in_pipeline_split": True,
+        "account_for_loss_in_pipeline_split": True,
+    }
 }
-UNEVEN: Options = {"split": (("pipeline_model_parallel_layout", "Et|tttL"),)}
+UNEVEN: Options = {"split": {"pipeline_model_parallel_layout": "Et|tttL"}}
 
 # What changes the mathematics and so has a one-process twin of its own.
 ALL: Options = {"train_modules": ("vit", "connector_4x", "connector_16x", "language_model")}
@@ -204,7 +204,7 @@ def _case(
     options = dict(options)
     empty_pack, broken = options.pop("drop_rows", None), options.pop("broken", False)
     buckets, text_only = options.pop("bucket_size", None), options.pop("text_only", False)
-    split = options.pop("split", ())
+    split = options.pop("split", {})
     reference = {} if stage == "pretrain" else {"reference_load": str(models / model / "reference")}
     cfg = toy_config(
         data[text_only],
@@ -221,8 +221,8 @@ def _case(
         **options,
     )
     if buckets is not None:
-        cfg = dataclasses.replace(cfg, ddp_overrides=Overrides((("bucket_size", buckets),)))
-    cfg = dataclasses.replace(cfg, transformer_overrides=Overrides(split))
+        cfg = dataclasses.replace(cfg, ddp=DdpOptions(ddp_bucket_size=buckets))
+    cfg = dataclasses.replace(cfg, transformer=TransformerOptions(**split))
     return Case(name=name, cfg=cfg, truth=truth, empty_pack=empty_pack, broken=broken)
 
 

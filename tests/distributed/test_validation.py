@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vico.config.schema import Overrides, ParallelOptions, RunConfig
+from megatron_vico.config.schema import DdpOptions, ParallelOptions, RunConfig
 from megatron_vico.config.validate import validate
 from megatron_vico.parallel.groups import started
 from tests.distributed.launch import launch
@@ -27,7 +27,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 DENSE, MOE = "toy-6b", "toy-moe"
 # Buckets so small that each module has its own: with one bucket a missing wait would not show.
-BUCKETS = Overrides((("bucket_size", 3000),))
+BUCKETS = DdpOptions(ddp_bucket_size=3000)
 OVERLAP = {
     "use_distributed_optimizer": True,
     "overlap_grad_reduce": True,
@@ -83,7 +83,7 @@ def configs(
         }
         cfg = toy_config(toy_data, stage, **options | layout)
         if cfg.parallel.overlap_param_gather:
-            cfg = dataclasses.replace(cfg, ddp_overrides=BUCKETS)
+            cfg = dataclasses.replace(cfg, ddp=BUCKETS)
         made[name] = (cfg, toy_config(toy_data, stage, **options))
     return made
 

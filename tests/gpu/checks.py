@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from megatron_vico.config.registry import ModelConfig, get_model_config
-from megatron_vico.config.schema import ParallelOptions
+from megatron_vico.config.schema import ParallelOptions, RunConfig, TrainingOptions
 from tests.gpu.machine import Machine
 
 FP8_MAX = 448.0
 """The largest float8_e4m3fn."""
 
+BF16 = TrainingOptions(bf16=True)
 FULL_RECOMPUTE: dict[str, Any] = {
     "recompute_granularity": "full",
     "recompute_method": "uniform",
@@ -280,7 +281,7 @@ def _layer_results(machine: Machine, model: ModelConfig, attention: Any) -> dict
     from megatron_vico.models.build import build_language_model, language_transformer_config
     from tests.toy_models import pack
 
-    config = language_transformer_config(model, bf16=True)
+    config = language_transformer_config(model, RunConfig(training=BF16))
     language_model = build_language_model(
         model, config, pg_collection=machine.groups.language, attention=attention
     ).to(machine.device, torch.bfloat16)
@@ -321,8 +322,8 @@ def _language_step(
     from megatron_vico.models.build import build_language_model, language_transformer_config
     from tests.toy_models import pack
 
-    layout = ParallelOptions(**FULL_RECOMPUTE) if recompute else None
-    config = language_transformer_config(model, bf16=True, parallel=layout)
+    layout = ParallelOptions(**FULL_RECOMPUTE) if recompute else ParallelOptions()
+    config = language_transformer_config(model, RunConfig(training=BF16, parallel=layout))
     language_model = build_language_model(model, config, pg_collection=machine.groups.language)
     language_model = language_model.to(machine.device, torch.bfloat16)
     language_model.requires_grad_(trained).train(trained)

@@ -17,7 +17,6 @@ LONG_FILES = {
     "benchmarks/step.py",
     "megatron_vico/checkpoint/training_checkpoint.py",
     "megatron_vico/config/layout.py",
-    "megatron_vico/config/megatron_flags.py",
     "megatron_vico/config/validate.py",
     "megatron_vico/convert/convert.py",
     "megatron_vico/convert/huggingface/safetensors_folder.py",

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_vico.config.arguments import config_kwargs, parse
+from megatron_vico.config.flags import parse
 from megatron_vico.config.layout import layers_of_a_stage, virtual_stages
 from megatron_vico.config.registry import MODELS, get_model_config
 from megatron_vico.config.schema import RunConfig
@@ -230,7 +230,6 @@ def assert_megatron_takes(cfg: RunConfig, world_size: int) -> None:
     its schedule."""
     from megatron.core.parallel_state import RankGenerator
     from megatron.core.pipeline_parallel.schedules import get_schedule_table
-    from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
     from megatron_vico.models.build import language_transformer_config
@@ -241,8 +240,7 @@ def assert_megatron_takes(cfg: RunConfig, world_size: int) -> None:
         parallel.pipeline_model_parallel_size,
         parallel.context_parallel_size,
     )
-    overrides = config_kwargs(cfg.transformer_overrides, TransformerConfig)
-    built = language_transformer_config(model, bf16=True, parallel=parallel, **overrides)
+    built = language_transformer_config(model, cfg)
 
     # initialize_model_parallel's two grids: their sizes fill the world and their pipelines are the
     # same ranks.
@@ -261,7 +259,7 @@ def assert_megatron_takes(cfg: RunConfig, world_size: int) -> None:
     assert (model.language.moe_ffn_hidden_size or width) % width == 0
 
     chunks = built.virtual_pipeline_model_parallel_size
-    if cfg.transformer_overrides.get("pipeline_model_parallel_layout") is None:
+    if cfg.transformer.pipeline_model_parallel_layout is None:
         layers = [
             get_num_layers_to_build(built, vp_stage=chunk if chunks else None, pp_rank=stage)
             for stage in range(stages)

@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
-from megatron_vico.config.arguments import load_recipe, parse, to_yaml
+from megatron_vico.config.flags import parse, to_yaml
 from megatron_vico.config.registry import MODELS
 from megatron_vico.config.validate import remarks, validate
 
@@ -79,18 +80,14 @@ def test_recipes_list_only_what_differs_from_their_base() -> None:
             for line in path_of(size, stage).read_text().splitlines()
             if ":" in line and line[0] != "#"
         ]
-        base = load_recipe(RECIPES / f"base_{stage}.yaml")
+        base = yaml.safe_load((RECIPES / f"base_{stage}.yaml").read_text())
         assert not base.keys() & set(own), path_of(size, stage)
 
 
 @pytest.mark.parametrize(("size", "stage"), ALL)
 def test_megatron_accepts_the_layout(size: str, stage: str) -> None:
-    from megatron.core.transformer import TransformerConfig
-
-    from megatron_vico.config.arguments import config_kwargs
     from megatron_vico.models.build import language_transformer_config
 
     config = parse(["--recipe", str(path_of(size, stage))])
-    passed = config_kwargs(config.transformer_overrides, TransformerConfig)
-    built = language_transformer_config(MODELS[size], bf16=True, parallel=config.parallel, **passed)
+    built = language_transformer_config(MODELS[size], config)
     assert built.pipeline_model_parallel_size == config.parallel.pipeline_model_parallel_size

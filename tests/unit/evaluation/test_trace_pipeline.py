@@ -3,7 +3,7 @@ they record."""
 
 from pathlib import Path
 
-from megatron_vico.config.arguments import parse
+from megatron_vico.config.flags import parse
 from megatron_vico.config.validate import validate
 from megatron_vico.training.preflight import check_environment
 from megatron_vico.training.profiler import trace_folder

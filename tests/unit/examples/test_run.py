@@ -6,7 +6,7 @@ import sys
 import pytest
 import run
 
-from megatron_vico.config.arguments import parse
+from megatron_vico.config.flags import parse
 from megatron_vico.config.validate import validate
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_vico.config.registry import get_model_config
-from megatron_vico.config.schema import ParallelOptions
+from megatron_vico.config.schema import ParallelOptions, RunConfig, TrainingOptions
 from megatron_vico.models.build import (
     build_language_model,
     language_transformer_config,
@@ -19,7 +19,8 @@ from tests.toy_models import pack, randomise
 
 def make(name: str, *, bf16: bool = False, **parallel: Any) -> LanguageModel:
     model = get_model_config(name)
-    config = language_transformer_config(model, bf16=bf16, parallel=ParallelOptions(**parallel))
+    cfg = RunConfig(training=TrainingOptions(bf16=bf16), parallel=ParallelOptions(**parallel))
+    config = language_transformer_config(model, cfg)
     return randomise(build_language_model(model, config, attention="sdpa"), seed=0).train()
 
 

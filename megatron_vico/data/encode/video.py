@@ -1,5 +1,4 @@
-"""Videos to frames by the official rules: which frames a sample shows, and the text that stands
-before each.
+"""Videos to frames by the official rules: which frames to show, and the text before each.
 
 A video is a file that PyAV reads (the extra `video`) or a folder of frame images. In a shard a
 video is nothing but its frames, as images of one tile each; they are drawn once, when the shards
@@ -40,7 +39,7 @@ def video_frames(
     max_frames: int = 32,
     clip: Sequence[float] | None = None,
 ) -> list[bytes]:
-    """Frames of a video by the official training rule.
+    """Frames of a video by the official training rule: JPEG files; of a folder, its own files.
 
     Their number is drawn from `min_frames` to `max_frames`; the video is cut into as many
     intervals, and a frame is drawn from each. A file with fewer frames has its last one repeated; a
@@ -53,9 +52,6 @@ def video_frames(
         max_frames: most frames.
         clip: (start, end) of the part to show, in seconds; what of it lies after the end of the
             file is left out.
-
-    Returns:
-        Image files: JPEG for a video, as they are for a folder.
 
     Raises:
         ConfigError: if PyAV is not installed.
@@ -70,10 +66,10 @@ def video_frames(
                 f"{path}: 'clip' of a folder of frames, which has no frame rate; give the frames"
                 " of it."
             )
-        names = frame_files(path)
-        chosen = draw_frames(len(names), num_frames=min(num_frames, len(names)), random=random)
+        files = frame_files(path)
+        drawn = draw_frames(len(files), num_frames=min(num_frames, len(files)), random=random)
         try:
-            return [names[number].read_bytes() for number in chosen]
+            return [files[number].read_bytes() for number in drawn]
         except OSError as error:
             raise SampleError(
                 f"{error.filename}: {error.strerror}; restore the frame or remove the sample."
@@ -81,23 +77,16 @@ def video_frames(
 
     def choose(video: _Video) -> list[int]:
         start, available = _clip(video, clip) if clip else (0, video.num_frames)
-        most = available if path.suffix.lower() == ".gif" else max_frames
-        drawn = draw_frames(available, num_frames=min(num_frames, most), random=random)
+        limit = available if path.suffix.lower() == ".gif" else max_frames
+        drawn = draw_frames(available, num_frames=min(num_frames, limit), random=random)
         return [start + number for number in drawn]
 
     return _read_frames(path, choose)
 
 
 def middle_frames(source: str | Path, *, num_frames: int) -> list[bytes]:
-    """Frames of a video file by the rule of the official inference example: the middle of each of
-    equal segments.
-
-    Args:
-        source: a video file.
-        num_frames: how many; of a shorter video, some come repeatedly.
-
-    Returns:
-        JPEG files.
+    """`num_frames` JPEG frames of a video file by the rule of the official inference example: the
+    middle of each of equal segments; of a shorter video, some come repeatedly.
 
     Raises:
         ConfigError: if PyAV is not installed.
@@ -118,16 +107,8 @@ def with_frames(
     without that tag.
 
     The official code fails on a tag without a newline after it, and on a system turn before a
-    question without the tag; both are taken here as they are meant.
-
-    Args:
-        turns: the conversation.
-        num_frames: frames of its video.
-        frame_text: of one frame; `{number}` counts from 1.
-        key: the sample's name, for errors.
-
-    Returns:
-        The turns.
+    question without the tag; both are taken here as they are meant. `frame_text` stands for one
+    frame; `{number}` in it counts from 1.
 
     Raises:
         SampleError: if there are several tags, or no question.
@@ -139,34 +120,22 @@ def with_frames(
             f"sample {key!r}: {len(tagged)} {VIDEO_TAG} tags in {len(holders)} questions; expected"
             " a question, and one tag for its video or none."
         )
-    place = (tagged or holders)[0]
-    before, _, after = turns[place].text.rpartition(VIDEO_TAG)
+    holder = (tagged or holders)[0]
+    before, _, after = turns[holder].text.rpartition(VIDEO_TAG)
     frames = "".join(frame_text.format(number=number) for number in range(1, num_frames + 1))
     text = before + frames + (after.removeprefix("\n") if tagged else after)
-    return (*turns[:place], Turn(turns[place].role, text), *turns[place + 1 :])
+    return (*turns[:holder], Turn(turns[holder].role, text), *turns[holder + 1 :])
 
 
 def draw_frames(num_available: int, *, num_frames: int, random: torch.Generator) -> list[int]:
-    """Numbers of frames, ascending: one drawn from each of `num_frames` intervals of the video
-    (official "rand").
-
-    Args:
-        num_available: frames that the video has.
-        num_frames: how many to draw; if the video has fewer, all of them and the last one
-            repeatedly.
-        random: random stream.
-
-    Returns:
-        `num_frames` numbers in [0, num_available).
-    """
+    """Numbers of `num_frames` frames, ascending: one drawn from each of as many intervals of the
+    video (official "rand"); if it has fewer frames, all of them and the last one repeatedly."""
     shown = min(num_frames, num_available)
     edges = np.linspace(0, num_available, num=shown + 1).astype(int).tolist()
     if min(end - start for start, end in pairwise(edges)) > 1:
         # Never the last frame of an interval, as in the official code.
-        drawn = [
-            int(torch.randint(start, end - 1, (), generator=random))
-            for start, end in pairwise(edges)
-        ]
+        draws = (torch.randint(a, b - 1, (), generator=random) for a, b in pairwise(edges))
+        drawn = [int(number) for number in draws]
     else:
         drawn = sorted(torch.randperm(num_available, generator=random)[:shown].tolist())
     return drawn + drawn[-1:] * (num_frames - shown)
@@ -178,20 +147,18 @@ def frame_files(folder: Path) -> list[Path]:
     Raises:
         SampleError: if there is none.
     """
-    files = [
-        file
-        for file in folder.iterdir()
-        if file.suffix.lower() in FRAME_SUFFIXES and file.name[0] != "."
-    ]
+    images = (file for file in folder.iterdir() if file.suffix.lower() in FRAME_SUFFIXES)
+    files = [file for file in images if not file.name.startswith(".")]
     if not files:
         raise SampleError(
             f"{folder}: no frame in it; expected images ({', '.join(sorted(FRAME_SUFFIXES))})."
         )
+
     # Split at numbers, names alternate between text and digits, so that like is compared with like.
-    return sorted(
-        files,
-        key=lambda file: [int(s) if s.isdecimal() else s for s in re.split(r"([0-9]+)", file.name)],
-    )
+    def natural(file: Path) -> list[int | str]:
+        return [int(s) if s.isdecimal() else s for s in re.split(r"([0-9]+)", file.name)]
+
+    return sorted(files, key=natural)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,8 +202,7 @@ def _read_frames(path: Path, choose: Callable[[_Video], list[int]]) -> list[byte
         ) from error
     try:
         video = _measure(path)
-        # Where the codec has hidden frames, fewer come out than packets are counted: then choose
-        # again among those.
+        # Where the codec has hidden frames, fewer come out than packets: choose again among those.
         while video.num_frames:
             chosen = choose(video)
             frames, num_decoded = _decode(path, set(chosen))
@@ -261,12 +227,8 @@ def _measure(path: Path) -> _Video:
             if packet.dts is None and not packet.size:
                 continue  # the mark at the end of a stream
             corrupt += packet.is_corrupt
-            end = max(
-                end,
-                float(
-                    ((packet.pts or packet.dts or 0) + (packet.duration or 0)) * packet.time_base
-                ),
-            )
+            end_of_packet = (packet.pts or packet.dts or 0) + (packet.duration or 0)
+            end = max(end, float(end_of_packet * packet.time_base))
             if packet.stream_index == stream.index:
                 num_packets += 1
                 num_frames += packet.size > 0
@@ -290,9 +252,8 @@ def _decode(path: Path, wanted: set[int]) -> tuple[dict[int, bytes], int]:
             if num_decoded in wanted:
                 file = io.BytesIO()
                 image = frame.to_image()
-                if (
-                    frame.rotation
-                ):  # phones note how they were held; the official reader turns such videos too
+                # Phones note how they were held; the official reader turns such videos too.
+                if frame.rotation:
                     image = image.rotate(frame.rotation, expand=True)
                 image.save(file, "JPEG", quality=JPEG_QUALITY)
                 frames[num_decoded] = file.getvalue()

@@ -29,7 +29,7 @@ PAIRS = [(size, layout) for size, layouts in LOADED_UNDER.items() for layout in 
 MAX_SHARD_BYTES = 50_000
 """Small, so that toys make several files and each process has some to write."""
 
-CONVERT = "../../tools/convert/convert.py"
+CONVERT = "../../tools/checkpoint/convert.py"
 
 
 def odd_models() -> dict[str, ModelConfig]:

@@ -4,7 +4,7 @@ engine."""
 import io
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from megatron_vico import files
-from megatron_vico.config.registry import MODELS, ModelConfig, get_model_config
+from megatron_vico.config.config_json import differences
+from megatron_vico.config.registry import ModelConfig, get_model_config
 from megatron_vico.convert import convert
 from megatron_vico.convert.huggingface import safetensors_folder
 from megatron_vico.convert.huggingface.config import ExportOptions, model_json
@@ -184,7 +185,7 @@ def generation(exported: Exported) -> dict[str, Any]:
 
 @pytest.mark.parametrize("layout", ["flash", "internvl"])
 def test_every_tensor_goes_in_and_out_bit_for_bit(
-    exported: Exported, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: Exported, layout: str, tmp_path: Path
 ) -> None:
     source: Path = getattr(exported, layout)
     model = load(source)
@@ -197,9 +198,12 @@ def test_every_tensor_goes_in_and_out_bit_for_bit(
     )
     assert saved.tensors.keys() == original.tensors.keys()
     assert any("attn3" in name for name in saved.tensors) == (layout == "flash")
-    monkeypatch.setitem(MODELS, exported.model.name, exported.model)
     imported = convert.import_hf(tmp_path / "saved")
-    assert (imported.layout, imported.model) == (layout, exported.model)
+    assert imported.layout == layout
+    expected_model = exported.model
+    if layout == "internvl":  # it has no router: the released ones' 16 heads are assumed
+        expected_model = replace(expected_model, vir_num_heads=16)
+    assert differences(imported.model, expected_model) == []
     expected = exported.canonical_state()
     for name, tensor in imported.canonical_state().items():
         assert torch.equal(tensor, expected[name]), name

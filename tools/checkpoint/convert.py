@@ -1,4 +1,4 @@
-"""`python tools/convert/convert.py ...`: the same as `vico convert ...`, where Megatron users
+"""`python tools/checkpoint/convert.py ...`: the same as `vico convert ...`, where Megatron users
 look for it."""
 
 import sys

@@ -1,5 +1,4 @@
-"""What a data set consists of, by its index alone: lengths, tiles, images, and how full its packs
-are."""
+"""What a data set consists of, by its index alone: lengths, tiles, images, and its packs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from megatron_vico.data.shards.reader import ShardFolder
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)
 KINDS = ("text only", "one image", "several images")
-MOST_PACKED = 1_000_000
+MAX_PACKED = 1_000_000
 """Samples that are packed, the first of the global order: a second of work, and the fill is known
 to 0.01 %."""
 
@@ -62,17 +61,42 @@ class PackingFill:
     @property
     def token_fill(self) -> float:
         """Tokens over those that the packs could hold, in [0, 1]."""
-        return float(self.tokens.mean() / self.limits.capacity) if len(self.tokens) else 0.0
+        return _mean(self.tokens) / self.limits.capacity
 
     @property
     def tile_fill(self) -> float:
         """Tiles over those that the packs could hold, in [0, 1]."""
-        return float(self.tiles.mean() / self.limits.max_tiles) if len(self.tiles) else 0.0
+        return _mean(self.tiles) / self.limits.max_tiles
 
     @property
     def samples_per_pack(self) -> float:
         """Mean."""
-        return float(self.samples.mean()) if len(self.samples) else 0.0
+        return _mean(self.samples)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return {
+            "seq_length": self.limits.capacity,
+            "max_tiles_per_pack": self.limits.max_tiles,
+            "num_packs": len(self.tokens),
+            "num_samples": int(self.samples.sum()),
+            "samples_per_pack": self.samples_per_pack,
+            "token_fill": self.token_fill,
+            "tile_fill": self.tile_fill,
+            "num_too_large": self.num_too_large,
+        }
+
+    def as_text(self) -> str:
+        """One line."""
+        limits = f"{self.limits.capacity:,} tokens and {self.limits.max_tiles:,} tiles"
+        line = (
+            f"packs of at most {limits}: {len(self.tokens):,} packs of {self.samples.sum():,}"
+            f" samples, {self.samples_per_pack:.1f} a pack, {self.token_fill:.1%} full in tokens,"
+            f" {self.tile_fill:.1%} in tiles"
+        )
+        if self.num_too_large:
+            line += f"; {self.num_too_large:,} samples are too large and left out"
+        return line
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -110,15 +134,12 @@ class ShardStatistics:
             folders: read as one data set.
             repeats: how often each of them comes in an epoch.
             packing: how to pack; None, not at all.
-
-        Returns:
-            The statistics.
         """
         tiles = np.concatenate([folder.num_tiles for folder in folders])
         tokens = np.concatenate([folder.num_tokens for folder in folders])
-        lengths = None if packing is None else tokens + (packing.tokens_kept - 1) * tiles
-        fill = None
-        if packing is not None and lengths is not None:
+        lengths = fill = None
+        if packing is not None:
+            lengths = tokens + (packing.tokens_kept - 1) * tiles
             order = EpochOrder(
                 [folder.samples_per_shard for folder in folders],
                 repeats=repeats,
@@ -126,7 +147,7 @@ class ShardStatistics:
                 epoch=0,
                 block_shards=packing.shuffle_shards,
             )
-            ids, _ = order.slice(0, MOST_PACKED)
+            ids, _ = order.slice(0, MAX_PACKED)
             fill = _pack(lengths, tiles, ids=ids, options=packing)
         return cls(
             num_tokens=tokens,
@@ -149,32 +170,30 @@ class ShardStatistics:
         }
         return {name: values for name, values in counted.items() if values is not None}
 
+    @property
+    def length_column(self) -> str:
+        """The column of lengths as they are trained, as far as they are known."""
+        return "tokens, one per tile" if self.lengths is None else "tokens, uncompressed"
+
     @cached_property
     def kinds(self) -> IntArray:
         """[D], index into KINDS."""
         return np.minimum(self.num_images, 2)
 
+    @cached_property
+    def num_of_kind(self) -> dict[str, int]:
+        """Samples of each of KINDS."""
+        counts = np.bincount(self.kinds, minlength=len(KINDS)).tolist()
+        return dict(zip(KINDS, counts, strict=True))
+
     def as_json(self) -> dict[str, Any]:
         """Plain numbers, shares in [0, 1]."""
-        counts = np.bincount(self.kinds, minlength=len(KINDS)).tolist()
-        content: dict[str, Any] = {
+        content = {
             "num_samples": len(self.num_tokens),
-            "kinds": dict(zip(KINDS, counts, strict=True)),
+            "kinds": self.num_of_kind,
             "columns": {name: spread(values) for name, values in self.columns.items()},
         }
-        if self.packing is not None:
-            fill = self.packing
-            content["packing"] = {
-                "seq_length": fill.limits.capacity,
-                "max_tiles_per_pack": fill.limits.max_tiles,
-                "num_packs": len(fill.tokens),
-                "num_samples": int(fill.samples.sum()),
-                "samples_per_pack": fill.samples_per_pack,
-                "token_fill": fill.token_fill,
-                "tile_fill": fill.tile_fill,
-                "num_too_large": fill.num_too_large,
-            }
-        return content
+        return content if self.packing is None else {**content, "packing": self.packing.as_json()}
 
     def as_text(self) -> str:
         """Tables for a terminal."""
@@ -184,28 +203,28 @@ class ShardStatistics:
             mean = f"{numbers.pop('mean'):,.1f}"
             total, *rest = (f"{number:,}" for number in numbers.values())
             rows.append([name, total, mean, *rest])
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [
-            row[0].ljust(widths[0])
-            + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-            for row in rows
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for name, *cells in rows:
+            padded = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
+            lines.append("  ".join([name.ljust(widths[0]), *padded]))
+        shares = [
+            f"{kind} {count:,} ({count / len(self.kinds):.1%})"
+            for kind, count in self.num_of_kind.items()
         ]
-        counts = np.bincount(self.kinds, minlength=len(KINDS))
-        shares = zip(KINDS, counts.tolist(), (counts / len(self.kinds)).tolist(), strict=True)
-        lines += ["", ", ".join(f"{name} {count:,} ({share:.1%})" for name, count, share in shares)]
+        lines += ["", ", ".join(shares)]
         if self.packing is not None:
-            lines += ["", _packing_line(self.packing)]
-        for name in (
-            "tokens, one per tile" if self.lengths is None else "tokens, uncompressed",
-            "tiles",
-        ):
+            lines += ["", self.packing.as_text()]
+        for name in (self.length_column, "tiles"):
             lines += ["", f"{name}, a sample:", *histogram_lines(self.columns[name])]
         return "\n".join(lines)
 
 
 def spread(values: IntArray) -> dict[str, float]:
-    """Total, mean, min, percentiles (values that occur, not between two) and max of [D] numbers;
-    zeros if D is 0."""
+    """Total, mean, min, percentiles and max of [D] numbers; zeros if D is 0.
+
+    Percentiles are values that occur, not between two.
+    """
     present = values if len(values) else np.zeros(1, np.int64)
     percentiles = np.percentile(present, PERCENTILES, method="inverted_cdf").tolist()
     return {
@@ -218,44 +237,31 @@ def spread(values: IntArray) -> dict[str, float]:
 
 
 def histogram(values: IntArray) -> list[tuple[int, int, int]]:
-    """(lowest, highest, count) of ranges that end at powers of two: 0, 1, 2, 3 to 4, 5 to 8, ...;
-    none outside them.
-
-    Args:
-        values: [D], 0 or more.
-    """
+    """(lowest, highest, count) of the ranges 0, 1, 2, 3 to 4, 5 to 8, ... that hold [D] values."""
     if not len(values):
         return []
     ends = [0, *(1 << power for power in range(int(values.max()).bit_length() + 1))]
     counts = np.bincount(np.searchsorted(ends, values), minlength=len(ends)).tolist()
     rows = list(zip([0, *(end + 1 for end in ends[:-1])], ends, counts, strict=True))
-    filled = [number for number, row in enumerate(rows) if row[2]]
+    filled = np.flatnonzero(counts)
     return rows[filled[0] : filled[-1] + 1]
 
 
 def histogram_lines(values: IntArray) -> list[str]:
     """The histogram as bars of characters."""
     rows = histogram(values)
-    most = max((count for *_, count in rows), default=1)
+    longest = max((count for *_, count in rows), default=1)
     names = [str(low) if low == high else f"{low} to {high}" for low, high, _ in rows]
-    width, count_width = max(map(len, names), default=0), len(f"{most:,}")
+    width, count_width = max(map(len, names), default=0), len(f"{longest:,}")
     return [
         f"  {name:>{width}}  {count:>{count_width},}  {count / len(values):6.1%}  "
-        f"{'#' * -(-_BAR_WIDTH * count // most)}".rstrip()
+        f"{'#' * -(-_BAR_WIDTH * count // longest)}".rstrip()
         for name, (*_, count) in zip(names, rows, strict=True)
     ]
 
 
-def _packing_line(fill: PackingFill) -> str:
-    limits = f"{fill.limits.capacity:,} tokens and {fill.limits.max_tiles:,} tiles"
-    too_large = (
-        f"; {fill.num_too_large:,} samples are too large and left out" if fill.num_too_large else ""
-    )
-    return (
-        f"packs of at most {limits}: {len(fill.tokens):,} packs of {fill.samples.sum():,} samples, "
-        f"{fill.samples_per_pack:.1f} a pack, {fill.token_fill:.1%} full in tokens, "
-        f"{fill.tile_fill:.1%} in tiles{too_large}"
-    )
+def _mean(values: IntArray) -> float:
+    return float(values.mean()) if len(values) else 0.0
 
 
 def _pack(

@@ -1,5 +1,4 @@
-"""One sample as a person looks at it: its images and how they are cut, its text with what is
-trained marked."""
+"""A sample as a person sees it: how its images are cut, its text with what is trained marked."""
 
 import io
 import itertools
@@ -31,8 +30,6 @@ class ViewedImage:
     """In px; 0 if the file is no image."""
 
     height: int = 0
-    """In px; 0 if the file is no image."""
-
     num_tiles: int
     """Thumbnail included."""
 
@@ -40,7 +37,6 @@ class ViewedImage:
     """Of the grid of tiles."""
 
     rows: int = 1
-    """Of the grid of tiles."""
 
     @property
     def tiling(self) -> str:
@@ -49,6 +45,12 @@ class ViewedImage:
             return "1 tile"
         thumbnail = "+1" if self.num_tiles > self.columns * self.rows else ""
         return f"{self.columns}x{self.rows}{thumbnail} tiles"
+
+    def __str__(self) -> str:
+        """Format and size in px, where the file is an image."""
+        if not self.format:
+            return "CANNOT BE OPENED"
+        return f"{self.format} {self.width}x{self.height}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,28 +64,22 @@ class ViewedSample:
 def view(
     sample: ConversationSample, *, tiles_per_image: Sequence[int], settings: EncodingSettings
 ) -> ViewedSample:
-    """Look at a sample's images; only their headers are read.
+    """Look at a sample's images, of which only the headers are read.
 
     Args:
         sample: as read from a shard.
         tiles_per_image: as the index has them.
         settings: those of the index.
-
-    Returns:
-        The sample; an image that cannot be opened has no size.
     """
-    images = tuple(
-        _view_image(content, num_tiles, settings)
-        for content, num_tiles in zip(sample.images, tiles_per_image, strict=True)
-    )
+    pairs = zip(sample.images, tiles_per_image, strict=True)
+    images = tuple(_view_image(content, num_tiles, settings) for content, num_tiles in pairs)
     return ViewedSample(sample=sample, images=images)
 
 
 def _view_image(content: bytes, num_tiles: int, settings: EncodingSettings) -> ViewedImage:
     try:
         with Image.open(io.BytesIO(content)) as image:
-            width, height = image.size
-            kind = image.format or "?"
+            (width, height), image_format = image.size, image.format or "?"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return ViewedImage(content=content, num_tiles=num_tiles)
     area = num_tiles - (settings.use_thumbnail and num_tiles > 1)
@@ -95,7 +91,7 @@ def _view_image(content: bytes, num_tiles: int, settings: EncodingSettings) -> V
     )
     return ViewedImage(
         content=content,
-        format=kind,
+        format=image_format,
         width=width,
         height=height,
         num_tiles=num_tiles,
@@ -105,57 +101,38 @@ def _view_image(content: bytes, num_tiles: int, settings: EncodingSettings) -> V
 
 
 def image_lines(images: Sequence[ViewedImage]) -> list[str]:
-    """One line for each run of images that are of one kind, size and tiling (the frames of a video
-    are)."""
-    lines = []
-    numbered = enumerate(images)
-    for _, run in itertools.groupby(
-        numbered, key=lambda item: (item[1].format, item[1].width, item[1].height, item[1].tiling)
-    ):
-        members = list(run)
-        first, last, image = members[0][0], members[-1][0], members[0][1]
+    """A line for each run of images of one format, size and tiling (the frames of a video are)."""
+    lines, first = [], 0
+    for (looks, tiling), group in itertools.groupby(images, key=lambda one: (str(one), one.tiling)):
+        sizes = sorted(len(image.content) for image in group)
+        last = first + len(sizes) - 1
         name = f"image {first}" if first == last else f"images {first} to {last}"
-        sizes = sorted(len(each.content) for _, each in members)
-        size = (
-            f"{sizes[0]:,} bytes"
-            if sizes[0] == sizes[-1]
-            else f"{sizes[0]:,} to {sizes[-1]:,} bytes"
-        )
-        kind = (
-            f"{image.format} {image.width}x{image.height}" if image.format else "CANNOT BE OPENED"
-        )
-        lines.append(f"{name}: {kind}, {size}, {image.tiling}")
+        size = f"{sizes[0]:,}" if sizes[0] == sizes[-1] else f"{sizes[0]:,} to {sizes[-1]:,}"
+        lines.append(f"{name}: {looks}, {size} bytes, {tiling}")
+        first = last + 1
     return lines
 
 
 def turn_lines(sample: ConversationSample) -> list[str]:
     """The raw turns; answers, which are trained, are marked."""
-    before, after = TRAINED
     return [
-        f"{turn.role}: {before}{turn.text}{after}"
-        if turn.role in ("gpt", "pretrain")
-        else f"{turn.role}: {turn.text}"
+        f"{turn.role}: {_marked(turn.text, turn.role in ('gpt', 'pretrain'))}"
         for turn in sample.turns
     ]
 
 
 def token_text(sample: ConversationSample, *, encoder: SampleEncoder) -> str:
-    """What the model sees, special tokens included; runs of trained tokens are marked, image tokens
-    are counted.
+    """What the model sees, special tokens included, in several lines; image tokens are counted.
 
     Args:
         sample: as read from a shard.
         encoder: tokenizer and settings of the index.
-
-    Returns:
-        Text of several lines.
 
     Raises:
         SampleError: if the sample cannot be encoded.
     """
     encoded = encoder.encode(sample)
     image_token = encoder.tokenizer.image_token_id
-    before, after = TRAINED
     pieces = []
     tokens = zip(encoded.token_ids.tolist(), encoded.is_response.tolist(), strict=True)
     for (is_trained, is_image), run in itertools.groupby(
@@ -163,5 +140,9 @@ def token_text(sample: ConversationSample, *, encoder: SampleEncoder) -> str:
     ):
         ids = [token for token, _ in run]
         text = f"{IMAGE_CONTEXT}*{len(ids)}" if is_image else encoder.tokenizer.decode(ids)
-        pieces.append(f"{before}{text}{after}" if is_trained else text)
+        pieces.append(_marked(text, is_trained))
     return "".join(pieces)
+
+
+def _marked(text: str, is_trained: bool) -> str:
+    return text.join(TRAINED) if is_trained else text

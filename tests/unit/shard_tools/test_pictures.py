@@ -104,10 +104,10 @@ def test_text_only_and_broken_images_have_a_card():
 )
 def test_wrapped_lines_fit_and_lose_nothing_but_what_is_cut(text):
     font = ImageFont.load_default(14)
-    lines = wrap(text, font, width=120, most=3)
+    lines = wrap(text, font, width=120, limit=3)
     assert len(lines) <= 3
     assert all(font.getlength(line) <= 120 for line in lines)
-    whole = "".join(wrap(text, font, width=120, most=10_000)).replace(" ", "")
+    whole = "".join(wrap(text, font, width=120, limit=10_000)).replace(" ", "")
     assert whole == text.replace(" ", "")
     if lines and lines[-1].endswith("..."):
         assert text.replace(" ", "").startswith("".join(lines).removesuffix("...").replace(" ", ""))

@@ -123,7 +123,7 @@ def test_a_folder_comes_as_often_as_the_mixture_says(shards, monkeypatch):
     assert len(found.num_tokens) == 2 * NUM_SAMPLES  # each once in the statistics
     assert found.packing.samples.sum() == NUM_SAMPLES // 2 + 2 * NUM_SAMPLES
     assert found.packing.tokens.sum() > 2 * (folder.num_tokens + 15 * folder.num_tiles).sum()
-    monkeypatch.setattr(report, "MOST_PACKED", 30)
+    monkeypatch.setattr(report, "MAX_PACKED", 30)
     assert ShardStatistics.of([folder], repeats=[1], packing=options()).packing.samples.sum() == 30
 
 

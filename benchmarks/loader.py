@@ -48,7 +48,8 @@ from megatron_vico.data.load.loader import Loader, open_plan  # noqa: E402
 from megatron_vico.data.pack.builder import PackBuilder  # noqa: E402
 from megatron_vico.parallel.batch import share_step  # noqa: E402
 from megatron_vico.parallel.groups import Groups, started  # noqa: E402
-from megatron_vico.shard_tools.writer import WriterOptions, make_shards  # noqa: E402
+from megatron_vico.shard_tools.options import WriterOptions  # noqa: E402
+from megatron_vico.shard_tools.writer import make_shards  # noqa: E402
 from megatron_vico.training import trainer  # noqa: E402
 
 

@@ -1,41 +1,24 @@
-"""`vico shards inspect | verify`: what is in shards, as text and pictures, and what is wrong with
-them."""
+"""`vico shards inspect | verify`: what is in shards, as text and pictures, and what is wrong."""
 
 import argparse
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import indent
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from megatron_vico.config.config_json import model_named
-from megatron_vico.config.registry import MODELS
+from megatron_vico.config.registry import MODELS, get_model_config
 from megatron_vico.config.schema import DataOptions, TrainingOptions
-from megatron_vico.data.encode.sample_encoder import SampleEncoder
-from megatron_vico.data.encode.tokenizer import load_tokenizer
-from megatron_vico.data.pack.packing import PackLimits
-from megatron_vico.data.pack.plan import FolderList
-from megatron_vico.data.shards.index import FolderIndex
-from megatron_vico.data.shards.mixture import MixedFolder, read_mixture
-from megatron_vico.data.shards.reader import ShardFolder
-from megatron_vico.data.shards.storage import is_url
 from megatron_vico.errors import ConfigError, SampleError
-from megatron_vico.files import write_json
-from megatron_vico.shard_tools.contact_sheet import contact_sheet
-from megatron_vico.shard_tools.report import PackingOptions, ShardStatistics
-from megatron_vico.shard_tools.sample_view import (
-    TRAINED,
-    ViewedSample,
-    image_lines,
-    token_text,
-    turn_lines,
-    view,
-)
-from megatron_vico.shard_tools.shard_check import Problem, VerifyOptions
-from megatron_vico.shard_tools.verify import Verification
+from megatron_vico.shard_tools.options import usable_cpus
+
+if TYPE_CHECKING:
+    from megatron_vico.data.pack.packing import PackLimits
+    from megatron_vico.data.pack.plan import FolderList
+    from megatron_vico.data.shards.mixture import MixedFolder
+    from megatron_vico.shard_tools.sample_view import ViewedSample
+    from megatron_vico.shard_tools.shard_check import Problem
 
 HAS_PROBLEMS = 1
 """Exit status of `verify` where something is wrong."""
@@ -44,21 +27,38 @@ HAS_PROBLEMS = 1
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `inspect`."""
     _add_common(parser)
-    parser.add_argument("--samples", type=int, default=1, help="how many samples to show")
-    place = parser.add_mutually_exclusive_group()
-    place.add_argument("--start", type=int, default=0, help="number of the first sample to show")
-    place.add_argument("--key", help="key of the first sample to show")
-    parser.add_argument(
-        "--picture", type=Path, metavar="FILE.png", help="draw the samples that are shown"
-    )
-    parser.add_argument(
-        "--plots", type=Path, metavar="DIR", help="draw the statistics as DIR/shards.png"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the statistics")
-    parser.add_argument("--packing-window", type=int, default=DataOptions().packing_window)
-    parser.add_argument(
-        "--seed", type=int, default=TrainingOptions().seed, help="of the order that is packed"
-    )
+    add = parser.add_argument
+    add("--samples", type=int, default=1, help="how many samples to show")
+    first = parser.add_mutually_exclusive_group()
+    first.add_argument("--start", type=int, default=0, help="number of the first sample to show")
+    first.add_argument("--key", help="key of the first sample to show")
+    add("--picture", type=Path, metavar="FILE.png", help="draw the samples that are shown")
+    add("--plots", type=Path, metavar="DIR", help="draw the statistics as DIR/shards.png")
+    add("--json", type=Path, metavar="FILE", help="write the statistics")
+    add("--packing-window", type=int, default=DataOptions().packing_window)
+    add("--seed", type=int, default=TrainingOptions().seed, help="of the order that is packed")
+
+
+def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of `verify`."""
+    _add_common(parser)
+    workers_help = "processes; 0, none but this one"
+    parser.add_argument("--workers", type=int, default=usable_cpus(), help=workers_help)
+    share_help = "share of the samples that are decoded; all are hashed"
+    parser.add_argument("--sample-share", type=float, default=1.0, help=share_help)
+    parser.epilog = "Exit status: 0 if nothing is wrong, 1 if something is, 2 after an error."
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    defaults, add = DataOptions(), parser.add_argument
+    add("folder", help="a folder of shards, or a mixture.json")
+    tokenizer_help = "tokenizer folder, or SentencePiece .model; encodes the samples"
+    add("--tokenizer-model", help=tokenizer_help)
+    size_help = "gives the tokens of a tile; unset, those that all models of its size have"
+    add("--model-size", help=size_help)
+    add("--seq-length", type=int, default=defaults.seq_length, help="most tokens in a pack")
+    add("--max-tiles-per-pack", type=int, default=defaults.max_tiles_per_pack)
+    add("--max-samples-per-pack", type=int, default=defaults.max_samples_per_pack)
 
 
 def inspect(options: argparse.Namespace) -> None:
@@ -68,20 +68,23 @@ def inspect(options: argparse.Namespace) -> None:
         ConfigError: if a folder holds no shards, or a flag does not fit it.
         SampleError: if a shard or a sample is broken.
     """
+    from megatron_vico.data.pack.plan import FolderList
+    from megatron_vico.data.shards.mixture import read_mixture
+    from megatron_vico.data.shards.reader import ShardFolder
+    from megatron_vico.files import write_json
+    from megatron_vico.shard_tools.report import PackingOptions, ShardStatistics
+
     mixture = read_mixture([options.folder])
-    folders = [ShardFolder.open(folder.path) for folder in mixture]
-    for folder, part in zip(folders, mixture, strict=True):
-        print(
-            f"{folder.path}: {len(folder):,} samples in {len(folder.index.shards)} shards, repeat"
-            f" {part.repeat:g}"
-        )
+    folders = [ShardFolder.open(each.path) for each in mixture]
+    repeats = [each.repeat for each in mixture]
+    for folder, repeat in zip(folders, repeats, strict=True):
+        counts = f"{len(folder):,} samples in {len(folder.index.shards)} shards"
+        print(f"{folder.path}: {counts}, repeat {repeat:g}")
         print(f"  tokenizer {folder.index.tokenizer}, {folder.index.settings}")
         for message in folder.index.skipped:
             print(f"  left out: {message}")
-    tokens_kept, packing = (
-        _tokens_kept(options.model_size, folders[0].index.settings.image_size),
-        None,
-    )
+    tokens_kept = _tokens_kept(options.model_size, folders[0].index.settings.image_size)
+    packing = None
     if tokens_kept is None:
         print("packs are not counted: the tokens of a tile are not known; give --model-size.")
     else:
@@ -91,9 +94,7 @@ def inspect(options: argparse.Namespace) -> None:
             tokens_kept=tokens_kept,
             seed=options.seed,
         )
-    statistics = ShardStatistics.of(
-        folders, repeats=[folder.repeat for folder in mixture], packing=packing
-    )
+    statistics = ShardStatistics.of(folders, repeats=repeats, packing=packing)
     print(f"\n{statistics.as_text()}")
     if options.json is not None:
         write_json(options.json, statistics.as_json(), sort_keys=False)
@@ -106,14 +107,20 @@ def inspect(options: argparse.Namespace) -> None:
         shard_figure(statistics, title=title).savefig(options.plots / "shards.png", dpi=110)
         print(options.plots / "shards.png")
     if options.picture is not None:
+        from megatron_vico.shard_tools.contact_sheet import contact_sheet
+
         if not shown:
             raise ConfigError("--picture: no samples to draw; give --samples above 0.")
         contact_sheet(shown).picture.save(options.picture)
         print(options.picture)
 
 
-def _show(data: FolderList, options: argparse.Namespace) -> list[ViewedSample]:
+def _show(data: "FolderList", options: argparse.Namespace) -> list["ViewedSample"]:
     """Print the samples that are asked for."""
+    from megatron_vico.data.encode.sample_encoder import SampleEncoder
+    from megatron_vico.data.encode.tokenizer import load_tokenizer
+    from megatron_vico.shard_tools import sample_view
+
     start = options.start if options.key is None else _number_of(options.key, data)
     if not 0 <= start < len(data):
         raise ConfigError(f"--start {start}: expected a number from 0 to {len(data) - 1}.")
@@ -121,57 +128,34 @@ def _show(data: FolderList, options: argparse.Namespace) -> list[ViewedSample]:
     shown = []
     for number in range(start, min(start + options.samples, len(data))):
         folder, local = data.locate(number)
-        sample, indexed, settings = (
-            folder.read(local),
-            folder.describe(local),
-            folder.index.settings,
-        )
-        shown.append(view(sample, tiles_per_image=indexed.tiles_per_image, settings=settings))
-        counts = (
-            f"{indexed.num_tokens} tokens, {indexed.num_responses} trained,"
-            f" {sum(indexed.tiles_per_image)} tiles"
-        )
+        sample, known, settings = folder.read(local), folder.describe(local), folder.index.settings
+        tiles = known.tiles_per_image
+        shown.append(sample_view.view(sample, tiles_per_image=tiles, settings=settings))
+        counts = f"{known.num_tokens} tokens, {known.num_responses} trained, {sum(tiles)} tiles"
         print(f"\n{number}: {sample.key} ({counts})")
-        print(indent("".join(f"{line}\n" for line in image_lines(shown[-1].images)), "  "), end="")
+        for line in sample_view.image_lines(shown[-1].images):
+            print(f"  {line}")
         if tokenizer is None:
-            print(indent("\n".join(turn_lines(sample)), "  "))
+            text = "\n".join(sample_view.turn_lines(sample))
         else:
             folder.check_encoding(tokenizer=tokenizer, settings=settings)
             encoder = SampleEncoder(tokenizer=tokenizer, settings=settings)
-            print(indent(token_text(sample, encoder=encoder).rstrip(), "  "))
+            text = sample_view.token_text(sample, encoder=encoder).rstrip()
+        print(indent(text, "  "))
     if shown:
-        print(f"\n{TRAINED[0]}...{TRAINED[1]}: trained")
+        print(f"\n{'...'.join(sample_view.TRAINED)}: trained")
     return shown
 
 
-def _number_of(key: str, data: FolderList) -> int:
+def _number_of(key: str, data: "FolderList") -> int:
     start = 0
     for folder in data.folders:
         number = folder.find(key)
         if number is not None:
             return start + number
         start += len(folder)
-    raise ConfigError(
-        f"--key {key}: no such sample in {', '.join(str(folder.path) for folder in data.folders)}."
-    )
-
-
-def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of `verify`."""
-    _add_common(parser)
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        help="processes; 0, none but this one",
-    )
-    parser.add_argument(
-        "--sample-share",
-        type=float,
-        default=1.0,
-        help="share of the samples that are decoded; all are hashed",
-    )
-    parser.epilog = "Exit status: 0 if nothing is wrong, 1 if something is, 2 after an error."
+    folders = ", ".join(str(folder.path) for folder in data.folders)
+    raise ConfigError(f"--key {key}: no such sample in {folders}.")
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -180,6 +164,14 @@ def verify(options: argparse.Namespace) -> int:
     Returns:
         0, or 1 where there is a problem.
     """
+    from tqdm import tqdm
+
+    from megatron_vico.data.encode.tokenizer import load_tokenizer
+    from megatron_vico.data.shards.mixture import read_mixture
+    from megatron_vico.data.shards.storage import is_url
+    from megatron_vico.shard_tools.shard_check import Problem, VerifyOptions
+    from megatron_vico.shard_tools.verify import Verification
+
     folders = read_mixture([options.folder])
     for folder in folders:
         if is_url(folder.path):
@@ -188,26 +180,20 @@ def verify(options: argparse.Namespace) -> int:
                 " lies."
             )
     tokens_kept = _tokens_kept(options.model_size, _image_size(folders))
-    verification = Verification(
-        [Path(folder.path) for folder in folders],
-        VerifyOptions(
-            tokenizer=load_tokenizer(options.tokenizer_model) if options.tokenizer_model else None,
-            limits=_limits(options) if tokens_kept else None,
-            tokens_kept=tokens_kept or 0,
-            sample_share=options.sample_share,
-            num_workers=options.workers,
-        ),
+    how = VerifyOptions(
+        tokenizer=load_tokenizer(options.tokenizer_model) if options.tokenizer_model else None,
+        limits=_limits(options) if tokens_kept else None,
+        tokens_kept=tokens_kept or 0,
+        sample_share=options.sample_share,
+        num_workers=options.workers,
     )
+    verification = Verification([Path(folder.path) for folder in folders], how)
     problems: list[Problem] = []
     num_samples = 0
     # Drawn on a terminal only, and not for what takes less than a second.
+    total = verification.num_bytes
     with tqdm(
-        total=verification.num_bytes,
-        unit="B",
-        unit_scale=True,
-        disable=None,
-        delay=1,
-        file=sys.stderr,
+        total=total, unit="B", unit_scale=True, disable=None, delay=1, file=sys.stderr
     ) as bar:
         for found in verification:
             if isinstance(found, Problem):
@@ -216,17 +202,15 @@ def verify(options: argparse.Namespace) -> int:
             else:
                 num_samples += found.num_samples
                 bar.update(found.num_bytes)
-    print(
-        f"{options.folder}: {len(folders)} folders, {verification.num_shards} shards,"
-        f" {verification.num_bytes:,} bytes, {num_samples:,} samples decoded: {len(problems)}"
-        " problems"
-    )
+    size = f"{verification.num_shards} shards, {verification.num_bytes:,} bytes"
+    done = f"{num_samples:,} samples decoded: {len(problems)} problems"
+    print(f"{options.folder}: {len(folders)} folders, {size}, {done}")
     if problems:
         print(_causes(problems))
     return HAS_PROBLEMS if problems else 0
 
 
-def _causes(problems: Sequence[Problem]) -> str:
+def _causes(problems: Sequence["Problem"]) -> str:
     """The table of causes, the most frequent first."""
     counts = Counter(problem.cause for problem in problems)
     width = max(map(len, counts))
@@ -239,24 +223,9 @@ def _causes(problems: Sequence[Problem]) -> str:
     return "\n".join(lines)
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    defaults = DataOptions()
-    parser.add_argument("folder", help="a folder of shards, or a mixture.json")
-    parser.add_argument(
-        "--tokenizer-model", help="tokenizer folder, or SentencePiece .model; encodes the samples"
-    )
-    parser.add_argument(
-        "--model-size",
-        help="gives the tokens of a tile; unset, those that all models of its size have",
-    )
-    parser.add_argument(
-        "--seq-length", type=int, default=defaults.seq_length, help="most tokens in a pack"
-    )
-    parser.add_argument("--max-tiles-per-pack", type=int, default=defaults.max_tiles_per_pack)
-    parser.add_argument("--max-samples-per-pack", type=int, default=defaults.max_samples_per_pack)
+def _limits(options: argparse.Namespace) -> "PackLimits":
+    from megatron_vico.data.pack.packing import PackLimits
 
-
-def _limits(options: argparse.Namespace) -> PackLimits:
     return PackLimits(
         capacity=options.seq_length,
         max_tiles=options.max_tiles_per_pack,
@@ -267,7 +236,7 @@ def _limits(options: argparse.Namespace) -> PackLimits:
 def _tokens_kept(model_size: str | None, image_size: int | None) -> int | None:
     """Visual tokens of a tile that is not compressed; None where that is not known."""
     if model_size is not None:
-        return model_named(model_size).visual_tokens_per_tile
+        return get_model_config(model_size).visual_tokens_per_tile
     known = {
         model.visual_tokens_per_tile
         for model in MODELS.values()
@@ -276,8 +245,10 @@ def _tokens_kept(model_size: str | None, image_size: int | None) -> int | None:
     return known.pop() if len(known) == 1 else None
 
 
-def _image_size(folders: Sequence[MixedFolder]) -> int | None:
+def _image_size(folders: Sequence["MixedFolder"]) -> int | None:
     """Side of the tiles of the first folder that has an index."""
+    from megatron_vico.data.shards.index import FolderIndex
+
     for folder in folders:
         try:
             return FolderIndex.read(Path(folder.path)).settings.image_size

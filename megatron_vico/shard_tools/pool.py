@@ -1,6 +1,5 @@
 """Work on shards, spread over processes: tasks in, a stream of progress and results out."""
 
-import os
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -16,11 +15,6 @@ from megatron_vico.errors import ConfigError
 
 PROGRESS_S = 0.2
 """Between two reports of progress of a worker: a message costs more than a small sample."""
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,8 @@ from megatron_vico.data.samples import ConversationSample, EncodedSample
 from megatron_vico.data.shards.reader import parse_sample
 from megatron_vico.data.shards.storage import OpenFiles
 from megatron_vico.errors import ConfigError, SampleError
-from megatron_vico.shard_tools.sources import FrameOptions, Source
+from megatron_vico.shard_tools.options import FrameOptions
+from megatron_vico.shard_tools.sources import Source
 from megatron_vico.vico.compression_plan import generator
 
 FRAME_TILES = 1

@@ -53,20 +53,6 @@ class Source:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class FrameOptions:
-    """Which frames of a video are taken."""
-
-    seed: int = 1234
-    """Of the number and the places of frames, together with the sample's key."""
-
-    min_num_frame: int = 8
-    """Fewest frames of a video (the official name)."""
-
-    max_num_frame: int = 32
-    """Most frames of a video (the official name)."""
-
-
 # The official fields; `root` and `annotation` first, since data sets without them say nothing.
 _META_TYPES: dict[str, tuple[type, ...]] = {
     "root": (str,),

@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_vico.data.encode.sample_encoder import EncodingSettings, SampleEncoder
@@ -28,56 +28,14 @@ from megatron_vico.shard_tools.journal import (
     remove_journal,
 )
 from megatron_vico.shard_tools.lines import LineRun, cut_lines, read_lines
+from megatron_vico.shard_tools.options import WriterOptions
 from megatron_vico.shard_tools.pool import Progress, run_tasks, with_progress
 from megatron_vico.shard_tools.sample_reader import SampleReader, named_cause
-from megatron_vico.shard_tools.sources import FrameOptions, Source, read_meta
+from megatron_vico.shard_tools.sources import Source, read_meta
 from megatron_vico.shard_tools.tar import ShardWriter
 
 NUM_SHOWN = 5
 """Broken samples that an error shows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WriterOptions:
-    """How shards are cut, what happens to broken samples, and how many processes do it."""
-
-    samples_per_shard: int = 10_000
-    """Lines that become one shard; also the unit of work, and what a kill can lose of it."""
-
-    max_shard_bytes: int = 1 << 30
-    """A tar file is closed once it has this many bytes, and its lines go on in another."""
-
-    max_skipped: int = 0
-    """Broken samples that may be left out, over all data sets, each logged in the index."""
-
-    max_skipped_share: float = 0.0
-    """The same as a share of all samples, in [0, 1]; the larger of the two limits holds."""
-
-    frames: FrameOptions = field(default_factory=FrameOptions)
-    num_workers: int = 1
-    show_progress: bool = True
-
-    def __post_init__(self) -> None:
-        """Raises: ConfigError: if a number is out of range."""
-        frames = self.frames
-        for name, value, minimum in (
-            ("--samples-per-shard", self.samples_per_shard, 1),
-            ("--max-shard-bytes", self.max_shard_bytes, 1),
-            ("--max-skipped", self.max_skipped, 0),
-            ("--workers", self.num_workers, 1),
-            ("--min-num-frame", frames.min_num_frame, 1),
-            ("--max-num-frame", frames.max_num_frame, frames.min_num_frame),
-        ):
-            if value < minimum:
-                raise ConfigError(f"{name} {value}: expected at least {minimum}.")
-        if not 0 <= self.max_skipped_share <= 1:
-            raise ConfigError(
-                f"--max-skipped-share {self.max_skipped_share}: expected a share from 0 to 1."
-            )
-
-    def skip_limit(self, num_samples: int) -> int:
-        """How many of `num_samples` may be left out."""
-        return max(self.max_skipped, int(self.max_skipped_share * num_samples))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from megatron_vico.data.load.loader import Loader, open_plan
 from megatron_vico.data.pack.balance import PackCost
 from megatron_vico.data.pack.builder import PackBuilder
 from megatron_vico.data.samples import map_tensors
-from megatron_vico.shard_tools.writer import WriterOptions, make_shards
+from megatron_vico.shard_tools.options import WriterOptions
+from megatron_vico.shard_tools.writer import make_shards
 from tests.packs import whole_packs
 from tests.toy_data import write_conversations
 

@@ -16,7 +16,8 @@ from megatron_vico.data.pack.balance import assign
 from megatron_vico.data.pack.plan import Pack, PackPlan
 from megatron_vico.data.shards.reader import ShardFolder
 from megatron_vico.errors import ConfigError, SampleError
-from megatron_vico.shard_tools.writer import WriterOptions, make_shards
+from megatron_vico.shard_tools.options import WriterOptions
+from megatron_vico.shard_tools.writer import make_shards
 from megatron_vico.vico import compression_plan
 from tests.toy_data import write_conversations
 from tests.unit.conftest import (

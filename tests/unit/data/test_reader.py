@@ -15,9 +15,10 @@ from megatron_vico.data.encode.sample_encoder import EncodingSettings, SampleEnc
 from megatron_vico.data.samples import ConversationSample, Turn
 from megatron_vico.data.shards.reader import ShardFolder, parse_sample, sample_json
 from megatron_vico.errors import ConfigError, SampleError
+from megatron_vico.shard_tools.options import WriterOptions
 from megatron_vico.shard_tools.reindex import index_shards
 from megatron_vico.shard_tools.tar import members_of
-from megatron_vico.shard_tools.writer import WriterOptions, make_shards
+from megatron_vico.shard_tools.writer import make_shards
 from tests.unit.conftest import NUM_SAMPLES, SETTINGS
 
 QUIET = WriterOptions(show_progress=False)

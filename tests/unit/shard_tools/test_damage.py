@@ -22,7 +22,8 @@ from megatron_vico.data.shards.index import FolderIndex, ShardIndex
 from megatron_vico.data.shards.reader import ShardFolder
 from megatron_vico.errors import ConfigError, SampleError
 from megatron_vico.shard_tools.journal import MADE_NAME
-from megatron_vico.shard_tools.writer import WriterOptions, make_shards
+from megatron_vico.shard_tools.options import WriterOptions
+from megatron_vico.shard_tools.writer import make_shards
 from tests.toy_data import write_conversations
 from tests.unit.conftest import SETTINGS
 
@@ -288,7 +289,8 @@ def test_a_jpeg_with_flipped_bytes_is_decoded_or_named(tokenizer):
 
 MAKE = """
 import os, sys
-from megatron_vico.shard_tools.writer import WriterOptions, make_shards
+from megatron_vico.shard_tools.options import WriterOptions
+from megatron_vico.shard_tools.writer import make_shards
 from megatron_vico.data.encode.tokenizer import load_tokenizer
 from tests.unit.conftest import SETTINGS
 os.umask(0o077)

@@ -18,8 +18,9 @@ from megatron_vico.cli.shards import main
 from megatron_vico.data.shards.reader import ShardFolder
 from megatron_vico.errors import ConfigError, SampleError
 from megatron_vico.shard_tools.journal import JOURNAL_NAME, MADE_NAME, Journal
+from megatron_vico.shard_tools.options import WriterOptions
 from megatron_vico.shard_tools.reindex import index_shards
-from megatron_vico.shard_tools.writer import WriterOptions, make_mixture, make_shards
+from megatron_vico.shard_tools.writer import make_mixture, make_shards
 from tests.toy_data import write_conversations
 from tests.unit.conftest import SETTINGS
 from tests.unit.shard_tools.test_sources import frames_of, picture, row, write_tar

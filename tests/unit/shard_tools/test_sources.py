@@ -10,8 +10,9 @@ from PIL import Image
 from megatron_vico.data.encode.sample_encoder import SampleEncoder
 from megatron_vico.errors import ConfigError, SampleError
 from megatron_vico.shard_tools.lines import cut_lines, read_lines
+from megatron_vico.shard_tools.options import FrameOptions
 from megatron_vico.shard_tools.sample_reader import SampleReader, TarMembers
-from megatron_vico.shard_tools.sources import FrameOptions, Source, read_meta
+from megatron_vico.shard_tools.sources import Source, read_meta
 from tests.unit.conftest import SETTINGS
 
 

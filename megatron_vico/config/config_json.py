@@ -30,6 +30,7 @@ CHECKPOINT = "checkpoint"
 
 _IMAGE_TOKEN = "<IMG_CONTEXT>"
 _OWN = ("image_token_id", "vir_num_heads")
+_ROUTER_HEADS = 16  # of the released models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,9 +221,12 @@ def differences(found: ModelConfig, expected: ModelConfig) -> list[str]:
 def _stated_fields(config: Json, form: Form) -> Json:
     """`part.field` of a ModelConfig -> what config.json says, for the fields it states."""
     names = _NAMES[form]
+    heads = config.get("vir_num_heads")
+    if heads == _ROUTER_HEADS and not config.get("flash_mode"):
+        heads = None  # transformers writes the class's default also where there is no router
     stated: Json = {
         "model.image_token_id": config.get(names.image_token_id),
-        "model.vir_num_heads": config.get("vir_num_heads"),
+        "model.vir_num_heads": heads,
     }
     vision = config.get("vision_config") or {}
     for ours, name in names.vision.items():
@@ -346,7 +350,7 @@ def _built(stated: Json, path: str) -> ModelConfig:
         )
     width = vision["hidden_size"]
     # Released Flash models have 16 built in; another width gets the most of them that fit.
-    own.setdefault("vir_num_heads", max(n for n in range(1, 17) if width % n == 0))
+    own.setdefault("vir_num_heads", max(n for n in range(1, _ROUTER_HEADS + 1) if width % n == 0))
     model = ModelConfig(
         name="custom", vision=VisionConfig(**vision), language=LanguageConfig(**language), **own
     )

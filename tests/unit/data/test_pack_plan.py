@@ -201,8 +201,17 @@ def test_packs_of_a_small_data_set_are_packed_as_a_whole(make, folders):
         tuple(ids[list(p)].tolist())
         for p in iter_packs(lengths, tiles=tiles, limits=plan.limits, window=8)
     ]
-    assert [pack.sample_ids for pack in plan.epoch(1)] == naive
-    assert plan.epoch(1).__next__().visits == (1,) * len(naive[0])
+    epochs = [list(plan.epoch(epoch)) for epoch in range(3)]
+    assert [pack.sample_ids for pack in epochs[1]] == naive
+    assert epochs[1][0].visits == (1,) * len(naive[0])
+    for packs in epochs:
+        ids = sorted(i for pack in packs for i in pack.sample_ids)
+        assert ids == list(range(plan.num_samples))
+    assert epochs[0] != epochs[1] != epochs[2]
+    whole = list(itertools.chain(*epochs))
+    steps = itertools.islice(plan.steps(), len(whole) // GLOBAL_BATCH)
+    packs = [pack for step in steps for pack in step.packs]
+    assert packs == whole[: len(packs)]
 
 
 def test_finding_the_place_packs_one_section(make, uninterrupted, monkeypatch):

@@ -22,9 +22,8 @@ def dealt(num_packs: int, num_ranks: int) -> tuple[tuple[int, ...], ...]:
 def batches(draw: st.DrawFn) -> tuple[list[float], int]:
     num_ranks, per_rank = draw(st.integers(1, 6)), draw(st.integers(0, 6))
     cost = st.one_of(st.integers(0, 4).map(float), st.floats(0, 1e16))
-    return draw(
-        st.lists(cost, min_size=num_ranks * per_rank, max_size=num_ranks * per_rank)
-    ), num_ranks
+    num_packs = num_ranks * per_rank
+    return draw(st.lists(cost, min_size=num_packs, max_size=num_packs)), num_ranks
 
 
 @settings(max_examples=300, deadline=None)
@@ -85,9 +84,8 @@ def test_skewed_costs_are_balanced() -> None:
     costs = []
     for _ in range(256):
         parts = rng.choice([1, 2, 4, 8, 32])
-        costs.append(
-            cost.flops([32768 // parts] * parts, tiles=[rng.randint(0, 96 // parts)] * parts)
-        )
+        tiles = [rng.randint(0, 96 // parts)] * parts
+        costs.append(cost.flops([32768 // parts] * parts, tiles=tiles))
     mean = sum(costs) / len(costs)
     for num_ranks, bound, unbalanced in ((8, 1.001, 1.05), (32, 1.005, 1.1)):
         per_rank = mean * len(costs) / num_ranks

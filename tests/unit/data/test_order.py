@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,16 +32,8 @@ def test_one_block_is_the_order_that_runs_had_before_there_were_blocks():
 
 
 def test_blocks_are_held_fixed():
-    assert [i for i, _ in whole(order(((2, 3), (1, 2)), block_shards=2))] == [
-        7,
-        3,
-        2,
-        4,
-        6,
-        5,
-        0,
-        1,
-    ]
+    ids = [i for i, _ in whole(order(((2, 3), (1, 2)), block_shards=2))]
+    assert ids == [7, 3, 2, 4, 6, 5, 0, 1]
 
 
 @settings(max_examples=100, deadline=None)
@@ -78,9 +69,8 @@ def test_the_part_of_a_folder_is_another_one_each_epoch_and_exact_in_the_mean():
     ]
     assert {len(part) for part in parts} == {3, 4}
     counts = np.bincount(np.concatenate(parts), minlength=13) / len(parts)
-    np.testing.assert_allclose(
-        counts, 0.3, atol=0.04
-    )  # measured 0.022; three standard deviations are 0.031
+    # Measured 0.022; three standard deviations are 0.031.
+    np.testing.assert_allclose(counts, 0.3, atol=0.04)
 
 
 def test_slices_put_together_are_the_whole():
@@ -111,23 +101,18 @@ def test_it_changes_with_seed_and_epoch():
     first = whole(order())
     assert first == whole(order())
     for other in (order(seed=1), order(epoch=1)):
-        assert sum(a == b for (a, _), (b, _) in zip(first, whole(other), strict=True)) < 0.2 * len(
-            first
-        )
+        same = sum(a == b for (a, _), (b, _) in zip(first, whole(other), strict=True))
+        assert same < 0.2 * len(first)
 
 
-@pytest.mark.parametrize(
-    "environment", [{"TZ": "Asia/Tokyo", "LC_ALL": "tr_TR.UTF-8", "PYTHONHASHSEED": "7"}]
-)
-def test_clock_locale_and_hash_seed_do_not_matter(environment):
+def test_clock_locale_and_hash_seed_do_not_matter():
     code = (
         "from megatron_vico.data.pack.order import EpochOrder;"
         f"o = EpochOrder({FOLDERS}, repeats=(1.0, 2.5, 0.5), seed=1234, epoch=3, block_shards=3);"
         "print([column.tolist() for column in o.slice(0, len(o))])"
     )
-    script = [sys.executable, "-c", code]
-    printed = subprocess.run(
-        script, env={**os.environ, **environment}, check=True, capture_output=True, text=True
-    )
+    environment = {"TZ": "Asia/Tokyo", "LC_ALL": "tr_TR.UTF-8", "PYTHONHASHSEED": "7"}
+    script, env = [sys.executable, "-c", code], {**os.environ, **environment}
+    printed = subprocess.run(script, env=env, check=True, capture_output=True, text=True)
     ids, visits = order(repeats=(1.0, 2.5, 0.5), epoch=3).slice(0, 10**6)
     assert printed.stdout.strip() == str([ids.tolist(), visits.tolist()])

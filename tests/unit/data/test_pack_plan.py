@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from megatron_vico.config.schema import DataOptions
-from megatron_vico.data.encode.sample_encoder import EncodingSettings
 from megatron_vico.data.pack.balance import PackCost, assign
 from megatron_vico.data.pack.order import EpochOrder
 from megatron_vico.data.pack.packing import iter_packs
@@ -22,6 +21,7 @@ from megatron_vico.data.pack.plan_state import PlanState
 from megatron_vico.data.shards.index import FolderIndex, IndexedSample, ShardFiles, ShardIndex
 from megatron_vico.data.shards.reader import ShardFolder
 from megatron_vico.errors import CheckpointError, ConfigError
+from tests.unit.conftest import SETTINGS
 
 OPTIONS = DataOptions(seq_length=400, max_tiles_per_pack=20, packing_window=16, shuffle_shards=5)
 COST = PackCost(
@@ -50,10 +50,8 @@ def folder(name, *, shards, seed):
         )
         for s, size in enumerate(shards)
     ]
-    settings = EncodingSettings(image_size=32, max_dynamic_patch=4, use_thumbnail=True)
-    return ShardFolder(
-        Path(name), FolderIndex(tokenizer="t", settings=settings, shards=tuple(files)), indexes
-    )
+    index = FolderIndex(tokenizer="t", settings=SETTINGS, shards=tuple(files))
+    return ShardFolder(Path(name), index, indexes)
 
 
 def sample(rng, key):
@@ -83,18 +81,17 @@ def make(folders):
 
     def plan(**overrides):
         of_options = {field.name for field in dataclasses.fields(DataOptions)}
-        options = dataclasses.replace(
-            OPTIONS, **{k: v for k, v in overrides.items() if k in of_options}
-        )
-        arguments = {
+        given = {k: overrides.pop(k) for k in list(overrides) if k in of_options}
+        defaults = {
             "repeats": REPEATS,
             "tokens_kept": 4,
             "seed": 7,
             "global_batch_size": GLOBAL_BATCH,
             "cost": COST,
         }
-        arguments |= {k: v for k, v in overrides.items() if k not in of_options}
-        return PackPlan(arguments.pop("folders", folders), options=options, **arguments)
+        of_folders = overrides.pop("folders", folders)
+        options = dataclasses.replace(OPTIONS, **given)
+        return PackPlan(of_folders, options=options, **(defaults | overrides))
 
     return plan
 
@@ -129,32 +126,24 @@ def test_a_thousand_steps_with_stops_are_those_without(make, uninterrupted, seed
     state, taken = None, 0
     while taken < NUM_STEPS:
         dp_size, count = rng.choice([1, 2, 4]), rng.randint(1, 200)
-        asked = list(
-            itertools.islice(make().steps(state), count + rng.randint(0, 3))
-        )  # prefetched, never trained on
+        # Some are prefetched, and never trained on.
+        asked = list(itertools.islice(make().steps(state), count + rng.randint(0, 3)))
         for step in asked[: min(count, NUM_STEPS - taken)]:
             actual.update(repr(through_ranks(step, dp_size=dp_size, rng=rng)).encode())
-            state, taken = (
-                PlanState.from_dict(json.loads(json.dumps(step.after.to_dict()))),
-                taken + 1,
-            )
+            state = PlanState.from_dict(json.loads(json.dumps(step.after.to_dict())))
+            taken += 1
     assert actual.hexdigest() == expected.hexdigest()
     assert state == uninterrupted[-1].after
     assert state.epoch >= 3
     assert max(step.after.section for step in uninterrupted) >= 2
 
 
-def test_a_place_one_pack_off_would_be_noticed(make, uninterrupted):
-    place = uninterrupted[500].after
-    assert next(make().steps(place)).packs == uninterrupted[501].packs
-    for off in (
-        {"pack": place.pack + 1},
-        {"section": place.section + 1},
-        {"epoch": place.epoch + 1},
-    ):
-        assert (
-            next(make().steps(dataclasses.replace(place, **off))).packs != uninterrupted[501].packs
-        )
+@pytest.mark.parametrize("name", ["pack", "section", "epoch"])
+def test_a_state_one_off_would_be_noticed(make, uninterrupted, name):
+    state = uninterrupted[500].after
+    assert next(make().steps(state)).packs == uninterrupted[501].packs
+    off = dataclasses.replace(state, **{name: getattr(state, name) + 1})
+    assert next(make().steps(off)).packs != uninterrupted[501].packs
 
 
 def test_another_global_batch_size_goes_on_with_the_next_pack(make, uninterrupted):
@@ -181,9 +170,8 @@ def test_each_visit_of_a_sample_comes_once(make, uninterrupted, folders):
     assert max(visits.values()) == 1
     sizes = np.cumsum([len(each) for each in folders])
     of_whole_epochs = [(i, visit) for i, visit in visits if i < sizes[0] and visit < last]
-    assert (
-        len(of_whole_epochs) == sizes[0] * last
-    )  # the folder with repeat 1: the visit is the epoch
+    # The folder with repeat 1: the visit is the epoch.
+    assert len(of_whole_epochs) == sizes[0] * last
     third = Counter(i for i, visit in visits if i >= sizes[1] and visit < 3)
     assert set(third.values()) == {2, 3}
     assert set(third) == set(range(sizes[1], sizes[2]))
@@ -251,10 +239,8 @@ def test_other_packs_are_refused_and_what_differs_is_named(make, uninterrupted, 
     state = uninterrupted[10].after
     with pytest.raises(ConfigError, match=f"belongs to other packs: {message}. Undo"):
         make(**change).steps(state)
-    assert (
-        next(make(**change, override_data_state=True).steps(state)).after.consumed_packs
-        == 12 * GLOBAL_BATCH
-    )
+    forced = next(make(**change, override_data_state=True).steps(state))
+    assert forced.after.consumed_packs == 12 * GLOBAL_BATCH
 
 
 def test_changed_shards_are_refused(make, uninterrupted, folders):
@@ -265,10 +251,8 @@ def test_changed_shards_are_refused(make, uninterrupted, folders):
     with pytest.raises(ConfigError, match="--data-path had 3 folders, now 2"):
         make(folders=folders[:2], repeats=REPEATS[:2]).steps(state)
     moved = folder("elsewhere", shards=folders[1].samples_per_shard, seed=1)
-    assert (
-        next(make(folders=[folders[0], moved, folders[2]]).steps(state)).packs
-        == uninterrupted[11].packs
-    )
+    going_on = make(folders=[folders[0], moved, folders[2]]).steps(state)
+    assert next(going_on).packs == uninterrupted[11].packs
 
 
 def test_another_packer_is_refused(make, uninterrupted):

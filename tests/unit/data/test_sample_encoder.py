@@ -36,28 +36,18 @@ def encoder(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("most", "num_images", "tiles"),
+    ("limit", "num_images", "tiles"),
     [
         (None, 1, 5),  # the run's cap is 4: 2 x 2 tiles and a thumbnail
         (None, 2, 1),  # of 2 tiles none is closer to a square than one alone
-        (None, 5, 1),
-        (9, 1, 10),
-        (9, 2, 5),
-        (9, 9, 1),
-        (1, 1, 1),
-        (1, 3, 1),
+        *((None, 5, 1), (9, 1, 10), (9, 2, 5), (9, 9, 1), (1, 1, 1), (1, 3, 1)),
     ],
 )
-def test_the_cap_of_the_sample_counts_and_its_images_share_it(encoder, most, num_images, tiles):
-    encoded = encoder.encode(sample(*[(96, 96)] * num_images, max_dynamic_patch=most))
-    assert encoded.tiles_per_image == (tiles,) * num_images
-
-
-def test_prompts_have_the_same_tiles(encoder):
-    asked = dataclasses.replace(
-        sample((96, 96), max_dynamic_patch=9), turns=(Turn("human", "What?"),)
-    )
-    assert encoder.encode_prompt(asked).num_tiles == 10
+def test_the_cap_of_the_sample_counts_and_its_images_share_it(encoder, limit, num_images, tiles):
+    capped = sample(*[(96, 96)] * num_images, max_dynamic_patch=limit)
+    assert encoder.encode(capped).tiles_per_image == (tiles,) * num_images
+    asked = dataclasses.replace(capped, turns=capped.turns[:1])
+    assert encoder.encode_prompt(asked).tiles_per_image == (tiles,) * num_images
 
 
 def test_tiles_are_degraded_one_by_one_with_a_quality_of_their_own():
@@ -92,23 +82,18 @@ def test_every_quality_from_75_to_100_is_drawn(monkeypatch):
 
 
 def test_only_training_degrades_and_only_where_the_data_set_says_so(encoder):
+    def encoded(each, *, trained):
+        return encoder.encode(each, random=generator(1, 0, 0, "augment") if trained else None)
+
     augmented, plain = sample((64, 64), data_augment=True), sample((64, 64))
-    clean = encoder.encode(plain).tiles
-    np.testing.assert_array_equal(encoder.encode(augmented).tiles, clean)
-    np.testing.assert_array_equal(
-        encoder.encode(plain, random=generator(1, 0, 0, "augment")).tiles, clean
-    )
-    degraded = encoder.encode(augmented, random=generator(1, 0, 0, "augment"))
-    assert degraded.tiles.shape == clean.shape
-    assert not np.array_equal(degraded.tiles, clean)
-    np.testing.assert_array_equal(degraded.token_ids, encoder.encode(plain).token_ids)
-
-
-def test_text_alone_is_left_alone(encoder):
-    assert (
-        encoder.encode(sample(data_augment=True), random=generator(1, 0, 0, "augment")).num_tiles
-        == 0
-    )
+    clean = encoded(plain, trained=False)
+    np.testing.assert_array_equal(encoded(augmented, trained=False).tiles, clean.tiles)
+    np.testing.assert_array_equal(encoded(plain, trained=True).tiles, clean.tiles)
+    degraded = encoded(augmented, trained=True)
+    assert degraded.tiles.shape == clean.tiles.shape
+    assert not np.array_equal(degraded.tiles, clean.tiles)
+    np.testing.assert_array_equal(degraded.token_ids, clean.token_ids)
+    assert encoded(sample(data_augment=True), trained=True).num_tiles == 0
 
 
 def test_the_same_seed_visit_and_sample_give_the_same_bytes(encoder):

@@ -13,28 +13,33 @@ from megatron_vico.data.encode.tiling import (
     decode_image,
     tile,
     tile_images,
-    tiles_of_image,
 )
 from megatron_vico.errors import SampleError
 
+SIX_TILES = {"image_size": 32, "max_dynamic_patch": 6, "use_thumbnail": True}
+
 
 def noise(width, height, seed=0):
-    return Image.fromarray(
-        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    )
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
 
 
-def encoded(image, kind):
+def encoded(image, kind, **options):
     written = io.BytesIO()
-    image.save(written, kind)
+    image.save(written, kind, **options)
     return written.getvalue()
+
+
+def decoded(content):
+    return decode_image(content, key="k", number=3)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (100, 37), (33, 200), (31, 32), (500, 300)])
 @pytest.mark.parametrize("use_thumbnail", [True, False])
-def test_tiles_equal_crops_of_the_resized_image(size, use_thumbnail):
-    image = noise(*size)
-    columns, rows = choose_grid(*size, image_size=32, max_dynamic_patch=6)
+@pytest.mark.parametrize("max_dynamic_patch", [1, 6])
+def test_tiles_equal_crops_of_the_resized_image(size, use_thumbnail, max_dynamic_patch):
+    image, limits = noise(*size), {"image_size": 32, "max_dynamic_patch": max_dynamic_patch}
+    columns, rows = choose_grid(*size, **limits)
     resized = image.resize((32 * columns, 32 * rows), Image.Resampling.BICUBIC)
     crops = [
         resized.crop((32 * column, 32 * row, 32 * column + 32, 32 * row + 32))
@@ -44,54 +49,16 @@ def test_tiles_equal_crops_of_the_resized_image(size, use_thumbnail):
     if use_thumbnail and len(crops) > 1:
         crops.append(image.resize((32, 32), Image.Resampling.BICUBIC))
     expected = np.stack([np.asarray(crop).transpose(2, 0, 1) for crop in crops])
-    tiles = tile(image, image_size=32, max_dynamic_patch=6, use_thumbnail=use_thumbnail)
+    tiles = tile(image, use_thumbnail=use_thumbnail, **limits)
     np.testing.assert_array_equal(tiles, expected)
-    assert len(tiles) == count_tiles(
-        *size, image_size=32, max_dynamic_patch=6, use_thumbnail=use_thumbnail
-    )
-
-
-def test_without_dynamic_resolution_there_is_one_tile():
-    assert tile(noise(300, 40), image_size=32, max_dynamic_patch=1, use_thumbnail=True).shape == (
-        1,
-        3,
-        32,
-        32,
-    )
-
-
-@pytest.mark.parametrize(
-    ("num_images", "most"), [(0, 12), (1, 12), (2, 6), (5, 2), (12, 1), (40, 1)]
-)
-def test_images_of_a_sample_share_the_tiles(num_images, most):
-    assert tiles_of_image(12, num_images=num_images) == most
-
-
-def test_two_images_get_half_the_tiles_each():
-    files = [encoded(noise(64, 64), "PNG")] * 2
-    shapes = [
-        tiles.shape[0]
-        for tiles in tile_images(
-            files, key="k", image_size=32, max_dynamic_patch=4, use_thumbnail=0
-        )
-    ]
-    assert shapes == [1, 1]
-    assert (
-        len(
-            tile_images(
-                files[:1], key="k", image_size=32, max_dynamic_patch=4, use_thumbnail=False
-            )[0]
-        )
-        == 4
-    )
+    assert len(tiles) == count_tiles(*size, use_thumbnail=use_thumbnail, **limits)
+    assert max_dynamic_patch > 1 or len(tiles) == 1
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
 def test_images_of_any_mode_become_rgb(mode):
-    decoded = decode_image(
-        encoded(Image.new("L", (32, 16), 7).convert(mode), "PNG"), key="k", number=0
-    )
-    assert (decoded.mode, decoded.size) == ("RGB", (32, 16))
+    image = decoded(encoded(Image.new("L", (32, 16), 7).convert(mode), "PNG"))
+    assert (image.mode, image.size) == ("RGB", (32, 16))
 
 
 def test_palettes_cmyk_and_animations_become_rgb():
@@ -104,46 +71,33 @@ def test_palettes_cmyk_and_animations_become_rgb():
         (red, "WEBP", {"lossless": True}),
         (red, "TIFF", {}),
     ):
-        written = io.BytesIO()
-        image.save(written, kind, **options)
-        decoded = decode_image(written.getvalue(), key="k", number=0)
-        assert decoded.mode == "RGB"
-        assert (
-            np.abs(np.asarray(decoded).astype(int) - (255, 0, 0)).max() < 4
-        )  # of an animation the first picture
+        found = decoded(encoded(image, kind, **options))
+        assert found.mode == "RGB"
+        # Of an animation the first picture.
+        assert np.abs(np.asarray(found).astype(int) - (255, 0, 0)).max() < 4
 
 
 def test_transparency_is_dropped_and_exif_rotation_ignored():
     hidden = Image.new("RGBA", (32, 32), (10, 20, 30, 0))
-    assert decode_image(encoded(hidden, "PNG"), key="k", number=0).getpixel((0, 0)) == (10, 20, 30)
+    assert decoded(encoded(hidden, "PNG")).getpixel((0, 0)) == (10, 20, 30)
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned by 90 degrees
-    written = io.BytesIO()
-    noise(64, 32).save(written, "JPEG", exif=exif)
-    assert decode_image(written.getvalue(), key="k", number=0).size == (64, 32)
+    assert decoded(encoded(noise(64, 32), "JPEG", exif=exif)).size == (64, 32)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (2, 5)])
 def test_thin_and_tiny_images_have_tiles(size):
-    (tiles,) = tile_images(
-        [encoded(noise(*size), "PNG")],
-        key="k",
-        image_size=32,
-        max_dynamic_patch=6,
-        use_thumbnail=True,
-    )
-    assert len(tiles) == count_tiles(*size, image_size=32, max_dynamic_patch=6, use_thumbnail=True)
+    (tiles,) = tile_images([encoded(noise(*size), "PNG")], key="k", **SIX_TILES)
+    assert len(tiles) == count_tiles(*size, **SIX_TILES)
     assert (len(tiles) == 7) == (max(size) == 3000)
 
 
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_jpeg_cut_anywhere_is_refused(progressive):
-    written = io.BytesIO()
-    noise(24, 24).save(written, "JPEG", progressive=progressive)
-    whole = written.getvalue()
+    whole = encoded(noise(24, 24), "JPEG", progressive=progressive)
     for size in range(len(whole)):
         with pytest.raises(SampleError, match="cannot be decoded"):
-            decode_image(whole[:size], key="k", number=0)
+            decoded(whole[:size])
 
 
 @pytest.mark.parametrize(
@@ -153,25 +107,21 @@ def test_damaged_files_give_an_image_or_a_sample_error(kind):
     whole, random = encoded(noise(24, 24), kind), np.random.default_rng(0)
     for _ in range(100):
         damaged = bytearray(whole)
-        for place in random.integers(0, min(200, len(whole)), 3):
-            damaged[place] = random.integers(256)
+        for index in random.integers(0, min(200, len(whole)), 3):
+            damaged[index] = random.integers(256)
         with contextlib.suppress(SampleError):
-            assert decode_image(bytes(damaged), key="k", number=0).mode == "RGB"
+            assert decoded(bytes(damaged)).mode == "RGB"
 
 
 def test_decompression_bombs_are_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 // 2 - 1)
     with pytest.raises(SampleError, match="decompression bomb"):
-        decode_image(encoded(noise(64, 64), "PNG"), key="k", number=0)
+        decoded(encoded(noise(64, 64), "PNG"))
 
 
 def test_broken_image_files_are_refused_by_name():
-    whole = encoded(noise(64, 64), "JPEG")
-    for content in (whole[: len(whole) // 2], whole[:10], b"", b"not an image"):
-        with pytest.raises(
-            SampleError, match=f"sample 'k': image 3 .{len(content)} bytes. cannot be decoded"
-        ):
-            decode_image(content, key="k", number=3)
-    cut_png = encoded(noise(64, 64), "PNG")[:2000]
-    with pytest.raises(SampleError, match="cannot be decoded"):
-        decode_image(cut_png, key="k", number=0)
+    whole, png = (encoded(noise(64, 64), kind) for kind in ("JPEG", "PNG"))
+    for content in (whole[: len(whole) // 2], whole[:10], b"", b"not an image", png[:2000]):
+        message = rf"sample 'k': image 3 .{len(content)} bytes. cannot be decoded"
+        with pytest.raises(SampleError, match=message):
+            decoded(content)

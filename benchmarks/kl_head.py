@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
-"""Time and peak memory of the fused KL head beside the textbook formula, and beside Liger's kernel
-where installed.
+"""Time and peak memory of the fused KL head, of the textbook formula and of Liger's kernel.
 
     python benchmarks/kl_head.py --json runs/kl_head.json
     python benchmarks/kl_head.py --shapes 8192x4096x151936 32768x4096x151936 --dtype bf16
@@ -72,8 +71,7 @@ class Measured:
 
 
 def liger(heads: Heads) -> Tensor:
-    """Liger's fused linear JSD at beta 0; a mean over rows, so it equals ours for row weights of 1
-    / rows."""
+    """Liger's fused linear JSD at beta 0; a mean over rows, so ours for row weights of 1 / rows."""
     from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
     loss: Tensor = LigerFusedLinearJSD(jsd_beta=0.0)(

@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
-"""What the loader prepares per second and core, and how much of a training loop's time goes to
-waiting for it.
+"""What the loader prepares per second and core, and how long a training loop waits for it.
 
     python benchmarks/loader.py --out runs/loader.json
 
@@ -172,8 +171,7 @@ def loader_of(case: Case, data: DataOptions, *, stage: Stage, tokenizer: Tokeniz
 def measure(
     case: Case, *, stage: Stage, data: DataOptions, tokenizer: Tokenizer, num_samples: int
 ) -> Measured:
-    """Take steps of one pack until `num_samples` samples were seen; the first step is not
-    counted."""
+    """Take steps of one pack until `num_samples` samples were seen; the first is not counted."""
     loader = loader_of(case, data, stage=stage, tokenizer=tokenizer)
     (folder,) = loader.plan.data.folders
     described = [folder.describe(i) for i in range(len(folder))]
@@ -206,8 +204,7 @@ def feed(
     num_steps: int,
     groups: Groups,
 ) -> Fed:
-    """Train the toy on steps of one pack from a loader with workers; the first step is not
-    counted."""
+    """Train the toy on steps of one pack from a loader with workers; the first is not counted."""
     cfg = stage_config(parse(["--num-workers", str(num_workers)]), "consistency")
     run = build_run(cfg, case.model(), groups)
     data = dataclasses.replace(data, num_workers=num_workers, **case.training_pack)

@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
-"""How full packs are, how fast they are made, and how evenly a step's packs load the ranks; one
-core, indexes only.
+"""How full packs are, how fast they are made, how evenly they load the ranks; by one core.
 
     python benchmarks/packing.py --json runs/packing.json
 
@@ -75,8 +74,7 @@ class Balance:
 def mixture_folder(
     num_samples: int, *, text: float = 1.0, longest: int = 8192, seed: int = 0
 ) -> ShardFolder:
-    """The index of a folder that holds the mixture, its texts `text` times as long but at most
-    `longest` tokens."""
+    """An index of the mixture, texts `text` times as long, at most `longest` tokens."""
     random = np.random.default_rng(seed)
     kind = random.choice(len(KINDS), size=num_samples, p=[share for share, *_ in KINDS])
     fewest, most, mean = (np.array([each[i] for each in KINDS])[kind] for i in (1, 2, 3))

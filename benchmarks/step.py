@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
-"""Time of one consistency step over one plain fine-tuning (SFT) step on the same packs, phase by
-phase.
+"""Time of a consistency step over a plain fine-tuning step on the same packs, phase by phase.
 
     python benchmarks/step.py --json runs/step.json
     torchrun --nproc-per-node 2 benchmarks/step.py --tensor-model-parallel-size 2
@@ -167,8 +166,7 @@ class Clock:
 
 
 def benchmark_model(name: str) -> ModelConfig:
-    """A size of the registry, or the benchmark's own: 8 layers of 256, a ViT of 4 layers of 128, 64
-    tokens a tile."""
+    """A preset, or the benchmark's own: 8 layers of 256, a ViT of 4 of 128, 64 tokens a tile."""
     if name != "benchmark":
         return get_model_config(name)
     toy = get_model_config("toy")
@@ -197,8 +195,7 @@ def benchmark_model(name: str) -> ModelConfig:
 
 
 def build_run(cfg: RunConfig, model: ModelConfig, groups: Groups) -> setup.Run:
-    """What `training/setup.py` sets up, from fresh weights; the reference has those of the
-    policy."""
+    """What `training/setup.py` sets up, from fresh weights; policy and reference have the same."""
     encoder, chunks = setup.build_modules(cfg, model, groups)
     policy = wrap(encoder, chunks, setup.policy_options(cfg, groups), groups=groups)
     optimizer = build_optimizer(policy, cfg, groups=groups)
@@ -288,8 +285,7 @@ def time_step(run: setup.Run, batch: StepBatch) -> Timed:
 
 
 def reference_bytes(options: argparse.Namespace, run: setup.Run, num_packs: int) -> PassBytes:
-    """The most that a reference pass over some packs allocates on any rank; called by every
-    rank."""
+    """The most that a reference pass over some packs allocates on any rank; every rank calls it."""
     assert run.reference is not None
     as_many = argparse.Namespace(**vars(options) | {"num_packs": num_packs})
     batch = make_batch(

@@ -104,8 +104,7 @@ class CPUAdam(torch.optim.Optimizer):
 
 
 def install() -> None:
-    """Make this process run megatron-core on the CPU; no effect where CUDA is available or when
-    called again."""
+    """Make this process run megatron-core on the CPU; does nothing where CUDA is available."""
     if torch.cuda.is_available() or getattr(torch.cuda, "_vico_stand_in", False):
         return
     torch.cuda._vico_stand_in = True  # type: ignore[attr-defined]

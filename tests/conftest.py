@@ -1,5 +1,4 @@
-"""Fixtures shared by all tests: the CPU stand-in, a world of one process, a data set and a model to
-start from."""
+"""Fixtures of all tests: the CPU stand-in, a world of one process, a data set, a first model."""
 
 import os
 from pathlib import Path
@@ -12,16 +11,14 @@ from tests.training_runs import ToyData, make_toy_data, toy_config
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 cpu_stand_in.install()
-# No test is about time: on a busy machine an example may take longer than hypothesis allows by
-# default.
+# No test is about time: on a busy machine an example may take longer than hypothesis allows.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
 def single_process_groups() -> None:
-    """A gloo world of one, with megatron-core's groups and seeds, shared by the whole test
-    session."""
+    """A gloo world of one, with megatron-core's groups and seeds, for the whole session."""
     import torch
     from megatron.core import parallel_state, tensor_parallel
 

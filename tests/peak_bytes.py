@@ -1,5 +1,4 @@
-"""How many bytes of tensors live at once, and which products are taken: counted from what torch
-dispatches."""
+"""How many bytes of tensors live at once, and which products are taken, as torch dispatches."""
 
 import weakref
 from collections import Counter
@@ -15,8 +14,7 @@ PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "matmul")
 
 
 class PeakBytes(TorchDispatchMode):
-    """Inside this context: the most bytes of new tensors that lived at one time, and how often each
-    operator ran.
+    """The most bytes of new tensors that lived at one time, and how often each operator ran.
 
     Scratch memory inside an operator is not seen; tensors made before the context do not count.
     """

@@ -1,5 +1,4 @@
-"""TransformerEngine's names without TransformerEngine, which needs a GPU: what its spec saves, and
-loads.
+"""TransformerEngine's names without TransformerEngine: what its spec saves, and loads.
 
 Usage: te_stand_in.py FOLDER. It puts modules into the place of the package that have
 TransformerEngine's parameters and extra state (transformer_engine/pytorch: Linear, LayerNormLinear,
@@ -30,8 +29,7 @@ SIZES = {"dense": "toy", "moe": "toy-moe", "moe-grouped": "toy-moe"}
 
 
 class WithExtraState(nn.Module):
-    """As TransformerEngine's modules where FP8 is not in use: an empty tensor, and None is taken
-    for nothing saved."""
+    """As where FP8 is not in use: an empty tensor, and None is taken for nothing saved."""
 
     def get_extra_state(self) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8)
@@ -134,8 +132,7 @@ def keys_of(state: dict[str, Any]) -> list[str]:
 
 
 def main(folder: Path) -> None:
-    """All kinds; imports stand here because each save starts a process that imports this file
-    again."""
+    """All kinds; imports stand here because each save starts a process that imports this file."""
     sys.meta_path.insert(0, Finder())
     from megatron_vico import cpu_stand_in
 

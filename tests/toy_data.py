@@ -1,5 +1,4 @@
-"""A data set of a few pictures and questions that the training tests share: text only, one image
-and two images.
+"""Pictures and questions for the training tests: text only, one image and two images.
 
 And videos whose frames show their number.
 """
@@ -30,8 +29,7 @@ def write_conversations(
     images_per_sample: Sequence[int] = (1, 1, 2, 0),
     noisy: bool = False,
 ) -> Path:
-    """Images of stripes, with noise or without, and a JSONL file in the official chat format beside
-    them: its path."""
+    """Images of stripes, and a JSONL file in the official chat format beside them: its path."""
     rng, noise = random.Random(seed), np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []

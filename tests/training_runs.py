@@ -1,5 +1,4 @@
-"""Tiny runs of the real trainer for tests: shared data set, configurations of the four stages,
-figures of a run."""
+"""Tiny runs of the real trainer: a shared data set, configurations, figures of a run."""
 
 import dataclasses
 import importlib.util

@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
-"""Compares two runs step by step: losses and gradient norms of two metrics.jsonl files or golden
-JSON files.
+"""Compares losses and gradient norms of two runs step by step.
 
     python tools/compare_runs.py runs/a runs/b --rtol 1e-5
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Writes JSONL files and their images and videos as WebDataset shards; the same as `vico shards
-make`.
+"""Writes JSONL files with images and videos as WebDataset shards: `vico shards make`.
 
-python tools/make_shards.py --jsonl train.jsonl --out shards --tokenizer-model tokenizer
---model-size internvl3_5-1b python tools/make_shards.py --meta meta.json --out mixture
---tokenizer-model tokenizer --model-size internvl3_5-1b
+    python tools/make_shards.py --jsonl train.jsonl --out shards \\
+        --tokenizer-model tokenizer --model-size internvl3_5-1b
+    python tools/make_shards.py --meta meta.json --out mixture \\
+        --tokenizer-model tokenizer --model-size internvl3_5-1b
 """
 
 import sys

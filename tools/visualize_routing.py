@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
-"""Draws which tiles of given images a trained router compresses, as in Figures 3-5 of the ViCO
-paper.
+"""Draws which tiles of images a trained router compresses, as Figures 3-5 of the ViCO paper.
 
-python tools/visualize_routing.py --load runs/demo/flash --output routing.png a.png b.jpg
-python tools/visualize_routing.py --load runs/demo/router \\
-    --tokenizer-model runs/demo/tokenizer/demo.model --output routing.png \\
-    --max-dynamic-patch 4 --no-use-thumbnail runs/demo/data/test/00000*.png
+    python tools/visualize_routing.py --load runs/demo/flash --output routing.png a.png b.jpg
+    python tools/visualize_routing.py --load runs/demo/router \\
+        --tokenizer-model runs/demo/tokenizer/demo.model --output routing.png \\
+        --max-dynamic-patch 4 --no-use-thumbnail runs/demo/data/test/00000*.png
 
 The thumbnail is routed too, but not drawn: it shows the whole image once more.
 """

@@ -1,7 +1,7 @@
 """Evaluate the demo's models on its held-out images: the six rows of Table 3, and the pictures.
 
-Run: python examples/quickstart/evaluate.py --run runs/demo (after the training stages and the
-export)
+Run, after the training stages and the export:
+python examples/quickstart/evaluate.py --run runs/demo
 """
 
 import argparse
@@ -25,8 +25,7 @@ NUM_PICTURED = 12
 
 
 def main() -> None:
-    """Write results.json, details.json, table.txt and .md, routing.png and loss.png into the run's
-    folder."""
+    """Write results.json, details.json, table.txt, table.md, routing.png and loss.png."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument(
         "--run", type=Path, default=Path("runs/demo"), help="folder of the demo's run"
@@ -43,14 +42,7 @@ def main() -> None:
 
 
 def evaluate(run: Path, *, groups: "Groups", split: str, seed: int) -> None:
-    """Do what `main` says.
-
-    Args:
-        run: folder with data/, the stages' checkpoints and flash/.
-        groups: process groups of one rank.
-        split: which images.
-        seed: of the random row.
-    """
+    """Do what `main` says, on one rank; `run` has data/, the stages' checkpoints and flash/."""
     from megatron_vico.config.registry import get_model_config
     from megatron_vico.data.encode.sample_encoder import EncodingSettings
     from megatron_vico.data.encode.tokenizer import load_tokenizer

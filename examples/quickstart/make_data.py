@@ -1,5 +1,4 @@
-"""Make the demo's data: images of four tiles, conversations about them in the official chat format,
-tokenizer text.
+"""Make the demo's data: images of four tiles, conversations about them, tokenizer text.
 
 Each image is a 2x2 grid of tiles with one question per tile. How much of an image is dense text
 varies strongly from image to image (a U-shaped Beta), as it does between a page and a photo, so
@@ -69,8 +68,7 @@ QUICK = Sizes(
 def make_split(
     split: str, *, num_images: int, num_pool_tiles: int, out_dir: Path, seed: int
 ) -> list[dict[str, object]]:
-    """Draw one split's tiles, put them together into images, and write the images and their
-    conversations.
+    """Draw a split's tiles, put them together into images, and write these with conversations.
 
     Args:
         split: train, val or test.
@@ -93,8 +91,7 @@ def make_split(
     for index in tqdm(range(num_images), desc=f"{split} images", mininterval=1.0):
         tiles = [pool[kind][rng.integers(len(pool[kind]))] for kind in image_composition(rng)]
         name = f"{split}/{index:06d}.png"
-        # Level 1: the files are read far more often than written, and noise does not compress
-        # anyway.
+        # Level 1: files are read far more often than written, and noise does not compress anyway.
         image_of(tiles).save(out_dir / name, compress_level=1)
         rows.append(row_of(name, tiles=tiles))
     with open(out_dir / f"{split}.jsonl", "w", encoding="utf-8") as file:
@@ -103,15 +100,7 @@ def make_split(
 
 
 def image_composition(rng: np.random.Generator) -> list[str]:
-    """Kinds of the four tiles of one image: each dense with the image's own probability, else an
-    easy kind.
-
-    Args:
-        rng: the split's stream.
-
-    Returns:
-        Four kinds.
-    """
+    """Kinds of an image's tiles: each dense with the image's own probability, else an easy kind."""
     dense_probability = rng.beta(*DENSE_BETA)
     easy = rng.choice(list(EASY_SHARES), size=4, p=list(EASY_SHARES.values()))
     is_dense = rng.random(4) < dense_probability
@@ -119,31 +108,14 @@ def image_composition(rng: np.random.Generator) -> list[str]:
 
 
 def image_of(tiles: list[Tile]) -> Image.Image:
-    """Put four tiles into a 2x2 grid, row by row, which the official tiling takes apart again
-    exactly.
-
-    Args:
-        tiles: four tiles.
-
-    Returns:
-        The 64x64 image.
-    """
+    """Put four tiles into a 2x2 grid, row by row, as the official tiling takes it apart again."""
     top = np.concatenate([tiles[0].pixels, tiles[1].pixels], axis=1)
     bottom = np.concatenate([tiles[2].pixels, tiles[3].pixels], axis=1)
     return Image.fromarray(np.concatenate([top, bottom], axis=0))
 
 
 def row_of(name: str, *, tiles: list[Tile]) -> dict[str, object]:
-    """One line of the JSONL file, in the official chat format plus the questions' `kinds` and
-    `metrics`.
-
-    Args:
-        name: the image's path under the image root.
-        tiles: its four tiles.
-
-    Returns:
-        A dictionary for json.dumps.
-    """
+    """A line of the JSONL file: the official chat format, with `kinds` and `metrics`."""
     turns = [{"from": "system", "value": SYSTEM_TEXT}]
     for index, tile in enumerate(tiles):
         prefix = "<image>\n" if index == 0 else ""
@@ -161,15 +133,7 @@ def row_of(name: str, *, tiles: list[Tile]) -> dict[str, object]:
 
 
 def tokenizer_text(rows: list[dict[str, object]]) -> Iterator[str]:
-    """Lines to train the tokenizer on: the conversations, and English that comes with Python and
-    matplotlib.
-
-    Args:
-        rows: rows of the training split.
-
-    Yields:
-        One line of text at a time, without line ends.
-    """
+    """Lines to train the tokenizer on: the conversations, and English that comes with Python."""
     for row in rows[:MAX_TEXT_ROWS]:
         turns = row["conversations"]
         assert isinstance(turns, list)
@@ -193,8 +157,7 @@ def tokenizer_text(rows: list[dict[str, object]]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Write all splits, the tokenizer's text, and a summary whose presence says that the folder is
-    complete."""
+    """Write all splits, the tokenizer's text, and last a summary: it says that all is there."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo/data"), help="folder to write to"

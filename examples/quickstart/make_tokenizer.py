@@ -1,8 +1,7 @@
-"""Train the demo's SentencePiece tokenizer on its own text: 512 pieces, as many as the toy model
-has embeddings.
+"""Train the demo's SentencePiece tokenizer: 512 pieces, as many as the toy has embeddings.
 
-Run: python examples/quickstart/make_tokenizer.py --text runs/demo/data/text.txt --out
-runs/demo/tokenizer/demo.model
+Run: python examples/quickstart/make_tokenizer.py --text runs/demo/data/text.txt \\
+         --out runs/demo/tokenizer/demo.model
 """
 
 import argparse

@@ -67,17 +67,7 @@ class Step:
 
 
 def steps(run: Path, *, quick: bool, processes: int, seed: int) -> list[Step]:
-    """The demo's steps in order.
-
-    Args:
-        run: folder that everything goes to.
-        quick: a tenth of the data, few training steps.
-        processes: data-parallel ranks of the training stages.
-        seed: of data, initialisation, order and plans.
-
-    Returns:
-        The steps.
-    """
+    """The demo's steps in order; `quick` has a tenth of the data and few training steps."""
     tokenizer = run / "tokenizer" / "demo.model"
     make_data = _command(
         HERE / "make_data.py",
@@ -229,10 +219,6 @@ def main() -> int:
 
 def execute(step: Step, run: Path) -> int:
     """Run one step's command: all output to its log, what is worth showing to the terminal.
-
-    Args:
-        step: what to run.
-        run: the run's folder.
 
     Returns:
         The command's exit status.

@@ -1,5 +1,4 @@
-"""Tiles of the demo's images: dense digits, one glyph, a crop of a real photo, a bar chart, a
-blank.
+"""Tiles of the demo's images: dense digits, one glyph, a crop of a photo, a bar chart, a blank.
 
 A tile is 32 px square. The toy's vision tower cuts it into 16 patches, which become 4 visual
 tokens, or 1 when the tile is compressed. Four digits fill a tile so that each uncompressed token
@@ -22,8 +21,7 @@ SPLITS = ("train", "val", "test")
 KINDS = ("dense", "glyph", "photo", "chart", "blank")
 
 FONT_FOLDER = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-# Faces whose digits a person still tells apart at 14 px; the slanted ones are used for the big
-# glyphs only.
+# Faces whose digits a person still tells apart at 14 px; the slanted ones are for big glyphs only.
 DENSE_FACES = (
     "DejaVuSans",
     "DejaVuSans-Bold",
@@ -72,8 +70,7 @@ class Tile:
 
 
 def photo_cells() -> dict[str, dict[str, list[Pixels]]]:
-    """Cut every photo into 48-px cells and give each cell to one split, so that no two splits share
-    a pixel.
+    """Cut photos into cells of 48 px and give each to one split: no two splits share a pixel.
 
     The assignment does not depend on the demo's seed: held-out cells stay held out whatever the
     seed. Cells with hardly any contrast (night sky, blank paper, the black around the retina) are
@@ -133,14 +130,7 @@ class TileMaker:
         self._glyph_fonts = [_font(face, size=GLYPH_FONT_PX) for face in GLYPH_FACES]
 
     def make(self, kind: str) -> Tile:
-        """Draw one tile.
-
-        Args:
-            kind: one of KINDS.
-
-        Returns:
-            The tile.
-        """
+        """Draw one tile; `kind` is one of KINDS."""
         draw = {
             "dense": self._dense,
             "glyph": self._glyph,

@@ -305,8 +305,7 @@ def _layer_results(machine: Machine, model: ModelConfig, attention: Any) -> dict
 
 
 def _engine_name(name: str, *, dense: bool) -> str:
-    """TransformerEngine's name of a parameter: there a norm is part of the linear layer behind it,
-    except before experts."""
+    """There a norm is part of the linear layer behind it, except before experts."""
     name = name.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
     return name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_") if dense else name
 

@@ -1,5 +1,4 @@
-"""The stand-in: installed only by entry points and fixtures, absent where CUDA is available, and
-complete enough."""
+"""The stand-in: installed by entry points and fixtures only, absent on a GPU, complete enough."""
 
 import subprocess
 import sys

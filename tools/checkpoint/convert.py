@@ -1,5 +1,4 @@
-"""`python tools/checkpoint/convert.py ...`: the same as `vico convert ...`, where Megatron users
-look for it."""
+"""`vico convert ...`, where Megatron users look for it."""
 
 import sys
 

@@ -1,5 +1,4 @@
-"""What the issue of the data pipeline asks of packing and balance, on a smaller simulation; the
-benchmark runs."""
+"""Packing and balance on a smaller simulation than the benchmark's; the benchmark runs."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""The demo's driver: its commands parse and follow from one another; it logs, stops at a failure
-and resumes."""
+"""The demo's driver: its commands fit together; it logs, stops at a failure and resumes."""
 
 import sys
 

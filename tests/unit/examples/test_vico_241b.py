@@ -1,5 +1,4 @@
-"""The SLURM launcher of the largest model, without SLURM: its check mode, and the commands it would
-start."""
+"""The SLURM launcher of the largest model, without SLURM: its check mode and what it starts."""
 
 import os
 import subprocess
@@ -11,8 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "examples" / "vico_241b.sh"
 
-# Stands in for srun and scontrol: writes the words it was called with, one a line, and does
-# nothing.
+# Stands in for srun and scontrol: writes the words it was called with, one a line.
 RECORDER = """#!/usr/bin/env bash
 if [[ $1 == show ]]; then printf 'node-07\\nnode-08\\n'
 else printf '%s\\n' "${0##*/}" "$@" >>"$CALLS"; fi
@@ -37,7 +35,6 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
 def test_the_layouts_of_the_three_stages_pass_without_slurm_and_gpus() -> None:
     done = run(CHECK="1")
     assert done.returncode == 0, done.stderr
@@ -93,16 +90,8 @@ def run_in_job(folder: Path, *words: str) -> tuple[subprocess.CompletedProcess[s
 @pytest.mark.slow
 def test_what_it_starts(tmp_path: Path) -> None:
     here = str(tmp_path)
-    flags = [
-        "--lr",
-        "2e-4",
-        "--save",
-        here,
-        "--pretrained-checkpoint",
-        here,
-        "--reference-load",
-        here,
-    ]
+    flags = ["--lr", "2e-4", "--save", here]
+    flags += ["--pretrained-checkpoint", here, "--reference-load", here]
     done, calls = run_in_job(tmp_path, "router", "--", *flags)
     assert done.returncode == 0, done.stderr
     # Nothing was trained, as if the run had been told to stop: the job goes back in line.
@@ -121,11 +110,8 @@ def test_what_it_starts(tmp_path: Path) -> None:
     ).split()
     launched = parse_args(words[words.index("torch.distributed.run") + 1 :])
     assert (launched.nnodes, launched.nproc_per_node, launched.max_restarts) == ("2", "8", 0)
-    assert (launched.rdzv_backend, launched.master_addr, launched.master_port) == (
-        "static",
-        "node-07",
-        29500,
-    )
+    assert launched.rdzv_backend == "static"
+    assert (launched.master_addr, launched.master_port) == ("node-07", 29500)
     assert launched.node_rank == 1
     assert "SIGTERM" not in launched.signals_to_handle.split(",")
     assert (launched.module, launched.training_script) == (True, "megatron_vico")
@@ -150,8 +136,7 @@ def test_a_missing_file_is_named_once_before_the_ranks_are_started(tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_stage_that_is_done_is_skipped(base_checkpoint: Path, tmp_path: Path) -> None:
-    """The checkpoint is another stage's; only its step counts, of which the router's recipe is told
-    to have two."""
+    """Another stage's checkpoint, of two steps, does: only the step counts."""
     flags = ["--lr-warmup-iters", "0", "--train-iters", "2", "--save", str(base_checkpoint)]
     done, calls = run_in_job(tmp_path, "router", "--", *flags)
     assert (done.returncode, calls) == (0, []), done.stderr

@@ -1,5 +1,4 @@
-"""What is known of shards without opening them: where each sample lies, and how many tokens and
-tiles it has.
+"""What is known of shards without opening them: where each sample lies, its tokens and tiles.
 
 Each tar file has its index beside it (`shard-000000.tar`, `shard-000000.npz`), columns of numbers
 that load in milliseconds; `index.json` lists the shards, with the hash of each file and the
@@ -24,6 +23,7 @@ from megatron_vico.files import replacing, write_text
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 2
+_REBUILD = "rebuild it with `vico shards index`."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,16 +111,15 @@ class ShardIndex:
         return np.diff(self.member_starts) - 1
 
     def _check_columns(self) -> None:
-        num_members = len(self.members)
-        found = (
-            len(self.keys),
-            len(self.member_starts) - 1,
-            len(self.num_responses),
-            len(self.tiles_per_image),
-        )
-        expected = (len(self), len(self), len(self), num_members - len(self))
+        num_samples, num_members = len(self), len(self.members)
+        columns = (self.keys, self.num_responses, self.member_starts, self.tiles_per_image)
+        expected = [num_samples, num_samples, num_samples + 1, num_members - num_samples]
         ends = self.member_starts[[0, -1]].tolist()
-        if found != expected or ends != [0, num_members] or (self.num_images < 0).any():
+        if (
+            list(map(len, columns)) != expected
+            or ends != [0, num_members]
+            or (self.num_images < 0).any()
+        ):
             raise ValueError("its columns do not fit together")
 
     def write(self, path: Path) -> None:
@@ -130,34 +129,22 @@ class ShardIndex:
 
     @classmethod
     def read(cls, path: Path) -> "ShardIndex":
-        """Read the file.
-
-        Raises:
-            SampleError: if it is missing or broken.
-        """
+        """Read the file; SampleError if it is missing or broken."""
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise SampleError(
-                f"{path}: cannot be read ({error}); make it anew with `vico shards index`."
-            ) from error
+            raise SampleError(f"{path}: cannot be read ({error}); {_REBUILD}") from error
         return cls.parse(content, where=str(path))
 
     @classmethod
     def parse(cls, content: bytes, *, where: str) -> "ShardIndex":
-        """The content of such a file; `where` is its path or URL, for errors.
-
-        Raises:
-            SampleError: if it is broken.
-        """
+        """The content of such a file; `where` is its path or URL, for errors."""
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as columns:
                 index = cls(**{name: columns[name] for name in cls.__dataclass_fields__})
             index._check_columns()
         except Exception as error:  # a damaged zip file raises almost anything
-            raise SampleError(
-                f"{where}: broken index ({error!r}); make it anew with `vico shards index`."
-            ) from error
+            raise SampleError(f"{where}: broken index ({error!r}); {_REBUILD}") from error
         return index
 
 
@@ -169,13 +156,9 @@ class ShardFiles:
     """Of the tar file, within the folder."""
 
     num_bytes: int
-    """Size of the tar file."""
-
     sha256: str
-    """Of the tar file."""
-
     num_samples: int
-    """In it."""
+    """In the tar file, as are the two before."""
 
     index_sha256: str
     """Of the index beside it."""
@@ -191,7 +174,6 @@ class FolderIndex:
     """Content of `index.json`."""
 
     version: int = INDEX_VERSION
-    """Of this format."""
 
     tokenizer: str
     """Fingerprint of the tokenizer that tokens were counted with."""
@@ -200,7 +182,6 @@ class FolderIndex:
     """Tiling and tags that tokens and tiles were counted with."""
 
     shards: tuple[ShardFiles, ...]
-    """In order."""
 
     skipped: tuple[str, ...] = ()
     """One message for each sample left out."""
@@ -222,12 +203,7 @@ class FolderIndex:
 
     @classmethod
     def read(cls, folder: Path) -> "FolderIndex":
-        """Read and check `index.json`.
-
-        Raises:
-            ConfigError: if there is none, or it is of another version.
-            SampleError: if it is broken.
-        """
+        """Read `index.json`; ConfigError without one of this version, SampleError if broken."""
         path = folder / INDEX_NAME
         if not path.exists():
             raise ConfigError(
@@ -243,23 +219,20 @@ class FolderIndex:
             version = fields["version"]
             if version != INDEX_VERSION:
                 raise ConfigError(
-                    f"{where}: index version {version}, expected {INDEX_VERSION}; "
-                    "make it anew with `vico shards index`."
+                    f"{where}: index version {version}, expected {INDEX_VERSION}; {_REBUILD}"
                 )
             fields["settings"] = EncodingSettings(**fields["settings"])
             fields["shards"] = tuple(ShardFiles(**shard) for shard in fields["shards"])
             fields["skipped"] = tuple(fields["skipped"])
             if not fields["shards"]:
                 raise KeyError("no shard")
-            for name, kind in get_type_hints(ShardFiles).items():
-                if not all(type(getattr(shard, name)) is kind for shard in fields["shards"]):
-                    raise TypeError(f"{name!r} of a shard is not of type {kind.__name__}")
+            for name, expected in get_type_hints(ShardFiles).items():
+                if not all(type(getattr(shard, name)) is expected for shard in fields["shards"]):
+                    raise TypeError(f"{name!r} of a shard is not of type {expected.__name__}")
             return cls(**fields)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise SampleError(
-                f"{where}/{INDEX_NAME}: broken index ({error!r}); make it anew with `vico shards"
-                " index`."
-            ) from error
+            where = f"{where}/{INDEX_NAME}"
+            raise SampleError(f"{where}: broken index ({error!r}); {_REBUILD}") from error
 
 
 def hash_of_file(path: Path) -> str:

@@ -1,5 +1,4 @@
-"""Which folders of shards a run reads, and how often each comes in an epoch: the words of
-`--data-path`."""
+"""Which folders of shards a run reads and how often in an epoch: the words of `--data-path`."""
 
 import json
 import math
@@ -35,9 +34,6 @@ def read_mixture(words: Sequence[str], *, flag: str = "--data-path") -> tuple[Mi
             and mixture files, whose own repeats are multiplied by the number before them.
         flag: that they were given to, for errors.
 
-    Returns:
-        The folders in order.
-
     Raises:
         ConfigError: if a number is not above 0 or has no folder after it, a folder comes twice or
             only holds folders of shards, or a mixture file cannot be read; says which.
@@ -47,15 +43,10 @@ def read_mixture(words: Sequence[str], *, flag: str = "--data-path") -> tuple[Mi
     for word in words:
         number = _number(word, flag=flag)
         if number is None:
-            named = (
-                _read_file(word)
-                if word.endswith(".json")
-                else (MixedFolder(path=word, repeat=1.0),)
-            )
-            folders += [
-                MixedFolder(path=f.path, repeat=f.repeat * (1.0 if repeat is None else repeat))
-                for f in named
-            ]
+            alone = (MixedFolder(path=word, repeat=1.0),)
+            named = _read_file(word) if word.endswith(".json") else alone
+            factor = 1.0 if repeat is None else repeat
+            folders += [MixedFolder(path=f.path, repeat=f.repeat * factor) for f in named]
         elif repeat is not None:
             raise ConfigError(
                 f"{flag}: {word} comes after another number; give one number before each folder."
@@ -90,7 +81,7 @@ def _read_file(path: str) -> tuple[MixedFolder, ...]:
         if content["version"] != MIXTURE_VERSION:
             raise ConfigError(
                 f"{path}: mixture version {content['version']}, expected {MIXTURE_VERSION}; make it"
-                " anew with `vico shards make`."
+                " again with `vico shards make`."
             )
         listed = [(entry["path"], entry.get("repeat", 1)) for entry in content["folders"]]
     except ConfigError:
@@ -101,11 +92,7 @@ def _read_file(path: str) -> tuple[MixedFolder, ...]:
             f' {MIXTURE_VERSION}, "folders": [{{"path": "NAME", "repeat": 0.5}}]}}.'
         ) from error
     for name, repeat in listed:
-        if (
-            isinstance(repeat, bool)
-            or not isinstance(repeat, int | float)
-            or not 0 < repeat < math.inf
-        ):
+        if type(repeat) not in (int, float) or not 0 < repeat < math.inf:
             raise ConfigError(
                 f"{path}: folder {name!r} has repeat {repeat!r}; expected a number above 0."
             )
@@ -118,13 +105,14 @@ def _read_file(path: str) -> tuple[MixedFolder, ...]:
 def _check_folders(folders: Sequence[MixedFolder], *, flag: str) -> None:
     seen: dict[str, str] = {}
     for folder in folders:
-        place = folder.path.rstrip("/") if is_url(folder.path) else str(Path(folder.path).resolve())
-        if place in seen:
+        path = folder.path
+        same = path.rstrip("/") if is_url(path) else str(Path(path).resolve())
+        if same in seen:
             raise ConfigError(
-                f"{flag}: {folder.path} is the same folder as {seen[place]}; give it once, with the"
-                " sum of both numbers before it."
+                f"{flag}: {path} is the same folder as {seen[same]}; give it once, with the sum of"
+                " both numbers before it."
             )
-        seen[place] = folder.path
+        seen[same] = path
         mixture = Path(folder.path) / MIXTURE_NAME
         if mixture.is_file() and not mixture.with_name(INDEX_NAME).exists():
             raise ConfigError(

@@ -1,9 +1,7 @@
-"""WebDataset tar shards with an index: read any sample by its number, check everything before
-training starts.
+"""WebDataset tar shards with an index: any sample by its number, everything checked beforehand.
 
 A folder holds `shard-000000.tar`, ... (members KEY.json, KEY.0.jpg, KEY.1.png, ..., as any
-WebDataset reader expects) and their indexes (data/shards/index.py). Writing is in
-shard_tools/writer.py, the files themselves are read in data/shards/storage.py.
+WebDataset reader expects) and their indexes (index.py). Writing is in shard_tools/writer.py.
 """
 
 import hashlib
@@ -36,7 +34,7 @@ from megatron_vico.data.shards.storage import (
 )
 from megatron_vico.errors import ConfigError, SampleError, nearest
 
-TAR_BLOCK_BYTES = 512
+TAR_BLOCK_BYTES = tarfile.BLOCKSIZE
 """Of the header before each member."""
 
 INDEX_THREADS = 16
@@ -88,9 +86,6 @@ class ShardFolder:
             verify: compare each tar file's size, or read all of it and compare its hash.
             storage: cache and retries of a URL.
 
-        Returns:
-            The folder.
-
         Raises:
             ConfigError: if this is no folder of shards, or there is no driver for the URL.
             SampleError: if a file is missing, cut short, or not the one that was indexed.
@@ -103,19 +98,11 @@ class ShardFolder:
                 f"{path}: no {INDEX_NAME} there; make the folder with `vico shards make`."
             ) from error
         index = FolderIndex.parse(content, where=str(path))
+        bar: dict[str, Any] = {"desc": f"open {path}", "delay": PROGRESS_AFTER_S, "leave": False}
         # Threads, because at a URL nearly all of the time is waiting.
         with ThreadPoolExecutor(INDEX_THREADS) as threads:
-            opened = threads.map(
-                lambda shard: _open_shard(files, shard, verify=verify), index.shards
-            )
-            bar = tqdm(
-                opened,
-                total=len(index.shards),
-                desc=f"open {path}",
-                delay=PROGRESS_AFTER_S,
-                leave=False,
-            )
-            shards = list(bar)
+            opened = threads.map(lambda each: _open_shard(files, each, verify=verify), index.shards)
+            shards = list(tqdm(opened, total=len(index.shards), **bar))
         return cls(path if is_url(path) else Path(path), index, shards, storage=files)
 
     def __len__(self) -> int:
@@ -141,7 +128,7 @@ class ShardFolder:
             ConfigError: if not; names both.
         """
         fix = (
-            "make the index anew with `vico shards index`, or train with the settings it was made"
+            "rebuild the index with `vico shards index`, or train with the settings it was made"
             " with."
         )
         if self.index.tokenizer != tokenizer.fingerprint:
@@ -155,13 +142,7 @@ class ShardFolder:
             )
 
     def read(self, number: int) -> ConversationSample:
-        """Read one sample with one access to the file.
-
-        Args:
-            number: of the sample, from 0.
-
-        Returns:
-            The sample.
+        """Read sample `number`, from 0, with one access to the file.
 
         Raises:
             SampleError: if the shard ends too early, or holds something else than the index says.
@@ -198,9 +179,9 @@ def _open_shard(
     files: Storage, shard: ShardFiles, *, verify: Literal["size", "sha256"]
 ) -> ShardIndex:
     """A shard's index, once its files are those that `index.json` lists."""
-    again = "copy it again, or make the index anew with `vico shards index`."
+    again = "copy it again, or rebuild the index with `vico shards index`."
+    where = files.where(shard.name)
     try:
-        where = files.where(shard.name)
         size = files.size(shard.name)
         if size not in (None, shard.num_bytes):
             raise SampleError(
@@ -215,7 +196,7 @@ def _open_shard(
         content = files.read(shard.index_name)
     except FileNotFoundError as error:
         raise SampleError(
-            f"{where}: missing, though {INDEX_NAME} lists it; restore it or make the shards anew."
+            f"{where}: missing, though {INDEX_NAME} lists it; restore it or make the shards again."
         ) from error
     if hashlib.sha256(content).hexdigest() != shard.index_sha256:
         raise SampleError(f"{where}: not the one that {INDEX_NAME} lists (sha256 differs); {again}")
@@ -228,31 +209,32 @@ def _open_shard(
 
 
 def _check_header(content: bytes, sample: IndexedSample, *, start: int, where: str) -> None:
-    """Check that the tar file has the sample's JSON where the index says; another file of the same
-    size has not."""
+    """Check that the sample's JSON is where the index says; in another file of this size it isn't.
+
+    Args:
+        content: bytes of the tar file from `start` on.
+        sample: as indexed.
+        start: offset in the tar file.
+        where: the tar file, for errors.
+    """
     offset, size = sample.members[0]
     header = content[offset - start - TAR_BLOCK_BYTES : offset - start]
     name = f"{sample.key}.json".encode()
+    # Longer names and others than ASCII are cut or replaced here and stand in a header before it.
+    is_plain = name.isascii() and len(name) <= tarfile.LENGTH_NAME
     try:
         found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        # Longer names and others than ASCII are cut or replaced here and stand in a header before
-        # this one.
-        is_same = found.size == size and (
-            found.name.encode(errors="surrogateescape") == name or not _is_plain(name)
-        )
+        is_named = found.name.encode(errors="surrogateescape") == name or not is_plain
+        is_same = found.size == size and is_named
     except tarfile.HeaderError:
         is_same = False
     if not is_same:
         raise SampleError(
             f"sample {sample.key!r}: {where} has another member at byte {offset}; the file is not"
-            " the one that was indexed: copy it again, or make the index anew with `vico shards"
+            " the one that was indexed: copy it again, or rebuild the index with `vico shards"
             " index`.",
             cause="unreadable shard",
         )
-
-
-def _is_plain(name: bytes) -> bool:
-    return name.isascii() and len(name) <= tarfile.LENGTH_NAME
 
 
 def parse_sample(
@@ -267,60 +249,48 @@ def parse_sample(
         images: its encoded image files.
         where: file (and line) for errors.
 
-    Returns:
-        The sample.
-
     Raises:
         SampleError: if the JSON is broken or not a conversation.
     """
+
+    def wrong(what: str) -> SampleError:
+        return SampleError(f"{where}: sample {key!r}: {what}")
+
     try:
         record = json.loads(content)
         # Escapes may stand for half a character, which neither a tokenizer nor a file takes.
         json.dumps(record, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise SampleError(
-            f"{where}: sample {key!r}: broken JSON ({error}); correct or remove the line."
-        ) from error
+        raise wrong(f"broken JSON ({error}); correct or remove the line.") from error
     turns = record.get("conversations") if isinstance(record, dict) else None
     if not isinstance(turns, list) or not turns:
-        raise SampleError(
-            f"{where}: sample {key!r}: no list 'conversations'; expected the official chat format."
-        )
+        raise wrong("no list 'conversations'; expected the official chat format.")
     parsed = []
-    for number, turn in enumerate(turns):
-        role, text = (
-            (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
-        )
+    for number, turn in enumerate(turns, start=1):
+        fields = turn if isinstance(turn, dict) else {}
+        role, text = fields.get("from"), fields.get("value")
         if role not in ROLES:
-            raise SampleError(
-                f"{where}: sample {key!r}: turn {number + 1} is from {role!r}, expected one of"
-                f" {', '.join(ROLES)}{nearest(str(role), ROLES)}."
-            )
+            known = f"expected one of {', '.join(ROLES)}{nearest(str(role), ROLES)}"
+            raise wrong(f"turn {number} is from {role!r}, {known}.")
         if not isinstance(text, str):
-            raise SampleError(f"{where}: sample {key!r}: turn {number + 1} has no text 'value'.")
+            raise wrong(f"turn {number} has no text 'value'.")
         parsed.append(Turn(role, text))
-    most, augment = record.get("max_dynamic_patch"), record.get("data_augment", False)
-    if most is not None and (type(most) is not int or most < 1):
-        raise SampleError(
-            f"{where}: sample {key!r}: 'max_dynamic_patch' is {most!r}; expected a whole number"
-            " from 1."
-        )
+    max_tiles, augment = record.get("max_dynamic_patch"), record.get("data_augment", False)
+    if max_tiles is not None and (type(max_tiles) is not int or max_tiles < 1):
+        raise wrong(f"'max_dynamic_patch' is {max_tiles!r}; expected a whole number from 1.")
     if not isinstance(augment, bool):
-        raise SampleError(
-            f"{where}: sample {key!r}: 'data_augment' is {augment!r}; expected true or false."
-        )
+        raise wrong(f"'data_augment' is {augment!r}; expected true or false.")
     return ConversationSample(
         key=key,
         turns=tuple(parsed),
         images=tuple(images),
-        max_dynamic_patch=most,
+        max_dynamic_patch=max_tiles,
         data_augment=augment,
     )
 
 
 def sample_json(sample: ConversationSample) -> bytes:
-    """The JSON member of a sample in a shard: what `parse_sample` reads, without what has its
-    default."""
+    """The JSON member of a sample: what `parse_sample` reads, without what has its default."""
     record: dict[str, Any] = {
         "conversations": [{"from": turn.role, "value": turn.text} for turn in sample.turns]
     }

@@ -1,8 +1,7 @@
-"""Files of a shard folder, on this machine or at any URL that fsspec opens: reads by range,
-retries, a local cache.
+"""Files of a shard folder, on this machine or at any URL that fsspec opens.
 
 Nothing here stays open across a fork: local files are read at given offsets, and fsspec's own cache
-of file systems is asked for one before each read (it begins anew in each process; an asynchronous
+of file systems is asked for one before each read (it begins again in each process; an asynchronous
 file system does not outlive a fork).
 """
 
@@ -16,14 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import fsspec
-from filelock import FileLock, Timeout
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
 from megatron_vico.config.schema import DataOptions
 from megatron_vico.data.shards.index import ShardFiles, hash_of_file
+from megatron_vico.data.shards.shard_cache import ShardCache
 from megatron_vico.errors import ConfigError, SampleError
 
 logger = logging.getLogger(__name__)
@@ -73,63 +72,14 @@ class StorageOptions:
         )
 
 
-class Storage(Protocol):
-    """A folder's files; safe to fork and to pickle. Every method raises FileNotFoundError for a
-    missing file."""
-
-    def where(self, name: str) -> str:
-        """Path or URL of a file, for messages."""
-
-    def size(self, name: str) -> int | None:
-        """Bytes of a file; None where its server does not say."""
-
-    def read(self, name: str) -> bytes:
-        """All of a file.
-
-        Raises:
-            SampleError: if it cannot be read.
-        """
-
-    def read_range(self, shard: ShardFiles, start: int, end: int) -> bytes:
-        """Bytes `start` to `end` of a tar file; fewer only where the file itself ends before.
-
-        Raises:
-            SampleError: if they cannot be read.
-        """
-
-    def sha256(self, shard: ShardFiles) -> str:
-        """Hash of a tar file as it is now, in hex.
-
-        Raises:
-            SampleError: if it cannot be read.
-        """
-
-
 def is_url(path: str | Path) -> bool:
-    """Whether fsspec reads this path; file:///data/shards is a local folder with retries and a
-    cache."""
+    """Whether fsspec reads this path; file:///data is a local folder with retries and a cache."""
     return "://" in str(path)
 
 
 def check_url(url: str) -> None:
-    """Check that there is a driver for a URL.
-
-    Raises:
-        ConfigError: if not; with fsspec's own hint.
-    """
+    """Raise ConfigError, with fsspec's own hint, if there is no driver for a URL."""
     _file_system(url)
-
-
-def open_storage(path: str | Path, options: StorageOptions) -> Storage:
-    """The files of a folder.
-
-    Raises:
-        ConfigError: if it is a URL that no driver is there for.
-    """
-    if not is_url(path):
-        return LocalStorage(Path(path))
-    check_url(str(path))
-    return RemoteStorage(str(path), options)
 
 
 class OpenFiles:
@@ -163,26 +113,26 @@ class LocalStorage:
         self._folder, self._files = folder, OpenFiles()
 
     def where(self, name: str) -> str:
-        """See `Storage`."""
+        """Path of a file, for messages."""
         return str(self._folder / name)
 
     def size(self, name: str) -> int | None:
-        """See `Storage`."""
+        """Bytes of a file."""
         with self._errors(name):
             return (self._folder / name).stat().st_size
 
     def read(self, name: str) -> bytes:
-        """See `Storage`."""
+        """All of a file."""
         with self._errors(name):
             return (self._folder / name).read_bytes()
 
     def read_range(self, shard: ShardFiles, start: int, end: int) -> bytes:
-        """See `Storage`."""
+        """Bytes `start` to `end` of a tar file; fewer only where the file ends before."""
         with self._errors(shard.name):
             return self._files.read(self._folder / shard.name, start, end - start)
 
     def sha256(self, shard: ShardFiles) -> str:
-        """See `Storage`."""
+        """Hash of a tar file as it is now, in hex."""
         with self._errors(shard.name):
             return hash_of_file(self._folder / shard.name)
 
@@ -200,7 +150,7 @@ class LocalStorage:
 
 
 class RemoteStorage:
-    """A folder at a URL; what fails for a moment is tried again."""
+    """A folder at a URL; what fails for a moment is tried again. See LocalStorage for methods."""
 
     def __init__(self, url: str, options: StorageOptions) -> None:
         self._url, self._options = url.rstrip("/"), options
@@ -209,15 +159,15 @@ class RemoteStorage:
             self._cache = ShardCache(Path(options.cache_dir), max_bytes=options.cache_bytes)
 
     def where(self, name: str) -> str:
-        """See `Storage`."""
+        """URL of a file, for messages."""
         return f"{self._url}/{name}"
 
     def size(self, name: str) -> int | None:
-        """See `Storage`."""
+        """Bytes of a file; None where its server does not say."""
         return self._retrying(lambda: self._size(name), name)
 
     def read(self, name: str) -> bytes:
-        """See `Storage`."""
+        """All of a file."""
 
         def read() -> bytes:
             content, size = self._cat(name), self._size(name)
@@ -228,13 +178,13 @@ class RemoteStorage:
         return self._retrying(read, name)
 
     def read_range(self, shard: ShardFiles, start: int, end: int) -> bytes:
-        """See `Storage`."""
+        """Bytes `start` to `end` of a tar file; fewer only where the file ends before."""
         if self._cache is None:
             return self._read_range(shard.name, start, end)
         return self._cache.read_range(shard, start, end, fetch=self._chunks)
 
     def sha256(self, shard: ShardFiles) -> str:
-        """See `Storage`."""
+        """Hash of a tar file as it is now, in hex."""
         digest = hashlib.sha256()
         for chunk in self._chunks(shard):
             digest.update(chunk)
@@ -304,140 +254,17 @@ class RemoteStorage:
             ) from error
 
 
-class ShardCache:
-    """Whole shards in a local folder, named by their sha256, so that neither a URL nor a new
-    version is confused.
+type Storage = LocalStorage | RemoteStorage
+"""A folder's files; safe to fork and to pickle. Methods raise FileNotFoundError for a missing file,
+SampleError for one that cannot be read."""
 
-    A shard is opened anew for each sample (some microseconds), so that removing it frees its space
-    at once and the reader of that moment reads on: POSIX keeps a file until its last descriptor is
-    closed. All changes of names happen under one lock; whoever fetches a shard holds the shard's
-    own lock as well.
-    """
 
-    def __init__(self, folder: Path, *, max_bytes: int) -> None:
-        """Take a folder.
-
-        Args:
-            folder: made when it is needed.
-            max_bytes: of all files in it; exceeded only by shards that are fetched at the same
-                time.
-        """
-        self._folder, self._max_bytes = folder, max_bytes
-
-    def read_range(
-        self,
-        shard: ShardFiles,
-        start: int,
-        end: int,
-        *,
-        fetch: Callable[[ShardFiles], Iterator[bytes]],
-    ) -> bytes:
-        """Bytes `start` to `end` of a shard, which is fetched if it is not there.
-
-        Args:
-            shard: the shard.
-            start: first byte.
-            end: behind the last byte.
-            fetch: the shard's content.
-
-        Returns:
-            The bytes.
-
-        Raises:
-            ConfigError: if the folder cannot be written, or is too small for the shard.
-            SampleError: if what was fetched is not what was indexed.
-        """
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            file = self._open(shard)
-            if file is None:
-                with self._lock(shard.sha256):
-                    file = self._open(shard)  # another process may have fetched it meanwhile
-                    if file is None:
-                        file = self._fetch(shard, fetch(shard))
-            try:
-                return os.pread(file, end - start, start)
-            finally:
-                os.close(file)
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise ConfigError(
-                f"--data-cache-dir {self._folder}: {error}; "
-                "give a folder of a local disk with room for --data-cache-gb."
-            ) from error
-
-    def _open(self, shard: ShardFiles) -> int | None:
-        try:
-            file = os.open(self._path(shard), os.O_RDONLY)
-        except FileNotFoundError:
-            return None
-        if os.fstat(file).st_size != shard.num_bytes:
-            os.close(file)
-            return None  # damaged; fetching it replaces it
-        os.utime(file)  # of its last use: the order of removal
-        return file
-
-    def _fetch(self, shard: ShardFiles, content: Iterator[bytes]) -> int:
-        """A descriptor of the fetched shard: another process may remove the name before it could be
-        opened."""
-        partial = self._path(shard).with_suffix(".partial")
-        with self._lock("names"):
-            self._make_room(shard, own=partial)
-            with partial.open("wb") as reserved:
-                reserved.truncate(shard.num_bytes)  # what others count it as
-        file, digest = os.open(partial, os.O_RDWR), hashlib.sha256()
-        try:
-            with open(file, "wb", closefd=False) as written:
-                for chunk in content:
-                    digest.update(chunk)
-                    written.write(chunk)
-            os.fsync(
-                file
-            )  # or a machine that fails could leave a file of the right size without its content
-            if digest.hexdigest() != shard.sha256:
-                raise SampleError(
-                    f"{shard.name}: fetched into {self._folder}, its content is not what was"
-                    " indexed (sha256 differs); copy the shard to its URL again.",
-                    cause="unreadable shard",
-                )
-            with self._lock("names"):
-                os.replace(partial, self._path(shard))
-        except BaseException:
-            os.close(file)
-            with self._lock("names"):
-                partial.unlink(missing_ok=True)
-            raise
-        return file
-
-    def _make_room(self, shard: ShardFiles, *, own: Path) -> None:
-        """Remove those used longest ago, and what an ended process left half fetched."""
-        if shard.num_bytes > self._max_bytes:
-            raise ConfigError(
-                f"--data-cache-gb {self._max_bytes / 1e9:g} is less than {shard.name} alone,"
-                f" {shard.num_bytes / 1e9:g} GB; raise it to at least --shuffle-shards shards."
-            )
-        own.unlink(missing_ok=True)
-        for partial in self._folder.glob("*.partial"):
-            try:
-                with self._lock(partial.stem, timeout=0):
-                    partial.unlink()
-            except Timeout:
-                continue  # being fetched
-        room = self._max_bytes - shard.num_bytes
-        room -= sum(partial.stat().st_size for partial in self._folder.glob("*.partial"))
-        for path in sorted(
-            self._folder.glob("*.tar"), key=lambda path: path.stat().st_mtime_ns, reverse=True
-        ):
-            room -= path.stat().st_size
-            if room < 0:
-                path.unlink()
-
-    def _path(self, shard: ShardFiles) -> Path:
-        return self._folder / f"{shard.sha256}.tar"
-
-    def _lock(self, name: str, *, timeout: float = -1) -> FileLock:
-        return FileLock(self._folder / f"{name}.lock", timeout=timeout)
+def open_storage(path: str | Path, options: StorageOptions) -> Storage:
+    """The files of a folder; ConfigError if it is a URL that no driver is there for."""
+    if not is_url(path):
+        return LocalStorage(Path(path))
+    check_url(str(path))
+    return RemoteStorage(str(path), options)
 
 
 def _file_system(url: str) -> tuple[Any, str]:

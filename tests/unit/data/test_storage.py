@@ -207,7 +207,7 @@ def test_a_shard_is_fetched_once_and_kept(remote, flaky, tmp_path):
     assert samples(remote(**options)) == right
     assert requests(flaky) == 1
     assert cached(tmp_path / "cache") == {shard.sha256 for shard in folder.index.shards}
-    assert not cached(tmp_path / "cache", ".partial")
+    assert not cached(tmp_path / "cache", ".incomplete")
 
 
 def test_those_used_longest_ago_make_room_and_their_readers_read_on(remote, flaky, tmp_path):
@@ -259,17 +259,17 @@ def test_damage_in_the_cache_is_repaired_and_wrong_content_never_enters_it(
     with pytest.raises(SampleError, match=rf"{TAR}: .*sha256 differs"):
         folder.read(IN_TAR)
     assert not cached(cache)
-    assert not cached(cache, ".partial")
+    assert not cached(cache, ".incomplete")
 
 
 def test_what_an_ended_process_left_is_removed_and_what_is_being_fetched_is_not(remote, tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir()
     for name in ("ended", "working"):
-        (cache / f"{name}.partial").write_bytes(bytes(100))
+        (cache / f"{name}.incomplete").write_bytes(bytes(100))
     with FileLock(cache / "working.lock"):
         remote(cache_dir=str(cache), cache_bytes=10**9).read(IN_TAR)
-        assert cached(cache, ".partial") == {"working"}
+        assert cached(cache, ".incomplete") == {"working"}
 
 
 def in_processes(work, arguments):

@@ -1,97 +1,43 @@
 """Whether a layout fits a model and a number of ranks; megatron-core asserts the same, but late and
 without advice.
 
-Every offer in a message was itself put through these checks, so that following it does not lead to
-the next error.
+The checks are iterators over problems, of which the first one is told: the later ones rely on what
+the earlier ones let through.
 """
 
-import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 from megatron_vico.config import pipeline_split
-from megatron_vico.config.flags import flag_of
-from megatron_vico.config.pipeline_split import SPLIT_OPTIONS
+from megatron_vico.config.pipeline_split import SPLIT_OPTIONS, fixed_stages
 from megatron_vico.config.registry import LanguageConfig, ModelConfig
 from megatron_vico.config.schema import ParallelOptions, RunConfig
 from megatron_vico.errors import ConfigError
 
-WORLD, BATCH = "world_size", "global_batch_size"
-TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
-EP, ETP, CHUNK = (
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "num_layers_per_virtual_pipeline_stage",
-)
-_SIZES = (TP, PP, CHUNK, CP, EP, ETP)
-_GROUP = "microbatch_group_size_per_virtual_pipeline_stage"
-_MOST_OFFERS = 4
-_MOST_TRIED = 256
+TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
+CP, EP = "--context-parallel-size", "--expert-model-parallel-size"
+ETP, CHUNK = "--expert-tensor-parallel-size", "--num-layers-per-virtual-pipeline-stage"
+GROUP = "--microbatch-group-size-per-virtual-pipeline-stage"
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Problem:
-    """Why a layout cannot work, and what to change."""
-
-    text: str
-    """What was found and what was expected, without an end."""
-
-    change: tuple[str, ...] = ()
-    """Settings of which other values are tried, one at a time; those that work are offered."""
-
-    advice: str = ""
-    """What else would help."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Layout:
-    """A run seen as a layout."""
-
-    cfg: RunConfig
-    model: ModelConfig
-    world_size: int
-
-    @property
-    def parallel(self) -> ParallelOptions:
-        return self.cfg.parallel
-
-    def value(self, name: str) -> int | None:
-        """One of `_SIZES`, WORLD or BATCH."""
-        if name == WORLD:
-            return self.world_size
-        found = (
-            self.cfg.training.global_batch_size if name == BATCH else getattr(self.parallel, name)
-        )
-        return found if found is None else int(found)
-
-    def replaced(self, name: str, value: int) -> "_Layout":
-        """The same run with another value of one of them."""
-        if name == WORLD:
-            return dataclasses.replace(self, world_size=value)
-        section = "training" if name == BATCH else "parallel"
-        changed = dataclasses.replace(getattr(self.cfg, section), **{name: value})
-        return dataclasses.replace(self, cfg=dataclasses.replace(self.cfg, **{section: changed}))
+Problems = Iterator[str]
+"""What is wrong: found, expected, and the fix."""
 
 
 def check_layout(cfg: RunConfig, *, model: ModelConfig, world_size: int) -> None:
-    """Raises if the layout of a run cannot work.
+    """Raises ConfigError if the layout of a run cannot work on so many ranks."""
+    for problem in layout_problems(cfg, model, world_size):
+        raise ConfigError(problem)
 
-    Args:
-        cfg: the run.
-        model: its model.
-        world_size: ranks.
 
-    Raises:
-        ConfigError: naming both numbers and the nearest that work.
-    """
-    layout = _Layout(cfg=cfg, model=model, world_size=world_size)
-    # What does not fit the model is said first, and mended without regard to the ranks.
-    for checks in (_MODEL_CHECKS, _MODEL_CHECKS + _RANK_CHECKS):
-        problem = _first_problem(layout, checks)
-        if problem is not None:
-            raise ConfigError(problem.text + _advice(layout, problem, checks) + ".")
+def layout_problems(cfg: RunConfig, model: ModelConfig, world_size: int) -> Problems:
+    """Why a layout, of sizes that are 1 or more, cannot work."""
+    yield from _tensor(cfg.parallel, model)
+    yield from _experts(cfg.parallel, model)
+    yield from _pipeline(cfg, model)
+    yield from _context(cfg)
+    yield from _world(cfg.parallel, model, world_size)
+    yield from _batch(cfg, model, world_size)
 
 
 def launched_world_size() -> int:
@@ -124,351 +70,187 @@ def virtual_stages(cfg: RunConfig, language: LanguageConfig) -> int | None:
     return pipeline_split.virtual_stages(language.num_layers, cfg.parallel, cfg.transformer)
 
 
-def _size_problem(layout: _Layout) -> _Problem | None:
-    for name in (WORLD, *_SIZES):
-        size = layout.value(name)
-        if size is not None and size < 1:
-            return _Problem(text=f"{_shown(name)} is {size}, expected 1 or more")
-    return None
-
-
-def _tensor_problem(layout: _Layout) -> _Problem | None:
-    parallel, model, language = layout.parallel, layout.model, layout.model.language
-    tensor = parallel.tensor_model_parallel_size
-    for name in ("num_query_groups", "num_heads", "ffn_hidden_size"):
-        if getattr(language, name) % tensor:
-            found = f"does not divide {name} {getattr(language, name)} of {model.name}"
-            return _Problem(text=f"{_shown(TP)} {tensor} {found}", change=(TP,))
+def _tensor(parallel: ParallelOptions, model: ModelConfig) -> Problems:
+    language, tensor = model.language, parallel.tensor_model_parallel_size
+    names = ("num_query_groups", "num_heads", "ffn_hidden_size")
+    fitting = _divisors_of(math.gcd(*(getattr(language, name) for name in names)))
+    if parallel.sequence_parallel:
+        fitting.remove(1)
+    for name in names:
+        size = getattr(language, name)
+        if size % tensor:
+            yield (
+                f"{TP} {tensor} does not divide {name} {size} of {model.name}; use"
+                f" {_either(fitting)}."
+            )
     if parallel.sequence_parallel and tensor == 1:
-        return _Problem(
-            text=(
-                f"--sequence-parallel shards over the tensor-parallel ranks, and {_shown(TP)} is 1"
-            ),
-            advice="leave it out, or use 2 or more",
+        yield (
+            f"--sequence-parallel shards over the tensor-parallel ranks, and {TP} is 1; leave it"
+            " out, or use 2 or more."
         )
     if language.num_experts is not None and tensor > 1 and not parallel.sequence_parallel:
-        return _Problem(
-            text=(
-                f"{_shown(TP)} {tensor} with the experts of {model.name} needs --sequence-parallel"
-            ),
-            advice="add it",
-        )
-    return None
+        yield (f"{TP} {tensor} with the experts of {model.name} needs --sequence-parallel; add it.")
 
 
-def _expert_problem(layout: _Layout) -> _Problem | None:
-    parallel, model, language = layout.parallel, layout.model, layout.model.language
-    experts, expert_tensor = (
-        parallel.expert_model_parallel_size,
-        parallel.expert_tensor_parallel_size,
-    )
+def _experts(parallel: ParallelOptions, model: ModelConfig) -> Problems:
+    language, expert_tensor = model.language, parallel.expert_tensor_parallel_size
+    experts = parallel.expert_model_parallel_size
     if language.num_experts is None:
         idle = {
-            f"{_shown(EP)} {experts}": experts > 1,
-            f"{_shown(ETP)} {expert_tensor}": expert_tensor is not None,
+            f"{EP} {experts}": experts > 1,
+            f"{ETP} {expert_tensor}": expert_tensor is not None,
             "--moe-aux-loss-coeff": bool(parallel.moe_aux_loss_coeff),
         }
         for flag, given in idle.items():
             if given:
-                return _Problem(
-                    text=f"{flag} has no effect: {model.name} has no experts", advice="leave it out"
-                )
-        return None
+                yield f"{flag} has no effect: {model.name} has no experts; leave it out."
+        return
     if language.num_experts % experts:
-        found = f"does not divide the {language.num_experts} experts of {model.name}"
-        return _Problem(text=f"{_shown(EP)} {experts} {found}", change=(EP,))
-    assert language.moe_ffn_hidden_size is not None
-    width = expert_tensor or parallel.tensor_model_parallel_size
-    if language.moe_ffn_hidden_size % width:
-        unset = "" if expert_tensor is not None else f" (unset, so {_shown(TP)})"
-        return _Problem(
-            text=(
-                f"{_shown(ETP)} {width}{unset} does not divide moe_ffn_hidden_size"
-                f" {language.moe_ffn_hidden_size} of {model.name}"
-            ),
-            change=(ETP,),
+        yield (
+            f"{EP} {experts} does not divide the {language.num_experts} experts of {model.name};"
+            f" use {_divisors(language.num_experts)}."
         )
-    return None
+    assert language.moe_ffn_hidden_size is not None
+    width = _expert_width(parallel)
+    if language.moe_ffn_hidden_size % width:
+        unset = "" if expert_tensor is not None else f" (unset, so {TP})"
+        yield (
+            f"{ETP} {width}{unset} does not divide moe_ffn_hidden_size"
+            f" {language.moe_ffn_hidden_size} of {model.name}; use"
+            f" {_divisors(language.moe_ffn_hidden_size)}."
+        )
 
 
-def _pipeline_problem(layout: _Layout) -> _Problem | None:
-    stages, chunk = layout.parallel.pipeline_model_parallel_size, layout.value(CHUNK)
-    options, name = layout.cfg.transformer, layout.model.name
-    given = [flag_of(field) for field in SPLIT_OPTIONS if getattr(options, field) is not None]
+def _pipeline(cfg: RunConfig, model: ModelConfig) -> Problems:
+    options, num_layers = cfg.transformer, model.language.num_layers
+    stages = cfg.parallel.pipeline_model_parallel_size
+    chunk = cfg.parallel.num_layers_per_virtual_pipeline_stage
+    given = [_flag(name) for name in SPLIT_OPTIONS if getattr(options, name) is not None]
     if stages == 1:
-        idle = [_shown(CHUNK)] * (chunk is not None) + given
-        if idle:
-            return _Problem(
-                text=f"{idle[0]} has no effect: {_shown(PP)} is 1", advice="leave it out"
-            )
-        return None
+        for flag in [CHUNK] * (chunk is not None) + given:
+            yield f"{flag} has no effect: {PP} is 1; leave it out."
+        return
     if options.pipeline_model_parallel_layout is not None:
         if chunk is not None or len(given) > 1:
-            return _Problem(
-                text="--pipeline-model-parallel-layout names the layers of every stage",
-                advice=(
-                    f"leave out {_shown(CHUNK)}, --decoder-*-pipeline-num-layers and"
-                    " --account-for-*"
-                ),
+            yield (
+                "--pipeline-model-parallel-layout names the layers of every stage; leave out"
+                f" {CHUNK}, --decoder-*-pipeline-num-layers and --account-for-*."
             )
-        virtual_stages(layout.cfg, layout.model.language)  # reads and checks the string
-        return None
-    fixed = pipeline_split.fixed_stages(options)
-    empty = [flag_of(field) for field, layers in fixed.items() if layers < 1]
-    if empty:
-        return _Problem(text=f"{empty[0]} is less than 1", advice="leave it out, or use 1 or more")
-    if fixed and (
-        options.account_for_embedding_in_pipeline_split
-        or options.account_for_loss_in_pipeline_split
-    ):
-        return _Problem(
-            text=(
-                f"{', '.join(given)} are two ways to make stages uneven, and megatron-core"
-                " takes one"
-            ),
-            advice="use --decoder-*-pipeline-num-layers or --account-for-*",
+        virtual_stages(cfg, model.language)  # reads and checks the string
+        return
+    fixed = fixed_stages(options)
+    counted = pipeline_split.counted_layers(options)
+    if fixed and counted:
+        yield (
+            f"{', '.join(given)} are two ways to make stages uneven, and megatron-core takes one;"
+            " use --decoder-*-pipeline-num-layers or --account-for-*."
         )
-    layers = layers_of_a_stage(layout.cfg, layout.model.language)
+    layers = layers_of_a_stage(cfg, model.language)
     if not layers:
-        return _Problem(
-            text=(
-                f"the {layout.model.language.num_layers} layers of {name} cannot be shared equally"
-                f" by {_shown(PP)} {stages} (with {', '.join(given) or 'no uneven stages'})"
-            ),
-            change=(PP,),
-            advice=_uneven_advice(layout.model.language.num_layers, stages),
+        rest = num_layers + counted - sum(fixed.values())
+        fitting = [size + len(fixed) for size in _divisors_of(rest)]
+        sizes = f"use {_either(fitting)}, or " if fitting else ""
+        if not fixed and (num_layers + 2) % stages == 0:
+            uneven = (
+                "count embedding and loss as layers: --account-for-embedding-in-pipeline-split"
+                " --account-for-loss-in-pipeline-split"
+            )
+        elif not fixed and (num_layers + 1) % stages == 0:
+            uneven = "count the loss as a layer: --account-for-loss-in-pipeline-split"
+        else:
+            uneven = (
+                "use --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers"
+            )
+        yield (
+            f"the {num_layers} layers of {model.name} cannot be shared equally by {PP} {stages}"
+            f" (with {', '.join(given) or 'no uneven stages'}); {sizes}{uneven}."
         )
-    return _chunk_problem(layout, layers) if chunk is not None else None
+    if chunk is not None:
+        yield from _chunks(chunk, layers, fixed)
 
 
-def _chunk_problem(layout: _Layout, layers: int) -> _Problem | None:
+def _chunks(chunk: int, layers: int, fixed: dict[str, int]) -> Problems:
     """What hinders the interleaved schedule, given the layers of a middle stage."""
-    chunk = layout.value(CHUNK)
-    assert chunk is not None
-    change = (CHUNK,) if layers > 1 else ()
+    # The first and last stage are cut into as many chunks as the others.
+    fitting = [layers // chunks for chunks in _divisors_of(math.gcd(layers, *fixed.values()))]
+    smaller = sorted(size for size in fitting if size < layers)
+    advice = f"use {_either(smaller)}, or leave it out" if smaller else "leave it out"
     if layers % chunk:
-        return _Problem(
-            text=f"{_shown(CHUNK)} {chunk} does not divide the {layers} layers of a pipeline stage",
-            change=change,
-        )
+        yield f"{CHUNK} {chunk} does not divide the {layers} layers of a pipeline stage; {advice}."
     if layers == chunk:
-        return _Problem(
-            text=(
-                f"{_shown(CHUNK)} {chunk} is all layers of a pipeline stage, so that nothing"
-                " interleaves"
-            ),
-            change=change,
-            advice="leave it out",
+        yield (
+            f"{CHUNK} {chunk} is all layers of a pipeline stage, so that nothing interleaves;"
+            f" {advice}."
         )
-    for field, fixed in pipeline_split.fixed_stages(layout.cfg.transformer).items():
-        if fixed % (layers // chunk):
-            return _Problem(
-                text=(
-                    f"{_shown(CHUNK)} {chunk} cuts the {layers} layers of a stage into"
-                    f" {layers // chunk} chunks, and  {flag_of(field)} {fixed} cannot"
-                    " be cut into as many"
-                ),
-                change=(CHUNK,),
+    for name, size in fixed.items():
+        if size % (layers // chunk):
+            yield (
+                f"{CHUNK} {chunk} cuts the {layers} layers of a stage into {layers // chunk}"
+                f" chunks, and {_flag(name)} {size} cannot be cut into as many; {advice}."
             )
-    return None
 
 
-def _uneven_advice(layers: int, stages: int) -> str:
-    """Uneven splits that would make the wanted number of stages work."""
-    if (layers + 2) % stages == 0:
-        flags = "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split"
-        return f"count embedding and loss as layers: {flags}"
-    if (layers + 1) % stages == 0:
-        return "count the loss as a layer: --account-for-loss-in-pipeline-split"
-    return "use --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers"
-
-
-def _context_problem(layout: _Layout) -> _Problem | None:
-    parallel, seq_length = layout.parallel, layout.cfg.data.seq_length
-    kind = layout.cfg.transformer.cp_comm_type
-    if parallel.context_parallel_size == 1:
-        if kind is not None:
-            return _Problem(
-                text=f"--cp-comm-type has no effect: {_shown(CP)} is 1", advice="leave it out"
-            )
-        return None
-    if kind not in (None, "p2p"):
-        return _Problem(
-            text=f"--cp-comm-type {kind}: packed documents are exchanged in a ring only",
-            advice="use p2p, or leave it out",
+def _context(cfg: RunConfig) -> Problems:
+    context, seq_length = cfg.parallel.context_parallel_size, cfg.data.seq_length
+    exchange = cfg.transformer.cp_comm_type
+    if context == 1 and exchange is not None:
+        yield f"--cp-comm-type has no effect: {CP} is 1; leave it out."
+    if exchange not in (None, "p2p"):
+        yield (
+            f"--cp-comm-type {exchange}: packed documents are exchanged in a ring only; use p2p, or"
+            " leave it out."
         )
-    unit = 2 * parallel.context_parallel_size
-    if unit > seq_length:
-        return _Problem(
-            text=(
-                f"{_shown(CP)} {parallel.context_parallel_size} pads every document to a multiple"
-                f" of {unit} tokens, more than --seq-length {seq_length}"
-            ),
-            change=(CP,),
+    if context > 1 and 2 * context > seq_length:
+        yield (
+            f"{CP} {context} pads every document to a multiple of {2 * context} tokens, more than"
+            f" --seq-length {seq_length}; use {seq_length // 2} or less."
         )
-    return None
 
 
-def _world_problem(layout: _Layout) -> _Problem | None:
-    parallel, world_size = layout.parallel, layout.world_size
-    replica = _replica_size(parallel)
-    if world_size % replica:
-        return _Problem(
-            text=(
-                f"world size {world_size} is not a multiple of {_product(parallel)} = {replica}"
-                " ranks"
-            ),
-            change=(WORLD, TP, PP, CP),
+def _world(parallel: ParallelOptions, model: ModelConfig, world_size: int) -> Problems:
+    stages, experts = parallel.pipeline_model_parallel_size, parallel.expert_model_parallel_size
+    needed, width = _replica_size(parallel), _expert_width(parallel)
+    has_experts = model.language.num_experts is not None
+    for_experts = experts * width * stages if has_experts else 1
+    fitting = _either(_multiples_near(world_size, math.lcm(needed, for_experts)))
+    if world_size % needed:
+        yield (
+            f"world size {world_size} is not a multiple of {_product(parallel)} = {needed} ranks;"
+            f" use {fitting} ranks, or smaller sizes."
         )
-    width, needed = _expert_width(parallel), _expert_size(parallel)
-    if layout.model.language.num_experts is not None and world_size % needed:
-        return _Problem(
-            text=(
-                f"world size {world_size} is not a multiple of {_shown(EP)}"
-                f" {parallel.expert_model_parallel_size} x {_shown(ETP)} {width} x {_shown(PP)}"
-                f" {parallel.pipeline_model_parallel_size} = {needed}"
-            ),
-            change=(WORLD, EP, ETP),
+    if world_size % for_experts:
+        yield (
+            f"world size {world_size} is not a multiple of {EP} {experts} x {ETP} {width} x {PP}"
+            f" {stages} = {for_experts}; use {fitting} ranks, or smaller sizes."
         )
-    return None
 
 
-def _batch_problem(layout: _Layout) -> _Problem | None:
-    batch, data_parallel = (
-        layout.cfg.training.global_batch_size,
-        data_parallel_size(layout.parallel, layout.world_size),
-    )
+def _batch(cfg: RunConfig, model: ModelConfig, world_size: int) -> Problems:
+    batch, stages = cfg.training.global_batch_size, cfg.parallel.pipeline_model_parallel_size
+    data_parallel = data_parallel_size(cfg.parallel, world_size)
     if batch % data_parallel:
-        return _Problem(
-            text=(
-                f"--global-batch-size {batch} is not a multiple of the data-parallel size"
-                f" {data_parallel} ({layout.world_size} ranks over {_product(layout.parallel)})"
-            ),
-            change=(BATCH, WORLD),
+        yield (
+            f"--global-batch-size {batch} is not a multiple of the data-parallel size"
+            f" {data_parallel} ({world_size} ranks over {_product(cfg.parallel)}); use"
+            f" {_either(_multiples_near(batch, data_parallel))}."
         )
-    return _interleaving_problem(layout, microbatches=batch // data_parallel)
-
-
-def _interleaving_problem(layout: _Layout, *, microbatches: int) -> _Problem | None:
-    stages, given = (
-        layout.parallel.pipeline_model_parallel_size,
-        getattr(layout.cfg.transformer, _GROUP),
-    )
-    if virtual_stages(layout.cfg, layout.model.language) is None:
+    given = cfg.transformer.microbatch_group_size_per_virtual_pipeline_stage
+    if virtual_stages(cfg, model.language) is None:
         if given is not None:
-            flag = flag_of(_GROUP)
-            return _Problem(
-                text=f"{flag} has no effect without interleaving ({_shown(CHUNK)})",
-                advice="leave it out",
-            )
-        return None
-    group = given if isinstance(given, int) else stages
-    flag = _shown(PP) if given is None else flag_of(_GROUP)
+            yield f"{GROUP} has no effect without interleaving ({CHUNK}); leave it out."
+        return
+    group, microbatches = given or stages, batch // data_parallel
     if group < stages:
-        return _Problem(
-            text=f"{flag} {group} is less than {_shown(PP)} {stages}",
-            advice=f"use {stages} or more",
-        )
+        yield f"{GROUP} {group} is less than {PP} {stages}; use {stages} or more."
     if group > microbatches or 0 < microbatches % group < stages:
-        data_parallel = data_parallel_size(layout.parallel, layout.world_size)
-        return _Problem(
-            text=(
-                f"the interleaved schedule runs microbatches in groups of {flag} {group}, and there"
-                f" are {microbatches} (--global-batch-size {layout.cfg.training.global_batch_size}"
-                f" over {data_parallel} data-parallel ranks)"
-            ),
-            change=(BATCH, WORLD),
-            advice="do without interleaving",
+        flag = PP if given is None else GROUP
+        yield (
+            f"the interleaved schedule runs microbatches in groups of {flag} {group}, and there are"
+            f" {microbatches} (--global-batch-size {batch} over {data_parallel} data-parallel"
+            f" ranks); use --global-batch-size"
+            f" {_either(_multiples_near(batch, group * data_parallel))}, or do without"
+            " interleaving."
         )
-    return None
-
-
-_Check = Callable[[_Layout], _Problem | None]
-_MODEL_CHECKS: tuple[_Check, ...] = (
-    _size_problem,
-    _tensor_problem,
-    _expert_problem,
-    _pipeline_problem,
-    _context_problem,
-)
-_RANK_CHECKS: tuple[_Check, ...] = (_world_problem, _batch_problem)
-
-
-def _first_problem(layout: _Layout, checks: Iterable[_Check]) -> _Problem | None:
-    return next((found for check in checks if (found := check(layout)) is not None), None)
-
-
-def _advice(layout: _Layout, problem: _Problem, checks: tuple[_Check, ...]) -> str:
-    """What to do about a problem, beginning with its separator."""
-    offers = []
-    for name in problem.change:
-        values = _nearest_that_work(layout, name, checks)
-        if values and name == WORLD:
-            offers.append(f"{_either(values)} ranks")
-        elif values:
-            offers.append(
-                _either(values) if len(problem.change) == 1 else f"{_shown(name)} {_either(values)}"
-            )
-    parts = [f"use {', or '.join(offers)}"] if offers else []
-    if problem.advice:
-        parts.append(f"or {problem.advice}" if offers else problem.advice)
-    elif problem.change and not offers:
-        parts.append("no other value of one of these works: use smaller parallel sizes")
-    return f"; {', '.join(parts)}" if parts else ""
-
-
-def _nearest_that_work(layout: _Layout, name: str, checks: tuple[_Check, ...]) -> list[int]:
-    """Values of one setting with which all else works: of sizes the nearest few, of ranks and packs
-    the neighbours."""
-
-    def works(value: int) -> bool:
-        try:
-            return _first_problem(layout.replaced(name, value), checks) is None
-        except ConfigError:  # of a layout string
-            return False
-
-    given = layout.value(name)
-    wanted = 1 if given is None else given
-    if name not in (WORLD, BATCH):
-        found = [
-            value for value in range(1, _limit(layout, name) + 1) if value != given and works(value)
-        ]
-        return sorted(sorted(found, key=lambda value: abs(value - wanted))[:_MOST_OFFERS])
-    unit = (
-        data_parallel_size(layout.parallel, layout.world_size)
-        if name == BATCH
-        else _replica_size(layout.parallel)
-    )
-    if name == WORLD and layout.model.language.num_experts is not None:
-        unit = math.lcm(unit, _expert_size(layout.parallel))
-    # More data-parallel ranks than packs cannot work; of packs, a few groups of microbatches are
-    # far enough.
-    most = (
-        layout.cfg.training.global_batch_size * unit
-        if name == WORLD
-        else wanted + _MOST_TRIED * unit
-    )
-    below = range(wanted // unit * unit, 0, -unit)
-    above = range((wanted // unit + 1) * unit, most + 1, unit)
-    near = [
-        next((value for value in values if value != wanted and works(value)), None)
-        for values in (below, above)
-    ]
-    return [value for value in near if value is not None]
-
-
-def _limit(layout: _Layout, name: str) -> int:
-    """The largest value of a size that can make sense."""
-    language = layout.model.language
-    most = {
-        TP: language.num_query_groups,
-        PP: language.num_layers + 2,
-        CHUNK: language.num_layers,
-        CP: layout.world_size,
-        EP: language.num_experts or 1,
-        ETP: language.num_query_groups,
-    }
-    return most[name]
 
 
 def _replica_size(parallel: ParallelOptions) -> int:
@@ -483,14 +265,6 @@ def _expert_width(parallel: ParallelOptions) -> int:
     return parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
 
 
-def _expert_size(parallel: ParallelOptions) -> int:
-    return (
-        parallel.expert_model_parallel_size
-        * _expert_width(parallel)
-        * parallel.pipeline_model_parallel_size
-    )
-
-
 def _product(parallel: ParallelOptions) -> str:
     return (
         f"tensor {parallel.tensor_model_parallel_size} x pipeline"
@@ -498,10 +272,24 @@ def _product(parallel: ParallelOptions) -> str:
     )
 
 
-def _shown(name: str) -> str:
-    return "the world size" if name == WORLD else "--" + name.replace("_", "-")
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _divisors_of(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _divisors(number: int) -> str:
+    return _either(_divisors_of(number))
+
+
+def _multiples_near(number: int, unit: int) -> list[int]:
+    below = number // unit * unit
+    return [multiple for multiple in (below, below + unit) if multiple]
 
 
 def _either(values: list[int]) -> str:
-    words = [str(value) for value in values]
+    """`1`, `1 or 2`, `1, 2 or 4`; of many the first ones."""
+    words = [str(value) for value in values[:16]]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

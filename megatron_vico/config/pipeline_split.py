@@ -25,6 +25,13 @@ def fixed_stages(options: TransformerOptions) -> dict[str, int]:
     return {name: layers for name in names if (layers := getattr(options, name)) is not None}
 
 
+def counted_layers(options: TransformerOptions) -> int:
+    """How many of embedding and loss count as a layer."""
+    return bool(options.account_for_embedding_in_pipeline_split) + bool(
+        options.account_for_loss_in_pipeline_split
+    )
+
+
 def layers_of_a_stage(num_layers: int, *, stages: int, options: TransformerOptions) -> int:
     """Layers of a middle pipeline stage, as megatron-core splits them when there is no layout
     string.
@@ -40,11 +47,7 @@ def layers_of_a_stage(num_layers: int, *, stages: int, options: TransformerOptio
         cannot be shared so.
     """
     fixed = fixed_stages(options)
-    counted = (
-        options.account_for_embedding_in_pipeline_split,
-        options.account_for_loss_in_pipeline_split,
-    )
-    layers = num_layers + sum(map(bool, counted)) - sum(fixed.values())
+    layers = num_layers + counted_layers(options) - sum(fixed.values())
     middle = stages - len(fixed)
     if middle == 0 and layers == 0:
         return fixed["decoder_first_pipeline_num_layers"]

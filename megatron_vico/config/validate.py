@@ -1,26 +1,27 @@
 """Checks of a whole run before any process group, memory or GPU is taken: pure functions on a
-RunConfig."""
+RunConfig.
+
+As in layout.py, the checks are iterators over problems, of which the first one is told.
+"""
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from megatron_vico.config.config_json import model_named
-from megatron_vico.config.flags import flag_of
+from megatron_vico.config.flags import flag_of, options
 from megatron_vico.config.layout import (
-    check_layout,
+    Problems,
     data_parallel_size,
     layers_of_a_stage,
+    layout_problems,
     num_microbatches,
     virtual_stages,
 )
+from megatron_vico.config.ranges import range_problems
 from megatron_vico.config.registry import ModelConfig
-from megatron_vico.config.schema import (
-    DataOptions,
-    ParallelOptions,
-    RunConfig,
-    StageOptions,
-    TrainingOptions,
-)
-from megatron_vico.config.stages import MODULES, STAGES, Stage
+from megatron_vico.config.schema import DataOptions, ParallelOptions, RunConfig
+from megatron_vico.config.stages import MODULES, STAGES
 from megatron_vico.errors import ConfigError, nearest
 
 RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mlp", "moe")
@@ -39,40 +40,51 @@ def validate(cfg: RunConfig, world_size: int, *, model: ModelConfig | None = Non
     """
     if model is None:
         model = model_named(cfg.model.model_size or "toy")
-    _check_ranges(cfg)
-    _check_stage(cfg)
-    _check_frozen(cfg, model)
-    _check_lr_mult(cfg.stage)
-    _check_data(cfg, model)
-    _check_reading(cfg.data)
-    check_layout(cfg, model=model, world_size=world_size)
-    _check_recompute(cfg, model)
-    _check_optimizer(cfg)
-    _check_precision(cfg)
-    _check_passed_on(cfg, model)
-    _check_checkpoints(cfg)
-    _check_profile(cfg, world_size)
+    for problem in _problems(_Run(cfg=cfg, model=model, world_size=world_size)):
+        raise ConfigError(problem)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    cfg: RunConfig
+    model: ModelConfig
+    world_size: int
+
+    @property
+    def has_experts(self) -> bool:
+        return self.model.language.num_experts is not None
+
+    @property
+    def trains_language_model(self) -> bool:
+        return "language_model" in self.cfg.stage.trained
+
+
+def _problems(run: _Run) -> Problems:
+    if run.world_size < 1:
+        yield f"the world size is {run.world_size}, expected 1 or more."
+    yield from range_problems(run.cfg)
+    yield from _stage(run)
+    yield from _frozen(run)
+    yield from _lr_mult(run)
+    yield from _data(run)
+    yield from _reading(run.cfg.data)
+    yield from layout_problems(run.cfg, run.model, run.world_size)
+    yield from _recompute(run)
+    yield from _optimizer(run.cfg)
+    yield from _fp8(run.cfg)
+    yield from _passed_on(run)
+    yield from _checkpoints(run.cfg)
+    yield from _profile(run)
 
 
 def remarks(cfg: RunConfig, world_size: int) -> list[str]:
-    """What is allowed but probably not meant; for a run that `validate` accepts.
+    """What is allowed but probably not meant, a sentence each, of a run that `validate` accepts."""
+    return list(_remarks(cfg, world_size))
 
-    Args:
-        cfg: the resolved run.
-        world_size: ranks it is meant for.
 
-    Returns:
-        One sentence each.
-    """
-    found = []
-    data_parallel, context = (
-        data_parallel_size(cfg.parallel, world_size),
-        cfg.parallel.context_parallel_size,
-    )
-    microbatches, pipeline = (
-        num_microbatches(cfg, world_size),
-        cfg.parallel.pipeline_model_parallel_size,
-    )
+def _remarks(cfg: RunConfig, world_size: int) -> Iterator[str]:
+    parallel, data_parallel = cfg.parallel, data_parallel_size(cfg.parallel, world_size)
+    context, pipeline = parallel.context_parallel_size, parallel.pipeline_model_parallel_size
     if data_parallel * context == 1:
         # The encoder is data-parallel over all ranks, so its optimizer state is sharded even then.
         encoder_is_sharded = world_size > 1 and set(cfg.stage.trained) != {"language_model"}
@@ -80,35 +92,33 @@ def remarks(cfg: RunConfig, world_size: int) -> list[str]:
             "--use-distributed-optimizer": (
                 cfg.optimizer.use_distributed_optimizer and not encoder_is_sharded
             ),
-            "--overlap-grad-reduce": cfg.parallel.overlap_grad_reduce,
-            "--overlap-param-gather": cfg.parallel.overlap_param_gather,
+            "--overlap-grad-reduce": parallel.overlap_grad_reduce,
+            "--overlap-param-gather": parallel.overlap_param_gather,
         }
         idle = [flag for flag, on in settings.items() if on]
         if idle:
-            found.append(f"{', '.join(idle)}: no effect with one data-parallel rank.")
+            yield f"{', '.join(idle)}: no effect with one data-parallel rank."
     if context > 1:
-        found.append(
+        yield (
             f"each document is padded to a multiple of {2 * context} tokens (2 x"
             " --context-parallel-size), so that a pack can be longer than --seq-length by up to"
             f" {2 * context - 1} tokens a document."
         )
-    if cfg.stage.freeze_moe_router and cfg.parallel.moe_aux_loss_coeff:
-        found.append(
+    if cfg.stage.freeze_moe_router and parallel.moe_aux_loss_coeff:
+        yield (
             "--freeze-moe-router: the load-balancing loss can only act on the layers before each"
             " router."
         )
+    microbatches = num_microbatches(cfg, world_size)
     if pipeline > 1 and microbatches < 2 * pipeline:
-        found.append(
+        yield (
             f"{microbatches} microbatches on {pipeline} pipeline stages leave much of the pipeline"
             f" empty; {2 * pipeline} or more are better."
         )
-    if cfg.parallel.fp8_format is not None:
-        found.append(fp8_is_not_trained(cfg.parallel))
+    if parallel.fp8_format is not None:
+        yield fp8_is_not_trained(parallel)
     if cfg.checkpoint.save is None:
-        found.append(
-            "--save is not set: no checkpoint, metrics or TensorBoard file will be written."
-        )
-    return found
+        yield "--save is not set: no checkpoint, metrics or TensorBoard file will be written."
 
 
 def fp8_is_not_trained(parallel: ParallelOptions) -> str:
@@ -120,158 +130,71 @@ def fp8_is_not_trained(parallel: ParallelOptions) -> str:
     )
 
 
-def _check_ranges(cfg: RunConfig) -> None:
-    at_least = {
-        "--seq-length": (cfg.data.seq_length, 1),
-        "--max-tiles-per-pack": (cfg.data.max_tiles_per_pack, 1),
-        "--max-samples-per-pack": (cfg.data.max_samples_per_pack, 1),
-        "--packing-window": (cfg.data.packing_window, 1),
-        "--shuffle-shards": (cfg.data.shuffle_shards, 1),
-        "--max-dynamic-patch": (cfg.data.max_dynamic_patch, 1),
-        "--num-workers": (cfg.data.num_workers, 0),
-        "--data-retries": (cfg.data.data_retries, 0),
-        "--data-cache-gb": (cfg.data.data_cache_gb, 0.0),
-        "--prefetch-steps": (cfg.data.prefetch_steps, 1),
-        "--train-iters": (cfg.training.train_iters, 1),
-        "--global-batch-size": (cfg.training.global_batch_size, 1),
-        "--seed": (cfg.training.seed, 0),
-        "--log-interval": (cfg.training.log_interval, 1),
-        "--save-interval": (cfg.training.save_interval, 1),
-        "--exit-interval": (cfg.training.exit_interval, 1),
-        "--eval-interval": (cfg.training.eval_interval, 1),
-        "--eval-iters": (cfg.training.eval_iters, 1),
-        "--profile-step-start": (cfg.training.profile_step_start, 0),
-        "--distributed-timeout-minutes": (cfg.training.distributed_timeout_minutes, 1),
-        "--ckpt-step": (cfg.checkpoint.ckpt_step, 0),
-        "--lr-warmup-iters": (cfg.optimizer.lr_warmup_iters, 0),
-        "--lr-decay-iters": (cfg.optimizer.lr_decay_iters, 1),
-        "--min-lr": (cfg.optimizer.min_lr, 0.0),
-        "--weight-decay": (cfg.optimizer.weight_decay, 0.0),
-        "--clip-grad": (cfg.optimizer.clip_grad, 0.0),
-        "--moe-aux-loss-coeff": (cfg.parallel.moe_aux_loss_coeff, 0.0),
-        "--router-window": (cfg.stage.router_window, 1),
-        "--recompute-num-layers": (cfg.parallel.recompute_num_layers, 1),
-        "--encoder-chunk-tiles": (cfg.model.encoder_chunk_tiles, 1),
-        "--kl-chunk-rows": (cfg.stage.kl_chunk_rows, 1),
-    }
-    for flag, (value, least) in at_least.items():
-        # Written so that NaN fails too.
-        if value is not None and not (value >= least and math.isfinite(value)):
-            raise ConfigError(f"{flag} is {value}, expected {least} or more.")
-    for flag, value in (("--lr", cfg.optimizer.lr), ("--adam-eps", cfg.optimizer.adam_eps)):
-        if not (value > 0 and math.isfinite(value)):
-            raise ConfigError(f"{flag} is {value}, expected more than 0.")
-    below_one = {
-        "--drop-path-rate": cfg.model.drop_path_rate,
-        "--adam-beta1": cfg.optimizer.adam_beta1,
-        "--adam-beta2": cfg.optimizer.adam_beta2,
-    }
-    for flag, value in below_one.items():
-        if not 0.0 <= value < 1.0:
-            raise ConfigError(f"{flag} is {value}, expected a number in [0, 1).")
-    if not 0.0 <= cfg.data.max_skipped_share <= 1.0:
-        raise ConfigError(
-            f"--max-skipped-share is {cfg.data.max_skipped_share}, expected a number in [0, 1]."
-        )
-    if not 0.0 <= cfg.stage.router_percentile <= 100.0:
-        raise ConfigError(
-            f"--router-percentile is {cfg.stage.router_percentile}, expected a number in [0, 100]."
-        )
-    if not cfg.stage.router_eps >= 0.0:
-        raise ConfigError(f"--router-eps is {cfg.stage.router_eps}, expected 0 or more.")
-
-
-def _check_stage(cfg: RunConfig) -> None:
-    options, stage, spec = cfg.stage, cfg.stage.stage, cfg.stage.spec
-    if options.train_modules is not None:
-        if not options.train_modules or len(set(options.train_modules)) < len(
-            options.train_modules
-        ):
-            raise ConfigError(
-                f"--train-modules is {options.train_modules}, expected one or more modules, each"
-                " once."
+def _stage(run: _Run) -> Problems:
+    cfg, stage_options, spec = run.cfg, run.cfg.stage, run.cfg.stage.spec
+    stage, modules = stage_options.stage, stage_options.train_modules
+    if modules is not None and (not modules or len(set(modules)) < len(modules)):
+        yield f"--train-modules is {modules}, expected one or more modules, each once."
+    for module in modules or ():
+        if module not in spec.trainable:
+            yield (
+                f"--train-modules {module}: stage {stage!r} can train"
+                f" {', '.join(spec.trainable)} only."
             )
-        for module in options.train_modules:
-            if module not in spec.trainable:
-                raise ConfigError(
-                    f"--train-modules {module}: stage {stage!r} can train"
-                    f" {', '.join(spec.trainable)} only."
-                )
-    _check_options_of_stage(options, StageOptions(), stage=stage)
-    _check_options_of_stage(cfg.parallel, ParallelOptions(), stage=stage)
-    if cfg.model.drop_path_rate and "vit" not in options.trained:
-        raise ConfigError(
+    for name in {name: None for each in STAGES.values() for name in each.options}:
+        if name not in spec.options and _is_set(cfg, name):
+            where = ", ".join(other for other, each in STAGES.items() if name in each.options)
+            yield (
+                f"{flag_of(name)} has no effect in stage {stage!r} (only in {where}); leave it out."
+            )
+    if cfg.model.drop_path_rate and "vit" not in stage_options.trained:
+        trainable = "vit" in spec.trainable
+        yield (
             f"--drop-path-rate {cfg.model.drop_path_rate} has no effect: the vision tower is"
-            " frozen; leave it out, or "
-            + (
-                "train it: --train-modules vit ..."
-                if "vit" in spec.trainable
-                else "use another stage"
-            )
-            + "."
+            " frozen; leave it out, or"
+            f" {'train it: --train-modules vit ...' if trainable else 'use another stage'}."
         )
 
 
-def _check_options_of_stage(given: object, defaults: object, *, stage: Stage) -> None:
-    """Options of a section that are set, and act in other stages only."""
-    for name in {name: None for spec in STAGES.values() for name in spec.options}:
-        if name in STAGES[stage].options or not hasattr(given, name):
-            continue
-        if getattr(given, name) != getattr(defaults, name):
-            where = ", ".join(other for other, spec in STAGES.items() if name in spec.options)
-            raise ConfigError(
-                f"--{name.replace('_', '-')} has no effect in stage {stage!r} (only in {where});"
-                " leave it out."
-            )
-
-
-def _check_frozen(cfg: RunConfig, model: ModelConfig) -> None:
+def _frozen(run: _Run) -> Problems:
     """Settings of the language model's training, where it is not trained."""
-    options, trained = cfg.stage, "language_model" in cfg.stage.trained
+    cfg, stage = run.cfg, run.cfg.stage
     settings = {
         "--moe-aux-loss-coeff": bool(cfg.parallel.moe_aux_loss_coeff),
-        "--freeze-moe-router": options.freeze_moe_router,
+        "--freeze-moe-router": stage.freeze_moe_router,
         # The encoder's gradients arrive after the schedule, when there is nothing left to overlap
         # with.
         "--overlap-grad-reduce": cfg.parallel.overlap_grad_reduce,
         "--overlap-param-gather": cfg.parallel.overlap_param_gather,
     }
     for flag, given in settings.items():
-        if given and not trained:
-            raise ConfigError(f"{flag} has no effect: the language model is frozen; leave it out.")
-    if options.freeze_moe_router and model.language.num_experts is None:
-        raise ConfigError(
-            f"--freeze-moe-router has no effect: {model.name} has no experts; leave it out."
-        )
-    own = options.reference_load not in (None, cfg.checkpoint.pretrained_checkpoint)
-    if (
-        options.reference_offload != "none"
-        and options.spec.reference == "start"
-        and not trained
-        and not own
-    ):
-        raise ConfigError(
-            f"--reference-offload {options.reference_offload} has no effect: the language model is"
+        if given and not run.trains_language_model:
+            yield f"{flag} has no effect: the language model is frozen; leave it out."
+    if stage.freeze_moe_router and not run.has_experts:
+        yield f"--freeze-moe-router has no effect: {run.model.name} has no experts; leave it out."
+    own = stage.reference_load not in (None, cfg.checkpoint.pretrained_checkpoint)
+    shares = stage.spec.reference == "start" and not run.trains_language_model and not own
+    if stage.reference_offload != "none" and shares:
+        yield (
+            f"--reference-offload {stage.reference_offload} has no effect: the language model is"
             " frozen, so that policy and reference share its weights; leave it out."
         )
 
 
-def _check_lr_mult(options: StageOptions) -> None:
-    trained = options.trained
+def _lr_mult(run: _Run) -> Problems:
+    trained = run.cfg.stage.trained
     seen = set()
-    for item in options.lr_mult:
+    for item in run.cfg.stage.lr_mult:
         module, equals, factor = item.partition("=")
         if not equals:
-            raise ConfigError(
-                f"--lr-mult {item!r}: expected MODULE=FACTOR, such as connector_16x=3."
-            )
+            yield f"--lr-mult {item!r}: expected MODULE=FACTOR, such as connector_16x=3."
         if module not in MODULES:
-            raise ConfigError(
+            yield (
                 f"--lr-mult {item!r}: unknown module{nearest(module, MODULES)} (known:"
                 f" {', '.join(MODULES)})."
             )
         if module not in trained:
-            raise ConfigError(
+            yield (
                 f"--lr-mult {item!r} has no effect: {module} is frozen (trained:"
                 f" {', '.join(trained)}); leave it out, or name it in --train-modules."
             )
@@ -280,229 +203,197 @@ def _check_lr_mult(options: StageOptions) -> None:
         except ValueError:
             value = math.nan
         if not (value > 0 and math.isfinite(value)):
-            raise ConfigError(
-                f"--lr-mult {item!r}: the factor is {factor!r}, expected a number above 0."
-            )
+            yield f"--lr-mult {item!r}: the factor is {factor!r}, expected a number above 0."
         if module in seen:
-            raise ConfigError(f"--lr-mult names {module} twice; name it once.")
+            yield f"--lr-mult names {module} twice; name it once."
         seen.add(module)
 
 
-def _check_data(cfg: RunConfig, model: ModelConfig) -> None:
-    data = cfg.data
+def _data(run: _Run) -> Problems:
+    data, per_tile = run.cfg.data, run.model.visual_tokens_per_tile
     thumbnail = int(data.use_thumbnail and data.max_dynamic_patch > 1)
     tiles = data.max_dynamic_patch + thumbnail
     if tiles > data.max_tiles_per_pack:
-        raise ConfigError(
+        yield (
             f"--max-tiles-per-pack {data.max_tiles_per_pack} is less than the {tiles} tiles of one"
             f" large image (--max-dynamic-patch {data.max_dynamic_patch} and {thumbnail}"
             f" thumbnail); use {tiles} or more."
         )
-    tokens = tiles * model.visual_tokens_per_tile
-    if tokens > data.seq_length:
-        raise ConfigError(
-            f"--seq-length {data.seq_length} is less than the {tokens} visual tokens of one large"
-            f" image ({tiles} tiles of {model.visual_tokens_per_tile}); use more, or"
-            f" --max-dynamic-patch {max(1, data.seq_length // model.visual_tokens_per_tile - 1)}."
+    if tiles * per_tile > data.seq_length:
+        yield (
+            f"--seq-length {data.seq_length} is less than the {tiles * per_tile} visual tokens of"
+            f" one large image ({tiles} tiles of {per_tile}); use more, or --max-dynamic-patch"
+            f" {max(1, data.seq_length // per_tile - 1)}."
         )
-    for flag, value in (
-        ("--eval-interval", cfg.training.eval_interval),
-        ("--eval-iters", cfg.training.eval_iters),
-    ):
+    for name in ("eval_interval", "eval_iters"):
+        value = getattr(run.cfg.training, name)
         if value is not None and not data.valid_data_path:
-            raise ConfigError(
-                f"{flag} {value} has no effect without --valid-data-path; add it, or leave this"
-                " out."
+            yield (
+                f"{flag_of(name)} {value} has no effect without --valid-data-path; add it, or leave"
+                " this out."
             )
 
 
-def _check_recompute(cfg: RunConfig, model: ModelConfig) -> None:
-    parallel, moe = cfg.parallel, model.language.num_experts is not None
-    granularity = parallel.recompute_granularity
-    if granularity != "full" and (parallel.recompute_method or parallel.recompute_num_layers):
-        raise ConfigError(
+def _reading(data: DataOptions) -> Problems:
+    if data.num_workers == 0 and data.prefetch_steps != DataOptions().prefetch_steps:
+        yield (
+            f"--prefetch-steps {data.prefetch_steps} has no effect without workers; leave it out,"
+            " or set --num-workers."
+        )
+    if (data.data_cache_dir is None) != (data.data_cache_gb is None):
+        yield (
+            f"--data-cache-dir {data.data_cache_dir} and --data-cache-gb {data.data_cache_gb}"
+            " belong together; set both."
+        )
+    paths = (*data.data_path, *data.valid_data_path)
+    is_remote = any("://" in path or path.endswith(".json") for path in paths)
+    if data.data_cache_dir is not None and data.data_path and not is_remote:
+        yield (
+            f"--data-cache-dir {data.data_cache_dir} has no effect: no --data-path is a URL; leave"
+            " it out, or write file:///... for a folder of a slow file system."
+        )
+
+
+def _recompute(run: _Run) -> Problems:
+    parallel, name = run.cfg.parallel, run.model.name
+    granularity, num_layers = parallel.recompute_granularity, parallel.recompute_num_layers
+    if granularity != "full" and (parallel.recompute_method or num_layers):
+        yield (
             "--recompute-method and --recompute-num-layers belong to --recompute-granularity full,"
             f" found {granularity}; leave them out, or use full."
         )
-    if granularity == "full":
-        if parallel.recompute_method is None or parallel.recompute_num_layers is None:
-            raise ConfigError(
-                "--recompute-granularity full needs --recompute-method and --recompute-num-layers; "
-                "add --recompute-method uniform --recompute-num-layers 1."
-            )
-        chunks = virtual_stages(cfg, model.language) or 1
-        layers = (layers_of_a_stage(cfg, model.language) or model.language.num_layers) // chunks
-        if parallel.recompute_num_layers > layers:
-            part = (
-                "pipeline stage"
-                if chunks == 1
-                else f"chunk of a pipeline stage ({chunks} chunks a stage)"
-            )
-            raise ConfigError(
-                f"--recompute-num-layers {parallel.recompute_num_layers} is more than the {layers}"
-                f" layers of a {part} of {model.name}; use {layers} or fewer."
-            )
+    if granularity == "full" and (parallel.recompute_method is None or num_layers is None):
+        yield (
+            "--recompute-granularity full needs --recompute-method and --recompute-num-layers;"
+            " add --recompute-method uniform --recompute-num-layers 1."
+        )
+    chunks = virtual_stages(run.cfg, run.model.language) or 1
+    layers = layers_of_a_stage(run.cfg, run.model.language) or run.model.language.num_layers
+    if granularity == "full" and num_layers is not None and num_layers > layers // chunks:
+        part = f"chunk of a pipeline stage ({chunks} chunks a stage)"
+        yield (
+            f"--recompute-num-layers {num_layers} is more than the {layers // chunks} layers of a"
+            f" {part if chunks > 1 else 'pipeline stage'} of {name}; use {layers // chunks} or"
+            " fewer."
+        )
     if granularity != "selective" and parallel.recompute_modules:
-        raise ConfigError(
+        yield (
             "--recompute-modules belongs to --recompute-granularity selective, found"
             f" {granularity}; leave it out, or use selective."
         )
     for module in parallel.recompute_modules:
         if module not in RECOMPUTE_MODULES:
-            raise ConfigError(
-                f"--recompute-modules {module!r} is unknown{nearest(module, RECOMPUTE_MODULES)} "
-                f"(known: {', '.join(RECOMPUTE_MODULES)})."
+            yield (
+                f"--recompute-modules {module!r} is unknown{nearest(module, RECOMPUTE_MODULES)}"
+                f" (known: {', '.join(RECOMPUTE_MODULES)})."
             )
-        if (module in ("moe", "moe_act") and not moe) or (module == "mlp" and moe):
-            fitting = "mlp" if not moe else "moe"
-            raise ConfigError(
-                f"--recompute-modules {module} has no effect on {model.name}; use {fitting}."
-            )
-    if "moe_act" in parallel.recompute_modules and not cfg.transformer.moe_grouped_gemm:
-        raise ConfigError(
-            "--recompute-modules moe_act needs --moe-grouped-gemm; add it, or use moe."
-        )
+        if module in (("mlp",) if run.has_experts else ("moe", "moe_act")):
+            fitting = "moe" if run.has_experts else "mlp"
+            yield f"--recompute-modules {module} has no effect on {name}; use {fitting}."
+    if "moe_act" in parallel.recompute_modules and not run.cfg.transformer.moe_grouped_gemm:
+        yield "--recompute-modules moe_act needs --moe-grouped-gemm; add it, or use moe."
 
 
-def _check_optimizer(cfg: RunConfig) -> None:
-    optimizer, parallel, state = cfg.optimizer, cfg.parallel, cfg.optimizer_state
+def _optimizer(cfg: RunConfig) -> Problems:
+    optimizer, state = cfg.optimizer, cfg.optimizer_state
     if optimizer.min_lr > optimizer.lr:
-        raise ConfigError(
-            f"--min-lr {optimizer.min_lr} is more than --lr {optimizer.lr}; use at most --lr."
-        )
+        yield f"--min-lr {optimizer.min_lr} is more than --lr {optimizer.lr}; use at most --lr."
     decay = optimizer.lr_decay_iters or cfg.training.train_iters
     if optimizer.lr_warmup_iters >= decay and optimizer.lr_warmup_iters:
-        raise ConfigError(
+        yield (
             f"--lr-warmup-iters {optimizer.lr_warmup_iters} leaves nothing of the {decay} steps of"
             " decay; use fewer."
         )
-    if parallel.overlap_param_gather and not (
-        optimizer.use_distributed_optimizer and parallel.overlap_grad_reduce
+    if cfg.parallel.overlap_param_gather and not (
+        optimizer.use_distributed_optimizer and cfg.parallel.overlap_grad_reduce
     ):
-        raise ConfigError(
-            "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce; "
-            "add both, or leave it out."
+        yield (
+            "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce;"
+            " add both, or leave it out."
         )
     if state.optimizer_cpu_offload and not state.optimizer_offload_fraction:
         # Megatron's own flag defaults to 1.0, megatron-core's field to 0.0: without it nothing
         # would move.
-        raise ConfigError(
+        yield (
             "--optimizer-cpu-offload moves nothing without --optimizer-offload-fraction; add it"
             " (1.0: all)."
         )
-    precision_aware = bool(state.use_precision_aware_optimizer)
-    if precision_aware and not optimizer.use_distributed_optimizer:
-        raise ConfigError(
-            "--use-precision-aware-optimizer needs --use-distributed-optimizer; add it."
-        )
+    if state.use_precision_aware_optimizer and not optimizer.use_distributed_optimizer:
+        yield "--use-precision-aware-optimizer needs --use-distributed-optimizer; add it."
     for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
         dtype = getattr(state, name)
-        if dtype not in (None, "fp32") and not precision_aware:
-            raise ConfigError(
-                f"{flag_of(name)} {dtype} needs --use-precision-aware-optimizer; add it."
-            )
+        if dtype not in (None, "fp32") and not state.use_precision_aware_optimizer:
+            yield f"{flag_of(name)} {dtype} needs --use-precision-aware-optimizer; add it."
 
 
-def _check_precision(cfg: RunConfig) -> None:
-    if cfg.parallel.fp8_format is None:
+def _fp8(cfg: RunConfig) -> Problems:
+    fp8 = cfg.parallel.fp8_format
+    if fp8 is None:
         for name, value in vars(cfg.transformer).items():
             if "fp8" in name and value:
-                raise ConfigError(
-                    f"{flag_of(name)} has no effect without --fp8-format; add it, or leave"
-                    " this out."
+                yield (
+                    f"{flag_of(name)} has no effect without --fp8-format; add it, or leave this"
+                    " out."
                 )
         return
     if not cfg.training.bf16:
-        raise ConfigError(
-            f"--fp8-format {cfg.parallel.fp8_format} needs --bf16 for all that is not FP8; add it."
-        )
+        yield f"--fp8-format {fp8} needs --bf16 for all that is not FP8; add it."
     if cfg.model.attention == "sdpa":
-        raise ConfigError(
-            f"--fp8-format {cfg.parallel.fp8_format} needs TransformerEngine's layers, which"
-            " --attention sdpa leaves out; use --attention auto."
+        yield (
+            f"--fp8-format {fp8} needs TransformerEngine's layers, which --attention sdpa leaves"
+            " out; use --attention auto."
         )
 
 
-def _check_passed_on(cfg: RunConfig, model: ModelConfig) -> None:
-    given = cfg.transformer
-    if model.language.num_experts is None:
-        for name, value in vars(given).items():
-            if name.startswith("moe_") and value is not None:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} has no effect: {model.name} has no experts; leave"
-                    " it out."
-                )
-    offload, modules = given.fine_grained_activation_offloading, given.offload_modules
-    if bool(offload) != bool(modules):
-        raise ConfigError(
+def _passed_on(run: _Run) -> Problems:
+    given = run.cfg.transformer
+    for name, value in vars(given).items():
+        if name.startswith("moe_") and value is not None and not run.has_experts:
+            yield f"{flag_of(name)} has no effect: {run.model.name} has no experts; leave it out."
+    if bool(given.fine_grained_activation_offloading) != bool(given.offload_modules):
+        yield (
             "--fine-grained-activation-offloading and --offload-modules belong together; give both"
             " (such as --offload-modules core_attn attn_proj) or neither."
         )
 
 
-def _check_checkpoints(cfg: RunConfig) -> None:
+def _checkpoints(cfg: RunConfig) -> Problems:
     files = cfg.checkpoint
     if files.ckpt_step is not None and files.load is None:
-        raise ConfigError(
-            f"--ckpt-step {files.ckpt_step} chooses a step of --load, which is not set; set it."
-        )
+        yield f"--ckpt-step {files.ckpt_step} chooses a step of --load, which is not set; set it."
     if cfg.data.override_data_state and files.load is None:
-        raise ConfigError(
-            "--override-data-state is about a run that goes on, but --load is not set; set it."
-        )
+        yield "--override-data-state is about a run that goes on, but --load is not set; set it."
     if cfg.training.save_interval is not None and files.save is None:
-        raise ConfigError(
-            f"--save-interval {cfg.training.save_interval} needs --save; set it to a folder."
-        )
+        yield f"--save-interval {cfg.training.save_interval} needs --save; set it to a folder."
 
 
-def _check_profile(cfg: RunConfig, world_size: int) -> None:
-    options, defaults = cfg.training, TrainingOptions()
-    if not options.profile:
+def _profile(run: _Run) -> Problems:
+    training = run.cfg.training
+    if not training.profile:
         for name in ("profile_step_start", "profile_step_end", "profile_ranks"):
-            if getattr(options, name) != getattr(defaults, name):
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} has no effect without --profile; add it, or leave"
-                    " both out."
+            if _is_set(run.cfg, name):
+                yield (
+                    f"{flag_of(name)} has no effect without --profile; add it, or leave both out."
                 )
         return
-    if cfg.checkpoint.save is None:
-        raise ConfigError("--profile writes to <save>/trace, but --save is not set; set it.")
-    start, end = options.profile_step_start, options.profile_step_end
+    if run.cfg.checkpoint.save is None:
+        yield "--profile writes to <save>/trace, but --save is not set; set it."
+    start, end = training.profile_step_start, training.profile_step_end
     if end <= start:
-        raise ConfigError(
-            f"--profile-step-end is {end}, expected more than --profile-step-start, {start}."
-        )
-    if end > options.train_iters:
-        raise ConfigError(
-            f"--profile-step-end {end} is never reached: --train-iters is {options.train_iters};"
+        yield f"--profile-step-end is {end}, expected more than --profile-step-start, {start}."
+    if end > training.train_iters:
+        yield (
+            f"--profile-step-end {end} is never reached: --train-iters is {training.train_iters};"
             " use at most that."
         )
-    for rank in options.profile_ranks:
-        if not 0 <= rank < world_size:
-            raise ConfigError(f"--profile-ranks {rank}: the run has ranks 0 to {world_size - 1}.")
+    for rank in training.profile_ranks:
+        if not 0 <= rank < run.world_size:
+            yield f"--profile-ranks {rank}: the run has ranks 0 to {run.world_size - 1}."
 
 
-def _check_reading(data: DataOptions) -> None:
-    if data.num_workers == 0 and data.prefetch_steps != DataOptions().prefetch_steps:
-        raise ConfigError(
-            f"--prefetch-steps {data.prefetch_steps} has no effect without workers; leave it out,"
-            " or set --num-workers."
-        )
-    if (data.data_cache_dir is None) != (data.data_cache_gb is None):
-        raise ConfigError(
-            f"--data-cache-dir {data.data_cache_dir} and --data-cache-gb {data.data_cache_gb} "
-            "belong together; set both."
-        )
-    if (
-        data.data_cache_dir is not None
-        and data.data_path
-        and not any(
-            "://" in path or path.endswith(".json")
-            for path in (*data.data_path, *data.valid_data_path)
-        )
-    ):
-        raise ConfigError(
-            f"--data-cache-dir {data.data_cache_dir} has no effect: no --data-path is a URL; leave"
-            " it out, or write file:///... for a folder of a slow file system."
-        )
+def _is_set(cfg: RunConfig, name: str) -> bool:
+    """Whether an option has another value than its default."""
+    section = options()[name].section
+    return bool(
+        getattr(getattr(cfg, section), name) != getattr(getattr(RunConfig(), section), name)
+    )

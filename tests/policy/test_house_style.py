@@ -16,8 +16,6 @@ REMOTE_CODE = ROOT / "megatron_vico" / "convert" / "remote_code"
 LONG_FILES = {
     "benchmarks/step.py",
     "megatron_vico/checkpoint/training_checkpoint.py",
-    "megatron_vico/config/layout.py",
-    "megatron_vico/config/validate.py",
     "megatron_vico/convert/convert.py",
     "megatron_vico/convert/huggingface/safetensors_folder.py",
     "megatron_vico/data/shards/storage.py",
@@ -26,7 +24,6 @@ LONG_FILES = {
     "megatron_vico/shard_tools/verify.py",
     "megatron_vico/shard_tools/writer.py",
     "tests/parity/test_remote_code.py",
-    "tests/unit/config/test_validate.py",
     "tests/unit/convert/test_streaming.py",
     "tests/unit/models/heads/test_kl.py",
 }

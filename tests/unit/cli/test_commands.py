@@ -237,7 +237,7 @@ def test_check_needs_neither_gpu_nor_ranks(capsys: pytest.CaptureFixture[str]) -
     )
     assert "the trainer" not in shown
     assert main([*words, "--world-size", "31"]) == 2
-    assert "use 16 or 32 ranks" in capsys.readouterr().err
+    assert "use 30 or 32 ranks" in capsys.readouterr().err
     assert main([*words, "--world-size", "32", "--bf16", "--fp8-format", "hybrid"]) == 0
     assert (
         "note: --fp8-format hybrid: checked by `vico train --check`, but not trained"

@@ -10,14 +10,20 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from megatron_vico.checkpoint import run_folder, training_checkpoint
+from megatron_vico.checkpoint.run_folder import (
+    CheckpointMetadata,
+    has_checkpoint,
+    latest_iteration,
+    read_metadata,
+)
+from megatron_vico.checkpoint.training_checkpoint import load_weights, save_checkpoint
 from megatron_vico.config.schema import ParallelOptions
 from megatron_vico.errors import CheckpointError
 from megatron_vico.files import read_json, write_json
 from megatron_vico.parallel.groups import Groups, started
 from tests.checkpoint_runs import Training, make_training
 
-WEIGHTS = training_checkpoint.CheckpointMetadata(model_size="toy-6b", stage="converted")
+LATEST = "latest_checkpointed_iteration.txt"
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +60,8 @@ def test_resume_is_exact(
         one.step(number)
         other.step(number)
     assert_same(one, other)
-    assert [group["lr"] for group in one.optimizer.param_groups] == [
-        group["lr"] for group in other.optimizer.param_groups
-    ]
+    rates = [[group["lr"] for group in each.optimizer.param_groups] for each in (one, other)]
+    assert rates[0] == rates[1]
 
 
 def test_without_the_optimizers_state_the_steps_differ(groups: Groups, tmp_path: Path) -> None:
@@ -64,13 +69,12 @@ def test_without_the_optimizers_state_the_steps_differ(groups: Groups, tmp_path:
     one, other = (make_training("toy-6b", groups=groups, seed=seed) for seed in (1, 2))
     one.step(0)
     one.save(tmp_path, 1)
-    training_checkpoint.load_weights(tmp_path, modules=other.modules, model_size="toy-6b")
+    load_weights(tmp_path, modules=other.modules, model_size="toy-6b")
     assert_same(one, other)
     one.step(1)
     other.step(1)
-    assert not torch.equal(
-        one.tensors()["encoder.vit.class_token"], other.tensors()["encoder.vit.class_token"]
-    )
+    name = "encoder.vit.class_token"
+    assert not torch.equal(one.tensors()[name], other.tensors()[name])
 
 
 @pytest.mark.parametrize("frozen", ["language_model", "encoder"])
@@ -88,48 +92,40 @@ def test_frozen_modules_are_saved_without_optimizer(
     assert_same(one, other)
 
 
-def test_one_module_alone_can_be_loaded(groups: Groups, tmp_path: Path) -> None:
+def test_modules_alone_or_whole_can_be_loaded(groups: Groups, tmp_path: Path) -> None:
+    """Also a module instead of its chunks."""
     one, other = (make_training("toy-6b", groups=groups, seed=seed) for seed in (1, 2))
     one.save(tmp_path, 1)
     before = other.tensors()
-    training_checkpoint.load_weights(
-        tmp_path, modules={"encoder": other.modules["encoder"]}, model_size="toy-6b"
-    )
+    whole = {name: chunks[0] for name, chunks in other.modules.items()}
+    load_weights(tmp_path, modules={"encoder": whole["encoder"]}, model_size="toy-6b")
     for name, tensor in other.tensors().items():
         expected = one.tensors() if name.startswith("encoder.") else before
         assert torch.equal(tensor, expected[name]), name
-
-
-def test_what_is_in_a_folder(groups: Groups, tmp_path: Path) -> None:
-    one = make_training("toy-6b", groups=groups, seed=1)
-    assert not run_folder.has_checkpoint(tmp_path)
-    folder = one.save(tmp_path, 12)
-    assert run_folder.has_checkpoint(tmp_path)
-    assert folder == tmp_path / "iter_0000012"
-    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "12\n"
-    assert (folder / "config.yaml").read_text() == "a: 1\n"
-    expected = training_checkpoint.CheckpointMetadata(
-        model_size="toy-6b",
-        stage="consistency",
-        has_optimizer=True,
-        iteration=12,
-        layout="1 rank",
-        optimizer="replicated",
-    )
-    assert training_checkpoint.read_metadata(tmp_path) == expected
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "iter_0000012",
-        "latest_checkpointed_iteration.txt",
-    ]
+    load_weights(tmp_path, modules=whole, model_size="toy-6b")
+    assert_same(one, other)
 
 
 def test_a_step_can_be_chosen_and_written_again(groups: Groups, tmp_path: Path) -> None:
     one, other = (make_training("toy-6b", groups=groups, seed=seed) for seed in (1, 2))
+    assert not has_checkpoint(tmp_path)
     one.step(0)
     first = one.tensors()
-    one.save(tmp_path, 1)
+    folder = one.save(tmp_path, 1)
+    assert has_checkpoint(tmp_path)
+    assert folder == tmp_path / "iter_0000001"
+    assert (folder / "config.yaml").read_text() == "a: 1\n"
+    assert read_metadata(tmp_path) == CheckpointMetadata(
+        model_size="toy-6b",
+        stage="consistency",
+        has_optimizer=True,
+        iteration=1,
+        layout="1 rank",
+        optimizer="replicated",
+    )
     one.step(1)
     one.save(tmp_path, 2)
+    assert (tmp_path / LATEST).read_text() == "2\n"
     other.load(tmp_path, 1)
     assert all(torch.equal(tensor, first[name]) for name, tensor in other.tensors().items())
     other.load(tmp_path)
@@ -138,83 +134,51 @@ def test_a_step_can_be_chosen_and_written_again(groups: Groups, tmp_path: Path) 
     one.save(tmp_path, 2)
     other.load(tmp_path)
     assert_same(one, other)
-    assert len(list(tmp_path.iterdir())) == 3
-
-
-def test_weights_only_cannot_be_resumed(groups: Groups, tmp_path: Path) -> None:
-    one = make_training("toy-6b", groups=groups, seed=1)
-    training_checkpoint.save_checkpoint(tmp_path, 0, modules=one.modules, metadata=WEIGHTS)
-    with pytest.raises(CheckpointError, match="holds weights only"):
-        one.load(tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["iter_0000001", "iter_0000002", LATEST]
 
 
 def test_another_optimizer_cannot_resume(groups: Groups, tmp_path: Path) -> None:
     one = make_training("toy-6b", groups=groups, seed=1)
-    for number, kind in enumerate(({"frozen": "encoder"}, {"optimizer": "sharded"})):
+    weights = CheckpointMetadata(model_size="toy-6b", stage="converted")
+    save_checkpoint(tmp_path, 0, modules=one.modules, metadata=weights)
+    with pytest.raises(CheckpointError, match="holds weights only"):
+        one.load(tmp_path)
+    sharded = "of a distributed optimizer, this run's is replicated"
+    for number, (kind, message) in enumerate(
+        (({"frozen": "encoder"}, "lacks optimizer"), ({"optimizer": "sharded"}, sharded)), start=1
+    ):
         other = make_training("toy-6b", groups=groups, seed=1, **kind)
         other.step(0)
         other.save(tmp_path, number)
-        message = (
-            "lacks optimizer"
-            if "frozen" in kind
-            else "of a distributed optimizer, this run's is replicated"
-        )
         with pytest.raises(CheckpointError, match=message):
             one.load(tmp_path)
-
-
-def test_metadata_from_before_layout_and_optimizer_were_noted(
-    groups: Groups, tmp_path: Path
-) -> None:
-    one, other = (make_training("toy-6b", groups=groups, seed=seed) for seed in (1, 2))
+    # As it was written before the optimizer was noted: its tensors tell.
     one.step(0)
-    path = one.save(tmp_path, 1) / "checkpoint.json"
-    contents = read_json(path)
-    del contents["layout"], contents["optimizer"]
-    write_json(path, contents)
-    other.load(tmp_path)
-    assert_same(one, other)
-    sharded = make_training("toy-6b", groups=groups, seed=2, optimizer="sharded")
+    path = one.save(tmp_path, 3) / "checkpoint.json"
+    write_json(path, {key: value for key, value in read_json(path).items() if key != "optimizer"})
+    one.load(tmp_path)
     with pytest.raises(CheckpointError, match=r"lacks optimizer\.state\.param"):
-        sharded.load(tmp_path)
-
-
-def test_chunks_are_stored_as_the_whole_module_is(groups: Groups, tmp_path: Path) -> None:
-    one, other = (make_training("toy-6b", groups=groups, seed=seed) for seed in (1, 2))
-    one.save(tmp_path, 1)
-    whole = {name: chunks[0] for name, chunks in other.modules.items()}
-    training_checkpoint.load_weights(tmp_path, modules=whole, model_size="toy-6b")
-    assert_same(one, other)
+        other.load(tmp_path)
 
 
 def test_another_size_is_refused(groups: Groups, tmp_path: Path) -> None:
-    make_training("toy-6b", groups=groups, seed=1).save(tmp_path, 1)
+    folder = make_training("toy-6b", groups=groups, seed=1).save(tmp_path, 1)
     other = make_training("toy-moe", groups=groups, seed=1)
     with pytest.raises(CheckpointError, match="is of toy-6b, this run is of toy-moe"):
         other.load(tmp_path)
-    with pytest.raises(CheckpointError, match="is of toy-6b, this run is of toy-moe"):
-        training_checkpoint.load_weights(tmp_path, modules=other.modules, model_size="toy-moe")
-
-
-def test_tensors_that_do_not_fit_are_listed(groups: Groups, tmp_path: Path) -> None:
-    """Whatever the metadata says."""
-    folder = make_training("toy-6b", groups=groups, seed=1).save(tmp_path, 1)
     path = folder / "checkpoint.json"
-    for size, message in (
-        ("toy-moe", r"it lacks .*linear_qkv\.bias.* has, beyond the model, .*q_layernorm\.weight"),
-        ("toy", r"it lacks .*linear_qkv\.bias"),
+    # Whatever the metadata says, the tensors are compared.
+    for size, names, message in (
+        ("toy-moe", None, r"it lacks .*qkv\.bias.* has, beyond the model, .*q_layernorm\.weight"),
+        ("toy", None, r"it lacks .*linear_qkv\.bias"),
+        ("toy", "language_model", r"linear_qkv\.layer_norm_weight is \(4, 48\), .* \(3, 128\)"),
     ):
         write_json(path, read_json(path) | {"model_size": size})
         modules = make_training(size, groups=groups, seed=1).modules
+        chosen = {name: modules[name] for name in modules if names in (None, name)}
         with pytest.raises(CheckpointError, match=message):
-            training_checkpoint.load_weights(tmp_path, modules=modules, model_size=size)
-    language = {
-        "language_model": make_training("toy", groups=groups, seed=1).modules["language_model"]
-    }
-    with pytest.raises(
-        CheckpointError, match=r"linear_qkv\.layer_norm_weight is \(4, 48\), .* \(3, 128\)"
-    ):
-        training_checkpoint.load_weights(tmp_path, modules=language, model_size="toy")
+            load_weights(tmp_path, modules=chosen, model_size=size)
 
 
 def test_what_is_no_checkpoint(groups: Groups, tmp_path: Path) -> None:
@@ -223,34 +187,23 @@ def test_what_is_no_checkpoint(groups: Groups, tmp_path: Path) -> None:
         one.load(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="not a checkpoint folder"):
         one.load(tmp_path)
+    one.step(0)
     folder = one.save(tmp_path, 3)
     with pytest.raises(
         CheckpointError,
         match=r"iter_0000004 is no finished checkpoint; finished here: iter_0000003\.",
     ):
         one.load(tmp_path, 4)
-    (folder / ".metadata").write_bytes(b"nonsense")
-    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
-        one.load(tmp_path)
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
-    with pytest.raises(CheckpointError, match="holds 'release', expected a step"):
-        one.load(tmp_path)
-
-
-def test_file_cut_short(groups: Groups, tmp_path: Path) -> None:
-    one = make_training("toy-6b", groups=groups, seed=1)
-    one.step(0)
-    for file in one.save(tmp_path, 3).glob("*.distcp"):
+    for file in folder.glob("*.distcp"):
         os.truncate(file, file.stat().st_size // 2)
     with pytest.raises(CheckpointError, match=r"could not read .*iter_0000003"):
         one.load(tmp_path)
-
-
-def test_metadata_of_another_version(groups: Groups, tmp_path: Path) -> None:
-    path = make_training("toy-6b", groups=groups, seed=1).save(tmp_path, 3) / "checkpoint.json"
-    write_json(path, read_json(path) | {"format_version": 99})
-    with pytest.raises(CheckpointError, match="format version 99, this program reads 1"):
-        training_checkpoint.read_metadata(tmp_path)
+    (folder / ".metadata").write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        one.load(tmp_path)
+    (tmp_path / LATEST).write_text("release")
+    with pytest.raises(CheckpointError, match="holds 'release', expected a step"):
+        one.load(tmp_path)
 
 
 @pytest.mark.parametrize("where", ["tensors", "index", "rename"])
@@ -266,32 +219,32 @@ def test_full_disk_leaves_the_last_good_checkpoint(
     def no_space(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    owner, name = {
+        "tensors": (filesystem_async, "_write_item"),
+        "index": (filesystem_async.FileSystemWriterAsync, "finish"),
+        "rename": (os, "rename"),
+    }[where]
     with monkeypatch.context() as patch:
-        if where == "tensors":
-            patch.setattr(filesystem_async, "_write_item", no_space)
-        elif where == "index":
-            patch.setattr(filesystem_async.FileSystemWriterAsync, "finish", no_space)
-        else:
-            patch.setattr(os, "rename", no_space)
+        patch.setattr(owner, name, no_space)
         with pytest.raises(
             CheckpointError, match=r"iter_0000002: .* GB are free .* last good .*iter_0000001"
         ):
             one.save(tmp_path, 2)
-    assert training_checkpoint.latest_iteration(tmp_path) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "iter_0000001",
-        "latest_checkpointed_iteration.txt",
-    ]
+    assert latest_iteration(tmp_path) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000001", LATEST]
     assert other.load(tmp_path) == {"iteration": 1}
     assert all(torch.equal(tensor, good[name]) for name, tensor in other.tensors().items())
     one.save(tmp_path, 2)  # the run goes on once there is space
-    assert training_checkpoint.latest_iteration(tmp_path) == 2
+    assert latest_iteration(tmp_path) == 2
 
 
 def test_save_that_was_killed_is_no_checkpoint(
     groups: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = make_training("toy-6b", groups=groups, seed=1)
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(CheckpointError, match="there is no earlier checkpoint"):
+        one.save(tmp_path / "file", 1)
     one.save(tmp_path, 1)
 
     def killed(*args: object, **kwargs: object) -> None:
@@ -302,17 +255,8 @@ def test_save_that_was_killed_is_no_checkpoint(
         with pytest.raises(KeyboardInterrupt):
             one.save(tmp_path, 2)
     assert (tmp_path / "iter_0000002.incomplete").is_dir()
-    assert training_checkpoint.latest_iteration(tmp_path) == 1
+    assert latest_iteration(tmp_path) == 1
     with pytest.raises(CheckpointError, match=r"finished here: iter_0000001\."):
         one.load(tmp_path, 2)
     one.save(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000001", "iter_0000002"]
-
-
-def test_first_save_on_a_full_disk(
-    groups: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = make_training("toy-6b", groups=groups, seed=1)
-    (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(CheckpointError, match="there is no earlier checkpoint"):
-        one.save(tmp_path / "file", 1)

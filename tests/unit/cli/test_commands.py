@@ -1,21 +1,30 @@
 """The commands one after another, as a user runs them: train, checkpoint, convert, generate,
-evaluate, plot."""
+evaluate, plot, and the tool that draws what the router does."""
 
 import json
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
 from megatron_vico.cli.main import main
+from megatron_vico.config.registry import MODELS
+from megatron_vico.convert.huggingface.config import ExportOptions, model_json
 from tests.toy_data import write_video
-from tests.training_runs import ToyData, make_toy_data
+from tests.training_runs import ToyData, load_tool, make_toy_data
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> ToyData:
     return make_toy_data(tmp_path_factory.mktemp("data"), num_samples=16)
+
+
+def vico(command: str) -> int:
+    """The status of `vico COMMAND`; no word of it may hold a space."""
+    return main(command.split())
 
 
 @pytest.fixture(scope="module")
@@ -38,31 +47,16 @@ def run(
         "train_iters": 5,
     }
     recipe.write_text(yaml.safe_dump(settings))
-    assert (
-        main(["train", "--recipe", str(recipe), "--train-iters", "2", "--save", str(folder)]) == 0
-    )
+    assert vico(f"train --recipe {recipe} --train-iters 2 --save {folder}") == 0
     return folder
 
 
 @pytest.fixture(scope="module")
 def exported(run: Path, data: ToyData) -> Path:
     folder = run.parent / "flash"
-    words = (
-        f"--from megatron --to hf --layout flash --input {run} --output {folder} --verify".split()
-    )
-    assert (
-        main(
-            [
-                "convert",
-                *words,
-                "--tokenizer-model",
-                str(data.tokenizer),
-                "--flash-decision-rule",
-                "paper",
-            ]
-        )
-        == 0
-    )
+    words = f"--from megatron --to hf --layout flash --input {run} --output {folder} --verify"
+    own = f"--tokenizer-model {data.tokenizer} --flash-decision-rule paper"
+    assert vico(f"convert {words} {own}") == 0
     assert '"flash_decision_rule": "paper"' in (folder / "config.json").read_text()
     assert (folder / "modeling_internvl_chat.py").exists()
     return folder
@@ -75,7 +69,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def test_train_leaves_a_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["checkpoint", str(run)]) == 0
+    assert vico(f"checkpoint {run}") == 0
     shown = capsys.readouterr().out
     assert "model_size: toy" in shown
     assert "iteration: 2" in shown
@@ -83,41 +77,18 @@ def test_train_leaves_a_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_train_refuses_a_layout_it_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--tensor-model-parallel-size", "2"]) == 2
-    assert capsys.readouterr().err.startswith(
-        "ConfigError: world size 1 is not a multiple of tensor 2"
-    )
+    assert vico("train --tensor-model-parallel-size 2") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ConfigError: world size 1 is not a multiple of tensor 2")
 
 
 def test_generate_from_an_export(
     exported: Path, image: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [
-        "--load",
-        str(exported),
-        "--image",
-        str(image),
-        "--max-dynamic-patch",
-        "4",
-        "--max-new-tokens",
-        "3",
-    ]
+    words = f"--load {exported} --image {image} --max-dynamic-patch 4 --max-new-tokens 3"
     for plan, compressed in (("none", 0), ("all", 3), ("vir", None)):
-        assert (
-            main(
-                [
-                    "generate",
-                    *words,
-                    "--prompt",
-                    "<image>\nwhat?",
-                    "--prompt",
-                    "and?",
-                    "--plan",
-                    plan,
-                ]
-            )
-            == 0
-        )
+        prompts = ["--prompt", "<image>\nwhat?", "--prompt", "and?"]
+        assert main(["generate", *words.split(), *prompts, "--plan", plan]) == 0
         shown = capsys.readouterr().out
         assert "> and?" in shown
         if compressed is not None:
@@ -129,24 +100,14 @@ def test_generate_shows_a_video_as_frames_of_one_tile(
     exported: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     video = write_video(tmp_path / "video.mp4", 20)
-    words = [
-        "generate",
-        "--load",
-        str(exported),
-        "--prompt",
-        "what?",
-        "--max-new-tokens",
-        "3",
-        "--plan",
-        "none",
-    ]
-    assert main([*words, "--video", str(video), "--num-frames", "5"]) == 0
+    words = f"generate --load {exported} --prompt what? --max-new-tokens 3 --plan none"
+    assert vico(f"{words} --video {video} --num-frames 5") == 0
     shown = capsys.readouterr().out
     assert "0 of 5 tiles compressed, 20 visual tokens" in shown
     assert "> what?" in shown
-    for wrong in (["--video", str(video), "--image", str(image)], ["--num-frames", "5"]):
+    for wrong in (f"--video {video} --image {image}", "--num-frames 5"):
         with pytest.raises(SystemExit):
-            main([*words, *wrong])
+            vico(f"{words} {wrong}")
 
 
 def test_evaluate_writes_what_it_prints(
@@ -154,94 +115,106 @@ def test_evaluate_writes_what_it_prints(
 ) -> None:
     turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]
     line = {"id": "a", "image": image.name, "conversations": turns, "metrics": ["exact"]}
-    (tmp_path / "set.jsonl").write_text(json.dumps(line) + "\n")
-    words = [
-        "--load",
-        str(exported),
-        "--jsonl",
-        str(tmp_path / "set.jsonl"),
-        "--plan",
-        "all",
-        "--max-new-tokens",
-        "2",
-    ]
-    assert (
-        main(
-            ["evaluate", *words, "--max-dynamic-patch", "4", "--output", str(tmp_path / "out.json")]
-        )
-        == 0
-    )
+    jsonl, output = tmp_path / "set.jsonl", tmp_path / "out.json"
+    jsonl.write_text(json.dumps(line) + "\n")
+    words = f"--plan all --max-new-tokens 2 --max-dynamic-patch 4 --output {output}"
+    assert vico(f"evaluate --load {exported} --jsonl {jsonl} {words}") == 0
     assert "1 conversations: score" in capsys.readouterr().out
-    written = json.loads((tmp_path / "out.json").read_text())
-    assert (written["row"], written["compressed_tiles"], written["visual_token_reduction"]) == (
-        "all",
-        1.0,
-        0.75,
-    )
+    written = json.loads(output.read_text())
+    shares = written["compressed_tiles"], written["visual_token_reduction"]
+    assert (written["row"], shares) == ("all", (1.0, 0.75))
+
+
+def test_the_router_of_every_image_is_drawn(
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tool, picture = load_tool("visualize_routing"), tmp_path / "routing.png"
+    images = []
+    for size in ((96, 32), (64, 64)):  # 3 tiles and 2x2 tiles, and a thumbnail each
+        noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        images.append(str(tmp_path / f"{size[0]}.png"))
+        Image.fromarray(noise).save(images[-1])
+
+    def draw(load: Path, *words: str) -> int:
+        command = f"tool --load {load} --output {picture} {' '.join(words)}"
+        monkeypatch.setattr(sys, "argv", command.split())
+        status: int = tool.main()
+        return status
+
+    assert draw(exported, "--max-dynamic-patch 4 --tile-px 50 --columns 2", *images) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" of ")[1] for line in lines] == ["4 tiles compressed", "5 tiles compressed"]
+    assert Image.open(picture).width == 12 + 2 * (3 * 52 - 2 + 12)
+    for load, image, message in (
+        (exported, "gone.png", "gone.png: No such file"),
+        (tmp_path, images[0], str(tmp_path)),
+    ):
+        assert draw(load, image) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_plot(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plot", "loss", f"pretrain={run}", "--output", str(tmp_path / "loss.png")]) == 0
+    assert vico(f"plot loss pretrain={run} --output {tmp_path / 'loss.png'}") == 0
     assert Image.open(tmp_path / "loss.png").width > 100
-    row = {
-        "row": "vico",
-        "score": 0.5,
-        "retention": 1.0,
-        "compressed_tiles": 0.5,
-        "visual_token_reduction": 0.375,
-    }
-    (tmp_path / "results.json").write_text(json.dumps([row]))
-    assert main(["plot", "table", str(tmp_path / "results.json"), "--format", "markdown"]) == 0
+    shares = {"retention": 1.0, "compressed_tiles": 0.5, "visual_token_reduction": 0.375}
+    (tmp_path / "results.json").write_text(json.dumps([{"row": "vico", "score": 0.5, **shares}]))
+    assert vico(f"plot table {tmp_path / 'results.json'} --format markdown") == 0
     assert "| ViCO |" in capsys.readouterr().out
 
 
 def test_plot_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["plot", "trace", str(tmp_path), "--output", str(tmp_path / "step.png")]
-    assert main(words) == 2
-    assert (
-        "no rank_*.json; give <save>/trace/step_N of a run with --profile"
-        in capsys.readouterr().err
-    )
+    command = f"plot trace {tmp_path} --output {tmp_path / 'step.png'}"
+    assert vico(command) == 2
+    message = "no rank_*.json; give <save>/trace/step_N of a run with --profile"
+    assert message in capsys.readouterr().err
     name = "policy forward pack 0 chunk 0"
     events = [{"cat": "user_annotation", "name": name, "ts": 0.0, "dur": 9.0}]
     (tmp_path / "rank_0000.json").write_text(json.dumps({"traceEvents": events}))
-    assert main(words) == 0
+    assert vico(command) == 0
     assert Image.open(tmp_path / "step.png").width > 100
 
 
 def test_print_config_is_a_recipe_of_the_same_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--model-size", "internvl3_5-8b", "--lr", "1e-5", "--no-rope-fusion"]
-    assert main(["train", *words, "--print-config"]) == 0
+    words = "--model-size internvl3_5-8b --lr 1e-5 --no-rope-fusion"
+    assert vico(f"train {words} --print-config") == 0
     first = capsys.readouterr().out
     (tmp_path / "recipe.yaml").write_text(first)
-    assert main(["train", "--recipe", str(tmp_path / "recipe.yaml"), "--print-config"]) == 0
+    assert vico(f"train --recipe {tmp_path / 'recipe.yaml'} --print-config") == 0
     assert capsys.readouterr().out == first
 
 
 def test_check_needs_neither_gpu_nor_ranks(capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
-        "train",
-        "--model-size",
-        "internvl3_5-8b",
-        "--tensor-model-parallel-size",
-        "2",
-        "--check",
-    ]
-    assert main([*words, "--world-size", "32"]) == 0
+    words = "train --model-size internvl3_5-8b --tensor-model-parallel-size 2 --check --world-size"
+    assert vico(f"{words} 32") == 0
     shown = capsys.readouterr().out
-    assert (
-        "OK: stage consistency of internvl3_5-8b on 32 ranks: tensor 2 x pipeline 1 x context 1 x"
-        " data 16" in shown
-    )
+    layout = "tensor 2 x pipeline 1 x context 1 x data 16"
+    assert f"OK: stage consistency of internvl3_5-8b on 32 ranks: {layout}" in shown
     assert "the trainer" not in shown
-    assert main([*words, "--world-size", "31"]) == 2
+    assert vico(f"{words} 31") == 2
     assert "use 30 or 32 ranks" in capsys.readouterr().err
-    assert main([*words, "--world-size", "32", "--bf16", "--fp8-format", "hybrid"]) == 0
-    assert (
-        "note: --fp8-format hybrid: checked by `vico train --check`, but not trained"
-        in capsys.readouterr().out
-    )
-    assert main(["train", "--check", "files"]) == 2
+    assert vico(f"{words} 32 --bf16 --fp8-format hybrid") == 0
+    note = "note: --fp8-format hybrid: checked by `vico train --check`, but not trained"
+    assert note in capsys.readouterr().out
+    assert vico("train --check files") == 2
     assert "--data-path is not set" in capsys.readouterr().err
+
+
+def test_check_takes_the_size_from_the_checkpoint(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, size in (
+        (f"--pretrained-checkpoint {run}", "toy"),
+        ("--model-size toy-moe", "toy-moe"),
+        (f"--model-size {tmp_path}", "internvl3_5-1b"),
+    ):
+        config = model_json(
+            MODELS["internvl3_5-1b"], layout="hf", dtype="bfloat16", options=ExportOptions()
+        )
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert vico(f"train --check {words}") == 0
+        assert f"OK: stage consistency of {size} on" in capsys.readouterr().out

@@ -50,25 +50,16 @@ def test_no_command_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> N
 def test_a_users_error_is_one_line_and_status_2(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    for words, message in (
-        (
-            ["train", "--lrr", "3"],
-            "ConfigError: command line: unknown option --lrr; did you mean '--lr'?",
-        ),
-        (
-            ["train", "--recipe", "no/such.yaml"],
-            "ConfigError: no/such.yaml: cannot read the recipe",
-        ),
-        (["checkpoint", str(tmp_path)], f"CheckpointError: {tmp_path} is no checkpoint"),
-        (["generate", "--load", str(tmp_path), "--prompt", "?"], "CheckpointError: "),
-        (
-            ["generate", "--load", "x", "--prompt", "?", "--image", "gone.jpg"],
-            "SampleError: gone.jpg: No such file",
-        ),
-        (["plot", "table", "gone.json"], "ConfigError: gone.json: No such file"),
-        (["plot", "loss", "a=gone", "--output", "x.png"], "ConfigError: gone: no such file"),
-    ):
-        assert main(words) == 2, words
+    for words, message in {
+        "train --lrr 3": "ConfigError: command line: unknown option --lrr; did you mean '--lr'?",
+        "train --recipe no/such.yaml": "ConfigError: no/such.yaml: cannot read the recipe",
+        f"checkpoint {tmp_path}": f"CheckpointError: {tmp_path} is no checkpoint",
+        f"generate --load {tmp_path} --prompt ?": "CheckpointError: ",
+        "generate --load x --prompt ? --image gone.jpg": "SampleError: gone.jpg: No such file",
+        "plot table gone.json": "ConfigError: gone.json: No such file",
+        "plot loss a=gone --output x.png": "ConfigError: gone: no such file",
+    }.items():
+        assert main(words.split()) == 2, words
         error = capsys.readouterr().err
         assert error.startswith(message), error
         assert error.count("\n") == 1
@@ -92,38 +83,29 @@ def test_libraries_warn_on_one_rank(
     assert ("from a library" in [str(each.message) for each in caught]) == heard
 
 
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter, which has imported nothing."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def test_module_form_and_light_help() -> None:
-    code = (
+    done = run_python(
         "import sys, runpy; sys.argv = ['vico', '--help']\n"
         "try: runpy.run_module('megatron_vico', run_name='__main__')\n"
         "except SystemExit as stop: assert not stop.code\n"
         "assert 'torch' not in sys.modules and 'megatron' not in sys.modules"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
     assert "usage: vico COMMAND" in done.stdout
 
 
 def test_doctor_needs_no_megatron() -> None:
-    code = (
+    done = run_python(
         "import sys; from megatron_vico.cli.main import main; status = main(['doctor'])\n"
         "assert 'megatron.core' not in sys.modules; sys.exit(status)"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    for name in (
-        "torch",
-        "megatron-core",
-        "CUDA",
-        "NCCL",
-        "gloo",
-        "transformer-engine",
-        "flash-attn",
-        "apex",
-    ):
-        assert f" {name} " in done.stdout
+    names = "torch megatron-core CUDA NCCL gloo transformer-engine flash-attn apex"
+    assert all(f" {name} " in done.stdout for name in names.split())

@@ -8,14 +8,12 @@ import pytest
 from megatron_vico.evaluation import plots
 
 
-def make_routed(compressed, *, columns=2):
+def make_routed(compressed, *, columns=2, scores=None):
     tiles = np.zeros((len(compressed), 3, 4, 4), dtype=np.uint8)
     tiles[:, 0] = 200  # red
+    scores = scores or [0.9 if each else 0.1 for each in compressed]
     return plots.RoutedImage(
-        tiles=tiles,
-        columns=columns,
-        compressed=compressed,
-        probability=[0.9 if c else 0.1 for c in compressed],
+        tiles=tiles, columns=columns, compressed=compressed, probability=scores
     )
 
 
@@ -36,16 +34,13 @@ def test_compressed_tiles_are_shaded_and_kept_tiles_untouched():
 
 
 def test_labels_differ_with_the_score():
-    def label(probability):
-        image = plots.RoutedImage(
-            tiles=np.zeros((1, 3, 4, 4), np.uint8),
-            columns=1,
-            compressed=[False],
-            probability=[probability],
-        )
+    def label(score):
+        image = make_routed([False], columns=1, scores=[score])
         return np.asarray(plots.routing_picture([image], tile_px=100))[50:80, :60]
 
     assert not np.array_equal(label(0.12), label(0.87))
+    with pytest.raises(ValueError, match="zip"):  # one score for two tiles
+        plots.routing_picture([make_routed([True, False], scores=[0.5])])
 
 
 def test_several_images_of_different_shapes_fit():
@@ -59,12 +54,8 @@ def test_several_images_of_different_shapes_fit():
     assert picture.height > 2 * (2 * 52 - 2 + 12)
 
 
-def test_a_scores_list_of_another_length_is_refused():
-    image = plots.RoutedImage(
-        tiles=np.zeros((2, 3, 4, 4), np.uint8), columns=2, compressed=[True], probability=[0.5]
-    )
-    with pytest.raises(ValueError, match="zip"):
-        plots.routing_picture([image])
+def write_lines(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_metrics_tolerate_missing_keys_and_a_broken_last_line(tmp_path):
@@ -73,7 +64,8 @@ def test_metrics_tolerate_missing_keys_and_a_broken_last_line(tmp_path):
         {"iteration": 1, "loss": 2.0, "note": "text"},
         {"iteration": 2, "loss": 1.0, "tau": 3.0},
     ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 3, "lo')
+    write_lines(path, lines)
+    path.write_text(path.read_text() + '{"iteration": 3, "lo')
     metrics = plots.read_metrics(path)
     assert sorted(metrics) == ["iteration", "loss", "tau"]
     np.testing.assert_array_equal(metrics["loss"], [2.0, 1.0])
@@ -84,12 +76,8 @@ def test_loss_curves_draw_each_file(tmp_path):
     files = {}
     for name, scale in (("pretrain", 1.0), ("warm-up", 0.1), ("empty", 0.0)):
         path = files[name] = tmp_path / f"{name}.jsonl"
-        steps = (
-            [{"iteration": i, "loss": scale / i} for i in range(1, 101)]
-            if scale
-            else [{"iteration": 1}]
-        )
-        path.write_text("".join(json.dumps(step) + "\n" for step in steps))
+        losses = [{"iteration": i, "loss": scale / i} for i in range(1, 101)]
+        write_lines(path, losses if scale else [{"iteration": 1}])
     figure = plots.loss_curves(files, columns=2)
     titles = [panel.get_title() for panel in figure.axes]
     assert titles[:3] == ["pretrain", "warm-up", "empty"]
@@ -104,21 +92,13 @@ def test_loss_curves_draw_each_file(tmp_path):
 def test_validation_is_drawn_as_points_between_the_steps(tmp_path):
     path = tmp_path / "metrics.jsonl"
     steps = [{"iteration": step, "loss": 1 / step} for step in range(1, 5)]
-    lines = [
-        *steps[:2],
-        {"iteration": 2, "valid_loss": 0.7},
-        *steps[2:],
-        {"iteration": 4, "valid_loss": 0.6},
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    valid = [{"iteration": 2, "valid_loss": 0.7}, {"iteration": 4, "valid_loss": 0.6}]
+    lines = [*steps[:2], valid[0], *steps[2:], valid[1]]
+    write_lines(path, lines)
     (panel,) = plots.loss_curves({"warm-up": path}).axes
     points, raw, _ = panel.lines
-    drawn = [
-        pair
-        for pair in zip(points.get_xdata(), points.get_ydata(), strict=True)
-        if pair[1] == pair[1]
-    ]
-    assert drawn == [(2, 0.7), (4, 0.6)]
+    drawn = zip(points.get_xdata(), points.get_ydata(), strict=True)
+    assert [pair for pair in drawn if not np.isnan(pair[1])] == [(2, 0.7), (4, 0.6)]
     np.testing.assert_array_equal(raw.get_ydata(), [1, 1 / 2, 1 / 3, 1 / 4])
     assert panel.get_yscale() == "log"
 

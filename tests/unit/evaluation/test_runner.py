@@ -38,12 +38,17 @@ LINE = {
 }
 
 
+QUESTIONS = (
+    Question(answers=("4712",), metric="anls", kind="dense"),
+    Question(answers=("cat",), metric="exact", kind="photo"),
+)
+
+
 def write(tmp_path, *lines):
     (tmp_path / "a.png").write_bytes(b"png")
     path = tmp_path / "set.jsonl"
-    path.write_text(
-        "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
-    )
+    texts = [line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines]
+    path.write_text("".join(texts))
     return path
 
 
@@ -51,10 +56,7 @@ def test_questions_are_read_with_their_scoring(tmp_path):
     other = {**LINE, "answers": [["1", "one"], ["dog"]], "kinds": None}
     samples = read_evaluation_set(write(tmp_path, LINE, "\n", other), image_root=tmp_path)
     assert [sample.conversation.images for sample in samples] == [(b"png",)] * 2
-    assert samples[0].questions == (
-        Question(answers=("4712",), metric="anls", kind="dense"),
-        Question(answers=("cat",), metric="exact", kind="photo"),
-    )
+    assert samples[0].questions == QUESTIONS
     assert samples[1].questions[0] == Question(answers=("1", "one"), metric="anls", kind="anls")
     assert len(read_evaluation_set(tmp_path / "set.jsonl", image_root=tmp_path, limit=1)) == 1
 
@@ -66,18 +68,12 @@ def test_questions_are_read_with_their_scoring(tmp_path):
         ({**LINE, "metrics": ["anls"]}, r"set.jsonl:2: 1 metrics for 2 questions"),
         ({**LINE, "metrics": ["anls", "exakt"]}, r"unknown metric 'exakt'; did you mean 'exact'"),
         ({**LINE, "image": "b.png"}, r"set.jsonl:2: .*b.png: No such file"),
-        (
-            {key: value for key, value in LINE.items() if key != "metrics"},
-            r"set.jsonl:2: broken line.*'metrics'",
-        ),
+        ({"conversations": LINE["conversations"]}, r"set.jsonl:2: broken line.*'metrics'"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, message):
     with pytest.raises(SampleError, match=message):
         read_evaluation_set(write(tmp_path, LINE, line), image_root=tmp_path)
-
-
-def test_an_empty_set_is_refused(tmp_path):
     with pytest.raises(SampleError, match="no conversation"):
         read_evaluation_set(write(tmp_path, "\n"), image_root=tmp_path)
 
@@ -117,13 +113,8 @@ class PlayedEngine:
 def samples():
     def sample(key):
         turns = tuple(Turn("human", "what?") for _ in range(2))
-        questions = (
-            Question(answers=("4712",), metric="anls", kind="dense"),
-            Question(answers=("cat",), metric="exact", kind="photo"),
-        )
-        return EvaluationSample(
-            conversation=ConversationSample(key=key, turns=turns), questions=questions
-        )
+        conversation = ConversationSample(key=key, turns=turns)
+        return EvaluationSample(conversation=conversation, questions=QUESTIONS)
 
     return [sample(key) for key in "abcd"]
 
@@ -131,20 +122,18 @@ def samples():
 @pytest.fixture
 def engine():
     texts = {"a": ("4712", "cat"), "b": ("4711", "dog"), "c": ("4799", "cat"), "d": ("", "cat")}
-    tile = [
-        torch.tensor(plan) for plan in ([False, True], [False, True], [True, True], [False, False])
-    ]
-    image = [
-        torch.tensor(plan) for plan in ([True, True], [False, False], [True, True], [False, False])
-    ]
-    return PlayedEngine(texts, {"tile": tile, "image": image})
+    plans = {
+        "tile": ([False, True], [False, True], [True, True], [False, False]),
+        "image": ([True, True], [False, False], [True, True], [False, False]),
+    }
+    router_plans = {name: [torch.tensor(plan) for plan in each] for name, each in plans.items()}
+    return PlayedEngine(texts, router_plans)
 
 
 def test_scores_and_counts(engine, samples):
     result = run_evaluation(engine, samples, row="vico", plan=Routing()).result
-    means = torch.tensor(
-        [(1 + 1) / 2, (0.75 + 0) / 2, (0.5 + 1) / 2, (0 + 1) / 2], dtype=torch.float64
-    )
+    scores = [(1 + 1) / 2, (0.75 + 0) / 2, (0.5 + 1) / 2, (0 + 1) / 2]
+    means = torch.tensor(scores, dtype=torch.float64)
     assert result.score == pytest.approx(float(means.mean()))
     assert result.standard_error == pytest.approx(float(means.std() / 2))
     assert result.score_by_kind == {"dense": pytest.approx(2.25 / 4), "photo": pytest.approx(3 / 4)}
@@ -182,10 +171,8 @@ def test_each_row_gets_its_weights_and_plan(engine, samples):
     rows = table_rows(evaluations)
     assert rows[0].retention == 1
     assert [row.row for row in rows] == list(ROWS)
-    assert json.loads(json.dumps(details(evaluations)))[5]["compressed_by_kind"] == {
-        "dense": 0.25,
-        "photo": 0.75,
-    }
+    by_kind = json.loads(json.dumps(details(evaluations)))[5]["compressed_by_kind"]
+    assert by_kind == {"dense": 0.25, "photo": 0.75}
 
 
 def test_random_plans_have_exactly_as_many_compressed_tiles():

@@ -37,74 +37,44 @@ def test_edit_distance_equals_the_recursive_definition():
 
 
 @pytest.mark.parametrize(
-    ("prediction", "answers", "score"),
+    ("scorer", "prediction", "answers", "score"),
     [
-        ("4712", ["4712"], 1.0),
-        ("4711", ["4712"], 0.75),
-        ("4799", ["4712"], 0.5),  # exactly one half is kept
-        ("4999", ["4712"], 0.0),  # one quarter is not
-        ("", ["4712"], 0.0),
-        ("", [""], 1.0),
-        ("The  Cat", ["the cat"], 1.0),
-        ("a   bc", ["a bd"], 1 - 1 / 6),  # spaces collapse for the distance, not for the length
-        ("dog", ["elephant", "dog"], 1.0),  # the nearest answer counts
+        (anls, "4712", ["4712"], 1.0),
+        (anls, "4711", ["4712"], 0.75),
+        (anls, "4799", ["4712"], 0.5),  # exactly one half is kept
+        (anls, "4999", ["4712"], 0.0),  # one quarter is not
+        (anls, "", ["4712"], 0.0),
+        (anls, "", [""], 1.0),
+        (anls, "The  Cat", ["the cat"], 1.0),
+        (anls, "a   bc", ["a bd"], 1 - 1 / 6),  # spaces collapse for the distance only
+        (anls, "dog", ["elephant", "dog"], 1.0),  # the nearest answer counts
+        (relaxed_accuracy, "105", ["100"], 1.0),  # exactly 5 % off
+        (relaxed_accuracy, "105.1", ["100"], 0.0),
+        (relaxed_accuracy, "95", ["100"], 1.0),
+        (relaxed_accuracy, "-105", ["-100"], 1.0),
+        (relaxed_accuracy, "12%", ["0.12"], 1.0),
+        (relaxed_accuracy, "12%", ["12"], 0.0),  # a per cent is a hundredth
+        (relaxed_accuracy, "12%", ["12.5%"], 1.0),
+        (relaxed_accuracy, "0", ["0"], 1.0),
+        (relaxed_accuracy, "0.0", ["0"], 0.0),  # gold 0: compared as text
+        (relaxed_accuracy, "0.001", ["0"], 0.0),
+        (relaxed_accuracy, "Yes", ["yes"], 1.0),
+        (relaxed_accuracy, "twelve", ["12"], 0.0),
+        (relaxed_accuracy, "nan", ["100"], 0.0),
+        (exact, "Cat ", ["cat"], 1.0),
+        (exact, "cat", ["dog", "CAT"], 1.0),
+        (exact, "cats", ["cat"], 0.0),
+        (exact, "", ["cat"], 0.0),
+        (ocrbench, "The sign says OPEN.", ["open"], 1.0),
+        (ocrbench, "two\nlines", ["two lines"], 1.0),
+        (ocrbench, "ope n", ["open"], 0.0),
+        (ocrbench, "shut", ["open", "closed"], 0.0),
+        (ocrbench_formula, "x ^ 2 + Y", ["x^2+ Y"], 1.0),  # spaces do not count
+        (ocrbench_formula, "X^2", ["x^2"], 0.0),  # letter case does
     ],
 )
-def test_anls(prediction, answers, score):
-    assert anls(prediction, answers) == pytest.approx(score, abs=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("prediction", "answer", "score"),
-    [
-        ("105", "100", 1.0),  # exactly 5 % off
-        ("105.1", "100", 0.0),
-        ("95", "100", 1.0),
-        ("-105", "-100", 1.0),
-        ("12%", "0.12", 1.0),
-        ("12%", "12", 0.0),  # a per cent is a hundredth
-        ("12%", "12.5%", 1.0),
-        ("0", "0", 1.0),
-        ("0.0", "0", 0.0),  # gold 0: compared as text
-        ("0.001", "0", 0.0),
-        ("Yes", "yes", 1.0),
-        ("twelve", "12", 0.0),
-        ("nan", "100", 0.0),
-    ],
-)
-def test_relaxed_accuracy(prediction, answer, score):
-    assert relaxed_accuracy(prediction, [answer]) == score
-
-
-@pytest.mark.parametrize(
-    ("prediction", "answers", "score"),
-    [
-        ("Cat ", ["cat"], 1.0),
-        ("cat", ["dog", "CAT"], 1.0),
-        ("cats", ["cat"], 0.0),
-        ("", ["cat"], 0.0),
-    ],
-)
-def test_exact(prediction, answers, score):
-    assert exact(prediction, answers) == score
-
-
-@pytest.mark.parametrize(
-    ("prediction", "answers", "score"),
-    [
-        ("The sign says OPEN.", ["open"], 1.0),
-        ("two\nlines", ["two lines"], 1.0),
-        ("ope n", ["open"], 0.0),
-        ("shut", ["open", "closed"], 0.0),
-    ],
-)
-def test_ocrbench(prediction, answers, score):
-    assert ocrbench(prediction, answers) == score
-
-
-def test_ocrbench_formula_ignores_spaces_but_not_case():
-    assert ocrbench_formula("x ^ 2 + Y", ["x^2+ Y"]) == 1.0
-    assert ocrbench_formula("X^2", ["x^2"]) == 0.0
+def test_edge_cases(scorer, prediction, answers, score):
+    assert scorer(prediction, answers) == pytest.approx(score, abs=1e-12)
 
 
 @pytest.mark.parametrize(

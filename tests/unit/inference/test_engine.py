@@ -1,5 +1,4 @@
-"""The engine equals the naive way: one conversation at a time, the whole text run anew for every
-token."""
+"""The engine equals the naive way: one conversation at a time, all of its text for every token."""
 
 import io
 
@@ -71,9 +70,8 @@ def conversation(index, num_questions=None):
     images = ()
     if shape is not None:
         file = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (shape[1], shape[0], 3), dtype=np.uint8)).save(
-            file, "png"
-        )
+        pixels = rng.integers(0, 256, (shape[1], shape[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(file, "png")
         images = (file.getvalue(),)
     turns = [Turn("system", "Yes, no.")]
     for number in range(1 + index % 3 if num_questions is None else num_questions):
@@ -85,16 +83,18 @@ def conversation(index, num_questions=None):
     return ConversationSample(key=f"c{index}", turns=tuple(turns), images=images)
 
 
+def features_of(engine, prompt):
+    tiles = torch.from_numpy(prompt.first.tiles)
+    return engine.encoder.features(engine.encoder.normalise(tiles))
+
+
+@torch.no_grad()
 def naive_answers(engine, prompt, plan):
     """Every token from a full pass over everything said so far, through the packed path that
     training uses."""
     tokenizer, model = engine.tokenizer, engine.model
     stream = expand([prompt.first], plan=plan, tokens_kept=4, tokens_compressed=1, image_token_id=5)
-    with torch.no_grad():
-        features = engine.encoder.features(
-            engine.encoder.normalise(torch.from_numpy(prompt.first.tiles))
-        )
-        visual = engine.encoder.visual_tokens(features, plan)
+    visual = engine.encoder.visual_tokens(features_of(engine, prompt), plan)
     ids, answers = stream.token_ids.tolist(), []
     for follow_up in [None, *prompt.follow_ups]:
         if follow_up is not None:
@@ -109,10 +109,8 @@ def naive_answers(engine, prompt, plan):
                 response_rows_R=torch.tensor([len(ids) - 1]),
                 shard_len=len(ids),
             )
-            with torch.no_grad():
-                logits = engine.language_model.response_logits(
-                    engine.language_model(inputs, visual)
-                )
+            hidden = engine.language_model(inputs, visual)
+            logits = engine.language_model.response_logits(hidden)
             token = int(logits[:, : tokenizer.vocab_size].argmax())
             assert logits.shape == (1, model.language.vocab_size)
             if token == tokenizer.eos_id:
@@ -159,13 +157,9 @@ def test_answers_do_not_depend_on_the_batch(engine):
 def test_answers_depend_on_the_plan(engine):
     prompts = [engine.prompt(conversation(index, num_questions=3)) for index in range(0, 10, 5)]
     kept, compressed = (
-        [
-            answer.texts
-            for answer in engine.answer(prompts, plan=plan, max_new_tokens=MAX_NEW_TOKENS)
-        ]
-        for plan in ("none", "all")
+        engine.answer(prompts, plan=plan, max_new_tokens=MAX_NEW_TOKENS) for plan in ("none", "all")
     )
-    assert kept != compressed
+    assert [answer.texts for answer in kept] != [answer.texts for answer in compressed]
 
 
 @pytest.mark.parametrize("granularity", ["tile", "image"])
@@ -175,13 +169,10 @@ def test_router_decides_and_its_plan_is_used(engine, granularity):
     routed = engine.route(prompts, routing)
     answers = list(engine.answer(prompts, plan=routing, max_new_tokens=2))
     for prompt, (plan, probability), found in zip(prompts, routed, answers, strict=True):
-        first = prompt.first
+        counts = None if granularity == "tile" else prompt.first.tiles_per_image
         with torch.no_grad():
-            features = engine.encoder.features(
-                engine.encoder.normalise(torch.from_numpy(first.tiles))
-            )
-            counts = None if granularity == "tile" else first.tiles_per_image
-            expected = engine.encoder.vir(features, counts).softmax(-1)[:, 0]
+            logits = engine.encoder.vir(features_of(engine, prompt), counts)
+        expected = logits.softmax(-1)[:, 0]
         # Measured error 1.1e-6: batch sizes differ, and the head is 20 times as loud.
         torch.testing.assert_close(probability, expected, atol=1e-5, rtol=0)
         assert torch.equal(plan, probability > 0.5)

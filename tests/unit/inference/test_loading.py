@@ -1,10 +1,10 @@
-"""Both forms of a checkpoint give the engine the same weights, and the size is found from the
-files."""
+"""Both forms of a checkpoint give the engine the same weights, and say what the model is."""
 
 import pytest
 import torch
 
-from megatron_vico.checkpoint import training_checkpoint
+from megatron_vico.checkpoint.run_folder import metadata_of
+from megatron_vico.checkpoint.training_checkpoint import save_checkpoint
 from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.schema import ParallelOptions
 from megatron_vico.convert import convert
@@ -42,14 +42,9 @@ def tensors_of(engine):
 
 
 def save(engine, folder):
-    training_checkpoint.save_checkpoint(
-        folder,
-        7,
-        modules={"encoder": engine.encoder, "language_model": engine.language_model},
-        metadata=training_checkpoint.CheckpointMetadata(
-            model_size=engine.model.name, stage="router"
-        ),
-    )
+    modules = {"encoder": engine.encoder, "language_model": engine.language_model}
+    metadata = metadata_of(engine.model, stage="router")
+    save_checkpoint(folder, 7, modules=modules, metadata=metadata)
 
 
 def export(engine, folder):

@@ -83,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--ckpt-step", type=int, help="which step of a run; unset, the latest")
     parser.add_argument(
-        "--model-size", help="refuse any other; unset, the one the folder says it is"
+        "--model-size",
+        help="refuse any other than this preset or config.json; unset, what the folder says it is",
     )
     parser.add_argument(
         "--tensors", action="store_true", help="list every tensor; with --diff, every difference"

@@ -119,7 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--layout", choices=get_args(Layout), help=layout_help)
     parser.add_argument(
-        "--model-size", help="refuse any other; unset, the one the input says it is"
+        "--model-size",
+        help="refuse any other than this preset or config.json; unset, what the input says it is",
     )
     parser.add_argument(
         "--ckpt-step",

@@ -8,7 +8,8 @@ from pathlib import Path
 from textwrap import indent
 from typing import TYPE_CHECKING
 
-from megatron_vico.config.registry import MODELS, get_model_config
+from megatron_vico.config.config_json import model_named
+from megatron_vico.config.registry import MODELS
 from megatron_vico.config.schema import DataOptions, TrainingOptions
 from megatron_vico.errors import ConfigError, SampleError
 from megatron_vico.shard_tools.options import usable_cpus
@@ -236,7 +237,7 @@ def _limits(options: argparse.Namespace) -> "PackLimits":
 def _tokens_kept(model_size: str | None, image_size: int | None) -> int | None:
     """Visual tokens of a tile that is not compressed; None where that is not known."""
     if model_size is not None:
-        return get_model_config(model_size).visual_tokens_per_tile
+        return model_named(model_size).visual_tokens_per_tile
     known = {
         model.visual_tokens_per_tile
         for model in MODELS.values()

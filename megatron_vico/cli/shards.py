@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vico.cli import shard_checks
-from megatron_vico.config.registry import get_model_config
+from megatron_vico.config.config_json import model_named
 from megatron_vico.config.schema import DataOptions
 from megatron_vico.errors import ConfigError
 from megatron_vico.shard_tools.options import FrameOptions, WriterOptions, usable_cpus
@@ -84,7 +84,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     defaults = DataOptions()
     tokenizer_help = "tokenizer folder, or SentencePiece .model"
     parser.add_argument("--tokenizer-model", required=True, help=tokenizer_help)
-    size_help = "gives the side of a tile; a name of config/registry.py"
+    size_help = "gives the side of a tile: a preset's name, or the path of a config.json"
     parser.add_argument("--model-size", required=True, help=size_help)
     tiles, thumbnail = defaults.max_dynamic_patch, defaults.use_thumbnail
     parser.add_argument("--max-dynamic-patch", type=int, default=tiles, help="most tiles an image")
@@ -98,7 +98,7 @@ def _encoding(options: argparse.Namespace) -> dict[str, Any]:
     from megatron_vico.data.encode.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(options.tokenizer_model)
-    image_size = get_model_config(options.model_size).vision.image_size
+    image_size = model_named(options.model_size).vision.image_size
     settings = EncodingSettings.from_options(options, image_size=image_size)
     return {"tokenizer": tokenizer, "settings": settings}
 

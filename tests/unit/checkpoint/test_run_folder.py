@@ -18,7 +18,7 @@ from megatron_vico.checkpoint.run_folder import (
     resolve_model,
     write_metadata,
 )
-from megatron_vico.config.arguments import parse
+from megatron_vico.config.flags import parse
 from megatron_vico.config.registry import MODELS, ModelConfig, named
 from megatron_vico.convert.huggingface.config import ExportOptions, model_json
 from megatron_vico.errors import CheckpointError, ConfigError

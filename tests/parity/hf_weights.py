@@ -1,7 +1,6 @@
-"""The same model in transformers: configuration and weights of an InternVLForConditionalGeneration
-made from ours.
+"""Our model as transformers' InternVLForConditionalGeneration: its configuration and weights.
 
-Written apart from checkpoint/, so that the parity test and the converter cannot share a mistake.
+Written apart from convert/, so that the parity test and the converter cannot share a mistake.
 """
 
 from collections.abc import Iterator
@@ -51,12 +50,12 @@ def transformers_model(
 ) -> InternVLForConditionalGeneration:
     """transformers' model with our weights; every one of its parameters is set, or this raises."""
     model = encoder.model
-    theirs = InternVLForConditionalGeneration(transformers_config(model)).eval()
+    hf = InternVLForConditionalGeneration(transformers_config(model)).eval()
     weights = dict(_vision_weights(encoder)) | dict(_language_weights(language_model))
-    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    missing, unexpected = hf.load_state_dict(weights, strict=False)
     assert not missing, missing
     assert not unexpected, unexpected
-    return theirs
+    return hf
 
 
 def _text_config(language: LanguageConfig) -> Qwen3Config | Qwen3MoeConfig:
@@ -85,8 +84,7 @@ def _text_config(language: LanguageConfig) -> Qwen3Config | Qwen3MoeConfig:
 
 
 def _split_qkv(weight: Tensor, *, groups: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values out of mcore's fused rows: for each group its queries, its key, its
-    value."""
+    """Out of mcore's fused rows: for each group its queries, its key, its value."""
     per_group = heads // groups
     rows = weight.view(groups, per_group + 2, -1, *weight.shape[1:])
     parts = (rows[:, :per_group], rows[:, per_group], rows[:, per_group + 1])
@@ -99,19 +97,11 @@ def _vision_weights(encoder: VisionEncoder) -> Iterator[tuple[str, Tensor]]:
     yield tower + "embeddings.cls_token", vit["class_token"]
     yield tower + "embeddings.position_embeddings", vit["position_embedding"]
     for kind in ("weight", "bias"):
-        yield (
-            f"{tower}embeddings.patch_embeddings.projection.{kind}",
-            vit[f"patch_embedding.{kind}"],
-        )
-        for theirs, ours in (
-            ("layer_norm", "norm"),
-            ("linear_1", "linear_1"),
-            ("linear_2", "linear_2"),
-        ):
-            yield (
-                f"model.multi_modal_projector.{theirs}.{kind}",
-                encoder.connector_4x.get_parameter(f"{ours}.{kind}"),
-            )
+        projection = f"{tower}embeddings.patch_embeddings.projection.{kind}"
+        yield projection, vit[f"patch_embedding.{kind}"]
+        for hf, ours in (("layer_norm", "norm"), ("linear_1",) * 2, ("linear_2",) * 2):
+            parameter = encoder.connector_4x.get_parameter(f"{ours}.{kind}")
+            yield f"model.multi_modal_projector.{hf}.{kind}", parameter
     names = {
         "input_layernorm": "layernorm_before",
         "pre_mlp_layernorm": "layernorm_after",
@@ -127,9 +117,8 @@ def _vision_weights(encoder: VisionEncoder) -> Iterator[tuple[str, Tensor]]:
         for name, param in layer.named_parameters():
             module, _, kind = name.rpartition(".")
             if module == "self_attention.linear_qkv":
-                for part, value in zip(
-                    "qkv", _split_qkv(param, groups=heads, heads=heads), strict=True
-                ):
+                split = _split_qkv(param, groups=heads, heads=heads)
+                for part, value in zip("qkv", split, strict=True):
                     yield f"{prefix}attention.{part}_proj.{kind}", value
             elif kind == "scale":
                 yield prefix + {"self_attn_bda": "lambda_1", "mlp_bda": "lambda_2"}[module], param
@@ -148,11 +137,8 @@ def _language_weights(language_model: LanguageModel) -> Iterator[tuple[str, Tens
         yield prefix + "input_layernorm.weight", params["input_layernorm.weight"]
         yield prefix + "post_attention_layernorm.weight", params["pre_mlp_layernorm.weight"]
         qkv = params["self_attention.linear_qkv.weight"]
-        for part, value in zip(
-            "qkv",
-            _split_qkv(qkv, groups=language.num_query_groups, heads=language.num_heads),
-            strict=True,
-        ):
+        split = _split_qkv(qkv, groups=language.num_query_groups, heads=language.num_heads)
+        for part, value in zip("qkv", split, strict=True):
             yield f"{prefix}self_attn.{part}_proj.weight", value
         yield prefix + "self_attn.o_proj.weight", params["self_attention.linear_proj.weight"]
         yield prefix + "self_attn.q_norm.weight", params["self_attention.q_layernorm.weight"]

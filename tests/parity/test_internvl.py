@@ -1,5 +1,4 @@
-"""Logits against transformers' InternVL on the same random weights, both kinds of tower, dense and
-with experts."""
+"""Logits against transformers' InternVL on the same random weights."""
 
 from dataclasses import replace
 
@@ -47,10 +46,9 @@ def documents(model: ModelConfig) -> list[Tensor]:
 def test_logits_equal_transformers(kind: str, single_process_groups: None) -> None:
     model = MODELS[kind]
     encoder, language_model = make_encoder(model).eval(), make_language_model(model).eval()
-    theirs = transformers_model(encoder, language_model)
+    hf = transformers_model(encoder, language_model)
     pixels = encoder.normalise(random_tiles(model, 5))
     samples = documents(model)
-
     token_ids = torch.cat(samples)
     inputs = LanguageInputs(
         token_ids_T=token_ids,
@@ -62,10 +60,10 @@ def test_logits_equal_transformers(kind: str, single_process_groups: None) -> No
     )
     rows = language_model(inputs, encoder.visual_tokens(encoder.features(pixels), None))
     logits = language_model.response_logits(rows)
-
-    expected = []
-    for sample, tiles in zip(samples, (pixels[:2], None, pixels[2:]), strict=True):
-        expected.append(theirs(input_ids=sample[None], pixel_values=tiles).logits[0])
+    expected = [
+        hf(input_ids=sample[None], pixel_values=tiles).logits[0]
+        for sample, tiles in zip(samples, (pixels[:2], None, pixels[2:]), strict=True)
+    ]
     assert logits.std() > 0.5  # a comparison of noughts would say nothing
     torch.testing.assert_close(logits, torch.cat(expected), rtol=0, atol=2e-5)  # measured 4e-6
 
@@ -75,14 +73,11 @@ def test_logits_equal_transformers(kind: str, single_process_groups: None) -> No
 def test_vision_features_equal_transformers(name: str, single_process_groups: None) -> None:
     model = get_model_config(name)
     encoder = make_encoder(model).eval()
-    theirs = transformers_model(encoder, make_language_model(model).eval())
+    hf = transformers_model(encoder, make_language_model(model).eval())
     pixels = encoder.normalise(random_tiles(model, 3))
-    expected = theirs.model.vision_tower(pixel_values=pixels).last_hidden_state[:, 1:]
-    torch.testing.assert_close(
-        encoder.features(pixels), expected, rtol=0, atol=2e-5
-    )  # measured 4e-6
-    projected = theirs.model.get_image_features(pixel_values=pixels).pooler_output
-    tokens = encoder.visual_tokens(encoder.features(pixels), None)
-    torch.testing.assert_close(
-        tokens, projected.flatten(0, 1), rtol=0, atol=1e-5
-    )  # measured 1.3e-6
+    features = encoder.features(pixels)
+    expected = hf.model.vision_tower(pixel_values=pixels).last_hidden_state[:, 1:]
+    torch.testing.assert_close(features, expected, rtol=0, atol=2e-5)  # measured 4e-6
+    tokens = encoder.visual_tokens(features, None)
+    projected = hf.model.get_image_features(pixel_values=pixels).pooler_output.flatten(0, 1)
+    torch.testing.assert_close(tokens, projected, rtol=0, atol=1e-5)  # measured 1.3e-6

@@ -19,30 +19,24 @@ def test_every_tile_gets_the_logits_of_its_image(
     vir: ViR, tiles_per_image: tuple[int, ...]
 ) -> None:
     features = torch.randn(7, 16, 24, generator=torch.Generator().manual_seed(1))
+    expected = [
+        vir.gating(vir.pooling(image.reshape(1, -1, 24))).expand(len(image), 2)
+        for image in features.split(tiles_per_image)
+        if len(image)
+    ]
     logits = vir(features, tiles_per_image)
-    assert logits.shape == (7, 2)
-    start = 0
-    for count in tiles_per_image:
-        if count:
-            patches = features[start : start + count].reshape(1, count * 16, 24)
-            expected = vir.gating(vir.pooling(patches)).expand(count, 2)
-            torch.testing.assert_close(
-                logits[start : start + count], expected, rtol=0, atol=1e-5
-            )  # measured 1.2e-6
-        start += count
+    torch.testing.assert_close(logits, torch.cat(expected), rtol=0, atol=1e-5)  # measured 1.2e-6
 
 
 def test_one_tile_an_image_is_the_tile_level_router(vir: ViR) -> None:
     features = torch.randn(5, 16, 24)
-    torch.testing.assert_close(
-        vir(features, [1] * 5), vir(features), rtol=0, atol=1e-6
-    )  # measured 0
+    by_image, by_tile = vir(features, [1] * 5), vir(features)
+    torch.testing.assert_close(by_image, by_tile, rtol=0, atol=1e-6)  # measured 0
 
 
-def test_no_tiles(vir: ViR) -> None:
-    assert vir(torch.zeros(0, 16, 24)).shape == (0, 2)
-    assert vir(torch.zeros(0, 16, 24), []).shape == (0, 2)
-    assert vir(torch.zeros(0, 16, 24), [0, 0]).shape == (0, 2)
+@pytest.mark.parametrize("tiles_per_image", [None, [], [0, 0]])
+def test_no_tiles(vir: ViR, tiles_per_image: list[int] | None) -> None:
+    assert vir(torch.zeros(0, 16, 24), tiles_per_image).shape == (0, 2)
 
 
 def test_wrong_counts_are_refused(vir: ViR) -> None:

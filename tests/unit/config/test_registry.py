@@ -51,6 +51,7 @@ def test_formula_gives_the_published_counts(name: str) -> None:
     assert formula_counts(get_model_config(name)) == PUBLISHED[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_built_model_has_the_counts_of_the_formula(name: str, single_process_groups: None) -> None:
     # No vocabulary here is padded at one tensor-parallel rank, so the counts agree to the last

@@ -239,6 +239,7 @@ def modules_of(name: str) -> dict[str, Tensor]:
     return canonical_state({"encoder": encoder, "language_model": language})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", SIZES)
 def test_keys_and_shapes_of_both_directions(
@@ -261,6 +262,7 @@ def test_keys_and_shapes_of_both_directions(
     assert files == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 def test_parameter_counts(name: str, single_process_groups: None) -> None:
     counts = COUNTS[name]

@@ -290,6 +290,7 @@ convert.convert(sys.argv[1], output=sys.argv[2], layout=sys.argv[3])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["megatron", "internvl"])
 def test_killed_halfway(layout: Layout, flash: Make, tmp_path: Path) -> None:
     """What is left has another name, no reader takes it, and the next conversion starts over."""

@@ -68,6 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, single_process_groups: None
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_a_checkpoint_of_the_local_spec_has_the_keys_of_transformer_engine(
     kind: str, folder: Path
@@ -81,6 +82,7 @@ def test_a_checkpoint_of_the_local_spec_has_the_keys_of_transformer_engine(
     assert found - expected == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["toy", "toy-moe"])
 def test_a_conversion_writes_the_keys_that_training_does(size: str, folder: Path) -> None:
     model, files = get_model_config(size), folder / f"{size}-hf"
@@ -95,6 +97,7 @@ def test_a_conversion_writes_the_keys_that_training_does(size: str, folder: Path
     assert stored_keys(folder / f"{size}-converted") == stored_keys(folder / size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SIZES)
 def test_the_golden_keys_are_those_of_the_transformer_engine_spec(kind: str, folder: Path) -> None:
     expected = golden_keys(kind.split("-")[0])
@@ -102,6 +105,7 @@ def test_the_golden_keys_are_those_of_the_transformer_engine_spec(kind: str, fol
     assert stored_keys(folder / f"te-{kind}") == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SIZES)
 def test_weights_go_to_transformer_engine_and_back(kind: str, folder: Path) -> None:
     """A checkpoint of a CPU into the layers of a GPU, and what those save into the layers of a CPU,

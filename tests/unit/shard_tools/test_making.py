@@ -167,6 +167,7 @@ def wait_until(condition, what):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", ["workers", "all"])
 def test_making_goes_on_after_a_kill(tmp_path, make, killed):
     jsonl = write_conversations(tmp_path / "raw", num_samples=12)

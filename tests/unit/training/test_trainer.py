@@ -31,6 +31,7 @@ def stage_config(data: ToyData, stage: str, base: Path, **options: Any) -> RunCo
     return toy_config(data, stage, **source, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_resume_gives_the_run_that_was_never_interrupted(
     stage: str, toy_data: ToyData, base_checkpoint: Path, tmp_path: Path
@@ -88,6 +89,7 @@ def test_only_the_stages_modules_change(
             assert torch.equal(old, new) == (module not in trained or dead), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_bfloat16_follows_fp32(
     stage: str, toy_data: ToyData, base_checkpoint: Path, tmp_path: Path
@@ -113,6 +115,7 @@ def test_bfloat16_follows_fp32(
     assert encoder.connector_16x.linear_1.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_every_stage_learns(toy_data: ToyData, base_checkpoint: Path, tmp_path: Path) -> None:
     for stage, lr in (("pretrain", 3e-3), ("warmup", 3e-3), ("consistency", 1e-3)):
         train(

@@ -64,6 +64,7 @@ def mean_per_sample(values_R: Tensor, pack: WholePack) -> list[float]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "warmup", "consistency", "router"])
 def test_training_does_not_notice(
     stage: str, toy_data: ToyData, base_checkpoint: Path, valid_path: str, tmp_path: Path

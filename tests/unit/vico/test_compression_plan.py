@@ -1,9 +1,26 @@
 """Plans: right shapes and counts, and streams of randomness that belong to a sample alone."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_vico.vico import compression_plan as cp
+
+ENDS_HALF = torch.tensor([0.125, 0.25, 0.25, 0.25, 0.125])
+
+
+def plans_of(plan: Callable[..., Tensor], argument: object, number: int, **options: str) -> Tensor:
+    """[number, N] float64: plans of as many samples or packs."""
+    streams = (cp.generator(0, 0, index, "xi") for index in range(number))
+    return torch.stack([plan(argument, generator=each, **options) for each in streams]).double()
+
+
+def counts_of(plans: Tensor) -> Tensor:
+    """How often 0, 1, ... of an image's tiles are compressed, as shares; [..., tiles] plans."""
+    counts = plans.sum(dim=-1).long().flatten().bincount(minlength=plans.shape[-1] + 1)
+    return counts / counts.sum()
 
 
 def test_generator_depends_on_every_part_of_its_name() -> None:
@@ -18,39 +35,22 @@ def test_fixed_plans() -> None:
     assert cp.plan_all(2).tolist() == [True] * 2
 
 
-@pytest.mark.parametrize("sampler", ["bernoulli", "exact-count"])
-def test_fraction_has_a_uniform_share_for_each_image(sampler: str) -> None:
-    counts = torch.zeros(5)
-    for sample in range(4000):
-        plan = cp.plan_fraction((4, 4), generator=cp.generator(0, 0, sample, "xi"), sampler=sampler)
-        assert plan.shape == (8,)
-        counts[int(plan[:4].sum())] += 1
-    share = counts / counts.sum()
-    if sampler == "bernoulli":
-        # The share of k compressed tiles of 4, integrated over xi ~ U[0, 1], is 1/5 for every k.
-        # Measured deviation 0.011; three standard errors are 0.020.
-        assert (share - 0.2).abs().max() < 0.019
-    else:
-        # round(4 xi): ends get half as much. Measured deviation 0.008.
-        assert (share - torch.tensor([0.125, 0.25, 0.25, 0.25, 0.125])).abs().max() < 0.021
+def test_fraction_has_a_uniform_share_for_each_image() -> None:
+    """Of 4 tiles k are compressed with 1/5 for every k: its share integrated over xi ~ U[0, 1];
+    with exact counts, round(4 xi), the ends get half as much.
+
+    Measured deviations 0.011 (three standard errors are 0.020), 0.008.
+    """
+    plans = plans_of(cp.plan_fraction, (4, 4), 4000, sampler="bernoulli")
+    assert plans.shape == (4000, 8)
+    assert (counts_of(plans[:, :4]) - 0.2).abs().max() < 0.019
+    plans = plans_of(cp.plan_fraction, (4, 4), 4000, sampler="exact-count")
+    assert (counts_of(plans[:, :4]) - ENDS_HALF).abs().max() < 0.021
 
 
 def test_images_of_a_sample_draw_their_own_share() -> None:
-    plans = [cp.plan_fraction((20, 20), generator=cp.generator(0, 0, s, "xi")) for s in range(200)]
-    first = torch.stack([plan[:20].float().mean() for plan in plans])
-    second = torch.stack([plan[20:].float().mean() for plan in plans])
-    assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.2  # measured 0.04
-
-
-def stratified_shares(tiles_per_image: tuple[int, ...], num_packs: int) -> torch.Tensor:
-    """Compressed share of each image in many packs, [packs, images]; near xi where an image has
-    many tiles."""
-    plans = [
-        cp.plan_stratified(tiles_per_image, generator=cp.generator(0, 0, p, "xi"))
-        for p in range(num_packs)
-    ]
-    parts = torch.split(torch.stack(plans).double(), tiles_per_image, dim=1)
-    return torch.stack([part.mean(dim=1) for part in parts], dim=1)
+    shares = plans_of(cp.plan_fraction, (20, 20), 200).view(200, 2, 20).mean(dim=2)
+    assert abs(torch.corrcoef(shares.T)[0, 1]) < 0.2  # measured 0.04
 
 
 @pytest.mark.parametrize("num_images", [1, 3, 8])
@@ -60,16 +60,17 @@ def test_each_stratified_share_is_uniform(num_images: int) -> None:
 
     Measured: 0.033 (1 image), 0.041 (worst of 3), 0.046 (worst of 8).
     """
-    shares = stratified_shares((200,) * num_images, 1000)
-    for share in shares.T:
-        expected = (torch.arange(len(share)) + 0.5) / len(share)
-        assert (share.sort().values - expected).abs().max() < 0.055
+    plans = plans_of(cp.plan_stratified, (200,) * num_images, 1000)
+    shares = plans.view(1000, num_images, 200).mean(dim=2).sort(dim=0).values
+    expected = (torch.arange(1000) + 0.5) / 1000
+    assert (shares - expected[:, None]).abs().max() < 0.055
 
 
 def test_strata_are_taken_once_each() -> None:
     """With many tiles an image the shares of a pack, in order, lie in their strata, up to a tile's
     rounding."""
-    shares = stratified_shares((500,) * 5, 50).sort(dim=1).values
+    plans = plans_of(cp.plan_stratified, (500,) * 5, 50)
+    shares = plans.view(50, 5, 500).mean(dim=2).sort(dim=1).values
     start = torch.arange(5) / 5
     assert ((shares >= start - 1 / 500) & (shares <= start + 1 / 5 + 1 / 500)).all()
 
@@ -83,16 +84,9 @@ def test_every_tile_is_compressed_with_probability_xi() -> None:
     follow. Measured: 0.022 from 1/2 (worst of 204; three standard errors are 0.024), 0.004 from 1/4
     and 3/4.
     """
-    plans = torch.stack(
-        [
-            cp.plan_stratified((1, 200, 3), generator=cp.generator(0, 0, p, "xi"))
-            for p in range(4000)
-        ]
-    ).double()
+    plans = plans_of(cp.plan_stratified, (1, 200, 3), 4000)
     assert (plans.mean(dim=0) - 0.5).abs().max() < 0.028
-    pairs = torch.stack(
-        [cp.plan_stratified((1, 200), generator=cp.generator(0, 0, p, "xi")) for p in range(4000)]
-    ).double()
+    pairs = plans_of(cp.plan_stratified, (1, 200), 4000)
     large_is_low = pairs[:, 1:].mean(dim=1) < 0.5
     assert abs(float(pairs[large_is_low, 0].mean()) - 0.75) < 0.03
     assert abs(float(pairs[~large_is_low, 0].mean()) - 0.25) < 0.03
@@ -101,21 +95,16 @@ def test_every_tile_is_compressed_with_probability_xi() -> None:
 def test_stratified_counts_are_uniform() -> None:
     """floor(4 xi + v): 0 and 4 tiles have probability 1/8, the others 1/4. Measured deviation
     0.005."""
-    counts = torch.zeros(5)
-    for pack in range(2000):
-        plan = cp.plan_stratified((4, 4), generator=cp.generator(0, 0, pack, "xi"))
-        for image in plan.split(4):
-            counts[int(image.sum())] += 1
-    assert (
-        counts / counts.sum() - torch.tensor([0.125, 0.25, 0.25, 0.25, 0.125])
-    ).abs().max() < 0.02
+    plans = plans_of(cp.plan_stratified, (4, 4), 2000).view(2000, 2, 4)
+    assert (counts_of(plans) - ENDS_HALF).abs().max() < 0.02
 
 
 def test_stratified_plans_have_their_own_stream() -> None:
-    plans = [cp.plan_stratified((9, 9), generator=cp.generator(0, 0, 3, "xi")) for _ in range(2)]
-    assert torch.equal(*plans)
-    other = cp.plan_stratified((9, 9), generator=cp.generator(0, 0, 4, "xi"))
-    assert not torch.equal(plans[0], other)
+    first, again, other = (
+        cp.plan_stratified((9, 9), generator=cp.generator(0, 0, pack, "xi")) for pack in (3, 3, 4)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 def longest_over_mean(sampler: str, *, steps: int = 12) -> float:
@@ -147,35 +136,25 @@ def test_stratified_shares_balance_the_ranks() -> None:
 
 
 def test_no_tiles() -> None:
-    assert cp.plan_stratified((), generator=cp.generator(0, 0, 0, "xi")).shape == (0,)
-    assert cp.plan_fraction((), generator=cp.generator(0, 0, 0, "xi")).shape == (0,)
+    for plan in (cp.plan_stratified, cp.plan_fraction):
+        assert plan((), generator=cp.generator(0, 0, 0, "xi")).shape == (0,)
 
 
 def test_one_tile_is_uniform() -> None:
-    picks = torch.stack(
-        [cp.plan_one_tile(5, generator=cp.generator(0, 0, s, "tile")) for s in range(2000)]
-    )
+    picks = plans_of(cp.plan_one_tile, 5, 2000)
     assert (picks.sum(dim=1) == 1).all()
-    assert (picks.float().mean(dim=0) - 0.2).abs().max() < 0.03  # measured 0.018
+    assert (picks.mean(dim=0) - 0.2).abs().max() < 0.03  # measured 0.018
 
 
 def test_one_image_compresses_all_its_tiles_and_no_other() -> None:
-    seen = {
-        tuple(cp.plan_one_image((1, 2, 3), generator=cp.generator(0, 0, s, "image")).tolist())
-        for s in range(100)
-    }
-    assert seen == {
-        (True, False, False, False, False, False),
-        (False, True, True, False, False, False),
-        (False, False, False, True, True, True),
-    }
+    seen = plans_of(cp.plan_one_image, (1, 2, 3), 100).unique(dim=0)
+    assert seen.tolist() == [[0, 0, 0, 1, 1, 1], [0, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
 
 
-def test_exact_count() -> None:
-    for count in (0, 3, 7):
-        assert (
-            int(cp.plan_random_exact(7, count, generator=cp.generator(0, 0, 0, "r")).sum()) == count
-        )
+@pytest.mark.parametrize("count", [0, 3, 7])
+def test_exact_count(count: int) -> None:
+    plan = cp.plan_random_exact(7, count, generator=cp.generator(0, 0, 0, "r"))
+    assert int(plan.sum()) == count
 
 
 @pytest.mark.parametrize(
@@ -187,6 +166,6 @@ def test_exact_count() -> None:
         (lambda g: cp.plan_fraction((2,), generator=g, sampler="uniform"), "'uniform' is neither"),
     ],
 )
-def test_bad_requests(call, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_bad_requests(call: Callable[[torch.Generator], Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(cp.generator(0, 0, 0, "x"))

@@ -20,17 +20,13 @@ def test_sample_means() -> None:
 def test_ratio_of_equal_models_is_one_and_finite() -> None:
     zero = torch.zeros(3)
     assert loss_ratio(zero, zero, eps=1e-6).tolist() == [1.0, 1.0, 1.0]
-    assert loss_ratio(torch.tensor([0.3]), torch.tensor([0.1]), eps=0.0).item() == pytest.approx(
-        3.0
-    )
+    ratio = loss_ratio(torch.tensor([0.3]), torch.tensor([0.1]), eps=0.0)
+    assert ratio.item() == pytest.approx(3.0)
 
 
 def test_labels_compress_strictly_below_the_threshold() -> None:
-    assert labels_from_ratios(torch.tensor([0.9, 1.0, 1.1]), torch.tensor(1.0)).tolist() == [
-        0,
-        1,
-        1,
-    ]
+    labels = labels_from_ratios(torch.tensor([0.9, 1.0, 1.1]), torch.tensor(1.0))
+    assert labels.tolist() == [0, 1, 1]
 
 
 def test_window_against_numpy_while_it_slides() -> None:

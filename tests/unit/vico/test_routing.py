@@ -1,5 +1,6 @@
 """Both decision rules on the cases the released models are known by."""
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -20,40 +21,19 @@ def test_paper_rule_is_half_and_strict() -> None:
     assert paper_rule(torch.zeros(1, 2)).tolist() == [False]
 
 
-def test_flash_rule_spares_the_quantile_itself() -> None:
-    gates = [0.55, 0.6, 0.7, 0.95]
-    assert flash_rule(
-        logits_of(gates), relative_threshold=0.1, absolute_threshold=0.5
-    ).tolist() == [
-        False,
-        True,
-        True,
-        True,
-    ]
-    assert flash_rule(
-        logits_of(gates), relative_threshold=0.6, absolute_threshold=0.5
-    ).tolist() == [
-        False,
-        False,
-        True,
-        True,
-    ]
-
-
-def test_flash_rule_never_compresses_a_single_tile() -> None:
-    assert flash_rule(
-        logits_of([0.95]), relative_threshold=0.0, absolute_threshold=0.0
-    ).tolist() == [False]
-
-
-def test_flash_rule_floor() -> None:
-    plan = flash_rule(
-        logits_of([0.1, 0.2, 0.3, 0.6]), relative_threshold=0.1, absolute_threshold=0.5
-    )
-    assert plan.tolist() == [False, False, False, True]
-
-
-def test_flash_rule_without_tiles() -> None:
-    assert flash_rule(torch.zeros(0, 2), relative_threshold=0.1, absolute_threshold=0.5).shape == (
-        0,
-    )
+@pytest.mark.parametrize(
+    ("gates", "relative", "absolute", "expected"),
+    [
+        # The tile that is itself the quantile is never compressed, hence no single one.
+        ([0.55, 0.6, 0.7, 0.95], 0.1, 0.5, [False, True, True, True]),
+        ([0.55, 0.6, 0.7, 0.95], 0.6, 0.5, [False, False, True, True]),
+        ([0.95], 0.0, 0.0, [False]),
+        ([0.1, 0.2, 0.3, 0.6], 0.1, 0.5, [False, False, False, True]),
+        ([], 0.1, 0.5, []),
+    ],
+)
+def test_flash_rule(
+    gates: list[float], relative: float, absolute: float, expected: list[bool]
+) -> None:
+    plan = flash_rule(logits_of(gates), relative_threshold=relative, absolute_threshold=absolute)
+    assert plan.tolist() == expected

@@ -13,7 +13,7 @@ setup(
         "megatron-core>=0.19.2,<0.20",
         "torch>=2.8",
         "transformers>=5.4,<6",
-        "safetensors>=0.5",
+        "safetensors>=0.8",
         "sentencepiece>=0.2",
         "webdataset>=1.0,<2",
         "numpy>=2.0",

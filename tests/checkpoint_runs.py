@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.config.registry import ModelConfig, get_model_config
 from megatron_vico.config.schema import ParallelOptions, RunConfig, TrainingOptions
-from megatron_vico.convert.convert import canonical_state
+from megatron_vico.convert.modules import canonical_state
 from megatron_vico.models.build import (
     build_language_chunks,
     build_vision_encoder,

@@ -161,25 +161,24 @@ def _make(folder: Path, model: "ModelConfig") -> None:
     import torch
 
     from megatron_vico.convert.huggingface.export import shards_of, write_companions, write_weights
-    from megatron_vico.convert.huggingface.safetensors_folder import TensorForm
     from megatron_vico.convert.names.internvl import entries
     from megatron_vico.convert.ranks import Ranks
-    from megatron_vico.convert.source import Source
+    from megatron_vico.convert.source import Source, TensorInfo
 
-    forms = {
-        name: TensorForm(shape=row.shape, dtype=torch.bfloat16)
+    tensors = {
+        name: TensorInfo(shape=row.shape, dtype=torch.bfloat16)
         for name, row in entries(model, layout="flash").items()
     }
 
-    def read(name: str) -> torch.Tensor:
+    def read_tensor(name: str) -> torch.Tensor:
         # Any bits will do; those of tensors that could be mistaken for one another differ.
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         bits = torch.randint(
-            -(2**15), 2**15, forms[name].shape, dtype=torch.int16, generator=generator
+            -(2**15), 2**15, tensors[name].shape, dtype=torch.int16, generator=generator
         )
         return bits.view(torch.bfloat16)
 
-    source = Source(model=model, where="made up", forms=forms, read=read)
+    source = Source(model=model, where="made up", tensors=tensors, read_tensor=read_tensor)
     folder.mkdir()
     shards = shards_of(source, "flash", max_shard_bytes=SHARD_BYTES)
     write_weights(

@@ -1,5 +1,4 @@
-"""`vico checkpoint inspect`: what a checkpoint folder holds, and with --diff how it differs from
-another."""
+"""`vico checkpoint inspect`: what a checkpoint folder holds, or how it differs from another."""
 
 import argparse
 import dataclasses
@@ -12,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_vico.convert.compare import Comparison, Difference
-    from megatron_vico.convert.describe import Checkpoint, TensorFacts
+    from megatron_vico.convert.describe import StoredWeight
+    from megatron_vico.convert.source import Contents, Source
 
 DIFFERENT = 1
 """Exit status of --diff where the two are not equal, as of diff itself."""
 
-_FORMS = {"megatron": "Megatron", "hf": "Hugging Face"}
-
-_MOST_LISTED = 20
+_MAX_LISTED = 20
 """Differences of a kind that are printed unless --tensors asks for all."""
 
 
@@ -48,19 +46,18 @@ def main(arguments: Sequence[str]) -> int:
         options.folder, iteration=options.ckpt_step, model_size=options.model_size
     )
     if options.diff is None:
-        shown = _listed(first, options.match) if options.tensors else []
-        print(
-            json.dumps(_as_json(first, shown), indent=2) if options.json else _as_text(first, shown)
-        )
+        shown = _description(first, with_tensors=options.tensors, match=options.match)
+        print(json.dumps(shown, indent=2) if options.json else _as_text(shown))
         return 0
     second = open_checkpoint(
         options.diff, iteration=options.diff_ckpt_step, model_size=options.model_size
     )
     found = _compared(first, second, match=options.match)
+    paths = [str(_contents(each).path) for each in (first, second)]
     if options.json:
-        print(json.dumps(_comparison_json(first, second, found), indent=2))
+        print(json.dumps(_comparison_json(paths, found), indent=2))
     else:
-        print(_comparison_text(first, second, found, everything=options.tensors))
+        print(_comparison_text(paths, found, everything=options.tensors))
     return DIFFERENT if found.differences else 0
 
 
@@ -110,153 +107,145 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _listed(checkpoint: "Checkpoint", pattern: str | None) -> list["TensorFacts"]:
-    from megatron_vico.convert.describe import matching
+def _contents(source: "Source") -> "Contents":
+    assert source.contents is not None, "it was opened from a folder"
+    return source.contents
+
+
+def _description(source: "Source", *, with_tensors: bool, match: str | None) -> dict[str, Any]:
+    """What --json prints, and the text is made of."""
+    from megatron_vico.convert.describe import matching, stored_weights
+    from megatron_vico.convert.source import dtype_name
     from megatron_vico.errors import CheckpointError
 
-    wanted = set(matching((each.name for each in checkpoint.tensors), pattern))
-    if not wanted:
-        raise CheckpointError(f"no tensor of {checkpoint.path} matches {pattern!r}.")
-    return [each for each in checkpoint.tensors if each.name in wanted]
+    contents = _contents(source)
+    weights = stored_weights(contents)
+    shown: dict[str, Any] = {
+        "path": str(contents.path),
+        "form": "megatron" if source.layout is None else "hf",
+        **contents.facts,
+        "problems": list(source.problems),
+        "modules": _modules(weights),
+    }
+    if with_tensors:
+        wanted = set(matching((each.name for each in weights), match))
+        if not wanted:
+            raise CheckpointError(f"no tensor of {contents.path} matches {match!r}.")
+        shown["tensors"] = [
+            {
+                "name": each.name,
+                "module": each.module,
+                "dtype": dtype_name(each.info.dtype),
+                "shape": list(each.info.shape),
+                "bytes": each.info.num_bytes,
+            }
+            for each in weights
+            if each.name in wanted
+        ]
+    return shown
 
 
-def _compared(first: "Checkpoint", second: "Checkpoint", *, match: str | None) -> "Comparison":
+def _modules(weights: Sequence["StoredWeight"]) -> dict[str, dict[str, Any]]:
+    """Sums over modules, the language model's parts, and all weights; then the optimizer's."""
+    from megatron_vico.convert.describe import OPTIMIZER
+    from megatron_vico.convert.source import dtype_name
+
+    groups: dict[str, list[StoredWeight]] = {}
+    for each in weights:
+        name, _, part = each.module.partition(" ")
+        groups.setdefault(name, []).append(each)
+        if part:
+            groups.setdefault(part, []).append(each)
+    optimizer = groups.pop(OPTIMIZER, None)
+    groups["weights"] = [each for each in weights if each.module != OPTIMIZER]
+    if optimizer is not None:
+        groups[OPTIMIZER] = optimizer
+    return {
+        name: {
+            "tensors": len(members),
+            "parameters": sum(each.info.num_parameters for each in members),
+            "bytes": sum(each.info.num_bytes for each in members),
+            "dtypes": sorted({dtype_name(each.info.dtype) for each in members}),
+        }
+        for name, members in groups.items()
+    }
+
+
+def _as_text(shown: dict[str, Any]) -> str:
+    from megatron_vico.convert.describe import PARTS
+
+    rest = dict(shown)
+    path, form, problems = rest.pop("path"), rest.pop("form"), rest.pop("problems")
+    modules, tensors = rest.pop("modules"), rest.pop("tensors", [])
+    facts = {"form": {"megatron": "Megatron", "hf": "Hugging Face"}[form], **rest}
+    lines = [path, *(f"  {name}: {value}" for name, value in facts.items())]
+    lines += [f"  problem: {problem}" for problem in problems]
+    sums = [
+        [
+            f"  {name}" if name in PARTS else name,
+            *(f"{each[count]:,}" for count in ("tensors", "parameters", "bytes")),
+            " ".join(each["dtypes"]),
+        ]
+        for name, each in modules.items()
+    ]
+    lines += ["", *_table(["module", "tensors", "parameters", "bytes", "dtypes"], sums)]
+    if tensors:
+        rows = [
+            [each["name"], each["dtype"], "x".join(map(str, each["shape"])), f"{each['bytes']:,}"]
+            for each in tensors
+        ]
+        lines += ["", *_table(["tensor", "dtype", "shape", "bytes"], rows)]
+    return "\n".join(lines)
+
+
+def _compared(first: "Source", second: "Source", *, match: str | None) -> "Comparison":
     from tqdm import tqdm
 
     from megatron_vico.convert.compare import bytes_to_compare, compare
 
-    total = bytes_to_compare(first, second, match=match)
-    # Drawn on a terminal only, and not for what takes less than a second.
     with tqdm(
-        total=total,
+        total=bytes_to_compare(first, second, match=match),
         unit="B",
         unit_scale=True,
         desc="comparing",
-        disable=None,
+        disable=None,  # on a terminal only
         delay=1,
         file=sys.stderr,
     ) as bar:
         return compare(first, second, match=match, advance=bar.update)
 
 
-def _as_text(checkpoint: "Checkpoint", shown: Sequence["TensorFacts"]) -> str:
-    lines = [str(checkpoint.path), f"  form: {_FORMS[checkpoint.form]}"]
-    lines += [f"  {name}: {value}" for name, value in checkpoint.facts.items()]
-    lines += [f"  problem: {problem}" for problem in checkpoint.problems]
-    lines += [
-        "",
-        *_table(["module", "tensors", "parameters", "bytes", "dtypes"], _module_rows(checkpoint)),
-    ]
-    if shown:
-        rows = [
-            [each.name, _dtype(each), "x".join(map(str, each.shape)), f"{each.num_bytes:,}"]
-            for each in shown
-        ]
-        lines += ["", *_table(["tensor", "dtype", "shape", "bytes"], rows)]
-    return "\n".join(lines)
-
-
-def _module_rows(checkpoint: "Checkpoint") -> list[list[str]]:
-    return [
-        [
-            name,
-            f"{each['tensors']:,}",
-            f"{each['parameters']:,}",
-            f"{each['bytes']:,}",
-            " ".join(each["dtypes"]),
-        ]
-        for name, each in _modules(checkpoint).items()
-    ]
-
-
-def _modules(checkpoint: "Checkpoint") -> dict[str, dict[str, Any]]:
-    """Sums over modules, over the language model's parts, and over all weights; the optimizer comes
-    after those."""
-    from megatron_vico.convert.describe import OPTIMIZER
-
-    groups: dict[str, list[TensorFacts]] = {}
-    after: dict[str, list[TensorFacts]] = {}
-    for each in checkpoint.tensors:
-        name, _, part = each.module.partition(" ")
-        if each.module == OPTIMIZER:
-            after.setdefault(name, []).append(each)
-            continue
-        groups.setdefault(name, []).append(each)
-        if part:
-            groups.setdefault(f"  {part}", []).append(each)
-    groups["weights"] = [each for each in checkpoint.tensors if each.module != OPTIMIZER]
-    return {
-        name: {
-            "tensors": len(tensors),
-            "parameters": sum(each.num_parameters for each in tensors),
-            "bytes": sum(each.num_bytes for each in tensors),
-            "dtypes": sorted({_dtype(each) for each in tensors}),
-        }
-        for name, tensors in (groups | after).items()
-    }
-
-
-def _as_json(checkpoint: "Checkpoint", shown: Sequence["TensorFacts"]) -> dict[str, Any]:
-    contents: dict[str, Any] = {
-        "path": str(checkpoint.path),
-        "form": checkpoint.form,
-        **checkpoint.facts,
-        "problems": list(checkpoint.problems),
-        "modules": {name.strip(): each for name, each in _modules(checkpoint).items()},
-    }
-    if shown:
-        contents["tensors"] = [
-            {
-                "name": each.name,
-                "module": each.module,
-                "dtype": _dtype(each),
-                "shape": list(each.shape),
-                "bytes": each.num_bytes,
-            }
-            for each in shown
-        ]
-    return contents
-
-
-def _comparison_text(
-    first: "Checkpoint", second: "Checkpoint", found: "Comparison", *, everything: bool
-) -> str:
-    lines = [f"first:  {first.path}", f"second: {second.path}", f"same: {found.num_same} tensors"]
+def _comparison_text(paths: Sequence[str], found: "Comparison", *, everything: bool) -> str:
+    lines = [f"first:  {paths[0]}", f"second: {paths[1]}", f"same: {found.num_same} tensors"]
     kinds: dict[str, list[Difference]] = {}
     for each in found.differences:
         kinds.setdefault(each.kind, []).append(each)
     for kind, members in kinds.items():
-        most = len(members) if everything else _MOST_LISTED
+        limit = len(members) if everything else _MAX_LISTED
         lines += ["", f"{kind}: {len(members)} tensors"]
-        lines += [f"  {line}" for line in _table(*_difference_rows(members[:most]))]
-        if len(members) > most:
-            lines.append(f"  and {len(members) - most} more; --tensors lists all")
+        lines += [f"  {line}" for line in _difference_table(members[:limit])]
+        if len(members) > limit:
+            lines.append(f"  and {len(members) - limit} more; --tensors lists all")
     return "\n".join(lines)
 
 
-def _difference_rows(members: Sequence["Difference"]) -> tuple[list[str], list[list[str]]]:
-    kind = members[0].kind
-    rows = [[each.name] for each in members]
-    titles = ["tensor"]
-    if kind in ("values differ", "dtype differs"):
-        titles += ["max difference", "relative norm"]
-        for row, each in zip(rows, members, strict=True):
-            row += [f"{each.max_difference:.3e}", f"{each.relative_norm:.3e}"]
-    if kind != "values differ":
-        for title in ("first", "second"):
-            if any(getattr(each, title) for each in members):
-                titles.append(title)
-                for row, each in zip(rows, members, strict=True):
-                    row.append(getattr(each, title))
-    return titles, rows
+def _difference_table(members: Sequence["Difference"]) -> list[str]:
+    """Of differences of one kind: the columns that say something about it."""
+    columns = {"tensor": [each.name for each in members]}
+    if members[0].max_difference is not None:
+        columns["max difference"] = [f"{each.max_difference:.3e}" for each in members]
+        columns["relative norm"] = [f"{each.relative_norm:.3e}" for each in members]
+    if members[0].kind != "values differ":
+        columns["first"] = [each.first for each in members]
+        columns["second"] = [each.second for each in members]
+    columns = {title: cells for title, cells in columns.items() if any(cells)}
+    return _table(list(columns), list(zip(*columns.values(), strict=True)))
 
 
-def _comparison_json(
-    first: "Checkpoint", second: "Checkpoint", found: "Comparison"
-) -> dict[str, Any]:
+def _comparison_json(paths: Sequence[str], found: "Comparison") -> dict[str, Any]:
     return {
-        "first": str(first.path),
-        "second": str(second.path),
+        "first": paths[0],
+        "second": paths[1],
         "equal": not found.differences,
         "num_same": found.num_same,
         "differences": [
@@ -272,8 +261,7 @@ def _plain(value: Any) -> Any:
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of columns, the first and the last aligned to the left, numbers between them to the
-    right."""
+    """Lines of columns: names to the left, numbers to the right, words at the end as they are."""
     table = [titles, *rows]
     widths = [max(len(row[column]) for row in table) for column in range(len(titles))]
     lines = []
@@ -284,7 +272,3 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
             cells[-1] = row[-1]
         lines.append("  ".join(cells).rstrip())
     return lines
-
-
-def _dtype(tensor: "TensorFacts") -> str:
-    return str(tensor.dtype).removeprefix("torch.")

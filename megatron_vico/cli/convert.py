@@ -17,7 +17,6 @@ from megatron_vico.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from megatron_vico.convert.huggingface.config import ExportOptions
-    from megatron_vico.convert.source import Source
 
 _ANY_LAYOUT_LOADS = ("pipeline_model_parallel_size", "expert_model_parallel_size")
 _EXPORTED = (
@@ -37,6 +36,7 @@ def main(arguments: Sequence[str]) -> None:
         CheckpointError: if the input is broken, of another size, or lacks parts of the output's
             layout.
     """
+    from megatron_vico.convert.combine import open_parts
     from megatron_vico.convert.convert import ConversionOptions, convert
 
     given = _parser().parse_args(arguments)
@@ -52,7 +52,9 @@ def main(arguments: Sequence[str]) -> None:
                 file=sys.stderr,
             )
     written = convert(
-        _joined(given) if given.source == "parts" else given.input,
+        open_parts(given.vit, given.llm, model_size=given.model_size)
+        if given.source == "parts"
+        else given.input,
         output=given.output,
         layout="megatron" if given.target == "megatron" else given.layout,
         options=ConversionOptions(
@@ -170,18 +172,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _joined(given: argparse.Namespace) -> "Source":
-    """A tower and a language model as one source without connectors."""
-    from megatron_vico.convert.combine import open_parts
-    from megatron_vico.convert.initial import CONNECTOR_4X
-    from megatron_vico.convert.source import files_source
-
-    parts = open_parts(given.vit, given.llm, model_size=given.model_size)
-    return files_source(parts, model=parts.model, layout=parts.layout, without=(CONNECTOR_4X,))
-
-
 def _check_form(folder: Path, form: str) -> None:
-    from megatron_vico.convert.source import is_megatron
+    from megatron_vico.convert.open import is_megatron
     from megatron_vico.files import refuse_incomplete
 
     refuse_incomplete(folder)
@@ -260,7 +252,7 @@ def _export_options(given: argparse.Namespace) -> "ExportOptions | None":
     here."""
     from megatron_vico.convert.huggingface.config import ExportOptions, options_of
     from megatron_vico.convert.huggingface.export import carried_config
-    from megatron_vico.convert.source import TOKENIZER_FOLDER
+    from megatron_vico.convert.open import TOKENIZER_FOLDER
 
     said = {name: getattr(given, name) for name in _EXPORTED if getattr(given, name) is not None}
     if not said:

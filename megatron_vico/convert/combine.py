@@ -1,26 +1,22 @@
-"""A vision tower and a language model that have never met, an InternViT and a Qwen3 folder, as if
-they were one folder.
+"""Combine an InternViT and a Qwen3 checkpoint: what a first pretraining starts from.
 
-That is what a first pretraining starts from. Together they look like an InternVL3.5 folder without
-connector_4x: names get the prefix they have there, and nothing is read. Where the language model
-ties its head to its embedding, as Qwen3 does up to 4B, the head is a copy of the embedding, for
-InternVL3.5 ties no size.
+Together they are an InternVL3.5 folder without connector_4x: names get the prefix they have there,
+and nothing is read. Where the language model ties its head to its embedding, as Qwen3 does up to
+4B, the head is a copy of the embedding, for InternVL3.5 ties no size.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
-from megatron_vico.config.config_json import Json, read_model
+from megatron_vico.config.config_json import read_model
 from megatron_vico.config.registry import ModelConfig
-from megatron_vico.convert.huggingface.safetensors_folder import (
-    SafetensorsFolder,
-    StoredTensor,
-    open_folder,
-)
+from megatron_vico.convert.huggingface.config import Json
+from megatron_vico.convert.huggingface.safetensors_folder import SafetensorsFolder, open_folder
+from megatron_vico.convert.initial import CONNECTOR_4X
 from megatron_vico.convert.names.internvl import Layout, entries
+from megatron_vico.convert.open import files_source
+from megatron_vico.convert.source import Source
 from megatron_vico.errors import CheckpointError, listed
 from megatron_vico.files import read_json
 
@@ -29,117 +25,75 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
-class _VisionForm:
+class _Tower:
+    """How a vision tower's folder becomes part of an InternVL3.5 folder."""
+
     layout: Layout
     prefix: str
     """Of its tensors in that layout."""
 
+    model_type: str
     language_config: str
     """Name of the language model's part of that layout's config.json."""
 
 
 # By model_type of the tower's own config.json: the remote code's (of both towers, in all releases),
 # and transformers'.
-_VISION_FORMS = {
-    "intern_vit_6b": _VisionForm(
-        layout="internvl", prefix="vision_model.", language_config="llm_config"
+_TOWERS = {
+    "intern_vit_6b": _Tower(
+        layout="internvl",
+        prefix="vision_model.",
+        model_type="internvl_chat",
+        language_config="llm_config",
     ),
-    "internvl_vision": _VisionForm(
-        layout="hf", prefix="vision_tower.", language_config="text_config"
+    "internvl_vision": _Tower(
+        layout="hf", prefix="vision_tower.", model_type="internvl", language_config="text_config"
     ),
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """Two folders that look like one `SafetensorsFolder`; only headers have been read."""
-
-    path: Path
-    """The language model's folder: its tokenizer is the one to extend."""
-
-    model: ModelConfig
-    """The size whose tower and language model these are."""
-
-    layout: Layout
-    """Whose names the tensors have: `internvl`, or `hf` where the tower is in transformers' own
-    form."""
-
-    tensors: dict[str, StoredTensor]
-    """By name in that layout; there is no connector."""
-
-    origins: Mapping[str, tuple[SafetensorsFolder, str]]
-    """Where each is, and what it is called there."""
-
-    def read(self, name: str) -> Tensor:
-        """One tensor.
-
-        Args:
-            name: a key of `tensors`.
-
-        Returns:
-            It, as stored.
-        """
-        folder, stored_name = self.origins[name]
-        return folder.read(stored_name)
-
-
-def open_parts(vit: str | Path, llm: str | Path, *, model_size: str | None = None) -> Parts:
-    """Open a folder of InternViT and one of Qwen3 or Qwen3-MoE, and find the size that consists of
-    them.
+def open_parts(vit: str | Path, llm: str | Path, *, model_size: str | None = None) -> Source:
+    """A folder of InternViT and one of Qwen3 or Qwen3-MoE as one source without connectors.
 
     Args:
         vit: folder of the tower alone, in the remote code's form (as OpenGVLab releases it) or in
             transformers' own.
-        llm: folder of the language model alone.
-        model_size: the size it should be; unset, any known one.
-
-    Returns:
-        The two as one.
+        llm: folder of the language model alone; its tokenizer is the one to extend.
+        model_size: the size that they should make; unset, any.
 
     Raises:
-        CheckpointError: if a folder is broken or holds another kind of model, if the two are of no
-            known size or not of the expected one (with what differs), or if a tensor is missing or
-            unknown.
+        CheckpointError: if a folder is broken or holds another kind of model, if the two do not fit
+            together or are not of the expected size (with what differs), or if a tensor is missing
+            or unknown.
     """
-    tower, language = open_folder(vit), open_folder(llm)
-    vision_config, language_config = (
-        read_json(tower.path / "config.json"),
-        read_json(language.path / "config.json"),
-    )
-    form = _VISION_FORMS.get(str(vision_config.get("model_type")))
-    if form is None:
+    vision, language = open_folder(vit), open_folder(llm)
+    vision_path, language_path = vision.path / "config.json", language.path / "config.json"
+    vision_config, language_config = read_json(vision_path), read_json(language_path)
+    tower = _TOWERS.get(str(vision_config.get("model_type")))
+    if tower is None:
         raise CheckpointError(
-            f"{tower.path / 'config.json'}: model_type is {vision_config.get('model_type')!r},"
-            f" expected {' or '.join(map(repr, _VISION_FORMS))}; give the folder of a vision tower"
-            " alone as --vit."
+            f"{vision_path}: model_type is {vision_config.get('model_type')!r}, expected"
+            f" {' or '.join(map(repr, _TOWERS))}; give the folder of a vision tower alone as --vit."
         )
-    is_tied = bool(language_config.get("tie_word_embeddings"))
+    is_tied = bool(language_config.pop("tie_word_embeddings", False))
     joined: Json = {
-        "model_type": "internvl" if form.layout == "hf" else "internvl_chat",
+        "model_type": tower.model_type,
         "vision_config": vision_config,
-        form.language_config: {
-            name: value for name, value in language_config.items() if name != "tie_word_embeddings"
-        },
+        tower.language_config: language_config,
     }
-    where = f"{tower.path / 'config.json'} with {language.path / 'config.json'}"
+    where = f"{vision_path} with {language_path}"
     model = read_model(joined, path=where, expected=model_size)
 
-    origins = {form.prefix + name: (tower, name) for name in tower.tensors}
-    origins |= {_LANGUAGE + name: (language, name) for name in language.tensors}
+    tensors = {tower.prefix + name: stored for name, stored in vision.tensors.items()}
+    tensors |= {_LANGUAGE + name: stored for name, stored in language.tensors.items()}
     if is_tied and _HEAD not in language.tensors and _EMBEDDING in language.tensors:
-        origins[_LANGUAGE + _HEAD] = (language, _EMBEDDING)
-    wanted = [name for row in entries(model, layout=form.layout).values() for name in row.files]
-    for folder, prefix in ((tower, form.prefix), (language, _LANGUAGE)):
-        _check_names(folder.path, prefix, found=origins.keys(), wanted=wanted, model=model)
-    return Parts(
-        path=language.path,
-        model=model,
-        layout=form.layout,
-        tensors={
-            name: folder.tensors[stored_name] for name, (folder, stored_name) in origins.items()
-        },
-        origins=origins,
-    )
+        tensors[_LANGUAGE + _HEAD] = language.tensors[_EMBEDDING]
+    rows = entries(model, layout=tower.layout).values()
+    wanted = [name for row in rows for name in row.files]
+    for folder, prefix in ((vision, tower.prefix), (language, _LANGUAGE)):
+        _check_names(folder.path, prefix, found=tensors, wanted=wanted, model=model)
+    both = SafetensorsFolder(path=language.path, tensors=tensors)
+    return files_source(both, model=model, layout=tower.layout, without=(CONNECTOR_4X,))
 
 
 def _check_names(

@@ -1,20 +1,19 @@
-"""How two checkpoints differ, tensor by tensor under the mapping table's names, whatever the forms
-of the two.
+"""How two checkpoints of any form differ, tensor by tensor under the mapping table's names.
 
 One pair of tensors is in memory at a time. Optimizers are not compared, nor the rows that pad a
 vocabulary.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from megatron_vico.convert.describe import Checkpoint, Weight, matching
+from megatron_vico.convert.describe import matching
+from megatron_vico.convert.source import Source, TensorInfo, dtype_name, same_bits
 from megatron_vico.errors import CheckpointError
 
 Kind = Literal[
@@ -22,8 +21,7 @@ Kind = Literal[
 ]
 
 _BLOCK = 1 << 22
-"""Numbers whose difference is taken at once: their float64 copies take 100 MB, whatever the
-tensor's size."""
+"""Numbers whose difference is taken at once: their float64 copies take 100 MB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +52,13 @@ class Comparison:
 
 
 def compare(
-    first: Checkpoint,
-    second: Checkpoint,
+    first: Source,
+    second: Source,
     *,
     match: str | None = None,
     advance: Callable[[int], object] = lambda num_bytes: None,
 ) -> Comparison:
-    """Compare the weights of two checkpoints.
+    """Compare the weights of two checkpoints; differences are in the order of the table.
 
     Args:
         first: what differences are measured from.
@@ -68,68 +66,53 @@ def compare(
         match: glob on the table's names; unset, all tensors.
         advance: told the bytes of each pair when it has been compared.
 
-    Returns:
-        The comparison; differences are in the order of the table.
-
     Raises:
         CheckpointError: if nothing matches, or a file cannot be read.
     """
-    names = matching(dict(first.weights) | dict(second.weights), match)
+    names = matching(dict(first.tensors) | dict(second.tensors), match)
     if not names:
-        raise CheckpointError(f"no tensor of {first.path} or {second.path} matches {match!r}.")
+        raise CheckpointError(f"no tensor of {first.where} or {second.where} matches {match!r}.")
     differences = []
     for name in names:
-        one, other = first.weights.get(name), second.weights.get(name)
-        found = _difference(name, one, other)
+        found = _difference(name, first, second)
         differences += [] if found is None else [found]
-        if one is not None and other is not None:
-            advance(one.num_bytes + other.num_bytes)
+        if name in first.tensors and name in second.tensors:
+            advance(first.tensors[name].num_bytes + second.tensors[name].num_bytes)
     return Comparison(num_same=len(names) - len(differences), differences=tuple(differences))
 
 
-def bytes_to_compare(first: Checkpoint, second: Checkpoint, *, match: str | None = None) -> int:
+def bytes_to_compare(first: Source, second: Source, *, match: str | None = None) -> int:
     """What `compare` will have told `advance` in all."""
-    shared = [name for name in matching(first.weights, match) if name in second.weights]
-    return sum(first.weights[name].num_bytes + second.weights[name].num_bytes for name in shared)
+    shared = [name for name in matching(first.tensors, match) if name in second.tensors]
+    return sum(first.tensors[name].num_bytes + second.tensors[name].num_bytes for name in shared)
 
 
-def _difference(name: str, first: Weight | None, second: Weight | None) -> Difference | None:
-    differing = functools.partial(
-        Difference, name=name, first=_described(first), second=_described(second)
-    )
-    if first is None:
+def _difference(name: str, first: Source, second: Source) -> Difference | None:
+    one, other = first.tensors.get(name), second.tensors.get(name)
+    differing = partial(Difference, name=name, first=_described(one), second=_described(other))
+    if one is None:
         return differing(kind="only in the second")
-    if second is None:
+    if other is None:
         return differing(kind="only in the first")
-    if first.shape != second.shape:
+    if one.shape != other.shape:
         return differing(kind="shape differs")
-    one, other = first.read(), second.read()
-    same_format = first.dtypes == second.dtypes
-    if same_format and _same_bits(one, other):
+    tensors = first.read_tensor(name), second.read_tensor(name)
+    if same_bits(*tensors):
         return None
-    largest, relative = _distance(one, other)
+    largest, relative = _distance(*tensors)
     return differing(
-        kind="values differ" if same_format else "dtype differs",
+        kind="values differ" if one.dtype == other.dtype else "dtype differs",
         max_difference=largest,
         relative_norm=relative,
     )
 
 
-def _described(weight: Weight | None) -> str:
-    if weight is None:
-        return ""
-    dtypes = "/".join(sorted(str(dtype).removeprefix("torch.") for dtype in weight.dtypes))
-    return f"{dtypes} {list(weight.shape)}"
-
-
-def _same_bits(first: Tensor, second: Tensor) -> bool:
-    """Bits rather than numbers, for a NaN is not equal to itself."""
-    return torch.equal(first.flatten().view(torch.uint8), second.flatten().view(torch.uint8))
+def _described(info: TensorInfo | None) -> str:
+    return "" if info is None else f"{dtype_name(info.dtype)} {list(info.shape)}"
 
 
 def _distance(first: Tensor, second: Tensor) -> tuple[float, float]:
-    """(largest |second - first|, norm of second - first over that of first), NaN where either has
-    one."""
+    """Largest |second - first|, and its norm over that of first; NaN where either has one."""
     largest, squares, reference = 0.0, 0.0, 0.0
     for one, other in zip(
         first.flatten().split(_BLOCK), second.flatten().split(_BLOCK), strict=True

@@ -1,12 +1,10 @@
-"""Checkpoints from one form to another, a tensor at a time; and models in memory in and out of
-Hugging Face's form.
+"""Checkpoints from one form to another, a tensor at a time.
 
 A conversion holds one tensor and what is made of it, whatever the model's size. Processes that
 torchrun has started share it. Its output has another name until it is whole; a conversion that was
 interrupted starts over.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from megatron_vico import files
 from megatron_vico.checkpoint import run_folder
 from megatron_vico.config.registry import ModelConfig
-from megatron_vico.convert.huggingface import safetensors_folder
 from megatron_vico.convert.huggingface.config import ExportOptions
 from megatron_vico.convert.huggingface.export import (
     carry_companions,
@@ -29,24 +25,15 @@ from megatron_vico.convert.huggingface.export import (
     write_companions,
     write_weights,
 )
+from megatron_vico.convert.huggingface.safetensors_folder import MAX_SHARD_BYTES
 from megatron_vico.convert.initial import CONNECTOR_16X_AND_VIR
 from megatron_vico.convert.megatron.writer import check_formats, sizes_of, write_dcp
-from megatron_vico.convert.names.internvl import Entry, Layout, entries
-from megatron_vico.convert.names.kinds import PaddedVocabulary
+from megatron_vico.convert.modules import module_source
+from megatron_vico.convert.names.internvl import Layout
+from megatron_vico.convert.open import TOKENIZER_FOLDER, is_megatron, open_source
+from megatron_vico.convert.output_folder import check_space, new_folder
 from megatron_vico.convert.ranks import FAILURES, Ranks, launched
-from megatron_vico.convert.source import (
-    TOKENIZER_FOLDER,
-    Source,
-    canonical_state,
-    cast,
-    check_names,
-    check_shape,
-    completed,
-    hf_source,
-    is_megatron,
-    module_source,
-    open_source,
-)
+from megatron_vico.convert.source import Source, cast, check_whole, completed, same_bits
 from megatron_vico.data.encode.tokenizer import Tokenizer, load_tokenizer
 from megatron_vico.errors import CheckpointError, ConfigError, cause_of, listed
 from megatron_vico.models.build import padded_vocab_size
@@ -54,6 +41,8 @@ from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel
 
 DTypeName = Literal["fp32", "bf16"]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +74,7 @@ class ConversionOptions:
     """Pads the vocabulary of a Megatron output, as a model of this tensor-parallel size has it;
     others load it too."""
 
-    max_shard_bytes: int = safetensors_folder.MAX_SHARD_BYTES
+    max_shard_bytes: int = MAX_SHARD_BYTES
     """Size above which a new file begins, in either form; processes share a Hugging Face output
     file by file."""
 
@@ -103,21 +92,17 @@ def convert(
     layout: Layout | Literal["megatron"],
     options: ConversionOptions | None = None,
 ) -> Path:
-    """Convert a checkpoint between Megatron's form and Hugging Face's, or between two layouts of
-    the latter.
+    """Convert a checkpoint between Megatron's form and Hugging Face's, or two layouts of those.
 
     Called by every process that torchrun started; torch.distributed need not run yet.
 
     Args:
         source: a run's folder (megatron-core's form) or a Hugging Face folder; which one is found
-            from its files. Or a source, such as of two folders joined. What it lacks of connectors
-            and ViR gets initial values on the way to Megatron's form.
-        output: where to; must not exist, or be empty.
+            from its files. Or a source, such as of two folders combined. What it lacks of
+            connectors and ViR gets initial values on the way to Megatron's form.
+        output: where to, and what is returned; must not exist, or be empty.
         layout: of the output.
         options: unset, the defaults.
-
-    Returns:
-        The output folder.
 
     Raises:
         CheckpointError: on all processes, if the source is broken, of another size, or has no
@@ -134,7 +119,7 @@ def convert(
     )
     with launched() as ranks:
         opened = ranks.agree(lambda: _opened(source, layout, chosen))
-        with safetensors_folder.new_folder(output, ranks=ranks) as folder:
+        with new_folder(output, ranks=ranks) as folder:
             if layout == "megatron":
                 _write_megatron(folder, opened, tokenizer=tokenizer, options=chosen, ranks=ranks)
             else:
@@ -144,83 +129,6 @@ def convert(
         if chosen.verify == "bits":
             _verify(output, opened, options=chosen, ranks=ranks)
     return output
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImportedModel:
-    """A Hugging Face folder under Megatron's names; its tensors are read when they are asked
-    for."""
-
-    source: Source
-    absent: tuple[str, ...]
-    """Canonical names of the tensors that the layout does not hold."""
-
-    @property
-    def model(self) -> ModelConfig:
-        """The size."""
-        return self.source.model
-
-    @property
-    def layout(self) -> Layout:
-        """Of the folder."""
-        assert self.source.layout is not None, "it was opened as a Hugging Face folder"
-        return self.source.layout
-
-    def read(self, name: str) -> Tensor:
-        """One tensor as a model on one tensor-parallel rank has it, its vocabulary padded."""
-        kind = _rows(self.model)[name].kind
-        tensor = self.source.read(name)
-        return kind.to_megatron([tensor]) if isinstance(kind, PaddedVocabulary) else tensor
-
-    def canonical_state(self) -> dict[str, Tensor]:
-        """All tensors, under the table's names."""
-        return {name: self.read(name) for name in self.source.forms}
-
-
-def import_hf(directory: str | Path, *, model_size: str | None = None) -> ImportedModel:
-    """Open a Hugging Face checkpoint; its layout and size are found from config.json and checked
-    against the tensors.
-
-    Args:
-        directory: a folder in any of the three layouts.
-        model_size: the size it should be; unset, any known one.
-
-    Returns:
-        Its tensors under Megatron's names, as stored; none has been read yet.
-
-    Raises:
-        CheckpointError: if a file is broken, the size is another one, or a tensor is missing,
-            unknown or misshapen.
-    """
-    source = hf_source(safetensors_folder.open_folder(directory), model_size=model_size)
-    absent = tuple(name for name in _rows(source.model) if name not in source.forms)
-    return ImportedModel(source=source, absent=absent)
-
-
-def load_imported(
-    imported: ImportedModel, *, encoder: VisionEncoder, language_model: LanguageModel
-) -> None:
-    """Read imported tensors into modules; what the layout does not hold keeps the module's fresh
-    values.
-
-    Args:
-        imported: from `import_hf`.
-        encoder: of the same size.
-        language_model: of the same size.
-
-    Raises:
-        CheckpointError: if a module has a tensor that was not imported, or lacks one that was, or
-            has another shape.
-    """
-    target = canonical_state({"encoder": encoder, "language_model": language_model})
-    where = "the model to load into"
-    check_names(target.keys(), imported.source.forms.keys() | set(imported.absent), where=where)
-    shapes = {name: row.shape for name, row in _rows(imported.model).items()}
-    for name in imported.source.forms:
-        check_shape(name, target[name].shape, shapes[name], where=where)
-    with torch.no_grad():
-        for name in imported.source.forms:
-            target[name].copy_(imported.read(name))
 
 
 def export_hf(
@@ -236,25 +144,24 @@ def export_hf(
     """Write a model, whole in this process, as a Hugging Face checkpoint.
 
     Args:
-        out_dir: where to; must not exist, or be empty.
-        encoder: the vision encoder, outside of DDP.
-        language_model: the language model, outside of DDP.
+        out_dir: where to, and what is returned; must not exist, or be empty.
+        encoder: outside of DDP.
+        language_model: outside of DDP.
         model: their size.
         layout: which names and config fields; `internvl` and `hf` leave connector_16x and ViR out.
         tokenizer: written beside the weights.
         options: what the config files say; unset, the defaults.
-
-    Returns:
-        The folder.
 
     Raises:
         CheckpointError: if a tensor is not in the table, one of the table is missing, or the folder
             cannot be written.
     """
     source = module_source({"encoder": encoder, "language_model": language_model}, model=model)
-    with safetensors_folder.new_folder(out_dir) as folder:
+    with new_folder(out_dir) as folder:
         shards = shards_of(source, layout)
-        write_weights(folder, source, layout=layout, shards=shards, ranks=Ranks(), written=_ignored)
+        write_weights(
+            folder, source, layout=layout, shards=shards, ranks=Ranks(), written=_no_progress
+        )
         write_companions(
             folder,
             model=model,
@@ -308,17 +215,18 @@ def _opened(
             layout=options.input_layout,
             iteration=options.iteration,
         )
+    source = check_whole(source)
     if layout == "megatron":
         source = completed(source, seed=options.seed)
     elif layout == "flash" and not any(
-        name.startswith(CONNECTOR_16X_AND_VIR) for name in source.forms
+        name.startswith(CONNECTOR_16X_AND_VIR) for name in source.tensors
     ):
         raise CheckpointError(
             f"{source.where} has no connector_16x and no ViR, so it is no Flash model yet; convert"
             " it to Megatron's form, train it, and export that."
         )
     if options.dtype is not None:
-        source = cast(source, safetensors_folder.as_dtype(options.dtype))
+        source = cast(source, _DTYPES[options.dtype])
     if layout == "megatron":
         check_formats(source)
     return source
@@ -335,7 +243,7 @@ def _write_hf(
 ) -> None:
     shards = ranks.agree(lambda: shards_of(source, layout, max_shard_bytes=options.max_shard_bytes))
     sizes = [shard.num_bytes for shard in shards]
-    ranks.on_main(lambda: _check_space(folder, sum(sizes)))
+    ranks.on_main(lambda: check_space(folder, sum(sizes)))
     with _progress("writing", sizes, options=options, ranks=ranks) as written:
         write_weights(folder, source, layout=layout, shards=shards, ranks=ranks, written=written)
     companions = partial(
@@ -362,7 +270,7 @@ def _write_megatron(
     target = run_folder.iteration_folder(folder, 0)
     padded = padded_vocab_size(source.model.language.vocab_size, options.tensor_parallel_size)
     sizes = sizes_of(source, padded_vocab_size=padded)
-    ranks.on_main(lambda: _check_space(folder, sum(sizes)))
+    ranks.on_main(lambda: check_space(folder, sum(sizes)))
     ranks.on_main(target.mkdir)
     with _progress("writing", sizes, options=options, ranks=ranks) as written:
         write_dcp(
@@ -385,8 +293,7 @@ def _write_megatron(
 
 
 def _verify(output: Path, source: Source, *, options: ConversionOptions, ranks: Ranks) -> None:
-    """Compare all tensors of the output; one that differs or cannot be read gets the name of an
-    unfinished one."""
+    """Compare all tensors with the input's; an output that differs is marked as unfinished."""
     problem = None
     try:
         differing = _differing(output, source, options=options, ranks=ranks)
@@ -408,41 +315,21 @@ def _differing(
 ) -> list[str]:
     """Names of the tensors that differ, on all ranks."""
     written = ranks.agree(lambda: open_source(output))
-    names = list(written.forms)
-    sizes = [form.num_bytes for form in written.forms.values()]
+    names = list(written.tensors)
+    sizes = [info.num_bytes for info in written.tensors.values()]
 
     def compare() -> list[str]:
         own = []
         with _progress("verifying", sizes, options=options, ranks=ranks) as compared:
             for index in ranks.share(sizes):
-                if not _same_bits(written.read(names[index]), source.read(names[index])):
+                if not same_bits(
+                    written.read_tensor(names[index]), source.read_tensor(names[index])
+                ):
                     own.append(names[index])
                 compared(sizes[index])
         return own
 
     return [name for each in ranks.gather(ranks.agree(compare)) for name in each]
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    # As bytes: numbers that are no numbers are equal too, and 0 is not -0.
-    return (
-        one.dtype == other.dtype
-        and one.shape == other.shape
-        and torch.equal(_bits(one), _bits(other))
-    )
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)
-
-
-def _check_space(folder: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise CheckpointError(
-            f"{folder} needs {num_bytes / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free;"
-            " nothing was written."
-        )
 
 
 @contextmanager
@@ -451,7 +338,7 @@ def _progress(
 ) -> Iterator[Callable[[int], object]]:
     """What to call with bytes done; the main process shows those of its own share."""
     if options.progress == "none" or not ranks.is_main:
-        yield _ignored
+        yield _no_progress
         return
     total = sum(sizes[index] for index in ranks.share(sizes))
     what = what if ranks.size == 1 else f"{what}, rank 0 of {ranks.size}"
@@ -459,11 +346,5 @@ def _progress(
         yield bar.update
 
 
-def _ignored(num_bytes: int) -> None:
-    """Nobody wants to know."""
-
-
-def _rows(model: ModelConfig) -> dict[str, Entry]:
-    """The table by name, as a model on one tensor-parallel rank has it."""
-    padded = padded_vocab_size(model.language.vocab_size, 1)
-    return entries(model, layout="flash", padded_vocab_size=padded)
+def _no_progress(num_bytes: int) -> None:
+    """Default progress callback."""

@@ -1,9 +1,9 @@
-"""Values for tensors that a checkpoint has not yet: connector_16x and ViR at a ViCO start,
-connector_4x between parts.
+"""Initial weights for modules missing from a checkpoint.
 
-Each tensor is drawn from a generator of its own, seeded from (seed, its name): the same values
-whatever is drawn before it, in one process or in several. The distributions are those that torch
-gives the modules of models/connector.py and models/vir.py when they are built.
+connector_16x and ViR at a ViCO start, connector_4x between an InternViT and a Qwen3 that were
+trained apart. Each tensor is drawn from a generator of its own, seeded from (seed, its name): the
+same values whatever is drawn before it, in one process or in several. The distributions are those
+that torch gives the modules of models/connector.py and models/vir.py when they are built.
 """
 
 import hashlib
@@ -16,14 +16,14 @@ from torch import Tensor
 Shape = tuple[int, ...]
 
 CONNECTOR_16X_AND_VIR = ("encoder.connector_16x.", "encoder.vir.")
-"""What InternVL3.5 has not and its Flash form has."""
+"""What only the Flash form of InternVL3.5 has."""
 
 CONNECTOR_4X = "encoder.connector_4x."
-"""What a vision tower and a language model that have never met have not."""
+"""What a vision tower and a language model from different checkpoints lack."""
 
 
 def initial_tensor(name: str, *, shapes: Mapping[str, Shape], seed: int) -> Tensor:
-    """The value that a tensor starts with.
+    """The value that a tensor starts with, float32.
 
     Norms: weight 1, bias 0. Linear layers: weight and bias uniform within 1 / sqrt(inputs).
     Attention's in_proj_weight: uniform within sqrt(6 / (rows + columns)), its biases 0. The query
@@ -33,9 +33,6 @@ def initial_tensor(name: str, *, shapes: Mapping[str, Shape], seed: int) -> Tens
         name: under the table's names; in a connector or in ViR.
         shapes: of it, and of the weight beside it where it is a bias.
         seed: of the conversion.
-
-    Returns:
-        It, float32.
     """
     shape = shapes[name]
     kind = name.rpartition(".")[2]

@@ -29,8 +29,8 @@ whole conversion. A rank that dies ends the others all the same: the launcher se
 class _Failure:
     """How an action failed on one process."""
 
-    told: str
-    is_of_users: bool
+    message: str
+    is_user_error: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,27 +84,29 @@ class Ranks:
         try:
             result = action()
         except FAILURES as error:
-            failure = _Failure(told=cause_of(error), is_of_users=isinstance(error, CheckpointError))
+            failure = _Failure(
+                message=cause_of(error), is_user_error=isinstance(error, CheckpointError)
+            )
         failures = {
             rank: each for rank, each in enumerate(self.gather(failure)) if each is not None
         }
         if failures:
             # Often all of them have met the same.
-            first = {each.told: rank for rank, each in reversed(failures.items())}
-            told = "; ".join(f"rank {rank}: {each}" for each, rank in reversed(first.items()))
+            first = {each.message: rank for rank, each in reversed(failures.items())}
+            message = "; ".join(f"rank {rank}: {each}" for each, rank in reversed(first.items()))
             raise (
-                CheckpointError(told)
-                if all(each.is_of_users for each in failures.values())
-                else OSError(told)
+                CheckpointError(message)
+                if all(each.is_user_error for each in failures.values())
+                else OSError(message)
             )
         return result  # type: ignore[return-value]
 
     def gather[T](self, value: T) -> list[T]:
         """A value of every process, by rank; called by all of them."""
-        everyones = [value] * self.size
+        values = [value] * self.size
         if self.size > 1:
-            torch.distributed.all_gather_object(everyones, value)
-        return everyones
+            torch.distributed.all_gather_object(values, value)
+        return values
 
     def on_main(self, action: Callable[[], object]) -> None:
         """Do something with files once, on the main process; all others wait, and fail if it

@@ -7,8 +7,9 @@ from megatron_vico.checkpoint.run_folder import has_checkpoint, model_of_run
 from megatron_vico.config.config_json import read_model
 from megatron_vico.config.registry import MODELS, ModelConfig
 from megatron_vico.config.schema import RunConfig, TrainingOptions
-from megatron_vico.convert import convert
 from megatron_vico.convert.huggingface.config import layout_of
+from megatron_vico.convert.modules import load_source
+from megatron_vico.convert.open import open_source
 from megatron_vico.data.encode.sample_encoder import EncodingSettings
 from megatron_vico.data.encode.tokenizer import Tokenizer
 from megatron_vico.files import read_json
@@ -69,8 +70,8 @@ def load_weights(engine: Engine, source: str | Path) -> None:
         training_checkpoint.load_weights(source, modules=modules, model_size=engine.model.name)
         return
     name = engine.model.name
-    imported = convert.import_hf(source, model_size=name if name in MODELS else None)
-    convert.load_imported(imported, encoder=engine.encoder, language_model=engine.language_model)
+    opened = open_source(source, model_size=name if name in MODELS else None)
+    load_source(opened, encoder=engine.encoder, language_model=engine.language_model)
 
 
 def model_of(source: str | Path) -> ModelConfig:

@@ -215,7 +215,7 @@ def step(training: Training, groups: Groups, number: int) -> float:
 def read_difference(folder: DcpFolder, whole: dict[str, Tensor]) -> float:
     """As `difference`, between weights and what a step's folder holds of them, read one by one."""
     names = [name for name in folder.tensors if not name.startswith("optimizer.")]
-    return difference(whole, {name: folder.read(name)[: len(whole[name])] for name in names})
+    return difference(whole, {name: folder.read_tensor(name)[: len(whole[name])] for name in names})
 
 
 def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:

@@ -1,8 +1,7 @@
-"""Writes a model as a Hugging Face folder: the weights file by file, and everything that belongs
-beside them."""
+"""Writes a Hugging Face folder: the weights file by file, and what belongs beside them."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,12 +19,19 @@ from megatron_vico.convert.huggingface.config import (
     options_of,
     preprocessor_json,
 )
-from megatron_vico.convert.huggingface.safetensors_folder import Group, Shard, TensorForm
+from megatron_vico.convert.huggingface.safetensors_folder import Group, Shard
 from megatron_vico.convert.names.internvl import Layout, entries
 from megatron_vico.convert.ranks import Ranks
 from megatron_vico.convert.remote_code_files import write_remote_code
-from megatron_vico.convert.source import Source, check_names
+from megatron_vico.convert.source import Source, TensorInfo, dtype_name
 from megatron_vico.data.encode.tokenizer import Tokenizer
+from megatron_vico.errors import CheckpointError, listed
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "sentencepiece.model"),
+    *("chat_template.jinja", "chat_template.json"),
+)
 
 _GENERATION = "generation_config.json"
 _PREPROCESSORS = (
@@ -39,30 +45,26 @@ _CARRIED_CONFIG = "source_config.json"
 def shards_of(
     source: Source, layout: Layout, *, max_shard_bytes: int = safetensors_folder.MAX_SHARD_BYTES
 ) -> list[Shard]:
-    """The files that a model's weights make.
+    """The files that a model's weights make, as yet unwritten.
 
     Args:
-        source: of every tensor that the layout holds.
+        source: of every tensor that the layout holds; what it has more is left out.
         layout: of the files.
         max_shard_bytes: size above which a new file begins.
-
-    Returns:
-        Them, as yet unwritten.
 
     Raises:
         CheckpointError: if the source lacks a tensor of the layout.
     """
     rows = [row for row in entries(source.model, layout=layout).values() if row.files]
-    wanted = {row.megatron for row in rows}
-    # A source may have more: connector_16x and ViR, where the layout has no place for them.
-    check_names(
-        source.forms.keys() & wanted,
-        wanted,
-        where=f"{source.where}, to be written in the {layout} layout",
-    )
+    absent = {row.megatron for row in rows} - source.tensors.keys()
+    if absent:
+        raise CheckpointError(
+            f"{source.where}, to be written in the {layout} layout: missing tensors:"
+            f" {listed(absent)}."
+        )
     groups: list[Group] = [
         {
-            name: TensorForm(shape=shape, dtype=source.forms[row.megatron].dtype)
+            name: TensorInfo(shape=shape, dtype=source.tensors[row.megatron].dtype)
             for name, shape in zip(row.files, row.file_shapes, strict=True)
         }
         for row in rows
@@ -86,7 +88,7 @@ def write_weights(
         source: what the shards were planned for.
         layout: of the files.
         shards: all of them.
-        ranks: the processes.
+        ranks: they share the files.
         written: called with the bytes that this rank has written, tensor by tensor.
 
     Raises:
@@ -97,7 +99,7 @@ def write_weights(
 
     def make(group: Group) -> tuple[Tensor, ...]:
         row = rows[tuple(group)]
-        return row.kind.to_hf(source.read(row.megatron))
+        return row.kind.to_hf(source.read_tensor(row.megatron))
 
     def write() -> None:
         for index in ranks.share([shard.num_bytes for shard in shards]):
@@ -137,19 +139,15 @@ def write_companions(
         if options is None or options.eos_token_id is None:
             chosen = replace(chosen, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
     elif carried_from is not None:
-        safetensors_folder.copy_files(
-            carried_from, folder, (*safetensors_folder.TOKENIZER_FILES, _GENERATION)
-        )
+        _copy_files(carried_from, folder, (*TOKENIZER_FILES, _GENERATION))
     if (
         options is None
         and config
         and carried_from is not None
         and _is_native(config) == (layout == "hf")
     ):
-        safetensors_folder.copy_files(carried_from, folder, _PREPROCESSORS)
-    written = model_json(
-        model, layout=layout, dtype=safetensors_folder.dtype_name(dtype), options=chosen
-    )
+        _copy_files(carried_from, folder, _PREPROCESSORS)
+    written = model_json(model, layout=layout, dtype=dtype_name(dtype), options=chosen)
     files.write_json(folder / "config.json", written)
     if layout != "hf":  # that one is transformers' own
         write_remote_code(folder)
@@ -173,18 +171,17 @@ def carry_companions(source: Path, folder: Path, *, tokenizer: Tokenizer | None 
     if tokenizer is not None:
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save_to(folder)
-    names = (*safetensors_folder.TOKENIZER_FILES, _GENERATION, *_PREPROCESSORS)
+    names = (*TOKENIZER_FILES, _GENERATION, *_PREPROCESSORS)
     if (source / "config.json").exists() or any((source / name).exists() for name in names):
         folder.mkdir(parents=True, exist_ok=True)
-        safetensors_folder.copy_files(source, folder, names)
+        _copy_files(source, folder, names)
         if (source / "config.json").exists():
             # Under another name: transformers' tokenizers would look at it and not know the model.
             shutil.copyfile(source / "config.json", folder / _CARRIED_CONFIG)
 
 
 def carried_config(folder: Path | None) -> Json | None:
-    """config.json of a Hugging Face folder, or of the one that a Megatron checkpoint came from;
-    None without one."""
+    """config.json of a Hugging Face folder, or the one kept by `carry_companions`; None without."""
     for name in ("config.json", _CARRIED_CONFIG):
         if folder is not None and (folder / name).exists():
             return files.read_json(folder / name)
@@ -193,3 +190,10 @@ def carried_config(folder: Path | None) -> Json | None:
 
 def _is_native(config: Json) -> bool:
     return config.get("model_type") == "internvl"
+
+
+def _copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copy those of the files that are there; a file that the target has already is kept."""
+    for name in names:
+        if (source / name).is_file() and not (target / name).exists():
+            shutil.copyfile(source / name, target / name)

@@ -1,5 +1,4 @@
-"""The tensors of a Megatron checkpoint one at a time, under the mapping table's names, whatever
-layout it was saved in.
+"""The tensors of a Megatron checkpoint of any parallel layout, one at a time, by the table's names.
 
 megatron-core stores a layer's parameter of all layers under one key, as one tensor with a leading
 dimension for the layer (and a second one for the expert), cut into chunks by the ranks that wrote
@@ -22,37 +21,29 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata as Chunk
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
+from megatron_vico.convert.source import TensorInfo
 from megatron_vico.errors import CheckpointError, listed
 
-Place = tuple[int, ...]
+Index = tuple[int, ...]
+
+_FAILURES = (OSError, CheckpointException, RuntimeError, pickle.UnpicklingError, EOFError)
 
 _STACKED = re.compile(r"\.layers\.(?!\d)")
 _STACKED_EXPERTS = re.compile(r"\.mlp\.experts\.experts\.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DcpTensor:
-    """A tensor of a Megatron checkpoint that has not been read."""
+class DcpTensor(TensorInfo):
+    """A tensor that has not been read, without the dimensions that megatron-core added."""
 
     key: str
     """megatron-core's, shared by all layers and experts."""
 
-    place: Place
-    """Where it is in the leading dimensions that megatron-core added: (), (layer,) or (layer,
-    expert)."""
+    index: Index
+    """Where it is in the added dimensions: (), (layer,) or (layer, expert)."""
 
-    shape: tuple[int, ...]
-    """Without those dimensions; an embedding's and the head's rows are padded as they were when it
-    was saved."""
-
-    dtype: torch.dtype
     chunks: tuple[Chunk, ...]
     """What it was cut into, in the coordinates of the key's tensor."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Its size."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,40 +52,21 @@ class DcpFolder:
 
     path: Path
     tensors: dict[str, DcpTensor]
-    """By the table's name; the optimizer's under `optimizer.state.KIND.` and the parameter's
-    name."""
+    """By the table's name, or `optimizer.state.KIND.` and that; vocabularies padded as saved."""
 
     metadata: Metadata
 
-    def read(self, name: str) -> Tensor:
-        """One tensor.
-
-        Args:
-            name: a key of `tensors`.
-
-        Returns:
-            It, as stored.
-
-        Raises:
-            CheckpointError: if a file is absent or cut short.
-        """
+    def read_tensor(self, name: str) -> Tensor:
+        """One of `tensors`, as stored; CheckpointError if a file is absent or cut short."""
         wanted = self.tensors[name]
-        num_leading = len(wanted.place)
         target = torch.empty(wanted.shape, dtype=wanted.dtype)
-        items = [_read_item(wanted.key, chunk, wanted.place) for chunk in wanted.chunks]
+        items = [_read_item(wanted.key, chunk, wanted.index) for chunk in wanted.chunks]
         reader = FileSystemReader(self.path)
         try:
             reader.set_up_storage_reader(self.metadata, is_coordinator=True)
-            reader.read_data(
-                LoadPlan(items), _Into(target.view((1,) * num_leading + wanted.shape))
-            ).wait()
-        except (
-            OSError,
-            CheckpointException,
-            RuntimeError,
-            pickle.UnpicklingError,
-            EOFError,
-        ) as error:
+            stacked = target.view((1,) * len(wanted.index) + wanted.shape)
+            reader.read_data(LoadPlan(items), _Into(stacked)).wait()
+        except _FAILURES as error:
             raise CheckpointError(
                 f"could not read {name} from {self.path}: {error}; copy the folder again."
             ) from error
@@ -102,14 +74,7 @@ class DcpFolder:
 
 
 def open_dcp(path: str | Path) -> DcpFolder:
-    """Open one step's folder of a run.
-
-    Args:
-        path: the folder that holds .metadata and the .distcp files, as `state.find_iteration` finds
-            it.
-
-    Returns:
-        The folder; no tensor has been read.
+    """Open one step's folder of a run, which holds .metadata and the .distcp files.
 
     Raises:
         CheckpointError: if the metadata cannot be read, a file is absent or cut short, or a tensor
@@ -118,7 +83,7 @@ def open_dcp(path: str | Path) -> DcpFolder:
     folder = Path(path)
     try:
         metadata = FileSystemReader(folder).read_metadata()
-    except (OSError, CheckpointException, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except _FAILURES as error:
         raise CheckpointError(f"{folder} is not a readable checkpoint: {error}.") from error
     _check_files(folder, metadata)
     tensors: dict[str, DcpTensor] = {}
@@ -130,8 +95,7 @@ def open_dcp(path: str | Path) -> DcpFolder:
 
 
 def _check_files(folder: Path, metadata: Metadata) -> None:
-    """Compare the files with what the metadata says of them: to find out while reading can take
-    hours."""
+    """Compare the files with what the metadata says of them, before hours are spent on reading."""
     sizes: dict[str, int] = {}
     for stored in metadata.storage_data.values():
         sizes[stored.relative_path] = max(
@@ -172,41 +136,34 @@ def _tensors_of(
     num_leading = _num_leading(key)
     size = tuple(stored.size)
     shape = size[num_leading:]
-    by_place = _chunks_by_place(stored.chunks, num_leading)
-    for place in itertools.product(*map(range, size[:num_leading])):
-        name = _unstacked(key, place)
-        chunks = by_place.get(place, [])
+    by_index = _chunks_by_index(stored.chunks, num_leading)
+    for index in itertools.product(*map(range, size[:num_leading])):
+        name = _unstacked(key, index)
+        chunks = by_index.get(index, [])
         held = sum(math.prod(chunk.sizes[num_leading:]) for chunk in chunks)
         if held != math.prod(shape):
             raise CheckpointError(
                 f"{folder} holds {held} of the {math.prod(shape)} numbers of {name}; a rank's part"
                 " was never written."
             )
+        dtype = stored.properties.dtype
         yield (
             name,
-            DcpTensor(
-                key=key,
-                place=place,
-                shape=shape,
-                dtype=stored.properties.dtype,
-                chunks=tuple(chunks),
-            ),
+            DcpTensor(key=key, index=index, shape=shape, dtype=dtype, chunks=tuple(chunks)),
         )
 
 
-def _chunks_by_place(chunks: Sequence[Chunk], num_leading: int) -> dict[Place, list[Chunk]]:
+def _chunks_by_index(chunks: Sequence[Chunk], num_leading: int) -> dict[Index, list[Chunk]]:
     # Once for all: to search a key's chunks for each of its tensors is 3e8 steps with 94 layers of
     # 128 experts.
-    found: dict[Place, list[Chunk]] = {}
+    found: dict[Index, list[Chunk]] = {}
     for chunk in chunks:
         spans = [
             range(start, start + length)
-            for start, length in zip(
-                chunk.offsets[:num_leading], chunk.sizes[:num_leading], strict=True
-            )
+            for start, length in zip(chunk.offsets, chunk.sizes, strict=True)
         ]
-        for place in itertools.product(*spans):
-            found.setdefault(place, []).append(chunk)
+        for index in itertools.product(*spans[:num_leading]):
+            found.setdefault(index, []).append(chunk)
     return found
 
 
@@ -216,22 +173,22 @@ def _num_leading(key: str) -> int:
     return 2 if _STACKED_EXPERTS.search(key) else 1
 
 
-def _unstacked(key: str, place: Place) -> str:
+def _unstacked(key: str, index: Index) -> str:
     """The table's name: the key with the layer's and the expert's number in it."""
-    for number, stacked in zip(place, (_STACKED, _STACKED_EXPERTS), strict=False):
+    for number, stacked in zip(index, (_STACKED, _STACKED_EXPERTS), strict=False):
         key = stacked.sub(rf"\g<0>{number}.", key)
     return key
 
 
-def _read_item(key: str, chunk: Chunk, place: Place) -> ReadItem:
-    num_leading = len(place)
+def _read_item(key: str, chunk: Chunk, index: Index) -> ReadItem:
+    num_leading = len(index)
     return ReadItem(
         type=LoadItemType.TENSOR,
         dest_index=MetadataIndex(key, chunk.offsets),
         dest_offsets=torch.Size((0,) * num_leading + tuple(chunk.offsets[num_leading:])),
         storage_index=MetadataIndex(key, chunk.offsets),
         storage_offsets=torch.Size(
-            [wanted - start for wanted, start in zip(place, chunk.offsets, strict=False)]
+            [wanted - start for wanted, start in zip(index, chunk.offsets, strict=False)]
             + [0] * (len(chunk.sizes) - num_leading)
         ),
         lengths=torch.Size((1,) * num_leading + tuple(chunk.sizes[num_leading:])),

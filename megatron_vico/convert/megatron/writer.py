@@ -1,8 +1,7 @@
-"""Writes a Megatron checkpoint one tensor at a time, the same as `state.save_checkpoint` writes of
-a model in memory.
+"""Writes a Megatron checkpoint one tensor at a time, the same as training saves of a model.
 
 megatron-core's dist_checkpointing.save takes the whole state at once. Here torch's distributed
-checkpointing gets a planner that knows keys, places and shapes from the mapping table, and makes a
+checkpointing gets a planner that knows keys, indices and shapes from the mapping table, and makes a
 tensor when its turn to be written comes. Every layout, and both kinds of layers, read the result:
 the keys are TransformerEngine's, as in training checkpoints.
 """
@@ -41,12 +40,10 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megatron_vico.convert.huggingface import safetensors_folder
-from megatron_vico.convert.huggingface.safetensors_folder import MAX_SHARD_BYTES, TensorForm
 from megatron_vico.convert.names.internvl import Entry, entries
 from megatron_vico.convert.names.kinds import GatedMLP, PaddedVocabulary
 from megatron_vico.convert.ranks import Ranks
-from megatron_vico.convert.source import Source
+from megatron_vico.convert.source import Source, TensorInfo, dtype_name
 from megatron_vico.convert.write_behind import WriteBehind
 from megatron_vico.errors import CheckpointError
 
@@ -69,7 +66,7 @@ def write_dcp(
     padded_vocab_size: int,
     ranks: Ranks,
     written: Callable[[int], object],
-    max_file_bytes: int = MAX_SHARD_BYTES,
+    max_file_bytes: int,
 ) -> None:
     """Write all of a model's weights; called by every rank, which share the work.
 
@@ -98,10 +95,9 @@ def write_dcp(
 
 
 def sizes_of(source: Source, *, padded_vocab_size: int) -> list[int]:
-    """Bytes of each tensor as it will be stored, in the order of the table; arguments as
-    `write_dcp`."""
+    """Bytes of each tensor as `write_dcp` will store it, in the order of the table."""
     return [
-        TensorForm(shape=row.shape, dtype=source.forms[row.megatron].dtype).num_bytes
+        TensorInfo(shape=row.shape, dtype=source.tensors[row.megatron].dtype).num_bytes
         for row in entries(
             source.model, layout="flash", padded_vocab_size=padded_vocab_size
         ).values()
@@ -109,8 +105,7 @@ def sizes_of(source: Source, *, padded_vocab_size: int) -> list[int]:
 
 
 def check_formats(source: Source) -> None:
-    """CheckpointError if layers, or experts, that are one tensor in a Megatron checkpoint differ in
-    format.
+    """CheckpointError if layers, or experts, of one Megatron tensor differ in format.
 
     The checkpoint notes one format a tensor, in which the others would be read: a loss that nobody
     sees.
@@ -118,10 +113,7 @@ def check_formats(source: Source) -> None:
     first: dict[str, str] = {}
     for row in entries(source.model, layout="flash").values():
         other = first.setdefault(row.key, row.megatron)
-        formats = [
-            safetensors_folder.dtype_name(source.forms[name].dtype)
-            for name in (other, row.megatron)
-        ]
+        formats = [dtype_name(source.tensors[name].dtype) for name in (other, row.megatron)]
         if formats[0] != formats[1]:
             raise CheckpointError(
                 f"{source.where}: {other} is {formats[0]}, {row.megatron} is {formats[1]}; a"
@@ -183,7 +175,7 @@ class _LazyPlanner(SavePlanner):
     def _whole(self, name: str) -> Tensor:
         if self._latest is None or self._latest[0] != name:
             self._latest = None  # or two of them would be in memory
-            tensor, row = self._source.read(name), self._rows[name]
+            tensor, row = self._source.read_tensor(name), self._rows[name]
             if isinstance(row.kind, PaddedVocabulary):
                 tensor = row.kind.to_megatron([tensor])
             self._latest = (name, tensor)
@@ -213,7 +205,7 @@ class _LazyPlanner(SavePlanner):
                 chunk=ChunkStorageMetadata(
                     offsets=offsets, sizes=torch.Size((*ones, num_rows, *row.shape[1:]))
                 ),
-                properties=TensorProperties(dtype=self._source.forms[row.megatron].dtype),
+                properties=TensorProperties(dtype=self._source.tensors[row.megatron].dtype),
                 size=torch.Size((*row.counts, *row.shape)),
             )
             self._items.append(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_vico.config.registry import MODELS, get_model_config
-from megatron_vico.convert.convert import canonical_state
+from megatron_vico.convert.modules import canonical_state
 from megatron_vico.convert.names.internvl import LAYOUTS, Layout, entries, table
 from tests.toy_models import make_encoder, make_language_model
 

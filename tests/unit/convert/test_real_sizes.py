@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_vico.config.registry import get_model_config
-from megatron_vico.convert.convert import canonical_state
+from megatron_vico.convert.modules import canonical_state
 from megatron_vico.convert.names.internvl import LAYOUTS, Layout, entries
 from tests.meta_models import build_without_memory
 

@@ -8,6 +8,7 @@ from megatron_vico.checkpoint.training_checkpoint import save_checkpoint
 from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.schema import ParallelOptions
 from megatron_vico.convert import convert
+from megatron_vico.convert.modules import canonical_state
 from megatron_vico.data.encode.sample_encoder import EncodingSettings
 from megatron_vico.data.encode.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_vico.errors import CheckpointError
@@ -36,9 +37,7 @@ def make_engine(single_process_groups, tmp_path_factory):
 
 
 def tensors_of(engine):
-    return convert.canonical_state(
-        {"encoder": engine.encoder, "language_model": engine.language_model}
-    )
+    return canonical_state({"encoder": engine.encoder, "language_model": engine.language_model})
 
 
 def save(engine, folder):

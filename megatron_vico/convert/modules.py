@@ -1,0 +1,126 @@
+"""Modules in memory as a source, and a source into modules."""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megatron_vico.config.registry import ModelConfig
+from megatron_vico.convert.names.internvl import entries
+from megatron_vico.convert.names.kinds import PaddedVocabulary
+from megatron_vico.convert.source import Source, TensorInfo, check_whole, problems_with
+from megatron_vico.errors import CheckpointError
+from megatron_vico.models.build import padded_vocab_size
+from megatron_vico.models.internvl import VisionEncoder
+from megatron_vico.models.language_model import LanguageModel
+
+_LAYER = re.compile(r".*\.layers\.\d+\.")
+# How experts are told apart: modules of their own in the local spec, numbered weights of one
+# grouped layer in TransformerEngine's.
+_EXPERTS = (
+    (re.compile(r"mlp\.experts\.local_experts\.(\d+)\."), r"mlp.experts.experts.\1."),
+    (
+        re.compile(r"mlp\.experts\.linear_fc([12])\.weight(\d+)$"),
+        r"mlp.experts.experts.\2.linear_fc\1.weight",
+    ),
+)
+
+
+def module_source(modules: Mapping[str, MegatronModule], *, model: ModelConfig) -> Source:
+    """Modules that are whole in this process as a source; reading gives their own tensors.
+
+    Args:
+        modules: by name, `encoder` and `language_model`, outside of DDP.
+        model: their size.
+
+    Raises:
+        CheckpointError: if a tensor is not in the table, or one of the table is missing or of
+            another shape.
+    """
+    tensors = canonical_state(modules)
+    rows = entries(model, layout="flash")
+    for name, row in rows.items():
+        if name in tensors and isinstance(row.kind, PaddedVocabulary):
+            tensors[name] = tensors[name][: row.shape[0]]
+    found = _infos(tensors)
+    source = Source(
+        model=model,
+        where=f"the model to export as {model.name}",
+        tensors={name: found[name] for name in rows if name in found},
+        read_tensor=tensors.__getitem__,
+        problems=problems_with(found, rows),
+    )
+    return check_whole(source)
+
+
+def load_source(source: Source, *, encoder: VisionEncoder, language_model: LanguageModel) -> None:
+    """Read a source into modules on one tensor-parallel rank.
+
+    What it does not hold (connector_16x and ViR, outside of flash) keeps the modules' values.
+
+    Args:
+        source: from `open_source`.
+        encoder: of the same size.
+        language_model: of the same size.
+
+    Raises:
+        CheckpointError: if a module's tensors have other names or shapes than the table says.
+    """
+    target = canonical_state({"encoder": encoder, "language_model": language_model})
+    padded = padded_vocab_size(source.model.language.vocab_size, 1)
+    rows = entries(source.model, layout="flash", padded_vocab_size=padded)
+    problems = problems_with(_infos(target), rows)
+    if problems:
+        raise CheckpointError(f"the model to load into: {'; '.join(problems)}.")
+    with torch.no_grad():
+        for name in source.tensors:
+            tensor, kind = source.read_tensor(name), rows[name].kind
+            if isinstance(kind, PaddedVocabulary):
+                tensor = kind.to_megatron([tensor])
+            target[name].copy_(tensor)
+
+
+def canonical_state(modules: Mapping[str, MegatronModule]) -> dict[str, Tensor]:
+    """The modules' own tensors under the table's names, whichever spec they were built with.
+
+    TransformerEngine's `_extra_state`, which holds no weights, is left out.
+
+    Args:
+        modules: by name, `encoder` and `language_model`, outside of DDP.
+    """
+    tensors: dict[str, Tensor] = {}
+    for prefix, module in modules.items():
+        # megatron-core's own map from a layer's names to those on the disk; the layer's spec has it
+        # (models/build.py).
+        maps = {
+            f"{path}.": layer.submodules_config.sharded_state_dict_keys_map
+            for path, layer in module.named_modules()
+            if isinstance(layer, TransformerLayer)
+        }
+        for key, tensor in module.state_dict().items():
+            if not key.endswith("_extra_state"):
+                tensors[f"{prefix}.{_stored_name(key, maps)}"] = tensor
+    return tensors
+
+
+def _infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
+    return {
+        name: TensorInfo(shape=tuple(tensor.shape), dtype=tensor.dtype)
+        for name, tensor in tensors.items()
+    }
+
+
+def _stored_name(key: str, maps: Mapping[str, Mapping[str, str]]) -> str:
+    layer = _LAYER.match(key)
+    if layer is None:
+        return key
+    start, rest = layer[0], key[layer.end() :]
+    for own, stored in maps.get(start, {}).items():
+        if rest.startswith(own):
+            rest = stored + rest.removeprefix(own)
+    for pattern, stored in _EXPERTS:
+        rest = pattern.sub(stored, rest)
+    return start + rest

@@ -1,0 +1,210 @@
+"""Opens folders as sources: Hugging Face's in any layout, and Megatron checkpoints.
+
+Headers and metadata are read, no tensor. What is wrong with a folder's tensors is listed in the
+source (`Source.problems`), for people to inspect; `open_source` raises it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_vico import files
+from megatron_vico.checkpoint import run_folder
+from megatron_vico.config.config_json import read_model
+from megatron_vico.config.registry import ModelConfig
+from megatron_vico.convert.huggingface.config import layout_of
+from megatron_vico.convert.huggingface.safetensors_folder import (
+    SafetensorsFolder,
+    StoredTensor,
+    open_folder,
+)
+from megatron_vico.convert.megatron.reader import open_dcp
+from megatron_vico.convert.names.internvl import Entry, Layout, entries
+from megatron_vico.convert.names.kinds import PaddedVocabulary
+from megatron_vico.convert.source import (
+    Contents,
+    Source,
+    TensorInfo,
+    check_whole,
+    dtype_name,
+    problems_of,
+    problems_with,
+    wrong_shapes,
+)
+from megatron_vico.errors import CheckpointError
+
+TOKENIZER_FOLDER = "tokenizer"
+"""In a converted Megatron checkpoint: the tokenizer that came with the weights."""
+
+OPTIMIZER = "optimizer"
+"""First part of the names of an optimizer's state and of its copies of the weights."""
+
+_FORMATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def is_megatron(folder: Path) -> bool:
+    """Whether a folder is a run's, in megatron-core's form."""
+    return (folder / run_folder.LATEST_FILE).exists()
+
+
+def open_source(
+    path: str | Path,
+    *,
+    model_size: str | None = None,
+    layout: Layout | None = None,
+    iteration: int | None = None,
+) -> Source:
+    """A whole checkpoint folder as a source, whichever form it has.
+
+    Args:
+        path: a run's folder, or a Hugging Face folder.
+        model_size: the size it should be; unset, the one it says it is.
+        layout: a Hugging Face folder's should be; unset, any.
+        iteration: which step of a run; unset, the latest.
+
+    Raises:
+        CheckpointError: if it is broken, of another size or layout, or a tensor is missing, unknown
+            or of a wrong shape.
+    """
+    folder = Path(path)
+    files.refuse_incomplete(folder)
+    if is_megatron(folder):
+        return check_whole(megatron_source(folder, model_size=model_size, iteration=iteration))
+    return check_whole(hf_source(folder, model_size=model_size, layout=layout))
+
+
+def hf_source(
+    path: str | Path, *, model_size: str | None = None, layout: Layout | None = None
+) -> Source:
+    """A Hugging Face folder, its layout and size found from config.json; see `open_source`."""
+    folder = open_folder(path)
+    config_path = folder.path / "config.json"
+    config = files.read_json(config_path)
+    found = layout_of(config, path=str(config_path), tensors=folder.tensors.keys())
+    if layout not in (None, found):
+        raise CheckpointError(
+            f"{folder.path} has the {found} layout, expected {layout}; give --layout {found}, or"
+            " none."
+        )
+    model = read_model(config, path=str(config_path), expected=model_size)
+    return files_source(folder, model=model, layout=found)
+
+
+def files_source(
+    folder: SafetensorsFolder, *, model: ModelConfig, layout: Layout, without: Sequence[str] = ()
+) -> Source:
+    """Tensors of known size and layout as a source; needs no config.json.
+
+    Args:
+        folder: of the tensors.
+        model: their size.
+        layout: whose names they have.
+        without: beginnings of the table's names that the folder lacks beyond what the layout lacks,
+            such as `initial.CONNECTOR_4X` where a vision tower and a language model come apart.
+    """
+    rows = {
+        name: row
+        for name, row in entries(model, layout=layout).items()
+        if row.files and not name.startswith(tuple(without))
+    }
+    owners = {file: name for name, row in rows.items() for file in row.files}
+    tensors: dict[str, TensorInfo] = {}
+    wrong: list[str] = []
+    used: set[str] = set()
+    for name, row in rows.items():
+        unfit = list(_unfit(row, folder.tensors))
+        wrong += unfit
+        if not unfit and all(file in folder.tensors for file in row.files):
+            dtype = folder.tensors[row.files[0]].dtype
+            tensors[name] = TensorInfo(shape=row.shape, dtype=dtype)
+            used |= set(row.files)
+    # Files of a row that cannot be put together, and files of no row.
+    single = sorted(folder.tensors.keys() - used)
+
+    def read_tensor(name: str) -> Tensor:
+        if name not in rows:
+            return folder.read_tensor(name)
+        return rows[name].kind.to_megatron([folder.read_tensor(file) for file in rows[name].files])
+
+    return Source(
+        model=model,
+        where=f"{folder.path} ({layout} layout of {model.name})",
+        tensors=tensors | {name: folder.tensors[name] for name in single},
+        read_tensor=read_tensor,
+        problems=problems_of(folder.tensors, owners, wrong),
+        companions=folder.path,
+        layout=layout,
+        contents=Contents(
+            path=folder.path,
+            facts={"model_size": model.name, "layout": layout},
+            stored=folder.tensors,
+            rows=owners,
+        ),
+    )
+
+
+def megatron_source(
+    path: str | Path, *, model_size: str | None = None, iteration: int | None = None
+) -> Source:
+    """The weights of a run's checkpoint, saved under whatever layout; see `open_source`."""
+    folder = run_folder.find_iteration(path, iteration)
+    metadata = run_folder.read_metadata(path, iteration)
+    model = run_folder.model_of_run(path, iteration=iteration, expected=model_size)
+    stored = open_dcp(folder)
+    rows = entries(model, layout="flash")
+    names = [name for name in stored.tensors if not name.startswith(f"{OPTIMIZER}.")]
+    unknown = sorted(set(names) - set(rows))
+    tensors = {
+        name: _unpadded(rows.get(name), stored.tensors[name])
+        for name in (*(name for name in rows if name in stored.tensors), *unknown)
+    }
+    optimizer = f" ({metadata.optimizer})" if metadata.optimizer else ""
+
+    def read_tensor(name: str) -> Tensor:
+        tensor = stored.read_tensor(name)
+        padded = tuple(tensor.shape) != tensors[name].shape
+        return tensor[: tensors[name].shape[0]] if padded else tensor
+
+    return Source(
+        model=model,
+        where=f"{folder} (Megatron checkpoint of {model.name})",
+        tensors=tensors,
+        read_tensor=read_tensor,
+        problems=problems_with(tensors, rows),
+        companions=Path(path) / TOKENIZER_FOLDER,
+        contents=Contents(
+            path=folder,
+            facts={
+                "model_size": model.name,
+                "stage": metadata.stage,
+                "iteration": str(metadata.iteration),
+                "layout": metadata.layout or "unknown",
+                "has_optimizer": f"{metadata.has_optimizer}{optimizer}",
+            },
+            stored=stored.tensors,
+            rows={name: name for name in rows},
+        ),
+    )
+
+
+def _unpadded(row: Entry | None, stored: TensorInfo) -> TensorInfo:
+    """A stored tensor without the rows that pad a vocabulary for the ranks that wrote it."""
+    shape = stored.shape
+    if row is not None and isinstance(row.kind, PaddedVocabulary) and shape[0] > row.shape[0]:
+        shape = (row.shape[0], *shape[1:])
+    return TensorInfo(shape=shape, dtype=stored.dtype)
+
+
+def _unfit(row: Entry, stored: Mapping[str, StoredTensor]) -> Iterator[str]:
+    """Why file tensors cannot be made into the row's tensor, a clause for each reason."""
+    found = {name: stored[name] for name in row.files if name in stored}
+    for clause in wrong_shapes(found, dict(zip(row.files, row.file_shapes, strict=True))):
+        yield f"{found[clause.split()[0]].file}: {clause}"
+    formats = {name: dtype_name(each.dtype) for name, each in found.items()}
+    listed_formats = ", ".join(f"{name} is {each}" for name, each in formats.items())
+    if len(set(formats.values())) > 1:
+        yield f"{listed_formats}; tensors that Megatron joins need one format"
+    elif not {each.dtype for each in found.values()} <= set(_FORMATS):
+        yield f"{listed_formats}, expected bfloat16, float16 or float32"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,18 +56,34 @@ def conversations(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shards(conversations, tokenizer, tmp_path_factory) -> Path:
-    """The same samples as shards: three tar files."""
+def make(tokenizer):
+    """make(jsonl, out, **WriterOptions): the index of the shards made of it, without a bar."""
+
+    def call(jsonl, out, **options):
+        return make_shards(
+            jsonl,
+            image_root=jsonl.parent,
+            out_dir=out,
+            tokenizer=tokenizer,
+            settings=SETTINGS,
+            options=WriterOptions(show_progress=False, **options),
+        )
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def shards(conversations, make, tmp_path_factory) -> Path:
+    """The same samples as shards: tar files of 16, 16 and 10."""
     folder = tmp_path_factory.mktemp("data") / "shards"
-    make_shards(
-        conversations,
-        image_root=conversations.parent,
-        out_dir=folder,
-        tokenizer=tokenizer,
-        settings=SETTINGS,
-        options=WriterOptions(samples_per_shard=16, show_progress=False),
-    )
+    make(conversations, folder, samples_per_shard=16)
     return folder
+
+
+@pytest.fixture
+def copy(shards, tmp_path) -> Path:
+    """A copy of the shards that may be damaged."""
+    return shutil.copytree(shards, tmp_path / "shards")
 
 
 @pytest.fixture(scope="module")

@@ -17,16 +17,10 @@ from megatron_vico.data.shards.reader import ShardFolder, parse_sample, sample_j
 from megatron_vico.errors import ConfigError, SampleError
 from megatron_vico.shard_tools.options import WriterOptions
 from megatron_vico.shard_tools.reindex import index_shards
-from megatron_vico.shard_tools.tar import members_of
 from megatron_vico.shard_tools.writer import make_shards
 from tests.unit.conftest import NUM_SAMPLES, SETTINGS
 
 QUIET = WriterOptions(show_progress=False)
-
-
-@pytest.fixture
-def copy(shards, tmp_path):
-    return shutil.copytree(shards, tmp_path / "shards")
 
 
 def keys_of(path):
@@ -96,21 +90,6 @@ def test_any_webdataset_reader_reads_the_shards(shards, conversations):
     assert sum("1.png" in sample for sample in samples) == sum(
         "_1.png" in line for line in conversations.open()
     )
-
-
-def test_the_same_input_gives_the_same_bytes(shards, conversations, tokenizer, tmp_path):
-    options = WriterOptions(samples_per_shard=16, show_progress=False)
-    out = tmp_path / "again"
-    make_shards(
-        conversations,
-        image_root=conversations.parent,
-        out_dir=out,
-        tokenizer=tokenizer,
-        settings=SETTINGS,
-        options=options,
-    )
-    for path in shards.iterdir():
-        assert (out / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_pickled_folder_reads_on(shards):
@@ -203,71 +182,6 @@ def test_nothing_is_overwritten_and_an_empty_file_is_refused(tmp_path, tokenizer
             tokenizer=tokenizer,
             settings=SETTINGS,
         )
-
-
-def test_a_tar_cut_short_is_found_when_the_folder_is_opened(copy, tokenizer):
-    tar = copy / "shard-000001.tar"
-    whole = tar.read_bytes()
-    tar.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(
-        SampleError,
-        match=f"shard-000001.tar: {len(whole) // 2} bytes, but the index says {len(whole)}",
-    ):
-        ShardFolder.open(copy)
-    with pytest.raises(SampleError, match=r"shard-000001.tar: not a complete tar file"):
-        index_shards(copy, tokenizer=tokenizer, settings=SETTINGS)
-
-
-def test_a_tar_cut_at_any_block_is_found(copy, tokenizer):
-    tar = copy / "shard-000002.tar"
-    whole = tar.read_bytes()
-    content = len(whole.rstrip(b"\0")) // 512 + 1  # blocks before the mark of the end
-    assert len(members_of(tar)) == 10
-    for num_blocks in range(content + 2):
-        tar.write_bytes(whole[: num_blocks * 512])
-        with pytest.raises(
-            SampleError, match=r"shard-000002.tar: (not a complete tar file|sample .* lacks)"
-        ):
-            members_of(tar)
-
-
-def test_a_tar_cut_short_while_training_is_named(copy):
-    folder = ShardFolder.open(copy)
-    tar = copy / "shard-000001.tar"
-    tar.write_bytes(tar.read_bytes()[:3000])
-    with pytest.raises(
-        SampleError, match=r"sample 'conversations-\d+': .*shard-000001.tar ends after 3000 bytes"
-    ):
-        folder.read(31)
-
-
-def test_a_missing_or_changed_tar_is_named(copy):
-    tar = copy / "shard-000002.tar"
-    content = bytearray(tar.read_bytes())
-    content[700] ^= 1
-    tar.write_bytes(content)
-    ShardFolder.open(copy)
-    with pytest.raises(SampleError, match=r"shard-000002.tar: .*sha256 differs"):
-        ShardFolder.open(copy, verify="sha256")
-    tar.unlink()
-    with pytest.raises(SampleError, match=r"shard-000002.tar: missing"):
-        ShardFolder.open(copy)
-
-
-def test_a_missing_broken_or_old_index_is_named_and_can_be_made_anew(copy, tokenizer):
-    path = copy / "index.json"
-    content = path.read_text()
-    path.write_text(content.replace('"version": 2', '"version": 0'))
-    with pytest.raises(ConfigError, match="index version 0, expected 2"):
-        ShardFolder.open(copy)
-    path.write_text(content[:100])
-    with pytest.raises(SampleError, match="broken index"):
-        ShardFolder.open(copy)
-    path.unlink()
-    with pytest.raises(ConfigError, match=r"no index.json there"):
-        ShardFolder.open(copy)
-    index_shards(copy, tokenizer=tokenizer, settings=SETTINGS)
-    assert path.read_text() == content
 
 
 def test_an_index_of_another_tokenizer_or_tiling_is_refused(copy, tokenizer):

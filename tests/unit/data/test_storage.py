@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import pickle
 import random
-import shutil
 
 import fsspec
 import pytest
@@ -39,11 +38,6 @@ class StatusError(Exception):
 @pytest.fixture
 def flaky(monkeypatch, tmp_path):
     return install(monkeypatch, tmp_path)
-
-
-@pytest.fixture
-def copy(shards, tmp_path):
-    return shutil.copytree(shards, tmp_path / "shards")
 
 
 @pytest.fixture

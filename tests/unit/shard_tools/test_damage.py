@@ -1,9 +1,9 @@
-"""Damage anywhere on the way of reading is named or harmless: no wrong sample, and no error but the
-two of users."""
+"""Damage is named by every command that meets it, or harmless: no wrong sample, no other error."""
 
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -22,40 +22,14 @@ from megatron_vico.data.shards.index import FolderIndex, ShardIndex
 from megatron_vico.data.shards.reader import ShardFolder
 from megatron_vico.errors import ConfigError, SampleError
 from megatron_vico.shard_tools.journal import MADE_NAME
-from megatron_vico.shard_tools.options import WriterOptions
-from megatron_vico.shard_tools.writer import make_shards
+from megatron_vico.shard_tools.reindex import index_shards
+from megatron_vico.shard_tools.tar import members_of
 from tests.toy_data import write_conversations
 from tests.unit.conftest import SETTINGS
+from tests.unit.shard_tools.damage import KEYS, NPZ, TABLE, TAR, facts, problems_of
 
-TAR, NPZ = "shard-000001.tar", "shard-000001.npz"
+USER_ERRORS = (SampleError, ConfigError)
 ROOT = Path(__file__).parents[3]
-
-
-def made(folder, *, tokenizer, seed=0):
-    """Two shards of three samples, their text not all ASCII."""
-    jsonl = write_conversations(
-        folder / "source", num_samples=6, seed=seed, images_per_sample=(1, 0, 2)
-    )
-    jsonl.write_text(jsonl.read_text().replace("few words", "\u5c11\u6570\u8bcd"), encoding="utf-8")
-    make_shards(
-        jsonl,
-        image_root=jsonl.parent,
-        out_dir=folder / "shards",
-        tokenizer=tokenizer,
-        settings=SETTINGS,
-        options=WriterOptions(samples_per_shard=3, show_progress=False),
-    )
-    return folder / "shards"
-
-
-@pytest.fixture(scope="module")
-def whole(tokenizer, tmp_path_factory):
-    return made(tmp_path_factory.mktemp("whole"), tokenizer=tokenizer)
-
-
-@pytest.fixture
-def copy(whole, tmp_path):
-    return shutil.copytree(whole, tmp_path / "shards")
 
 
 def read_all(folder):
@@ -69,6 +43,35 @@ def read_all(folder):
     return found
 
 
+@pytest.mark.parametrize("what", TABLE)
+def test_each_command_names_each_damage(copy, shards, tokenizer, what):
+    damage = TABLE[what]
+    folder, right = ShardFolder.open(copy), read_all(ShardFolder.open(shards))
+    damage.do(copy)
+    if damage.opened:
+        with pytest.raises(USER_ERRORS, match=damage.opened):
+            ShardFolder.open(copy, verify="sha256")
+    else:
+        ShardFolder.open(copy, verify="sha256")
+    found = read_all(folder)
+    unlike = [number for number, sample in enumerate(found) if sample != right[number]]
+    lost = [number for number in unlike if isinstance(found[number], str)]
+    assert lost == list(damage.lost)
+    assert all(re.search(damage.read, found[number]) for number in lost)
+    assert [number for number in unlike if number not in lost] == list(damage.changed)
+    assert facts(problems_of(copy)) == list(damage.verify)
+    assert set(damage.verify) <= set(facts(problems_of(copy, tokenizer=tokenizer)))
+    if damage.index:
+        with pytest.raises((*USER_ERRORS, IsADirectoryError), match=damage.index):
+            index_shards(copy, tokenizer=tokenizer, settings=SETTINGS)
+    else:
+        index_shards(copy, tokenizer=tokenizer, settings=SETTINGS)
+        assert len(ShardFolder.open(copy, verify="sha256")) == damage.left
+        if "index" in what and damage.left == len(folder):
+            for path in shards.iterdir():
+                assert (copy / path.name).read_bytes() == path.read_bytes()
+
+
 @pytest.mark.parametrize("scheme", ["", "memory://"])
 def test_a_tar_cut_anywhere(copy, scheme):
     files = fsspec.filesystem("memory" if scheme else "file")
@@ -76,62 +79,51 @@ def test_a_tar_cut_anywhere(copy, scheme):
         files.put(f"{copy}/", f"{copy}/", recursive=True)
     tar, url = f"{copy}/{TAR}", f"{scheme}{copy}"
     content, folder = files.cat_file(tar), ShardFolder.open(url)
-    right = read_all(folder)
+    right, index = read_all(folder), ShardIndex.read(copy / NPZ)
     assert all(isinstance(sample, ConversationSample) for sample in right)
-    lost = []
+    ends = [max(offset + size for offset, size in index[n].members) for n in range(len(index))]
+    end_of_data = -(-max(ends) // 512) * 512
     for cut in [*range(0, len(content), 512), 1, 511, 513, 1500, len(content) - 1]:
         files.pipe_file(tar, content[:cut])
-        with pytest.raises(
-            SampleError, match=f"{TAR}: {cut} bytes, but the index says {len(content)}"
-        ):
+        message = f"{TAR}: {cut} bytes, but the index says {len(content)}"
+        with pytest.raises(SampleError, match=message):
             ShardFolder.open(url)
         # A run that has the folder open meets the cut when it reads.
         found = read_all(folder)
-        assert found[:3] == right[:3]
-        assert all(sample == was or TAR in sample for sample, was in zip(found, right, strict=True))
-        lost.append(sum(isinstance(sample, str) for sample in found))
-    assert set(lost) == {0, 1, 2, 3}
+        lost = [n for n, sample in enumerate(found) if isinstance(sample, str)]
+        assert lost == [16 + n for n, end in enumerate(ends) if end > cut]
+        assert all(TAR in found[n] for n in lost)
+        assert all(found[n] == right[n] for n in range(len(folder)) if n not in lost)
+        if scheme or cut % 512:
+            continue
+        expected = [("wrong size", TAR, "", 0)]
+        if lost:
+            keys = dict.fromkeys((KEYS[lost[0]], KEYS[lost[-1]]))
+            expected.append(("sample cut off", TAR, " .. ".join(keys), len(lost)))
+        assert facts(problems_of(copy)) == expected
+        if cut < end_of_data + 1024:  # two blocks of zeros mark the end
+            message = f"{TAR}: (not a complete tar file|sample .* lacks)"
+            with pytest.raises(SampleError, match=message):
+                members_of(copy / TAR)
 
 
-def test_a_tar_of_another_sample_order_or_folder(copy, tokenizer, tmp_path):
-    other = made(tmp_path / "other", tokenizer=tokenizer, seed=1)
+def test_tars_that_change_places_and_files_of_another_folder(copy, shards, make, tmp_path):
+    jsonl = write_conversations(tmp_path / "source", num_samples=42, seed=1)
+    make(jsonl, tmp_path / "other", samples_per_shard=16)
     tars = [copy / "shard-000000.tar", copy / TAR]
     contents = [tar.read_bytes() for tar in tars]
     folder = ShardFolder.open(copy)
     # Swapped while the run has them open, so that not even their size is seen.
     for tar, content in zip(tars, reversed(contents), strict=True):
         tar.write_bytes(content)
-    assert all("the file is not the one that was indexed" in sample for sample in read_all(folder))
-    shutil.copy(other / NPZ, copy / NPZ)
+    messages = read_all(folder)[:32]
+    assert all("not the one that was indexed" in m or "ends after" in m for m in messages)
     for tar, content in zip(tars, contents, strict=True):
         tar.write_bytes(content)
-    with pytest.raises(
-        SampleError, match=rf"{NPZ}: not the one that index.json lists \(sha256 differs\)"
-    ):
-        ShardFolder.open(copy)
-    shutil.copy(other / "index.json", copy / "index.json")
-    with pytest.raises(SampleError):
-        ShardFolder.open(copy)
-
-
-@pytest.mark.parametrize("name", ["shard-000000.tar", TAR, "shard-000000.npz", NPZ])
-def test_a_missing_file(copy, name):
-    folder = ShardFolder.open(copy)
-    (copy / name).unlink()
-    with pytest.raises(SampleError, match=f"{name}: missing, though index.json lists it"):
-        ShardFolder.open(copy)
-    lost = [sample for sample in read_all(folder) if isinstance(sample, str)]
-    assert len(lost) == (3 if name.endswith("tar") else 0)
-    assert all(f"{name} is missing" in message for message in lost)
-
-
-def test_a_tar_that_is_a_folder(copy):
-    folder = ShardFolder.open(copy)
-    (copy / TAR).unlink()
-    (copy / TAR).mkdir()
-    assert all(TAR in sample for sample in read_all(folder)[3:])
-    with pytest.raises(SampleError, match=TAR):
-        ShardFolder.open(copy)
+    for name, message in ((NPZ, rf"{NPZ}: not the one that"), ("index.json", "sha256 differs")):
+        shutil.copy(tmp_path / "other" / name, copy / name)
+        with pytest.raises(SampleError, match=message):
+            ShardFolder.open(copy)
 
 
 def damaged(content):
@@ -158,7 +150,7 @@ def test_an_index_of_a_shard_cut_or_changed(copy):
         with pytest.raises(SampleError, match=f"{NPZ}: not the one that index.json lists"):
             ShardFolder.open(copy)
     (copy / NPZ).write_bytes(content)
-    assert ShardFolder.open(copy).samples_per_shard == (3, len(right))
+    assert ShardFolder.open(copy).samples_per_shard == (16, len(right), 10)
 
 
 def test_the_index_of_the_folder_cut_anywhere(copy):
@@ -289,41 +281,33 @@ def test_a_jpeg_with_flipped_bytes_is_decoded_or_named(tokenizer):
 
 MAKE = """
 import os, sys
-from megatron_vico.shard_tools.options import WriterOptions
-from megatron_vico.shard_tools.writer import make_shards
+from pathlib import Path
 from megatron_vico.data.encode.tokenizer import load_tokenizer
-from tests.unit.conftest import SETTINGS
+from tests.unit.conftest import make
 os.umask(0o077)
 jsonl, model, out = sys.argv[1:]
-make_shards(jsonl, image_root=os.path.dirname(jsonl), out_dir=out, tokenizer=load_tokenizer(model),
-            settings=SETTINGS, options=WriterOptions(samples_per_shard=3, show_progress=False))
+make.__wrapped__(load_tokenizer(model))(Path(jsonl), Path(out), samples_per_shard=3)
 """
 
 
 @pytest.mark.slow  # a process of its own
-def test_clock_locale_hash_seed_and_umask_change_nothing(whole, tokenizer, tmp_path):
-    source = shutil.copytree(
-        whole.parent / "source", tmp_path / "source", copy_function=shutil.copyfile
-    )
-    for file in source.iterdir():
+def test_clock_locale_hash_seed_and_umask_change_nothing(make, tokenizer, tmp_path):
+    jsonl = write_conversations(tmp_path / "a", num_samples=6, images_per_sample=(1, 0, 2))
+    # Not all ASCII.
+    text = jsonl.read_text().replace("few words", "\u5c11\u6570\u8bcd")
+    jsonl.write_text(text, encoding="utf-8")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    make(jsonl, whole, samples_per_shard=3)
+    other = shutil.copytree(jsonl.parent, tmp_path / "b", copy_function=shutil.copyfile)
+    for file in other.iterdir():
         os.utime(file, (1, 1))
     # A real ASCII locale: Python would put UTF-8 in its place.
     locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "TZ": "Asia/Kathmandu"}
-    subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            MAKE,
-            str(source / "conversations.jsonl"),
-            tokenizer.source,
-            str(tmp_path / "out"),
-        ],
-        env={**os.environ, **locale, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        check=True,
-    )
-    names = sorted(path.name for path in whole.iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "out").iterdir())
+    environment = {**os.environ, **locale, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", MAKE, other / jsonl.name, tokenizer.source, out]
+    subprocess.run(words, env=environment, cwd=ROOT, check=True)
+    names = {path.name for path in whole.iterdir()}
+    assert names == {path.name for path in out.iterdir()}
     assert len(names) == 6
-    for name in sorted(set(names) - {MADE_NAME}):  # that one says where the input is
-        assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes()
+    for name in names - {MADE_NAME}:  # that one says where the input is
+        assert (out / name).read_bytes() == (whole / name).read_bytes()

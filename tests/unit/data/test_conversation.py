@@ -13,11 +13,8 @@ from megatron_vico.data.encode.conversation import (
 from megatron_vico.data.samples import Turn
 from megatron_vico.errors import SampleError
 
-SYSTEM, ASK, ANSWER = (
-    Turn("system", "Be brief."),
-    Turn("human", "<image>\nWhat?"),
-    Turn("gpt", "red"),
-)
+SYSTEM, ANSWER = Turn("system", "Be brief."), Turn("gpt", "red")
+ASK = Turn("human", "<image>\nWhat?")
 
 
 def texts(turns, tokenizer, tiles_per_image=(2,), **options):

@@ -25,11 +25,8 @@ STEPS = 7
 def victim(shards):
     """A sample with two images of several tiles, in the middle."""
     folder = ShardFolder.open(shards)
-    wide = [
-        i
-        for i in range(len(folder))
-        if len(folder.describe(i).tiles_per_image) == 2 and folder.num_tiles[i] > 2
-    ]
+    images = [len(folder.describe(i).tiles_per_image) for i in range(len(folder))]
+    wide = [i for i in range(len(folder)) if images[i] == 2 and folder.num_tiles[i] > 2]
     return wide[len(wide) // 2]
 
 
@@ -127,9 +124,8 @@ def test_a_resumed_run_leaves_out_what_has_become_readable(
     going_on = take(loader, 3)
     resumed = load(num_workers=num_workers, state=state)
     left_out, key = 0, key_of(shards, victim)
-    for batch, other in zip(
-        itertools.chain(*take(resumed, 3)), itertools.chain(*going_on), strict=True
-    ):
+    resumed_packs = itertools.chain(*take(resumed, 3))
+    for batch, other in zip(resumed_packs, itertools.chain(*going_on), strict=True):
         assert by_sample(batch) == by_sample(other)
         assert batch.skipped == other.skipped == ()
         left_out += key in batch.keys
@@ -143,47 +139,40 @@ def test_a_resumed_run_leaves_out_what_has_become_readable(
 def test_what_is_left_out_begins_where_no_rank_has_begun():
     found = Skipped(sample_id=3, key="a", cause="bad text")
     other = Skipped(sample_id=5, key="b", cause="bad text", from_pack=8)
-    lists = [
-        SkipList([found]),
-        SkipList([dataclasses.replace(other, from_pack=None)]),
-        SkipList([other, found]),
-    ]
+    new = dataclasses.replace(other, from_pack=None)
+    lists = [SkipList([found]), SkipList([new]), SkipList([other, found])]
     merged = SkipList.merged(lists, from_pack=20)
     assert [(each.sample_id, each.from_pack) for each in merged] == [(3, 20), (5, 8)]
     assert not merged.leaves_out(3, pack=19)
     assert merged.leaves_out(3, pack=20)
     assert not merged.leaves_out(4, pack=20)
-    assert not lists[0].leaves_out(
-        3, pack=99
-    )  # its finder reads it again, as all others do, until all know
-    assert (
-        SkipList.from_state(json.loads(json.dumps(merged.to_state()))).to_state()
-        == merged.to_state()
-    )
+    # Its finder reads it again, as all others do, until all know.
+    assert not lists[0].leaves_out(3, pack=99)
+    state = merged.to_state()
+    assert SkipList.from_state(json.loads(json.dumps(state))).to_state() == state
 
 
 def test_samples_that_are_elsewhere_now_are_forgotten(load, shards, victim):
     state = load().state_dict()
     key = key_of(shards, victim)
-    listed = [
-        [victim, key, "bad text", 0],
-        [victim + 1, key, "bad text", 0],
-        [10**6, key, "bad text", 0],
-    ]
+    listed = [[number, key, "bad text", 0] for number in (victim, victim + 1, 10**6)]
     assert [each.sample_id for each in load(state=state | {"skipped": listed}).skips] == [victim]
 
 
-def test_the_budget_is_a_share_of_what_was_seen_and_of_many_from_the_start():
-    budget = ErrorBudget(max_share=0.001)
-    budget.seen, budget.skipped = 100, 10
-    assert not budget.exceeded
-    budget.skipped = 11
-    assert budget.exceeded
-    budget.seen = 11 * 1000
-    assert budget.seen > MIN_SAMPLES
-    assert not budget.exceeded
-    assert not ErrorBudget(max_share=0.0).exceeded
-    assert ErrorBudget(max_share=0.0, skipped=1).exceeded
+@pytest.mark.parametrize(
+    ("max_share", "seen", "skipped", "exceeded"),
+    [
+        (0.001, 100, 10, False),
+        (0.001, 100, 11, True),
+        (0.001, MIN_SAMPLES + 1000, 11, False),
+        (0.0, 0, 0, False),
+        (0.0, 0, 1, True),
+    ],
+)
+def test_the_budget_is_a_share_of_what_was_seen_and_of_many_from_the_start(
+    max_share, seen, skipped, exceeded
+):
+    assert ErrorBudget(max_share=max_share, seen=seen, skipped=skipped).exceeded == exceeded
 
 
 def test_the_table_names_causes_and_first_keys():

@@ -106,6 +106,9 @@ def test_random_stops_and_resumes_change_nothing(load):
     assert len(layouts) >= 4
 
 
+DIED = "^a worker process of the loader died"
+
+
 def started(loader):
     """Its iterator after a step, and its one worker; other tests may have left some."""
     others = multiprocessing.active_children()
@@ -158,14 +161,11 @@ def test_a_worker_that_is_killed_ends_the_run_with_the_likely_cause(load):
     @worker_death_explained()
     def go_on():
         os.kill(worker.pid, signal.SIGKILL)
-        os.waitid(
-            os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT
-        )  # or torch's handler may raise behind this test
+        # Or torch's handler may raise behind this test.
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
         return list(steps)
 
-    with pytest.raises(
-        WorkerError, match=r"^a worker process of the loader died .*fewer --num-workers"
-    ):
+    with pytest.raises(WorkerError, match=rf"{DIED} .*fewer --num-workers"):
         go_on()
 
 
@@ -175,11 +175,8 @@ def test_a_worker_that_is_killed_while_it_hands_over_is_no_riddle(load, monkeypa
         yield
 
     monkeypatch.setattr("megatron_vico.data.load.loader.DataLoader", broken_off)
-    loader = load(num_workers=1)
-    with pytest.raises(
-        WorkerError, match=r"^a worker process of the loader died \(Connection reset by peer\)"
-    ):
-        take(loader, 1)
+    with pytest.raises(WorkerError, match=rf"{DIED} \(Connection reset by peer\)"):
+        take(load(num_workers=1), 1)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

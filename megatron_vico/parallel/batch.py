@@ -94,36 +94,34 @@ def share_step(
     )
 
 
-class SharedBatches(Iterable[StepBatch]):
-    """Every rank's batches: those that the replica's first rank reads, spread over its ranks."""
+def shared_batches(
+    steps: Iterable[Sequence[PackedBytes]] | None,
+    *,
+    num_steps: int,
+    groups: Groups,
+    whole_images: bool = False,
+) -> Iterator[StepBatch]:
+    """Every rank's part of `num_steps` steps; see `share_step`.
 
-    def __init__(
-        self,
-        batches: Iterable[Sequence[PackedBytes]] | None,
-        *,
-        num_steps: int,
-        groups: Groups,
-        whole_images: bool = False,
-    ) -> None:
-        """Args: batches: the loader, on the replica's first rank; num_steps: how many steps are
-        left, on every rank."""
-        assert (batches is not None) == (groups.replica.rank() == 0), (
-            "the first rank of a replica reads"
-        )
-        self._batches, self._num_steps = batches, num_steps
-        self._groups, self._whole_images = groups, whole_images
+    Args:
+        steps: the loader, on the replica's first rank; elsewhere None.
+        num_steps: how many to take, the same on every rank.
+        groups: process groups.
+        whole_images: keep the tiles of an image on one rank.
 
-    def __iter__(self) -> Iterator[StepBatch]:
-        """One StepBatch a step; raises a LoaderError on every rank of a replica whose reader met
-        one."""
-        reading = iter(self._batches) if self._batches is not None else None
-        for _ in range(self._num_steps):
-            blocks: Sequence[PackedBytes] | LoaderError | None = None
-            try:
-                blocks = next(reading) if reading is not None else None
-            except (SampleError, ConfigError, WorkerError) as error:
-                blocks = error
-            yield share_step(blocks, groups=self._groups, whole_images=self._whole_images)
+    Raises:
+        SampleError, ConfigError, WorkerError: on every rank of a replica whose reader met one.
+    """
+    reads = groups.replica.rank() == 0
+    assert (steps is not None) == reads, "the first rank of a replica reads"
+    reading = iter(steps) if steps is not None else None
+    for _ in range(num_steps):
+        blocks: Sequence[PackedBytes] | LoaderError | None = None
+        try:
+            blocks = next(reading) if reading is not None else None
+        except (SampleError, ConfigError, WorkerError) as error:
+            blocks = error
+        yield share_step(blocks, groups=groups, whole_images=whole_images)
 
 
 def _broadcast_header(

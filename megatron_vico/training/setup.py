@@ -1,7 +1,7 @@
 """Builds everything a run needs, in the order that each part needs the one before it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from megatron_vico.models.build import (
 )
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel
-from megatron_vico.parallel.batch import SharedBatches
+from megatron_vico.parallel.batch import StepBatch, shared_batches
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.parallel.streams import FP8_ALIGNMENT, StreamCut
 from megatron_vico.training.data_state import DataState
@@ -65,17 +65,17 @@ class Run:
         """What a checkpoint holds, by name."""
         return named_modules(self.policy.encoder, self.policy.language_chunks)
 
-    def batches(self) -> SharedBatches:
+    def batches(self) -> Iterator[StepBatch]:
         """The steps that are left, spread over the ranks of the replica; every rank iterates."""
         return self.spread(
             self.data.loader, num_steps=self.cfg.training.train_iters - self.iteration
         )
 
-    def spread(self, loader: Loader | None, *, num_steps: int) -> SharedBatches:
+    def spread(self, loader: Loader | None, *, num_steps: int) -> Iterator[StepBatch]:
         """What a loader reads on the first rank of the replica, spread over its ranks; every rank
         iterates."""
         options = self.cfg.stage
-        return SharedBatches(
+        return shared_batches(
             loader,
             num_steps=num_steps,
             groups=self.groups,

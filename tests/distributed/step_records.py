@@ -15,7 +15,7 @@ from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.data.load.packed_bytes import PackedBytes
 from megatron_vico.data.samples import PackedStream
-from megatron_vico.parallel.batch import SharedBatches
+from megatron_vico.parallel.batch import shared_batches
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.training.metrics import StepFigures
 from megatron_vico.training.setup import Run, build_modules, named_modules, set_up
@@ -62,7 +62,7 @@ def record(case: Case, groups: Groups) -> Iterator[Recorded]:
     modules = {"language_model": run.policy.language_chunks, "encoder": [run.policy.encoder]}
     batches = run.batches()
     if run.data.loader is not None and case.empty_pack is not None:
-        batches = SharedBatches(_emptied(run, case.empty_pack), num_steps=STEPS, groups=groups)
+        batches = shared_batches(_emptied(run, case.empty_pack), num_steps=STEPS, groups=groups)
     for number, batch in enumerate(batches):
         sums = compute_gradients(run, batch)
         grads = {param: grad for ddp in run.policy.ddp_modules for param, grad in _main_grads(ddp)}

@@ -74,7 +74,7 @@ class SampleEncoder:
                 None, for indexing and evaluation, leaves the tiles as they are. Their number is the
                 same either way.
         """
-        encoded = self._encode(sample, conversation.encode_conversation, tiling.tile_images)
+        encoded = self._encode(sample, conversation.encode_conversation)
         if random is None or not sample.data_augment:
             return encoded
         return replace(encoded, tiles=jpeg_degrade(encoded.tiles, random=random))
@@ -82,25 +82,27 @@ class SampleEncoder:
     def encode_blank(self, sample: ConversationSample) -> EncodedSample:
         """As `encode`, but with blank tiles: all that can be counted and every error, at a fraction
         of the time."""
-        return self._encode(sample, conversation.encode_conversation, tiling.blank_tiles)
+        return self._encode(sample, conversation.encode_conversation, cut=tiling.blank_tiles)
 
     def encode_prompt(self, sample: ConversationSample) -> EncodedSample:
         """Ids and tiles of a sample that ends with a question; nothing is a response."""
-        return self._encode(sample, conversation.encode_prompt, tiling.tile_images)
+        return self._encode(sample, conversation.encode_prompt)
 
     def _encode(
         self,
         sample: ConversationSample,
         encode_text: Callable[..., tuple[IntArray, BoolArray]],
-        tile_images: Callable[..., list[ByteArray]],
+        *,
+        cut: Callable[..., ByteArray] = tiling.tile,
     ) -> EncodedSample:
         settings = self.settings
-        tiles_of_images = tile_images(
+        tiles_of_images = tiling.tile_images(
             sample.images,
             key=sample.key,
             image_size=settings.image_size,
             max_dynamic_patch=sample.max_dynamic_patch or settings.max_dynamic_patch,
             use_thumbnail=settings.use_thumbnail,
+            cut=cut,
         )
         tiles_per_image = tuple(len(tiles) for tiles in tiles_of_images)
         token_ids, is_response = encode_text(

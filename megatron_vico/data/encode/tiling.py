@@ -1,4 +1,4 @@
-"""Images to tiles by the official dynamic-resolution algorithm of InternVL (`dynamic_preprocess`).
+"""Images to tiles by InternVL's official dynamic-resolution algorithm (`dynamic_preprocess`).
 
 An image is resized to the grid of square tiles whose shape is closest to its own, and cut row by
 row; if that gives more than one tile, the whole image at the size of one tile (the thumbnail)
@@ -6,7 +6,7 @@ follows.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -62,59 +62,39 @@ def choose_grid(
     return best
 
 
-def tiles_of_image(max_dynamic_patch: int, *, num_images: int) -> int:
-    """The most tiles each of `num_images` images of a sample may have (official rule: they share
-    the budget)."""
-    return max(1, max_dynamic_patch // max(1, num_images))
-
-
-def count_tiles(
-    width: int, height: int, *, image_size: int, max_dynamic_patch: int, use_thumbnail: bool
-) -> int:
-    """How many tiles `tile` cuts an image of this size into, thumbnail included."""
-    columns, rows = choose_grid(
-        width, height, image_size=image_size, max_dynamic_patch=max_dynamic_patch
-    )
-    return columns * rows + (use_thumbnail and columns * rows > 1)
-
-
 def tile(
     image: Image.Image, *, image_size: int, max_dynamic_patch: int, use_thumbnail: bool
 ) -> ByteArray:
-    """Cut an image into tiles.
-
-    Args:
-        image: RGB.
-        image_size: side S of a tile, in px.
-        max_dynamic_patch: most tiles, thumbnail not counted.
-        use_thumbnail: append the whole image, resized to one tile, if it was cut into several.
-
-    Returns:
-        [N, 3, S, S] uint8, row by row.
-    """
+    """Cut an RGB image into tiles, [N, 3, S, S] uint8, row by row; with `use_thumbnail` the whole
+    image, resized to one tile, follows if there are several."""
     columns, rows = choose_grid(
         *image.size, image_size=image_size, max_dynamic_patch=max_dynamic_patch
     )
     num_tiles = columns * rows
-    tiles = np.empty(
-        (num_tiles + (use_thumbnail and num_tiles > 1), 3, image_size, image_size), dtype=np.uint8
-    )
+    with_thumbnail = num_tiles + (use_thumbnail and num_tiles > 1)
+    tiles = np.empty((with_thumbnail, 3, image_size, image_size), dtype=np.uint8)
     grid = _pixels(image, image_size * columns, image_size * rows)
     grid = grid.reshape(rows, image_size, columns, image_size, 3).transpose(0, 2, 4, 1, 3)
     tiles[:num_tiles] = grid.reshape(num_tiles, 3, image_size, image_size)
-    if len(tiles) > num_tiles:
+    if with_thumbnail > num_tiles:
         tiles[-1] = _pixels(image, image_size, image_size).transpose(2, 0, 1)
     return tiles
 
 
-def decode_image(encoded: bytes, *, key: str, number: int) -> Image.Image:
-    """Decode an image file to RGB; as the official code, transparency is dropped and EXIF rotation
-    ignored.
+def blank_tiles(
+    image: Image.Image, *, image_size: int, max_dynamic_patch: int, use_thumbnail: bool
+) -> ByteArray:
+    """As many tiles as `tile` gives, for counting: nothing is resized, all share one number."""
+    columns, rows = choose_grid(
+        *image.size, image_size=image_size, max_dynamic_patch=max_dynamic_patch
+    )
+    num_tiles = columns * rows + (use_thumbnail and columns * rows > 1)
+    return np.broadcast_to(np.uint8(0), (num_tiles, 3, image_size, image_size))
 
-    Args:
-        encoded: content of the file.
-        key: the sample's name, for errors.
-        number: index of the image in the sample, for errors.
+
+def decode_image(encoded: bytes, *, key: str, number: int) -> Image.Image:
+    """Decode image `number` of sample `key` to RGB; as the official code, transparency is dropped
+    and EXIF rotation ignored.
 
     Raises:
         SampleError: if the file is truncated, broken, no image, or far too large (Pillow's limit of
@@ -139,8 +119,9 @@ def tile_images(
     image_size: int,
     max_dynamic_patch: int,
     use_thumbnail: bool,
+    cut: Callable[..., ByteArray] = tile,
 ) -> list[ByteArray]:
-    """Decode and tile all images of a sample, which share the budget of tiles.
+    """Decode and tile all images of a sample, which share the budget of tiles (official rule).
 
     Args:
         images: encoded files.
@@ -149,6 +130,7 @@ def tile_images(
         max_dynamic_patch: most tiles of all images together, at least one each, thumbnails not
             counted.
         use_thumbnail: see `tile`.
+        cut: `tile` or `blank_tiles`.
 
     Returns:
         One [N_i, 3, S, S] uint8 array per image.
@@ -156,40 +138,15 @@ def tile_images(
     Raises:
         SampleError: if an image cannot be decoded.
     """
-    limit = tiles_of_image(max_dynamic_patch, num_images=len(images))
     return [
-        tile(
+        cut(
             decode_image(encoded, key=key, number=number),
             image_size=image_size,
-            max_dynamic_patch=limit,
+            max_dynamic_patch=max(1, max_dynamic_patch // len(images)),
             use_thumbnail=use_thumbnail,
         )
         for number, encoded in enumerate(images)
     ]
-
-
-def blank_tiles(
-    images: Sequence[bytes],
-    *,
-    key: str,
-    image_size: int,
-    max_dynamic_patch: int,
-    use_thumbnail: bool,
-) -> list[ByteArray]:
-    """`tile_images` for counting: images are decoded, with its errors, and nothing is resized; the
-    tiles of an image are views of a single number."""
-    limit = tiles_of_image(max_dynamic_patch, num_images=len(images))
-    blank = []
-    for number, encoded in enumerate(images):
-        num_tiles = count_tiles(
-            *decode_image(encoded, key=key, number=number).size,
-            image_size=image_size,
-            max_dynamic_patch=limit,
-            use_thumbnail=use_thumbnail,
-        )
-        shape = (num_tiles, 3, image_size, image_size)
-        blank.append(np.broadcast_to(np.uint8(0), shape))
-    return blank
 
 
 def _pixels(image: Image.Image, width: int, height: int) -> ByteArray:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from megatron_vico.config.schema import DataOptions
 from megatron_vico.data.encode.sample_encoder import SampleEncoder
@@ -157,7 +157,7 @@ class Loader:
         ahead = options.prefetch_steps * self._pieces_per_step
         prepared = DataLoader(
             self._dataset,
-            sampler=_Pieces(self._pieces()),
+            sampler=self._pieces(),
             batch_size=None,
             num_workers=options.num_workers,
             prefetch_factor=math.ceil(ahead / options.num_workers),
@@ -223,16 +223,6 @@ class _Piece:
 
     left_out: frozenset[tuple[int, int]]
     """(index of the pack, sample) of samples that are known to be broken."""
-
-
-class _Pieces(Sampler[_Piece]):
-    """Hands a loader's pieces to torch."""
-
-    def __init__(self, pieces: Iterator[_Piece]) -> None:
-        self._pieces = pieces
-
-    def __iter__(self) -> Iterator[_Piece]:
-        return self._pieces
 
 
 class _PieceDataset(Dataset[PackedBytes | UserError]):

@@ -1,12 +1,13 @@
 """From flags and recipes to a RunConfig and back: default < recipe < command line.
 
 A flag is a field of one of RunConfig's dataclasses, and so is a key of a recipe: tyro reads the
-words of both. Nothing here imports torch or megatron, but an error about a flag of Megatron's.
+words of both. Nothing here imports torch or megatron.
 """
 
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import io
 import re
 import shutil
@@ -225,11 +226,9 @@ def _read(config_class: type, given: Sequence[_Given]) -> Any:
 
 def _cli(config_class: type, words: list[str]) -> Any:
     """The section that tyro reads, or None."""
-    markers = (tyro.conf.DisallowNone,)
-    try:
-        return tyro.cli(config_class, args=words, config=markers, console_outputs=False)
-    except SystemExit:
-        return None
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
+        return tyro.cli(config_class, args=words, config=(tyro.conf.DisallowNone,))
+    return None
 
 
 def _command_line(argv: Sequence[str]) -> tuple[str | None, dict[str, _Given]]:
@@ -292,15 +291,16 @@ def _unknown(flag: str, origin: str) -> ConfigError:
 
 
 def _is_megatrons(name: str) -> bool:
-    import argparse
-
-    from megatron.training.arguments import add_megatron_arguments
-
-    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    flags = {
-        flag.removeprefix("--") for action in parser._actions for flag in action.option_strings
-    }
-    return name.replace("_", "-") in flags
+    """Whether Megatron's parser has this flag; read off its text, since importing it takes seconds
+    and warns of much that is of no interest here."""
+    found = importlib.util.find_spec("megatron")
+    assert found is not None
+    root = Path(next(iter(found.submodule_search_locations or ())))
+    files = [*root.glob("training/**/*.py"), *root.glob("core/**/*config*.py")]
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    names = {name, name.removeprefix("no_").removeprefix("disable_")} - options().keys()
+    forms = [form for each in names for form in (f"'{flag_of(each)}'", f'"{flag_of(each)}"')]
+    return any(form in text for form in [*forms, *(f"\n    {each}: " for each in names)])
 
 
 def _recipe(path: Path) -> dict[str, _Given]:

@@ -13,6 +13,7 @@ from megatron.core.transformer.enums import AttnBackend
 
 from megatron_vico.config.flags import PASSED_ON, options, parse
 from megatron_vico.config.megatron_kwargs import FIELDS, SECTIONS, fields_of, megatron_kwargs
+from megatron_vico.errors import ConfigError
 
 CLASSES = {
     config_class.__name__: config_class
@@ -81,6 +82,28 @@ def test_flags_are_read_and_passed_on_as_upstream_does(
                 assert plain(ours) == plain(theirs[dest]), words
             compared += 1
     assert compared > 90
+
+
+def test_a_flag_of_megatrons_that_is_not_passed_on_is_said_to_be_one(
+    actions: dict[str, argparse.Action],
+) -> None:
+    others = [
+        flag
+        for flag in sorted(actions.keys() - {"-h", "--help"})
+        # These get their names from a prefix.
+        if not flag.startswith("--fault-injector") and not _is_known(flag)
+    ]
+    assert len(others) > 400
+    for flag in others[::10]:
+        with pytest.raises(
+            ConfigError, match=f"{flag} is (an option of Megatron|not an option here)"
+        ):
+            parse([flag])
+
+
+def _is_known(flag: str) -> bool:
+    name = flag.removeprefix("--").replace("-", "_")
+    return name in options() or name.removeprefix("no_").removeprefix("disable_") in options()
 
 
 def test_choices_are_upstreams() -> None:

@@ -36,7 +36,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from benchmarks.step import build_run, stage_config  # noqa: E402
+from benchmarks.runs import build_run, stage_config  # noqa: E402
 from megatron_vico.config.flags import parse  # noqa: E402
 from megatron_vico.config.registry import ModelConfig, get_model_config  # noqa: E402
 from megatron_vico.config.schema import DataOptions  # noqa: E402

@@ -36,9 +36,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # run as a script, only this folder is on the path
+# Run as a script, only this folder is on the path.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_vico import cpu_stand_in
 
@@ -46,26 +45,22 @@ cpu_stand_in.install()
 
 import torch  # noqa: E402
 
+from benchmarks.runs import benchmark_model, build_run, make_batch, stage_config  # noqa: E402
 from megatron_vico.config.flags import parse  # noqa: E402
 from megatron_vico.config.layout import (  # noqa: E402
     check_layout,
     data_parallel_size,
     launched_world_size,
 )
-from megatron_vico.config.registry import ModelConfig, get_model_config  # noqa: E402
+from megatron_vico.config.registry import ModelConfig  # noqa: E402
 from megatron_vico.config.schema import RunConfig  # noqa: E402
 from megatron_vico.config.stages import Stage  # noqa: E402
-from megatron_vico.parallel.batch import StepBatch, share_step  # noqa: E402
+from megatron_vico.parallel.batch import StepBatch  # noqa: E402
 from megatron_vico.parallel.groups import Groups, started  # noqa: E402
 from megatron_vico.parallel.streams import language_inputs  # noqa: E402
 from megatron_vico.training import consistency_step, setup, trainer  # noqa: E402
-from megatron_vico.training.data_state import DataState  # noqa: E402
-from megatron_vico.training.optimizer import build_optimizer, build_scheduler  # noqa: E402
-from megatron_vico.training.policy import wrap  # noqa: E402
 from megatron_vico.training.reference import Reference  # noqa: E402
 from megatron_vico.training.vision import VisualTokens  # noqa: E402
-from megatron_vico.vico.router_targets import RatioWindow  # noqa: E402
-from tests.synthetic_packs import PackShape, synthetic_pack  # noqa: E402
 from tests.unit.training.test_reference_memory import PassBytes, pass_bytes  # noqa: E402
 
 PHASES = ("encode", "reference pass", "policy pass", "encoder backward", "optimizer", "other")
@@ -165,95 +160,6 @@ class Clock:
             yield
 
 
-def benchmark_model(name: str) -> ModelConfig:
-    """A preset, or the benchmark's own: 8 layers of 256, a ViT of 4 of 128, 64 tokens a tile."""
-    if name != "benchmark":
-        return get_model_config(name)
-    toy = get_model_config("toy")
-    return dataclasses.replace(
-        toy,
-        name=name,
-        vision=dataclasses.replace(
-            toy.vision,
-            hidden_size=128,
-            num_layers=4,
-            ffn_hidden_size=512,
-            image_size=128,
-            patch_size=8,
-        ),
-        language=dataclasses.replace(
-            toy.language,
-            hidden_size=256,
-            num_layers=8,
-            num_query_groups=2,
-            head_dim=64,
-            ffn_hidden_size=768,
-            vocab_size=4096,
-            rope_theta=1e6,
-        ),
-    )
-
-
-def build_run(cfg: RunConfig, model: ModelConfig, groups: Groups) -> setup.Run:
-    """What `training/setup.py` sets up, from fresh weights; policy and reference have the same."""
-    encoder, chunks = setup.build_modules(cfg, model, groups)
-    policy = wrap(encoder, chunks, setup.policy_options(cfg, groups), groups=groups)
-    optimizer = build_optimizer(policy, cfg, groups=groups)
-    reference = None
-    if cfg.stage.spec.needs_reference:
-        frozen_encoder, frozen_chunks = setup.build_modules(
-            setup.reference_config(cfg), model, groups
-        )
-        frozen: list[torch.nn.Module] = [frozen_encoder, *frozen_chunks]
-        trained: list[torch.nn.Module] = [encoder, *chunks]
-        for mine, theirs in zip(frozen, trained, strict=True):
-            mine.load_state_dict(theirs.state_dict())
-        reference = setup.freeze_reference(
-            frozen_encoder, frozen_chunks, policy, cfg=cfg, groups=groups
-        )
-        assert reference.shares_vit == ("vit" not in policy.trained)
-    policy.train_mode()
-    return setup.Run(
-        cfg=cfg,
-        groups=groups,
-        model=model,
-        policy=policy,
-        reference=reference,
-        window=RatioWindow(size=1, percentile=50.0),
-        optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, cfg.optimizer, cfg.training),
-        data=DataState.of(None, max_skipped_share=0.0, restored=None),
-        iteration=0,
-    )
-
-
-def make_batch(
-    options: argparse.Namespace,
-    cfg: RunConfig,
-    *,
-    model: ModelConfig,
-    stage: Stage,
-    step: int,
-    groups: Groups,
-) -> StepBatch:
-    """One step's packs of this replica; the two stages get the same ones for the same step."""
-    packs = None
-    shape = PackShape.of_length(options.pack_tokens, model=model)
-    if groups.replica.rank() == 0:
-        first = step * cfg.training.global_batch_size + groups.dp_rank * options.num_packs
-        packs = [
-            synthetic_pack(
-                shape,
-                model=model,
-                stage=stage,
-                number=first + index,
-                samples_in_global_batch=cfg.training.global_batch_size * len(shape.tiles),
-            )
-            for index in range(options.num_packs)
-        ]
-    return share_step(packs, groups=groups)
-
-
 def time_step(run: setup.Run, batch: StepBatch) -> Timed:
     """One step of the trainer, called by every rank; times are of all ranks."""
     clock = Clock(on_gpu=run.groups.device.type == "cuda")
@@ -284,12 +190,17 @@ def time_step(run: setup.Run, batch: StepBatch) -> Timed:
     )
 
 
-def reference_bytes(options: argparse.Namespace, run: setup.Run, num_packs: int) -> PassBytes:
+def reference_bytes(run: setup.Run, *, num_packs: int, pack_tokens: int) -> PassBytes:
     """The most that a reference pass over some packs allocates on any rank; every rank calls it."""
     assert run.reference is not None
-    as_many = argparse.Namespace(**vars(options) | {"num_packs": num_packs})
     batch = make_batch(
-        as_many, run.cfg, model=run.model, stage="consistency", step=0, groups=run.groups
+        run.cfg,
+        model=run.model,
+        stage="consistency",
+        step=0,
+        num_packs=num_packs,
+        pack_tokens=pack_tokens,
+        groups=run.groups,
     )
     device = run.groups.device
     inputs = [
@@ -301,10 +212,10 @@ def reference_bytes(options: argparse.Namespace, run: setup.Run, num_packs: int)
         )
     tokens = run.reference.visual_tokens(batch, features, run.groups)
     reference = run.reference
-    mine = pass_bytes(lambda: reference.response_rows(inputs, tokens, groups=run.groups), device)
-    most = torch.tensor([mine.rows, mine.kept, mine.peak], device=device)
-    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
-    rows, kept, peak = most.tolist()
+    own = pass_bytes(lambda: reference.response_rows(inputs, tokens, groups=run.groups), device)
+    largest = torch.tensor([own.rows, own.kept, own.peak], device=device)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    rows, kept, peak = largest.tolist()
     return PassBytes(rows=rows, kept=kept, peak=peak)
 
 
@@ -319,7 +230,15 @@ def measure(
     tokens: Counter[str] = Counter()
     for step in range(options.warmup + options.steps):
         for kind, stage in KINDS.items():
-            batch = make_batch(options, cfg, model=model, stage=stage, step=step, groups=groups)
+            batch = make_batch(
+                cfg,
+                model=model,
+                stage=stage,
+                step=step,
+                num_packs=options.num_packs,
+                pack_tokens=options.pack_tokens,
+                groups=groups,
+            )
             timed = time_step(runs[kind], batch)
             if step < options.warmup:
                 continue
@@ -356,16 +275,10 @@ def measure(
             for kind, timed in steps.items()
         },
         reference_bytes={
-            number: reference_bytes(options, runs["vico"], number) for number in MEMORY_PACKS
+            number: reference_bytes(runs["vico"], num_packs=number, pack_tokens=options.pack_tokens)
+            for number in MEMORY_PACKS
         },
     )
-
-
-def stage_config(cfg: RunConfig, stage: Stage) -> RunConfig:
-    """The run of a stage with its ViT frozen."""
-    options = dataclasses.replace(cfg.stage, stage=stage, train_modules=None)
-    trained = tuple(module for module in options.trained if module != "vit")
-    return dataclasses.replace(cfg, stage=dataclasses.replace(options, train_modules=trained))
 
 
 def print_table(found: Measured) -> None:

@@ -10,7 +10,7 @@ from benchmarks import kl_head
 
 
 def test_a_small_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--shapes", "40x16x300", "--chunk-rows", "16", "--repeats", "1", "--device", "cpu"]
+    arguments = "--shapes 40x16x300 --chunk-rows 16 --repeats 1 --device cpu".split()
     kl_head.main([*arguments, "--json", str(tmp_path / "out.json")])
     ours, textbook, liger = json.loads((tmp_path / "out.json").read_text())
     assert ours["time_s"] > 0
@@ -22,16 +22,7 @@ def test_a_small_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_what_would_not_fit_is_not_tried(tmp_path: Path) -> None:
-    arguments = [
-        "--shapes",
-        "40x16x300",
-        "--repeats",
-        "1",
-        "--skip-above",
-        "1e-6",
-        "--device",
-        "cpu",
-    ]
+    arguments = "--shapes 40x16x300 --repeats 1 --skip-above 1e-6 --device cpu".split()
     kl_head.main([*arguments, "--json", str(tmp_path / "out.json")])
     textbook = json.loads((tmp_path / "out.json").read_text())[1]
     assert textbook["time_s"] is None

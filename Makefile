@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# python3 when it is new enough, else 3.12 or 3.13 by name; `make PYTHON=...` overrides. Each is run,
-# not only found: a pyenv shim exists also for versions that are not installed.
+# python3 when it is new enough, else 3.12 or 3.13 by name; `make PYTHON=...` overrides. Each is
+# run, not only found: a pyenv shim exists also for versions that are not installed.
 PYTHON ?= $(shell for python in python3 python3.12 python3.13; do \
 	if $$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then echo $$python; break; fi; done)
 

@@ -79,8 +79,11 @@ def encode_conversation(
     for turn in _with_system_turn(placed):
         ids = _encode_turn(turn, tokenizer)
         token_ids += ids
-        is_answer = turn.role == "gpt"
-        is_response += [is_answer and prefix_len <= i < len(ids) - 1 for i in range(len(ids))]
+        if turn.role == "gpt":
+            num_trained = len(ids) - prefix_len - 1
+            is_response += [False] * prefix_len + [True] * num_trained + [False]
+        else:
+            is_response += [False] * len(ids)
     return np.array(token_ids, dtype=np.int64), np.array(is_response, dtype=np.bool_)
 
 

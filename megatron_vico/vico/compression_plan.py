@@ -1,7 +1,6 @@
-"""Where compression plans come from: one bool per tile, True where the tile gets 64 visual tokens
-instead of 256.
+"""Where compression plans come from: one bool a tile, True where it gets 64 tokens and not 256.
 
-Equation 1 (a fraction xi of each image), Eq. 2 (one tile), the rows of Table 3 (all, random) and
+Eq. 1 (a fraction xi of each image), Eq. 2 (one tile), the rows of Table 3 (all, random) and
 inference (ViR's scores, vico/routing.py) differ only in the function that makes the plan.
 
 Shape suffixes: N tiles.
@@ -16,34 +15,20 @@ from torch import Tensor
 
 
 def generator(seed: int, epoch: int, sample_id: int, purpose: str) -> torch.Generator:
-    """A random stream that belongs to one sample, epoch and purpose, on whatever rank or worker it
-    is drawn.
-
-    Args:
-        seed: the run's seed.
-        epoch: pass over the data, from 0.
-        sample_id: index of the sample in the data set.
-        purpose: what is drawn, such as "xi"; streams of two purposes are independent.
-
-    Returns:
-        A CPU generator.
-    """
-    digest = hashlib.blake2b(
-        f"{seed}/{epoch}/{sample_id}/{purpose}".encode(), digest_size=8
-    ).digest()
-    return torch.Generator().manual_seed(
-        int.from_bytes(digest, "little") >> 1
-    )  # manual_seed takes 63 bits
+    """A random stream of one sample, epoch and purpose (such as "xi"), on any rank or worker."""
+    name = f"{seed}/{epoch}/{sample_id}/{purpose}"
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    # manual_seed takes 63 bits.
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def plan_none(num_tiles: int) -> Tensor:
-    """Nothing compressed: the reference's plan, and the vanilla row of Table 3. Returns [N]
-    bool."""
+    """Nothing compressed, [N]: the reference's plan, and the vanilla row of Table 3."""
     return torch.zeros(num_tiles, dtype=torch.bool)
 
 
 def plan_all(num_tiles: int) -> Tensor:
-    """Everything compressed: the "All Compress" row of Table 3. Returns [N] bool."""
+    """Everything compressed, [N]: the "All Compress" row of Table 3."""
     return torch.ones(num_tiles, dtype=torch.bool)
 
 
@@ -53,19 +38,16 @@ def plan_fraction(
     generator: torch.Generator,
     sampler: Literal["bernoulli", "exact-count"] = "bernoulli",
 ) -> Tensor:
-    """A share xi ~ U[0, 1] of each image's tiles compressed; the expectation of Eq. 1 of the ViCO
-    paper.
+    """A share xi ~ U[0, 1] of each image's tiles compressed; the expectation of Eq. 1.
 
     Args:
-        tiles_per_image: tiles of each image of the sample, in order.
+        tiles_per_image: of the sample, in order.
         generator: the sample's random stream.
         sampler: each tile with probability xi, or exactly round(xi * N) tiles of the image.
 
     Returns:
         [N] bool over all tiles of the sample.
 
-    Raises:
-        ValueError: for an unknown sampler.
     """
     if sampler not in ("bernoulli", "exact-count"):
         raise ValueError(f"sampler {sampler!r} is neither 'bernoulli' nor 'exact-count'")
@@ -82,8 +64,7 @@ def plan_fraction(
 
 
 def plan_stratified(tiles_per_image: Sequence[int], *, generator: torch.Generator) -> Tensor:
-    """A share xi ~ U[0, 1] of each image's tiles compressed, the shares of a pack spread evenly
-    over [0, 1); Eq. 1.
+    """As `plan_fraction`, but the shares of a pack are spread evenly over [0, 1); Eq. 1.
 
     Of the K images of a pack, in random order, one gets its share from each of the K strata [k / K,
     (k + 1) / K). Each image's own share stays exactly U[0, 1] and each of its tiles is compressed
@@ -116,19 +97,7 @@ def plan_stratified(tiles_per_image: Sequence[int], *, generator: torch.Generato
 
 
 def plan_random_exact(num_tiles: int, num_compressed: int, *, generator: torch.Generator) -> Tensor:
-    """Exactly `num_compressed` tiles drawn at random: the "Random Compress" row of Table 3.
-
-    Args:
-        num_tiles: N.
-        num_compressed: how many are compressed, in [0, N].
-        generator: random stream.
-
-    Returns:
-        [N] bool with `num_compressed` True.
-
-    Raises:
-        ValueError: if `num_compressed` is not in [0, N].
-    """
+    """Exactly `num_compressed` random tiles, [N]: the "Random Compress" row of Table 3."""
     if not 0 <= num_compressed <= num_tiles:
         raise ValueError(f"num_compressed {num_compressed} is not in [0, {num_tiles}]")
     plan = plan_none(num_tiles)
@@ -137,11 +106,7 @@ def plan_random_exact(num_tiles: int, num_compressed: int, *, generator: torch.G
 
 
 def plan_one_tile(num_tiles: int, *, generator: torch.Generator) -> Tensor:
-    """One random tile compressed: the question that Eq. 2 asks of each sample. Returns [N] bool.
-
-    Raises:
-        ValueError: if there is no tile to choose; text-only samples have no router target.
-    """
+    """One random tile compressed, [N]: the question that Eq. 2 asks of each sample."""
     if num_tiles < 1:
         raise ValueError(
             "plan_one_tile needs at least one tile; leave text-only samples out of router training"
@@ -150,12 +115,7 @@ def plan_one_tile(num_tiles: int, *, generator: torch.Generator) -> Tensor:
 
 
 def plan_one_image(tiles_per_image: Sequence[int], *, generator: torch.Generator) -> Tensor:
-    """All tiles of one random image compressed: Eq. 2 for the image-level router of Table 3.
-    Returns [N] bool.
-
-    Raises:
-        ValueError: if there is no image with a tile.
-    """
+    """All tiles of one random image, [N]: Eq. 2 for the image-level router of Table 3."""
     if not any(tiles_per_image):
         raise ValueError(
             "plan_one_image needs at least one tile; leave text-only samples out of router training"

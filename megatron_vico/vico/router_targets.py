@@ -1,5 +1,4 @@
-"""Eq. 2-3 of the ViCO paper: how much worse the answer gets when one tile is compressed, and the
-label that follows.
+"""Eq. 2-3 of the ViCO paper: how much worse an answer gets with one tile compressed, and the label.
 
 Shape suffixes: M questions asked of the router (one tile, or one image, of each sample), W window,
 R response rows.
@@ -15,7 +14,7 @@ def sample_means(values_R: Tensor, sample_of_row_R: Tensor, num_samples: int) ->
     Args:
         values_R: [R] float32, KL of each response row.
         sample_of_row_R: [R] int64, which sample a row belongs to, in [0, num_samples).
-        num_samples: samples in the batch.
+        num_samples: of the batch.
 
     Returns:
         [num_samples] float32; 0 for a sample without rows.
@@ -53,12 +52,7 @@ class RatioWindow:
     """
 
     def __init__(self, *, size: int, percentile: float) -> None:
-        """An empty window.
-
-        Args:
-            size: how many past ratios it holds; the paper publishes none.
-            percentile: k, in [0, 100]; 60 in the paper.
-        """
+        """An empty window of `size` ratios (unpublished); k in [0, 100], 60 in the paper."""
         self.size = size
         self.percentile = percentile
         self._ratios_W = torch.empty(0)
@@ -82,6 +76,5 @@ class RatioWindow:
         return self._ratios_W.clone()
 
     def load(self, ratios_W: Tensor) -> None:
-        """Take up the ratios of a checkpoint, [W] float32, oldest first; the newest stay if the
-        window shrank."""
+        """Take up the `state` of a checkpoint; the newest ratios stay if the window shrank."""
         self._ratios_W = ratios_W.detach().float().cpu()[-self.size :]

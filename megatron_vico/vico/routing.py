@@ -1,5 +1,4 @@
-"""From ViR's logits (Eq. 4 of the ViCO paper) to a plan: the paper's rule and the one of released
-Flash models.
+"""From ViR's logits (Eq. 4 of the ViCO paper) to a plan: the paper's rule and the Flash models'.
 
 Shape suffixes: N tiles.
 """
@@ -20,29 +19,19 @@ FLASH_ABSOLUTE_THRESHOLD = 0.5
 
 
 def compress_probability(logits_N2: Tensor) -> Tensor:
-    """p^0 of Eq. 4: how sure ViR is that a tile may be compressed. Returns [N] float32 in [0,
-    1]."""
+    """p^0 of Eq. 4, [N] float32: how sure ViR is that a tile may be compressed."""
     return logits_N2.float().softmax(dim=-1)[:, COMPRESS]
 
 
 def paper_rule(logits_N2: Tensor) -> Tensor:
-    """Compress where p^0 > 0.5 (section 4.5 of the paper); a tile's decision depends on no other
-    tile.
-
-    Args:
-        logits_N2: [N, 2], ViR's outputs.
-
-    Returns:
-        [N] bool, True where the tile is compressed.
-    """
+    """Compress where p^0 > 0.5 (section 4.5 of the paper), [N]; no tile depends on another."""
     return compress_probability(logits_N2) > 0.5
 
 
 def flash_rule(
     logits_N2: Tensor, *, relative_threshold: float, absolute_threshold: float
 ) -> Tensor:
-    """The rule of released Flash models: above a quantile of the conversation's tiles and above a
-    floor.
+    """The rule of released Flash models: above a quantile of the conversation, and above a floor.
 
     The comparison with the quantile is strict, so the tile that is itself the quantile, and hence
     the only tile of a single-tile image, is never compressed; that is a property of the released

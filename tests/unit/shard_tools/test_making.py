@@ -1,5 +1,4 @@
-"""Shards are the same bytes however many processes make them, and however often these are killed on
-the way."""
+"""Shards are the same bytes however many processes make them, and however often they are killed."""
 
 import contextlib
 import functools
@@ -20,7 +19,7 @@ from megatron_vico.errors import ConfigError, SampleError
 from megatron_vico.shard_tools.journal import JOURNAL_NAME, MADE_NAME, Journal
 from megatron_vico.shard_tools.options import WriterOptions
 from megatron_vico.shard_tools.reindex import index_shards
-from megatron_vico.shard_tools.writer import make_mixture, make_shards
+from megatron_vico.shard_tools.writer import make_mixture
 from tests.toy_data import write_conversations
 from tests.unit.conftest import SETTINGS
 from tests.unit.shard_tools.test_sources import frames_of, picture, row, write_tar
@@ -37,30 +36,11 @@ def keys_of(path):
     return [folder.describe(number).key for number in range(len(folder))]
 
 
-@pytest.fixture
-def make(tokenizer):
-    def call(jsonl, out, **options):
-        return make_shards(
-            jsonl,
-            image_root=jsonl.parent,
-            out_dir=out,
-            tokenizer=tokenizer,
-            settings=SETTINGS,
-            options=WriterOptions(show_progress=False, **options),
-        )
-
-    return call
-
-
 def with_broken_lines(folder, *, num_samples, broken):
     """The toy conversations, with JSON that ends too early in the given lines (from 1)."""
     jsonl = write_conversations(folder, num_samples=num_samples)
-    lines = jsonl.read_text().splitlines()
-    jsonl.write_text(
-        "".join(
-            (line[:20] if n in broken else line) + "\n" for n, line in enumerate(lines, start=1)
-        )
-    )
+    lines = enumerate(jsonl.read_text().splitlines(), start=1)
+    jsonl.write_text("".join((line[:20] if n in broken else line) + "\n" for n, line in lines))
     return jsonl
 
 
@@ -76,47 +56,35 @@ def files_of_at_most(num_bytes):
 
 
 def test_a_full_disk_is_named_and_left_clean(tmp_path, make):
-    jsonl = write_conversations(tmp_path / "raw", num_samples=8)
-    with (
-        files_of_at_most(8192),
-        pytest.raises(ConfigError, match=r"out: .*File too large; make room"),
-    ):
-        make(jsonl, tmp_path / "out", samples_per_shard=4)
+    jsonl, out = write_conversations(tmp_path / "raw", num_samples=8), tmp_path / "out"
+    message = r"out: .*File too large; make room"
+    with files_of_at_most(8192), pytest.raises(ConfigError, match=message):
+        make(jsonl, out, samples_per_shard=4)
     left = sorted(path.name for path in (tmp_path / "out.incomplete").iterdir())
     assert left == [JOURNAL_NAME, MADE_NAME]
-    make(jsonl, tmp_path / "out", samples_per_shard=4)
-    assert len(keys_of(tmp_path / "out")) == 8
+    make(jsonl, out, samples_per_shard=4)
+    assert len(keys_of(out)) == 8
 
 
-def test_any_number_of_workers_gives_the_same_bytes(tmp_path, make):
+def test_any_number_of_workers_gives_the_same_bytes(tmp_path, make, tokenizer):
     jsonl = with_broken_lines(tmp_path / "raw", num_samples=24, broken={3, 9, 21})
     options = {"samples_per_shard": 5, "max_shard_bytes": 1000, "max_skipped": 3}
-    made = []
     for num_workers in (1, 2, 3):
-        index = make(jsonl, tmp_path / f"out{num_workers}", num_workers=num_workers, **options)
-        made.append(content(tmp_path / f"out{num_workers}"))
-        assert [re.search(r":(\d+): sample", message)[1] for message in index.skipped] == [
-            "3",
-            "9",
-            "21",
-        ]
-    assert made[0] == made[1] == made[2]
+        out = tmp_path / f"out{num_workers}"
+        index = make(jsonl, out, num_workers=num_workers, **options)
+        assert content(out) == content(tmp_path / "out1")
+    lines = [re.search(r":(\d+): sample", message)[1] for message in index.skipped]
+    assert lines == ["3", "9", "21"]
     names = [shard.name for shard in index.shards]
     assert names == sorted(names)
     assert "shard-000001_001.tar" in names  # the limit in bytes cut a run in several
     numbers = [n for n in range(1, 25) if n not in (3, 9, 21)]
-    assert keys_of(tmp_path / "out3") == [f"conversations-{n:08d}" for n in numbers]
-
-
-def test_an_index_made_anew_by_workers_is_the_same(tmp_path, make, tokenizer):
-    make(
-        write_conversations(tmp_path / "raw", num_samples=9), tmp_path / "out", samples_per_shard=3
-    )
-    before = content(tmp_path / "out")
-    for path in (tmp_path / "out").glob("*.npz"):
+    assert keys_of(out) == [f"conversations-{n:08d}" for n in numbers]
+    # Indexes that workers rebuild are the same, too.
+    for path in out.glob("*.npz"):
         path.write_bytes(b"broken")
-    index_shards(tmp_path / "out", tokenizer=tokenizer, settings=SETTINGS, num_workers=2)
-    assert content(tmp_path / "out") == before
+    index_shards(out, tokenizer=tokenizer, settings=SETTINGS, num_workers=2)
+    assert content(out) == content(tmp_path / "out1")
 
 
 def test_too_many_broken_samples_end_it_with_a_table_and_the_rest_is_kept(tmp_path, make):
@@ -126,23 +94,34 @@ def test_too_many_broken_samples_end_it_with_a_table_and_the_rest_is_kept(tmp_pa
     for num_workers in (1, 2):
         with pytest.raises(SampleError, match="at most 2 may be left out") as raised:
             make(jsonl, out, samples_per_shard=5, max_skipped_share=0.1, num_workers=num_workers)
-        assert re.search(r"broken line +[23]\n", str(raised.value))
-        assert f"broken line: {jsonl}:7: sample 'conversations-00000007': broken JSON" in str(
-            raised.value
-        )
+        message = str(raised.value)
+        assert re.search(r"broken line +[23]\n", message)
+        assert f"broken line: {jsonl}:7: sample 'conversations-00000007': broken JSON" in message
     assert not out.exists()
     index = make(jsonl, out, samples_per_shard=5, max_skipped_share=0.2)
-    assert [message.partition(":")[0] for message in index.skipped] == [
-        "broken image",
-        *["broken line"] * 3,
-    ]
+    causes = [message.partition(":")[0] for message in index.skipped]
+    assert causes == ["broken image", *["broken line"] * 3]
     assert index.num_samples == 16
 
 
-def test_a_file_of_broken_samples_is_no_data_set(tmp_path, make):
-    jsonl = with_broken_lines(tmp_path / "raw", num_samples=2, broken={1, 2})
+def test_nothing_is_overwritten_and_what_has_no_sample_is_refused(tmp_path, make):
+    jsonl, out = with_broken_lines(tmp_path / "raw", num_samples=2, broken={1, 2}), tmp_path / "out"
     with pytest.raises(SampleError, match=r"no sample in it that can be used: broken line: .*:1:"):
-        make(jsonl, tmp_path / "out", max_skipped_share=1.0)
+        make(jsonl, tmp_path / "none", max_skipped_share=1.0)
+    jsonl.write_bytes(b"\n")
+    with pytest.raises(SampleError, match="no sample in it"):
+        make(jsonl, out)
+    with pytest.raises(ConfigError, match="no such file"):
+        make(tmp_path / "x", out)
+    jsonl.write_bytes(row())
+    make(jsonl, out)
+    jsonl.write_bytes(row() + b"\n" + row())
+    message = "not empty, and made from something else: sha256 of the JSONL was"
+    with pytest.raises(ConfigError, match=message):
+        make(jsonl, out)
+    (out / MADE_NAME).unlink()
+    with pytest.raises(ConfigError, match="not empty; give a folder that does not exist"):
+        make(jsonl, out)
 
 
 @pytest.mark.parametrize(
@@ -234,38 +213,26 @@ def test_a_half_made_folder_has_one_maker_and_one_recipe(tmp_path):
 
 @pytest.fixture
 def meta(tmp_path):
-    """Three data sets whose annotations have one name: text in CRLF with a BOM, images in a tar,
-    videos as frames."""
-    for name in ("text", "tar", "video"):
-        (tmp_path / name).mkdir()
+    """Three data sets: text in CRLF with a BOM, images in a tar, videos as frames."""
+    roots = {name: tmp_path / name for name in ("text", "tar", "video")}
+    for root in roots.values():
+        root.mkdir()
+    jsonls = {name: root / "train.jsonl" for name, root in roots.items()}
     words = [row(question="Sag \u00fc."), b"", row(question="Say b.")]
-    (tmp_path / "text" / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(words))
+    jsonls["text"].write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(words))
     pictures = {f"in/\u00e9{i}.jpg": picture((i, 0, 0), kind="JPEG") for i in range(4)}
-    write_tar(tmp_path / "tar" / "images.tar", pictures)
-    (tmp_path / "tar" / "train.jsonl").write_bytes(b"\n".join(row(image=name) for name in pictures))
-    frames_of(tmp_path / "video", "a", number=3)
-    frames_of(tmp_path / "video", "b", number=40)
-    (tmp_path / "video" / "train.jsonl").write_bytes(b"\n".join(row(video=name) for name in "ab"))
-    sets = {
-        "texte-\u00fc": {
-            "root": "",
-            "annotation": str(tmp_path / "text/train.jsonl"),
-            "repeat_time": 2,
-        },
-        "tar.1": {
-            "root": str(tmp_path / "tar/images.tar"),
-            "annotation": str(tmp_path / "tar/train.jsonl"),
-            "data_augment": True,
-            "max_dynamic_patch": 2,
-            "repeat_time": 0.5,
-            "length": 5,
-        },
-        "video": {
-            "root": str(tmp_path / "video"),
-            "annotation": str(tmp_path / "video/train.jsonl"),
-            "length": 2,
-        },
+    write_tar(roots["tar"] / "images.tar", pictures)
+    jsonls["tar"].write_bytes(b"\n".join(row(image=name) for name in pictures))
+    for name, number in (("a", 3), ("b", 40)):
+        frames_of(roots["video"], name, number=number)
+    jsonls["video"].write_bytes(b"\n".join(row(video=name) for name in "ab"))
+    tar = {"data_augment": True, "max_dynamic_patch": 2, "repeat_time": 0.5, "length": 5}
+    fields = {
+        "texte-\u00fc": ("text", {"root": "", "repeat_time": 2}),
+        "tar.1": ("tar", {"root": str(roots["tar"] / "images.tar"), **tar}),
+        "video": ("video", {"root": str(roots["video"]), "length": 2}),
     }
+    sets = {name: {"annotation": str(jsonls[of]), **more} for name, (of, more) in fields.items()}
     (tmp_path / "meta.json").write_text(json.dumps(sets))
     return tmp_path / "meta.json"
 

@@ -22,8 +22,8 @@ def picture(colour=(200, 30, 30), size=(32, 32), kind="PNG"):
     return written.getvalue()
 
 
-def row(question="What?", **media):
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "red"}]
+def row(question="What?", *, answer="red", **media):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     return json.dumps({**media, "conversations": turns}).encode()
 
 
@@ -139,6 +139,10 @@ def test_a_video_is_its_frames_one_tile_each(tmp_path, reader, tokenizer):
             row("<image><image>", image="a.png"),
             r"^wrong conversation: .*2 <image> tags but 1 images",
         ),
+        (row("<image>"), r"^wrong conversation: .*1 <image> tags but 0 images"),
+        (row("<image>", image=["a.png"] * 2), r"^wrong conv.*1 <image> tags but 2 images"),
+        (row(answer=""), r"^wrong conversation: .*turn 2 is an empty answer"),
+        (row(image={"path": "a.png"}), r"^broken line: .*expected a path or a list of paths"),
         (b"{", r"^broken line: .*broken JSON"),
     ],
 )

@@ -1,5 +1,4 @@
-"""`vico convert`: a checkpoint between Megatron's form and Hugging Face's layouts, or two parts to
-Megatron's form.
+"""`vico convert`: between Megatron's form and Hugging Face's layouts; two parts to Megatron's.
 
 Peak host memory is a few tensors, whatever the model's size. Under torchrun the processes share the
 work.
@@ -248,8 +247,7 @@ def _check(given: argparse.Namespace) -> None:
 
 
 def _export_options(given: argparse.Namespace) -> "ExportOptions | None":
-    """What the input's config says, with what the command line says instead; None: nothing is said
-    here."""
+    """What the input's config says, changed by the command line; None where that says nothing."""
     from megatron_vico.convert.huggingface.config import ExportOptions, options_of
     from megatron_vico.convert.huggingface.export import carried_config
     from megatron_vico.convert.open import TOKENIZER_FOLDER

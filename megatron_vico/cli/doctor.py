@@ -121,8 +121,7 @@ def _accelerator(name: str, *, module: str, fallback: str) -> Finding:
 
 
 def _apex() -> Finding:
-    """NVIDIA's apex; the package index has an unrelated one of that name, and even NVIDIA's may
-    lack its kernels."""
+    """NVIDIA's apex: the package index has an unrelated one, and NVIDIA's may lack its kernels."""
     fallback = "optimizers and norms fall back to TransformerEngine's or torch's"
     spec = importlib.util.find_spec("apex")
     if spec is None:

@@ -1,5 +1,4 @@
-"""The flags of commands that run a model: a checkpoint, its tokenizer and tiling, and where plans
-come from."""
+"""Flags of commands that run a model: a checkpoint, its tokenizer, tiling, source of plans."""
 
 import argparse
 from collections.abc import Iterator

@@ -1,5 +1,4 @@
-"""`vico generate`: ask a model about images or a video, and see how many of their tiles it
-compressed."""
+"""`vico generate`: ask a model about images or a video, and see how many tiles it compressed."""
 
 import argparse
 from collections.abc import Sequence

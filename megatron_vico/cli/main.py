@@ -94,8 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _leave_warnings_to_rank_0() -> None:
-    """Libraries' warnings are the same on every rank: 128 times each, they would bury what one rank
-    has to say.
+    """Libraries warn the same on every rank: 128 times each would bury what one rank says.
 
     Python's -W and PYTHONWARNINGS win.
     """

@@ -1,5 +1,4 @@
-"""`vico plot loss | trace | table`: loss curves, one step's trace and the ablation table, from the
-files of runs."""
+"""`vico plot loss | trace | table`: loss curves, a step's trace, the ablation table."""
 
 import argparse
 import json

@@ -1,5 +1,4 @@
-"""How one of many ranks ends when it fails: at once, with its number and the cause, never waiting
-for the others.
+"""How one of many ranks ends when it fails: at once, with its number and the cause.
 
 Left to itself a failing rank can wait forever: closing NCCL's process groups waits for collectives
 that the other ranks never join, and so do destructors at the interpreter's end. The launcher ends

@@ -291,8 +291,7 @@ def _unknown(flag: str, origin: str) -> ConfigError:
 
 
 def _is_megatrons(name: str) -> bool:
-    """Whether Megatron's parser has this flag; read off its text, since importing it takes seconds
-    and warns of much that is of no interest here."""
+    """Whether Megatron's parser has this flag; read off its text, importing it takes seconds."""
     found = importlib.util.find_spec("megatron")
     assert found is not None
     root = Path(next(iter(found.submodule_search_locations or ())))

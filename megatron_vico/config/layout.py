@@ -1,5 +1,4 @@
-"""Whether a layout fits a model and a number of ranks; megatron-core asserts the same, but late and
-without advice.
+"""Whether a layout fits a model and its ranks; megatron-core asserts it late, without advice.
 
 The checks are iterators over problems, of which the first one is told: the later ones rely on what
 the earlier ones let through.
@@ -56,8 +55,7 @@ def num_microbatches(cfg: RunConfig, world_size: int) -> int:
 
 
 def layers_of_a_stage(cfg: RunConfig, language: LanguageConfig) -> int:
-    """Layers of a middle pipeline stage, embedding and loss counted where they are told to count; 0
-    if not whole."""
+    """Layers of a middle pipeline stage, embedding and loss counted if told to; 0 if not whole."""
     return pipeline_split.layers_of_a_stage(
         language.num_layers,
         stages=cfg.parallel.pipeline_model_parallel_size,

@@ -1,5 +1,4 @@
-"""How the layers of a language model are cut into pipeline stages, and those into chunks of the
-interleaved schedule.
+"""How a language model's layers are cut into pipeline stages, and those into chunks.
 
 No torch here, as in registry.py; a layout string is the one thing that is left to megatron-core,
 which defines it.
@@ -33,8 +32,7 @@ def counted_layers(options: TransformerOptions) -> int:
 
 
 def layers_of_a_stage(num_layers: int, *, stages: int, options: TransformerOptions) -> int:
-    """Layers of a middle pipeline stage, as megatron-core splits them when there is no layout
-    string.
+    """Layers of a middle pipeline stage, as megatron-core splits them without a layout string.
 
     Args:
         num_layers: of the language model.

@@ -257,8 +257,7 @@ class CheckpointOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
-    """AdamW with a warm-up and a decay, under Megatron's names; handed to megatron-core's
-    OptimizerConfig."""
+    """AdamW with a warm-up and a decay, under Megatron's names."""
 
     lr: float = 4e-6
     """Highest learning rate."""

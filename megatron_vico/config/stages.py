@@ -1,5 +1,7 @@
-"""The table of stages. A fifth stage is one row here, its name in `Stage`, and one step function in
-training/trainer.py."""
+"""The table of stages.
+
+A fifth stage is one row here, its name in `Stage`, and its step in `training/steps.py`.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,5 +1,4 @@
-"""Checks of a whole run before any process group, memory or GPU is taken: pure functions on a
-RunConfig.
+"""Checks of a run before any process group, memory or GPU is taken: functions of a RunConfig.
 
 As in layout.py, the checks are iterators over problems, of which the first one is told.
 """

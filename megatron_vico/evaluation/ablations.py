@@ -1,5 +1,4 @@
-"""The rows of Table 3 of the ViCO paper: which weights, and where each row's compression plan comes
-from.
+"""The rows of Table 3 of the ViCO paper: which weights, and where each row's plan comes from.
 
 row              weights                              plan
 vanilla          before consistency training          nothing compressed
@@ -67,8 +66,10 @@ def run_ablations(
 
 
 def random_plans(decisions: Sequence[Tensor], *, seed: int) -> list[Tensor]:
-    """Plans, [N] bool of each conversation, with exactly as many compressed tiles over all of them
-    as `decisions`, whatever the tiles show."""
+    """Plans, [N] bool a conversation, with as many compressed tiles in all as `decisions` has.
+
+    Which tiles they are does not depend on what they show.
+    """
     everything = torch.cat(list(decisions))
     draw = generator(seed, 0, 0, "random_compress")
     drawn = plan_random_exact(len(everything), int(everything.sum()), generator=draw)

@@ -1,5 +1,4 @@
-"""Pictures: which tiles the router compresses (Figures 3-5 of the ViCO paper), losses of training,
-a step's trace."""
+"""Pictures: tiles the router compresses (ViCO paper, Figures 3-5), losses, a step's trace."""
 
 import json
 import math
@@ -121,8 +120,9 @@ def read_metrics(path: Path) -> dict[str, npt.NDArray[np.float64]]:
 
 
 def loss_curves(metrics_files: Mapping[str, Path], *, columns: int = 3) -> Figure:
-    """The loss of each stage over its steps, one panel a stage: every step in light, a running mean
-    in dark, losses on the validation set as points.
+    """The loss of each stage over its steps, one panel a stage.
+
+    Every step is light, a running mean dark, losses on the validation set are points.
 
     Args:
         metrics_files: stage's title -> its metrics.jsonl; without losses, its panel stays empty.
@@ -249,8 +249,7 @@ def _last_step(trace: Mapping[str, Any], rank: int) -> Iterator[TraceBox]:
 
 
 def trace_picture(boxes: Sequence[TraceBox], *, title: str = "") -> Figure:
-    """Who does what when in one step: a row a rank, a colour for each kind of work, the pack in
-    each box.
+    """Who does what when in one step: a row a rank, a colour a kind of work, a box a pack.
 
     Two lines mark the moments between which reference and policy overlap: the first policy forward
     pass on any rank begins, the last reference forward pass on any rank ends.
@@ -305,8 +304,7 @@ def trace_picture(boxes: Sequence[TraceBox], *, title: str = "") -> Figure:
 
 
 def _box_text(box: TraceBox, num_chunks: int) -> str:
-    """The pack, and a letter for the chunk where a rank has several; nothing for other
-    phases."""
+    """The pack, and a letter for the chunk where a rank has several; nothing for other phases."""
     if box.pack is None or box.kind == "loss":
         return ""
     return str(box.pack) + (chr(ord("a") + (box.chunk or 0)) if num_chunks > 1 else "")

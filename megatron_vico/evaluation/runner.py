@@ -81,9 +81,10 @@ class Evaluation:
 def read_evaluation_set(
     jsonl: str | Path, *, image_root: str | Path, limit: int | None = None
 ) -> list[EvaluationSample]:
-    """Read questions with their scoring: the official chat format, one conversation a line, and
-    beside it `metrics`, the name of a scorer for each question; `kinds`, a group for each (unset,
-    its metric); and `answers`, the accepted ones of each (unset, the `gpt` turn that follows it).
+    """Read questions with their scoring: the official chat format, one conversation a line.
+
+    Beside it stand `metrics`, the name of a scorer for each question; `kinds`, a group for each
+    (unset, its metric); and `answers`, the accepted ones of each (unset, the `gpt` turn after it).
 
     Args:
         jsonl: the file.

@@ -1,5 +1,4 @@
-"""How one answer is scored: the metrics of the benchmarks the paper reports, each with its
-toolkit's own edge cases.
+"""How one answer is scored: the benchmarks' metrics, each with its toolkit's edge cases.
 
 Every scorer takes a prediction and the accepted answers and returns a score in [0, 1]. Where
 toolkits differ, the rule is VLMEvalKit's, since the InternVL reports use it.

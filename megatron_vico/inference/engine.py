@@ -1,5 +1,4 @@
-"""Answers conversations: tiles -> ViT -> router -> plan -> prompt -> greedy decoding with a KV
-cache, in batches.
+"""Answers conversations in batches: tiles -> ViT -> router -> plan -> prompt -> greedy decoding.
 
 The only place where a compression plan can depend on what the tiles look like. Later questions of a
 conversation see the model's own earlier answers.

@@ -1,5 +1,4 @@
-"""One optimizer step's packs on every rank of a model replica: read once, text to all, each tile to
-one rank.
+"""One step's packs on every rank of a replica: read once, text to all, each tile to one rank.
 
 The first rank of a replica reads; the others get the packs by broadcast, and the tiles that they
 encode from it. An error of its loader is an error on all ranks, so that none waits for the others.
@@ -23,8 +22,7 @@ LoaderError = SampleError | ConfigError | WorkerError
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepBatch:
-    """The packs of one replica for one optimizer step, and the tiles of them that this rank
-    encodes."""
+    """The packs of one replica for one step, and the tiles of them that this rank encodes."""
 
     packs: tuple[PackedBatch, ...]
     """All packs, on the CPU, the same on every rank of the replica."""
@@ -153,8 +151,7 @@ def _broadcast_header(
 def _scatter_tiles(
     blocks: Sequence[PackedBytes], share: TileShare, shape: tuple[int, ...], groups: Groups
 ) -> Tensor:
-    """Each rank's run of tiles; the runs are cut and sent one after the other, so that only one is
-    held twice."""
+    """Each rank's run of tiles, cut and sent one after the other: only one is held twice."""
     if groups.replica.rank() == 0:
         for rank in range(1, groups.replica.size()):
             run = _run(blocks, share.of(rank), groups).to(groups.device)
@@ -169,8 +166,7 @@ def _scatter_tiles(
 
 
 def _run(blocks: Sequence[PackedBytes], run: slice, groups: Groups) -> Tensor:
-    """Tiles run.start to run.stop of a step; page-locked where a GPU will take them, so that
-    compute goes on meanwhile.
+    """Tiles run.start to run.stop of a step; page-locked where a GPU takes them while it computes.
 
     They come from memory that workers share and are copied once, here.
     """

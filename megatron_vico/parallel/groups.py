@@ -1,5 +1,4 @@
-"""Starts the process groups of a run: Megatron's for the language model, and those of the vision
-encoder."""
+"""Starts a run's process groups: Megatron's for the language model, and the encoder's."""
 
 import os
 from collections.abc import Iterator
@@ -66,8 +65,7 @@ class Groups:
 
     @property
     def counts_loss(self) -> bool:
-        """Whether this rank's loss enters the sum over all ranks: the others have none, or the same
-        one."""
+        """Whether this rank's loss enters the sum over ranks: others have none, or the same."""
         return self.is_last_stage and self.language.tp.rank() == 0
 
 
@@ -143,8 +141,7 @@ def current_groups(*, seed: int, device: torch.device) -> Groups:
 
 
 def _replica_group(language: ProcessGroupCollection) -> torch.distributed.ProcessGroup:
-    """megatron-core has no group of all ranks of a replica; its rank order is tensor, context,
-    data, pipeline."""
+    # megatron-core has none; its rank order is tensor, context, data, pipeline.
     tensor, context, data, pipeline = (
         getattr(language, name).size() for name in ("tp", "cp", "dp", "pp")
     )

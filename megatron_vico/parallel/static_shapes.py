@@ -1,5 +1,4 @@
-"""Pipeline sends and receives that know every length beforehand, instead of asking the neighbour
-for each one.
+"""Pipeline sends and receives that know every length, instead of asking the neighbour.
 
 With `variable_seq_lengths`, megatron-core sends the shape of each tensor ahead of it and waits for
 the answer on the host: `torch.cuda.synchronize()` and `.tolist()` at every hop. All ranks of a

@@ -1,5 +1,4 @@
-"""A packed stream as one rank takes it: padded to what the layout needs, cut over context and
-sequence ranks.
+"""This rank's part of a packed stream: padded for the layout, cut over context and sequence ranks.
 
 Everything here is integer arithmetic on the CPU, done once a pack. The ranks of a replica hold the
 same pack, so each also knows what the others hold: no length and no row has to be asked for.
@@ -26,8 +25,7 @@ _PAD_ID = 0
 
 @dataclass(frozen=True, kw_only=True)
 class StreamCut:
-    """How packed streams are padded and cut over the ranks of a model replica, and which part is
-    this rank's."""
+    """How streams are padded and cut over a replica's ranks, and which part is this rank's."""
 
     context_size: int = 1
     """Ranks that share each document: rank r of n takes chunks r and 2n - 1 - r of the document's
@@ -146,14 +144,12 @@ def language_inputs(stream: PackedStream, cut: StreamCut, device: torch.device) 
 
 
 def row_share(num_rows: int, *, size: int, rank: int) -> slice:
-    """The response rows of a pack that a context rank works on: an equal run of both streams, in
-    response order."""
+    """A context rank's response rows of a pack: an equal run of both streams, in response order."""
     return slice(num_rows * rank // size, num_rows * (rank + 1) // size)
 
 
 def _places(padded: PackedStream, cut: StreamCut) -> tuple[Tensor, Tensor]:
-    """Positions that this context rank holds, in its order; and for each position, rank * local
-    length + place."""
+    """This context rank's positions, in its order; for each, rank * local length + place."""
     if cut.context_size == 1:
         every_T = torch.arange(len(padded.token_ids))
         return every_T, every_T
@@ -170,8 +166,7 @@ def _places(padded: PackedStream, cut: StreamCut) -> tuple[Tensor, Tensor]:
 def _response_rows(
     places_R: Tensor, local_len: int, cut: StreamCut
 ) -> tuple[Tensor, Tensor | None]:
-    """Rows that this rank picks from its shard, and where the rows it needs lie once all ranks'
-    picks are gathered.
+    """Rows this rank picks from its shard, and where those it needs lie once all are gathered.
 
     Only picked rows travel, padded to the largest number that one rank has; gathered over sequence
     ranks first, then over context ranks.

@@ -1,5 +1,4 @@
-"""Tiles of a step spread evenly over the ranks of a model replica; visual tokens go where tokens
-are embedded.
+"""Tiles of a step spread evenly over a replica's ranks; visual tokens go to the embedding.
 
 Every tile is the same amount of work for the vision encoder, so equal counts are equal loads,
 whatever the layout of the language model. Rank r of a replica encodes an unbroken run of the step's
@@ -64,8 +63,7 @@ def share_tiles(units: Sequence[int], *, num_ranks: int, rank: int) -> TileShare
 
 
 class TokenExchange:
-    """Carries the visual tokens of one pass to the first pipeline stage, and their gradients
-    back."""
+    """Carries a pass's visual tokens to the first pipeline stage, and their gradients back."""
 
     def __init__(self, tokens_per_pack: Sequence[Tensor], share: TileShare, groups: Groups) -> None:
         """Work out who sends how much.
@@ -89,8 +87,7 @@ class TokenExchange:
         context rank a part."""
 
     def deliver(self, tokens_VH: Tensor) -> list[Tensor] | None:
-        """Bring all tokens of the step to the ranks that embed them; called by every rank of the
-        replica.
+        """Bring the step's visual tokens to the ranks that embed them; called by the whole replica.
 
         Args:
             tokens_VH: [V, H], of this rank's tiles, without a graph.
@@ -111,8 +108,7 @@ class TokenExchange:
         return list(received.split(self._of_pack)) if self._rank in self._embeds else None
 
     def give_back(self, grad_VH: Tensor | None, *, like: Tensor) -> Tensor:
-        """Bring the gradients of all tokens to the ranks that made them; called by every rank of
-        the replica.
+        """Bring all tokens' gradients to the ranks that made them; called by the whole replica.
 
         Args:
             grad_VH: [V, H], of all tokens of the step, on the first pipeline stage; elsewhere None.

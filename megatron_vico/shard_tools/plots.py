@@ -18,8 +18,7 @@ _LOG_FROM = 10
 
 
 def shard_figure(statistics: ShardStatistics, *, title: str = "") -> Figure:
-    """One panel for each number a sample has, stacked by kind of sample, and two for the packs
-    where there are any.
+    """A panel for each number of a sample, stacked by kind of sample, and two for the packs.
 
     Args:
         statistics: of at least one sample.
@@ -101,8 +100,7 @@ def _log_bins(values: IntArray) -> npt.NDArray[np.float64]:
 
 
 def _whole_bins(values: IntArray) -> npt.NDArray[np.float64]:
-    """Edges half way between whole numbers, several numbers in a bar where there would be too many
-    bars."""
+    """Edges half way between whole numbers, several numbers a bar where bars would be too many."""
     low, high = int(values.min()), int(values.max())
     step = (high - low) // _MOST_BARS + 1
     return np.arange(low - 0.5, high + step, step)

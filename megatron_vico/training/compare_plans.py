@@ -1,5 +1,4 @@
-"""Reference and policy compared under several plans of the same packs, forward only: for router
-labels and validation.
+"""Reference and policy compared under several plans of the same packs, forward only.
 
 Shapes: N tiles, P patches of a tile, D channels of the ViT, R response rows, H channels of the
 language model.

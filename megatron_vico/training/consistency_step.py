@@ -69,8 +69,7 @@ def consistency_step(run: Run, batch: StepBatch) -> StepSums:
 
 
 def pretrain_step(run: Run, batch: StepBatch) -> StepSums:
-    """Gradients of next-token cross-entropy: how a model is made that ViCO can start from; called
-    by every rank.
+    """Gradients of next-token cross-entropy, for a model to start from; called by every rank.
 
     Each sample counts the same, as in Eq. 1: the mean over its response tokens, then over samples.
     """

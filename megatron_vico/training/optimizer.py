@@ -1,5 +1,4 @@
-"""AdamW over language model and encoder as one optimizer: one clipping norm, rates per module, one
-schedule."""
+"""AdamW over language model and encoder as one: one clipping norm, rates per module."""
 
 from collections.abc import Mapping
 
@@ -85,8 +84,7 @@ def _rates(
 def build_scheduler(
     optimizer: MegatronOptimizer, options: OptimizerOptions, training: TrainingOptions
 ) -> OptimizerParamScheduler:
-    """Linear warm-up and decay of the learning rate, counted in optimizer steps; constant weight
-    decay."""
+    """Linear warm-up and decay of the learning rate by optimizer steps; constant weight decay."""
     decay_steps = (
         options.lr_decay_iters if options.lr_decay_iters is not None else training.train_iters
     )

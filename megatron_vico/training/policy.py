@@ -95,8 +95,10 @@ class Policy:
             chunk.eval()
 
     def weigh_balancing_loss(self, inputs: Sequence[LanguageInputs], groups: Groups) -> None:
-        """Weigh the expert-balancing loss of a pack by its part of the step's tokens; called by
-        every rank before the passes."""
+        """Weigh a pack's expert-balancing loss by its part of the step's tokens.
+
+        Called by every rank, before the passes.
+        """
         # mcore multiplies it by the pack's tokens, expecting that all gradients are divided by the
         # step's tokens in the end; here losses come with their weight, and so must this one.
         config = self.head.config

@@ -62,8 +62,7 @@ def check_files(cfg: RunConfig) -> None:
 
 
 def check_environment(cfg: RunConfig) -> None:
-    """Raises for what `validate` accepts and the trainer or megatron-core would refuse once it
-    runs; imports megatron.
+    """Raise for what `validate` accepts and the trainer or megatron-core would refuse later.
 
     Args:
         cfg: a run that `validate` accepts.

@@ -58,8 +58,7 @@ def router_step(run: Run, batch: StepBatch) -> StepSums:
 
 @torch.no_grad()
 def router_loss(run: Run, batch: StepBatch) -> RouterLoss:
-    """This rank's part of the loss over packs that the router is not trained on; called by every
-    rank.
+    """This rank's part of the loss over packs that the router is not trained on; all ranks call it.
 
     The window of past ratios gives the threshold and is left as it is.
     """
@@ -94,8 +93,7 @@ def _asked_means(packs: Sequence[PackedBatch], kl_R: Tensor, groups: Groups) -> 
 
 
 def _asked_samples(pack: PackedBatch) -> Tensor:
-    """The pack's samples that the router is asked about, [M] int64, ascending; text-only samples
-    are not."""
+    """A pack's samples that the router is asked about, [M] int64, ascending; text-only are not."""
     return pack.router_tile_sample.unique_consecutive()
 
 

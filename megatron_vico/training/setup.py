@@ -72,8 +72,7 @@ class Run:
         )
 
     def spread(self, loader: Loader | None, *, num_steps: int) -> Iterator[StepBatch]:
-        """What a loader reads on the first rank of the replica, spread over its ranks; every rank
-        iterates."""
+        """What a loader reads on a replica's first rank, on all its ranks; every rank iterates."""
         options = self.cfg.stage
         return shared_batches(
             loader,
@@ -160,8 +159,7 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
 def build_modules(
     cfg: RunConfig, model: ModelConfig, groups: Groups
 ) -> tuple[VisionEncoder, tuple[LanguageModel, ...]]:
-    """An encoder and a language model (this rank's chunks) with fresh weights, each with its own
-    config."""
+    """An encoder and this rank's chunks of a language model, fresh, each with its own config."""
     bf16 = cfg.training.bf16
     language_config = language_transformer_config(model, cfg)
     vision_config = vision_transformer_config(
@@ -279,8 +277,7 @@ def freeze_reference(
 
 
 def _offload(chunks: Sequence[LanguageModel], policy: Policy, groups: Groups) -> HostOffload:
-    """Everything of the reference's language model but its head, which the policy pass needs, and
-    what is shared."""
+    """The reference's language model without the head, for the policy pass, and what is shared."""
     kept = {id(param) for chunk in policy.language_chunks for param in chunk.parameters()}
     if groups.is_last_stage:
         kept.add(id(chunks[-1].head_weight))

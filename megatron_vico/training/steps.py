@@ -53,8 +53,7 @@ def _weights(batch: StepBatch) -> Tensor:
 
 
 def _num_samples(run: Run, batch: StepBatch) -> Tensor:
-    """Samples that count, on the replica's first rank: over the rows of each the weights sum to
-    1."""
+    """Samples that count, on the replica's first rank: the weights of each one's rows sum to 1."""
     weight_R = _weights(batch)
     if run.groups.replica.rank() != 0:
         return weight_R.new_zeros(())

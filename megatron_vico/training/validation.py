@@ -127,8 +127,7 @@ def evaluate(run: Run, validation: ValidationSet, *, iteration: int) -> Validati
 
 
 def _weighed(batch: StepBatch, *, num_packs: int) -> StepBatch:
-    """A batch of which the first `num_packs` packs count, with 1 for each sample that has an
-    answer."""
+    """A batch whose first `num_packs` packs count, with 1 for each sample that has an answer."""
 
     def weighed(pack: PackedBatch) -> PackedBatch:
         if pack.position >= num_packs:

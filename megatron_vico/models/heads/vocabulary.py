@@ -335,8 +335,7 @@ def _add_weight_gradient(total_VH: Tensor, grad_CV: Tensor, rows_CH: Tensor) -> 
 
 
 def _has_wide_product(tensor: Tensor) -> bool:
-    """Whether bf16 matrices are multiplied into float32; the CPU cannot. Not run on a GPU so far:
-    tests emulate it."""
+    """Whether bf16 matrices multiply into float32; no GPU has run it yet, tests emulate it."""
     return tensor.device.type != "cpu" and tensor.dtype in (torch.bfloat16, torch.float16)
 
 

@@ -1,5 +1,4 @@
-"""The types a sample passes through, from the shard to the packed batch; nothing else of `data` is
-needed to read them.
+"""The types a sample passes through, from the shard to the packed batch.
 
 ConversationSample (text and image files) -> EncodedSample (ids and tiles, one image token per tile)
 -> PackedBatch (several samples, each text as one PackedStream per compression plan, torch tensors).
@@ -36,8 +35,7 @@ class Turn:
     """One turn of a conversation; `text` may hold `<image>` tags."""
 
     role: Role
-    """Who speaks; `pretrain` is plain text of which every token is trained (the official data
-    format)."""
+    """Who speaks; `pretrain` is plain text, trained whole (the official data format)."""
 
     text: str
     """What is said, without any template."""
@@ -54,8 +52,7 @@ class ConversationSample:
     """At least one; answers are the `gpt` turns."""
 
     images: tuple[bytes, ...] = ()
-    """Encoded image files (JPEG, PNG, ...), in the order of the `<image>` tags; of a video, its
-    frames."""
+    """Encoded files (JPEG, PNG), in the order of the `<image>` tags; of a video, its frames."""
 
     max_dynamic_patch: int | None = None
     """Most tiles of an image, where the sample's data set says so (1 for the frames of a video);
@@ -77,8 +74,7 @@ class EncodedSample:
     """[L] bool: the trained tokens (answers and their end mark); never the first token."""
 
     tiles: ByteArray
-    """[N, 3, S, S] uint8 RGB, in the order of the image tokens; a thumbnail is the last tile of its
-    image."""
+    """[N, 3, S, S] uint8 RGB, in the order of the image tokens; a thumbnail is its image's last."""
 
     tiles_per_image: tuple[int, ...] = ()
     """Sums to N."""

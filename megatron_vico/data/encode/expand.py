@@ -1,5 +1,4 @@
-"""The one place where a compression plan meets the text: each tile's single image token becomes its
-visual tokens.
+"""Where a compression plan meets the text: each tile's one image token becomes its visual tokens.
 
 Everything that depends on positions (where visual tokens go, which hidden states predict responses)
 is computed here, once, so that the reference and the policy stream cannot drift apart.

@@ -164,11 +164,11 @@ def _split_before(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     limit = ranks[token]
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 1:
-        rank, place = min(
+        rank, index = min(
             (ranks.get(left + right, limit), i)
             for i, (left, right) in enumerate(itertools.pairwise(parts))
         )
         if rank >= limit:
             break
-        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        parts[index : index + 2] = [parts[index] + parts[index + 1]]
     return parts

@@ -1,9 +1,8 @@
-"""Text to ids and back: a Hugging Face tokenizer folder, or a SentencePiece model of our own (the
-toy models), which is converted to the same kind when it is loaded.
+"""Text to ids and back: a Hugging Face tokenizer folder, or a SentencePiece model of the toys.
 
-A tokenizer gives plain ids (nothing is added), knows the chat template's special strings, pickles
-(for loader workers), and is written by `save_to` as files that transformers loads with the same
-ids.
+The latter becomes a fast tokenizer when it is loaded. A tokenizer gives plain ids (nothing is
+added), knows the chat template's special strings, pickles (for loader workers), and `save_to`
+writes files that transformers loads with the same ids.
 """
 
 import hashlib
@@ -222,7 +221,7 @@ def train_sentencepiece(
         sentence_iterator=iter(lines),
         model_writer=written,
         vocab_size=vocab_size,
-        model_type="bpe",  # the kind that converts exactly to a fast tokenizer
+        model_type="bpe",  # which converts exactly to a fast tokenizer
         pad_id=0,
         pad_piece=PAD,
         unk_id=1,

@@ -1,4 +1,4 @@
-"""When a worker process of torch's DataLoader ends: with its parent, and never before it."""
+"""Ties the lifetime of a worker process of torch's DataLoader to its parent process."""
 
 import multiprocessing
 import os

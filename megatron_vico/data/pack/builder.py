@@ -1,5 +1,4 @@
-"""The packed batch of a stage from encoded samples: both streams, weights, and the compression
-plans that it draws."""
+"""Encoded samples to a stage's packed batch: draws the plans, makes both streams and weights."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,8 +32,7 @@ class PackBuilder:
     compressed."""
 
     cost: PackCost = EQUAL_COST
-    """What a pack of the stage costs, by which packs are spread over data-parallel
-    ranks."""
+    """What a pack of the stage costs, by which packs are spread over data-parallel ranks."""
 
     def build(
         self,
@@ -89,10 +87,10 @@ class PackBuilder:
     def _plans(
         self, samples: Sequence[EncodedSample], pack: Pack, question: Tensor
     ) -> tuple[Tensor, ...]:
-        kind = STAGES[self.stage].plans
-        if kind == "none":
+        plans = STAGES[self.stage].plans
+        if plans == "none":
             return ()
-        if kind == "one_tile":
+        if plans == "one_tile":
             return (torch.zeros_like(question), question)
         xi = self._xi(samples, pack)
         return (xi, torch.ones_like(xi)) if self.views == "validation" else (xi,)

@@ -5,7 +5,7 @@ import enum
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_vico.config.schema import OptionValue, RunConfig
+from megatron_vico.config.schema import RunConfig
 
 TRANSFORMER, OPTIMIZER = "TransformerConfig", "OptimizerConfig"
 DDP = "DistributedDataParallelConfig"
@@ -85,7 +85,7 @@ def megatron_kwargs(cfg: RunConfig, config_class: type) -> dict[str, Any]:
     return kwargs
 
 
-def _megatron_value(value: OptionValue, megatron_type: Any, field: str) -> Any:
+def _megatron_value(value: object, megatron_type: Any, field: str) -> Any:
     if isinstance(value, str) and "torch.dtype" in str(megatron_type):
         import torch
 

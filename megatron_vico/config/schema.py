@@ -14,29 +14,23 @@ from megatron_vico.config.megatron_options import (
 )
 from megatron_vico.config.stages import STAGES, Module, Stage, StageSpec
 
-OptionValue = bool | int | float | str | tuple[str, ...] | tuple[int, ...] | None
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """Which model, and the few of its settings that are not fixed by its size."""
 
     model_size: str | None = None
-    """A preset's name, such as internvl3_5-8b; the path of a config.json, or of a folder with one;
-    or `checkpoint`, the size of the one that is loaded. Unset, that too, or `toy` where none is
-    loaded. Never numbers in a recipe."""
+    """A preset's name, such as internvl3_5-8b; the path of a config.json or of its folder; or
+    `checkpoint`, the size of the one that is loaded. Unset, that too, or `toy` if none is."""
 
     drop_path_rate: float = 0.0
-    """Stochastic depth of the vision tower, growing linearly from 0 (first layer) to this (last
-    layer); in [0, 1)."""
+    """Stochastic depth of the vision tower's last layer, in [0, 1); it grows linearly from 0."""
 
     attention: Literal["auto", "sdpa"] = "auto"
-    """Attention of the language model: TransformerEngine where there is a GPU (auto), or torch's
-    own (sdpa)."""
+    """Of the language model: TransformerEngine's where there is a GPU (auto), or torch's (sdpa)."""
 
     encoder_chunk_tiles: int = 16
-    """Tiles the vision tower works on at once; a trained tower is recomputed chunk by chunk in the
-    backward pass."""
+    """Tiles that the vision tower works on, and recomputes in the backward pass, at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,32 +38,27 @@ class StageOptions:
     """What is trained, against what, and ViCO's own settings."""
 
     stage: Stage = "consistency"
-    """pretrain (cross-entropy), warmup (KL, connector_16x only), consistency (Eq. 1) or router (Eq.
-    2-4)."""
+    """pretrain (cross-entropy), warmup (Eq. 1 for connector_16x), consistency (Eq. 1) or router
+    (Eq. 2-4)."""
 
     train_modules: tuple[Module, ...] | None = None
-    """Modules that get gradients; all others are frozen. Unset: the stage's own choice
-    (config/stages.py)."""
+    """Modules that get gradients; unset, the stage's own choice (config/stages.py)."""
 
     lr_mult: tuple[str, ...] = ()
-    """Learning rate of a module as a multiple of --lr, as MODULE=FACTOR, such as
-    connector_16x=3."""
+    """Learning rates of modules as multiples of --lr: MODULE=FACTOR, such as connector_16x=3."""
 
     reference_load: str | None = None
     """Checkpoint of the frozen reference; unset, --pretrained-checkpoint. The router stage must
     name it: there the reference is the model from before consistency training."""
 
     reference_offload: Literal["none", "host"] = "none"
-    """Where the frozen reference's weights are kept while the policy runs: on the GPU (none), or in
-    host memory."""
+    """Where the frozen reference is kept while the policy runs: on the GPU, or in host memory."""
 
     freeze_moe_router: bool = False
-    """Keep the weights of the expert router as they are while the rest of the language model is
-    trained."""
+    """Keep the expert router's weights while the rest of the language model is trained."""
 
     kl_chunk_rows: int = 1024
-    """Rows whose logits exist at once in a loss: fewer take less memory, more read the head's
-    weights less often."""
+    """Rows whose logits exist at once in a loss: fewer take less memory and more time."""
 
     xi_sampler: Literal["stratified", "bernoulli", "exact-count"] = "stratified"
     """How an image's share xi ~ U[0, 1] of compressed tiles is drawn: one stratum of [0, 1) for
@@ -78,8 +67,7 @@ class StageOptions:
     (exact-count)."""
 
     router_granularity: Literal["tile", "image"] = "tile"
-    """What ViR decides on: each tile (ViCO), or all tiles of an image together (the image-level row
-    of Table 3)."""
+    """What ViR decides on: each tile (ViCO), or all of an image (image-level row of Table 3)."""
 
     router_window: int = 2048
     """How many past loss ratios r of Eq. 2 the threshold is taken from."""
@@ -88,8 +76,7 @@ class StageOptions:
     """Percentile of the window that is the threshold of Eq. 3, in [0, 100]."""
 
     router_eps: float = 1e-6
-    """Added to both KL values of Eq. 2, in nats, so that a policy equal to its reference gives a
-    ratio near 1."""
+    """Added to both KL values of Eq. 2, in nats, so that equal models give a ratio near 1."""
 
     @property
     def spec(self) -> StageSpec:
@@ -119,17 +106,14 @@ class DataOptions:
     for its folders."""
 
     data_cache_dir: str | None = None
-    """Folder of a local disk in which whole shards of a URL are kept. Unset, each sample is one
-    request."""
+    """Local folder in which whole shards of a URL are kept; unset, each sample is one request."""
 
     data_cache_gb: float | None = None
-    """Most gigabytes (1e9 bytes) of --data-cache-dir; the shards used longest ago make room. The
-    order of a run is shuffled within blocks of --shuffle-shards shards, so that room for two blocks
-    means that each shard is fetched about once an epoch."""
+    """Most gigabytes (1e9 bytes) of it; the shards used longest ago make room. With room for two
+    blocks of --shuffle-shards shards, each shard is fetched about once an epoch."""
 
     data_retries: int = 5
-    """How often a read from a URL is tried again after an error that may pass, each time after
-    about twice the wait; 5 take about a minute."""
+    """How often a read from a URL is tried again, each time after twice the wait; 5: a minute."""
 
     valid_data_path: tuple[str, ...] = ()
     """Folders of shards, as --data-path, that the stage's loss is taken of without training on
@@ -148,16 +132,13 @@ class DataOptions:
     """Most samples in a pack; unset, as many as fit."""
 
     packing_window: int = 512
-    """How many samples of the global order are packed together (best-fit decreasing, with
-    carry-over)."""
+    """Samples of the global order that are packed together (best-fit decreasing, carry-over)."""
 
     shuffle_shards: int = 64
-    """Shards of the shuffled list whose samples are shuffled together; about as many files are read
-    at a time."""
+    """Shards whose samples are shuffled together; about as many files are read at a time."""
 
     override_data_state: bool = False
-    """Resume at the same place though shards, repeats, seed or packing options changed since the
-    checkpoint; without it such a run is refused."""
+    """Resume though shards, repeats, seed or packing options changed; otherwise that is refused."""
 
     max_dynamic_patch: int = 12
     """Most tiles of one image, thumbnail not counted (the official name)."""
@@ -166,8 +147,7 @@ class DataOptions:
     """Append the whole image as one more tile when it was cut into several."""
 
     tile_tags: Literal["none", "numbered"] = "none"
-    """Text before each tile: nothing (InternVL), or <tile_1>, ... (NVLM's 1-D tile tags, which
-    small models need)."""
+    """Text before each tile: none (InternVL) or <tile_1>, ... (NVLM's, which small models need)."""
 
     num_workers: int = 2
     """Processes that read, decode, tile and pack; 0 does it on the training thread."""
@@ -190,8 +170,7 @@ class TrainingOptions:
     """Optimizer steps of the stage."""
 
     global_batch_size: int = 256
-    """Packs in one optimizer step, over all data-parallel ranks (packed training counts packs, not
-    samples)."""
+    """Packs (not samples) in one optimizer step, over all data-parallel ranks."""
 
     seed: int = 1234
     """Seeds initialisation, data order, plans and dropout."""
@@ -212,8 +191,7 @@ class TrainingOptions:
     """Steps between two passes over --valid-data-path; unset, only at the end."""
 
     eval_iters: int | None = None
-    """Global batches of --valid-data-path in one pass, the same ones each time; unset, all of it
-    once."""
+    """Global batches of one such pass, the same ones each time; unset, all of the data once."""
 
     profile: bool = False
     """Record some steps with torch.profiler to <save>/trace, in Chrome's trace format, a file a
@@ -237,16 +215,13 @@ class CheckpointOptions:
     """Where the run comes from and where it goes."""
 
     save: str | None = None
-    """Folder to write checkpoints to; also gets metrics.jsonl, config.yaml and TensorBoard
-    files."""
+    """Folder for checkpoints, metrics.jsonl, config.yaml and TensorBoard files."""
 
     load: str | None = None
-    """Checkpoint folder to resume from, with all state; may be the same as --save. Empty, the run
-    starts anew."""
+    """Checkpoint folder to resume from, with all state; may be --save, and empty at first."""
 
     pretrained_checkpoint: str | None = None
-    """Checkpoint folder whose weights, and nothing else, the run starts from when there is nothing
-    to resume."""
+    """Checkpoint folder whose weights alone the run starts from when there is nothing to resume."""
 
     ckpt_step: int | None = None
     """Which step of --load to take; unset, the one named by its `latest` pointer."""
@@ -304,8 +279,7 @@ class ParallelOptions:
     """Stages the layers of the language model are cut into."""
 
     num_layers_per_virtual_pipeline_stage: int | None = None
-    """Layers of one chunk of the interleaved schedule, in a middle stage; unset, no
-    interleaving."""
+    """Layers of a chunk of the interleaved schedule, in a middle stage; unset, no interleaving."""
 
     context_parallel_size: int = 1
     """Ranks that share each sequence."""

@@ -6,7 +6,7 @@ Flash), `native` is transformers' own (model_type internvl). What changes no ten
 computed in one way only is a fact of the family: written as it is, and refused where it differs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -118,8 +118,9 @@ _LANGUAGE_FACTS: Json = {
     "use_sliding_window": False,
 }
 _EXPERT_FACTS: Json = {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
-# They change neither weights nor outputs: a preset is recognised whatever they are.
-_NOT_COMPARED = ("max_position_embeddings", "layer_scale_init")
+# They change neither weights nor outputs: a preset is recognised whatever they are, and a model of
+# its own size need not state them.
+_NOT_COMPARED = frozenset({"max_position_embeddings", "layer_scale_init"})
 
 
 def architecture_json(model: ModelConfig, form: Form) -> Json:
@@ -181,11 +182,7 @@ def read_model(config: Json, *, path: str, expected: str | None = None) -> Model
             the expected one, or fields are missing that tell which it is.
     """
     form: Form = "native" if config.get("model_type") == "internvl" else "remote"
-    refused = list(_refused(config, form))
-    if refused:
-        raise CheckpointError(
-            f"{path} describes a model that cannot be computed here: {'; '.join(refused)}."
-        )
+    _refuse(_refused(config, form), path)
     stated = _stated_fields(config, form)
     if "model.image_token_id" not in stated:
         stated |= _token_of_tokenizer(Path(path).parent)
@@ -267,14 +264,12 @@ def _refused(config: Json, form: Form) -> Iterator[str]:
     vision = config.get("vision_config") or {}
     language = config.get(names.language_part) or {}
     has_experts = language.get("model_type") == "qwen3_moe"
+    part = names.language_part
+    language_facts = _LANGUAGE_FACTS | (_EXPERT_FACTS if has_experts else {})
     for prefix, section, facts in (
         ("", config, names.facts),
         ("vision_config.", vision, names.vision_facts),
-        (
-            f"{names.language_part}.",
-            language,
-            _LANGUAGE_FACTS | (_EXPERT_FACTS if has_experts else {}),
-        ),
+        (f"{part}.", language, language_facts),
     ):
         for name, expected in facts.items():
             if section.get(name) not in (None, expected):
@@ -286,7 +281,6 @@ def _refused(config: Json, form: Form) -> Iterator[str]:
     forced = config.get("force_image_size")
     if form == "remote" and forced not in (None, vision.get("image_size", forced)):
         yield f"force_image_size is {forced}, expected image_size {vision['image_size']} of the ViT"
-    part = names.language_part
     if language.get("model_type") not in (None, "qwen3", "qwen3_moe"):
         yield f"{part}.model_type is {language['model_type']!r}, expected 'qwen3' or 'qwen3_moe'"
     rope = language.get("rope_parameters") or {}
@@ -327,39 +321,45 @@ def _built(stated: Json, path: str) -> ModelConfig:
         part, field = name.split(".")
         parts[part][field] = value
     vision, language, own = parts["vision"], parts["language"], parts["model"]
-    if language.get("num_experts") is not None:
+    has_experts = language.get("num_experts") is not None
+    if has_experts:  # no layer uses the dense width then
         language.setdefault("ffn_hidden_size", language.get("moe_ffn_hidden_size"))
-        # Both have defaults in LanguageConfig, which are no defaults of the file.
-        wanted_of_experts = {"moe_top_k", "moe_ffn_hidden_size"}
-    else:
-        wanted_of_experts = set()
-    missing = [
-        *(f"vision.{name}" for name in _SHARED_VISION.keys() | {"qkv_bias", "qk_norm"}),
-        *(f"language.{name}" for name in _LANGUAGE.keys() - {"max_position_embeddings"}),
-        *(f"language.{name}" for name in wanted_of_experts),
-    ]
-    missing = sorted(
-        name for name in missing if name.split(".")[1] not in parts[name.split(".")[0]]
-    )
+    wanted = {
+        "vision": _NAMES["remote"].vision.keys() - _NOT_COMPARED,
+        "language": (_LANGUAGE | (_EXPERTS if has_experts else {})).keys() - _NOT_COMPARED,
+    }
+    missing = [f"{part}.{name}" for part in wanted for name in wanted[part] - parts[part].keys()]
     if missing:
         nearest_size = min(MODELS.values(), key=lambda each: len(_differences(stated, each)))
         raise CheckpointError(
             f"{path} fits no preset (the nearest is {nearest_size.name}, but:"
             f" {'; '.join(_differences(stated, nearest_size))}), and does not state"
-            f" {', '.join(missing)}, which a model of its own size needs."
+            f" {', '.join(sorted(missing))}, which a model of its own size needs."
         )
+    _refuse(_no_numbers(stated), path)
     width = vision["hidden_size"]
     # Released Flash models have 16 built in; another width gets the most of them that fit.
     own.setdefault("vir_num_heads", max(n for n in range(1, _ROUTER_HEADS + 1) if width % n == 0))
     model = ModelConfig(
         name="custom", vision=VisionConfig(**vision), language=LanguageConfig(**language), **own
     )
-    unsound = list(_unsound(model))
-    if unsound:
-        raise CheckpointError(
-            f"{path} describes a model that cannot be computed here: {'; '.join(unsound)}."
-        )
+    _refuse(_unsound(model), path)
     return named(model)
+
+
+def _refuse(problems: Iterable[str], path: str) -> None:
+    found = "; ".join(problems)
+    if found:
+        raise CheckpointError(f"{path} describes a model that cannot be computed here: {found}.")
+
+
+def _no_numbers(stated: Json) -> Iterator[str]:
+    for name, value in stated.items():
+        is_number = isinstance(value, int | float) and value >= 0
+        if name.endswith(("norm_type", "num_experts")) or (is_number and value):
+            continue
+        if not is_number or not name.endswith(("qkv_bias", "qk_norm", "image_token_id")):
+            yield f"{name} is {value!r}, expected a number above 0"
 
 
 def _unsound(model: ModelConfig) -> Iterator[str]:

@@ -171,6 +171,8 @@ YARN = {"type": "yarn", "factor": 4.0}
         ("hf", "language", "rope_parameters", {"rope_type": "yarn"}, "rope_type is 'yarn'"),
         ("hf", "language", "rope_parameters", {"partial_rotary_factor": 0.5}, "0.5, expected 1.0"),
         ("hf", "language", "rope_theta", 1e4 + 0.5, "expected a multiple of 1"),
+        ("hf", "language", "num_attention_heads", 0, "num_heads is 0, expected a number above 0"),
+        ("internvl", "vision", "hidden_size", "1k", "is '1k', expected a number above 0"),
         ("hf", "language", "head_dim", 127, "127, expected a multiple of 2"),
         ("hf", "language", "num_key_value_heads", 3, "16, expected a multiple of 3"),
         ("internvl", "language", "tie_word_embeddings", True, "tie_word_embeddings is True"),

@@ -1,5 +1,4 @@
-"""What TransformerEngine's modules save beside their weights: FP8 scales, under keys that end in
-_extra_state.
+"""TransformerEngine's FP8 scales, saved beside the weights under keys that end in _extra_state.
 
 megatron-core's own linear layers save an empty object under the same keys, but its norms save none,
 while TransformerEngine's have one each since version 2. So a checkpoint that was written on a CPU,
@@ -17,10 +16,10 @@ _SUFFIX = "_extra_state"
 
 
 def leave_out_unstored(weights: dict[str, Any], *, stored: Collection[str]) -> None:
-    """Ask for no extra state that a checkpoint does not hold.
+    """Ask for no extra state that a checkpoint does not hold: `weights` is changed in place.
 
     Args:
-        weights: a module's sharded state; changed in place.
+        weights: a module's sharded state.
         stored: unique keys of what the checkpoint holds.
     """
     for key, each in list(weights.items()):
@@ -33,14 +32,8 @@ def leave_out_unstored(weights: dict[str, Any], *, stored: Collection[str]) -> N
 
 
 def load_state(module: nn.Module, state: dict[str, Any]) -> None:
-    """Load a module's state, which may lack extra state but no weight.
-
-    Args:
-        module: to load into.
-        state: what was read of it, by the module's own names.
-    """
-    # Attention is one more that has extra state and, in megatron-core's checkpoints, never any
-    # stored.
+    """Load a module's state, by its own names; it may lack extra state but no weight."""
+    # Attention has extra state too, and in megatron-core's checkpoints never any stored.
     found = module.load_state_dict(state, strict=False)
     unfit = [
         key for key in (*found.missing_keys, *found.unexpected_keys) if not key.endswith(_SUFFIX)

@@ -113,17 +113,15 @@ def save_checkpoint(
         state = _sharded_state(modules, optimizer, is_loading=False)
         state["scheduler"] = scheduler.state_dict() if scheduler is not None else {}
         state["trainer_state"] = trainer_state or {}
-        # Every rank reaches the collectives inside: a rank whose write failed reports it through
-        # them.
+        # Every rank reaches the collectives inside: one whose write failed reports it through them.
         with _quiet():
             dist_checkpointing.save(state, str(unfinished))
         _on_main_rank(finish)
     except _FAILURES as error:
         if torch.distributed.get_rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
-        raise CheckpointError(
-            f"could not save {target}: {cause_of(error)}; {_last_good(root)}"
-        ) from error
+        message = f"could not save {target}: {cause_of(error)}; {_last_good(root)}"
+        raise CheckpointError(message) from error
     return target
 
 
@@ -183,7 +181,7 @@ def load_checkpoint(
 
 def load_weights(
     directory: str | Path, *, modules: Modules, model_size: str, iteration: int | None = None
-) -> CheckpointMetadata:
+) -> None:
     """Load weights only, to start another stage or to evaluate; called by every rank, before an
     optimizer is built.
 
@@ -197,9 +195,8 @@ def load_weights(
         CheckpointError: if it is no checkpoint, of another size, or lacks a tensor.
     """
     folder = find_iteration(directory, iteration)
-    metadata = _checked_metadata(folder, model_size)
+    _checked_metadata(folder, model_size)
     _load(folder, modules, None)
-    return metadata
 
 
 def _checked_metadata(folder: Path, model_size: str) -> CheckpointMetadata:
@@ -221,14 +218,11 @@ def _describe_layout(modules: Modules) -> str:
     sizes = {
         "tensor parallel": [config.tensor_model_parallel_size for config in configs],
         "pipeline parallel": [config.pipeline_model_parallel_size for config in configs],
-        "virtual pipeline": [
-            config.virtual_pipeline_model_parallel_size or 1 for config in configs
-        ],
+        "virtual pipeline": [each.virtual_pipeline_model_parallel_size or 1 for each in configs],
         "context parallel": [config.context_parallel_size for config in configs],
         "expert parallel": [config.expert_model_parallel_size for config in configs],
         "expert tensor parallel": [
-            config.expert_tensor_parallel_size or 1 if config.num_moe_experts else 1
-            for config in configs
+            each.expert_tensor_parallel_size or 1 if each.num_moe_experts else 1 for each in configs
         ],
     }
     split = [f"{name} {max(each)}" for name, each in sizes.items() if max(each) > 1]
@@ -237,26 +231,20 @@ def _describe_layout(modules: Modules) -> str:
 
 def _kind(optimizer: MegatronOptimizer) -> Literal["replicated", "distributed"]:
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return (
-        "distributed"
-        if any(isinstance(part, DistributedOptimizer) for part in parts)
-        else "replicated"
-    )
+    is_distributed = any(isinstance(part, DistributedOptimizer) for part in parts)
+    return "distributed" if is_distributed else "replicated"
 
 
 def _sharded_state(
     modules: Modules, optimizer: MegatronOptimizer | None, *, is_loading: bool
 ) -> dict[str, Any]:
-    """The state as dist_checkpointing wants it; modules apart, for each has data-parallel groups of
-    its own."""
+    """The state as dist_checkpointing wants it; each module has its own data-parallel groups."""
     weights: dict[str, dict[int, Any]] = {}
     for name, module in modules.items():
-        # Dicts, not lists: megatron-core joins this with what the saving rank had, which may be
-        # other chunks.
+        # Dicts, not lists: megatron-core joins this with the saving rank's, maybe of other chunks.
         weights[name] = {
             index: chunk.sharded_state_dict(
-                prefix=f"{name}.",
-                metadata={**_SHARDING, "dp_cp_group": _data_parallel_group(chunk)},
+                prefix=f"{name}.", metadata=_SHARDING | {"dp_cp_group": _data_parallel_group(chunk)}
             )
             for index, chunk in enumerate(_chunks(module))
         }
@@ -303,8 +291,7 @@ def _check_tensors(
     own = {
         part.key: part.without_data() for each in nested_values(state) for part in _tensors_of(each)
     }
-    # Of all ranks, for a pipeline stage has a part of the names; and so that all ranks come to the
-    # same verdict.
+    # Of all ranks, since a pipeline stage has a part of the names, and so that all of them agree.
     of_ranks: list[dict[str, ShardedTensor]] = [{}] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(of_ranks, own)
     asked = {key: part for parts in of_ranks for key, part in parts.items()}
@@ -318,8 +305,7 @@ def _check_tensors(
         )
     for key, part in asked.items():
         found, expected = tuple(stored[key].global_shape), tuple(part.global_shape)
-        # A vocabulary padded to another number of ranks is allowed to differ: megatron-core takes
-        # what both have, and zeros beyond.
+        # A vocabulary padded for other ranks may differ: megatron-core takes what both have.
         if found != expected and not part.allow_shape_mismatch:
             raise CheckpointError(f"{folder}: {key} is {found}, the model's is {expected}.")
 
@@ -329,16 +315,9 @@ def _stored(folder: Path) -> dict[str, Any]:
     try:
         with _quiet():
             stored: dict[str, Any] = load_sharded_metadata(str(folder))
-    except (
-        OSError,
-        CheckpointingException,
-        CheckpointException,
-        pickle.UnpicklingError,
-        EOFError,
-    ) as error:
-        raise CheckpointError(
-            f"{folder} is not a readable checkpoint: {cause_of(error)}."
-        ) from error
+    except (*_FAILURES, pickle.UnpicklingError, EOFError) as error:
+        message = f"{folder} is not a readable checkpoint: {cause_of(error)}."
+        raise CheckpointError(message) from error
     return stored
 
 
@@ -378,8 +357,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _replace_folder(source: Path, target: Path) -> None:
-    # A step may be written twice (a resumed run); the old folder goes only when the new one is
-    # whole.
+    # A step may be written twice (a resumed run); the old folder goes when the new one is whole.
     old = target.with_name(target.name + ".old" + INCOMPLETE_SUFFIX)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

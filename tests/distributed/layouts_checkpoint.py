@@ -2,7 +2,7 @@
 of a launch."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -214,8 +214,23 @@ def step(training: Training, groups: Groups, number: int) -> float:
 
 def read_difference(folder: DcpFolder, whole: dict[str, Tensor]) -> float:
     """As `difference`, between weights and what a step's folder holds of them, read one by one."""
-    names = [name for name in folder.tensors if not name.startswith("optimizer.")]
-    return difference(whole, {name: folder.read_tensor(name)[: len(whole[name])] for name in names})
+    stored = [name for name in folder.tensors if not name.startswith("optimizer.")]
+    whole = {_on_disk(name, stored): tensor for name, tensor in whole.items()}
+    return difference(
+        whole, {name: folder.read_tensor(name)[: len(whole[name])] for name in stored}
+    )
+
+
+def _on_disk(name: str, stored: Collection[str]) -> str:
+    """A weight's name in a checkpoint, where a norm may be part of the linear layer behind it."""
+    for own, on_disk in (
+        ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
+        ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
+        (".local_experts.", ".experts."),
+    ):
+        if name.replace(own, on_disk) in stored:
+            name = name.replace(own, on_disk)
+    return name
 
 
 def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:

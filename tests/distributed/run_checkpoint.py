@@ -61,7 +61,7 @@ def save_on_a_full_disk(folder: Path, groups: Any) -> dict[str, Any]:
     file."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    from megatron_vico.checkpoint import training_checkpoint
+    from megatron_vico.checkpoint import run_folder
     from megatron_vico.errors import CheckpointError
     from tests.checkpoint_runs import make_training
 
@@ -69,7 +69,7 @@ def save_on_a_full_disk(folder: Path, groups: Any) -> dict[str, Any]:
     one.step(1)
     one.save(folder, 1)
     full = OSError(errno.ENOSPC, "No space left on device")
-    whole = filesystem_async._write_item, training_checkpoint._write_durably
+    whole = filesystem_async._write_item, run_folder.write_text
 
     def fail(*args: object, **kwargs: object) -> None:
         raise full
@@ -77,7 +77,7 @@ def save_on_a_full_disk(folder: Path, groups: Any) -> dict[str, Any]:
     told = []
     for module, name in (
         (filesystem_async, "_write_item"),
-        (training_checkpoint, "_write_durably"),
+        (run_folder, "write_text"),
     ):
         if groups.is_main:
             setattr(module, name, fail)
@@ -85,8 +85,8 @@ def save_on_a_full_disk(folder: Path, groups: Any) -> dict[str, Any]:
             one.save(folder, 2)
         except CheckpointError as error:
             told.append(str(error))
-        filesystem_async._write_item, training_checkpoint._write_durably = whole
-    latest = training_checkpoint.latest_iteration(folder)
+        filesystem_async._write_item, run_folder.write_text = whole
+    latest = run_folder.latest_iteration(folder)
     one.load(folder)
     return {"told": told, "latest": latest, "left": sorted(path.name for path in folder.iterdir())}
 

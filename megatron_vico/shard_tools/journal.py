@@ -49,12 +49,11 @@ class Journal:
     """The journal of a half-made folder; only one process at a time can have it."""
 
     def __init__(self, folder: Path, made: Mapping[str, Any]) -> None:
-        """Open or begin a journal, and remove files of unfinished runs.
+        """Open or begin the journal of a half-made folder, and remove files of unfinished runs.
 
         Args:
-            folder: the half-made one; made if need be.
-            made: everything that the shards' content depends on, by the names of flags where there
-                are such.
+            folder: made if need be.
+            made: everything that the shards' content depends on, under flags' names if possible.
 
         Raises:
             ConfigError: if another process has the folder, or something finished in it is made from
@@ -126,15 +125,12 @@ def remove_journal(folder: Path) -> None:
 
 
 def check_made(before: Mapping[str, Any], now: Mapping[str, Any], *, where: Path) -> None:
-    """Check that a folder was made, or begun, from the same input with the same settings.
+    """Raise ConfigError unless a folder was made, or begun, from the same input and settings.
 
     Args:
         before: as the folder says.
         now: as this command says.
         where: the folder, for errors.
-
-    Raises:
-        ConfigError: if not; says what differs.
     """
     names = [name for name in {**now, **before} if before.get(name) != now.get(name)]
     if names:

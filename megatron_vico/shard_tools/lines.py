@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class LineRun:
     """Some lines of a JSONL file, one after the other."""
 
@@ -22,7 +22,7 @@ class LineRun:
     first_line: int
     """Number of its first line, from 1."""
 
-    num_samples: int
+    num_samples: int = 0
     """Lines that are not blank."""
 
 
@@ -46,33 +46,17 @@ def cut_lines(path: Path, *, samples_per_run: int) -> LinePlan:
         path: of the file.
         samples_per_run: lines of a run, blank ones not counted; the last may have fewer.
     """
-    digest, runs = hashlib.sha256(), list[LineRun]()
-    start = end = num_samples = 0
-    first_line = 1
-
-    def cut(next_line: int) -> None:
-        nonlocal start, first_line, num_samples
-        runs.append(
-            LineRun(
-                number=len(runs),
-                start=start,
-                end=end,
-                first_line=first_line,
-                num_samples=num_samples,
-            )
-        )
-        start, first_line, num_samples = end, next_line, 0
-
+    digest, runs, end = hashlib.sha256(), list[LineRun](), 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
+            if not runs or runs[-1].num_samples == samples_per_run:
+                runs.append(LineRun(number=len(runs), start=end, end=end, first_line=number))
             digest.update(line)
             end += len(line)
-            num_samples += bool(line.strip())
-            if num_samples == samples_per_run:
-                cut(number + 1)
-    if num_samples:
-        cut(0)
-    return LinePlan(sha256=digest.hexdigest(), runs=tuple(runs))
+            runs[-1].end = end
+            runs[-1].num_samples += bool(line.strip())
+    whole = [run for run in runs if run.num_samples]  # not one of blank lines at the end
+    return LinePlan(sha256=digest.hexdigest(), runs=tuple(whole))
 
 
 def read_lines(path: Path, run: LineRun) -> Iterator[tuple[int, bytes]]:

@@ -12,7 +12,7 @@ from megatron_vico.shard_tools.report import KINDS, PackingFill, ShardStatistics
 _COLOURS = ("tab:grey", "tab:blue", "tab:orange")
 """Of KINDS."""
 
-_MOST_BARS = 80
+_MAX_BARS = 80
 _LOG_FROM = 10
 """Largest over smallest number, from which an axis of tokens is logarithmic."""
 
@@ -23,22 +23,14 @@ def shard_figure(statistics: ShardStatistics, *, title: str = "") -> Figure:
     Args:
         statistics: of at least one sample.
         title: of the picture.
-
-    Returns:
-        A figure to save.
     """
     packing = statistics.packing
     columns = 2 if packing is None else 3
     figure = Figure(figsize=(4.4 * columns, 6.6), layout="constrained")
     panels: list[Axes] = list(figure.subplots(2, columns).flat)
-    names = [
-        "tokens, one per tile" if statistics.lengths is None else "tokens, uncompressed",
-        "trained tokens",
-    ]
-    for panel, name in zip(panels, names, strict=False):
-        _stacked(panel, statistics, name=name, may_be_log=True)
-    for panel, name in zip(panels[columns:], ("tiles", "images"), strict=False):
-        _stacked(panel, statistics, name=name, may_be_log=False)
+    names = (statistics.length_column, "trained tokens", "tiles", "images")
+    for panel, name in zip((*panels[:2], *panels[columns : columns + 2]), names, strict=True):
+        _stacked(panel, statistics, name=name, may_be_log="tokens" in name)
     if packing is not None:
         _fill(panels[2], packing, packing.tokens, packing.limits.capacity, unit="tokens")
         _fill(panels[5], packing, packing.tiles, packing.limits.max_tiles, unit="tiles")
@@ -50,7 +42,6 @@ def shard_figure(statistics: ShardStatistics, *, title: str = "") -> Figure:
 
 def _stacked(panel: Axes, statistics: ShardStatistics, *, name: str, may_be_log: bool) -> None:
     values = statistics.columns[name]
-    counts = np.bincount(statistics.kinds, minlength=len(KINDS)).tolist()
     is_log = may_be_log and int(values.max()) > _LOG_FROM * max(1, int(values.min()))
     bins = _log_bins(values) if is_log else _whole_bins(values)
     panel.hist(
@@ -59,7 +50,7 @@ def _stacked(panel: Axes, statistics: ShardStatistics, *, name: str, may_be_log:
         bins=bins.tolist(),
         stacked=True,
         color=_COLOURS,
-        label=[f"{kind}: {count:,}" for kind, count in zip(KINDS, counts, strict=True)],
+        label=[f"{kind}: {count:,}" for kind, count in statistics.num_of_kind.items()],
     )
     if is_log:
         panel.set_xscale("log")
@@ -72,8 +63,8 @@ def _stacked(panel: Axes, statistics: ShardStatistics, *, name: str, may_be_log:
     _count_axis(panel, "samples")
 
 
-def _fill(panel: Axes, packing: PackingFill, sums: IntArray, most: int, *, unit: str) -> None:
-    shares = 100 * sums / most
+def _fill(panel: Axes, packing: PackingFill, sums: IntArray, limit: int, *, unit: str) -> None:
+    shares = 100 * sums / limit
     if len(sums):
         panel.hist(shares, bins=np.linspace(0, 100, 41).tolist(), color="tab:green")
         panel.axvline(shares.mean(), color="crimson", linewidth=1.2, linestyle="--")
@@ -82,7 +73,7 @@ def _fill(panel: Axes, packing: PackingFill, sums: IntArray, most: int, *, unit:
         panel.set_title(f"no packs, in {unit}")
     panel.set_xlim(0, 100)
     panel.set_xlabel(
-        f"% of {most:,} {unit}\n{len(sums):,} packs, {packing.samples_per_pack:.1f} samples each"
+        f"% of {limit:,} {unit}\n{len(sums):,} packs, {packing.samples_per_pack:.1f} samples each"
     )
     _count_axis(panel, "packs")
 
@@ -102,5 +93,5 @@ def _log_bins(values: IntArray) -> npt.NDArray[np.float64]:
 def _whole_bins(values: IntArray) -> npt.NDArray[np.float64]:
     """Edges half way between whole numbers, several numbers a bar where bars would be too many."""
     low, high = int(values.min()), int(values.max())
-    step = (high - low) // _MOST_BARS + 1
+    step = (high - low) // _MAX_BARS + 1
     return np.arange(low - 0.5, high + step, step)

@@ -76,7 +76,7 @@ def make_shards(
 
     Args:
         jsonl: see `Source.annotation`.
-        image_root: folder or tar file that paths of media start from.
+        image_root: see `Source.root`.
         out_dir: folder to make; must not exist, be empty, or be made by the same call.
         tokenizer: counts tokens.
         settings: tiling.
@@ -108,15 +108,12 @@ def make_mixture(
     Args:
         meta: see `read_meta`.
         out_dir: gets a folder for each data set, under its name.
-        tokenizer: counts tokens.
+        tokenizer: see `make_shards` for this, and for errors.
         settings: tiling.
-        options: sizes of shards, error budget over all data sets, and processes.
+        options: the error budget is one for all data sets.
 
     Returns:
         The folders, in the meta JSON's order.
-
-    Raises:
-        ConfigError, SampleError: as `make_shards`.
     """
     out = Path(out_dir)
     encoder = SampleEncoder(tokenizer=tokenizer, settings=settings)

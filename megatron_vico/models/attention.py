@@ -96,19 +96,9 @@ class SDPACoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attend; mcore gives the arguments.
+        """[T, A * E] from [T, A, E] and twice [T, G, E], not yet rotated; [S, B] for T in a batch.
 
-        Args:
-            query: [T, A, E] of packed documents, or [S, B, A, E] of a batch, not yet rotated.
-            key: [T, G, E] or [S, B, G, E].
-            value: as `key`.
-            attention_mask: must be None; the layout says it all.
-            attn_mask_type: unused, always causal.
-            attention_bias: must be None.
-            packed_seq_params: an AttentionLayout.
-
-        Returns:
-            [T, A * E] or [S, B, A * E].
+        packed_seq_params, an AttentionLayout, says who sees whom.
         """
         layout = packed_seq_params
         assert attention_mask is None

@@ -234,11 +234,7 @@ def batch_layout(
 ) -> AttentionLayout:
     """The layout of a batch of samples, right-padded or all of one length, for generation.
 
-    Args:
-        positions_BS: [B, S] int64, position of each token in its sample.
-        cache: what the samples have seen before; the new tokens are added to it. None, nothing.
-        rotary: the model's position embedding.
-        dtype: computing dtype.
+    `positions_BS` are the tokens' in their samples; they are added to the cache.
     """
     cos, sin = rotary(positions_BS.transpose(0, 1), dtype)
     layout = AttentionLayout(qkv_format="sbhd", cos=cos, sin=sin, cache=cache)

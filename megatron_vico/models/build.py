@@ -133,8 +133,7 @@ def build_vision_encoder(
     Args:
         model: which model.
         config: from `vision_transformer_config`, used by no other module.
-        pg_collection: groups in which tensor, pipeline and context parallel have one rank; None,
-            mcore's own.
+        pg_collection: with one rank each for TP, PP and CP; None, mcore's own.
     """
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     assert groups.tp.size() == 1, "the vision encoder is replicated: give it groups of one rank"

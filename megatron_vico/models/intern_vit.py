@@ -90,6 +90,18 @@ def _block_spec(
     """One spec a layer: drop path grows linearly from 0 to its rate."""
     norm = LayerNorm if vision.norm_type == "layer_norm" else RMSNorm
     last = max(vision.num_layers - 1, 1)
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.no_mask},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=functools.partial(_qkv_linear, qkv_bias=vision.qkv_bias),
+            core_attention=TileAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=AllHeadsRMSNorm if vision.qk_norm else None,
+            k_layernorm=AllHeadsRMSNorm if vision.qk_norm else None,
+        ),
+    )
+    linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     layers = []
     for index in range(vision.num_layers):
         add = ModuleSpec(
@@ -101,28 +113,12 @@ def _block_spec(
                 "dtype": dtype,
             },
         )
-        attention = ModuleSpec(
-            module=SelfAttention,
-            params={"attn_mask_type": AttnMaskType.no_mask},
-            submodules=SelfAttentionSubmodules(
-                linear_qkv=functools.partial(_qkv_linear, qkv_bias=vision.qkv_bias),
-                core_attention=TileAttention,
-                linear_proj=RowParallelLinear,
-                q_layernorm=AllHeadsRMSNorm if vision.qk_norm else None,
-                k_layernorm=AllHeadsRMSNorm if vision.qk_norm else None,
-            ),
-        )
         submodules = TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=attention,
             self_attn_bda=add,
             pre_mlp_layernorm=norm,
-            mlp=functools.partial(
-                MLP.as_mlp_submodule,
-                submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
-                ),
-            ),
+            mlp=functools.partial(MLP.as_mlp_submodule, submodules=linear),
             mlp_bda=add,
         )
         layers.append(ModuleSpec(module=Layer, submodules=submodules))

@@ -210,8 +210,7 @@ class LanguageModel(MegatronModule):
             position_ids_BS: [B, S] int64, position of each token in its sample.
             visual_tokens_VH: [V, H], or None where the batch has no new visual tokens.
             visual_index: [V] int64, where each goes in the flattened [B * S].
-            cache: what the samples have seen before; the new tokens are added after each sample's
-                `lengths`, which grow by `num_new_B`.
+            cache: what the samples have seen before; the new tokens are added.
             num_new_B: [B] int64, tokens of each sample that are real; None: all S.
 
         Returns:

@@ -10,7 +10,7 @@ vocabulary entries that this rank holds, K numbers a row.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -215,9 +215,7 @@ class _FusedHead(torch.autograd.Function):
         loss: RowLoss,
     ) -> Tensor:
         rows_wanted, weight_wanted = ctx.needs_input_grad[:2]
-        main_grad_VH: Tensor | None = (
-            getattr(weight_VH, "main_grad", None) if weight_wanted else None
-        )
+        main_grad_VH = getattr(weight_VH, "main_grad", None) if weight_wanted else None
         own_grad_VH = None
         if weight_wanted and main_grad_VH is None:
             own_grad_VH = torch.zeros_like(weight_VH, dtype=accumulation_dtype(weight_VH.dtype))
@@ -244,12 +242,8 @@ class _FusedHead(torch.autograd.Function):
         elif ctx.weight_VH is not None:
             # DDP's hook hangs on the weight's gradient, with no rows too. It is not read, unless
             # `zero_out_wgrad` says that it will be added.
-            make = (
-                torch.zeros_like
-                if getattr(ctx.weight_VH, "zero_out_wgrad", False)
-                else torch.empty_like
-            )
-            grad_weight_VH = make(ctx.weight_VH)
+            added = getattr(ctx.weight_VH, "zero_out_wgrad", False)
+            grad_weight_VH = (torch.zeros_like if added else torch.empty_like)(ctx.weight_VH)
         return grad_rows_RH, grad_weight_VH, None, None
 
 
@@ -263,19 +257,17 @@ def _sweep(
 ) -> Tensor:
     """[R], the loss of each row over the whole vocabulary; fills the gradients."""
     shard, first = loss.shard, loss.shard.first(weight_VH)
-    real = _Gradients(
-        rows_RH=gradients.rows_RH,
-        weight_VH=None if gradients.weight_VH is None else shard.real(gradients.weight_VH),
-    )
     weight_VH = shard.real(weight_VH)
+    if gradients.weight_VH is not None:
+        gradients = replace(gradients, weight_VH=shard.real(gradients.weight_VH))
     values_R = rows_RH.new_empty(len(rows_RH), dtype=accumulation_dtype(rows_RH.dtype))
     # The chunks depend on R alone: each has a collective, and all ranks have to come to all.
     for rows in _blocks(len(rows_RH), shard.chunk_rows):
         scale_C = None
-        if row_weight_R is not None and real.wanted:
+        if row_weight_R is not None and gradients.wanted:
             scale_C = row_weight_R[rows].to(values_R.dtype)
         values_R[rows] = _one_chunk(
-            rows_RH[rows], weight_VH, rows, scale_C, first=first, gradients=real, loss=loss
+            rows_RH[rows], weight_VH, rows, scale_C, first=first, gradients=gradients, loss=loss
         )
     return shard.sum_(values_R)
 

@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
-"""A picture of who does what when in one step of consistency training on four pipeline stages, as
-recorded.
+"""Draws who does what when in a consistency step on four pipeline stages, as recorded.
 
 Run: python tools/trace_pipeline.py --output docs/images/pp4_step.png
 

@@ -1,5 +1,4 @@
-"""The processes that share a conversion: who does which part, and how a failure of one ends it for
-all.
+"""The processes that share a conversion: who does which part, and how one's failure ends all.
 
 Nothing here needs a GPU or megatron-core's groups: they talk through gloo, or there is only one of
 them.
@@ -109,8 +108,7 @@ class Ranks:
         return values
 
     def on_main(self, action: Callable[[], object]) -> None:
-        """Do something with files once, on the main process; all others wait, and fail if it
-        does."""
+        """Do something with files once, on the main process; all others wait, and fail if it does."""
         self.agree(action if self.is_main else lambda: None)
 
 

@@ -1,5 +1,4 @@
-"""Puts the model code of checkpoint/remote_code/ beside exported weights, where
-`trust_remote_code=True` finds it."""
+"""Puts the model code of remote_code/ beside exported weights, for `trust_remote_code=True`."""
 
 import shutil
 from pathlib import Path

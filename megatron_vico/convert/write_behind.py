@@ -1,5 +1,4 @@
-"""Writes one thing while the next is being made: on two cores, converting is little slower than
-copying."""
+"""Writes one thing while the next is being made: converting is little slower than copying."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,8 +7,7 @@ from typing import Self
 
 
 class WriteBehind:
-    """Does one action at a time, in order, in a thread of its own; at most one waits to be done
-    with."""
+    """Does one action at a time, in order, in a thread of its own; at most one waits."""
 
     def __enter__(self) -> Self:
         self._thread = ThreadPoolExecutor(max_workers=1)

@@ -119,8 +119,7 @@ def write_companions(
     tokenizer: Tokenizer | None = None,
     carried_from: Path | None = None,
 ) -> None:
-    """Write what belongs beside the weights: config.json and its kin, and the tokenizer; by one
-    process.
+    """Write what belongs beside the weights: config.json and its kin, and the tokenizer.
 
     Args:
         folder: of the weights.
@@ -160,8 +159,7 @@ def write_companions(
 
 
 def carry_companions(source: Path, folder: Path, *, tokenizer: Tokenizer | None = None) -> None:
-    """Keep a Hugging Face folder's small files in a Megatron checkpoint, for the way back; by one
-    process.
+    """Keep a Hugging Face folder's small files in a Megatron checkpoint, for the way back.
 
     Args:
         source: the Hugging Face folder.

@@ -149,8 +149,7 @@ class _LazyPlanner(SavePlanner):
         return SavePlan(self._items)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """What all ranks write. Not checked for overlaps as torch does, in minutes where there are
-        128 experts."""
+        """What all ranks write; not checked for overlaps, which takes torch minutes at 128 experts."""
         return create_default_global_save_plan(all_plans)
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
@@ -217,8 +216,7 @@ class _LazyPlanner(SavePlanner):
 
 
 class _Writer(FileSystemWriter):
-    """torch's writer, but an item is written while the next is made, and dropped; torch keeps a
-    file's tensors."""
+    """torch's writer, but an item is written while the next is made, and then dropped."""
 
     def __init__(self, path: Path, written: Callable[[int], object], max_file_bytes: int) -> None:
         super().__init__(path)
@@ -227,8 +225,7 @@ class _Writer(FileSystemWriter):
         self._max_file_bytes = max_file_bytes
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's items in the order of the plan, in files of about the largest size
-        asked for."""
+        """Write this rank's items in the order of the plan, in files of about the largest size."""
         results: list[WriteResult] = []
         items = deque(plan.items)
         number = 0

@@ -40,8 +40,7 @@ class Files:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One tensor of the Megatron model, or one for each layer and expert where names hold {layer}
-    and {expert}."""
+    """One tensor of the Megatron model, or with {layer} and {expert} in its names one for each."""
 
     megatron: str
     shape: Shape
@@ -307,8 +306,7 @@ def _vir_rows(d: int) -> Iterator[Row]:
 
 
 def _weight_and_bias(out: int, in_: int | None) -> tuple[tuple[str, Shape], ...]:
-    """Names and shapes of a linear layer's parameters, or of a LayerNorm's where there is no input
-    width."""
+    """Names and shapes of a linear layer's parameters; without an input width, a LayerNorm's."""
     return ("weight", (out,) if in_ is None else (out, in_)), ("bias", (out,))
 
 

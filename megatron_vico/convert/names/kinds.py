@@ -1,5 +1,4 @@
-"""The kinds of correspondence between one Megatron tensor and the file tensors that hold the same
-numbers, both ways.
+"""How one Megatron tensor and the file tensors with the same numbers correspond, both ways.
 
 A kind only splits, joins or reorders rows, so a trip there and back returns every bit. It works on
 meta tensors too, which is how the table's file shapes are known without memory.
@@ -14,8 +13,7 @@ from torch import Tensor
 
 
 class Mapping(Protocol):
-    """One kind of correspondence; the shapes of what it is given have been checked against the
-    table."""
+    """One kind of correspondence; what it is given has the shapes of the table."""
 
     def to_hf(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """The file tensors of a Megatron tensor, in the order of the row's file names."""
@@ -69,8 +67,7 @@ class SplitQKV:
 
 @dataclass(frozen=True, kw_only=True)
 class JoinedQKV:
-    """Megatron's fused linear_qkv <-> one tensor whose rows are q, then k, then v, as remote-code
-    InternViT has it."""
+    """Megatron's fused linear_qkv <-> one tensor of rows q, k, v, as in remote-code InternViT."""
 
     num_heads: int
     head_dim: int
@@ -93,8 +90,7 @@ class JoinedQKV:
 
 @dataclass(frozen=True)
 class GatedMLP:
-    """Megatron's linear_fc1 of a gated MLP or of one expert, rows gate | up <-> two tensors gate,
-    up."""
+    """Megatron's linear_fc1 of a gated MLP or an expert, rows gate | up <-> two tensors."""
 
     def to_hf(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """(gate, up)."""
@@ -107,8 +103,7 @@ class GatedMLP:
 
 @dataclass(frozen=True, kw_only=True)
 class PaddedVocabulary:
-    """A matrix with one row per token <-> the same without the rows that Megatron adds so that
-    ranks divide them."""
+    """A matrix with a row a token <-> the same without the rows that make ranks divide it."""
 
     vocab_size: int
     padded_vocab_size: int

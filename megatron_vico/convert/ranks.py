@@ -108,7 +108,7 @@ class Ranks:
         return values
 
     def on_main(self, action: Callable[[], object]) -> None:
-        """Do something with files once, on the main process; all others wait, and fail if it does."""
+        """Do something with files on the main process; all others wait, and fail if it does."""
         self.agree(action if self.is_main else lambda: None)
 
 

@@ -39,7 +39,7 @@ def test_the_next_step_is_that_of_the_uninterrupted_run(
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_reading_needs_no_layout(case: Any, found: list[dict[str, Any]]) -> None:
-    """What tools read, one tensor after the other: dcp_reader.py."""
+    """What tools read, one tensor after the other: convert/megatron/reader.py."""
     assert all(rank[case.name]["read without a layout"]["weights"] == 0.0 for rank in found)
 
 

@@ -1,4 +1,4 @@
-"""The JSON files beside an InternVL3.5 checkpoint's weights; the architecture is config_json.py's."""
+"""JSON files beside an InternVL3.5 checkpoint's weights; the architecture is config_json.py's."""
 
 from collections.abc import Collection
 from dataclasses import dataclass

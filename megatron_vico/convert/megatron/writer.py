@@ -149,7 +149,7 @@ class _LazyPlanner(SavePlanner):
         return SavePlan(self._items)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """What all ranks write; not checked for overlaps, which takes torch minutes at 128 experts."""
+        """What all ranks write; unchecked for overlaps, which takes minutes at 128 experts."""
         return create_default_global_save_plan(all_plans)
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:

@@ -22,7 +22,7 @@ from typing import Any
 import tyro
 import yaml
 
-from megatron_vico.config.schema import RunConfig
+from megatron_vico.config.schema import RunConfig, flag_of
 from megatron_vico.errors import ConfigError, nearest
 
 INCLUDE = "include"
@@ -103,11 +103,8 @@ class _Given:
 
     @property
     def is_unset(self) -> bool:
-        return (
-            self.option.optional
-            and self.values in ((UNSET,), (None,))
-            and UNSET not in self.option.choices
-        )
+        names_unset = self.values == (UNSET,) and UNSET not in self.option.choices
+        return self.option.optional and (names_unset or self.values == (None,))
 
     @property
     def words(self) -> list[str]:
@@ -118,11 +115,6 @@ class _Given:
         if self.option.many:
             return [f"--{name}", *map(str, self.values)]
         return [f"--{name}={self.values[0]}"]
-
-
-def flag_of(name: str) -> str:
-    """An option as written on the command line."""
-    return "--" + name.replace("_", "-")
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
@@ -214,6 +206,13 @@ def _read(config_class: type, given: Sequence[_Given]) -> Any:
     """A section with what was given of it."""
     if not given:
         return config_class()
+    for each in given:
+        for value in each.values if each.option.many and each.option.type is str else ():
+            if str(value).startswith("-"):
+                raise ConfigError(
+                    f"{each.origin}: {each.option.flag} holds {value!r}, expected no dash at its"
+                    f" start; for a path write ./{value}"
+                )
     section = _cli(config_class, [word for each in given for word in each.words])
     if section is not None:
         return section
@@ -321,11 +320,6 @@ def _of_recipe(option: Option, value: Any, origin: str) -> _Given:
         scalar = bool if option.type is bool else str | int | float
         if not isinstance(item, scalar) or isinstance(item, bool) != (option.type is bool):
             raise option.wrong(item, origin)
-        if option.many and str(item).startswith("-"):
-            raise ConfigError(
-                f"{origin}: {option.flag} holds {item!r}, expected no dash at its start; for a"
-                f" path write ./{item}"
-            )
     return given
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from megatron_vico.config import pipeline_split
 from megatron_vico.config.pipeline_split import SPLIT_OPTIONS, fixed_stages
 from megatron_vico.config.registry import LanguageConfig, ModelConfig
-from megatron_vico.config.schema import ParallelOptions, RunConfig
+from megatron_vico.config.schema import ParallelOptions, RunConfig, flag_of
 from megatron_vico.errors import ConfigError
 
 TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
@@ -123,7 +123,7 @@ def _pipeline(cfg: RunConfig, model: ModelConfig) -> Problems:
     options, num_layers = cfg.transformer, model.language.num_layers
     stages = cfg.parallel.pipeline_model_parallel_size
     chunk = cfg.parallel.num_layers_per_virtual_pipeline_stage
-    given = [_flag(name) for name in SPLIT_OPTIONS if getattr(options, name) is not None]
+    given = [flag_of(name) for name in SPLIT_OPTIONS if getattr(options, name) is not None]
     if stages == 1:
         for flag in [CHUNK] * (chunk is not None) + given:
             yield f"{flag} has no effect: {PP} is 1; leave it out."
@@ -184,7 +184,7 @@ def _chunks(chunk: int, layers: int, fixed: dict[str, int]) -> Problems:
         if size % (layers // chunk):
             yield (
                 f"{CHUNK} {chunk} cuts the {layers} layers of a stage into {layers // chunk}"
-                f" chunks, and {_flag(name)} {size} cannot be cut into as many; {advice}."
+                f" chunks, and {flag_of(name)} {size} cannot be cut into as many; {advice}."
             )
 
 
@@ -268,10 +268,6 @@ def _product(parallel: ParallelOptions) -> str:
         f"tensor {parallel.tensor_model_parallel_size} x pipeline"
         f" {parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size}"
     )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _divisors_of(number: int) -> list[int]:

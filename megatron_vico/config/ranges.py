@@ -3,8 +3,8 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 
-from megatron_vico.config.flags import flag_of, options
-from megatron_vico.config.schema import RunConfig
+from megatron_vico.config.flags import options
+from megatron_vico.config.schema import RunConfig, flag_of
 
 _RANGES: Mapping[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     # What is expected: the test, written so that NaN fails it, and the options. None is in order.

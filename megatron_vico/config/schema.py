@@ -324,6 +324,11 @@ class ParallelOptions:
     """How FP8 scales are found; delayed scaling is wrong with two models in one process."""
 
 
+def flag_of(name: str) -> str:
+    """An option as written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One resolved run: default < recipe < command line."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_vico.config.config_json import model_named
-from megatron_vico.config.flags import flag_of, options
+from megatron_vico.config.flags import options
 from megatron_vico.config.layout import (
     Problems,
     data_parallel_size,
@@ -19,7 +19,7 @@ from megatron_vico.config.layout import (
 )
 from megatron_vico.config.ranges import range_problems
 from megatron_vico.config.registry import ModelConfig
-from megatron_vico.config.schema import DataOptions, ParallelOptions, RunConfig
+from megatron_vico.config.schema import DataOptions, ParallelOptions, RunConfig, flag_of
 from megatron_vico.config.stages import MODULES, STAGES
 from megatron_vico.errors import ConfigError, nearest
 

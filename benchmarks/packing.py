@@ -7,8 +7,8 @@ The mixture: text only 25 %, one image of 1 to 13 tiles 60 %, several images or 
 tiles 15 %; texts are of lognormal length (at most 8,192 tokens), 3,200 tokens in the mean; packs of
 32,768 tokens and 96 tiles. Costs are those of a consistency step of the 8B, 4 packs a rank. Shorter
 texts show where the limit on tiles binds: once more than 75 % of all tokens are visual, packs
-cannot be full of tokens. Longer ones show where balance ends: no rank can have less than the
-dearest pack and the cheapest others. Speed is by CPU time, order and packing together.
+cannot be full of tokens. Longer ones show where balance ends: some rank has the most expensive pack
+and at least the cheapest others. Speed is by CPU time, order and packing together.
 """
 
 import argparse
@@ -68,7 +68,7 @@ class Balance:
     worst: float
     """By cost, in the worst step."""
     floor: float
-    """The dearest pack with the cheapest others."""
+    """The most expensive pack with the cheapest others."""
 
 
 def mixture_folder(
@@ -79,9 +79,8 @@ def mixture_folder(
     kind = random.choice(len(KINDS), size=num_samples, p=[share for share, *_ in KINDS])
     fewest, most, mean = (np.array([each[i] for each in KINDS])[kind] for i in (1, 2, 3))
     tiles = random.integers(fewest, most + 1)
-    texts = np.minimum(
-        text * mean * np.exp(random.normal(0.0, 1.0, num_samples) - 0.5), longest
-    ).astype(np.int64)
+    lengths = text * mean * np.exp(random.normal(0.0, 1.0, num_samples) - 0.5)
+    texts = np.minimum(lengths, longest).astype(np.int64)
     texts = np.clip(texts, 16, DataOptions().seq_length - TOKENS_PER_TILE * tiles)
     shards = [
         ShardIndex(
@@ -101,24 +100,21 @@ def mixture_folder(
         for each in shards
     ]
     settings = EncodingSettings(image_size=448, max_dynamic_patch=12, use_thumbnail=True)
-    return ShardFolder(
-        Path(), FolderIndex(tokenizer="", settings=settings, shards=tuple(files)), shards
-    )
+    index = FolderIndex(tokenizer="", settings=settings, shards=tuple(files))
+    return ShardFolder(Path(), index, shards)
 
 
 def plan_of(
     folder: ShardFolder, *, window: int = DataOptions().packing_window, packs: int = 1
 ) -> PackPlan:
     """Packs of the folder, `packs` a step, at the cost of the 8B."""
-    options = DataOptions(packing_window=window)
-    cost = pack_cost(get_model_config("internvl3_5-8b"), StageOptions(stage="consistency"))
     return PackPlan(
         [folder],
-        options=options,
+        options=DataOptions(packing_window=window),
         tokens_kept=TOKENS_PER_TILE,
         seed=0,
         global_batch_size=packs,
-        cost=cost,
+        cost=pack_cost(get_model_config("internvl3_5-8b"), StageOptions(stage="consistency")),
     )
 
 
@@ -149,9 +145,8 @@ def measure_balance(*, num_samples: int, longest: int, dp_size: int, num_steps: 
     for step in itertools.islice(plan.steps(), num_steps):
         costs, mean = sorted(step.costs), sum(step.costs) / dp_size
         floor.append(max(1.0, (costs[-1] + sum(costs[: PACKS_PER_RANK - 1])) / mean))
-        dealt.append(
-            imbalance(step.costs, [range(rank, num_packs, dp_size) for rank in range(dp_size)])
-        )
+        in_order = [range(rank, num_packs, dp_size) for rank in range(dp_size)]
+        dealt.append(imbalance(step.costs, in_order))
         assigned.append(imbalance(step.costs, assign(step.costs, num_ranks=dp_size)))
     return Balance(
         longest_text=longest,
@@ -182,12 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     print("text  window  visual    fill  possible  of tiles  packs/s  tokens/s")
     packed = []
-    for text, window in [
-        *((1.0, window) for window in (64, 128, 256, 512, 1024)),
-        (0.6, 512),
-        (0.5, 512),
-        (0.35, 512),
-    ]:
+    windows = [(1.0, window) for window in (64, 128, 256, 512, 1024)]
+    for text, window in [*windows, *((text, 512) for text in (0.6, 0.5, 0.35))]:
         row = measure_packing(mixture_folder(options.num_samples, text=text), window=window)
         packed.append({"text": text, **asdict(row)})
         print(
@@ -210,9 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(
-            json.dumps({"packing": packed, "balance": balanced}, indent=2) + "\n"
-        )
+        tables = {"packing": packed, "balance": balanced}
+        options.json.write_text(json.dumps(tables, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def seconds(step: Callable[[Heads], Tensor], heads: Heads, repeats: int) -> floa
 
 
 def peak_bytes(step: Callable[[Heads], Tensor], heads: Heads) -> int:
-    """The most that one pass allocates at one time."""
+    """The largest number of bytes that one pass holds at one time."""
     if heads.policy_rows_RH.is_cuda:
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

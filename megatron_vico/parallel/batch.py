@@ -157,8 +157,8 @@ def _scatter_tiles(
             run = _run(blocks, share.of(rank), groups).to(groups.device)
             if len(run):
                 torch.distributed.send(run, group=groups.replica, group_dst=rank)
-        return _run(blocks, share.mine, groups)
-    num_tiles = share.mine.stop - share.mine.start
+        return _run(blocks, share.own, groups)
+    num_tiles = share.own.stop - share.own.start
     run = torch.empty(num_tiles, *shape, dtype=torch.uint8, device=groups.device)
     if num_tiles:
         torch.distributed.recv(run, group=groups.replica, group_src=0)

@@ -30,12 +30,12 @@ class TileShare:
     """This rank's place in the replica."""
 
     @property
-    def mine(self) -> slice:
+    def own(self) -> slice:
         """This rank's tiles."""
         return self.of(self.rank)
 
     def of(self, rank: int) -> slice:
-        """Another rank's tiles."""
+        """A rank's tiles."""
         return slice(self.starts[rank], self.starts[rank + 1])
 
 

@@ -261,8 +261,8 @@ def freeze_reference(
         encoder, policy.encoder, ("vit", "connector_4x", "connector_16x", "vir")
     )
     if "language_model" not in policy.trained:
-        for mine, theirs in zip(language_chunks, policy.language_chunks, strict=True):
-            share_equal_modules(mine, theirs, ("gpt",))
+        for chunk, policy_chunk in zip(language_chunks, policy.language_chunks, strict=True):
+            share_equal_modules(chunk, policy_chunk, ("gpt",))
     return Reference(
         encoder=encoder,
         language_chunks=language_chunks,

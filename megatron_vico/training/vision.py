@@ -111,7 +111,7 @@ def visual_tokens(
     """
     if plans is None:
         plans = [torch.zeros(pack.num_tiles, dtype=torch.bool) for pack in batch.packs]
-    compressed_N = torch.cat(list(plans))[batch.share.mine]
+    compressed_N = torch.cat(list(plans))[batch.share.own]
     with phase("encode"), torch.set_grad_enabled(trained):
         outputs_VH = encoder.visual_tokens(
             features_NPD if trained else features_NPD.detach(), compressed_N

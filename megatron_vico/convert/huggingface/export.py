@@ -119,7 +119,7 @@ def write_companions(
     tokenizer: Tokenizer | None = None,
     carried_from: Path | None = None,
 ) -> None:
-    """Write what belongs beside the weights: config.json and its kin, and the tokenizer.
+    """Write what belongs beside the weights: the JSON files and the tokenizer.
 
     Args:
         folder: of the weights.

@@ -12,7 +12,7 @@ def shares(units: list[int], num_ranks: int) -> list[TileShare]:
 
 @given(st.integers(0, 300), st.integers(1, 40))
 def test_no_two_ranks_differ_by_more_than_one_tile(num_tiles: int, num_ranks: int) -> None:
-    counts = [share.mine.stop - share.mine.start for share in shares([1] * num_tiles, num_ranks)]
+    counts = [share.own.stop - share.own.start for share in shares([1] * num_tiles, num_ranks)]
     assert sum(counts) == num_tiles
     assert max(counts) - min(counts) <= 1
 

@@ -363,18 +363,17 @@ class _KLInputs:
 
     def loss(self) -> Tensor:
         """Eq. 1, after its backward pass."""
-        from megatron_vico.models.heads.kl import kl_loss
-        from megatron_vico.models.heads.vocabulary import VocabularyShard
+        from megatron_vico.models.heads.kl import KLToReference
+        from megatron_vico.models.heads.vocabulary import VocabularyShard, head_loss
 
         num_rows = len(self.rows)
-        loss = kl_loss(
-            self.rows,
-            policy_weight_VH=self.policy,
-            reference_rows_RH=self.rows.detach(),
-            reference_weight_VH=self.reference,
-            row_weight_R=torch.full((num_rows,), 1 / num_rows, device=self.rows.device),
+        to_reference = KLToReference(
+            rows_RH=self.rows.detach(),
+            weight_VH=self.reference,
             shard=VocabularyShard(group=None, vocab_size=len(self.policy)),
         )
+        row_weight = torch.full((num_rows,), 1 / num_rows, device=self.rows.device)
+        loss = head_loss(self.rows, self.policy, row_weight, loss=to_reference)
         loss.backward()
         return loss.detach()
 

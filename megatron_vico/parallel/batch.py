@@ -57,7 +57,6 @@ def share_step(
 
     Args:
         blocks: on the first rank of the replica the packs, or why there are none; elsewhere None.
-        groups: process groups.
         whole_images: keep the tiles of an image on one rank.
 
     Raises:
@@ -104,7 +103,6 @@ def shared_batches(
     Args:
         steps: the loader, on the replica's first rank; elsewhere None.
         num_steps: how many to take, the same on every rank.
-        groups: process groups.
         whole_images: keep the tiles of an image on one rank.
 
     Raises:

@@ -53,9 +53,7 @@ def encode_conversation(
     Args:
         turns: the conversation; a missing system turn is added with the official default.
         tiles_per_image: in the order of the `<image>` tags.
-        tokenizer: gives the ids.
         tile_tags: "numbered" puts `<tile_i>` before each tile of an image.
-        key: the sample's name, for errors.
 
     Raises:
         SampleError: if tags and images do not match, roles are out of order, or there is no answer

@@ -29,7 +29,6 @@ def expand(
         plan: [N] bool over all tiles of all samples, True where a tile is compressed.
         tokens_kept: visual tokens of a tile that is not compressed (256).
         tokens_compressed: visual tokens of a compressed tile (64).
-        image_token_id: id of `<IMG_CONTEXT>`.
 
     Raises:
         SampleError: if the plan is for another number of tiles.

@@ -43,8 +43,6 @@ def choose_grid(
     area is less than twice the image's, so that small pictures are not blown up.
 
     Args:
-        width: in px.
-        height: in px.
         image_size: side of a tile, in px.
         max_dynamic_patch: most tiles, thumbnail not counted.
     """
@@ -125,7 +123,6 @@ def tile_images(
 
     Args:
         images: encoded files.
-        key: the sample's name, for errors.
         image_size: side S of a tile, in px.
         max_dynamic_patch: most tiles of all images together, at least one each, thumbnails not
             counted.

@@ -48,8 +48,6 @@ def video_frames(
     Args:
         source: a video file, or a folder of frame images in the natural order of their names.
         random: the sample's random stream.
-        min_frames: fewest frames.
-        max_frames: most frames.
         clip: (start, end) of the part to show, in seconds; what of it lies after the end of the
             file is left out.
 

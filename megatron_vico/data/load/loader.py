@@ -81,9 +81,6 @@ class Loader:
             plan: the packs of each step; its options say how many workers prepare how many steps
                 ahead.
             encoder: the tokenizer and tiling that the shards were indexed with.
-            builder: packs for the stage.
-            dp_rank: of this rank.
-            dp_size: data-parallel ranks.
             num_steps: steps to stop after; None, never.
             state: `state_dict` of the loader that this one goes on from.
 

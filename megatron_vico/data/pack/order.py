@@ -41,8 +41,6 @@ class EpochOrder:
         Args:
             samples_per_shard: of each folder; samples are numbered in this order.
             repeats: how often each folder comes in an epoch, > 0.
-            seed: the run's.
-            epoch: pass over the data, from 0.
             block_shards: shards whose samples are shuffled together.
         """
         self._key = f"{seed}/{epoch}"

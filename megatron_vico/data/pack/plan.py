@@ -90,14 +90,11 @@ class PackPlan:
         """Check that every sample fits into a pack.
 
         Args:
-            folders: read as one data set.
             repeats: how often each of them comes in an epoch; None, once.
             options: limits of a pack, packing window, shards shuffled together, and whether a run
                 may be resumed with different data.
             tokens_kept: visual tokens of a tile that is not compressed.
-            seed: the run's.
             global_batch_size: packs of a step.
-            cost: what a pack costs the rank that gets it.
 
         Raises:
             ConfigError: if there is no sample.

@@ -37,8 +37,9 @@ def broken(shards, victim, tmp_path_factory):
     return copy
 
 
-def key_of(shards, number):
-    return ShardFolder.open(shards).describe(number).key
+@pytest.fixture(scope="module")
+def key(shards, victim):
+    return ShardFolder.open(shards).describe(victim).key
 
 
 def by_sample(batch):
@@ -49,14 +50,17 @@ def by_sample(batch):
     for local, key in enumerate(batch.keys):
         tiles = slice(sum(counts[:local]), sum(counts[: local + 1]))
         rows = batch.sample_of_row == local
-        mine = [key, batch.tiles[tiles].tolist(), batch.labels[rows].tolist()]
-        mine += [batch.kl_weight[rows].tolist(), int((batch.router_tile_sample == local).sum())]
+        of_sample = [key, batch.tiles[tiles].tolist(), batch.labels[rows].tolist()]
+        of_sample += [
+            batch.kl_weight[rows].tolist(),
+            int((batch.router_tile_sample == local).sum()),
+        ]
         for plan, stream in views:
             start, end = stream.cu_seqlens[local : local + 2].tolist()
             ids = stream.token_ids[start:end].tolist()
             rows_here = (stream.response_rows[rows] - start).tolist()
-            mine.append([ids, rows_here, plan[tiles].tolist() if plan is not None else None])
-        found[key] = mine
+            of_sample.append([ids, rows_here, plan[tiles].tolist() if plan is not None else None])
+        found[key] = of_sample
     return found
 
 
@@ -72,16 +76,16 @@ def by_sample(batch):
 )
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_broken_image_changes_nothing_of_the_other_samples(
-    load, shards, broken, victim, of_builder, num_workers
+    load, broken, victim, key, of_builder, num_workers
 ):
     whole = take(load(**of_builder), STEPS)
     gapped = take(load(data_path=(str(broken),), num_workers=num_workers, **of_builder), STEPS)
-    seen, key = 0, key_of(shards, victim)
+    seen = 0
     for batch, other in zip(itertools.chain(*gapped), itertools.chain(*whole), strict=True):
-        mine, theirs = by_sample(batch), by_sample(other)
-        assert list(mine) == list(theirs)
-        assert mine.pop(key, None) == gap_of(theirs.pop(key, None))
-        assert mine == theirs
+        found, expected = by_sample(batch), by_sample(other)
+        assert list(found) == list(expected)
+        assert found.pop(key, None) == gap_of(expected.pop(key, None))
+        assert found == expected
         seen += key in batch.keys
         assert torch.isfinite(batch.kl_weight).all()
         assert len(batch.reference.cu_seqlens) == len(batch.keys) + 1
@@ -111,9 +115,7 @@ def test_a_pack_of_nothing_but_gaps(load, shards, tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_resumed_run_leaves_out_what_has_become_readable(
-    load, shards, broken, victim, num_workers
-):
+def test_a_resumed_run_leaves_out_what_has_become_readable(load, broken, victim, key, num_workers):
     """A disk that was away for a while: the run that was never interrupted had skipped the sample
     for good."""
     loader = load(data_path=(str(broken),))
@@ -123,8 +125,8 @@ def test_a_resumed_run_leaves_out_what_has_become_readable(
     state = json.loads(json.dumps(loader.state_dict()))
     going_on = take(loader, 3)
     resumed = load(num_workers=num_workers, state=state)
-    left_out, key = 0, key_of(shards, victim)
     resumed_packs = itertools.chain(*take(resumed, 3))
+    left_out = 0
     for batch, other in zip(resumed_packs, itertools.chain(*going_on), strict=True):
         assert by_sample(batch) == by_sample(other)
         assert batch.skipped == other.skipped == ()
@@ -152,9 +154,8 @@ def test_what_is_left_out_begins_where_no_rank_has_begun():
     assert SkipList.from_state(json.loads(json.dumps(state))).to_state() == state
 
 
-def test_samples_that_are_elsewhere_now_are_forgotten(load, shards, victim):
+def test_samples_that_are_elsewhere_now_are_forgotten(load, victim, key):
     state = load().state_dict()
-    key = key_of(shards, victim)
     listed = [[number, key, "bad text", 0] for number in (victim, victim + 1, 10**6)]
     assert [each.sample_id for each in load(state=state | {"skipped": listed}).skips] == [victim]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, InternVLForConditionalGeneration, dynamic_module_utils
+from transformers import AutoModel, InternVLForConditionalGeneration
 
 from megatron_vico import files
 from megatron_vico.checkpoint.run_folder import read_metadata, resolve_model
@@ -98,7 +98,7 @@ def test_a_model_of_no_preset_comes_in_trains_and_goes_out(
     name: str,
     toy_data: ToyData,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    modules_cache: None,
     single_process_groups: None,
 ) -> None:
     model, source = ODD[name], tmp_path / "source"
@@ -139,8 +139,6 @@ def test_a_model_of_no_preset_comes_in_trains_and_goes_out(
         again = convert.convert(folder, output=tmp_path / f"{layout}-again", layout="megatron")
         out = convert.convert(again, output=tmp_path / f"{layout}-out", layout=layout)
         assert same(read_all(out), read_all(folder))
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     _, loading = AutoModel.from_pretrained(
         exported["flash"], trust_remote_code=True, output_loading_info=True, dtype=torch.float32
     )

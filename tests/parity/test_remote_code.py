@@ -2,8 +2,6 @@
 engine."""
 
 import io
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    dynamic_module_utils,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_vico import files
 from megatron_vico.config.config_json import differences
@@ -38,6 +30,8 @@ from megatron_vico.data.samples import ConversationSample, Turn
 from megatron_vico.inference.engine import Engine, Prompt, Routing
 from megatron_vico.models.language_model import LanguageInputs
 from tests.toy_models import KINDS, combine, make_encoder, make_language_model, random_tiles
+
+pytestmark = pytest.mark.usefixtures("modules_cache")
 
 OPTIONS = ExportOptions(
     flash_relative_threshold=0.6, flash_absolute_threshold=0.4, max_dynamic_patch=4
@@ -66,19 +60,6 @@ class Exported:
         return canonical_state(
             {"encoder": self.engine.encoder, "language_model": self.engine.language_model}
         )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """transformers copies remote code to a folder on sys.path, by default in the user's home."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules"))
-        )
-        patch.setattr(sys, "path", list(sys.path))
-        yield
-    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
-        del sys.modules[name]
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=" and ".join)

@@ -220,14 +220,10 @@ def png_of_size(width, height):
 
 
 JPEG = encoded("JPEG")
+NOISE = np.random.default_rng(0).bytes(1000)
 BROKEN = {
     "cut": [JPEG[:cut] for cut in range(0, len(JPEG) - 2, 97)],
-    "garbage": [
-        bytes(1000),
-        np.random.default_rng(0).bytes(1000),
-        JPEG[:300] + bytes(300),
-        b"\xff\xd8\xff\xe0",
-    ],
+    "garbage": [bytes(1000), NOISE, JPEG[:300] + bytes(300), b"\xff\xd8\xff\xe0"],
     "text": [b"not an image", b"<html>404</html>"],
     "huge": [png_of_size(60_000, 60_000), png_of_size(2**31 - 1, 2**31 - 1), png_of_size(0, 5)],
 }

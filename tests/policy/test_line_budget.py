@@ -18,7 +18,7 @@ PACKAGE = {
     "inference": 520,
     "models": 2640,
     "parallel": 790,
-    "shard_tools": 2880,
+    "shard_tools": 2560,
     "training": 3000,
     "vico": 490,
 }

@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -99,7 +100,7 @@ def make_training(
     parallel: ParallelOptions | None = None,
     clip_grad: float = 1.0,
 ) -> Training:
-    """A toy model in training.
+    """A toy model before its first step of training.
 
     Args:
         size: the model, or its name.
@@ -110,9 +111,6 @@ def make_training(
         frozen: name of a module that gets no optimizer.
         parallel: the layout of the groups; None, one rank a replica.
         clip_grad: norm that gradients are clipped to; 0, they are not.
-
-    Returns:
-        It, before its first step.
     """
     torch.manual_seed(seed)
     model = get_model_config(size) if isinstance(size, str) else size
@@ -149,17 +147,9 @@ def make_training(
                 chunk.requires_grad_(False)
             continue
         group = groups.encoder if name == "encoder" else groups.language
-        own = [
-            DistributedDataParallel(chunk.config, ddp, chunk, pg_collection=group)
-            for chunk in parts
-        ]
-        for chunk in own:
-            chunk.broadcast_params()
-        built = get_megatron_optimizer(
-            options, own, use_gloo_process_groups=False, pg_collection=group
-        )
-        chained += getattr(built, "chained_optimizers", [built])
-        wrapped += own
+        wrapped_parts, optimizers = _wrapped(parts, options, ddp, pg_collection=group)
+        wrapped += wrapped_parts
+        chained += optimizers
     joined = ChainedOptimizer(chained)
     return Training(
         size=model.name,
@@ -168,6 +158,26 @@ def make_training(
         optimizer=joined,
         scheduler=_scheduler(joined),
     )
+
+
+def _wrapped(
+    parts: Sequence[MegatronModule],
+    options: OptimizerConfig,
+    ddp: DistributedDataParallelConfig,
+    *,
+    pg_collection: ProcessGroupCollection,
+) -> tuple[list[DistributedDataParallel], list[MegatronOptimizer]]:
+    """A module's chunks with the same weights on all ranks, and their optimizers."""
+    wrapped = [
+        DistributedDataParallel(part.config, ddp, part, pg_collection=pg_collection)
+        for part in parts
+    ]
+    for part in wrapped:
+        part.broadcast_params()
+    built = get_megatron_optimizer(
+        options, wrapped, use_gloo_process_groups=False, pg_collection=pg_collection
+    )
+    return wrapped, getattr(built, "chained_optimizers", [built])
 
 
 def _scheduler(optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -23,77 +23,57 @@ STAGES = 4
 
 
 def commands(folder: Path, picture: Path, *, step: int) -> Iterator[list[str]]:
-    """What makes the picture, in order.
+    """What makes the picture, in order: one command line each.
 
     Args:
         folder: for data, checkpoints and the trace.
         picture: file to write.
         step: which step is recorded; the first ones are slower.
-
-    Yields:
-        One command line each.
     """
     tokenizer, data, start, run = (folder / name for name in ("demo.model", "data", "start", "run"))
-    vico = [sys.executable, "-m", "megatron_vico"]
-    launch = [
-        sys.executable,
+    python, module = [sys.executable], ["-m", "megatron_vico"]
+    launched = [
+        *python,
         "-m",
         "torch.distributed.run",
         "--standalone",
-        "--nproc-per-node",
-        str(STAGES),
+        *_flags(nproc_per_node=STAGES),
     ]
-    source = ["--model-size", "toy-6b", "--tokenizer-model", str(tokenizer)]
-    yield [sys.executable, str(DEMO / "make_data.py"), "--quick", "--out", str(data)]
+    tiling = [*_flags(max_dynamic_patch=4, tile_tags="numbered"), "--no-use-thumbnail"]
+    source = _flags(model_size="toy-6b", tokenizer_model=tokenizer)
+    train = ["train", *source, *_flags(data_path=folder / "shards", lr_warmup_iters=0, load="none")]
+    recipes = DEMO / "recipes"
+    yield [*python, f"{DEMO}/make_data.py", "--quick", *_flags(out=data)]
+    yield [*python, f"{DEMO}/make_tokenizer.py", *_flags(text=data / "text.txt", out=tokenizer)]
+    made = _flags(jsonl=data / "train.jsonl", out=folder / "shards")
+    yield [*python, *module, "shards", "make", *made, *source, *tiling]
     yield [
-        *(
-            sys.executable,
-            str(DEMO / "make_tokenizer.py"),
-            "--text",
-            str(data / "text.txt"),
-            "--out",
-            str(tokenizer),
-        )
+        *python,
+        *module,
+        *train,
+        *_flags(recipe=recipes / "pretrain.yaml"),
+        *_flags(train_iters=1, save=start),
     ]
-    yield [
-        *(
-            *vico,
-            "shards",
-            "make",
-            "--jsonl",
-            str(data / "train.jsonl"),
-            "--out",
-            str(folder / "shards"),
-            *source,
-        ),
-        *("--max-dynamic-patch", "4", "--no-use-thumbnail", "--tile-tags", "numbered"),
-    ]
-    train = ["train", *source, "--data-path", str(folder / "shards"), "--lr-warmup-iters", "0"]
-    yield [
-        *(*vico, *train, "--recipe", str(DEMO / "recipes" / "pretrain.yaml"), "--train-iters", "1"),
-        *("--save", str(start), "--load", "none"),
-    ]
-    yield [
-        *(*launch, *vico[1:], *train, "--recipe", str(DEMO / "recipes" / "consistency.yaml")),
-        *(
-            "--pretrained-checkpoint",
-            str(start),
-            "--save",
-            str(run),
-            "--load",
-            "none",
-            "--train-iters",
-            str(step),
-        ),
-        *("--pipeline-model-parallel-size", str(STAGES), "--global-batch-size", "8"),
-        *("--profile", "--profile-step-start", str(step - 1), "--profile-step-end", str(step)),
-    ]
+    layout = _flags(pipeline_model_parallel_size=STAGES, global_batch_size=8)
+    profile = ["--profile", *_flags(profile_step_start=step - 1, profile_step_end=step)]
+    saved = _flags(pretrained_checkpoint=start, save=run, train_iters=step)
+    train += _flags(recipe=recipes / "consistency.yaml")
+    yield [*launched, *module, *train, *saved, *layout, *profile]
     title = (
         f"A step of consistency training, 8 packs on {STAGES} pipeline stages ({os.cpu_count()} CPU"
         " cores)"
     )
-    trace = trace_folder(str(run), step)
-    yield [*vico, "plot", "trace", str(trace), "--title", title, "--output", str(picture)]
+    plotted = _flags(title=title, output=picture)
+    yield [*python, *module, "plot", "trace", str(trace_folder(str(run), step)), *plotted]
+
+
+def _flags(**values: object) -> list[str]:
+    """`--name value` for each."""
+    return [
+        word
+        for name, value in values.items()
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
 
 
 def main() -> None:

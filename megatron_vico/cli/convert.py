@@ -10,13 +10,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from megatron_vico.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from megatron_vico.convert.huggingface.config import ExportOptions
 
+# Those of the table and of ConversionOptions, here without torch; a test compares them.
+LAYOUTS = ("internvl", "hf", "flash")
+DTYPES = ("fp32", "bf16")
 _ANY_LAYOUT_LOADS = ("pipeline_model_parallel_size", "expert_model_parallel_size")
 _EXPORTED = (
     *("flash_relative_threshold", "flash_absolute_threshold", "flash_decision_rule"),
@@ -35,10 +38,10 @@ def main(arguments: Sequence[str]) -> None:
         CheckpointError: if the input is broken, of another size, or lacks parts of the output's
             layout.
     """
+    given = _parser().parse_args(arguments)
     from megatron_vico.convert.combine import open_parts
     from megatron_vico.convert.convert import ConversionOptions, convert
 
-    given = _parser().parse_args(arguments)
     _check(given)
     if given.source != "parts":
         _check_form(given.input, given.source)
@@ -50,6 +53,11 @@ def main(arguments: Sequence[str]) -> None:
                 f"note: {flag} has no effect: runs of every layout load a Megatron checkpoint.",
                 file=sys.stderr,
             )
+    sizes = {
+        name: getattr(given, name)
+        for name in ("seed", "max_shard_bytes")
+        if getattr(given, name) is not None
+    }
     written = convert(
         open_parts(given.vit, given.llm, model_size=given.model_size)
         if given.source == "parts"
@@ -63,11 +71,10 @@ def main(arguments: Sequence[str]) -> None:
             dtype=given.dtype,
             tokenizer_model=given.tokenizer_model,
             export=_export_options(given),
-            seed=given.seed,
             tensor_parallel_size=given.tensor_model_parallel_size or 1,
-            max_shard_bytes=given.max_shard_bytes,
             verify="bits" if given.verify else "no",
             progress="bar",
+            **sizes,
         ),
     )
     if is_main:
@@ -92,9 +99,6 @@ def _tokenizer_notes(given: argparse.Namespace, written: Path) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from megatron_vico.convert.convert import ConversionOptions, DTypeName
-    from megatron_vico.convert.names.internvl import Layout
-
     parser = argparse.ArgumentParser(prog="vico convert", description=__doc__)
     forms = ("hf", "megatron")
     from_help = (
@@ -118,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     layout_help = (
         "of the output; with --to megatron: refuse an input in any other (unset, it is found)"
     )
-    parser.add_argument("--layout", choices=get_args(Layout), help=layout_help)
+    parser.add_argument("--layout", choices=LAYOUTS, help=layout_help)
     parser.add_argument(
         "--model-size",
         help="refuse any other than this preset or config.json; unset, what the input says it is",
@@ -130,20 +134,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--dtype",
-        choices=get_args(DTypeName),
+        choices=DTYPES,
         help="of the weights; unset, each tensor keeps its own",
     )
     parser.add_argument(
         "--tokenizer-model", type=Path, help="to put beside the weights; unset, the input's"
     )
     seed_help = "of connectors and ViR where the input of --to megatron has none"
-    parser.add_argument("--seed", type=int, default=ConversionOptions().seed, help=seed_help)
+    parser.add_argument("--seed", type=int, help=seed_help)
     shard_help = (
         "size above which a new file begins; processes share a Hugging Face output file by file"
     )
-    parser.add_argument(
-        "--max-shard-bytes", type=int, default=ConversionOptions().max_shard_bytes, help=shard_help
-    )
+    parser.add_argument("--max-shard-bytes", type=int, help=shard_help)
     parser.add_argument(
         "--verify", action="store_true", help="read the output back and compare every bit of it"
     )
@@ -160,6 +162,11 @@ def _parser() -> argparse.ArgumentParser:
             metavar="N",
             help="no effect: a Megatron checkpoint loads in every layout",
         )
+    _add_exported(parser)
+    return parser
+
+
+def _add_exported(parser: argparse.ArgumentParser) -> None:
     exported = parser.add_argument_group(
         "what an exported config says; unset, what the input's says"
     )
@@ -168,7 +175,6 @@ def _parser() -> argparse.ArgumentParser:
     exported.add_argument("--flash-decision-rule", choices=("paper", "flash"))
     exported.add_argument("--max-dynamic-patch", type=int)
     exported.add_argument("--use-thumbnail", action=argparse.BooleanOptionalAction)
-    return parser
 
 
 def _check_form(folder: Path, form: str) -> None:
@@ -190,7 +196,7 @@ def _check_form(folder: Path, form: str) -> None:
 
 def _check_exported(given: argparse.Namespace) -> None:
     """Refuse what an exported config has no place for, and what the model code could not use."""
-    placeless = {
+    no_place = {
         "internvl": ("flash_relative_threshold", "flash_absolute_threshold", "flash_decision_rule"),
         "hf": (
             "flash_relative_threshold",
@@ -199,7 +205,7 @@ def _check_exported(given: argparse.Namespace) -> None:
             "use_thumbnail",
         ),
     }
-    for name in placeless.get(given.layout, ()) if given.target == "hf" else ():
+    for name in no_place.get(given.layout, ()) if given.target == "hf" else ():
         if getattr(given, name) is not None:
             raise ConfigError(
                 f"--{name.replace('_', '-')} has no effect on the {given.layout} layout, whose"
@@ -239,7 +245,7 @@ def _check(given: argparse.Namespace) -> None:
         raise ConfigError(
             f"--tensor-model-parallel-size {given.tensor_model_parallel_size}: expected 1 or more."
         )
-    if given.max_shard_bytes < 1:
+    if given.max_shard_bytes is not None and given.max_shard_bytes < 1:
         raise ConfigError(
             f"--max-shard-bytes {given.max_shard_bytes}: expected 1 or more; 5000000000 is usual."
         )

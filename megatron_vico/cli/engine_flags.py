@@ -27,8 +27,6 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Those of `add_model_flags`, and how the model answers."""
-    from megatron_vico.vico.routing import FLASH_ABSOLUTE_THRESHOLD, FLASH_RELATIVE_THRESHOLD
-
     add_model_flags(parser)
     answers = parser.add_argument_group("answers")
     answers.add_argument("--bf16", action="store_true", help="compute in bfloat16, not fp32")
@@ -48,11 +46,10 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         "paper: p > 0.5; flash: the released models' quantile and threshold, over one conversation"
     )
     plan.add_argument("--router-rule", choices=("paper", "flash"), default="paper", help=rule_help)
-    for name, default, what in (
-        ("relative", FLASH_RELATIVE_THRESHOLD, "quantile of the flash rule"),
-        ("absolute", FLASH_ABSOLUTE_THRESHOLD, "least p of the flash rule"),
-    ):
-        plan.add_argument(f"--flash-{name}-threshold", type=float, default=default, help=what)
+    released = "; unset, the released models'"
+    for name, what in (("relative", "quantile"), ("absolute", "least p")):
+        help_text = f"{what} of the flash rule{released}"
+        plan.add_argument(f"--flash-{name}-threshold", type=float, help=help_text)
 
 
 @contextmanager
@@ -94,9 +91,9 @@ def plan_source(options: argparse.Namespace) -> "PlanSource":
 
     if options.plan == "none" or options.plan == "all":
         return "none" if options.plan == "none" else "all"
-    return Routing(
-        rule=options.router_rule,
-        granularity=options.router_granularity,
-        relative_threshold=options.flash_relative_threshold,
-        absolute_threshold=options.flash_absolute_threshold,
-    )
+    thresholds = {
+        name: value
+        for name in ("relative_threshold", "absolute_threshold")
+        if (value := getattr(options, f"flash_{name}")) is not None
+    }
+    return Routing(rule=options.router_rule, granularity=options.router_granularity, **thresholds)

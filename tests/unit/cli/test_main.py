@@ -1,5 +1,4 @@
-"""The dispatch: which command is found, what an error looks like, and that nothing heavy is
-imported for help."""
+"""The dispatch: which command is found, what an error looks like, how light help is."""
 
 import importlib
 import os
@@ -100,6 +99,16 @@ def test_module_form_and_light_help() -> None:
         "assert 'torch' not in sys.modules and 'megatron' not in sys.modules"
     )
     assert "usage: vico COMMAND" in done.stdout
+
+
+def test_help_of_every_command_is_light() -> None:
+    run_python(
+        "import sys; from megatron_vico.cli.main import COMMANDS, main\n"
+        "for name in COMMANDS:\n"
+        "    try: main([name, '--help'])\n"
+        "    except SystemExit as stop: assert not stop.code\n"
+        "    assert 'torch' not in sys.modules and 'megatron' not in sys.modules, name"
+    )
 
 
 def test_doctor_needs_no_megatron() -> None:

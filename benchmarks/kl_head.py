@@ -25,25 +25,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # run as a script, only this folder is on the path
+# Run as a script, only this folder is on the path.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.peak_bytes import PeakBytes
-from tests.unit.models.heads.test_kl import Heads, make_heads, naive_kl_loss, ours
+from tests.unit.models.heads.test_kl import Heads, make_heads, naive_kl_loss, ours, with_main_grad
 
 CPU_SHAPES = ((256, 256, 32768), (1024, 256, 32768), (4096, 256, 32768))
-GPU_SHAPES = (
-    (1024, 4096, 151936),
-    (4096, 4096, 151936),
-    (8192, 4096, 151936),
-    (32768, 4096, 151936),
-)
+GPU_SHAPES = tuple((num_rows, 4096, 151936) for num_rows in (1024, 4096, 8192, 32768))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Shape = tuple[int, int, int]
 
@@ -126,11 +119,8 @@ def measure_shape(shape: Shape, options: argparse.Namespace) -> list[Measured]:
     dtype, device = DTYPES[options.dtype], torch.device(options.device)
     heads = make_heads(num_rows, hidden, vocab_size, mean_kl=1e-2, dtype=dtype).to(device)
     heads = replace(heads, row_weight_R=torch.full((num_rows,), 1 / num_rows, device=device))
-    weight: Any = torch.nn.Parameter(heads.policy_weight_VH.detach().clone())
-    weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
-    rows_bytes, weight_bytes = (
-        t.numel() * t.element_size() for t in (heads.policy_rows_RH, weight)
-    )
+    gradients = (heads.policy_rows_RH, heads.policy_weight_VH)
+    gradient_bytes = sum(each.numel() * each.element_size() for each in gradients)
 
     def row(
         name: str, step: Callable[[Heads], Tensor], inputs: Heads, *, note: str = ""
@@ -151,14 +141,14 @@ def measure_shape(shape: Shape, options: argparse.Namespace) -> list[Measured]:
             dtype=options.dtype,
             time_s=time_s,
             peak_bytes=peak,
-            gradient_bytes=rows_bytes + weight_bytes,
+            gradient_bytes=gradient_bytes,
             note=note,
         )
 
     # Both models' logits, their float32 forms and what autograd keeps: 28 bytes and more an entry.
     too_large = num_rows * vocab_size * 28 > options.skip_above * 1e9
     return [
-        row("ours", lambda h: ours(h, options.chunk_rows), replace(heads, policy_weight_VH=weight)),
+        row("ours", lambda h: ours(h, options.chunk_rows), with_main_grad(heads)),
         row(
             "textbook",
             naive_kl_loss,

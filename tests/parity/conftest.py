@@ -1,10 +1,12 @@
-"""A folder of remote code for each file of parity tests."""
+"""For each file of parity tests a folder of remote code, and exports that carry it."""
 
 import sys
 from collections.abc import Iterator
 
 import pytest
 from transformers import dynamic_module_utils
+
+from tests.parity.remote_exports import exported  # noqa: F401
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,4 @@
-"""Training checkpoints: weights, optimizer and the loop's own state through megatron-core's
-dist_checkpointing.
+"""Training checkpoints: weights, optimizer and the loop's state by mcore's dist_checkpointing.
 
 A step's folder has the suffix .incomplete until every rank has written its part, so what an
 interrupted save leaves behind is never taken for a checkpoint, and the one before it stays the
@@ -182,8 +181,7 @@ def load_checkpoint(
 def load_weights(
     directory: str | Path, *, modules: Modules, model_size: str, iteration: int | None = None
 ) -> None:
-    """Load weights only, to start another stage or to evaluate; called by every rank, before an
-    optimizer is built.
+    """Load weights only, to start another stage or to evaluate; before an optimizer is built.
 
     Args:
         directory: of the run.

@@ -1,5 +1,4 @@
-"""The architecture in an InternVL config.json: one table of fields, to read a model of any size and
-to write it again.
+"""The architecture in an InternVL config.json: one table of fields, to read and to write.
 
 Two forms: `remote` is that of the remote-code layouts (model_type internvl_chat, with or without
 Flash), `native` is transformers' own (model_type internvl). What changes no tensor's shape and is

@@ -128,8 +128,10 @@ class Skipped:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedStream:
-    """Samples one after the other under one plan, every image token expanded to as many as its tile
-    has visual tokens; positions and rows count from the start of the pack."""
+    """Samples one after the other under one plan, with each tile's visual tokens in place.
+
+    Positions and rows count from the start of the pack.
+    """
 
     token_ids: Tensor
     """[T] int64."""
@@ -157,8 +159,7 @@ class PolicyView:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedBatch:
-    """One pack (a microbatch) without its tiles: the uncompressed reference stream, and the stage's
-    policy streams.
+    """One pack (a microbatch) without tiles: the uncompressed reference stream, policy streams.
 
     Row r of the reference and of every policy view predicts the same response token, `labels[r]`.
     """
@@ -207,8 +208,7 @@ class PackedBatch:
 
 
 def map_tensors[T](value: T, function: Callable[[Any], Any], *, leaf: type = Tensor) -> T:
-    """`value` with `function` applied to every tensor (or other `leaf`) in its nested dataclasses,
-    lists and tuples."""
+    """`value` with `function` applied to every tensor (or other `leaf`) inside it."""
     mapped: Any = value
     if isinstance(value, leaf):
         mapped = function(value)

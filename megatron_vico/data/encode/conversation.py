@@ -93,8 +93,9 @@ def encode_prompt(
     tile_tags: TileTags = "none",
     key: str = "",
 ) -> tuple[IntArray, BoolArray]:
-    """As `encode_conversation`, for a conversation that ends with a question: up to and with
-    `<|im_start|>assistant\\n`, for the model to go on; nothing is a response.
+    """As `encode_conversation`, for a conversation that ends with a question.
+
+    The ids end with `<|im_start|>assistant\\n`, for the model to go on; nothing is a response.
 
     Raises:
         SampleError: if tags and images do not match, or the last turn is not a question.
@@ -112,8 +113,7 @@ def encode_prompt(
 
 
 def encode_follow_up(question: str, *, tokenizer: Tokenizer) -> IntArray:
-    """Ids [L] from an answer's `<|im_end|>` (not in it) to the next answer, for a later question
-    without images."""
+    """Ids [L] from an answer's `<|im_end|>` (excluded) to the next answer, for a later question."""
     ids = [*tokenizer.encode_fixed("\n"), *_encode_turn(Turn("human", question), tokenizer)]
     return np.array([*ids, *tokenizer.encode_fixed(ASSISTANT_PREFIX)], dtype=np.int64)
 
@@ -163,8 +163,7 @@ def _check_turns(turns: Sequence[Turn], key: str) -> None:
 def _place_images(
     turns: Sequence[Turn], tiles_per_image: Sequence[int], tile_tags: str, key: str
 ) -> list[Turn]:
-    """Turns with each `<image>` tag replaced; without any tag, all images come before the first
-    question.
+    """Turns with each `<image>` tag replaced; without a tag, images precede the first question.
 
     Only questions and `pretrain` texts are searched. The official code puts tags before the first
     question also when a later one has them, and then leaves the later tags as plain text; here tags

@@ -159,8 +159,7 @@ def write_tokenizer(fast: tokenizers.Tokenizer, folder: str | Path) -> None:
 
 
 def _split_before(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """What BPE makes of `token` with merges of lower rank only: two parts, if the token is
-    reachable."""
+    """What BPE makes of `token` with merges of lower rank only: two parts if it is reachable."""
     limit = ranks[token]
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 1:

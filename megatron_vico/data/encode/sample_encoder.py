@@ -24,8 +24,7 @@ from megatron_vico.errors import SampleError
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingSettings:
-    """What a sample's numbers of tokens and tiles depend on, besides the tokenizer; written into
-    shard indexes."""
+    """What a sample's tokens and tiles depend on besides the tokenizer; kept in shard indexes."""
 
     image_size: int
     """Side S of a tile in px."""
@@ -80,8 +79,7 @@ class SampleEncoder:
         return replace(encoded, tiles=jpeg_degrade(encoded.tiles, random=random))
 
     def encode_blank(self, sample: ConversationSample) -> EncodedSample:
-        """As `encode`, but with blank tiles: all that can be counted and every error, at a fraction
-        of the time."""
+        """As `encode`, but with blank tiles: all counts and every error, far sooner."""
         return self._encode(sample, conversation.encode_conversation, cut=tiling.blank_tiles)
 
     def encode_prompt(self, sample: ConversationSample) -> EncodedSample:
@@ -131,8 +129,7 @@ def _join(tiles_of_images: list[ByteArray], image_size: int) -> ByteArray:
 
 
 def check_image_tokens(sample: EncodedSample, *, image_token_id: int) -> None:
-    """Check that a sample has one image token per tile and that something predicts each response
-    token.
+    """Check for one image token a tile, and for a token before each response token.
 
     Raises:
         SampleError: if not.

@@ -63,8 +63,10 @@ def choose_grid(
 def tile(
     image: Image.Image, *, image_size: int, max_dynamic_patch: int, use_thumbnail: bool
 ) -> ByteArray:
-    """Cut an RGB image into tiles, [N, 3, S, S] uint8, row by row; with `use_thumbnail` the whole
-    image, resized to one tile, follows if there are several."""
+    """Cut an RGB image into tiles, [N, 3, S, S] uint8, row by row.
+
+    With `use_thumbnail` the whole image, resized to one tile, follows if there are several.
+    """
     columns, rows = choose_grid(
         *image.size, image_size=image_size, max_dynamic_patch=max_dynamic_patch
     )
@@ -91,8 +93,7 @@ def blank_tiles(
 
 
 def decode_image(encoded: bytes, *, key: str, number: int) -> Image.Image:
-    """Decode image `number` of sample `key` to RGB; as the official code, transparency is dropped
-    and EXIF rotation ignored.
+    """Decode image `number` of sample `key` to RGB; transparency and EXIF rotation are dropped.
 
     Raises:
         SampleError: if the file is truncated, broken, no image, or far too large (Pillow's limit of

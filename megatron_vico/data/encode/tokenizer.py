@@ -88,8 +88,7 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """One more than the highest id; a model's vocabulary may be larger (InternVL3.5: 151,678 of
-        151,936)."""
+        """One more than the highest id; a model's vocabulary may be larger (151,678 of 151,936)."""
         return len(self.tokens())
 
     def token_id(self, token: str) -> int:
@@ -123,8 +122,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all tokens and of how they are applied; the same after `save_to` and loading
-        again."""
+        """A hash of all tokens and how they are applied; the same after `save_to` and loading."""
         digest = hashlib.sha256()
         for token in self.tokens():
             digest.update(token.encode() + b"\0")
@@ -132,8 +130,7 @@ class Tokenizer:
         return digest.hexdigest()[:16]
 
     def save_to(self, folder: str | Path) -> None:
-        """Write files to `folder` that transformers' AutoTokenizer loads with the same ids: the
-        source's own, and those that it lacks."""
+        """Write a folder that transformers' AutoTokenizer loads with the same ids."""
         source, target = Path(self.source), Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         if source.is_file():

@@ -83,8 +83,9 @@ def video_frames(
 
 
 def middle_frames(source: str | Path, *, num_frames: int) -> list[bytes]:
-    """`num_frames` JPEG frames of a video file by the rule of the official inference example: the
-    middle of each of equal segments; of a shorter video, some come repeatedly.
+    """`num_frames` JPEG frames of a video file by the rule of the official inference example.
+
+    The middle of each of equal segments; of a shorter video, some come repeatedly.
 
     Raises:
         ConfigError: if PyAV is not installed.
@@ -101,8 +102,7 @@ def middle_frames(source: str | Path, *, num_frames: int) -> list[bytes]:
 def with_frames(
     turns: Sequence[Turn], num_frames: int, *, frame_text: str = TRAINING_TEXT, key: str = ""
 ) -> tuple[Turn, ...]:
-    """Turns with the frames' `<image>` tags in place of `<video>`, or before the first question
-    without that tag.
+    """Turns with frames' `<image>` tags for `<video>`; without it, before the first question.
 
     The official code fails on a tag without a newline after it, and on a system turn before a
     question without the tag; both are taken here as they are meant. `frame_text` stands for one
@@ -126,8 +126,10 @@ def with_frames(
 
 
 def draw_frames(num_available: int, *, num_frames: int, random: torch.Generator) -> list[int]:
-    """Numbers of `num_frames` frames, ascending: one drawn from each of as many intervals of the
-    video (official "rand"); if it has fewer frames, all of them and the last one repeatedly."""
+    """Numbers of `num_frames` frames, ascending: one drawn from each of as many intervals.
+
+    That is the official "rand"; of fewer frames it takes all, and the last one repeatedly.
+    """
     shown = min(num_frames, num_available)
     edges = np.linspace(0, num_available, num=shown + 1).astype(int).tolist()
     if min(end - start for start, end in pairwise(edges)) > 1:

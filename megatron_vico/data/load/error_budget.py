@@ -47,8 +47,7 @@ class SkipList:
 
     @classmethod
     def merged(cls, lists: Iterable["SkipList"], *, from_pack: int) -> Self:
-        """The lists of all readers as one; what only its finder knew is not read again by anyone
-        from `from_pack` on.
+        """The lists of all readers as one; from `from_pack` on nobody reads again what is in it.
 
         A rank whose workers have begun a pack cannot leave out of it what another rank found, so
         `from_pack` is one that no rank has begun; it is part of the state, and a resumed run reads

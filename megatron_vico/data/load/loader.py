@@ -42,8 +42,7 @@ UserError = SampleError | ConfigError
 
 
 def open_plan(options: DataOptions, *, builder: PackBuilder, global_batch_size: int) -> PackPlan:
-    """The packs of a run from the folders of `options.data_path`; the builder's seed also seeds the
-    order.
+    """A run's packs from the folders of `options.data_path`, in the order of the builder's seed.
 
     Raises:
         ConfigError: if there is no sample, or an option does not fit the shards.
@@ -163,8 +162,7 @@ class Loader:
         return (_unless_error(block) for block in prepared)
 
     def _pieces(self) -> Iterator["_Piece"]:
-        """What there is to prepare; workers get it from the training process, where packing is done
-        once."""
+        """What there is to prepare; workers get it from the training process, which alone packs."""
         for step in itertools.islice(self.plan.steps(self.plan_state), self.num_steps):
             self._begun.append(step.after)
             first = step.after.consumed_packs - len(step.packs)
@@ -190,8 +188,7 @@ class Loader:
 
 @contextlib.contextmanager
 def worker_death_explained() -> Iterator[None]:
-    """Says what a worker's sudden end means. torch raises it wherever the training process is at
-    that moment."""
+    """Say what a worker's sudden end means; torch raises it wherever the training process is."""
     try:
         yield
     except RuntimeError as error:
@@ -294,8 +291,7 @@ class _PieceDataset(Dataset[PackedBytes | UserError]):
 
 
 def _still_here(skips: SkipList, data: FolderList) -> SkipList:
-    """Those still where they were: with other shards (--override-data-state) a number may be
-    another sample."""
+    """Those still where they were: with --override-data-state a number may be another sample."""
 
     def is_here(skipped: Skipped) -> bool:
         if skipped.sample_id >= len(data):

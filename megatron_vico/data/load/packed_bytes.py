@@ -1,5 +1,4 @@
-"""Packs of a step as one block of bytes, all the way from a loader's worker to every rank of a
-replica.
+"""Packs of a step as one block of bytes, from a loader's worker to every rank of a replica.
 
 torch sends each tensor through its own shared file: 20 tensors a pack, times packs of a step,
 workers and prefetched steps, is more than the 1,024 files a process may have open on most machines.
@@ -58,8 +57,7 @@ class PackedBytes:
 
 
 def wrap(packs: Sequence[PackedBatch], tiles: Sequence[ByteArray]) -> PackedBytes:
-    """Copy all tensors of `packs`, and `tiles` (at least one [n, 3, S, S], n may be 0), into one
-    block."""
+    """Copy tensors of `packs`, and `tiles` (one or more [n, 3, S, S], n may be 0), into a block."""
     slots: list[_Slot] = []
     tensors: list[Tensor] = []
     end = 0

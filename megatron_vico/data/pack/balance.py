@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class PackCost:
-    """Estimated FLOPs of one pack in one step; the coefficients follow from model and stage
-    (training/flops.py).
+    """Estimated FLOPs of one pack in one step, by model and stage (training/flops.py).
 
     A pass is the forward FLOPs of the language model: a trained model has three, its backward pass
     counting two.
@@ -82,8 +81,7 @@ on for ever."""
 
 
 def assign(costs: Sequence[float], *, num_ranks: int) -> tuple[tuple[int, ...], ...]:
-    """As many packs for each rank, so that the rank with the highest cost has little more than the
-    mean.
+    """As many packs for each rank, with the highest cost of a rank little above the mean.
 
     Longest processing time first: the most expensive pack goes to the rank with the least so far
     that may still take one. Equal counts are a constraint (pipeline schedules and collectives need
@@ -126,8 +124,10 @@ def assign(costs: Sequence[float], *, num_ranks: int) -> tuple[tuple[int, ...], 
 
 
 def _swap(members: list[list[int]], costs: Sequence[float]) -> None:
-    """Swap a pack of the rank with the most for a cheaper one, each time the one that lowers the
-    pair's maximum most; `members`, packs of each rank, is changed in place."""
+    """Swap a pack of the busiest rank for a cheaper one, while that lowers the pair's maximum.
+
+    `members`, the packs of each rank, is changed in place.
+    """
     loads = [sum(costs[i] for i in each) for each in members]
     while (highest := max(loads)) > BALANCED * sum(costs) / len(members):
         a = loads.index(highest)

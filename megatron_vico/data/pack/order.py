@@ -69,8 +69,10 @@ class EpochOrder:
         return int(self._block_starts[-1])
 
     def slice(self, start: int, stop: int) -> tuple[IntArray, IntArray]:
-        """Numbers and visits, [stop - start] int64 each, of some samples of the epoch; those beyond
-        its end are left out. Cheap in ascending order."""
+        """Numbers and visits, [stop - start] int64 each, of some samples of the epoch.
+
+        Those beyond its end are left out. Cheap in ascending order.
+        """
         first = int(np.searchsorted(self._block_starts, start, side="right")) - 1
         end = int(np.searchsorted(self._block_starts, min(stop, len(self)), side="left"))
         parts = [
@@ -101,8 +103,7 @@ class EpochOrder:
 def _copies(
     first: int, sizes: Sequence[int], *, repeat: float, epoch: int, key: str
 ) -> list[IntArray]:
-    """For each copy of a folder its shards: [shards, 4] first sample, samples, taken of them,
-    visit."""
+    """For each copy of a folder its shards: [shards, 4] first sample, samples, taken, visit."""
     ends = np.cumsum([0, *sizes])
     num_whole, share = int(repeat), round(repeat % 1 * 2**SHARE_BITS)
     # The random offset rounds each shard's part, and the folder's, up or down so that the mean over
@@ -124,8 +125,7 @@ def _permutation(size: int, *, key: str, block: int = 0) -> IntArray:
 
 
 def _draws(size: int, *, key: str, block: int = 0) -> np.ndarray:
-    """[size] uint64; blocks of one key have the counter's upper half for themselves, so that they
-    never overlap."""
+    """[size] uint64; blocks of one key own the counter's upper half, so that they never overlap."""
     digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
     philox = np.random.Philox(key=int.from_bytes(digest, "little"), counter=block << 128)
     return philox.random_raw(size)

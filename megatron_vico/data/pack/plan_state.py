@@ -38,8 +38,7 @@ class PlanInputs:
     packer_version: int = PACKER_VERSION
 
     def changes(self, now: "PlanInputs", *, paths: tuple[str, ...]) -> list[str]:
-        """What differs between this and `now`, of the run that goes on with folders at `paths`: a
-        clause each, in the user's words."""
+        """How this differs from `now` in a run with folders at `paths`, in clauses for the user."""
         found = []
         if len(self.folders) != len(now.folders):
             found.append(f"--data-path had {len(self.folders)} folders, now {len(now.folders)}")

@@ -33,7 +33,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.peak_bytes import PeakBytes
-from tests.unit.models.heads.test_kl import Heads, make_heads, naive_kl_loss, ours, with_main_grad
+from tests.unit.models.heads.kl_heads import (
+    Heads,
+    make_heads,
+    naive_kl_loss,
+    ours,
+    with_main_grad,
+)
 
 CPU_SHAPES = ((256, 256, 32768), (1024, 256, 32768), (4096, 256, 32768))
 GPU_SHAPES = tuple((num_rows, 4096, 151936) for num_rows in (1024, 4096, 8192, 32768))

@@ -149,6 +149,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--verify", action="store_true", help="read the output back and compare every bit of it"
     )
+    _add_parallel_sizes(parser)
+    _add_exported(parser)
+    return parser
+
+
+def _add_parallel_sizes(parser: argparse.ArgumentParser) -> None:
     padding_help = (
         "with --to megatron: pad the vocabulary as for this size; runs of other sizes load it all"
         " the same"
@@ -162,8 +168,6 @@ def _parser() -> argparse.ArgumentParser:
             metavar="N",
             help="no effect: a Megatron checkpoint loads in every layout",
         )
-    _add_exported(parser)
-    return parser
 
 
 def _add_exported(parser: argparse.ArgumentParser) -> None:

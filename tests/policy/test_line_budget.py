@@ -9,27 +9,27 @@ NOT_COUNTED = ROOT / "megatron_vico" / "convert" / "remote_code"  # travels with
 # Lines of Python, docstrings and blank lines too. "." is what lies in no folder.
 PACKAGE = {
     ".": 440,
-    "checkpoint": 670,
-    "cli": 1920,
-    "config": 3300,
-    "convert": 3910,
-    "data": 4670,
-    "evaluation": 950,
-    "inference": 520,
-    "models": 2640,
-    "parallel": 790,
-    "shard_tools": 2560,
-    "training": 3000,
-    "vico": 490,
+    "checkpoint": 640,
+    "cli": 1690,
+    "config": 2590,
+    "convert": 3190,
+    "data": 4110,
+    "evaluation": 860,
+    "inference": 480,
+    "models": 2270,
+    "parallel": 760,
+    "shard_tools": 2520,
+    "training": 2560,
+    "vico": 440,
 }
 TESTS = {
-    ".": 1390,
+    ".": 1400,
     "distributed": 3450,
     "golden": 130,
     "gpu": 540,
-    "parity": 1400,
-    "policy": 330,
-    "unit": 15860,
+    "parity": 1440,
+    "policy": 310,
+    "unit": 14470,
 }
 
 

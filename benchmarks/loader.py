@@ -24,9 +24,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # run as a script, only this folder is on the path
+# Run as a script, only this folder is on the path.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_vico import cpu_stand_in
 

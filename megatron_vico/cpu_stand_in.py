@@ -112,8 +112,7 @@ def install() -> None:
     _redirect_cuda_module()
     _redirect_rng()
     _redirect_collectives()
-    # mcore's jit_fuser is torch.compile, which costs a C++ compiler and seconds per function on the
-    # CPU.
+    # mcore's jit_fuser is torch.compile: on the CPU a C++ compiler, and seconds per function.
     torch.compile = lambda model=None, **kwargs: model if model is not None else (lambda fn: fn)  # type: ignore[assignment]
     _install_adam()
 
@@ -164,9 +163,8 @@ def _redirect_tensors() -> None:
 
 
 def _constant(value: Any = None) -> Callable[..., Any]:
-    return lambda *args, **kwargs: (
-        value
-    )  # a new function each time: torch._dynamo rejects one object under two names
+    # A new function each time: torch._dynamo rejects one object under two names.
+    return lambda *args, **kwargs: value
 
 
 def _redirect_cuda_module() -> None:
@@ -209,8 +207,7 @@ def _redirect_rng() -> None:
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(
         state
     )
-    # mcore warns that the CPU generator moved inside a CUDA one's context; here they are the same
-    # generator.
+    # mcore warns that the CPU generator moved inside a CUDA one's context; here they are the same.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )

@@ -28,8 +28,7 @@ QUESTIONS = ("tile one?", "tile two?", "tile three?", "tile four?")
 # Share of each kind in a split's pool of tiles, and among the tiles of an image that are not dense.
 POOL_SHARES = {"dense": 0.38, "glyph": 0.30, "photo": 0.20, "chart": 0.07, "blank": 0.05}
 EASY_SHARES = {"glyph": 0.375, "photo": 0.40, "chart": 0.075, "blank": 0.15}
-# Beta(0.4, 0.8) has mean 1/3 and most of its mass at both ends: two images in five have no dense
-# tile at all.
+# Beta(0.4, 0.8) has mean 1/3 and its mass at both ends: two images in five have no dense tile.
 DENSE_BETA = (0.4, 0.8)
 
 DOCSTRING_MODULES = (
@@ -138,8 +137,7 @@ def tokenizer_text(rows: list[dict[str, object]]) -> Iterator[str]:
         turns = row["conversations"]
         assert isinstance(turns, list)
         for turn in turns:
-            # The template puts these names before each turn; text is cut into turns before it is
-            # tokenized.
+            # The template puts these names before each turn; turns are tokenized one by one.
             yield TEMPLATE_ROLES[turn["from"]]
             yield turn["value"].removeprefix("<image>\n")
     yield from (FONT_FOLDER / "LICENSE_DEJAVU").read_text(encoding="utf-8").splitlines()

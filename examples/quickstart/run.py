@@ -56,8 +56,7 @@ class Step:
     name: str
     command: Sequence[str]
     outputs: tuple[str, ...]
-    """What it makes in the run's folder, besides its log; removed before a run that does not
-    resume."""
+    """What it makes in the run's folder; removed before a run that does not resume."""
 
     shows: str
     """What a line of its output holds to be worth showing; all lines go to the log."""
@@ -223,8 +222,7 @@ def execute(step: Step, run: Path) -> int:
     Returns:
         The command's exit status.
     """
-    # No GPU: the demo is the same on every machine. One thread a process: two would fight over the
-    # two cores.
+    # No GPU: the demo is the same on every machine. One thread a process: there are two cores.
     environment = os.environ | {
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
@@ -244,8 +242,7 @@ def execute(step: Step, run: Path) -> int:
             stderr=subprocess.STDOUT,
         )
         assert process.stdout is not None
-        # newline="": a progress bar's carriage return ends a line too, and is told from a line
-        # feed.
+        # newline="": a progress bar's carriage return ends a line too, and is told apart.
         for line in io.TextIOWrapper(
             process.stdout, encoding="utf-8", errors="replace", newline=""
         ):

@@ -28,8 +28,7 @@ class Command:
     summary: str
 
     uses_megatron: bool
-    """Whether all but its --help needs megatron: the CPU stand-in goes first where there is no
-    GPU."""
+    """Whether all but its --help needs megatron: then the CPU stand-in goes first."""
 
 
 COMMANDS: dict[str, Command] = {

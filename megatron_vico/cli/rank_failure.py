@@ -40,8 +40,7 @@ def end_rank(error: Exception, *, status: int) -> NoReturn:
     if isinstance(error, USER_ERRORS):
         lines = [f"{type(error).__name__}: {error}"]
     elif _is_of_a_collective(error):
-        # Every other rank fails so; 50 lines from each would bury the cause. torchrun's summary has
-        # them.
+        # Every other rank fails so; 50 lines from each, which torchrun shows, would bury the cause.
         lines = traceback.format_exception_only(error)[0].splitlines()[:1]
     else:
         lines = "".join(traceback.format_exception(error)).splitlines()

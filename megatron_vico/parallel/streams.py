@@ -177,9 +177,8 @@ def _response_rows(
     shard_len = local_len // cut.sequence_size
     shard_R, offset_R = places_R // shard_len, places_R % shard_len
     counts = torch.bincount(shard_R, minlength=num_shards)
-    longest = max(
-        int(counts.max()), 1
-    )  # one row at least, so that every rank takes part in the gather's backward
+    # One row at least, so that every rank takes part in the gather's backward.
+    longest = max(int(counts.max()), 1)
     order_R = shard_R.argsort(stable=True)
     within_R = torch.empty_like(order_R)
     within_R[order_R] = torch.arange(len(order_R)) - (counts.cumsum(0) - counts).repeat_interleave(

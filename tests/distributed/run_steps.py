@@ -1,5 +1,4 @@
-"""Runs cases under their layouts and compares each with its one-process twin; started by torchrun
-from the tests.
+"""Runs cases under their layouts and compares each with its one-process twin; for torchrun.
 
 Usage: run_steps.py FOLDER, with FOLDER/cases-N.pkl for N ranks and FOLDER/TRUTH/STEP.pt. Writes
 FOLDER/found-N.json.
@@ -11,7 +10,7 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ from megatron_vico.errors import SampleError  # noqa: E402
 from megatron_vico.parallel.batch import share_step  # noqa: E402
 from megatron_vico.parallel.groups import Groups  # noqa: E402
 from tests.distributed.cached_layouts import CachedLayouts  # noqa: E402
-from tests.distributed.step_records import STEPS, Case, Recorded, record  # noqa: E402
+from tests.distributed.global_weights import Part  # noqa: E402
+from tests.distributed.step_records import STEPS, Case, record  # noqa: E402
 
 FIGURES = (
     "loss",
@@ -47,58 +47,42 @@ def write_truth(case: Case, groups: Groups, folder: Path) -> None:
         names = [part.name for part in step.parts]
         whole = {
             "figures": {name: getattr(step.figures, name) for name in FIGURES},
-            "grads": dict(
-                zip(
-                    names,
-                    (_real(part, grad) for part, grad in _pairs(step, step.grads)),
-                    strict=True,
-                )
-            ),
-            "params": dict(
-                zip(
-                    names,
-                    (_real(part, each) for part, each in _pairs(step, step.params)),
-                    strict=True,
-                )
-            ),
+            "grads": dict(zip(names, _real(step.parts, step.grads), strict=True)),
+            "params": dict(zip(names, _real(step.parts, step.params), strict=True)),
         }
         torch.save(whole, folder / f"{number}.pt")
 
 
 def compare(case: Case, groups: Groups, folder: Path) -> list[dict[str, Any]]:
-    """Largest relative errors of each step over all ranks: of figures, gradients and parameters,
-    with their names."""
+    """Largest relative errors of each step over all ranks, with the names of the tensors."""
     steps = []
     with _broken_rows() if case.broken else contextlib.nullcontext():
         for number, step in enumerate(record(case, groups)):
             truth = torch.load(folder / case.truth / f"{number}.pt", mmap=True)
-            mine: dict[str, Any] = {
+            errors: dict[str, Any] = {
                 name: _relative(getattr(step.figures, name), truth["figures"][name])
                 for name in FIGURES
             }
             for kind, values in (("grads", step.grads), ("params", step.params)):
                 expected = [truth[kind][part.name] for part in step.parts]
-                missing = [mine is None for mine in values] != [
-                    theirs is None for theirs in expected
-                ]
+                missing = [each is None for each in values] != [each is None for each in expected]
                 assert not missing or (kind == "params" and None in values), (
                     f"other {kind} than of one process"
                 )
-                errors = zip(map(_error, step.parts, values, expected), step.parts, strict=True)
-                mine[kind] = max((error, part.name) for error, part in errors)
-            steps.append(mine)
+                found = zip(map(_error, step.parts, values, expected), step.parts, strict=True)
+                errors[kind] = max((error, part.name) for error, part in found)
+            steps.append(errors)
     assert len(steps) == STEPS
-    everyones: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyones, steps)
+    all_ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(all_ranks, steps)
     return [
-        {key: max(rank[number][key] for rank in everyones) for key in steps[0]}
+        {key: max(rank[number][key] for rank in all_ranks) for key in steps[0]}
         for number in range(STEPS)
     ]
 
 
 def told_of_a_broken_sample(groups: Groups) -> list[str]:
-    """What each rank raises when the one that reads for its replica meets a sample that cannot be
-    read."""
+    """What each rank raises when the reader of its replica meets a sample it cannot read."""
     reads = groups.replica.rank() == 0
     told: list[Any] = [None] * torch.distributed.get_world_size()
     try:
@@ -111,26 +95,24 @@ def told_of_a_broken_sample(groups: Groups) -> list[str]:
     return told
 
 
-def _pairs(step: Recorded, values: tuple[Any, ...]) -> Iterator[tuple[Any, Any]]:
-    return zip(step.parts, values, strict=True)
+def _real(parts: Sequence[Part], values: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Without the padding of a vocabulary."""
+    return [
+        None if value is None else value[: part.num_rows].clone()
+        for part, value in zip(parts, values, strict=True)
+    ]
 
 
-def _real(part: Any, value: Tensor | None) -> Tensor | None:
-    return None if value is None else value[: part.num_rows].clone()
-
-
-def _error(part: Any, value: Tensor | None, truth: Tensor | None) -> float:
-    """Norm of the difference over that of the whole tensor, so that a part that is small by chance
-    weighs little."""
+def _error(part: Part, value: Tensor | None, truth: Tensor | None) -> float:
+    """Norm of the difference over that of the whole tensor: a part may be small by chance."""
     if value is None or truth is None:
         return 0.0
     expected = part.cut(truth)
     if float(truth.norm()) == 0.0:
         return float(value.norm())
     if part.num_rows is not None:
-        rows = min(
-            max(part.num_rows - part.index * len(value), 0), len(value)
-        )  # padding is nobody's
+        # Padding is nobody's.
+        rows = min(max(part.num_rows - part.index * len(value), 0), len(value))
         value, expected = value[:rows], expected[:rows]
     assert torch.isfinite(value).all(), part.name
     return float((value.double() - expected.double()).norm() / truth.double().norm())

@@ -1,4 +1,4 @@
-"""Three steps of a run as data to compare: losses, norms, and every gradient and parameter under
+"""Steps of a run as data to compare: losses, norms, and every gradient and parameter under
 its global name."""
 
 import dataclasses
@@ -23,7 +23,7 @@ from megatron_vico.training.trainer import compute_gradients, update_weights
 from tests.distributed.global_weights import Part, parts_of
 from tests.packs import WholePack, as_blocks, whole_packs
 
-STEPS = 3
+STEPS = 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,4 @@
-"""Two data-parallel ranks against one process: losses, gradient norms and weights over three steps,
-all stages."""
+"""Two data-parallel ranks against one process: whole runs of each stage, to the saved weights."""
 
 import dataclasses
 import pickle
@@ -13,7 +12,9 @@ from megatron_vico.training.trainer import train
 from tests.distributed.launch import launch
 from tests.training_runs import ToyData, read_metrics, toy_config, weights_of
 
-STAGES = ("pretrain", "warmup", "consistency", "router")
+SHARDED = {"pretrain": True, "warmup": False, "consistency": True, "router": False}
+"""Whether a stage runs with the distributed optimizer; test_steps.py has the other pairs."""
+
 STEPS = 3
 
 
@@ -32,23 +33,20 @@ def config_of(data: ToyData, base: Path, stage: str, save: Path, **options: Any)
 def runs(
     toy_data: ToyData, base_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Every stage in one process, and twice on two: with and without the distributed optimizer; and
-    a resumed one."""
+    """Every stage in one process and in two, and a run that one begins and two end."""
     folder = tmp_path_factory.mktemp("runs")
-    for stage in STAGES:
+    for stage in SHARDED:
         train(config_of(toy_data, base_checkpoint, stage, folder / f"one_{stage}"))
     two = [
         config_of(
             toy_data,
             base_checkpoint,
             stage,
-            folder / f"{kind}_{stage}",
+            folder / f"two_{stage}",
             use_distributed_optimizer=sharded,
         )
-        for stage in STAGES
-        for kind, sharded in (("two", False), ("dist", True))
+        for stage, sharded in SHARDED.items()
     ]
-    # A run that one process begins and two end.
     moved = config_of(
         toy_data, base_checkpoint, "router", folder / "moved", load=str(folder / "moved")
     )
@@ -58,24 +56,25 @@ def runs(
     return folder
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("kind", ["two", "dist"])
+@pytest.mark.parametrize("stage", SHARDED)
 def test_two_ranks_equal_one_process(
-    stage: str, kind: str, runs: Path, toy_data: ToyData, base_checkpoint: Path
+    stage: str, runs: Path, toy_data: ToyData, base_checkpoint: Path
 ) -> None:
     """Measured over three steps: losses 8e-8, gradient norms 3e-6, weights 5e-6 of the norm of each
     tensor."""
-    one, other = read_metrics(runs / f"one_{stage}"), read_metrics(runs / f"{kind}_{stage}")
-    assert len(one) == len(other) == STEPS
-    for mine, theirs in zip(other, one, strict=True):
-        assert mine["samples"] == theirs["samples"]
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+    one, two = read_metrics(runs / f"one_{stage}"), read_metrics(runs / f"two_{stage}")
+    assert len(one) == len(two) == STEPS
+    for found, expected in zip(two, one, strict=True):
+        assert found["samples"] == expected["samples"]
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
         if stage == "router":
-            assert mine["router_threshold"] == pytest.approx(theirs["router_threshold"], rel=1e-5)
+            assert found["router_threshold"] == pytest.approx(
+                expected["router_threshold"], rel=1e-5
+            )
     cfg = config_of(toy_data, base_checkpoint, stage, runs)
     pairs = zip(
-        weights_of(cfg, runs / f"{kind}_{stage}"),
+        weights_of(cfg, runs / f"two_{stage}"),
         weights_of(cfg, runs / f"one_{stage}"),
         strict=True,
     )
@@ -91,9 +90,9 @@ def test_two_ranks_equal_one_process(
 
 def test_a_run_goes_on_with_another_number_of_ranks(runs: Path) -> None:
     """One process begins, two end. Measured: losses 7e-8, gradient norms 0."""
-    for mine, theirs in zip(
+    for found, expected in zip(
         read_metrics(runs / "moved"), read_metrics(runs / "one_router"), strict=True
     ):
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
-        assert mine["router_threshold"] == pytest.approx(theirs["router_threshold"], rel=1e-5)
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+        assert found["router_threshold"] == pytest.approx(expected["router_threshold"], rel=1e-5)

@@ -49,7 +49,7 @@ def benchmark_model(name: str) -> ModelConfig:
 def build_run(cfg: RunConfig, model: ModelConfig, groups: Groups) -> setup.Run:
     """What `training/setup.py` sets up, from fresh weights; policy and reference have the same."""
     encoder, chunks = setup.build_modules(cfg, model, groups)
-    policy = wrap(encoder, chunks, setup.policy_options(cfg, groups), groups=groups)
+    policy = wrap(encoder, chunks, cfg, groups=groups)
     optimizer = build_optimizer(policy, cfg, groups=groups)
     reference = None
     if cfg.stage.spec.needs_reference:

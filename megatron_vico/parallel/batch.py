@@ -15,7 +15,7 @@ from megatron_vico.data.load.packed_bytes import PackedBytes, unwrap
 from megatron_vico.data.samples import PackedBatch
 from megatron_vico.errors import ConfigError, SampleError, WorkerError
 from megatron_vico.parallel.groups import Groups
-from megatron_vico.parallel.tile_parallel import TileShare, share_tiles
+from megatron_vico.parallel.tile_parallel import TileSplit, split_tiles
 
 LoaderError = SampleError | ConfigError | WorkerError
 
@@ -30,7 +30,7 @@ class StepBatch:
     tiles: Tensor
     """[n, 3, S, S] uint8, this rank's run of the step's tiles."""
 
-    share: TileShare
+    split: TileSplit
     """Which rank has which tiles."""
 
 
@@ -81,13 +81,13 @@ def share_step(
         for pack in unwrap(with_slots, part)
     )
     per_image = [count for pack in packs for count in pack.tiles_per_image]
-    share = share_tiles(
+    split = split_tiles(
         per_image if whole_images else [1] * sum(per_image),
         num_ranks=groups.replica.size(),
         rank=groups.replica.rank(),
     )
     return StepBatch(
-        packs=packs, tiles=_scatter_tiles(read, share, header.tile_shape, groups), share=share
+        packs=packs, tiles=_scatter_tiles(read, split, header.tile_shape, groups), split=split
     )
 
 
@@ -147,16 +147,16 @@ def _broadcast_header(
 
 
 def _scatter_tiles(
-    blocks: Sequence[PackedBytes], share: TileShare, shape: tuple[int, ...], groups: Groups
+    blocks: Sequence[PackedBytes], split: TileSplit, shape: tuple[int, ...], groups: Groups
 ) -> Tensor:
     """Each rank's run of tiles, cut and sent one after the other: only one is held twice."""
     if groups.replica.rank() == 0:
         for rank in range(1, groups.replica.size()):
-            run = _run(blocks, share.of(rank), groups).to(groups.device)
+            run = _run(blocks, split.of(rank), groups).to(groups.device)
             if len(run):
                 torch.distributed.send(run, group=groups.replica, group_dst=rank)
-        return _run(blocks, share.own, groups)
-    num_tiles = share.own.stop - share.own.start
+        return _run(blocks, split.own, groups)
+    num_tiles = split.own.stop - split.own.start
     run = torch.empty(num_tiles, *shape, dtype=torch.uint8, device=groups.device)
     if num_tiles:
         torch.distributed.recv(run, group=groups.replica, group_src=0)

@@ -35,12 +35,12 @@ class Groups:
 
     @property
     def data_parallel(self) -> torch.distributed.ProcessGroup:
-        """Ranks in the same place of replicas that read different packs."""
+        """The ranks of all replicas that have this rank's part of the model."""
         return self.language.dp
 
     @property
     def dp_rank(self) -> int:
-        """This replica's place among those that read different packs."""
+        """This replica's index among those that read different packs."""
         return self.data_parallel.rank()
 
     @property
@@ -52,11 +52,6 @@ class Groups:
     def is_main(self) -> bool:
         """Whether this rank prints and writes."""
         return torch.distributed.get_rank() == 0
-
-    @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank embeds tokens."""
-        return self.language.pp.rank() == 0
 
     @property
     def is_last_stage(self) -> bool:
@@ -86,12 +81,9 @@ def started(options: ParallelOptions, *, seed: int, timeout_minutes: int) -> Ite
     """
     owned = not torch.distributed.is_initialized()
     on_gpu = torch.cuda.is_available()
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if on_gpu
-        else torch.device("cpu")
-    )
+    device = torch.device("cpu")
     if on_gpu:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if owned:
         launched = "RANK" in os.environ
@@ -120,14 +112,9 @@ def started(options: ParallelOptions, *, seed: int, timeout_minutes: int) -> Ite
 
 
 def current_groups(*, seed: int, device: torch.device) -> Groups:
-    """The groups of the layout that megatron-core has been initialised with; called by every rank.
+    """The groups of the layout that megatron-core has been initialised with, and our own.
 
-    Args:
-        seed: seeds initialisation and dropout, as Megatron does.
-        device: where this rank computes.
-
-    Returns:
-        Them, and the project's own beside them.
+    Called by every rank; `seed` is for initialisation and dropout, as Megatron has it.
     """
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -146,15 +133,15 @@ def _replica_group(language: ProcessGroupCollection) -> torch.distributed.Proces
         getattr(language, name).size() for name in ("tp", "cp", "dp", "pp")
     )
     ranks = torch.arange(tensor * context * data * pipeline).view(pipeline, data, context, tensor)
-    place = tuple(getattr(language, name).rank() for name in ("pp", "dp", "cp", "tp"))
-    assert int(ranks[place]) == torch.distributed.get_rank(), (
+    coordinates = tuple(getattr(language, name).rank() for name in ("pp", "dp", "cp", "tp"))
+    assert int(ranks[coordinates]) == torch.distributed.get_rank(), (
         "megatron-core orders its ranks in another way"
     )
     # Every rank makes every group, as torch asks for.
     groups = [
         torch.distributed.new_group(ranks[:, index].flatten().tolist()) for index in range(data)
     ]
-    return groups[place[1]]
+    return groups[coordinates[1]]
 
 
 def _encoder_groups() -> ProcessGroupCollection:
@@ -163,7 +150,7 @@ def _encoder_groups() -> ProcessGroupCollection:
         [torch.distributed.get_rank()], use_local_synchronization=True
     )
     groups = ProcessGroupCollection()
-    for name in (
+    for name in [
         "tp",
         "pp",
         "cp",
@@ -175,8 +162,8 @@ def _encoder_groups() -> ProcessGroupCollection:
         "tp_ep_pp",
         "expt_tp",
         "tp_ep",
-    ):
+    ]:
         setattr(groups, name, one)
-    for name in ("dp", "dp_cp", "expt_dp", "intra_dp_cp", "intra_expt_dp", "intra_dist_opt"):
+    for name in ["dp", "dp_cp", "expt_dp", "intra_dp_cp", "intra_expt_dp", "intra_dist_opt"]:
         setattr(groups, name, world)
     return groups

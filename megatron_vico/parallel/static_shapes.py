@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-class KnownShapes(P2PCommunicator):
+class StaticShapes(P2PCommunicator):
     """The communicator of one run of a schedule; a used one is done with.
 
     It overrides a private method of megatron-core's, which is why the version is pinned and a test

@@ -143,7 +143,7 @@ def language_inputs(stream: PackedStream, cut: StreamCut, device: torch.device) 
     )
 
 
-def row_share(num_rows: int, *, size: int, rank: int) -> slice:
+def row_slice(num_rows: int, *, size: int, rank: int) -> slice:
     """A context rank's response rows of a pack: an equal run of both streams, in response order."""
     return slice(num_rows * rank // size, num_rows * (rank + 1) // size)
 
@@ -187,5 +187,5 @@ def _response_rows(
     picked = torch.zeros(longest, dtype=torch.int64)
     mine_R = shard_R == cut.context_rank * cut.sequence_size + cut.sequence_rank
     picked[within_R[mine_R]] = offset_R[mine_R]
-    share = row_share(len(places_R), size=cut.context_size, rank=cut.context_rank)
-    return picked, (shard_R * longest + within_R)[share]
+    rows = row_slice(len(places_R), size=cut.context_size, rank=cut.context_rank)
+    return picked, (shard_R * longest + within_R)[rows]

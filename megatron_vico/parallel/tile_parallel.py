@@ -20,7 +20,7 @@ from megatron_vico.parallel.groups import Groups
 
 
 @dataclass(frozen=True, kw_only=True)
-class TileShare:
+class TileSplit:
     """Which tiles of a step each rank of the replica encodes."""
 
     starts: tuple[int, ...]
@@ -39,7 +39,7 @@ class TileShare:
         return slice(self.starts[rank], self.starts[rank + 1])
 
 
-def share_tiles(units: Sequence[int], *, num_ranks: int, rank: int) -> TileShare:
+def split_tiles(units: Sequence[int], *, num_ranks: int, rank: int) -> TileSplit:
     """Cut a step's tiles into runs of equal length, as near as the units allow.
 
     Args:
@@ -59,32 +59,30 @@ def share_tiles(units: Sequence[int], *, num_ranks: int, rank: int) -> TileShare
         while unit + 1 < len(ends) and abs(ends[unit + 1] - ideal) <= abs(ends[unit] - ideal):
             unit += 1
         starts.append(ends[unit])
-    return TileShare(starts=(*starts, ends[-1]), rank=rank)
+    return TileSplit(starts=(*starts, ends[-1]), rank=rank)
 
 
 class TokenExchange:
     """Carries a pass's visual tokens to the first pipeline stage, and their gradients back."""
 
-    def __init__(self, tokens_per_pack: Sequence[Tensor], share: TileShare, groups: Groups) -> None:
+    def __init__(self, tokens_per_pack: Sequence[Tensor], split: TileSplit, groups: Groups) -> None:
         """Work out who sends how much.
 
         Args:
             tokens_per_pack: [N] int64 a pack, on the CPU: visual tokens of each of its tiles.
-            share: which rank encodes which tile.
+            split: which rank encodes which tile.
             groups: process groups.
         """
         per_tile = torch.cat([*tokens_per_pack, torch.zeros(0, dtype=torch.int64)])
         self._of_pack = [int(each.sum()) for each in tokens_per_pack]
-        self._of_rank = [
-            int(per_tile[share.of(rank)].sum()) for rank in range(len(share.starts) - 1)
-        ]
-        self._group, self._rank, self._num_ranks = groups.replica, share.rank, len(share.starts) - 1
+        self._group, self._rank, self._num_ranks = groups.replica, split.rank, len(split.starts) - 1
+        self._of_rank = [int(per_tile[split.of(rank)].sum()) for rank in range(self._num_ranks)]
         tensor_size = groups.language.tp.size()
         self._embeds = range(tensor_size * groups.language.cp.size())
         """Ranks of the replica that embed tokens."""
+        # All tensor-parallel ranks have the same gradients, each context rank a part of the sum.
         self._answers = range(0, len(self._embeds), tensor_size)
-        """Those of them whose gradients go back: all tensor-parallel ranks have the same, each
-        context rank a part."""
+        """Those of them whose gradients go back."""
 
     def deliver(self, tokens_VH: Tensor) -> list[Tensor] | None:
         """Bring the step's visual tokens to the ranks that embed them; called by the whole replica.
@@ -104,6 +102,7 @@ class TokenExchange:
                 len(tokens_VH) if rank in self._embeds else 0 for rank in range(self._num_ranks)
             ]
             receives = self._of_rank if self._rank in self._embeds else [0] * self._num_ranks
+            # Tensor and context ranks of the first stage each embed, so each gets all tokens.
             received = self._all_to_all(torch.cat([tokens_VH] * len(self._embeds)), sends, receives)
         return list(received.split(self._of_pack)) if self._rank in self._embeds else None
 
@@ -120,6 +119,7 @@ class TokenExchange:
         if self._num_ranks == 1:
             assert grad_VH is not None
             return grad_VH
+        # Also a rank without tokens or gradients takes part: the exchange is a collective.
         answers = self._rank in self._answers
         sent = grad_VH if grad_VH is not None and answers else like.new_zeros(0, like.size(1))
         sends = self._of_rank if answers else [0] * self._num_ranks

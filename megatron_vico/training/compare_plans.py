@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_vico.parallel.batch import StepBatch
-from megatron_vico.parallel.streams import language_inputs, row_share
+from megatron_vico.parallel.streams import language_inputs, row_slice
 from megatron_vico.training.pipeline_schedule import LanguagePass, forward_pass
 from megatron_vico.training.setup import Run
 from megatron_vico.training.vision import tile_features, visual_tokens
@@ -95,7 +95,7 @@ def _kl_of_packs(
         kl_R.split(list(lens)), reference_rows, policy_rows, strict=True
     ):
         assert reference_RH is not None
-        own = row_share(len(pack_R), size=context.size(), rank=context.rank())
+        own = row_slice(len(pack_R), size=context.size(), rank=context.rank())
         pack_R[own] = run.policy.head.consistency_rows(
             policy_RH, reference=run.reference.head, reference_rows_RH=reference_RH
         )

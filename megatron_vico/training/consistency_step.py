@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_vico.models.language_model import LanguageInputs
 from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.parallel.groups import Groups
-from megatron_vico.parallel.streams import language_inputs, row_share
+from megatron_vico.parallel.streams import language_inputs, row_slice
 from megatron_vico.training.metrics import StepSums, sums_of
 from megatron_vico.training.pipeline_schedule import (
     LanguagePass,
@@ -163,4 +163,4 @@ def _row_weights(batch: StepBatch, groups: Groups) -> list[Tensor]:
 
 def _own_rows(values_R: Tensor, groups: Groups) -> Tensor:
     context = groups.language.cp
-    return values_R[row_share(len(values_R), size=context.size(), rank=context.rank())]
+    return values_R[row_slice(len(values_R), size=context.size(), rank=context.rank())]

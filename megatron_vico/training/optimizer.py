@@ -23,16 +23,7 @@ from megatron_vico.training.policy import Policy
 
 
 def build_optimizer(policy: Policy, cfg: RunConfig, *, groups: Groups) -> MegatronOptimizer:
-    """Megatron's optimizers of the two modules, chained, so that the gradient norm is that of both.
-
-    Args:
-        policy: what is trained.
-        cfg: rates, betas, clipping, number formats.
-        groups: process groups.
-
-    Returns:
-        A ChainedOptimizer.
-    """
+    """Megatron's optimizers of the two modules, chained: the gradient norm is that of both."""
     options, lr_factors, bf16 = cfg.optimizer, cfg.stage.lr_factors, cfg.training.bf16
     config = OptimizerConfig(
         optimizer="adam",
@@ -44,13 +35,8 @@ def build_optimizer(policy: Policy, cfg: RunConfig, *, groups: Groups) -> Megatr
         tuple[list[DistributedDataParallel], ProcessGroupCollection, Mapping[str, float]]
     ] = []
     if policy.language_ddp:
-        parts.append(
-            (
-                list(policy.language_ddp),
-                groups.language,
-                {"*": lr_factors.get("language_model", 1.0)},
-            )
-        )
+        patterns = {"*": lr_factors.get("language_model", 1.0)}
+        parts.append((list(policy.language_ddp), groups.language, patterns))
     if policy.encoder_ddp is not None:
         patterns = {
             f"*{name}.*": factor for name, factor in lr_factors.items() if name != "language_model"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from megatron_vico.models.language_model import LanguageInputs
-from megatron_vico.parallel.static_shapes import KnownShapes
+from megatron_vico.parallel.static_shapes import StaticShapes
 from megatron_vico.training.profiler import name_backward
 from megatron_vico.training.vision import VisualTokens
 
@@ -108,7 +108,7 @@ def _schedule(step: Callable[..., Any], run: LanguagePass, *, forward_only: bool
     # Every rank knows all lengths, so that no shape is sent ahead of a tensor.
     shard_lens = [each.shard_len for each in run.inputs]
     communicator = (
-        KnownShapes(groups.pp, run.chunks[0].config, shard_lens) if groups.pp.size() > 1 else None
+        StaticShapes(groups.pp, run.chunks[0].config, shard_lens) if groups.pp.size() > 1 else None
     )
     outputs: list[Any] = schedule(
         forward_step_func=step,

@@ -13,12 +13,14 @@ from megatron.core.distributed import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
+from megatron_vico.config.megatron_kwargs import megatron_kwargs
+from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.stages import Module
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageInputs, LanguageModel
 from megatron_vico.models.vir import is_dead
 from megatron_vico.parallel.groups import Groups
-from megatron_vico.parallel.streams import StreamCut
+from megatron_vico.parallel.streams import FP8_ALIGNMENT, StreamCut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,73 +134,67 @@ def parameters_of(
                 yield param
 
 
-@dataclass(frozen=True, kw_only=True)
-class PolicyOptions:
-    """How the policy is trained."""
-
-    trained: frozenset[Module]
-    """Modules that get gradients."""
-
-    ddp_config: DistributedDataParallelConfig
-    """Megatron's DDP options, for the language model; the encoder has the same without overlap."""
-
-    stream_cut: StreamCut
-    chunk_tiles: int
-    freeze_moe_router: bool = False
-    """Keep the expert router's weights as they are."""
-
-
 def wrap(
     encoder: VisionEncoder,
     language_chunks: tuple[LanguageModel, ...],
-    options: PolicyOptions,
+    cfg: RunConfig,
     *,
     groups: Groups,
 ) -> Policy:
-    """Freeze what is not trained and put the rest under Megatron's DDP.
+    """Freeze what the run does not train and put the rest under Megatron's DDP.
 
     Gradients of both wrappers are plain sums over ranks: the loss weights already hold every mean.
     """
+    trained = frozenset(cfg.stage.trained)
     encoder.requires_grad_(False)
     for chunk in language_chunks:
         chunk.requires_grad_(False)
-    for module in options.trained:
+    for module in trained:
         for param in parameters_of(module, encoder, language_chunks):
             param.requires_grad_()
-    if options.freeze_moe_router:
+    if cfg.stage.freeze_moe_router:
         for chunk in language_chunks:
             for name, param in chunk.named_parameters():
                 if ".mlp.router." in name:
                     param.requires_grad_(False)
+    # --no-accumulate-allreduce-grads-in-fp32 takes the first field back.
+    fields = {"grad_reduce_in_fp32": True} | megatron_kwargs(cfg, DistributedDataParallelConfig)
+    ddp_config = DistributedDataParallelConfig(**fields)
     # The encoder's gradients arrive after the schedule, and on a rank without tiles not at all:
     # nothing to overlap.
     encoder_config = dataclasses.replace(
-        options.ddp_config, overlap_grad_reduce=False, overlap_param_gather=False
+        ddp_config, overlap_grad_reduce=False, overlap_param_gather=False
     )
-    trains_encoder = bool(options.trained - {"language_model"})
+    fp8 = cfg.parallel.fp8_format is not None
     return Policy(
         encoder=encoder,
         language_chunks=language_chunks,
-        trained=options.trained,
-        encoder_ddp=_ddp(encoder, encoder_config, groups.encoder) if trains_encoder else None,
+        trained=trained,
+        encoder_ddp=(
+            _ddp(encoder, encoder_config, groups.encoder) if trained - {"language_model"} else None
+        ),
         language_ddp=(
-            _language_ddp(language_chunks, options, groups)
-            if "language_model" in options.trained
+            _language_ddp(language_chunks, ddp_config, groups)
+            if "language_model" in trained
             else ()
         ),
-        stream_cut=options.stream_cut,
-        chunk_tiles=options.chunk_tiles,
+        stream_cut=StreamCut.of(
+            groups,
+            sequence_parallel=cfg.parallel.sequence_parallel,
+            alignment=FP8_ALIGNMENT[cfg.parallel.fp8_recipe] if fp8 else 1,
+        ),
+        chunk_tiles=cfg.model.encoder_chunk_tiles,
     )
 
 
 def _language_ddp(
-    chunks: Sequence[LanguageModel], options: PolicyOptions, groups: Groups
+    chunks: Sequence[LanguageModel], ddp_config: DistributedDataParallelConfig, groups: Groups
 ) -> tuple[DistributedDataParallel, ...]:
     config = chunks[0].config
     # As Megatron does: the communication of later chunks overlaps with other chunks' work without
     # small buckets.
     wrapped = tuple(
-        _ddp(chunk, options.ddp_config, groups.language, disable_bucketing=index > 0)
+        _ddp(chunk, ddp_config, groups.language, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     )
 
@@ -209,7 +205,7 @@ def _language_ddp(
         finalize_model_grads(model, None, **kwargs)
 
     config.finalize_model_grads_func = finalize
-    if options.ddp_config.overlap_grad_reduce:
+    if ddp_config.overlap_grad_reduce:
         no_syncs = [each.no_sync for each in wrapped]
         config.no_sync_func = no_syncs if len(wrapped) > 1 else no_syncs[0]
     return wrapped

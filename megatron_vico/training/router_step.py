@@ -129,11 +129,11 @@ def _ask(policy: Policy, batch: StepBatch, features_NPD: Tensor) -> tuple[Tensor
         [pack.router_tiles + first for pack, first in zip(batch.packs, first_tiles, strict=True)]
     )
     question = torch.arange(len(counts_M)).repeat_interleave(counts_M)
-    own = (tiles >= batch.share.own.start) & (tiles < batch.share.own.stop)
+    own = (tiles >= batch.split.own.start) & (tiles < batch.split.own.stop)
     own_M = question[own].unique_consecutive()
     if not len(own_M):
         return own_M, features_NPD.new_zeros(0, 2)
-    asked_NPD = features_NPD[(tiles[own] - batch.share.own.start).to(features_NPD.device)]
+    asked_NPD = features_NPD[(tiles[own] - batch.split.own.start).to(features_NPD.device)]
     counts = counts_M[own_M].tolist()  # on the CPU, where packs are made
     assert sum(counts) == len(asked_NPD), "the tiles of a question are on one rank"
     if max(counts) == 1:

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.checkpoint.run_folder import has_checkpoint, resolve_model
-from megatron_vico.config.megatron_kwargs import megatron_kwargs
 from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.data.encode.sample_encoder import EncodingSettings, SampleEncoder
@@ -31,12 +29,11 @@ from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel
 from megatron_vico.parallel.batch import StepBatch, shared_batches
 from megatron_vico.parallel.groups import Groups
-from megatron_vico.parallel.streams import FP8_ALIGNMENT, StreamCut
 from megatron_vico.training.data_state import DataState
 from megatron_vico.training.flops import pack_cost
 from megatron_vico.training.offload import HostOffload
 from megatron_vico.training.optimizer import build_optimizer, build_scheduler
-from megatron_vico.training.policy import Policy, PolicyOptions, wrap
+from megatron_vico.training.policy import Policy, wrap
 from megatron_vico.training.reference import Reference, share_equal_modules
 from megatron_vico.vico.router_targets import RatioWindow
 
@@ -54,8 +51,7 @@ class Run:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     data: DataState
-    """Reads the replica's packs, on its first rank (the others get them from there), and counts
-    broken samples."""
+    """Reads the replica's packs, on its first rank, and counts broken samples."""
 
     iteration: int
     """Optimizer steps already done when the run starts."""
@@ -92,13 +88,6 @@ def named_modules(
 def set_up(cfg: RunConfig, groups: Groups) -> Run:
     """Models, weights, optimizer and data of a run, resumed where --load has a checkpoint.
 
-    Args:
-        cfg: a validated configuration.
-        groups: process groups.
-
-    Returns:
-        The run, ready for its next step.
-
     Raises:
         ConfigError: if the stage has nothing to start from.
         CheckpointError: if a checkpoint is broken or of another model.
@@ -117,7 +106,7 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
     modules = named_modules(encoder, language_chunks)
     if resume is None and start_from is not None:
         training_checkpoint.load_weights(start_from, modules=modules, model_size=model.name)
-    policy = wrap(encoder, language_chunks, policy_options(cfg, groups), groups=groups)
+    policy = wrap(encoder, language_chunks, cfg, groups=groups)
     optimizer = build_optimizer(policy, cfg, groups=groups)
     scheduler = build_scheduler(optimizer, cfg.optimizer, cfg.training)
     window = RatioWindow(size=cfg.stage.router_window, percentile=cfg.stage.router_percentile)
@@ -179,30 +168,6 @@ def build_modules(
     )
 
 
-def policy_options(cfg: RunConfig, groups: Groups) -> PolicyOptions:
-    """What of the policy is trained, and how, in a run."""
-    fp8 = cfg.parallel.fp8_format is not None
-    return PolicyOptions(
-        trained=frozenset(cfg.stage.trained),
-        ddp_config=_ddp_config(cfg),
-        stream_cut=StreamCut.of(
-            groups,
-            sequence_parallel=cfg.parallel.sequence_parallel,
-            alignment=FP8_ALIGNMENT[cfg.parallel.fp8_recipe] if fp8 else 1,
-        ),
-        chunk_tiles=cfg.model.encoder_chunk_tiles,
-        freeze_moe_router=cfg.stage.freeze_moe_router,
-    )
-
-
-def _ddp_config(cfg: RunConfig) -> DistributedDataParallelConfig:
-    # --no-accumulate-allreduce-grads-in-fp32 takes the first back.
-    fields = {"grad_reduce_in_fp32": True}
-    return DistributedDataParallelConfig(
-        **(fields | megatron_kwargs(cfg, DistributedDataParallelConfig))
-    )
-
-
 def _reference(cfg: RunConfig, model: ModelConfig, policy: Policy, groups: Groups) -> Reference:
     source = cfg.stage.reference_load or cfg.checkpoint.pretrained_checkpoint
     if source is None:
@@ -244,15 +209,8 @@ def freeze_reference(
 ) -> Reference:
     """The reference from modules that have their weights.
 
-    Args:
-        encoder: built from `reference_config`, as are the chunks.
-        language_chunks: this rank's chunks of the language model.
-        policy: with what it keeps frozen and bitwise equal the reference shares memory.
-        cfg: the run's configuration.
-        groups: process groups.
-
-    Returns:
-        The reference, all of it frozen, its weights in the host's memory if the run asks for that.
+    They are built from `reference_config`. What the policy keeps frozen and bitwise equal is shared
+    with it; the other weights are in the host's memory if the run asks for that.
     """
     encoder.requires_grad_(False).eval()
     for chunk in language_chunks:

@@ -111,10 +111,10 @@ def visual_tokens(
     """
     if plans is None:
         plans = [torch.zeros(pack.num_tiles, dtype=torch.bool) for pack in batch.packs]
-    compressed_N = torch.cat(list(plans))[batch.share.own]
+    compressed_N = torch.cat(list(plans))[batch.split.own]
     with phase("encode"), torch.set_grad_enabled(trained):
         outputs_VH = encoder.visual_tokens(
             features_NPD if trained else features_NPD.detach(), compressed_N
         )
-    exchange = TokenExchange([encoder.tokens_per_tile(plan) for plan in plans], batch.share, groups)
+    exchange = TokenExchange([encoder.tokens_per_tile(plan) for plan in plans], batch.split, groups)
     return VisualTokens(outputs_VH, exchange, trained=trained)

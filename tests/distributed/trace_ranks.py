@@ -31,7 +31,7 @@ import torch  # noqa: E402
 
 from megatron_vico.config.schema import RunConfig  # noqa: E402
 from megatron_vico.parallel.groups import Groups  # noqa: E402
-from megatron_vico.parallel.static_shapes import KnownShapes, P2PCommunicator  # noqa: E402
+from megatron_vico.parallel.static_shapes import P2PCommunicator, StaticShapes  # noqa: E402
 from megatron_vico.training import (  # noqa: E402
     consistency_step,
     pipeline_schedule,
@@ -83,7 +83,7 @@ class Handshake:
         span.end = time.time()
 
 
-class AskingShapes(KnownShapes):
+class AskingShapes(StaticShapes):
     """megatron-core's communicator: it sends each shape ahead."""
 
     _communicate_shapes = P2PCommunicator._communicate_shapes
@@ -147,7 +147,7 @@ def _watched(fault: Fault, handshake: Handshake) -> Iterator[None]:
     forward_pass, training_pass, communicator = (
         reference.forward_pass,
         consistency_step.training_pass,
-        pipeline_schedule.KnownShapes,
+        pipeline_schedule.StaticShapes,
     )
 
     @functools.wraps(training_pass)
@@ -159,7 +159,7 @@ def _watched(fault: Fault, handshake: Handshake) -> Iterator[None]:
     consistency_step.training_pass = (
         after_barrier if fault == "barrier" else _phased(training_pass, "policy", then="after")
     )
-    pipeline_schedule.KnownShapes = AskingShapes if fault == "shape exchange" else communicator
+    pipeline_schedule.StaticShapes = AskingShapes if fault == "shape exchange" else communicator
     record_function, pipeline_schedule.record_function = (
         pipeline_schedule.record_function,
         handshake,
@@ -170,7 +170,7 @@ def _watched(fault: Fault, handshake: Handshake) -> Iterator[None]:
     finally:
         RECORDER.phase = ""
         reference.forward_pass, consistency_step.training_pass = forward_pass, training_pass
-        pipeline_schedule.KnownShapes = communicator
+        pipeline_schedule.StaticShapes = communicator
         pipeline_schedule.record_function = record_function
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_vico.parallel.static_shapes import KnownShapes
+from megatron_vico.parallel.static_shapes import StaticShapes
 
 LENS = [5, 7, 3, 9, 4, 8]
 WIDTH = 16
@@ -15,20 +15,22 @@ WIDTH = 16
 
 def communicator(
     monkeypatch: pytest.MonkeyPatch, *, stage: int, stages: int, chunks: int | None = None
-) -> KnownShapes:
+) -> StaticShapes:
     group = types.SimpleNamespace(size=lambda: stages, rank=lambda: stage)
     monkeypatch.setattr(torch.distributed, "get_global_rank", lambda group, rank: rank)
-    monkeypatch.setattr(KnownShapes, "is_pp_first_stage", property(lambda self: stage == 0))
-    monkeypatch.setattr(KnownShapes, "is_pp_last_stage", property(lambda self: stage == stages - 1))
+    monkeypatch.setattr(StaticShapes, "is_pp_first_stage", property(lambda self: stage == 0))
+    monkeypatch.setattr(
+        StaticShapes, "is_pp_last_stage", property(lambda self: stage == stages - 1)
+    )
     config: Any = types.SimpleNamespace(
         virtual_pipeline_model_parallel_size=chunks,
         hidden_size=WIDTH,
         microbatch_group_size_per_vp_stage=stages,
     )
-    return KnownShapes(group, config, LENS)
+    return StaticShapes(group, config, LENS)
 
 
-def received(known: KnownShapes, *, forward: int, backward: int) -> tuple[list[int], list[int]]:
+def received(known: StaticShapes, *, forward: int, backward: int) -> tuple[list[int], list[int]]:
     """Lengths in the order of the receives."""
     ahead = [known._communicate_shapes(None, None, True, False)[0] for _ in range(forward)]
     back = [known._communicate_shapes(None, None, False, True)[1] for _ in range(backward)]

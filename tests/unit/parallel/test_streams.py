@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_vico.data.samples import PackedStream
 from megatron_vico.models.language_model import LanguageInputs
-from megatron_vico.parallel.streams import StreamCut, language_inputs, pad_stream, row_share
+from megatron_vico.parallel.streams import StreamCut, language_inputs, pad_stream, row_slice
 
 CPU = torch.device("cpu")
 
@@ -115,7 +115,7 @@ def test_every_rank_gets_its_share_of_rows_in_response_order(
     found = []
     for (context, sequence), part in parts.items():
         rows = picked if part.gathered_rows_R is None else picked[part.gathered_rows_R]
-        share = row_share(len(expected), size=cut.context_size, rank=context)
+        share = row_slice(len(expected), size=cut.context_size, rank=context)
         assert torch.equal(rows, expected[share])
         if sequence == 0:
             found.append(rows)

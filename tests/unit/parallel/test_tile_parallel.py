@@ -3,11 +3,11 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vico.parallel.tile_parallel import TileShare, share_tiles
+from megatron_vico.parallel.tile_parallel import TileSplit, split_tiles
 
 
-def shares(units: list[int], num_ranks: int) -> list[TileShare]:
-    return [share_tiles(units, num_ranks=num_ranks, rank=rank) for rank in range(num_ranks)]
+def shares(units: list[int], num_ranks: int) -> list[TileSplit]:
+    return [split_tiles(units, num_ranks=num_ranks, rank=rank) for rank in range(num_ranks)]
 
 
 @given(st.integers(0, 300), st.integers(1, 40))

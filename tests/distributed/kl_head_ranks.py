@@ -1,23 +1,18 @@
-"""The fused heads over two and over four tensor-parallel ranks against one; started by torchrun,
-four processes.
+"""The fused heads over two and over four tensor-parallel ranks against one.
 
 Prints one JSON line a case, from rank 0: the largest errors over the ranks, and what the negative
 control found.
 """
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from megatron_vico.models.heads.cross_entropy import CrossEntropy
 from megatron_vico.models.heads.kl import KLToReference
@@ -161,27 +156,13 @@ def compare(step: Step, num_rows: int, group: Any) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def print_cases() -> None:
+    """A JSON line a case, from rank 0; four ranks."""
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     for group in (pairs[dist.get_rank() // 2], dist.group.WORLD):
         for step in (kl, cross_entropy, rows_only):
             for num_rows in (10, 8, 1, 0):
                 found = compare(step, num_rows, group)
+                case = {"loss_of": step.__name__, "tp": group.size(), "num_rows": num_rows}
                 if dist.get_rank() == 0:
-                    print(
-                        json.dumps(
-                            {
-                                "loss_of": step.__name__,
-                                "tp": group.size(),
-                                "num_rows": num_rows,
-                                **found,
-                            }
-                        )
-                    )
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+                    print(json.dumps(case | found))

@@ -1,7 +1,6 @@
-"""Trains a list of configurations and tells how each ended on each rank; started by torchrun from
-the tests.
+"""Trains a list of configurations and tells how each ended on each rank; for torchrun.
 
-Usage: run_skipped.py FOLDER, with FOLDER/configs.pkl, a pickled list of RunConfig. Writes
+Usage: run_training.py FOLDER, with FOLDER/configs.pkl, a pickled list of RunConfig. Writes
 FOLDER/told.json: of each configuration, what each rank's SampleError said, or null.
 """
 
@@ -29,14 +28,14 @@ def main() -> None:
     told = []
     with started(configs[0].parallel, seed=1, timeout_minutes=2):
         for cfg in configs:
-            mine = None
+            message = None
             try:
                 train(cfg)
             except SampleError as error:
-                mine = str(error)
-            everyones: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(everyones, mine)
-            told.append(everyones)
+                message = str(error)
+            all_ranks: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(all_ranks, message)
+            told.append(all_ranks)
         if torch.distributed.get_rank() == 0:
             (folder / "told.json").write_text(json.dumps(told))
 

@@ -40,20 +40,11 @@ class StreamCut:
     sequence_rank: int = 0
 
     alignment: int = 1
-    """What the tokens of one rank's share must be a multiple of; see `FP8_ALIGNMENT`."""
+    """What the tokens of one rank's shard must be a multiple of; see `FP8_ALIGNMENT`."""
 
     @classmethod
     def of(cls, groups: Groups, *, sequence_parallel: bool, alignment: int = 1) -> "StreamCut":
-        """The cut of a layout.
-
-        Args:
-            groups: process groups.
-            sequence_parallel: whether hidden states are sharded over the tensor-parallel ranks.
-            alignment: tokens of a share must be a multiple of this.
-
-        Returns:
-            This rank's cut.
-        """
+        """This rank's cut in a layout."""
         language = groups.language
         return cls(
             context_size=language.cp.size(),
@@ -75,22 +66,14 @@ class StreamCut:
 
 
 def pad_stream(stream: PackedStream, cut: StreamCut) -> PackedStream:
-    """Pad a stream to what a layout needs.
+    """Pad a stream to the multiples that a layout needs; `stream` itself if it has them already.
 
-    Each document is padded at its own end (causality keeps that out of sight), and the pack by one
-    document more, of padding only. Padding is no response and gets no visual token, so it has no
-    loss.
-
-    Args:
-        stream: packed documents.
-        cut: the layout.
-
-    Returns:
-        The stream with `document_multiple` and `pack_multiple` fulfilled; `stream` itself if it
-        fulfils them already.
+    Padding is no response and gets no visual token, so it has no loss.
     """
     lens_D = stream.cu_seqlens.diff().long()
     each = cut.document_multiple
+    # Each document at its own end, where causality keeps padding out of its tokens' sight; then the
+    # pack by one document more, of padding only.
     padded_D = (lens_D + each - 1) // each * each
     num_tokens = int(padded_D.sum())
     tail = -num_tokens % cut.pack_multiple
@@ -111,21 +94,12 @@ def pad_stream(stream: PackedStream, cut: StreamCut) -> PackedStream:
 
 
 def language_inputs(stream: PackedStream, cut: StreamCut, device: torch.device) -> LanguageInputs:
-    """This rank's part of a packed stream, on the device it computes on.
-
-    Args:
-        stream: not padded yet, on the CPU.
-        cut: the layout.
-        device: where to compute.
-
-    Returns:
-        What the language model takes.
-    """
+    """This rank's part of a packed stream (not padded yet, on the CPU), on its device."""
     padded = pad_stream(stream, cut)
     local_T, where_T = _places(padded, cut)
     places_V = where_T[padded.visual_positions]
     local_len = len(local_T)
-    mine_V = (places_V // local_len == cut.context_rank).nonzero().squeeze(1)
+    own_V = (places_V // local_len == cut.context_rank).nonzero().squeeze(1)
     rows, gathered = _response_rows(where_T[padded.response_rows], local_len, cut)
 
     def sent(tensor: Tensor) -> Tensor:
@@ -133,8 +107,8 @@ def language_inputs(stream: PackedStream, cut: StreamCut, device: torch.device) 
 
     return LanguageInputs(
         token_ids_T=sent(padded.token_ids[local_T]),
-        visual_positions_V=sent(places_V[mine_V] % local_len),
-        visual_index_V=sent(mine_V) if cut.context_size > 1 else None,
+        visual_positions_V=sent(places_V[own_V] % local_len),
+        visual_index_V=sent(own_V) if cut.context_size > 1 else None,
         cu_seqlens=sent(padded.cu_seqlens),
         document_lens=tuple(padded.cu_seqlens.diff().tolist()),
         response_rows_R=sent(rows),
@@ -158,6 +132,7 @@ def _places(padded: PackedStream, cut: StreamCut) -> tuple[Tensor, Tensor]:
         zigzag_positions(lens, cp_size=cut.context_size, cp_rank=rank)
         for rank in range(cut.context_size)
     ]
+    # The inverse of the order in which the ranks, one after the other, hold the pack.
     where_T = torch.empty(len(padded.token_ids), dtype=torch.int64)
     where_T[torch.cat(held)] = torch.arange(len(padded.token_ids))
     return held[cut.context_rank], where_T
@@ -180,12 +155,12 @@ def _response_rows(
     # One row at least, so that every rank takes part in the gather's backward.
     longest = max(int(counts.max()), 1)
     order_R = shard_R.argsort(stable=True)
+    # Which of its shard's rows each row is: its rank among all rows in shard order, less the first.
+    firsts = counts.cumsum(0) - counts
     within_R = torch.empty_like(order_R)
-    within_R[order_R] = torch.arange(len(order_R)) - (counts.cumsum(0) - counts).repeat_interleave(
-        counts
-    )
-    picked = torch.zeros(longest, dtype=torch.int64)
-    mine_R = shard_R == cut.context_rank * cut.sequence_size + cut.sequence_rank
-    picked[within_R[mine_R]] = offset_R[mine_R]
+    within_R[order_R] = torch.arange(len(order_R)) - firsts.repeat_interleave(counts)
+    picked = torch.zeros(longest, dtype=torch.int64)  # the rest picks row 0, which nobody reads
+    own_R = shard_R == cut.context_rank * cut.sequence_size + cut.sequence_rank
+    picked[within_R[own_R]] = offset_R[own_R]
     rows = row_slice(len(places_R), size=cut.context_size, rank=cut.context_rank)
     return picked, (shard_R * longest + within_R)[rows]

@@ -13,6 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from megatron_vico.config.schema import RunConfig
 from megatron_vico.data.samples import PackedBatch
 from megatron_vico.parallel.groups import Groups
 
@@ -184,35 +185,20 @@ class ValidationFigures:
 class MetricsLogger:
     """Writes each step's figures, on the main rank only."""
 
-    def __init__(
-        self,
-        *,
-        save: Path | None,
-        tensorboard_dir: Path | None,
-        train_iters: int,
-        log_interval: int,
-        resume_at: int,
-        is_main: bool,
-    ) -> None:
-        """Open the files.
+    def __init__(self, cfg: RunConfig, *, resume_at: int, is_main: bool) -> None:
+        """Open the files of --save; of `metrics.jsonl`, lines after step `resume_at` are dropped.
 
-        Args:
-            save: folder of `metrics.jsonl`; nothing is written where it is None.
-            tensorboard_dir: folder of TensorBoard files; unset, `save`/tensorboard.
-            train_iters: steps of the stage, for the log line.
-            log_interval: steps between two log lines; files get every step.
-            resume_at: steps already done; later lines of an interrupted run are dropped from
-                `metrics.jsonl`.
-            is_main: whether this rank writes.
+        Files get every step, the terminal one line in --log-interval.
         """
-        self.train_iters = train_iters
-        self.log_interval = log_interval
+        self.train_iters = cfg.training.train_iters
+        self.log_interval = cfg.training.log_interval
         self.is_main = is_main
         self._consumed_samples = self._skipped_samples = 0
         self._window: list[StepFigures] = []
         self._lines = self._tensorboard = None
-        if not is_main or save is None:
+        if not is_main or cfg.checkpoint.save is None:
             return
+        save = Path(cfg.checkpoint.save)
         save.mkdir(parents=True, exist_ok=True)
         path = save / "metrics.jsonl"
         kept = _lines_before(path, resume_at)
@@ -224,7 +210,7 @@ class MetricsLogger:
         from torch.utils.tensorboard import SummaryWriter
 
         self._tensorboard = SummaryWriter(
-            str(tensorboard_dir or save / "tensorboard"), purge_step=resume_at + 1
+            cfg.checkpoint.tensorboard_dir or str(save / "tensorboard"), purge_step=resume_at + 1
         )
 
     def log(self, figures: StepFigures) -> None:

@@ -29,7 +29,7 @@ from megatron_vico.training.preflight import check_environment, check_files
 from megatron_vico.training.profiler import open_profiler, phase
 from megatron_vico.training.setup import Run, set_up
 from megatron_vico.training.steps import STEPS
-from megatron_vico.training.validation import evaluate, open_validation
+from megatron_vico.training.validation import open_validation, validation_figures
 
 
 @worker_death_explained()
@@ -57,16 +57,7 @@ def train(cfg: RunConfig) -> None:
 
 def _loop(run: Run, stop: "_StopSignal") -> None:
     cfg, groups = run.cfg, run.groups
-    logger = MetricsLogger(
-        save=Path(cfg.checkpoint.save) if cfg.checkpoint.save else None,
-        tensorboard_dir=(
-            Path(cfg.checkpoint.tensorboard_dir) if cfg.checkpoint.tensorboard_dir else None
-        ),
-        train_iters=cfg.training.train_iters,
-        log_interval=cfg.training.log_interval,
-        resume_at=run.iteration,
-        is_main=groups.is_main,
-    )
+    logger = MetricsLogger(cfg, resume_at=run.iteration, is_main=groups.is_main)
     _announce(run, logger)
     validation = open_validation(run)
     run.policy.train_mode()
@@ -106,7 +97,7 @@ def _loop(run: Run, stop: "_StopSignal") -> None:
                 started = time.perf_counter()
             # After the checkpoint, which a broken validation set must not cost.
             if validation is not None and (last or _due(iteration, cfg.training.eval_interval)):
-                logger.log_validation(evaluate(run, validation, iteration=iteration))
+                logger.log_validation(validation_figures(run, validation, iteration=iteration))
                 started = time.perf_counter()
             if ending:
                 break

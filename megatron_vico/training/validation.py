@@ -87,7 +87,7 @@ def _own_config(cfg: RunConfig) -> RunConfig:
 
 
 @torch.no_grad()
-def evaluate(run: Run, validation: ValidationSet, *, iteration: int) -> ValidationFigures:
+def validation_figures(run: Run, validation: ValidationSet, *, iteration: int) -> ValidationFigures:
     """The stage's figures over the validation set, the same on every rank, which all call it.
 
     Weights, gradients, optimizer, random state and router window are left as they are.

@@ -23,7 +23,7 @@ from megatron_vico.config.schema import RunConfig  # noqa: E402
 from megatron_vico.parallel.groups import Groups  # noqa: E402
 from megatron_vico.training.setup import set_up  # noqa: E402
 from megatron_vico.training.trainer import compute_gradients, update_weights  # noqa: E402
-from megatron_vico.training.validation import evaluate, open_validation  # noqa: E402
+from megatron_vico.training.validation import open_validation, validation_figures  # noqa: E402
 from tests.distributed.cached_layouts import CachedLayouts  # noqa: E402
 
 
@@ -33,7 +33,7 @@ def figures_of(cfg: RunConfig, groups: Groups) -> dict[str, Any]:
     run.window.push(torch.linspace(0.8, 1.6, 9))
     validation = open_validation(run)
     assert validation is not None
-    figures = dataclasses.asdict(evaluate(run, validation, iteration=0))
+    figures = dataclasses.asdict(validation_figures(run, validation, iteration=0))
     return {
         name: value for name, value in figures.items() if name != "time_s" and value is not None
     }
@@ -51,7 +51,7 @@ def trained(cfg: RunConfig, groups: Groups, *, evaluated: bool) -> dict[str, lis
         compute_gradients(run, batch)
         norms.append(update_weights(run))
         if evaluated:
-            losses.append(evaluate(run, validation, iteration=number).loss)
+            losses.append(validation_figures(run, validation, iteration=number).loss)
     return {"norms": norms, "losses": losses}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_vico.config.schema import CheckpointOptions, RunConfig, TrainingOptions
 from megatron_vico.training.metrics import (
     MetricsLogger,
     RouterSums,
@@ -36,25 +37,17 @@ def figures_of(iteration: int, loss: float = 1.0) -> StepFigures:
 def logger_for(
     save: Path | None, *, resume_at: int = 0, is_main: bool = True, log_interval: int = 1
 ) -> MetricsLogger:
-    return MetricsLogger(
-        save=save,
-        tensorboard_dir=None,
-        train_iters=10,
-        log_interval=log_interval,
-        resume_at=resume_at,
-        is_main=is_main,
+    cfg = RunConfig(
+        training=TrainingOptions(train_iters=10, log_interval=log_interval),
+        checkpoint=CheckpointOptions(save=None if save is None else str(save)),
     )
+    return MetricsLogger(cfg, resume_at=resume_at, is_main=is_main)
 
 
 def test_reduce_counts_fractions(single_process_groups: None) -> None:
-    router = RouterSums(
-        **{
-            field.name: torch.tensor(value)
-            for field, value in zip(
-                dataclasses.fields(RouterSums), (8.0, 5.0, 4.0, 6.0, 16.0, 1.5), strict=True
-            )
-        }
-    )
+    names = [field.name for field in dataclasses.fields(RouterSums)]
+    values = map(torch.tensor, (8.0, 5.0, 4.0, 6.0, 16.0, 1.5))
+    router = RouterSums(**dict(zip(names, values, strict=True)))
     sums = StepSums(
         loss=torch.tensor(2.0),
         samples=8,
@@ -109,14 +102,7 @@ def test_validation_has_lines_of_its_own(
     logger = logger_for(tmp_path)
     logger.log(figures_of(1))
     logger.log_validation(
-        ValidationFigures(
-            iteration=1,
-            loss=0.25,
-            samples=7,
-            time_s=2.0,
-            loss_all_compressed=0.5,
-            router_accuracy=None,
-        )
+        ValidationFigures(iteration=1, loss=0.25, samples=7, time_s=2.0, loss_all_compressed=0.5)
     )
     logger.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -134,9 +120,8 @@ def test_validation_has_lines_of_its_own(
     resumed = logger_for(tmp_path, resume_at=1)
     resumed.log(figures_of(2))
     resumed.close()
-    assert (
-        "consumed samples:           64" in capsys.readouterr().out
-    )  # those of validation are not consumed
+    # Those of validation are not consumed.
+    assert "consumed samples:           64" in capsys.readouterr().out
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ Here host and device are one memory. A device is made up by letting `Tensor.to` 
 does towards a GPU; where a weight is can then be told from its address.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_vico.config.schema import RunConfig
 from megatron_vico.parallel.batch import share_step
-from megatron_vico.parallel.groups import Groups, started
+from megatron_vico.parallel.groups import Groups
 from megatron_vico.training.consistency_step import consistency_step
 from megatron_vico.training.offload import HostOffload
 from megatron_vico.training.setup import Run
@@ -25,12 +24,6 @@ from tests.training_runs import ToyData
 from tests.unit.training.test_steps import main_grads, move_away, next_packs, start_run
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def groups(single_process_groups: None) -> Iterator[Groups]:
-    with started(RunConfig().parallel, seed=1, timeout_minutes=1) as groups:
-        yield groups
 
 
 @pytest.fixture

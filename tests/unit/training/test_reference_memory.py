@@ -1,17 +1,15 @@
 """What the reference pass leaves behind: the response rows of each pack, and nothing else."""
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import pytest
 import torch
 from torch import Tensor
 
 from megatron_vico.config.registry import get_model_config
-from megatron_vico.config.schema import RunConfig
 from megatron_vico.parallel.batch import StepBatch, share_step
-from megatron_vico.parallel.groups import Groups, started
+from megatron_vico.parallel.groups import Groups
 from megatron_vico.parallel.streams import StreamCut, language_inputs
 from megatron_vico.training.reference import Reference
 from tests.peak_bytes import PeakBytes
@@ -70,12 +68,6 @@ def pass_bytes(run: Callable[[], Sequence[Tensor | None]], device: torch.device)
     return PassBytes(
         rows=sum(each.nbytes for each in rows if each is not None), kept=kept, peak=peak
     )
-
-
-@pytest.fixture
-def groups(single_process_groups: None) -> Iterator[Groups]:
-    with started(RunConfig().parallel, seed=1, timeout_minutes=1) as groups:
-        yield groups
 
 
 def make_reference() -> Reference:

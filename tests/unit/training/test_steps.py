@@ -1,8 +1,6 @@
-"""The steps against plain autograd: no schedule, no DDP, the encoder inside the graph, a naive KL
-in float64."""
+"""The steps against plain autograd: no schedule, no DDP, one graph, a naive KL in float64."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_vico.config.schema import RunConfig
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel
 from megatron_vico.parallel.batch import share_step
-from megatron_vico.parallel.groups import Groups, started
+from megatron_vico.parallel.groups import Groups
 from megatron_vico.parallel.streams import StreamCut, language_inputs
 from megatron_vico.training.consistency_step import consistency_step, pretrain_step
 from megatron_vico.training.router_step import router_step
@@ -24,12 +21,6 @@ from tests.training_runs import ToyData, toy_config
 from tests.unit.vico.test_consistency import naive_kl
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def groups(single_process_groups: None) -> Iterator[Groups]:
-    with started(RunConfig().parallel, seed=1, timeout_minutes=1) as groups:
-        yield groups
 
 
 def start_run(data: ToyData, stage: str, base: Path, groups: Groups, **options: object) -> Run:
@@ -74,12 +65,20 @@ def naive_loss(
 
 def main_grads(run: Run) -> dict[str, Tensor]:
     """Gradients as the optimizer will see them, by parameter name."""
+    return {
+        name: param.main_grad.clone()
+        for name, param in named_parameters(run).items()
+        if param.requires_grad
+    }
+
+
+def named_parameters(run: Run) -> dict[str, torch.nn.Parameter]:
+    """Of language model and encoder."""
     modules = {"language_model": run.policy.head, "encoder": run.policy.encoder}
     return {
-        f"{prefix}.{name}": param.main_grad.clone()
+        f"{prefix}.{name}": param
         for prefix, module in modules.items()
         for name, param in module.named_parameters()
-        if param.requires_grad
     }
 
 
@@ -89,20 +88,17 @@ def relative(x: Tensor, y: Tensor) -> float:
 
 def assert_gradients_equal(run: Run, loss: Tensor, *, tolerance: float) -> None:
     """Compare what the step left in `main_grad` with autograd's gradients of `loss`."""
-    ours = main_grads(run)
-    named = {
-        **{f"language_model.{name}": param for name, param in run.policy.head.named_parameters()},
-        **{f"encoder.{name}": param for name, param in run.policy.encoder.named_parameters()},
-    }
-    params = [named[name] for name in ours]
-    theirs = torch.autograd.grad(loss, params, allow_unused=True)
+    found = main_grads(run)
+    named = named_parameters(run)
+    params = [named[name] for name in found]
+    expected = torch.autograd.grad(loss, params, allow_unused=True)
     moved = 0
-    for (name, mine), truth in zip(ours.items(), theirs, strict=True):
+    for (name, grad), truth in zip(found.items(), expected, strict=True):
         if truth is None or float(truth.norm()) == 0.0:
-            assert float(mine.norm()) == 0.0, name
+            assert float(grad.norm()) == 0.0, name
             continue
         moved += 1
-        assert relative(mine, truth) < tolerance, f"{name}: {relative(mine, truth)}"
+        assert relative(grad, truth) < tolerance, f"{name}: {relative(grad, truth)}"
     assert moved > 3
 
 
@@ -255,14 +251,14 @@ def test_router_labels_and_gradients_equal_the_plain_computation(
             == pack.policies[1].compressed.nonzero().squeeze(1).tolist()
         )
         for sample in range(len(pack.keys)):
-            mine = pack.router_tiles[pack.router_tile_sample == sample]
-            assert (len(mine) == 0) == (pack.tiles_per_sample[sample] == 0)
-            if not len(mine):
+            asked = pack.router_tiles[pack.router_tile_sample == sample]
+            assert (len(asked) == 0) == (pack.tiles_per_sample[sample] == 0)
+            if not len(asked):
                 continue
             rows = pack.sample_of_row == sample
             ratios.append((one[rows].mean() + eps) / (none[rows].mean() + eps))
-            counts = [len(mine)] if granularity == "image" else None
-            logits.append(policy.encoder.vir(features[mine], counts)[0])
+            counts = [len(asked)] if granularity == "image" else None
+            logits.append(policy.encoder.vir(features[asked], counts)[0])
     ratio = torch.stack(ratios)
     labels = (ratio >= torch.quantile(ratio, 0.6)).long()
     loss = F.cross_entropy(torch.stack(logits).double(), labels)

@@ -3,7 +3,6 @@ each sample once."""
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_vico.config.schema import RunConfig
 from megatron_vico.errors import ConfigError, SampleError
-from megatron_vico.parallel.groups import Groups, started
+from megatron_vico.parallel.groups import Groups
 from megatron_vico.training.setup import Run
 from megatron_vico.training.trainer import train
-from megatron_vico.training.validation import ValidationSet, evaluate, open_validation
+from megatron_vico.training.validation import ValidationSet, open_validation, validation_figures
 from tests.packs import WholePack, whole_packs
 from tests.toy_data import write_conversations
 from tests.training_runs import ToyData, make_toy_shards, read_metrics, toy_config
@@ -34,12 +32,6 @@ def valid_path(toy_data: ToyData, tmp_path_factory: pytest.TempPathFactory) -> s
     folder = tmp_path_factory.mktemp("valid")
     jsonl = write_conversations(folder, num_samples=NUM_SAMPLES, seed=7)
     return str(make_toy_shards(folder, jsonl, toy_data.tokenizer).shards)
-
-
-@pytest.fixture
-def groups(single_process_groups: None) -> Iterator[Groups]:
-    with started(RunConfig().parallel, seed=1, timeout_minutes=1) as groups:
-        yield groups
 
 
 def opened(run: Run) -> ValidationSet:
@@ -92,8 +84,8 @@ def test_training_does_not_notice(
     train(validated)
     rows = read_metrics(tmp_path / "valid")
     steps = [row for row in rows if "valid_loss" not in row]
-    for mine, theirs in zip(steps, read_metrics(tmp_path / "plain"), strict=True):
-        assert {**mine, "step_time_s": 0} == {**theirs, "step_time_s": 0}
+    for found_step, step in zip(steps, read_metrics(tmp_path / "plain"), strict=True):
+        assert {**found_step, "step_time_s": 0} == {**step, "step_time_s": 0}
     found = [row for row in rows if "valid_loss" in row]
     assert [row["iteration"] for row in found] == [2, 4, 5]
     assert len({row["valid_samples"] for row in found}) == 1
@@ -127,7 +119,7 @@ def test_nothing_is_left_behind(
             grad.fill_(3.0)
         before, random = main_grads(run), torch.get_rng_state()
         for _ in range(2):
-            figures = evaluate(run, validation, iteration=1)
+            figures = validation_figures(run, validation, iteration=1)
             found.append((figures.loss, figures.loss_all_compressed, figures.samples))
             assert torch.equal(random, torch.get_rng_state())
         assert modes == [module.training for module in run.policy.encoder.modules()]
@@ -155,22 +147,22 @@ def test_kl_is_a_plain_mean_over_samples(
         move_away(run)
         validation = opened(run)
         assert validation.num_packs % 2 == 1
-        figures.append(evaluate(run, validation, iteration=1))
+        figures.append(validation_figures(run, validation, iteration=1))
     assert figures[0].loss == figures[1].loss
     assert run.reference is not None
     validation = opened(run)
-    share, everything = [], []
+    xi, everything = [], []
     with torch.no_grad():
         for pack in each_pack_once(validation):
             target = naive_loss(run.reference.encoder, run.reference.head, pack, view=None)
-            for view, means in ((0, share), (1, everything)):
+            for view, means in ((0, xi), (1, everything)):
                 logits = naive_loss(
                     run.policy.encoder.eval(), run.policy.head.eval(), pack, view=view
                 )
                 means += mean_per_sample(naive_kl(target, logits), pack)
             assert pack.policies[1].compressed.all()
-    assert len(share) == figures[1].samples == NUM_SAMPLES
-    assert figures[1].loss == pytest.approx(sum(share) / NUM_SAMPLES, rel=2e-6)
+    assert len(xi) == figures[1].samples == NUM_SAMPLES
+    assert figures[1].loss == pytest.approx(sum(xi) / NUM_SAMPLES, rel=2e-6)
     assert figures[1].loss_all_compressed == pytest.approx(sum(everything) / NUM_SAMPLES, rel=2e-6)
     assert figures[1].loss != figures[1].loss_all_compressed
 
@@ -179,7 +171,7 @@ def test_cross_entropy_is_a_plain_mean_over_samples(
     toy_data: ToyData, base_checkpoint: Path, valid_path: str, groups: Groups
 ) -> None:
     run = start_run(toy_data, "pretrain", base_checkpoint, groups, valid_data_path=(valid_path,))
-    figures = evaluate(run, opened(run), iteration=1)
+    figures = validation_figures(run, opened(run), iteration=1)
     means = []
     with torch.no_grad():
         for pack in each_pack_once(opened(run)):
@@ -198,7 +190,7 @@ def test_router_labels_come_from_the_window_as_it_is(
         for param in run.policy.head.parameters():
             param += 0.02 * torch.randn(param.shape, generator=generator)
     run.window.push(torch.tensor([0.9, 1.0, 1.1]))
-    figures = evaluate(run, opened(run), iteration=1)
+    figures = validation_figures(run, opened(run), iteration=1)
     assert run.window.state().tolist() == pytest.approx([0.9, 1.0, 1.1])
     assert run.reference is not None
     eps, tau = run.cfg.stage.router_eps, float(run.window.threshold())
@@ -230,10 +222,10 @@ def test_equal_policy_and_reference_without_images_give_exactly_zero(
     jsonl = write_conversations(tmp_path, num_samples=6, images_per_sample=(0,))
     text = make_toy_shards(tmp_path, jsonl, toy_data.tokenizer).shards
     run = start_run(toy_data, "consistency", base_checkpoint, groups, valid_data_path=(str(text),))
-    figures = evaluate(run, opened(run), iteration=1)
+    figures = validation_figures(run, opened(run), iteration=1)
     assert (figures.samples, figures.loss, figures.loss_all_compressed) == (6, 0.0, 0.0)
     move_away(run)
-    assert evaluate(run, opened(run), iteration=1).loss > 0
+    assert validation_figures(run, opened(run), iteration=1).loss > 0
 
 
 def test_without_a_sample_to_ask_the_router_about_no_figure_looks_perfect(
@@ -243,7 +235,7 @@ def test_without_a_sample_to_ask_the_router_about_no_figure_looks_perfect(
     text = make_toy_shards(tmp_path, jsonl, toy_data.tokenizer).shards
     run = start_run(toy_data, "router", base_checkpoint, groups, valid_data_path=(str(text),))
     run.window.push(torch.tensor([1.0]))
-    figures = evaluate(run, opened(run), iteration=1)
+    figures = validation_figures(run, opened(run), iteration=1)
     assert figures.samples == 0
     assert math.isnan(figures.loss)
 
@@ -256,7 +248,7 @@ def test_a_number_before_a_folder_weighs_it_and_takes_the_same_part_each_time(
     def figures(*words: str) -> tuple[int, float]:
         data = dataclasses.replace(run.cfg.data, valid_data_path=(*words, valid_path))
         validation = opened(dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, data=data)))
-        first, second = (evaluate(run, validation, iteration=step) for step in (1, 2))
+        first, second = (validation_figures(run, validation, iteration=step) for step in (1, 2))
         assert (first.samples, first.loss) == (second.samples, second.loss)
         return first.samples, first.loss
 
@@ -273,7 +265,7 @@ def test_some_batches_are_the_first_ones(
     validation = opened(run)
     assert validation.loader is not None
     first = sum(len(pack.keys) for pack in whole_packs(next(iter(validation.loader))))
-    assert evaluate(run, validation, iteration=1).samples == first < NUM_SAMPLES
+    assert validation_figures(run, validation, iteration=1).samples == first < NUM_SAMPLES
     with pytest.raises(
         ConfigError,
         match=r"--eval-iters 3: the 3 packs .* make 2 global batches of 2; use at most 2",

@@ -17,14 +17,14 @@ PACKAGE = {
     "evaluation": 860,
     "inference": 480,
     "models": 2270,
-    "parallel": 760,
+    "parallel": 720,
     "shard_tools": 2520,
-    "training": 2560,
+    "training": 2480,
     "vico": 440,
 }
 TESTS = {
     ".": 1400,
-    "distributed": 3450,
+    "distributed": 3230,
     "golden": 130,
     "gpu": 540,
     "parity": 1440,

@@ -52,6 +52,7 @@ ADVICE: Mapping[str, str] = {
     "split": "validation is --valid-data-path with --eval-interval and --eval-iters",
     "tokenizer_type": "use --tokenizer-model",
     "train_samples": "runs are counted in optimizer steps; use --train-iters",
+    "trace_step": "for step N use --profile --profile-step-start N-1 --profile-step-end N",
 }
 
 

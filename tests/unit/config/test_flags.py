@@ -130,6 +130,7 @@ def test_errors_of_a_recipe_name_the_file_and_the_fix(
         ("--recipe", "--recipe is given no value, expected one"),
         ("word", "'word' belongs to no flag"),
         ("--num-layers=3", "--num-layers is not an option here: fixed by --model-size"),
+        ("--trace-step 3", "--trace-step is not an option here: for step N use --profile "),
         ("--moe-grouped-gem", "did you mean '--moe-grouped-gemm'?"),
         ("--no-rope-fusion 3", "'3' belongs to no flag"),
         ("--use-megatron-fsdp", "--use-megatron-fsdp is an option of Megatron that this trainer"),

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from megatron_vico.shard_tools.sample_view import ViewedSample
     from megatron_vico.shard_tools.shard_check import Problem
 
-HAS_PROBLEMS = 1
-"""Exit status of `verify` where something is wrong."""
-
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `inspect`."""
@@ -112,7 +109,7 @@ def inspect(options: argparse.Namespace) -> None:
 
         if not shown:
             raise ConfigError("--picture: no samples to draw; give --samples above 0.")
-        contact_sheet(shown).picture.save(options.picture)
+        contact_sheet(shown)[0].save(options.picture)
         print(options.picture)
 
 
@@ -208,7 +205,7 @@ def verify(options: argparse.Namespace) -> int:
     print(f"{options.folder}: {len(folders)} folders, {size}, {done}")
     if problems:
         print(_causes(problems))
-    return HAS_PROBLEMS if problems else 0
+    return 1 if problems else 0
 
 
 def _causes(problems: Sequence["Problem"]) -> str:

@@ -10,7 +10,7 @@ from megatron_vico.cli import shard_checks
 from megatron_vico.config.config_json import model_named
 from megatron_vico.config.schema import DataOptions
 from megatron_vico.errors import ConfigError
-from megatron_vico.shard_tools.options import FrameOptions, WriterOptions, usable_cpus
+from megatron_vico.shard_tools.options import WriterOptions, usable_cpus
 
 if TYPE_CHECKING:
     from megatron_vico.data.shards.index import FolderIndex
@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     workers_help = "processes (default: one a CPU)"
     for command in (make, index):
         _add_settings(command)
-        command.add_argument("--workers", type=int, default=usable_cpus(), help=workers_help)
+        command.add_argument(
+            "--workers", type=int, default=usable_cpus(), dest="num_workers", help=workers_help
+        )
     inspect = actions.add_parser("inspect", help="show samples and statistics")
     shard_checks.add_inspect_arguments(inspect)
     verify = actions.add_parser("verify", help="read everything once and say what is wrong")
@@ -62,22 +64,11 @@ def _add_make(parser: argparse.ArgumentParser) -> None:
     root_help = "folder or .tar that paths in --jsonl start from; unset, the JSONL's folder"
     parser.add_argument("--image-root", type=Path, help=root_help)
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    helps = {
-        "samples_per_shard": "lines that become a shard; the unit of work, so give fewer if there"
-        " are more workers than shards",
-        "max_shard_bytes": "where a shard goes on in another file",
-        "max_skipped": "broken samples to leave out",
-        "max_skipped_share": "the same as a share of all samples, such as 0.01; the larger limit"
-        " holds",
-        "seed": "of the frames that are taken from videos",
-        "min_num_frame": "fewest frames of a video",
-        "max_num_frame": "most frames of a video",
-    }
-    defaults = {**vars(WriterOptions()), **vars(FrameOptions())}
-    for name, text in helps.items():
-        default = defaults[name]
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=type(default), default=default, help=text)
+    for each in fields(WriterOptions):
+        if "help" in each.metadata:
+            flag, default = "--" + each.name.replace("_", "-"), each.default
+            kind, text = type(default), each.metadata["help"]
+            parser.add_argument(flag, type=kind, default=default, help=text)
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +97,7 @@ def _encoding(options: argparse.Namespace) -> dict[str, Any]:
 def _index(options: argparse.Namespace) -> None:
     from megatron_vico.shard_tools.reindex import index_shards
 
-    counting = {"num_workers": options.workers, "show_progress": True}
+    counting = {"num_workers": options.num_workers, "show_progress": True}
     _report(options.folder, index_shards(options.folder, **_encoding(options), **counting))
 
 
@@ -116,10 +107,8 @@ def _make(options: argparse.Namespace) -> None:
 
     encoding = _encoding(options)
     given = vars(options)
-    frames = FrameOptions(**{each.name: given[each.name] for each in fields(FrameOptions)})
     named = {each.name: given[each.name] for each in fields(WriterOptions) if each.name in given}
-    writer = WriterOptions(**named, frames=frames, num_workers=options.workers)
-    how = {**encoding, "options": writer, "out_dir": options.out}
+    how = {**encoding, "options": WriterOptions(**named), "out_dir": options.out}
     if options.meta is None:
         root = options.image_root or options.jsonl.parent
         _report(options.out, make_shards(options.jsonl, image_root=root, **how))

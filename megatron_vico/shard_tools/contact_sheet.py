@@ -4,7 +4,6 @@ import math
 import re
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -34,19 +33,14 @@ _INKS = {"key": "#1f4e9c", "question": "black", "answer": "#1b6e2d", "note": "#6
 _GROUND, _CARD, _EDGE, _BROKEN = "#eceff3", "white", "#c3c9d1", "#f3c9c9"
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ContactSheet:
-    """The picture, and where each image is in it."""
+def contact_sheet(
+    samples: Sequence[ViewedSample], *, columns: int = 2
+) -> tuple[Image.Image, list[list[Box]]]:
+    """Draw samples, at least one, in so many columns of cards.
 
-    picture: Image.Image
-    """RGB."""
-
-    boxes: tuple[tuple[Box, ...], ...]
-    """Of each sample, of each of its images that is shown."""
-
-
-def contact_sheet(samples: Sequence[ViewedSample], *, columns: int = 2) -> ContactSheet:
-    """Draw samples, at least one, in so many columns of cards."""
+    Returns:
+        The picture, and where in it each sample's images that are shown are.
+    """
     cards = [_draw_card(sample) for sample in samples]
     columns = min(columns, len(cards))
     bottoms = [_MARGIN] * columns
@@ -62,8 +56,8 @@ def contact_sheet(samples: Sequence[ViewedSample], *, columns: int = 2) -> Conta
         canvas.paste(card, (left, top))
         edge = (left - 1, top - 1, left + CARD_WIDTH, top + card.height)
         pen.rectangle(edge, outline=_EDGE)
-        boxes.append(tuple((x + left, y + top, r + left, b + top) for x, y, r, b in on_card))
-    return ContactSheet(picture=canvas, boxes=tuple(boxes))
+        boxes.append([(x + left, y + top, r + left, b + top) for x, y, r, b in on_card])
+    return canvas, boxes
 
 
 def _draw_card(viewed: ViewedSample) -> tuple[Image.Image, list[Box]]:

@@ -7,7 +7,6 @@ shards alone would not do: a run may have become none or several, and its skippe
 
 import fcntl
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -117,11 +116,6 @@ class Journal:
         for pattern in ("shard-*", f"{INDEX_NAME}*", f"{JOURNAL_NAME}/*.json*"):
             for path in set(self._folder.glob(pattern)) - kept:
                 path.unlink()
-
-
-def remove_journal(folder: Path) -> None:
-    """Leave of a folder only what belongs into a complete one."""
-    shutil.rmtree(folder / JOURNAL_NAME, ignore_errors=True)
 
 
 def check_made(before: Mapping[str, Any], now: Mapping[str, Any], *, where: Path) -> None:

@@ -26,22 +26,20 @@ class Progress:
 
 
 @contextmanager
-def run_tasks[S, T, R](
-    work: Callable[[S, T], Iterator[R | Progress]],
+def run_tasks[T, R](
+    work: Callable[[T], Iterator[R | Progress]],
     tasks: Sequence[T],
     *,
-    shared: S,
     num_workers: int,
     kept: str = "",
 ) -> Iterator[Iterator[R | Progress]]:
-    """What `work(shared, task)` yields, for every task, in the order in which it is ready.
+    """What `work(task)` yields, for every task, in the order in which it is ready.
 
     At the end of the block workers stop where they next yield something.
 
     Args:
         work: what to do; yields `Progress` on the way, some of which is passed on together.
         tasks: dealt out to the processes beforehand, as cards are.
-        shared: what all tasks need (a tokenizer).
         num_workers: processes; with 1, or one task, everything happens in this one.
         kept: a clause of what is not lost when a worker is killed, for the error.
 
@@ -49,7 +47,7 @@ def run_tasks[S, T, R](
         ConfigError: if a worker was killed; torch says so anywhere in the block.
     """
     num_workers = min(num_workers, len(tasks))
-    results = _results(_Stream(work, tasks, shared), num_workers if num_workers > 1 else 0)
+    results = _results(_Stream(work, tasks), num_workers if num_workers > 1 else 0)
     try:
         with closing(results):
             yield results
@@ -103,13 +101,11 @@ class _Failure:
     error: Exception
 
 
-class _Stream[S, T, R](IterableDataset[R | Progress | _Failure]):
+class _Stream[T, R](IterableDataset[R | Progress | _Failure]):
     """What the tasks yield; in a worker process, what its share of them does."""
 
-    def __init__(
-        self, work: Callable[[S, T], Iterator[R | Progress]], tasks: Sequence[T], shared: S
-    ) -> None:
-        self._work, self._tasks, self._shared = work, tasks, shared
+    def __init__(self, work: Callable[[T], Iterator[R | Progress]], tasks: Sequence[T]) -> None:
+        self._work, self._tasks = work, tasks
 
     def __iter__(self) -> Iterator[R | Progress | _Failure]:
         worker = get_worker_info()
@@ -118,7 +114,7 @@ class _Stream[S, T, R](IterableDataset[R | Progress | _Failure]):
         due = time.monotonic()
         try:
             for task in self._tasks[first::step]:
-                for item in self._work(self._shared, task):
+                for item in self._work(task):
                     if not isinstance(item, Progress):
                         yield item
                         continue

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from megatron_vico.data.encode.sample_encoder import EncodingSettings, SampleEncoder
@@ -43,7 +44,8 @@ def index_shards(
     if not files:
         raise ConfigError(f"{path}: no shard-*.tar in it; make the folder with `vico shards make`.")
     encoder = SampleEncoder(tokenizer=tokenizer, settings=settings)
-    with run_tasks(_rebuild_index, files, shared=encoder, num_workers=num_workers) as results:
+    rebuild = partial(_rebuild_index, encoder)
+    with run_tasks(rebuild, files, num_workers=num_workers) as results:
         rebuilt = with_progress(results, total=None, done=0, shown=show_progress)
         shards = {shard.name: shard for shard in rebuilt}
     skipped: tuple[str, ...] = ()

@@ -36,9 +36,6 @@ class PackingOptions:
     seed: int = 1234
     """Of the order."""
 
-    shuffle_shards: int = DataOptions().shuffle_shards
-    """Shards whose samples are shuffled together."""
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackingFill:
@@ -145,7 +142,7 @@ class ShardStatistics:
                 repeats=repeats,
                 seed=packing.seed,
                 epoch=0,
-                block_shards=packing.shuffle_shards,
+                block_shards=DataOptions().shuffle_shards,
             )
             ids, _ = order.slice(0, MAX_PACKED)
             fill = _pack(lengths, tiles, ids=ids, options=packing)

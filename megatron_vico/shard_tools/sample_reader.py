@@ -197,8 +197,3 @@ def _prefixed(prefix: str) -> Iterator[None]:
         yield
     except SampleError as error:
         raise SampleError(f"{prefix}: {error}") from error
-
-
-def named_cause(message: str) -> str:
-    """The cause that a message of `SampleReader.read` starts with."""
-    return message.partition(": ")[0]

@@ -146,22 +146,21 @@ def check_shard(options: VerifyOptions, job: Job) -> Iterator[Problem | Progress
     """Everything that is wrong with a shard."""
     try:
         index = yield from _check_index(job)
-        keys = [] if index is None else [key.decode() for key in index.keys]
-        if index is not None:
-            hashes = np.array([_hash(key) for key in index.keys], dtype=np.uint64)
-            yield Keys(job=job.number, hashes=hashes)
-        yield from _check_tar(job, keys)
-        lost: set[int] = set()
-        if index is not None and job.tar.exists():
+        if index is None:
+            yield from _check_tar(job, ())
+            yield Progress(num_samples=0, num_bytes=job.shard.num_bytes)
+            return
+        hashes = np.array([_hash(key) for key in index.keys], dtype=np.uint64)
+        yield Keys(job=job.number, hashes=hashes)
+        yield from _check_tar(job, [key.decode() for key in index.keys])
+        lost = set(range(len(index)))
+        if job.tar.exists():
             lost = yield from _check_members(job, index)
-        if index is not None and options.limits is not None:
+        if options.limits is not None:
             yield from _too_large(
                 job, index, limits=options.limits, tokens_kept=options.tokens_kept
             )
-        if index is None or not job.tar.exists():
-            yield Progress(num_samples=0, num_bytes=job.shard.num_bytes)
-        else:
-            yield from _check_samples(job, index, options=options, lost=lost)
+        yield from _check_samples(job, index, options=options, lost=lost)
     except OSError as error:
         expected = "a file that can be read"
         yield job.problem("unreadable file", found=str(error), expected=expected)

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import webdataset
 
-from megatron_vico.data.samples import ConversationSample, EncodedSample
+from megatron_vico.data.samples import EncodedSample
 from megatron_vico.data.shards.index import IndexedSample, ShardFiles, ShardIndex, hash_of_file
 from megatron_vico.data.shards.reader import sample_json
 from megatron_vico.errors import SampleError
+from megatron_vico.shard_tools.sample_reader import SourceSample
 
 
 class ShardWriter:
     """A tar file being written; it appears under its name, with its index, when it is closed."""
 
     def __init__(self, path: Path) -> None:
-        """Args: path: of the tar file."""
         self.path = path
         self.num_bytes = 0
         self._temporary = path.with_name(f"{path.name}.{os.getpid()}")
@@ -31,23 +31,15 @@ class ShardWriter:
         self._writer = webdataset.TarWriter(self._file, encoder=False, mtime=0)
         self._samples: list[IndexedSample] = []
 
-    def add(
-        self, sample: ConversationSample, *, suffixes: tuple[str, ...], encoded: EncodedSample
-    ) -> int:
-        """Write a sample and return its bytes, tar headers not counted.
-
-        Args:
-            sample: what is written.
-            suffixes: of each image file, without a dot.
-            encoded: the same sample, for the index; its tiles may be blank.
-        """
-        numbered = enumerate(zip(suffixes, sample.images, strict=True))
+    def add(self, read: SourceSample) -> int:
+        """Write a sample and return its bytes, tar headers not counted."""
+        numbered = enumerate(zip(read.suffixes, read.sample.images, strict=True))
         images = {f"{i}.{suffix}": image for i, (suffix, image) in numbered}
-        members = {"__key__": sample.key, "json": sample_json(sample), **images}
+        members = {"__key__": read.sample.key, "json": sample_json(read.sample), **images}
         num_bytes: int = self._writer.write(members)
         self.num_bytes += num_bytes
         # Where the members lie is known when the file is complete.
-        self._samples.append(indexed(encoded, members=()))
+        self._samples.append(indexed(read.encoded, members=()))
         return num_bytes
 
     def close(self) -> ShardFiles:

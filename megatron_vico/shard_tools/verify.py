@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,10 +56,8 @@ class Verification:
     def __iter__(self) -> Iterator[Problem | Progress]:
         yield from self._problems
         keys: dict[int, npt.NDArray[np.uint64]] = {}
-        workers = self._options.num_workers
-        with run_tasks(
-            check_shard, self._jobs, shared=self._options, num_workers=workers
-        ) as results:
+        check = partial(check_shard, self._options)
+        with run_tasks(check, self._jobs, num_workers=self._options.num_workers) as results:
             for found in results:
                 if isinstance(found, Keys):
                     keys[found.job] = found.hashes

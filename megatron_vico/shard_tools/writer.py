@@ -8,10 +8,12 @@ complete.
 
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 from megatron_vico.data.encode.sample_encoder import EncodingSettings, SampleEncoder
@@ -21,16 +23,16 @@ from megatron_vico.data.shards.mixture import MIXTURE_NAME, MIXTURE_VERSION
 from megatron_vico.errors import ConfigError, SampleError
 from megatron_vico.files import unfinished_path, write_text
 from megatron_vico.shard_tools.journal import (
+    JOURNAL_NAME,
     MADE_NAME,
     FinishedRun,
     Journal,
     check_made,
-    remove_journal,
 )
 from megatron_vico.shard_tools.lines import LineRun, cut_lines, read_lines
-from megatron_vico.shard_tools.options import WriterOptions
+from megatron_vico.shard_tools.options import FrameOptions, WriterOptions
 from megatron_vico.shard_tools.pool import Progress, run_tasks, with_progress
-from megatron_vico.shard_tools.sample_reader import SampleReader, named_cause
+from megatron_vico.shard_tools.sample_reader import SampleReader
 from megatron_vico.shard_tools.sources import Source, read_meta
 from megatron_vico.shard_tools.tar import ShardWriter
 
@@ -128,19 +130,8 @@ def make_mixture(
 
 def table_of_causes(skipped: Sequence[str]) -> str:
     """How many samples were left out for which cause, a line each."""
-    causes = Counter(map(named_cause, skipped)).most_common()
+    causes = Counter(message.partition(": ")[0] for message in skipped).most_common()
     return "\n".join(f"  {cause:20} {count:>10}" for cause, count in causes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _RunTask:
-    """A run of lines to be written, and where."""
-
-    source: Source
-    folder: Path
-    run: LineRun
-    max_shard_bytes: int
-    skip_limit: int
 
 
 class _Folder:
@@ -163,7 +154,7 @@ class _Folder:
             **asdict(encoder.settings),
             "--samples-per-shard": options.samples_per_shard,
             "--max-shard-bytes": options.max_shard_bytes,
-            "frames": asdict(options.frames),
+            "frames": {each.name: getattr(options, each.name) for each in fields(FrameOptions)},
         }
         self._index = self._finished_index()
         if self._index is None and not self.plan.runs:
@@ -211,7 +202,7 @@ class _Folder:
             )
             index.write(self.unfinished)
             os.replace(self.unfinished, self.target)
-            remove_journal(self.target)
+            shutil.rmtree(self.target / JOURNAL_NAME, ignore_errors=True)
             self._index = index
         return MadeFolder(
             path=self.target, source=self.source, num_lines=self.plan.num_samples, index=self._index
@@ -236,7 +227,8 @@ class _Folder:
         # `vico shards index` may have counted again since then.
         counted = {"tokenizer": index.tokenizer, **asdict(index.settings)}
         check_made(json.loads(made.read_bytes()) | counted, self._made, where=self.target)
-        remove_journal(self.target)  # of a run that was killed right at its end
+        # Of a run that was killed right at its end.
+        shutil.rmtree(self.target / JOURNAL_NAME, ignore_errors=True)
         return index
 
 
@@ -251,26 +243,23 @@ def _make_folders(
         num_samples = sum(folder.plan.num_samples for folder in folders.values())
         skip_limit = options.skip_limit(num_samples)
         tasks = [
-            _RunTask(
-                source=folder.source,
-                folder=folder.unfinished,
-                run=run,
-                max_shard_bytes=options.max_shard_bytes,
-                skip_limit=skip_limit,
-            )
+            (folder.source, folder.unfinished, run)
             for folder in folders.values()
             for run in folder.missing_runs()
         ]
         _check_budget(folders, (), skip_limit=skip_limit)
-        reader = SampleReader(encoder=encoder, frames=options.frames)
+        reader = SampleReader(encoder=encoder, frames=options)
+        write = partial(
+            _write_run, reader, max_shard_bytes=options.max_shard_bytes, skip_limit=skip_limit
+        )
         workers, kept = options.num_workers, "finished work is kept: "
-        done = num_samples - sum(task.run.num_samples for task in tasks)
+        done = num_samples - sum(run.num_samples for *_, run in tasks)
         shown = options.show_progress
-        with run_tasks(_write_run, tasks, shared=reader, num_workers=workers, kept=kept) as results:
-            for run in with_progress(results, total=num_samples, done=done, shown=shown):
-                if run.skipped:
-                    _check_budget(folders, run.skipped, skip_limit=skip_limit)
-                folders[run.name].add(run)
+        with run_tasks(write, tasks, num_workers=workers, kept=kept) as results:
+            for made in with_progress(results, total=num_samples, done=done, shown=shown):
+                if made.skipped:
+                    _check_budget(folders, made.skipped, skip_limit=skip_limit)
+                folders[made.name].add(made)
         return tuple(folder.complete() for folder in folders.values())
     finally:
         for folder in folders.values():
@@ -300,26 +289,34 @@ def _check_budget(folders: dict[str, _Folder], news: Sequence[str], *, skip_limi
         )
 
 
-def _write_run(reader: SampleReader, task: _RunTask) -> Iterator[Progress | FinishedRun]:
+def _write_run(
+    reader: SampleReader,
+    task: tuple[Source, Path, LineRun],
+    *,
+    max_shard_bytes: int,
+    skip_limit: int,
+) -> Iterator[Progress | FinishedRun]:
     """Write a run of lines; stops early when more of it is broken than in all may be."""
+    source, folder, run = task
     shards: list[ShardFiles] = []
     skipped: list[str] = []
     writer: ShardWriter | None = None
     try:
-        for number, line in read_lines(task.source.annotation, task.run):
+        for number, line in read_lines(source.annotation, run):
             num_bytes = 0
             try:
-                read = reader.read(line, source=task.source, number=number)
+                read = reader.read(line, source=source, number=number)
             except SampleError as error:
                 skipped.append(str(error))
-                if len(skipped) > task.skip_limit:
+                if len(skipped) > skip_limit:
                     break
             else:
                 if writer is None:
-                    name = _name_of_tar(task.run.number, part=len(shards))
-                    writer = ShardWriter(task.folder / name)
-                num_bytes = writer.add(read.sample, suffixes=read.suffixes, encoded=read.encoded)
-                if writer.num_bytes >= task.max_shard_bytes:
+                    # Sorts in the source's order: `_` comes after `.` and before no later digit.
+                    part = f"_{len(shards):03d}" if shards else ""
+                    writer = ShardWriter(folder / f"shard-{run.number:06d}{part}.tar")
+                num_bytes = writer.add(read)
+                if writer.num_bytes >= max_shard_bytes:
                     shards.append(writer.close())
                     writer = None
             yield Progress(num_samples=1, num_bytes=num_bytes)
@@ -330,10 +327,5 @@ def _write_run(reader: SampleReader, task: _RunTask) -> Iterator[Progress | Fini
             writer.discard()
         raise
     yield FinishedRun(
-        name=task.source.name, number=task.run.number, shards=tuple(shards), skipped=tuple(skipped)
+        name=source.name, number=run.number, shards=tuple(shards), skipped=tuple(skipped)
     )
-
-
-def _name_of_tar(run: int, *, part: int) -> str:
-    """Sorts in the source's order: `_` comes after `.`, and before no digit of a later run."""
-    return f"shard-{run:06d}_{part:03d}.tar" if part else f"shard-{run:06d}.tar"

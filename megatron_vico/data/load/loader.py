@@ -29,7 +29,6 @@ from megatron_vico.data.pack.plan_state import PlanState
 from megatron_vico.data.samples import EncodedSample, Gap, Skipped
 from megatron_vico.data.shards.mixture import read_mixture
 from megatron_vico.data.shards.reader import ShardFolder
-from megatron_vico.data.shards.storage import StorageOptions
 from megatron_vico.errors import ConfigError, SampleError, WorkerError
 from megatron_vico.vico import compression_plan
 
@@ -50,7 +49,7 @@ def open_plan(options: DataOptions, *, builder: PackBuilder, global_batch_size: 
     """
     mixture = read_mixture(options.data_path)
     return PackPlan(
-        [ShardFolder.open(each.path, storage=StorageOptions.of(options)) for each in mixture],
+        [ShardFolder.open(each.path, options=options) for each in mixture],
         repeats=[each.repeat for each in mixture],
         options=options,
         tokens_kept=builder.tokens_kept,

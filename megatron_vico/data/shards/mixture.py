@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_vico.config.schema import DataOptions
 from megatron_vico.data.shards.index import INDEX_NAME
-from megatron_vico.data.shards.storage import StorageOptions, is_url, open_storage
+from megatron_vico.data.shards.storage import is_url, open_storage
 from megatron_vico.errors import ConfigError
 
 MIXTURE_NAME = "mixture.json"
@@ -75,9 +76,7 @@ def _read_file(path: str) -> tuple[MixedFolder, ...]:
     """The folders of a mixture file, which are relative to it."""
     base = os.path.dirname(path)  # of a URL too
     try:
-        content = json.loads(
-            open_storage(base or ".", StorageOptions()).read(os.path.basename(path))
-        )
+        content = json.loads(open_storage(base or ".", DataOptions()).read(os.path.basename(path)))
         if content["version"] != MIXTURE_VERSION:
             raise ConfigError(
                 f"{path}: mixture version {content['version']}, expected {MIXTURE_VERSION}; make it"

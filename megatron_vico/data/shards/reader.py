@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from megatron_vico.config.schema import DataOptions
 from megatron_vico.data.encode.sample_encoder import EncodingSettings
 from megatron_vico.data.encode.tokenizer import Tokenizer
 from megatron_vico.data.samples import ROLES, ConversationSample, IntArray, Turn
@@ -28,7 +29,6 @@ from megatron_vico.data.shards.index import (
 from megatron_vico.data.shards.storage import (
     LocalStorage,
     Storage,
-    StorageOptions,
     is_url,
     open_storage,
 )
@@ -77,20 +77,20 @@ class ShardFolder:
         path: str | Path,
         *,
         verify: Literal["size", "sha256"] = "size",
-        storage: StorageOptions | None = None,
+        options: DataOptions | None = None,
     ) -> "ShardFolder":
         """Open a folder and check its files.
 
         Args:
             path: the folder, or any URL that fsspec opens.
             verify: compare each tar file's size, or read all of it and compare its hash.
-            storage: cache and retries of a URL.
+            options: cache and retries of a URL.
 
         Raises:
             ConfigError: if this is no folder of shards, or there is no driver for the URL.
             SampleError: if a file is missing, cut short, or not the one that was indexed.
         """
-        files = open_storage(path, storage or StorageOptions())
+        files = open_storage(path, options or DataOptions())
         try:
             content = files.read(INDEX_NAME)
         except FileNotFoundError as error:

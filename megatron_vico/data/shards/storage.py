@@ -10,11 +10,10 @@ import hashlib
 import logging
 import os
 import random
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import fsspec
@@ -43,33 +42,6 @@ PERMANENT = (
 """What is not tried again. All else is: when a server is away drivers raise errors of their own,
 many no OSError."""
 TRANSIENT_STATUS = (408, 425, 429)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StorageOptions:
-    """How files at a URL are read; without effect on local paths."""
-
-    cache_dir: str | None = None
-    """Local folder that whole shards are kept in; None, each sample is read by a request of its
-    own."""
-
-    cache_bytes: int = 0
-    """Most bytes of `cache_dir`."""
-
-    retries: int = 5
-    """How often a read that failed is tried again."""
-
-    sleep: Callable[[float], None] = time.sleep
-    """Waits between two tries."""
-
-    @classmethod
-    def of(cls, options: DataOptions) -> "StorageOptions":
-        """Those of a run."""
-        return cls(
-            cache_dir=options.data_cache_dir,
-            cache_bytes=int((options.data_cache_gb or 0) * 1e9),
-            retries=options.data_retries,
-        )
 
 
 def is_url(path: str | Path) -> bool:
@@ -152,11 +124,12 @@ class LocalStorage:
 class RemoteStorage:
     """A folder at a URL; what fails for a moment is tried again. See LocalStorage for methods."""
 
-    def __init__(self, url: str, options: StorageOptions) -> None:
+    def __init__(self, url: str, options: DataOptions) -> None:
         self._url, self._options = url.rstrip("/"), options
         self._cache: ShardCache | None = None
-        if options.cache_dir is not None:
-            self._cache = ShardCache(Path(options.cache_dir), max_bytes=options.cache_bytes)
+        if options.data_cache_dir is not None:
+            max_bytes = int((options.data_cache_gb or 0) * 1e9)
+            self._cache = ShardCache(Path(options.data_cache_dir), max_bytes=max_bytes)
 
     def where(self, name: str) -> str:
         """URL of a file, for messages."""
@@ -229,15 +202,15 @@ class RemoteStorage:
                 self.where(name),
                 _cause(state.outcome.exception()),
                 state.attempt_number + 1,
-                self._options.retries + 1,
+                self._options.data_retries + 1,
                 state.next_action.sleep,
             )
 
         retrying = Retrying(
             retry=retry_if_exception(_is_transient),
-            stop=stop_after_attempt(self._options.retries + 1),
+            stop=stop_after_attempt(self._options.data_retries + 1),
             wait=_wait_s,
-            sleep=self._options.sleep,
+            sleep=sleep,
             before_sleep=log,
             reraise=True,
         )
@@ -259,7 +232,7 @@ type Storage = LocalStorage | RemoteStorage
 SampleError for one that cannot be read."""
 
 
-def open_storage(path: str | Path, options: StorageOptions) -> Storage:
+def open_storage(path: str | Path, options: DataOptions) -> Storage:
     """The files of a folder; ConfigError if it is a URL that no driver is there for."""
     if not is_url(path):
         return LocalStorage(Path(path))

@@ -14,8 +14,8 @@ from filelock import FileLock
 from fsspec.registry import known_implementations
 
 from megatron_vico.config.schema import DataOptions
+from megatron_vico.data.shards import storage
 from megatron_vico.data.shards.reader import ShardFolder
-from megatron_vico.data.shards.storage import StorageOptions, open_storage
 from megatron_vico.errors import ConfigError, SampleError
 from tests.unit.data.flaky_files import CUT, WHOLE, install
 
@@ -41,20 +41,20 @@ def flaky(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def sleeps():
-    return []
+def sleeps(monkeypatch):
+    waits = []
+    monkeypatch.setattr(storage, "sleep", waits.append)
+    return waits
 
 
 @pytest.fixture
 def remote(flaky, copy, sleeps):
-    """Opens the copy by its URL; options as of StorageOptions."""
+    """Opens the copy by its URL."""
+    return lambda **options: ShardFolder.open(f"flaky://{copy}", options=DataOptions(**options))
 
-    def opened(**options):
-        return ShardFolder.open(
-            f"flaky://{copy}", storage=StorageOptions(sleep=sleeps.append, **options)
-        )
 
-    return opened
+def cache_of(folder, num_bytes=10**9):
+    return {"data_cache_dir": str(folder), "data_cache_gb": (num_bytes + 0.5) / 1e9}
 
 
 def requests(flaky, name=TAR):
@@ -75,13 +75,9 @@ def test_a_url_reads_as_a_local_folder(shards, flaky, tmp_path, scheme, with_cac
     url = f"{scheme}://{shards}"
     if scheme == "memory":
         fsspec.filesystem("memory").put(f"{shards}/", f"{shards}/", recursive=True)
-    options = (
-        StorageOptions(cache_dir=str(tmp_path / "cache"), cache_bytes=10**9)
-        if with_cache
-        else StorageOptions()
-    )
+    options = DataOptions(**(cache_of(tmp_path / "cache") if with_cache else {}))
     folder, local = (
-        ShardFolder.open(url, verify="sha256", storage=options),
+        ShardFolder.open(url, verify="sha256", options=options),
         ShardFolder.open(shards),
     )
     assert folder.path == url
@@ -158,7 +154,7 @@ def test_errors_that_stay_are_not_tried_again(remote, flaky, sleeps, error):
 
 
 def test_after_the_last_try_url_tries_and_cause_are_named(remote, flaky, sleeps):
-    folder = remote(retries=2)
+    folder = remote(data_retries=2)
     flaky.script[TAR] = [OSError("first"), OSError("second"), OSError("third")]
     with pytest.raises(
         SampleError, match=rf"flaky://.*{TAR}: cannot be read; tries: 3, last cause: OSError: third"
@@ -167,7 +163,7 @@ def test_after_the_last_try_url_tries_and_cause_are_named(remote, flaky, sleeps)
     assert len(sleeps) == 2
     flaky.script[TAR] = [OSError("once")]
     with pytest.raises(SampleError, match="tries: 1,"):
-        remote(retries=0).read(IN_TAR)
+        remote(data_retries=0).read(IN_TAR)
 
 
 def test_a_server_that_sends_whole_files_is_named(remote, flaky, sleeps):
@@ -193,7 +189,7 @@ def test_a_file_that_is_short_itself_is_not_asked_again(remote, copy, sleeps):
 
 
 def test_a_shard_is_fetched_once_and_kept(remote, flaky, tmp_path):
-    options = {"cache_dir": str(tmp_path / "cache"), "cache_bytes": 10**9}
+    options = cache_of(tmp_path / "cache")
     folder = remote(**options)
     right = samples(remote())
     flaky.log.write_text("")
@@ -208,7 +204,7 @@ def test_those_used_longest_ago_make_room_and_their_readers_read_on(remote, flak
     cache = tmp_path / "cache"
     index = remote().index
     limit = index.shards[0].num_bytes + max(shard.num_bytes for shard in index.shards[1:])
-    folder = remote(cache_dir=str(cache), cache_bytes=limit)
+    folder = remote(**cache_of(cache, limit))
     first, second, third = (shard.sha256 for shard in index.shards)
     folder.read(0)
     folder.read(IN_TAR)
@@ -230,17 +226,17 @@ def test_a_cache_that_cannot_work_is_refused(remote, tmp_path):
     with pytest.raises(
         ConfigError, match=r"--data-cache-gb 1e-06 is less than shard-000001.tar alone"
     ):
-        remote(cache_dir=str(tmp_path / "cache"), cache_bytes=1000).read(IN_TAR)
+        remote(**cache_of(tmp_path / "cache", 1000)).read(IN_TAR)
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"--data-cache-dir .*file: "):
-        remote(cache_dir=str(tmp_path / "file"), cache_bytes=10**9).read(IN_TAR)
+        remote(**cache_of(tmp_path / "file")).read(IN_TAR)
 
 
 def test_damage_in_the_cache_is_repaired_and_wrong_content_never_enters_it(
     remote, copy, flaky, tmp_path
 ):
     cache = tmp_path / "cache"
-    folder = remote(cache_dir=str(cache), cache_bytes=10**9)
+    folder = remote(**cache_of(cache))
     right, shard = folder.read(IN_TAR), folder.index.shards[1]
     kept = cache / f"{shard.sha256}.tar"
     os.truncate(kept, 700)
@@ -262,7 +258,7 @@ def test_what_an_ended_process_left_is_removed_and_what_is_being_fetched_is_not(
     for name in ("ended", "working"):
         (cache / f"{name}.incomplete").write_bytes(bytes(100))
     with FileLock(cache / "working.lock"):
-        remote(cache_dir=str(cache), cache_bytes=10**9).read(IN_TAR)
+        remote(**cache_of(cache)).read(IN_TAR)
         assert cached(cache, ".incomplete") == {"working"}
 
 
@@ -288,10 +284,7 @@ def in_processes(work, arguments):
 
 
 def test_processes_that_want_the_same_shard_fetch_it_once(remote, flaky, tmp_path):
-    folder, right = (
-        remote(cache_dir=str(tmp_path / "cache"), cache_bytes=10**9),
-        remote().read(IN_TAR),
-    )
+    folder, right = remote(**cache_of(tmp_path / "cache")), remote().read(IN_TAR)
     flaky.log.write_text("")
     assert in_processes(folder.read, [IN_TAR] * 4) == [right] * 4
     assert requests(flaky) == 1
@@ -304,13 +297,3 @@ def test_reads_go_on_in_a_forked_process(remote, flaky, copy):
     # The trap this avoids: a file system made before the fork.
     held, _ = fsspec.url_to_fs(f"flaky://{copy}")
     assert isinstance(in_processes(held.cat_file, [f"{copy}/{TAR}"])[0], RuntimeError)
-
-
-def test_the_options_of_a_run_are_those_of_its_storage(tmp_path):
-    options = StorageOptions.of(
-        DataOptions(data_cache_dir="/cache", data_cache_gb=1.5, data_retries=3)
-    )
-    assert (options.cache_dir, options.cache_bytes, options.retries) == ("/cache", 1_500_000_000, 3)
-    assert StorageOptions.of(DataOptions()) == StorageOptions()
-    with pytest.raises(FileNotFoundError):
-        open_storage(tmp_path, options).read("x")

@@ -37,12 +37,12 @@ def test_each_image_is_where_the_sheet_says_with_its_grid():
         make_sample(png("green", 64, 64), png("blue", 32, 64), tiles=(1, 3)),
         make_sample(),
     ]
-    sheet = contact_sheet(samples)
-    pixels = np.asarray(sheet.picture)
-    assert [len(boxes) for boxes in sheet.boxes] == [1, 2, 0]
-    assert sheet.picture.width == 2 * CARD_WIDTH + 3 * 16
+    sheet, sheet_boxes = contact_sheet(samples)
+    pixels = np.asarray(sheet)
+    assert [len(boxes) for boxes in sheet_boxes] == [1, 2, 0]
+    assert sheet.width == 2 * CARD_WIDTH + 3 * 16
     drawn = [("red", 3, 2), ("green", 1, 1), ("blue", 1, 2)]
-    boxes = [box for of_sample in sheet.boxes for box in of_sample]
+    boxes = [box for of_sample in sheet_boxes for box in of_sample]
     for (left, top, right, bottom), (colour, columns, rows) in zip(boxes, drawn, strict=True):
         inside = pixels[top:bottom, left:right]
         height, width, _ = inside.shape
@@ -63,10 +63,10 @@ def test_no_image_overlaps_another_or_leaves_its_card():
         make_sample(png("red", 2000, 20)),
         make_sample(png("red", 20, 2000), *frames[:6]),
     ]
-    sheet = contact_sheet(samples)
-    boxes = [box for each in sheet.boxes for box in each]
-    assert len(sheet.boxes[0]) == 56  # of 80
-    drawn = np.zeros((sheet.picture.height, sheet.picture.width), dtype=int)
+    sheet, sheet_boxes = contact_sheet(samples)
+    boxes = [box for each in sheet_boxes for box in each]
+    assert len(sheet_boxes[0]) == 56  # of 80
+    drawn = np.zeros((sheet.height, sheet.width), dtype=int)
     for left, top, right, bottom in boxes:
         assert right > left
         assert bottom > top
@@ -74,20 +74,19 @@ def test_no_image_overlaps_another_or_leaves_its_card():
         card = (left - 16) // (CARD_WIDTH + 16)
         assert 16 + card * (CARD_WIDTH + 16) <= left < right <= (card + 1) * (CARD_WIDTH + 16)
     assert drawn.max() == 1
-    pixels = np.asarray(sheet.picture)
+    pixels = np.asarray(sheet)
     assert (pixels[-15:] == pixels[-1, -1]).all()  # nothing in the margin
 
 
 def test_text_only_and_broken_images_have_a_card():
-    sheet = contact_sheet(
-        [make_sample(question="word " * 400), make_sample(b"no image")], columns=1
-    )
-    assert sheet.picture.width == CARD_WIDTH + 32
-    pixels = np.asarray(sheet.picture)
+    samples = [make_sample(question="word " * 400), make_sample(b"no image")]
+    sheet, sheet_boxes = contact_sheet(samples, columns=1)
+    assert sheet.width == CARD_WIDTH + 32
+    pixels = np.asarray(sheet)
     right_edge = (pixels[:, -28:-20] == pixels[30, -24]).all(axis=-1)
     assert right_edge.mean() > 0.9  # the text ends before it
     assert (pixels[20:120] < 100).any()  # and is there
-    ((left, top, right, bottom),) = sheet.boxes[1]
+    ((left, top, right, bottom),) = sheet_boxes[1]
     assert (pixels[top:bottom, left:right] == (0xF3, 0xC9, 0xC9)).all()
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from megatron_vico.data.pack.packing import PackLimits
     from megatron_vico.data.pack.plan import FolderList
     from megatron_vico.data.shards.mixture import MixedFolder
-    from megatron_vico.shard_tools.sample_view import ViewedSample
+    from megatron_vico.shard_tools.contact_sheet import ViewedSample
     from megatron_vico.shard_tools.shard_check import Problem
 
 
@@ -123,15 +123,17 @@ def _show(data: "FolderList", options: argparse.Namespace) -> list["ViewedSample
     if not 0 <= start < len(data):
         raise ConfigError(f"--start {start}: expected a number from 0 to {len(data) - 1}.")
     tokenizer = load_tokenizer(options.tokenizer_model) if options.tokenizer_model else None
-    shown = []
+    shown: list[ViewedSample] = []
     for number in range(start, min(start + options.samples, len(data))):
         folder, local = data.locate(number)
         sample, known, settings = folder.read(local), folder.describe(local), folder.index.settings
         tiles = known.tiles_per_image
-        shown.append(sample_view.view(sample, tiles_per_image=tiles, settings=settings))
+        pairs = zip(sample.images, tiles, strict=True)
+        images = [sample_view.view_image(image, count, settings) for image, count in pairs]
+        shown.append((sample, images))
         counts = f"{known.num_tokens} tokens, {known.num_responses} trained, {sum(tiles)} tiles"
         print(f"\n{number}: {sample.key} ({counts})")
-        for line in sample_view.image_lines(shown[-1].images):
+        for line in sample_view.image_lines(images):
             print(f"  {line}")
         if tokenizer is None:
             text = "\n".join(sample_view.turn_lines(sample))

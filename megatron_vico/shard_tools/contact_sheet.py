@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 from megatron_vico.data.encode.tiling import decode_image
+from megatron_vico.data.samples import ConversationSample
 from megatron_vico.errors import SampleError
-from megatron_vico.shard_tools.sample_view import ViewedImage, ViewedSample
+from megatron_vico.shard_tools.sample_view import ViewedImage
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in px; right and bottom are just outside."""
+
+ViewedSample = tuple[ConversationSample, Sequence[ViewedImage]]
 
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -41,7 +44,7 @@ def contact_sheet(
     Returns:
         The picture, and where in it each sample's images that are shown are.
     """
-    cards = [_draw_card(sample) for sample in samples]
+    cards = [_draw_card(*viewed) for viewed in samples]
     columns = min(columns, len(cards))
     bottoms = [_MARGIN] * columns
     corners = []
@@ -60,23 +63,24 @@ def contact_sheet(
     return canvas, boxes
 
 
-def _draw_card(viewed: ViewedSample) -> tuple[Image.Image, list[Box]]:
+def _draw_card(
+    sample: ConversationSample, images: Sequence[ViewedImage]
+) -> tuple[Image.Image, list[Box]]:
     """A card, and where the images are on it."""
     font, small = ImageFont.load_default(14), ImageFont.load_default(12)
-    inner, images = CARD_WIDTH - 2 * _PADDING, viewed.images
+    inner = CARD_WIDTH - 2 * _PADDING
     shown = images[:_MAX_SHOWN]
     limit = _MAX_LINES["with images" if shown else "text only"]
     texts = {
-        "key": wrap(viewed.sample.key, font, width=inner, limit=1),
-        "question": wrap(_first(viewed, "human"), font, width=inner, limit=limit),
-        "answer": wrap(_first(viewed, "gpt"), font, width=inner, limit=limit),
+        "key": wrap(sample.key, font, width=inner, limit=1),
+        "question": wrap(_first(sample, "human"), font, width=inner, limit=limit),
+        "answer": wrap(_first(sample, "gpt"), font, width=inner, limit=limit),
     }
     lines = [(ink, line) for ink, wrapped in texts.items() for line in wrapped]
     heights = [height for limit, height in _THUMBNAIL_HEIGHTS if len(images) <= limit]
     height = heights[0] if heights else _FRAME_HEIGHT
     captions = [_caption(image) if heights else "" for image in shown]
-    key = viewed.sample.key
-    pictures = [_thumbnail(image, height=height, width=inner, key=key) for image in shown]
+    pictures = [_thumbnail(image, height=height, width=inner, key=sample.key) for image in shown]
     cells = [
         (
             max(picture.width, math.ceil(small.getlength(caption))),
@@ -86,7 +90,7 @@ def _draw_card(viewed: ViewedSample) -> tuple[Image.Image, list[Box]]:
     ]
     top = _PADDING + _LINE * len(lines) + (_GAP if shown else 0)
     corners, bottom = _flow(cells, top=top, width=inner)
-    notes = "" if shown and heights else _notes(viewed, len(shown))
+    notes = "" if shown and heights else _notes(images, len(shown))
     canvas = Image.new("RGB", (CARD_WIDTH, bottom + (_LINE if notes else 0) + _PADDING), _CARD)
     pen = ImageDraw.Draw(canvas)
     for number, (ink, line) in enumerate(lines):
@@ -144,18 +148,18 @@ def _caption(image: ViewedImage) -> str:
     return f"{size}, {image.tiling}"
 
 
-def _notes(viewed: ViewedSample, num_shown: int) -> str:
-    if not viewed.images:
+def _notes(images: Sequence[ViewedImage], num_shown: int) -> str:
+    if not images:
         return "text only"
-    num_tiles = sum(image.num_tiles for image in viewed.images)
-    hidden = f"; the first {num_shown} are shown" if num_shown < len(viewed.images) else ""
-    return f"{len(viewed.images)} images, {num_tiles} tiles{hidden}"
+    num_tiles = sum(image.num_tiles for image in images)
+    hidden = f"; the first {num_shown} are shown" if num_shown < len(images) else ""
+    return f"{len(images)} images, {num_tiles} tiles{hidden}"
 
 
-def _first(viewed: ViewedSample, role: str) -> str:
+def _first(sample: ConversationSample, role: str) -> str:
     """The first text of a role on one line, without tags of images and numbers of frames."""
     roles = ("human", "pretrain") if role == "human" else (role,)
-    text = next((turn.text for turn in viewed.sample.turns if turn.role in roles), "")
+    text = next((turn.text for turn in sample.turns if turn.role in roles), "")
     return " ".join(re.sub(r"(Frame-?\d+: *)?<image>", " ", text).split())
 
 

@@ -53,30 +53,8 @@ class ViewedImage:
         return f"{self.format} {self.width}x{self.height}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ViewedSample:
-    """A sample and what is known of its images."""
-
-    sample: ConversationSample
-    images: tuple[ViewedImage, ...]
-
-
-def view(
-    sample: ConversationSample, *, tiles_per_image: Sequence[int], settings: EncodingSettings
-) -> ViewedSample:
-    """Look at a sample's images, of which only the headers are read.
-
-    Args:
-        sample: as read from a shard.
-        tiles_per_image: as the index has them.
-        settings: those of the index.
-    """
-    pairs = zip(sample.images, tiles_per_image, strict=True)
-    images = tuple(_view_image(content, num_tiles, settings) for content, num_tiles in pairs)
-    return ViewedSample(sample=sample, images=images)
-
-
-def _view_image(content: bytes, num_tiles: int, settings: EncodingSettings) -> ViewedImage:
+def view_image(content: bytes, num_tiles: int, settings: EncodingSettings) -> ViewedImage:
+    """Look at an image, of which only the header is read; tiles and settings as the index has."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             (width, height), image_format = image.size, image.format or "?"
@@ -122,15 +100,7 @@ def turn_lines(sample: ConversationSample) -> list[str]:
 
 
 def token_text(sample: ConversationSample, *, encoder: SampleEncoder) -> str:
-    """What the model sees, special tokens included, in several lines; image tokens are counted.
-
-    Args:
-        sample: as read from a shard.
-        encoder: tokenizer and settings of the index.
-
-    Raises:
-        SampleError: if the sample cannot be encoded.
-    """
+    """What the model sees, special tokens included, in several lines; image tokens are counted."""
     encoded = encoder.encode(sample)
     image_token = encoder.tokenizer.image_token_id
     pieces = []

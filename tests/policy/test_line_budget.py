@@ -13,12 +13,12 @@ PACKAGE = {
     "cli": 1680,
     "config": 2590,
     "convert": 3190,
-    "data": 4080,
+    "data": 4060,
     "evaluation": 860,
     "inference": 480,
     "models": 2270,
     "parallel": 720,
-    "shard_tools": 2480,
+    "shard_tools": 2450,
     "training": 2480,
     "vico": 440,
 }
@@ -41,7 +41,7 @@ TESTS = {
     "unit/inference": 300,
     "unit/models": 1440,
     "unit/parallel": 270,
-    "unit/shard_tools": 1620,
+    "unit/shard_tools": 1520,
     "unit/training": 1480,
     "unit/vico": 370,
 }

@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -76,14 +76,12 @@ class ShardFolder:
         cls,
         path: str | Path,
         *,
-        verify: Literal["size", "sha256"] = "size",
         options: DataOptions | None = None,
     ) -> "ShardFolder":
-        """Open a folder and check its files.
+        """Open a folder and check its files: indexes by their hashes, tar files by their sizes.
 
         Args:
             path: the folder, or any URL that fsspec opens.
-            verify: compare each tar file's size, or read all of it and compare its hash.
             options: cache and retries of a URL.
 
         Raises:
@@ -101,7 +99,7 @@ class ShardFolder:
         bar: dict[str, Any] = {"desc": f"open {path}", "delay": PROGRESS_AFTER_S, "leave": False}
         # Threads, because at a URL nearly all of the time is waiting.
         with ThreadPoolExecutor(INDEX_THREADS) as threads:
-            opened = threads.map(lambda each: _open_shard(files, each, verify=verify), index.shards)
+            opened = threads.map(lambda each: _open_shard(files, each), index.shards)
             shards = list(tqdm(opened, total=len(index.shards), **bar))
         return cls(path if is_url(path) else Path(path), index, shards, storage=files)
 
@@ -175,9 +173,7 @@ class ShardFolder:
         return shard, number - int(self._shard_starts[shard])
 
 
-def _open_shard(
-    files: Storage, shard: ShardFiles, *, verify: Literal["size", "sha256"]
-) -> ShardIndex:
+def _open_shard(files: Storage, shard: ShardFiles) -> ShardIndex:
     """A shard's index, once its files are those that `index.json` lists."""
     again = "copy it again, or rebuild the index with `vico shards index`."
     where = files.where(shard.name)
@@ -187,10 +183,6 @@ def _open_shard(
             raise SampleError(
                 f"{where}: {size} bytes, but the index says {shard.num_bytes}; "
                 f"the file was cut short or replaced: {again}"
-            )
-        if verify == "sha256" and files.sha256(shard) != shard.sha256:
-            raise SampleError(
-                f"{where}: its content is not what was indexed (sha256 differs); copy it again."
             )
         where = files.where(shard.index_name)
         content = files.read(shard.index_name)
@@ -209,14 +201,7 @@ def _open_shard(
 
 
 def _check_header(content: bytes, sample: IndexedSample, *, start: int, where: str) -> None:
-    """Check that the sample's JSON is where the index says; in another file of this size it isn't.
-
-    Args:
-        content: bytes of the tar file from `start` on.
-        sample: as indexed.
-        start: offset in the tar file.
-        where: the tar file, for errors.
-    """
+    """Check that the JSON is where the index says; `content` is the tar file from `start` on."""
     offset, size = sample.members[0]
     header = content[offset - start - TAR_BLOCK_BYTES : offset - start]
     name = f"{sample.key}.json".encode()

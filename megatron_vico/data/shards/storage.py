@@ -6,7 +6,6 @@ file system does not outlive a fork).
 """
 
 import errno
-import hashlib
 import logging
 import os
 import random
@@ -20,7 +19,7 @@ import fsspec
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
 from megatron_vico.config.schema import DataOptions
-from megatron_vico.data.shards.index import ShardFiles, hash_of_file
+from megatron_vico.data.shards.index import ShardFiles
 from megatron_vico.data.shards.shard_cache import ShardCache
 from megatron_vico.errors import ConfigError, SampleError
 
@@ -103,11 +102,6 @@ class LocalStorage:
         with self._errors(shard.name):
             return self._files.read(self._folder / shard.name, start, end - start)
 
-    def sha256(self, shard: ShardFiles) -> str:
-        """Hash of a tar file as it is now, in hex."""
-        with self._errors(shard.name):
-            return hash_of_file(self._folder / shard.name)
-
     @contextmanager
     def _errors(self, name: str) -> Iterator[None]:
         try:
@@ -155,13 +149,6 @@ class RemoteStorage:
         if self._cache is None:
             return self._read_range(shard.name, start, end)
         return self._cache.read_range(shard, start, end, fetch=self._chunks)
-
-    def sha256(self, shard: ShardFiles) -> str:
-        """Hash of a tar file as it is now, in hex."""
-        digest = hashlib.sha256()
-        for chunk in self._chunks(shard):
-            digest.update(chunk)
-        return digest.hexdigest()
 
     def _chunks(self, shard: ShardFiles) -> Iterator[bytes]:
         for start in range(0, shard.num_bytes, CHUNK_BYTES):

@@ -17,7 +17,7 @@ from tests.unit.shard_tools.test_sources import picture, row
 
 
 def test_samples_come_back_in_any_order(shards, conversations, tokenizer):
-    folder = ShardFolder.open(shards, verify="sha256")
+    folder = ShardFolder.open(shards)
     lines = [json.loads(line) for line in conversations.read_text().splitlines()]
     assert len(folder) == len(lines) == NUM_SAMPLES
     assert len(folder.index.shards) == 3

@@ -77,7 +77,7 @@ def test_a_url_reads_as_a_local_folder(shards, flaky, tmp_path, scheme, with_cac
         fsspec.filesystem("memory").put(f"{shards}/", f"{shards}/", recursive=True)
     options = DataOptions(**(cache_of(tmp_path / "cache") if with_cache else {}))
     folder, local = (
-        ShardFolder.open(url, verify="sha256", options=options),
+        ShardFolder.open(url, options=options),
         ShardFolder.open(shards),
     )
     assert folder.path == url

@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -119,9 +121,15 @@ def test_decompression_bombs_are_refused(monkeypatch):
         decoded(encoded(noise(64, 64), "PNG"))
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_broken_image_files_are_refused_by_name():
     whole, png = (encoded(noise(64, 64), kind) for kind in ("JPEG", "PNG"))
-    for content in (whole[: len(whole) // 2], whole[:10], b"", b"not an image", png[:2000]):
+    broken = [whole[: len(whole) // 2], whole[:10], b"", b"not an image", png[:2000]]
+    # PNGs that say they are this large.
+    for size in ((60_000, 60_000), (2**31 - 1, 2**31 - 1), (0, 5)):
+        header = png[12:16] + struct.pack(">II", *size) + png[24:29]
+        broken.append(png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:])
+    for content in (*broken, bytes(1000), whole[:300] + bytes(300)):
         message = rf"sample 'k': image 3 .{len(content)} bytes. cannot be decoded"
         with pytest.raises(SampleError, match=message):
             decoded(content)

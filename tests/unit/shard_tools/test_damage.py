@@ -1,23 +1,17 @@
 """Damage is named by every command that meets it, or harmless: no wrong sample, no other error."""
 
-import io
 import json
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import pytest
-from PIL import Image
 
-from megatron_vico.data.encode.sample_encoder import SampleEncoder
-from megatron_vico.data.samples import ConversationSample, Turn
+from megatron_vico.data.samples import ConversationSample
 from megatron_vico.data.shards.index import FolderIndex, ShardIndex
 from megatron_vico.data.shards.reader import ShardFolder
 from megatron_vico.errors import ConfigError, SampleError
@@ -50,9 +44,9 @@ def test_each_command_names_each_damage(copy, shards, tokenizer, what):
     damage.do(copy)
     if damage.opened:
         with pytest.raises(USER_ERRORS, match=damage.opened):
-            ShardFolder.open(copy, verify="sha256")
+            ShardFolder.open(copy)
     else:
-        ShardFolder.open(copy, verify="sha256")
+        ShardFolder.open(copy)
     found = read_all(folder)
     unlike = [number for number, sample in enumerate(found) if sample != right[number]]
     lost = [number for number in unlike if isinstance(found[number], str)]
@@ -66,7 +60,8 @@ def test_each_command_names_each_damage(copy, shards, tokenizer, what):
             index_shards(copy, tokenizer=tokenizer, settings=SETTINGS)
     else:
         index_shards(copy, tokenizer=tokenizer, settings=SETTINGS)
-        assert len(ShardFolder.open(copy, verify="sha256")) == damage.left
+        assert len(ShardFolder.open(copy)) == damage.left
+        assert "changed content" not in {each.cause for each in problems_of(copy)}
         if "index" in what and damage.left == len(folder):
             for path in shards.iterdir():
                 assert (copy / path.name).read_bytes() == path.read_bytes()
@@ -198,81 +193,8 @@ def test_a_field_of_the_folder_index_missing_too_many_or_of_another_type(copy, t
             continue
         assert read_all(folder) == right, what
         passed.add(what[-2])
-    # Messages, a hash that only verify="sha256" looks at, and two whose default is right here.
+    # Messages, a hash that only `verify` looks at, and two whose default is right here.
     assert passed == {"skipped", "sha256", "use_thumbnail", "tile_tags"}
-
-
-def encoded(kind, mode="RGB", size=(40, 30)):
-    written = io.BytesIO()
-    pixels = np.random.default_rng(0).integers(
-        0, 256, (size[1], size[0], len(mode)), dtype=np.uint8
-    )
-    Image.frombytes(mode, size, pixels.tobytes()).save(written, kind)
-    return written.getvalue()
-
-
-def png_of_size(width, height):
-    """A PNG that says it is this large, and has no pixels."""
-    png = bytearray(encoded("PNG"))
-    png[16:24] = struct.pack(">II", width, height)
-    png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
-    return bytes(png)
-
-
-JPEG = encoded("JPEG")
-NOISE = np.random.default_rng(0).bytes(1000)
-BROKEN = {
-    "cut": [JPEG[:cut] for cut in range(0, len(JPEG) - 2, 97)],
-    "garbage": [bytes(1000), NOISE, JPEG[:300] + bytes(300), b"\xff\xd8\xff\xe0"],
-    "text": [b"not an image", b"<html>404</html>"],
-    "huge": [png_of_size(60_000, 60_000), png_of_size(2**31 - 1, 2**31 - 1), png_of_size(0, 5)],
-}
-UNUSUAL = {
-    "png named jpg": encoded("PNG"),
-    "CMYK": encoded("JPEG", "CMYK"),
-    "grey": encoded("JPEG", "L"),
-    "with alpha": encoded("PNG", "RGBA"),
-    "one pixel": encoded("PNG", size=(1, 1)),
-    "flat": encoded("PNG", size=(2000, 1)),
-    "gif": encoded("GIF"),
-    "webp": encoded("WEBP"),
-}
-
-
-def encode(image, tokenizer):
-    turns = (Turn("human", "<image>\nWhat?"), Turn("gpt", "red"))
-    sample = ConversationSample(key="the-key", turns=turns, images=(image,))
-    return SampleEncoder(tokenizer=tokenizer, settings=SETTINGS).encode(sample)
-
-
-@pytest.mark.parametrize("kind", BROKEN)
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_broken_image_is_named(kind, tokenizer):
-    for image in BROKEN[kind]:
-        with pytest.raises(SampleError, match=r"sample 'the-key': image 0 .* cannot be decoded"):
-            encode(image, tokenizer)
-
-
-@pytest.mark.parametrize("kind", UNUSUAL)
-def test_an_unusual_image_is_read_by_its_content(kind, tokenizer):
-    whole = encode(UNUSUAL[kind], tokenizer)
-    with Image.open(io.BytesIO(UNUSUAL[kind])) as image:
-        right = io.BytesIO()
-        image.convert("RGB").save(right, "PNG")
-    assert np.array_equal(whole.tiles, encode(right.getvalue(), tokenizer).tiles)
-    assert whole.num_tiles >= 1
-
-
-def test_a_jpeg_with_flipped_bytes_is_decoded_or_named(tokenizer):
-    outcomes = set()
-    for position in range(0, len(JPEG), 11):
-        flipped = bytearray(JPEG)
-        flipped[position] ^= 0xFF
-        try:
-            outcomes.add(encode(bytes(flipped), tokenizer).tiles.dtype.name)
-        except SampleError:
-            outcomes.add("named")
-    assert outcomes == {"uint8", "named"}
 
 
 MAKE = """

@@ -13,7 +13,7 @@ from megatron_vico.data.samples import ConversationSample, Turn
 from megatron_vico.shard_tools.contact_sheet import CARD_WIDTH, contact_sheet, wrap
 from megatron_vico.shard_tools.plots import shard_figure
 from megatron_vico.shard_tools.report import PackingFill, ShardStatistics
-from megatron_vico.shard_tools.sample_view import view
+from megatron_vico.shard_tools.sample_view import view_image
 from tests.toy_data import COLOURS
 
 SETTINGS = EncodingSettings(image_size=32)
@@ -28,7 +28,8 @@ def png(colour, width, height):
 def make_sample(*images, tiles=(), question="What colour?", key="key"):
     turns = (Turn("human", "<image>\n" * len(images) + question), Turn("gpt", "answer"))
     sample = ConversationSample(key=key, turns=turns, images=images)
-    return view(sample, tiles_per_image=tiles or (1,) * len(images), settings=SETTINGS)
+    counts = tiles or (1,) * len(images)
+    return sample, [view_image(*each, SETTINGS) for each in zip(images, counts, strict=True)]
 
 
 def test_each_image_is_where_the_sheet_says_with_its_grid():

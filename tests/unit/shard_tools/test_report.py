@@ -18,7 +18,7 @@ from megatron_vico.shard_tools.report import (
     histogram_lines,
     spread,
 )
-from megatron_vico.shard_tools.sample_view import image_lines, token_text, turn_lines, view
+from megatron_vico.shard_tools.sample_view import image_lines, token_text, turn_lines, view_image
 from tests.unit.conftest import NUM_SAMPLES, SETTINGS
 
 
@@ -113,7 +113,7 @@ def test_grids_are_those_that_were_cut(shards):
     for number in range(NUM_SAMPLES):
         tiles = folder.describe(number).tiles_per_image
         if len(tiles) == 1:
-            (image,) = view(folder.read(number), tiles_per_image=tiles, settings=SETTINGS).images
+            image = view_image(folder.read(number).images[0], tiles[0], SETTINGS)
             grid = (image.columns, image.rows, image.num_tiles, image.tiling)
             seen.setdefault((image.width, image.height), set()).add(grid)
     for size, (columns, rows) in grids.items():
@@ -127,8 +127,7 @@ def test_images_of_one_kind_share_a_line(shards):
     sample = folder.read(0)
     settings = EncodingSettings(image_size=32, max_dynamic_patch=1)
     png = sample.images[0]
-    frames = ConversationSample(key="k", turns=sample.turns, images=(png, png, b"broken", png))
-    lines = image_lines(view(frames, tiles_per_image=(1, 1, 1, 1), settings=settings).images)
+    lines = image_lines([view_image(each, 1, settings) for each in (png, png, b"broken", png)])
     size = f"PNG 64x32, {len(png)} bytes, 1 tile"
     assert lines == [
         f"images 0 to 1: {size}",

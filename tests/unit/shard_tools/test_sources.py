@@ -154,16 +154,6 @@ def test_a_broken_sample_is_named_by_cause(tmp_path, reader, line, message):
         reader.read(line, source=source(tmp_path), number=2)
 
 
-def test_a_data_sets_cap_and_augmentation_reach_its_samples(tmp_path, reader):
-    (tmp_path / "a.png").write_bytes(picture(size=(96, 32)))
-    free = reader.read(row(image="a.png"), source=source(tmp_path), number=1)
-    capped = reader.read(row(image="a.png"), source=source(tmp_path, max_dynamic_patch=2), number=1)
-    assert (free.sample.max_dynamic_patch, free.encoded.num_tiles) == (None, 4)
-    assert (capped.sample.max_dynamic_patch, capped.encoded.num_tiles) == (2, 3)
-    own = reader.read(row(image="a.png", max_dynamic_patch=1), source=source(tmp_path), number=1)
-    assert own.encoded.num_tiles == 1
-
-
 @pytest.mark.parametrize("samples_per_run", [1, 2, 3, 10])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
 def test_lines_are_cut_without_loss(tmp_path, samples_per_run, end):

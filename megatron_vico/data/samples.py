@@ -11,7 +11,7 @@ Shape letters: L tokens of a sample before expansion, T tokens of a pack after i
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +20,11 @@ from torch import Tensor
 from megatron_vico.errors import Cause
 
 Role = Literal["system", "human", "gpt", "pretrain"]
-ROLES: tuple[Role, ...] = ("system", "human", "gpt", "pretrain")
+ROLES: tuple[Role, ...] = get_args(Role)
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 ByteArray = npt.NDArray[np.uint8]
-
-GAP_TOKEN_ID = 0
-"""The one token of a gap: a text token of every tokenizer, the one that streams are padded with."""
 
 
 @dataclass(frozen=True)
@@ -97,17 +94,6 @@ class Gap(EncodedSample):
     missing_tiles: tuple[int, ...]
     """Tiles per image that the sample would have: plans are drawn for them too, so that its
     neighbours keep theirs."""
-
-    @classmethod
-    def of(cls, key: str, *, tiles_per_image: tuple[int, ...], image_size: int) -> Self:
-        """The gap of a sample whose index has `tiles_per_image`; `image_size` in px."""
-        return cls(
-            key=key,
-            token_ids=np.array([GAP_TOKEN_ID], dtype=np.int64),
-            is_response=np.zeros(1, dtype=np.bool_),
-            tiles=np.empty((0, 3, image_size, image_size), dtype=np.uint8),
-            missing_tiles=tiles_per_image,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

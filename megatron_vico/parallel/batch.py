@@ -5,8 +5,7 @@ encode from it. An error of its loader is an error on all ranks, so that none wa
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,19 +33,6 @@ class StepBatch:
     """Which rank has which tiles."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Header:
-    """What a rank must know to receive a step."""
-
-    packs: list[list[Any]]
-    """Of each block; see `PackedBytes.packs`."""
-
-    text_bytes: list[int]
-    """Of each block."""
-
-    tile_shape: tuple[int, ...]
-
-
 def share_step(
     blocks: Sequence[PackedBytes] | LoaderError | None,
     *,
@@ -62,23 +48,24 @@ def share_step(
     Raises:
         SampleError, ConfigError, WorkerError: on every rank, if the first one was given it.
     """
-    header = _broadcast_header(blocks, groups)
+    headers = _broadcast_headers(blocks, groups)
     read = [] if blocks is None or isinstance(blocks, LoaderError) else list(blocks)
+    text_bytes = [header.text_bytes for header in headers]
     text = (
         torch.cat([block.text for block in read])
         if read
-        else torch.empty(sum(header.text_bytes), dtype=torch.uint8)
+        else torch.empty(sum(text_bytes), dtype=torch.uint8)
     )
     if groups.replica.size() > 1:
         text = text.to(groups.device)
         torch.distributed.broadcast(text, group=groups.replica, group_src=0)
     # Back to the CPU, where lengths and positions are worked out; it happens once, before the step
     # begins.
-    texts = text.cpu().split(header.text_bytes)
+    texts = text.cpu().split(text_bytes)
     packs = tuple(
         pack
-        for with_slots, part in zip(header.packs, texts, strict=True)
-        for pack in unwrap(with_slots, part)
+        for header, part in zip(headers, texts, strict=True)
+        for pack in unwrap(header.packs, part)
     )
     per_image = [count for pack in packs for count in pack.tiles_per_image]
     split = split_tiles(
@@ -87,7 +74,7 @@ def share_step(
         rank=groups.replica.rank(),
     )
     return StepBatch(
-        packs=packs, tiles=_scatter_tiles(read, split, header.tile_shape, groups), split=split
+        packs=packs, tiles=_scatter_tiles(read, split, headers[0].tile_shape, groups), split=split
     )
 
 
@@ -102,14 +89,12 @@ def shared_batches(
 
     Args:
         steps: the loader, on the replica's first rank; elsewhere None.
-        num_steps: how many to take, the same on every rank.
-        whole_images: keep the tiles of an image on one rank.
+        num_steps: the same on every rank.
 
     Raises:
         SampleError, ConfigError, WorkerError: on every rank of a replica whose reader met one.
     """
-    reads = groups.replica.rank() == 0
-    assert (steps is not None) == reads, "the first rank of a replica reads"
+    assert (steps is not None) == (groups.replica.rank() == 0), "the replica's first rank reads"
     reading = iter(steps) if steps is not None else None
     for _ in range(num_steps):
         blocks: Sequence[PackedBytes] | LoaderError | None = None
@@ -120,21 +105,15 @@ def shared_batches(
         yield share_step(blocks, groups=groups, whole_images=whole_images)
 
 
-def _broadcast_header(
+def _broadcast_headers(
     blocks: Sequence[PackedBytes] | LoaderError | None, groups: Groups
-) -> _Header:
-    sent: list[_Header | LoaderError | None] = [None]
-    if groups.replica.rank() == 0:
-        assert blocks is not None
-        if isinstance(blocks, LoaderError):
-            sent = [blocks]
-        else:
-            header = _Header(
-                packs=[block.packs for block in blocks],
-                text_bytes=[block.text_bytes for block in blocks],
-                tile_shape=blocks[0].tile_shape,
-            )
-            sent = [header]
+) -> list[PackedBytes]:
+    """The step's blocks without their bytes, which is what a rank must know to receive those."""
+    sent: list[list[PackedBytes] | LoaderError | None] = [None]
+    if isinstance(blocks, LoaderError):
+        sent = [blocks]
+    elif blocks is not None:
+        sent = [[replace(block, block=block.block.new_empty(0)) for block in blocks]]
     if groups.replica.size() > 1:
         torch.distributed.broadcast_object_list(
             sent, group=groups.replica, group_src=0, device=groups.device
@@ -142,7 +121,7 @@ def _broadcast_header(
     (found,) = sent
     if isinstance(found, LoaderError):
         raise found
-    assert found is not None
+    assert found is not None, "the first rank of a replica reads"
     return found
 
 
@@ -170,9 +149,8 @@ def _run(blocks: Sequence[PackedBytes], run: slice, groups: Groups) -> Tensor:
     """
     parts, first = [], 0
     for block in blocks:
-        tiles = block.tiles
-        parts.append(tiles[max(run.start - first, 0) : max(run.stop - first, 0)])
-        first += len(tiles)
+        parts.append(block.tiles[max(run.start - first, 0) : max(run.stop - first, 0)])
+        first += len(block.tiles)
     whole = parts[0].new_empty(
         run.stop - run.start, *parts[0].shape[1:], pin_memory=groups.device.type == "cuda"
     )

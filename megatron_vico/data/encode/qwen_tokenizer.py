@@ -23,49 +23,17 @@ PRE_TOKENIZER_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-QWEN3_SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-# Also added by Qwen3, but ordinary text to it: kept when special tokens are left out of decoded
-# text.
-QWEN3_PLAIN_TOKENS = (
-    "<tool_call>",
-    "</tool_call>",
-    "<|fim_prefix|>",
-    "<|fim_middle|>",
-    "<|fim_suffix|>",
-    "<|fim_pad|>",
-    "<|repo_name|>",
-    "<|file_sep|>",
-    "<tool_response>",
-    "</tool_response>",
-    "<think>",
-    "</think>",
-)
-INTERNVL_SPECIAL_TOKENS = (
-    "<img>",
-    "</img>",
-    "<IMG_CONTEXT>",
-    "<quad>",
-    "</quad>",
-    "<ref>",
-    "</ref>",
-    "<box>",
-    "</box>",
-)
+ADDED_TOKENS = """
+special <|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|>
+special <|box_start|> <|box_end|> <|quad_start|> <|quad_end|>
+special <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>
+plain   <tool_call> </tool_call>
+plain   <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>
+plain   <tool_response> </tool_response> <think> </think>
+special <img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box>
+"""
+"""Qwen3's 26 and then, in the last line, InternVL's 9, in the order of their ids. Decoding without
+special tokens keeps the plain ones."""
 
 
 def read_tiktoken(path: str | Path) -> dict[bytes, int]:
@@ -133,9 +101,8 @@ def build_tokenizer(ranks: dict[bytes, int]) -> tokenizers.Tokenizer:
     )
     fast.decoder = decoders.ByteLevel()
     # One by one, since the ids follow the order in which tokens are added.
-    for text in (*QWEN3_SPECIAL_TOKENS, *QWEN3_PLAIN_TOKENS, *INTERNVL_SPECIAL_TOKENS):
-        special = text not in QWEN3_PLAIN_TOKENS
-        fast.add_tokens([AddedToken(text, normalized=False, special=special)])
+    for added in _added_tokens():
+        fast.add_tokens([added])
     return fast
 
 
@@ -150,12 +117,20 @@ def write_tokenizer(fast: tokenizers.Tokenizer, folder: str | Path) -> None:
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
         "unk_token": None,
-        "additional_special_tokens": [*QWEN3_SPECIAL_TOKENS[1:], *INTERNVL_SPECIAL_TOKENS],
+        "additional_special_tokens": [t.content for t in _added_tokens() if t.special][1:],
         "add_bos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 40960,
     }
     (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _added_tokens() -> list[AddedToken]:
+    return [
+        AddedToken(text, normalized=False, special=kind == "special")
+        for kind, *texts in map(str.split, ADDED_TOKENS.strip().splitlines())
+        for text in texts
+    ]
 
 
 def _split_before(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:

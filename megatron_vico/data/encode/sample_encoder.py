@@ -68,10 +68,8 @@ class SampleEncoder:
         """Ids, response mask and tiles of a sample with its answers.
 
         Args:
-            sample: any.
             random: the stream that augmentation draws from, where the sample has `data_augment`;
-                None, for indexing and evaluation, leaves the tiles as they are. Their number is the
-                same either way.
+                None, for indexing and evaluation, leaves the tiles as they are.
         """
         encoded = self._encode(sample, conversation.encode_conversation)
         if random is None or not sample.data_augment:
@@ -94,14 +92,17 @@ class SampleEncoder:
         cut: Callable[..., ByteArray] = tiling.tile,
     ) -> EncodedSample:
         settings = self.settings
-        tiles_of_images = tiling.tile_images(
-            sample.images,
-            key=sample.key,
-            image_size=settings.image_size,
-            max_dynamic_patch=sample.max_dynamic_patch or settings.max_dynamic_patch,
-            use_thumbnail=settings.use_thumbnail,
-            cut=cut,
-        )
+        limit = sample.max_dynamic_patch or settings.max_dynamic_patch
+        tiles_of_images = [
+            cut(
+                tiling.decode_image(encoded, key=sample.key, number=number),
+                image_size=settings.image_size,
+                # The official rule: a sample's images share the limit, thumbnails not counted.
+                max_dynamic_patch=max(1, limit // len(sample.images)),
+                use_thumbnail=settings.use_thumbnail,
+            )
+            for number, encoded in enumerate(sample.images)
+        ]
         tiles_per_image = tuple(len(tiles) for tiles in tiles_of_images)
         token_ids, is_response = encode_text(
             sample.turns,
@@ -110,22 +111,20 @@ class SampleEncoder:
             tile_tags=settings.tile_tags,
             key=sample.key,
         )
+        if len(tiles_of_images) == 1:
+            (tiles,) = tiles_of_images
+        else:
+            shape = (0, 3, settings.image_size, settings.image_size)
+            tiles = np.concatenate([np.empty(shape, dtype=np.uint8), *tiles_of_images])
         encoded = EncodedSample(
             key=sample.key,
             token_ids=token_ids,
             is_response=is_response,
-            tiles=_join(tiles_of_images, settings.image_size),
+            tiles=tiles,
             tiles_per_image=tiles_per_image,
         )
         check_image_tokens(encoded, image_token_id=self.tokenizer.image_token_id)
         return encoded
-
-
-def _join(tiles_of_images: list[ByteArray], image_size: int) -> ByteArray:
-    if len(tiles_of_images) == 1:
-        return tiles_of_images[0]
-    empty = np.empty((0, 3, image_size, image_size), dtype=np.uint8)
-    return np.concatenate([empty, *tiles_of_images])
 
 
 def check_image_tokens(sample: EncodedSample, *, image_token_id: int) -> None:

@@ -6,7 +6,6 @@ follows.
 """
 
 import io
-from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -109,42 +108,6 @@ def decode_image(encoded: bytes, *, key: str, number: int) -> Image.Image:
             "replace the file or remove the sample.",
             cause="broken image",
         ) from error
-
-
-def tile_images(
-    images: Sequence[bytes],
-    *,
-    key: str,
-    image_size: int,
-    max_dynamic_patch: int,
-    use_thumbnail: bool,
-    cut: Callable[..., ByteArray] = tile,
-) -> list[ByteArray]:
-    """Decode and tile all images of a sample, which share the budget of tiles (official rule).
-
-    Args:
-        images: encoded files.
-        image_size: side S of a tile, in px.
-        max_dynamic_patch: most tiles of all images together, at least one each, thumbnails not
-            counted.
-        use_thumbnail: see `tile`.
-        cut: `tile` or `blank_tiles`.
-
-    Returns:
-        One [N_i, 3, S, S] uint8 array per image.
-
-    Raises:
-        SampleError: if an image cannot be decoded.
-    """
-    return [
-        cut(
-            decode_image(encoded, key=key, number=number),
-            image_size=image_size,
-            max_dynamic_patch=max(1, max_dynamic_patch // len(images)),
-            use_thumbnail=use_thumbnail,
-        )
-        for number, encoded in enumerate(images)
-    ]
 
 
 def _pixels(image: Image.Image, width: int, height: int) -> ByteArray:

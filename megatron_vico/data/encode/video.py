@@ -8,7 +8,6 @@ are made.
 import io
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -73,8 +72,8 @@ def video_frames(
                 f"{error.filename}: {error.strerror}; restore the frame or remove the sample."
             ) from error
 
-    def choose(video: _Video) -> list[int]:
-        start, available = _clip(video, clip) if clip else (0, video.num_frames)
+    def choose(length: int, rate: Fraction | None) -> list[int]:
+        start, available = _clip(path, clip, length=length, rate=rate) if clip else (0, length)
         limit = available if path.suffix.lower() == ".gif" else max_frames
         drawn = draw_frames(available, num_frames=min(num_frames, limit), random=random)
         return [start + number for number in drawn]
@@ -92,8 +91,8 @@ def middle_frames(source: str | Path, *, num_frames: int) -> list[bytes]:
         SampleError: if the video is broken, cut short or empty; names the file.
     """
 
-    def choose(video: _Video) -> list[int]:
-        segment = (video.num_frames - 1) / num_frames
+    def choose(length: int, _rate: Fraction | None) -> list[int]:
+        segment = (length - 1) / num_frames
         return [int(segment / 2 + np.round(segment * number)) for number in range(num_frames)]
 
     return _read_frames(Path(source), choose)
@@ -161,39 +160,30 @@ def frame_files(folder: Path) -> list[Path]:
     return sorted(files, key=natural)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Video:
-    """What can be known of a video file without decoding it."""
-
-    path: Path
-    num_frames: int
-    rate: Fraction | None
-    """Frames a second."""
-
-
-def _clip(video: _Video, clip: Sequence[float]) -> tuple[int, int]:
-    """First frame of a clip, and how many it has."""
+def _clip(
+    path: Path, clip: Sequence[float], *, length: int, rate: Fraction | None
+) -> tuple[int, int]:
+    """First frame of a clip of a video of `length` frames, and how many it has."""
     try:
         start, end = (float(second) for second in clip)
     except (TypeError, ValueError):
         start = end = -1.0
     if not 0 <= start < end:
-        raise SampleError(f"{video.path}: 'clip' is {clip!r}; expected [start, end] in seconds.")
-    if not video.rate:
+        raise SampleError(f"{path}: 'clip' is {clip!r}; expected [start, end] in seconds.")
+    if not rate:
         raise SampleError(
-            f"{video.path}: has no frame rate, so that 'clip' cannot be found; encode it again."
+            f"{path}: has no frame rate, so that 'clip' cannot be found; encode it again."
         )
-    first = int(min(start * video.rate, video.num_frames))
-    available = int(min((end - start) * video.rate, video.num_frames - first))
+    first = int(min(start * rate, length))
+    available = int(min((end - start) * rate, length - first))
     if available < 1:
-        seconds = float(video.num_frames / video.rate)
-        raise SampleError(
-            f"{video.path}: no frame in 'clip' {clip!r} of a video of {seconds:.2f} s."
-        )
+        seconds = float(length / rate)
+        raise SampleError(f"{path}: no frame in 'clip' {clip!r} of a video of {seconds:.2f} s.")
     return first, available
 
 
-def _read_frames(path: Path, choose: Callable[[_Video], list[int]]) -> list[bytes]:
+def _read_frames(path: Path, choose: Callable[[int, Fraction | None], list[int]]) -> list[bytes]:
+    """The frames with the numbers that `choose` takes from a file's frames and frames a second."""
     try:
         import av
     except ModuleNotFoundError as error:
@@ -201,14 +191,13 @@ def _read_frames(path: Path, choose: Callable[[_Video], list[int]]) -> list[byte
             f"{path}: videos are read by PyAV; pip install 'megatron_vico[video]'."
         ) from error
     try:
-        video = _measure(path)
+        length, rate = _measure(path)
         # Where the codec has hidden frames, fewer come out than packets: choose again among those.
-        while video.num_frames:
-            chosen = choose(video)
-            frames, num_decoded = _decode(path, set(chosen))
+        while length:
+            chosen = choose(length, rate)
+            frames, length = _decode(path, set(chosen))
             if len(frames) == len(set(chosen)):
                 return [frames[number] for number in chosen]
-            video = _Video(path=path, num_frames=num_decoded, rate=video.rate)
     except (av.FFmpegError, av.codec.codec.UnknownCodecError) as error:
         raise SampleError(
             f"{path}: not a readable video ({error}); replace the file or remove the sample."
@@ -216,7 +205,8 @@ def _read_frames(path: Path, choose: Callable[[_Video], list[int]]) -> list[byte
     raise SampleError(f"{path}: no frame can be decoded; replace the file or remove the sample.")
 
 
-def _measure(path: Path) -> _Video:
+def _measure(path: Path) -> tuple[int, Fraction | None]:
+    """Frames in a file, and frames a second, without decoding it."""
     with _open(path) as container:
         if not container.streams.video:
             raise SampleError(f"{path}: no video in it; replace the file or remove the sample.")
@@ -240,7 +230,7 @@ def _measure(path: Path) -> _Video:
                 f" frames, {end:.1f} of {(container.duration or 0) / MICROSECONDS:.1f} s; copy it"
                 " again."
             )
-        return _Video(path=path, num_frames=num_frames, rate=stream.average_rate)
+        return num_frames, stream.average_rate
 
 
 def _decode(path: Path, wanted: set[int]) -> tuple[dict[int, bytes], int]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_vico.config.schema import DataOptions
@@ -31,6 +32,9 @@ from megatron_vico.data.shards.mixture import read_mixture
 from megatron_vico.data.shards.reader import ShardFolder
 from megatron_vico.errors import ConfigError, SampleError, WorkerError
 from megatron_vico.vico import compression_plan
+
+GAP_TOKEN_ID = 0
+"""The one token of a gap: a text token of every tokenizer, the one that streams are padded with."""
 
 MAX_PIECES = 32
 """Pieces that a rank's packs of a step are prepared in: each takes one of the 1,024 files a process
@@ -282,10 +286,13 @@ class _PieceDataset(Dataset[PackedBytes | UserError]):
     def _gap(self, sample_id: int) -> Gap:
         folder, number = self._data.locate(sample_id)
         known = folder.describe(number)
-        return Gap.of(
-            known.key,
-            tiles_per_image=known.tiles_per_image,
-            image_size=self._encoder.settings.image_size,
+        size = self._encoder.settings.image_size
+        return Gap(
+            key=known.key,
+            token_ids=np.array([GAP_TOKEN_ID], dtype=np.int64),
+            is_response=np.zeros(1, dtype=np.bool_),
+            tiles=np.empty((0, 3, size, size), dtype=np.uint8),
+            missing_tiles=known.tiles_per_image,
         )
 
 

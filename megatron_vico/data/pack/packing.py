@@ -95,7 +95,10 @@ def _best_fit(
     """
     bins: list[_Bin] = []
     open_bins: list[tuple[int, int]] = []  # (remaining tokens, number of the bin), ascending
-    for i in _large_first(candidates, lengths, limits.capacity):
+    # Stable: equal lengths, and all small candidates, stay in stream order.
+    threshold = limits.capacity * LARGE
+    large_first = sorted(candidates, key=lambda i: -lengths[i] if lengths[i] >= threshold else 0)
+    for i in large_first:
         length, num_tiles = int(lengths[i]), int(tiles[i])
         if length > limits.capacity or num_tiles > limits.max_tiles:
             raise SampleError(
@@ -122,13 +125,6 @@ def _best_fit(
         if limits.max_samples is None or len(chosen.members) < limits.max_samples:
             bisect.insort(open_bins, (chosen.remaining, chosen.number))
     return bins
-
-
-def _large_first(candidates: Sequence[int], lengths: Sequence[int], capacity: int) -> list[int]:
-    threshold = capacity * LARGE
-    large = [i for i in candidates if lengths[i] >= threshold]
-    large.sort(key=lambda i: -lengths[i])  # stable: equal lengths stay in stream order
-    return large + [i for i in candidates if lengths[i] < threshold]
 
 
 def _is_full(packed: _Bin, limits: PackLimits) -> bool:

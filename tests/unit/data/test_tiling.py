@@ -14,11 +14,8 @@ from megatron_vico.data.encode.tiling import (
     choose_grid,
     decode_image,
     tile,
-    tile_images,
 )
 from megatron_vico.errors import SampleError
-
-SIX_TILES = {"image_size": 32, "max_dynamic_patch": 6, "use_thumbnail": True}
 
 
 def noise(width, height, seed=0):
@@ -90,7 +87,7 @@ def test_transparency_is_dropped_and_exif_rotation_ignored():
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (2, 5)])
 def test_thin_and_tiny_images_have_tiles(size):
-    (tiles,) = tile_images([encoded(noise(*size), "PNG")], key="k", **SIX_TILES)
+    tiles = tile(noise(*size), image_size=32, max_dynamic_patch=6, use_thumbnail=True)
     assert (len(tiles) == 7) == (max(size) == 3000)
 
 

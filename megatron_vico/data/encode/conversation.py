@@ -192,6 +192,5 @@ def _place_images(
 
 
 def _image_text(num_tiles: int, tile_tags: str) -> str:
-    numbers = range(1, num_tiles + 1)
-    tags = [f"<tile_{i}>" if tile_tags == "numbered" else "" for i in numbers]
+    tags = (f"<tile_{i}>" if tile_tags == "numbered" else "" for i in range(1, num_tiles + 1))
     return IMAGE_START + "".join(tag + IMAGE_CONTEXT for tag in tags) + IMAGE_END

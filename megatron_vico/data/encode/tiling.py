@@ -23,12 +23,13 @@ def grids(max_dynamic_patch: int) -> tuple[tuple[int, int], ...]:
     set's own order. For tuples of integers that order depends only on how the set was filled; it is
     filled in the same way here.
     """
-    shapes: set[tuple[int, int]] = set()
-    for n in range(1, max_dynamic_patch + 1):
-        for columns in range(1, n + 1):
-            for rows in range(1, n + 1):
-                if columns * rows <= max_dynamic_patch:
-                    shapes.add((columns, rows))
+    shapes = {
+        (columns, rows)
+        for n in range(1, max_dynamic_patch + 1)
+        for columns in range(1, n + 1)
+        for rows in range(1, n + 1)
+        if columns * rows <= max_dynamic_patch
+    }
     return tuple(sorted(shapes, key=lambda shape: shape[0] * shape[1]))
 
 

@@ -251,12 +251,12 @@ class _PieceDataset(Dataset[PackedBytes | UserError]):
         samples: list[EncodedSample] = []
         skipped = []
         for sample_id, visit in zip(pack.sample_ids, pack.visits, strict=True):
-            sample: EncodedSample | Skipped | None = None
-            if (position, sample_id) not in piece.left_out:
-                sample = self._read(sample_id, visit)
-            if isinstance(sample, Skipped):
-                skipped.append(sample)
-            samples.append(sample if isinstance(sample, EncodedSample) else self._gap(sample_id))
+            known = (position, sample_id) in piece.left_out
+            found = self._gap(sample_id) if known else self._read(sample_id, visit)
+            if isinstance(found, Skipped):
+                skipped.append(found)
+                found = self._gap(sample_id)
+            samples.append(found)
         return samples, skipped
 
     def _read(self, sample_id: int, visit: int) -> EncodedSample | Skipped:

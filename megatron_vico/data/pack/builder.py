@@ -1,6 +1,6 @@
 """Encoded samples to a stage's packed batch: draws the plans, makes both streams and weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -98,16 +98,15 @@ class PackBuilder:
     def _xi(self, samples: Sequence[EncodedSample], pack: Pack) -> Tensor:
         if self.xi_sampler == "stratified":
             return self._stratified(samples, pack)
-        return torch.cat(
-            [
+        plans = []
+        for sample, sample_id, visit in zip(samples, pack.sample_ids, pack.visits, strict=True):
+            random = compression_plan.generator(self.seed, visit, sample_id, "xi")
+            plans.append(
                 compression_plan.plan_fraction(
-                    sample.tiles_per_image,
-                    generator=compression_plan.generator(self.seed, visit, sample_id, "xi"),
-                    sampler=self.xi_sampler,
+                    sample.tiles_per_image, generator=random, sampler=self.xi_sampler
                 )
-                for sample, sample_id, visit in _with_visits(samples, pack)
-            ]
-        )
+            )
+        return torch.cat(plans)
 
     def _stratified(self, samples: Sequence[EncodedSample], pack: Pack) -> Tensor:
         # A sample comes once a visit, so the first one names the pack; no other pack draws from
@@ -115,8 +114,7 @@ class PackBuilder:
         random = compression_plan.generator(
             self.seed, pack.visits[0], pack.sample_ids[0], "xi-of-pack"
         )
-        # The images of gaps get their shares too, so that those of the other samples stay what
-        # they are.
+        # The images of gaps get their shares too: those of the other samples stay what they are.
         images = [
             each.missing_tiles if isinstance(each, Gap) else each.tiles_per_image
             for each in samples
@@ -124,31 +122,19 @@ class PackBuilder:
         plan = compression_plan.plan_stratified(
             [count for each in images for count in each], generator=random
         )
-        of_samples = plan.split([sum(each) for each in images])
-        real = [
-            of_sample
-            for of_sample, each in zip(of_samples, samples, strict=True)
-            if not isinstance(each, Gap)
-        ]
-        return torch.cat([plan[:0], *real])
+        is_real = torch.tensor([not isinstance(each, Gap) for each in samples])
+        return plan[is_real.repeat_interleave(torch.tensor([sum(each) for each in images]))]
 
     def _router_questions(self, samples: Sequence[EncodedSample], pack: Pack) -> list[Tensor]:
         """The plan of Eq. 2 for each sample of the pack."""
-        questions, asks = [], STAGES[self.stage].plans == "one_tile"
-        for sample, sample_id, visit in _with_visits(samples, pack):
+        asks = STAGES[self.stage].plans == "one_tile"
+
+        def ask(sample: EncodedSample, sample_id: int, visit: int) -> Tensor:
             if not asks or not sample.num_tiles:
-                questions.append(compression_plan.plan_none(sample.num_tiles))
-                continue
+                return compression_plan.plan_none(sample.num_tiles)
             random = compression_plan.generator(self.seed, visit, sample_id, "router")
             if self.router_granularity == "image":
-                question = compression_plan.plan_one_image(sample.tiles_per_image, generator=random)
-            else:
-                question = compression_plan.plan_one_tile(sample.num_tiles, generator=random)
-            questions.append(question)
-        return questions
+                return compression_plan.plan_one_image(sample.tiles_per_image, generator=random)
+            return compression_plan.plan_one_tile(sample.num_tiles, generator=random)
 
-
-def _with_visits(
-    samples: Sequence[EncodedSample], pack: Pack
-) -> Iterator[tuple[EncodedSample, int, int]]:
-    return zip(samples, pack.sample_ids, pack.visits, strict=True)
+        return list(map(ask, samples, pack.sample_ids, pack.visits))

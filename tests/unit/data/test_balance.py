@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vico.data.pack.balance import EQUAL_COST, PackCost, assign
+from tests.unit.conftest import COST
 
 
 def highest(costs: list[float], assignment: tuple[tuple[int, ...], ...]) -> float:
@@ -40,15 +41,19 @@ def test_every_pack_once_equal_counts_and_never_worse_than_dealing(
     assert assign(tuple(costs), num_ranks=num_ranks) == assignment
 
 
-def test_equal_costs_are_dealt_one_after_the_other() -> None:
-    assert assign([1.0] * 6, num_ranks=3) == ((0, 3), (1, 4), (2, 5))
-    assert assign([0.0] * 4, num_ranks=1) == ((0, 1, 2, 3),)
-
-
-def test_swaps_better_the_greedy_rule() -> None:
-    """Greedy alone gives {3, 2, 2} and {3, 2, 0}."""
-    costs = [3.0, 3.0, 2.0, 2.0, 2.0, 0.0]
-    assert assign(costs, num_ranks=2) == ((2, 3, 4), (0, 1, 5))
+@pytest.mark.parametrize(
+    ("costs", "expected"),
+    [
+        ([1.0] * 6, ((0, 3), (1, 4), (2, 5))),  # equal costs are dealt
+        ([0.0] * 4, ((0, 1, 2, 3),)),
+        ([9.0, 1.0, 8.0, 2.0], ((0, 1), (2, 3))),  # expensive packs are kept apart
+        ([1.0, 1.0, 5.0, 5.0], ((0, 2), (1, 3))),
+        # Swapped: greedy alone gives {3, 2, 2} and {3, 2, 0}.
+        ([3.0, 3.0, 2.0, 2.0, 2.0, 0.0], ((2, 3, 4), (0, 1, 5))),
+    ],
+)
+def test_assignments_by_hand(costs: list[float], expected: tuple[tuple[int, ...], ...]) -> None:
+    assert assign(costs, num_ranks=len(expected)) == expected
 
 
 def test_swapping_ends_where_sums_are_rounded() -> None:
@@ -62,11 +67,6 @@ def test_dealing_is_kept_where_greedy_and_swaps_lose() -> None:
     assert assign(costs, num_ranks=3) == dealt(9, 3)
     shuffled = sorted(costs)
     assert highest(shuffled, assign(shuffled, num_ranks=3)) == 7.0  # 6 is possible
-
-
-def test_expensive_packs_are_kept_apart() -> None:
-    assert assign([9.0, 1.0, 8.0, 2.0], num_ranks=2) == ((0, 1), (2, 3))
-    assert assign([1.0, 1.0, 5.0, 5.0], num_ranks=2) == ((0, 2), (1, 3))
 
 
 def test_skewed_costs_are_balanced() -> None:
@@ -96,16 +96,8 @@ def test_skewed_costs_are_balanced() -> None:
 def test_the_cost_of_a_pack() -> None:
     """By hand: 10 and 6 tokens, 2 tiles in the first, whose compressed stream is expected to have 7
     tokens."""
-    cost = PackCost(
-        per_token=2.0,
-        per_token_squared=0.5,
-        per_tile=100.0,
-        full_passes=1.0,
-        compressed_passes=3.0,
-        saved_per_tile=1.5,
-    )
-    full, compressed = 2 * 16 + 0.5 * (100 + 36), 2 * 13 + 0.5 * (49 + 36)
-    assert cost.flops([10, 6], tiles=[2, 0]) == full + 3 * compressed + 200
+    full, compressed = 20 * 16 + 0.5 * (100 + 36), 20 * 13 + 0.5 * (49 + 36)
+    assert COST.flops([10, 6], tiles=[2, 0]) == full + 3 * compressed + 600
     assert EQUAL_COST.flops([10, 6], tiles=[2, 0]) == EQUAL_COST.flops([], tiles=[]) == 0.0
 
 

@@ -37,11 +37,6 @@ def test_answers_and_their_end_mark_are_trained(tokenizer):
     assert trained == "red<|im_end|>yes\n<|im_end|>"
 
 
-def test_default_system_message_is_added(tokenizer):
-    whole, _ = texts([ASK, ANSWER], tokenizer)
-    assert whole.startswith(f"<|im_start|>system\n{DEFAULT_SYSTEM_MESSAGE}<|im_end|>\n")
-
-
 @pytest.mark.parametrize("question", ["What?", "<image>\n<image>\nWhat?"])
 def test_without_tags_images_come_before_the_first_question(tokenizer, question):
     whole, _ = texts([SYSTEM, Turn("human", question), ANSWER], tokenizer, tiles_per_image=(1, 2))
@@ -55,8 +50,9 @@ def test_tags_of_a_later_question_stay_there(tokenizer):
     assert "user\nAnd <img><IMG_CONTEXT></img>?<|im_end|>" in whole
 
 
-def test_numbered_tile_tags(tokenizer):
-    whole, _ = texts([SYSTEM, ASK, ANSWER], tokenizer, tile_tags="numbered")
+def test_numbered_tile_tags_and_the_default_system_message(tokenizer):
+    whole, _ = texts([ASK, ANSWER], tokenizer, tile_tags="numbered")
+    assert whole.startswith(f"<|im_start|>system\n{DEFAULT_SYSTEM_MESSAGE}<|im_end|>\n")
     assert "<img><tile_1><IMG_CONTEXT><tile_2><IMG_CONTEXT></img>\nWhat?" in whole
 
 
@@ -82,14 +78,7 @@ def test_prompt_and_follow_up_join_into_the_trained_ids(tokenizer):
     prompt, in_prompt = encode_prompt(asked, tiles_per_image=(2,), tokenizer=tokenizer)
     said = [*tokenizer.encode(answer), tokenizer.eos_id]
     follow_up = encode_follow_up(questions[1], tokenizer=tokenizer)
-    joined = [
-        *prompt,
-        *said,
-        *follow_up,
-        *tokenizer.encode("ok"),
-        tokenizer.eos_id,
-        *tokenizer.encode("\n"),
-    ]
+    joined = [*prompt, *said, *follow_up, *tokenizer.encode("ok<|im_end|>\n")]
     np.testing.assert_array_equal(joined, trained)
     assert not in_prompt.any()
 

@@ -104,7 +104,3 @@ def test_a_sample_larger_than_a_pack_is_refused(too_large):
     message = r"sample 1 of the stream: .* but a pack holds 100 tokens and 12 tiles"
     with pytest.raises(SampleError, match=message):
         pack_sizes([(5, 1), too_large])
-
-
-def test_no_samples_no_packs():
-    assert pack_sizes([]) == []

@@ -44,17 +44,8 @@ def test_ids_of_special_strings_are_fixed(tokenizer, tmp_path):
     assert tokenizer.fingerprint != other.fingerprint
 
 
-def test_text_comes_back_exactly(tokenizer):
-    for text in random_texts(600):
-        if "\u2581" not in text:  # SentencePiece's own sign for a space
-            assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-def test_digits_are_single_tokens(tokenizer):
+def test_digits_are_single_tokens_and_decoding_can_leave_special_ones_out(tokenizer):
     assert len(tokenizer.encode("345")) == 3
-
-
-def test_decode_can_leave_special_tokens_out(tokenizer):
     ids = tokenizer.encode("<|im_start|>red\n<IMG_CONTEXT><|im_end|>")
     assert tokenizer.decode(ids, skip_special_tokens=True) == "red\n"
 
@@ -68,6 +59,8 @@ def test_ids_equal_sentencepieces_own_and_those_of_saved_files(tokenizer, tmp_pa
         ids = tokenizer.encode(text)
         assert fast.encode(text) == ids == sentencepiece.encode(text), repr(text)
         assert fast.decode(ids) == tokenizer.decode(ids) == sentencepiece.decode(ids)
+        if "\u2581" not in text:  # SentencePiece's own sign for a space
+            assert tokenizer.decode(ids) == text
         if index % 20 == 0:
             assert transformers_tokenizer(text).input_ids == ids, repr(text)
             assert transformers_tokenizer.decode(ids) == tokenizer.decode(ids)
@@ -77,18 +70,12 @@ def test_ids_equal_sentencepieces_own_and_those_of_saved_files(tokenizer, tmp_pa
     assert (transformers_tokenizer.eos_token_id, transformers_tokenizer.pad_token_id) == (3, 0)
 
 
-def test_a_saved_folder_saves_again(tokenizer, tmp_path):
+def test_a_saved_folder_saves_again_and_pickles(tokenizer, tmp_path):
     tokenizer.save_to(tmp_path / "a")
     load_tokenizer(tmp_path / "a").save_to(tmp_path / "b")
-    assert load_tokenizer(tmp_path / "b").fingerprint == tokenizer.fingerprint
+    for each in (tokenizer, load_tokenizer(tmp_path / "b")):
+        assert pickle.loads(pickle.dumps(each)).fingerprint == tokenizer.fingerprint
     assert AutoTokenizer.from_pretrained(tmp_path / "b").eos_token == "<|im_end|>"
-
-
-def test_pickled_tokenizers_give_the_same_ids(tokenizer, tmp_path):
-    tokenizer.save_to(tmp_path)
-    for each in (tokenizer, load_tokenizer(tmp_path)):
-        again = pickle.loads(pickle.dumps(each))
-        assert again.encode("red and\n<IMG_CONTEXT>") == each.encode("red and\n<IMG_CONTEXT>")
 
 
 def test_missing_path_names_it_and_the_fix(tmp_path):

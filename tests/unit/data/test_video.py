@@ -43,17 +43,6 @@ def movie(tmp_path_factory):
     return write_video(tmp_path_factory.mktemp("video") / "a: movie.mp4", 60)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Twelve frames whose order is that of their numbers, not of their names; and files that are no
-    frames."""
-    for number in range(12):
-        Image.new("L", (32, 32), number * 20).save(tmp_path / f"frame_{number}.png")
-    (tmp_path / "notes.txt").write_text("no frame")
-    (tmp_path / ".hidden.png").write_text("no frame")
-    return tmp_path
-
-
 def official_intervals(num_frames, vlen):
     """First and last frame of each interval, as the official code cuts a video."""
     intervals = np.linspace(start=0, stop=vlen, num=min(num_frames, vlen) + 1).astype(int)
@@ -89,22 +78,16 @@ def test_a_short_video_repeats_its_last_frame():
     assert draw_frames(1, num_frames=2, random=stream()) == [0, 0]
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_frames_of_a_file_are_those_drawn(movie, seed):
-    random = stream(seed)
-    num_frames = int(torch.randint(8, 33, (), generator=random))
-    expected = draw_frames(60, num_frames=num_frames, random=random)
-    assert numbers(video_frames(movie, random=stream(seed))) == expected
-
-
-def test_the_number_of_frames_is_drawn_between_its_limits(movie):
-    counts = {
-        len(video_frames(movie, random=stream(seed), min_frames=2, max_frames=4))
-        for seed in range(20)
-    }
+def test_the_number_of_frames_is_drawn_and_then_the_frames(movie):
+    counts = set()
+    for seed in range(15):
+        random = stream(seed)
+        num_frames = int(torch.randint(2, 5, (), generator=random))
+        expected = draw_frames(60, num_frames=num_frames, random=random)
+        shown = video_frames(movie, random=stream(seed), min_frames=2, max_frames=4, clip=[])
+        assert numbers(shown) == expected
+        counts.add(len(shown))
     assert counts == {2, 3, 4}
-    assert video_frames(movie, random=stream(3)) == video_frames(movie, random=stream(3), clip=[])
-    assert video_frames(movie, random=stream(3)) != video_frames(movie, random=stream(4))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +118,12 @@ def test_a_clip_that_is_not_in_the_video_is_refused(movie, clip):
         video_frames(movie, random=stream(), clip=clip)
 
 
-def test_a_folder_gives_its_files_in_the_order_of_their_numbers(folder):
+def test_a_folder_gives_its_files_in_the_order_of_their_numbers(tmp_path):
+    folder = tmp_path
+    for number in range(12):
+        Image.new("L", (32, 32), number * 20).save(folder / f"frame_{number}.png")
+    (folder / "notes.txt").write_text("no frame")
+    (folder / ".hidden.png").write_text("no frame")
     frames = video_frames(folder, random=stream(), min_frames=32)
     in_order = [(folder / f"frame_{number}.png").read_bytes() for number in range(12)]
     assert frames == in_order  # all, none repeated
@@ -143,9 +131,6 @@ def test_a_folder_gives_its_files_in_the_order_of_their_numbers(folder):
     assert [frames.index(frame) // 3 for frame in few] == [0, 1, 2, 3]
     with pytest.raises(SampleError, match="no frame rate"):
         video_frames(folder, random=stream(), clip=(0, 1))
-
-
-def test_a_frame_that_cannot_be_read_is_refused_by_name(folder):
     (folder / "frame_3.png").unlink()
     (folder / "frame_3.png").mkdir()
     with pytest.raises(SampleError, match=r"frame_3.png: Is a directory"):
@@ -263,16 +248,17 @@ def test_without_pyav_the_error_says_what_to_install(movie, monkeypatch):
 
 
 SYSTEM, ANSWER = Turn("system", "Be brief."), Turn("gpt", "A cat, <video>.")
+FRAMES = "Frame-1: <image>\nFrame-2: <image>\n"
 
 
 @pytest.mark.parametrize(
     ("question", "expected"),
     [
-        ("<video>\nWhat?", "Frame-1: <image>\nFrame-2: <image>\nWhat?"),
-        ("What?", "Frame-1: <image>\nFrame-2: <image>\nWhat?"),
-        ("See\n<video>\nWhat?", "See\nFrame-1: <image>\nFrame-2: <image>\nWhat?"),
-        ("See\n<video>", "See\nFrame-1: <image>\nFrame-2: <image>\n"),
-        ("\nWhat?", "Frame-1: <image>\nFrame-2: <image>\n\nWhat?"),
+        ("<video>\nWhat?", f"{FRAMES}What?"),
+        ("What?", f"{FRAMES}What?"),
+        ("See\n<video>\nWhat?", f"See\n{FRAMES}What?"),
+        ("See\n<video>", f"See\n{FRAMES}"),
+        ("\nWhat?", f"{FRAMES}\nWhat?"),
     ],
 )
 @pytest.mark.parametrize("before", [(), (SYSTEM,)])

@@ -32,10 +32,9 @@ class Turn:
     """One turn of a conversation; `text` may hold `<image>` tags."""
 
     role: Role
-    """Who speaks; `pretrain` is plain text, trained whole (the official data format)."""
+    """`pretrain` is plain text, trained whole (the official data format)."""
 
     text: str
-    """What is said, without any template."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +175,7 @@ class PackedBatch:
     compressed; router: nothing compressed, then the router's question."""
 
     position: int = 0
-    """Index of the pack among those of its step, over all ranks."""
+    """Index of the pack in its step, over all ranks."""
 
     skipped: tuple[Skipped, ...] = ()
     """Broken samples among the D that were not known to be broken before this step."""

@@ -18,17 +18,13 @@ def jpeg_degrade(tiles: ByteArray, *, random: torch.Generator) -> ByteArray:
     compressed there before they are resized to a tile; here they are tiles like any other.
 
     Args:
-        tiles: [N, 3, S, S] uint8 RGB.
+        tiles: [N, 3, S, S] uint8 RGB, which stay as they are.
         random: the sample's random stream; one number a tile.
-
-    Returns:
-        [N, 3, S, S] uint8, another array.
     """
-    qualities = torch.randint(
-        QUALITIES[0], QUALITIES[1] + 1, (len(tiles),), generator=random
-    ).tolist()
+    lowest, highest = QUALITIES
+    qualities = torch.randint(lowest, highest + 1, (len(tiles),), generator=random)
     degraded = np.empty_like(tiles)
-    for number, quality in enumerate(qualities):
+    for number, quality in enumerate(qualities.tolist()):
         file = io.BytesIO()
         Image.fromarray(tiles[number].transpose(1, 2, 0)).save(file, "JPEG", quality=quality)
         with Image.open(file) as image:

@@ -145,11 +145,7 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a tokenizer and check that it knows the chat template's special strings.
-
-    Args:
-        path: a Hugging Face tokenizer folder, or a SentencePiece .model file of
-            `train_sentencepiece`.
+    """A Hugging Face tokenizer folder or a .model file of `train_sentencepiece`, checked.
 
     Raises:
         ConfigError: if there is nothing to load, or a special string is not a single token.

@@ -46,9 +46,7 @@ def video_frames(
 
     Args:
         source: a video file, or a folder of frame images in the natural order of their names.
-        random: the sample's random stream.
-        clip: (start, end) of the part to show, in seconds; what of it lies after the end of the
-            file is left out.
+        clip: (start, end) in seconds of the part to show; what lies after the file's end is not.
 
     Raises:
         ConfigError: if PyAV is not installed.

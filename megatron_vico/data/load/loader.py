@@ -80,9 +80,7 @@ class Loader:
         """Check that the shards were indexed with this encoder.
 
         Args:
-            plan: the packs of each step; its options say how many workers prepare how many steps
-                ahead.
-            encoder: the tokenizer and tiling that the shards were indexed with.
+            plan: its options say how many workers prepare how many steps ahead.
             num_steps: steps to stop after; None, never.
             state: `state_dict` of the loader that this one goes on from.
 
@@ -123,8 +121,7 @@ class Loader:
 
         Raises:
             SampleError: if shard and index differ; the same in a worker as without workers.
-            ConfigError: if a shard does not fit into the cache, or that cannot be written;
-                likewise.
+            ConfigError: if a shard does not fit into the cache, or that cannot be written.
             WorkerError: if a worker died.
         """
         self._begun.clear()

@@ -89,13 +89,9 @@ def assign(costs: Sequence[float], *, num_ranks: int) -> tuple[tuple[int, ...], 
     with too much; so packs are swapped while that helps: with 64 ranks of 4 packs the highest is
     1.005 of the mean instead of 1.027 (benchmarks/packing.py).
 
-    Args:
-        costs: of the packs of a step, >= 0.
-        num_ranks: data-parallel ranks.
-
     Returns:
-        For each rank its packs as ascending indices into `costs`; r, r + num_ranks, ... for rank r
-        if all costs are equal. The highest cost of a rank is never above what that order gives.
+        For each rank its packs as ascending indices into `costs` (>= 0); r, r + num_ranks, ... for
+        rank r if all are equal. The highest cost of a rank is never above what that order gives.
 
     Raises:
         ValueError: if the packs do not divide over the ranks.

@@ -45,10 +45,9 @@ class PackBuilder:
         """Pack samples: weights, reference stream, and the stage's policy streams.
 
         Args:
-            samples: encoded, in the order of `pack.sample_ids`; gaps among them have no rows and no
-                tiles.
+            samples: in the order of `pack.sample_ids`; gaps among them have no rows and no tiles.
             pack: their indices and visits, which seed the compression plans.
-            samples_in_global_batch: samples of the whole step, over all ranks and microbatches.
+            samples_in_global_batch: over all ranks and microbatches.
             position: index of the pack in the step.
         """
         rows_per_sample = np.array(

@@ -53,13 +53,10 @@ def iter_packs(
 
     Args:
         lengths: tokens of each sample, in stream order.
-        tiles: tiles of each sample.
-        limits: what a pack can hold.
         window: samples that are packed together.
 
     Returns:
-        Packs as tuples of indices into `lengths`, ascending inside a pack; packs ordered by their
-        first index within each window.
+        Packs as ascending indices into `lengths`; within each window ordered by their first index.
 
     Raises:
         SampleError: if one sample alone is more than a pack can hold.

@@ -90,9 +90,7 @@ class PackPlan:
         """Check that every sample fits into a pack.
 
         Args:
-            repeats: how often each of them comes in an epoch; None, once.
-            options: limits of a pack, packing window, shards shuffled together, and whether a run
-                may be resumed with different data.
+            repeats: how often each folder comes in an epoch; None, once.
             tokens_kept: visual tokens of a tile that is not compressed.
             global_batch_size: packs of a step.
 

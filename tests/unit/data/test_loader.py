@@ -67,8 +67,10 @@ def augmented_shards(make, tmp_path_factory):
 @pytest.mark.parametrize("sampler", ["stratified", "bernoulli", "exact-count"])
 def test_batch_equals_its_samples_one_by_one(load, shards, encoder, sampler):
     folder, loader = ShardFolder.open(shards), load(xi_sampler=sampler)
-    for step, batches in enumerate(take(loader, 3)):
+    for step, batches in enumerate(take(loader, 6)):  # some samples come for the second time
         plan = step_plan(loader.plan, step)
+        total = sum(float(batch.kl_weight.double().sum()) for batch in batches)
+        assert total == pytest.approx(1.0, abs=1e-6)  # measured 3e-8
         for pack, batch in zip(plan.packs, batches, strict=True):
             samples = [encoder.encode(folder.read(i)) for i in pack.sample_ids]
             drawn = naive_plans(sampler, samples, pack)
@@ -105,24 +107,6 @@ def check_stream(stream, samples, plans):
     assert stream.cu_seqlens.tolist() == ends
     visual = (stream.token_ids == 5).nonzero().squeeze(1)
     assert stream.visual_positions.tolist() == visual.tolist()
-
-
-def test_weights_of_a_global_batch_sum_to_one(load):
-    ranks = [take(load(dp_rank=rank, dp_size=2), 6) for rank in range(2)]
-    for step in range(6):
-        total = sum(float(batch.kl_weight.double().sum()) for rank in ranks for batch in rank[step])
-        assert total == pytest.approx(1.0, abs=1e-6)  # measured 3e-8
-
-
-def test_each_epoch_draws_new_plans(load):
-    seen = {}
-    for batch in itertools.chain.from_iterable(take(load(), 20)):
-        plans = torch.split(batch.policies[0].compressed, batch.tiles_per_sample)
-        for key, plan in zip(batch.keys, plans, strict=True):
-            if len(plan) >= 3:
-                seen.setdefault(key, []).append(tuple(plan.tolist()))
-    assert all(len(plans) >= 4 for plans in seen.values())
-    assert sum(len(set(plans)) > 1 for plans in seen.values()) > len(seen) / 2
 
 
 @pytest.mark.parametrize(

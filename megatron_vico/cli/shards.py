@@ -22,12 +22,6 @@ NUM_LISTED = 20
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; returns the exit status."""
     parser = argparse.ArgumentParser(prog="vico shards", description=__doc__)
-    add_arguments(parser)
-    return run(parser.parse_args(arguments))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the actions and their flags."""
     actions = parser.add_subparsers(dest="action", required=True)
     make_help = "write data sets as shards; given again, go on where it was interrupted"
     make = actions.add_parser("make", help=make_help)
@@ -45,14 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shard_checks.add_inspect_arguments(inspect)
     verify = actions.add_parser("verify", help="read everything once and say what is wrong")
     shard_checks.add_verify_arguments(verify)
-
-
-def run(options: argparse.Namespace) -> int:
-    """Do what the parsed arguments ask for; returns the exit status."""
-    actions = {"make": _make, "index": _index, "inspect": shard_checks.inspect}
+    options = parser.parse_args(arguments)
     if options.action == "verify":
         return shard_checks.verify(options)
-    actions[options.action](options)
+    {"make": _make, "index": _index, "inspect": shard_checks.inspect}[options.action](options)
     return 0
 
 

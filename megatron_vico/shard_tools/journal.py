@@ -119,13 +119,7 @@ class Journal:
 
 
 def check_made(before: Mapping[str, Any], now: Mapping[str, Any], *, where: Path) -> None:
-    """Raise ConfigError unless a folder was made, or begun, from the same input and settings.
-
-    Args:
-        before: as the folder says.
-        now: as this command says.
-        where: the folder, for errors.
-    """
+    """Raise ConfigError unless a folder's input and settings are those of this command."""
     names = [name for name in {**now, **before} if before.get(name) != now.get(name)]
     if names:
         differences = "; ".join(

@@ -33,7 +33,7 @@ def index_shards(
         tokenizer: counts tokens.
         settings: tiling.
         num_workers: processes.
-        show_progress: show a progress bar.
+        show_progress: with a bar.
 
     Raises:
         ConfigError: if there are no shards, or a worker was killed.

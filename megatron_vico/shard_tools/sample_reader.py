@@ -53,12 +53,7 @@ class SampleReader:
         self._encoder, self._frames, self._tars = encoder, frames, TarMembers()
 
     def read(self, line: bytes, *, source: Source, number: int) -> SourceSample:
-        """The sample of a line.
-
-        Args:
-            line: JSON.
-            source: the data set.
-            number: of the line, from 1.
+        """The sample of a line, which has this number, from 1, in the source's file.
 
         Raises:
             SampleError: if anything about it is broken; starts with the cause, file and line.

@@ -49,19 +49,17 @@ class MadeFolder:
     source: Source
     """What it was made from."""
 
-    num_lines: int
-    """Samples of the source, also those left out."""
-
     index: FolderIndex
 
     @property
     def warning(self) -> str | None:
         """What the user should know of the source, if anything."""
-        if self.source.length in (None, self.num_lines):
+        num_lines = self.index.num_samples + len(self.index.skipped)
+        if self.source.length in (None, num_lines):
             return None
         return (
             f"{self.source.name}: the meta JSON says length {self.source.length}, but there are"
-            f" {self.num_lines} lines"
+            f" {num_lines} lines"
         )
 
 
@@ -82,7 +80,7 @@ def make_shards(
         out_dir: folder to make; must not exist, be empty, or be made by the same call.
         tokenizer: counts tokens.
         settings: tiling.
-        options: sizes of shards, error budget and processes.
+        options: of WriterOptions, the error budget is one for all data sets of `make_mixture`.
 
     Raises:
         ConfigError: if `out_dir` holds something else or cannot be written, a source does not
@@ -107,12 +105,8 @@ def make_mixture(
 ) -> tuple[MadeFolder, ...]:
     """Write every data set of an official meta JSON, and `mixture.json` that lists the folders.
 
-    Args:
-        meta: see `read_meta`.
-        out_dir: gets a folder for each data set, under its name.
-        tokenizer: see `make_shards` for this, and for errors.
-        settings: tiling.
-        options: the error budget is one for all data sets.
+    See `read_meta` for the file, and `make_shards` for the rest and for errors. `out_dir` gets a
+    folder for each data set, under its name.
 
     Returns:
         The folders, in the meta JSON's order.
@@ -204,9 +198,7 @@ class _Folder:
             os.replace(self.unfinished, self.target)
             shutil.rmtree(self.target / JOURNAL_NAME, ignore_errors=True)
             self._index = index
-        return MadeFolder(
-            path=self.target, source=self.source, num_lines=self.plan.num_samples, index=self._index
-        )
+        return MadeFolder(path=self.target, source=self.source, index=self._index)
 
     def close(self) -> None:
         """Let other processes have the folder."""

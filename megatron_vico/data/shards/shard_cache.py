@@ -25,11 +25,9 @@ class ShardCache:
     """
 
     def __init__(self, folder: Path, *, max_bytes: int) -> None:
-        """Take a folder, which is made when it is needed, and its limit.
+        """Take a folder of a local disk, made when needed.
 
-        Args:
-            folder: of a local disk.
-            max_bytes: exceeded only by shards that are fetched at the same time.
+        Shards that are fetched at the same time may exceed `max_bytes`, nothing else does.
         """
         self._folder, self._max_bytes = folder, max_bytes
 

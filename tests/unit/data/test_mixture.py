@@ -19,9 +19,7 @@ def write(tmp_path):
 
     def make(content):
         path = tmp_path / "mixture.json"
-        path.write_text(
-            content if isinstance(content, str) else json.dumps(content), encoding="utf-8"
-        )
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
         return str(path)
 
     return make
@@ -30,11 +28,8 @@ def write(tmp_path):
 def test_folders_with_and_without_a_repeat():
     assert folders("/a", "/b") == [("/a", 1.0), ("/b", 1.0)]
     assert folders("0.5", "/a", "2", "/b") == [("/a", 0.5), ("/b", 2.0)]
-    assert folders("/a", "2", "b", "s3://bucket/c") == [
-        ("/a", 1.0),
-        ("b", 2.0),
-        ("s3://bucket/c", 1.0),
-    ]
+    mixed = [("/a", 1.0), ("b", 2.0), ("s3://bucket/c", 1.0)]
+    assert folders("/a", "2", "b", "s3://bucket/c") == mixed
     assert read_mixture(()) == ()
     assert read_mixture(("1e-1", "/a")) == (MixedFolder(path="/a", repeat=0.1),)
 
@@ -80,6 +75,7 @@ def test_a_remote_mixture_file_is_relative_to_its_url():
         (["/a", "/b", "/a/"], "/a/ is the same folder as /a"),
         (["s3://x/a", "2", "s3://x/a/"], "s3://x/a/ is the same folder as s3://x/a"),
         (["/no/such/mixture.json"], "cannot be read as a mixture"),
+        (["nothing://a/m.json"], "nothing://a: fsspec cannot open it: Protocol not known"),
     ],
 )
 def test_what_makes_no_sense_is_refused(words, message):
@@ -111,16 +107,8 @@ def test_a_mixture_file_that_makes_no_sense_is_refused(write, content, message):
 
 def test_the_folder_that_holds_a_mixture_is_not_taken_for_shards(write, tmp_path):
     path = write({"version": 1, "folders": [{"path": "docs"}]})
-    with pytest.raises(
-        ConfigError, match=rf"--valid-data-path {tmp_path}: no shards, .*did you mean {path}\?"
-    ):
+    message = rf"--valid-data-path {tmp_path}: no shards, .*did you mean {path}\?"
+    with pytest.raises(ConfigError, match=message):
         read_mixture([str(tmp_path)], flag="--valid-data-path")
     (tmp_path / "index.json").touch()  # a folder of shards may have any other file beside them
     assert folders(str(tmp_path)) == [(str(tmp_path), 1.0)]
-
-
-def test_a_mixture_file_at_a_url_without_a_driver_says_so():
-    with pytest.raises(
-        ConfigError, match=r"nothing://a: fsspec cannot open it: Protocol not known"
-    ):
-        read_mixture(["nothing://a/mixture.json"])

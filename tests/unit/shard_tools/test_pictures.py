@@ -91,9 +91,7 @@ def test_text_only_and_broken_images_have_a_card():
     assert (pixels[top:bottom, left:right] == (0xF3, 0xC9, 0xC9)).all()
 
 
-@pytest.mark.parametrize(
-    "text", ["", "one", "a few words that need more than one line", "x" * 300, "y " * 300]
-)
+@pytest.mark.parametrize("text", ["", "one", "a few words, more than one", "x" * 300, "y " * 300])
 def test_wrapped_lines_fit_and_lose_nothing_but_what_is_cut(text):
     font = ImageFont.load_default(14)
     lines = wrap(text, font, width=120, limit=3)

@@ -125,13 +125,7 @@ class ShardStatistics:
         repeats: Sequence[float],
         packing: PackingOptions | None = None,
     ) -> "ShardStatistics":
-        """Count, and pack the first epoch.
-
-        Args:
-            folders: read as one data set.
-            repeats: how often each of them comes in an epoch.
-            packing: how to pack; None, not at all.
-        """
+        """Count folders as one data set, and pack its first epoch, in which each comes `repeats`."""
         tiles = np.concatenate([folder.num_tiles for folder in folders])
         tokens = np.concatenate([folder.num_tokens for folder in folders])
         lengths = fill = None

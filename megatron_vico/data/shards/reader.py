@@ -52,14 +52,7 @@ class ShardFolder:
         *,
         storage: Storage | None = None,
     ) -> None:
-        """Take a folder that was checked; `open` checks one.
-
-        Args:
-            path: the folder, or its URL.
-            index: of the folder.
-            shards: their indexes, in the same order.
-            storage: reads the folder's files; None, those of a local folder.
-        """
+        """Take a folder that was checked (`open` checks one), local unless there is a storage."""
         self.path = path
         self.index = index
         self.num_tokens: IntArray = np.concatenate([shard.num_tokens for shard in shards])
@@ -120,11 +113,7 @@ class ShardFolder:
         return self._shards[shard][local]
 
     def check_encoding(self, *, tokenizer: Tokenizer, settings: EncodingSettings) -> None:
-        """Check that the index counted with this tokenizer and these settings.
-
-        Raises:
-            ConfigError: if not; names both.
-        """
+        """Raise ConfigError unless the index counted with this tokenizer and these settings."""
         fix = (
             "rebuild the index with `vico shards index`, or train with the settings it was made"
             " with."
@@ -231,7 +220,7 @@ def parse_sample(
         content: JSON with `conversations`: a list of {"from": role, "value": text}; and, where the
             sample's data set sets them, `max_dynamic_patch` and `data_augment`.
         key: the sample's name.
-        images: its encoded image files.
+        images: its encoded files.
         where: file (and line) for errors.
 
     Raises:

@@ -146,11 +146,8 @@ def test_panels_count_every_sample_by_kind(tmp_path):
 
 
 def test_a_data_set_without_packs_says_so():
-    nothing = np.array([], dtype=np.int64)
-    limits = PackLimits(capacity=1, max_tiles=1)
-    fill = PackingFill(
-        limits=limits, tokens=nothing, tiles=nothing, samples=nothing, num_too_large=2
-    )
+    sums = dict.fromkeys(("tokens", "tiles", "samples"), np.array([], dtype=np.int64))
+    fill = PackingFill(limits=PackLimits(capacity=1, max_tiles=1), num_too_large=2, **sums)
     figure = shard_figure(make_statistics([0, 1], packing=fill))
     titles = [figure.axes[number].get_title() for number in (2, 5)]
     assert titles == ["no packs, in tokens", "no packs, in tiles"]

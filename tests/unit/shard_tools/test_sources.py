@@ -35,11 +35,14 @@ def write_tar(path, members):
             tar.addfile(info, io.BytesIO(content))
 
 
+def new_reader(tokenizer):
+    encoder = SampleEncoder(tokenizer=tokenizer, settings=SETTINGS)
+    return SampleReader(encoder=encoder, frames=FrameOptions())
+
+
 @pytest.fixture
 def reader(tokenizer):
-    return SampleReader(
-        encoder=SampleEncoder(tokenizer=tokenizer, settings=SETTINGS), frames=FrameOptions()
-    )
+    return new_reader(tokenizer)
 
 
 def source(tmp_path, root=None, **fields):
@@ -54,9 +57,8 @@ def test_images_in_tars_are_read_at_their_place(tmp_path, reader):
     read = reader.read(line, source=source(tmp_path), number=7)
     assert read.sample.images == (red, blue)
     assert read.sample.key == read.encoded.key == "set_a-00000007"
-    read = reader.read(
-        row(image="b.PNG"), source=source(tmp_path, root=tmp_path / "one.tar"), number=1
-    )
+    in_tar = source(tmp_path, root=tmp_path / "one.tar")
+    read = reader.read(row(image="b.PNG"), source=in_tar, number=1)
     assert (read.sample.images, read.suffixes) == ((blue,), ("png",))
 
 
@@ -70,16 +72,14 @@ def test_every_member_of_a_tar_is_found(tmp_path):
 def test_a_folder_named_like_a_tar_is_a_folder(tmp_path, reader):
     (tmp_path / "x.tar").mkdir()
     (tmp_path / "x.tar" / "a.png").write_bytes(picture())
-    assert reader.read(
-        row(image="x.tar/a.png"), source=source(tmp_path), number=1
-    ).sample.images == (picture(),)
+    read = reader.read(row(image="x.tar/a.png"), source=source(tmp_path), number=1)
+    assert read.sample.images == (picture(),)
 
 
 def test_what_is_missing_in_a_tar_or_wrong_with_it_is_named(tmp_path, reader):
     write_tar(tmp_path / "good.tar", {"a.png": picture()})
-    with pytest.raises(
-        SampleError, match=r"^missing file: .*a.jsonl:3: .*good.tar has no member 'in/b.png'"
-    ):
+    message = r"^missing file: .*a.jsonl:3: .*good.tar has no member 'in/b.png'"
+    with pytest.raises(SampleError, match=message):
         reader.read(row(image="good.tar/in/b.png"), source=source(tmp_path), number=3)
     (tmp_path / "cut.tar").write_bytes((tmp_path / "good.tar").read_bytes()[:530])
     (tmp_path / "text.tar").write_text("no tar " * 200)
@@ -110,14 +110,11 @@ def test_a_video_is_its_frames_one_tile_each(tmp_path, reader, tokenizer):
     assert read.suffixes == ("png",) * num_frames
     text = "".join(f"Frame-{i}: <image>\n" for i in range(1, num_frames + 1))
     assert read.sample.turns[0].text == f"{text}What?"
-    again = SampleReader(
-        encoder=SampleEncoder(tokenizer=tokenizer, settings=SETTINGS), frames=FrameOptions()
-    )
-    assert again.read(line, source=source(tmp_path), number=1).sample.images == read.sample.images
-    others = [
-        reader.read(line, source=source(tmp_path), number=n).sample.images for n in range(2, 6)
-    ]
-    assert all(images != read.sample.images for images in others)  # each key draws its own
+    again = new_reader(tokenizer).read(line, source=source(tmp_path), number=1)
+    assert again.sample.images == read.sample.images
+    for n in range(2, 6):  # each key draws its own
+        other = reader.read(line, source=source(tmp_path), number=n)
+        assert other.sample.images != read.sample.images
 
 
 @pytest.mark.parametrize(
@@ -178,21 +175,12 @@ def meta(tmp_path, text):
 
 
 def test_the_official_meta_is_read(tmp_path):
-    entry = {"root": str(tmp_path), "annotation": str(tmp_path / "a.jsonl"), "data_augment": True}
-    entry |= {"repeat_time": 0.5, "length": 3, "max_dynamic_patch": 6}
-    full, least = meta(
-        tmp_path, {"b": entry, "a": {"root": "", "annotation": str(tmp_path / "a.jsonl")}}
-    )
-    assert full == Source(
-        name="b",
-        annotation=tmp_path / "a.jsonl",
-        root=tmp_path,
-        repeat=0.5,
-        data_augment=True,
-        max_dynamic_patch=6,
-        length=3,
-    )
-    assert least == Source(name="a", annotation=tmp_path / "a.jsonl", root=tmp_path)
+    annotation = tmp_path / "a.jsonl"
+    same = {"data_augment": True, "length": 3, "max_dynamic_patch": 6}
+    entry = {"root": str(tmp_path), "annotation": str(annotation), "repeat_time": 0.5, **same}
+    full, least = meta(tmp_path, {"b": entry, "a": {"root": "", "annotation": str(annotation)}})
+    assert full == Source(name="b", annotation=annotation, root=tmp_path, repeat=0.5, **same)
+    assert least == Source(name="a", annotation=annotation, root=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ PACKAGE = {
     "cli": 1670,
     "config": 2590,
     "convert": 3190,
-    "data": 3930,
+    "data": 3920,
     "evaluation": 860,
     "inference": 480,
     "models": 2270,
@@ -41,7 +41,7 @@ TESTS = {
     "unit/inference": 300,
     "unit/models": 1440,
     "unit/parallel": 270,
-    "unit/shard_tools": 1520,
+    "unit/shard_tools": 1500,
     "unit/training": 1480,
     "unit/vico": 370,
 }

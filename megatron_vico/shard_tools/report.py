@@ -125,7 +125,7 @@ class ShardStatistics:
         repeats: Sequence[float],
         packing: PackingOptions | None = None,
     ) -> "ShardStatistics":
-        """Count folders as one data set, and pack its first epoch, in which each comes `repeats`."""
+        """Count folders as one data set; pack its first epoch, each as often as `repeats` says."""
         tiles = np.concatenate([folder.num_tiles for folder in folders])
         tokens = np.concatenate([folder.num_tokens for folder in folders])
         lengths = fill = None

@@ -127,11 +127,9 @@ class Loader:
         self._begun.clear()
         prepared = self._prepared()
         while True:
-            try:
-                with worker_death_explained():
-                    step = list(itertools.islice(prepared, self._pieces_per_step))
-            except (ConnectionError, EOFError) as error:  # half handed over, before torch noticed
-                raise _death_of_a_worker(error) from error
+            # Or half handed over, before torch noticed.
+            with worker_death_explained(ConnectionError, EOFError):
+                step = list(itertools.islice(prepared, self._pieces_per_step))
             if not step:
                 return
             self.plan_state = self._begun.popleft()
@@ -187,22 +185,22 @@ class Loader:
 
 
 @contextlib.contextmanager
-def worker_death_explained() -> Iterator[None]:
-    """Say what a worker's sudden end means; torch raises it wherever the training process is."""
+def worker_death_explained(*also: type[Exception]) -> Iterator[None]:
+    """Say what a worker's sudden end means; torch raises it wherever the training process is.
+
+    Args:
+        also: what else it may end in here.
+    """
     try:
         yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except (RuntimeError, *also) as error:
+        if not isinstance(error, also) and not str(error).startswith("DataLoader worker"):
             raise
-        raise _death_of_a_worker(error) from error
-
-
-def _death_of_a_worker(error: Exception) -> WorkerError:
-    return WorkerError(
-        f"a worker process of the loader died ({str(error).strip()}): so ends one that a machine"
-        " has no memory for (dmesg shows it); fewer --num-workers, --prefetch-steps or"
-        " --max-tiles-per-pack take less."
-    )
+        raise WorkerError(
+            f"a worker process of the loader died ({str(error).strip()}): so ends one that a"
+            " machine has no memory for (dmesg shows it); fewer --num-workers, --prefetch-steps or"
+            " --max-tiles-per-pack take less."
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)

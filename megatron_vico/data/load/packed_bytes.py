@@ -58,16 +58,15 @@ class PackedBytes:
 
 def wrap(packs: Sequence[PackedBatch], tiles: Sequence[ByteArray]) -> PackedBytes:
     """Copy tensors of `packs`, and `tiles` (one or more [n, 3, S, S], n may be 0), into a block."""
-    slots: list[_Slot] = []
-    tensors: list[Tensor] = []
+    placed: list[tuple[_Slot, Tensor]] = []
     end = 0
 
     def take(tensor: Tensor) -> _Slot:
         nonlocal end
-        slots.append(_Slot(end, tensor.dtype, tensor.shape))
-        tensors.append(tensor)
+        slot = _Slot(end, tensor.dtype, tensor.shape)
+        placed.append((slot, tensor))
         end += math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT
-        return slots[-1]
+        return slot
 
     with_slots = map_tensors(list(packs), take)
     parts = [torch.from_numpy(part) for part in tiles]
@@ -77,7 +76,7 @@ def wrap(packs: Sequence[PackedBatch], tiles: Sequence[ByteArray]) -> PackedByte
         text_bytes=end,
         tile_shape=tuple(parts[0].shape[1:]),
     )
-    for slot, tensor in zip(slots, tensors, strict=True):
+    for slot, tensor in placed:
         _view(wrapped.block, slot).copy_(tensor)
     torch.cat(parts, out=wrapped.tiles)
     return wrapped

@@ -9,7 +9,6 @@ import torch
 
 from megatron_vico.config.schema import DataOptions
 from megatron_vico.data.encode import conversation, tiling
-from megatron_vico.data.encode.augment import jpeg_degrade
 from megatron_vico.data.encode.conversation import TileTags
 from megatron_vico.data.encode.tokenizer import Tokenizer
 from megatron_vico.data.samples import (
@@ -74,7 +73,7 @@ class SampleEncoder:
         encoded = self._encode(sample, conversation.encode_conversation)
         if random is None or not sample.data_augment:
             return encoded
-        return replace(encoded, tiles=jpeg_degrade(encoded.tiles, random=random))
+        return replace(encoded, tiles=tiling.jpeg_degrade(encoded.tiles, random=random))
 
     def encode_blank(self, sample: ConversationSample) -> EncodedSample:
         """As `encode`, but with blank tiles: all counts and every error, far sooner."""

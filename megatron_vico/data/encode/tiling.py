@@ -9,6 +9,7 @@ import io
 from functools import lru_cache
 
 import numpy as np
+import torch
 from PIL import Image
 
 from megatron_vico.data.samples import ByteArray
@@ -109,6 +110,26 @@ def decode_image(encoded: bytes, *, key: str, number: int) -> Image.Image:
             "replace the file or remove the sample.",
             cause="broken image",
         ) from error
+
+
+def jpeg_degrade(tiles: ByteArray, *, random: torch.Generator) -> ByteArray:
+    """Tiles after JPEG compression, each of a quality drawn uniformly from 75 to 100.
+
+    As in the official code a tile is compressed after it was cut out. The frames of a video are
+    compressed there before they are resized to a tile; here they are tiles like any other.
+
+    Args:
+        tiles: [N, 3, S, S] uint8 RGB, which stay as they are.
+        random: the sample's random stream; one number a tile.
+    """
+    qualities = torch.randint(75, 101, (len(tiles),), generator=random)
+    degraded = np.empty_like(tiles)
+    for number, quality in enumerate(qualities.tolist()):
+        file = io.BytesIO()
+        Image.fromarray(tiles[number].transpose(1, 2, 0)).save(file, "JPEG", quality=quality)
+        with Image.open(file) as image:
+            degraded[number] = np.asarray(image).transpose(2, 0, 1)
+    return degraded
 
 
 def _pixels(image: Image.Image, width: int, height: int) -> ByteArray:

@@ -193,8 +193,9 @@ def worker_death_explained(*also: type[Exception]) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, *also) as error:
-        if not isinstance(error, also) and not str(error).startswith("DataLoader worker"):
+    except Exception as error:
+        is_torchs = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+        if not (is_torchs or isinstance(error, also)):
             raise
         raise WorkerError(
             f"a worker process of the loader died ({str(error).strip()}): so ends one that a"

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_vico.data.encode.augment import jpeg_degrade
 from megatron_vico.data.encode.sample_encoder import SampleEncoder
+from megatron_vico.data.encode.tiling import jpeg_degrade
 from megatron_vico.data.samples import ConversationSample, Turn
 from megatron_vico.vico.compression_plan import generator
 from tests.unit.conftest import SETTINGS

@@ -1,12 +1,14 @@
 """Fixtures of all tests: the CPU stand-in, a world of one process, a data set, a first model."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from megatron_vico import cpu_stand_in
+from megatron_vico.config.schema import RunConfig
 from tests.training_runs import ToyData, make_toy_data, toy_config
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -47,3 +49,17 @@ def base_checkpoint(
     folder = tmp_path_factory.mktemp("base")
     train(toy_config(toy_data, "pretrain", train_iters=2, save=str(folder)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def stage_config(toy_data: ToyData, base_checkpoint: Path) -> Callable[..., RunConfig]:
+    """stage_config(stage, **options): a toy run that starts from `base_checkpoint`, if it must."""
+
+    def make(stage, **options):
+        start = {
+            "pretrained_checkpoint": str(base_checkpoint),
+            "reference_load": str(base_checkpoint),
+        }
+        return toy_config(toy_data, stage, **({} if stage == "pretrain" else start) | options)
+
+    return make

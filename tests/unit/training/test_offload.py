@@ -5,23 +5,17 @@ Here host and device are one memory. A device is made up by letting `Tensor.to` 
 does towards a GPU; where a weight is can then be told from its address.
 """
 
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_vico.parallel.batch import share_step
-from megatron_vico.parallel.groups import Groups
-from megatron_vico.training.consistency_step import consistency_step
 from megatron_vico.training.offload import HostOffload
 from megatron_vico.training.setup import Run
-from tests.packs import as_blocks
 from tests.peak_bytes import PeakBytes
-from tests.training_runs import ToyData
-from tests.unit.training.test_steps import main_grads, move_away, next_packs, start_run
+from tests.unit.training.test_steps import gradients_of, main_grads, move_away, next_packs
 
 CPU = torch.device("cpu")
 
@@ -42,15 +36,12 @@ def addresses(params: Iterable[Tensor]) -> list[int]:
     return [param.data_ptr() for param in params]
 
 
-def reference_weights(run: Run) -> dict[str, nn.Parameter]:
+def weights_of(run: Run) -> dict[str, nn.Parameter]:
     """All weights of the run's two models, by name."""
     assert run.reference is not None
-    modules = {
-        "reference": run.reference.head,
-        "reference.encoder": run.reference.encoder,
-        "policy": run.policy.head,
-        "policy.encoder": run.policy.encoder,
-    }
+    reference, policy = run.reference, run.policy
+    modules = {"reference": reference.head, "reference_encoder": reference.encoder}
+    modules |= {"policy": policy.head, "policy_encoder": policy.encoder}
     return {
         f"{owner}.{name}": param
         for owner, module in modules.items()
@@ -63,7 +54,7 @@ def moved_by_fetch(run: Run) -> set[str]:
     assert run.reference is not None
     offload = run.reference.offload
     assert offload is not None
-    weights = reference_weights(run)
+    weights = weights_of(run)
     before = addresses(weights.values())
     offload.fetch()
     during = addresses(weights.values())
@@ -97,30 +88,20 @@ def test_trained_weights_are_refused() -> None:
         HostOffload([nn.Parameter(torch.zeros(2))], CPU)
 
 
-def test_all_of_the_references_language_model_but_its_head_moves(
-    toy_data: ToyData, base_checkpoint: Path, groups: Groups, copying_to: None
+def test_the_references_own_language_model_moves_but_for_its_head(
+    start: Callable[..., Run], copying_to: None
 ) -> None:
-    run = start_run(toy_data, "consistency", base_checkpoint, groups, reference_offload="host")
-    language_model = {name for name in reference_weights(run) if name.startswith("reference.gpt.")}
+    """In the warm-up all of it is the policy's, and stays."""
+    run = start("consistency", reference_offload="host")
+    language_model = {name for name in weights_of(run) if name.startswith("reference.gpt.")}
     head = "reference.gpt.output_layer.weight"
     assert head in language_model
     assert moved_by_fetch(run) == language_model - {head}
-
-
-def test_what_is_shared_with_the_policy_stays(
-    toy_data: ToyData, base_checkpoint: Path, groups: Groups, copying_to: None
-) -> None:
-    """In the warm-up the whole language model is."""
-    run = start_run(toy_data, "warmup", base_checkpoint, groups, reference_offload="host")
-    assert moved_by_fetch(run) == set()
+    assert moved_by_fetch(start("warmup", reference_offload="host")) == set()
 
 
 def test_a_step_is_the_same_and_the_policy_pass_runs_without_the_reference(
-    toy_data: ToyData,
-    base_checkpoint: Path,
-    groups: Groups,
-    copying_to: None,
-    monkeypatch: pytest.MonkeyPatch,
+    start: Callable[..., Run], copying_to: None
 ) -> None:
     """Loss and gradients are bitwise equal."""
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
@@ -128,11 +109,9 @@ def test_a_step_is_the_same_and_the_policy_pass_runs_without_the_reference(
     """How many of the reference's weights are not where they were before the step, in each forward
     and each loss."""
     for offload in ("none", "host"):
-        run = start_run(toy_data, "consistency", base_checkpoint, groups, reference_offload=offload)
+        run = start("consistency", reference_offload=offload)
         assert run.reference is not None
         move_away(run)
-        run.policy.train_mode()
-        run.policy.zero_grad()
         params = list(run.reference.head.parameters())
         home = addresses(params)
 
@@ -144,9 +123,7 @@ def test_a_step_is_the_same_and_the_policy_pass_runs_without_the_reference(
         reference, policy = run.reference.head, run.policy.head
         reference.register_forward_pre_hook(lambda *_, count=count: count("reference"))
         policy.register_forward_pre_hook(lambda *_, count=count: count("policy"))
-        batch = share_step(as_blocks(next_packs(run)), groups=groups)
-        sums = consistency_step(run, batch)
-        found.append((sums.loss, main_grads(run)))
+        found.append((gradients_of(run, next_packs(run)).loss, main_grads(run)))
     # Two packs without offload, then two with it.
     assert away == {"reference": [0, 0, len(params) - 1, len(params) - 1], "policy": [0, 0, 0, 0]}
     (loss, grads), (offloaded_loss, offloaded_grads) = found

@@ -17,23 +17,17 @@ from torch.optim.adamw import adamw
 from torch.utils import _device as torch_device
 
 _FACTORIES = (
-    *(
-        "empty",
-        "zeros",
-        "ones",
-        "full",
-        "tensor",
-        "arange",
-        "eye",
-        "rand",
-        "randn",
-        "randint",
-        "randperm",
-        "linspace",
-    ),
-    *("as_tensor", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
+    "empty zeros ones full tensor arange eye rand randn randint randperm linspace as_tensor"
+    " empty_like zeros_like ones_like full_like rand_like randn_like"
 )
-_TENSOR_FACTORIES = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
+_TENSOR_FACTORIES = "new_empty new_zeros new_ones new_full new_tensor"
+_CUDA_DOES_NOTHING = (
+    "set_device synchronize empty_cache reset_peak_memory_stats set_stream _lazy_init"
+)
+_CUDA_ZERO = (
+    "current_device memory_allocated max_memory_allocated memory_reserved max_memory_reserved"
+)
+_CUDA_OBJECTS = "Stream Event device stream current_stream default_stream"
 
 
 class _Nothing:
@@ -141,9 +135,9 @@ def _redirect_tensors() -> None:
     # torch finds out once which functions `with torch.device(...)` reaches; it must find the real
     # ones, or transformers leaves the buffers of a model that it builds on "meta" without values.
     torch_device._device_constructors()
-    for name in _FACTORIES:
+    for name in _FACTORIES.split():
         setattr(torch, name, _factory(getattr(torch, name)))
-    for name in _TENSOR_FACTORIES:
+    for name in _TENSOR_FACTORIES.split():
         setattr(tensor, name, _factory(getattr(tensor, name)))
     move, type_name = tensor.to, tensor.type
 
@@ -169,24 +163,11 @@ def _constant(value: Any = None) -> Callable[..., Any]:
 
 def _redirect_cuda_module() -> None:
     cuda: Any = torch.cuda
-    for name in (
-        "set_device",
-        "synchronize",
-        "empty_cache",
-        "reset_peak_memory_stats",
-        "set_stream",
-        "_lazy_init",
-    ):
+    for name in _CUDA_DOES_NOTHING.split():
         setattr(cuda, name, _constant())
-    for name in (
-        "current_device",
-        "memory_allocated",
-        "max_memory_allocated",
-        "memory_reserved",
-        "max_memory_reserved",
-    ):
+    for name in _CUDA_ZERO.split():
         setattr(cuda, name, _constant(0))
-    for name in ("Stream", "Event", "device", "stream", "current_stream", "default_stream"):
+    for name in _CUDA_OBJECTS.split():
         setattr(cuda, name, type(name, (_Nothing,), {}))
     cuda.device_count = _constant(1)
     cuda.memory_stats = _constant({})

@@ -42,27 +42,21 @@ def routing_picture(
 ) -> Image.Image:
     """Images side by side, compressed tiles shaded grey, p_compress printed on each tile.
 
-    Args:
-        images: what to show, in reading order.
-        tile_px: side of a tile in the picture; pixels of small tiles are repeated, not blurred.
-        columns: images in a row of the picture.
+    Pixels of tiles smaller than `tile_px` are repeated, not blurred.
     """
     drawn = [_draw_image(image, tile_px=tile_px) for image in images]
     columns = min(columns, len(drawn))
     cell_width = max(picture.width for picture in drawn) + _MARGIN_PX
     cell_height = max(picture.height for picture in drawn) + _MARGIN_PX
     rows = math.ceil(len(drawn) / columns)
-    font = _font(max(14, tile_px // 8))
+    font = ImageFont.load_default(max(14, tile_px // 8))
     caption = "grey: compressed tile; number: the router's p_compress"
     caption_height = int(font.getbbox(caption)[3]) + _MARGIN_PX
     size = (columns * cell_width + _MARGIN_PX, rows * cell_height + _MARGIN_PX + caption_height)
     canvas = Image.new("RGB", size, "white")
     for index, picture in enumerate(drawn):
-        corner = (
-            _MARGIN_PX + index % columns * cell_width,
-            _MARGIN_PX + index // columns * cell_height,
-        )
-        canvas.paste(picture, corner)
+        left, top = index % columns * cell_width, index // columns * cell_height
+        canvas.paste(picture, (_MARGIN_PX + left, _MARGIN_PX + top))
     ImageDraw.Draw(canvas).text(
         (_MARGIN_PX, rows * cell_height + _MARGIN_PX), caption, fill="black", font=font
     )
@@ -74,7 +68,7 @@ def _draw_image(image: RoutedImage, *, tile_px: int) -> Image.Image:
     pitch = tile_px + _GAP_PX
     canvas = Image.new("RGB", (image.columns * pitch - _GAP_PX, rows * pitch - _GAP_PX), "white")
     pen = ImageDraw.Draw(canvas)
-    font = _font(max(10, tile_px // 9))
+    font = ImageFont.load_default(max(10, tile_px // 9))
     for index, (tile, compressed, probability) in enumerate(
         zip(image.tiles, image.compressed, image.probability, strict=True)
     ):
@@ -97,10 +91,6 @@ def _draw_image(image: RoutedImage, *, tile_px: int) -> Image.Image:
     return canvas
 
 
-def _font(size_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size_px)
-
-
 def read_metrics(path: Path) -> dict[str, npt.NDArray[np.float64]]:
     """Every numeric key of a metrics.jsonl -> its values in order; NaN in lines that lack the key.
 
@@ -120,13 +110,9 @@ def read_metrics(path: Path) -> dict[str, npt.NDArray[np.float64]]:
 
 
 def loss_curves(metrics_files: Mapping[str, Path], *, columns: int = 3) -> Figure:
-    """The loss of each stage over its steps, one panel a stage.
+    """The loss of each stage (title -> its metrics.jsonl) over its steps, one panel a stage.
 
     Every step is light, a running mean dark, losses on the validation set are points.
-
-    Args:
-        metrics_files: stage's title -> its metrics.jsonl; without losses, its panel stays empty.
-        columns: panels in a row.
     """
     columns = min(columns, len(metrics_files))
     rows = math.ceil(len(metrics_files) / columns)
@@ -174,7 +160,6 @@ _OTHER_PHASES = ("gainsboro", "encode tiles, deliver tokens, encoder backward, o
 _CHARACTER_INCHES = 0.085
 """Width of a digit in a box."""
 
-
 _SPAN = re.compile(r"(?P<model>.+) (?P<kind>\w+) pack (?P<pack>\d+) chunk (?P<chunk>\d+)")
 _PHASE = re.compile(r"phase: (?P<model>.+)")
 """Names of the parts of a step (training/pipeline_schedule.py, training/profiler.py)."""
@@ -200,13 +185,9 @@ class TraceBox:
 
 
 def read_trace(folder: Path) -> list[TraceBox]:
-    """The last step in the traces that --profile wrote, a file a rank.
+    """The last step in a folder of --profile: rank_0000.json and so on, in Chrome's trace format.
 
-    Args:
-        folder: with rank_0000.json and so on, in Chrome's trace format.
-
-    Returns:
-        Boxes, in order of their beginnings; none if the folder has no such file.
+    Boxes are in order of their beginnings; there are none if the folder has no such file.
     """
     boxes = [
         box
@@ -253,13 +234,6 @@ def trace_picture(boxes: Sequence[TraceBox], *, title: str = "") -> Figure:
 
     Two lines mark the moments between which reference and policy overlap: the first policy forward
     pass on any rank begins, the last reference forward pass on any rank ends.
-
-    Args:
-        boxes: from `read_trace`; not empty.
-        title: of the picture.
-
-    Returns:
-        A figure to save.
     """
     ranks = sorted({box.rank for box in boxes})
     figure = Figure(figsize=(14, 1.6 + 0.5 * len(ranks)), layout="constrained")
@@ -284,15 +258,8 @@ def trace_picture(boxes: Sequence[TraceBox], *, title: str = "") -> Figure:
         text = _box_text(box, num_chunks)
         if len(text) * _CHARACTER_INCHES < 13 * length_ms / end_ms:
             ink = "white" if box.model == "reference" else "black"
-            axes.text(
-                box.start_ms + length_ms / 2,
-                row,
-                text,
-                ha="center",
-                va="center",
-                fontsize=8,
-                color=ink,
-            )
+            middle = box.start_ms + length_ms / 2
+            axes.text(middle, row, text, ha="center", va="center", fontsize=8, color=ink)
     axes.set_yticks(range(len(ranks)), [f"rank {rank}" for rank in ranks])
     axes.set_ylim(len(ranks) - 0.5, -1.1)
     axes.set_xlim(0, end_ms)

@@ -85,11 +85,7 @@ def read_evaluation_set(
 
     Beside it stand `metrics`, the name of a scorer for each question; `kinds`, a group for each
     (unset, its metric); and `answers`, the accepted ones of each (unset, the `gpt` turn after it).
-
-    Args:
-        jsonl: the file.
-        image_root: folder that image paths start from.
-        limit: read at most so many conversations.
+    Image paths start from `image_root`; at most `limit` conversations are read.
 
     Raises:
         SampleError: if a line is broken, an image is missing, or a list has another length than the
@@ -169,21 +165,6 @@ def run_evaluation(
         prompts = [engine.prompt(sample.conversation) for sample in samples]
     found = engine.answer(prompts, plan=plan, max_new_tokens=max_new_tokens)
     answers = tuple(tqdm(found, total=len(prompts), desc=f"{row:16}", mininterval=1.0))
-    tokens_per_tile = engine.model.visual_tokens_per_tile
-    return Evaluation(
-        result=summarise(samples, answers, row=row, tokens_per_tile=tokens_per_tile),
-        answers=answers,
-    )
-
-
-def summarise(
-    samples: Sequence[EvaluationSample],
-    answers: Sequence[Answers],
-    *,
-    row: str,
-    tokens_per_tile: int,
-) -> RowResult:
-    """Score answers, count tiles and tokens; `tokens_per_tile` are those of a kept tile."""
     by_kind: dict[str, list[float]] = defaultdict(list)
     compressed_by_kind: dict[str, list[bool]] = defaultdict(list)
     means = []
@@ -203,7 +184,7 @@ def summarise(
     mean = sum(means) / len(means)
     variance = sum((each - mean) ** 2 for each in means) / max(len(means) - 1, 1)
     num_tiles = sum(len(answer.compressed_N) for answer in answers)
-    return RowResult(
+    result = RowResult(
         row=row,
         score=sum(scores) / len(scores),
         standard_error=math.sqrt(variance / len(means)),
@@ -213,8 +194,9 @@ def summarise(
         num_tiles=num_tiles,
         num_compressed=sum(int(answer.compressed_N.sum()) for answer in answers),
         num_visual_tokens=sum(answer.num_visual_tokens for answer in answers),
-        num_visual_tokens_uncompressed=tokens_per_tile * num_tiles,
+        num_visual_tokens_uncompressed=engine.model.visual_tokens_per_tile * num_tiles,
     )
+    return Evaluation(result=result, answers=answers)
 
 
 def _means(by_kind: Mapping[str, Sequence[float]]) -> dict[str, float]:

@@ -8,6 +8,7 @@ Shapes: N tiles of a conversation, V visual tokens, B conversations of a batch, 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import batched
 from typing import Literal
 
 import numpy as np
@@ -144,7 +145,7 @@ class Engine:
         """Ask the router only: the plan, [N] bool, and p_compress, [N] float32, of each."""
         routed = []
         with torch.inference_mode():
-            for batch in _batches(prompts, self.batch_size):
+            for batch in batched(prompts, self.batch_size):
                 routed += self._route(batch, self._features(batch), routing)
         return routed
 
@@ -157,7 +158,7 @@ class Engine:
             SampleError: if a given plan has another number of tiles than its conversation.
         """
         start = 0
-        for batch in _batches(prompts, self.batch_size):
+        for batch in batched(prompts, self.batch_size):
             given = plan if isinstance(plan, str | Routing) else plan[start : start + len(batch)]
             start += len(batch)
             # Not on while the caller looks at an answer: it would leak into the caller's code.
@@ -261,7 +262,6 @@ class _Decoder:
     ) -> None:
         self._language_model = language_model
         self._tokenizer = tokenizer
-        self._vocab_size = tokenizer.vocab_size
         self._cache: KVCache = language_model.new_cache(batch, max_len)
         self._device = device
         self._unseen: list[list[int]] = [[] for _ in range(batch)]
@@ -358,12 +358,9 @@ class _Decoder:
         last_B = (num_new_B - 1).clamp_min(0)
         rows_BH = hidden_BSH[torch.arange(len(last_B), device=self._device), last_B]
         # The model's vocabulary is larger than the tokenizer's (151,936 and 151,678).
-        return self._language_model.response_logits(rows_BH)[:, : self._vocab_size].argmax(dim=-1)
-
-
-def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
-    for start in range(0, len(prompts), size):
-        yield prompts[start : start + size]
+        return self._language_model.response_logits(rows_BH)[
+            :, : self._tokenizer.vocab_size
+        ].argmax(dim=-1)
 
 
 def _given_plans(

@@ -18,12 +18,10 @@ def make_routed(compressed, *, columns=2, scores=None):
 
 
 def test_compressed_tiles_are_shaded_and_kept_tiles_untouched():
-    picture = plots.routing_picture(
-        [make_routed([True, False, False, True])], tile_px=100, columns=1
-    )
-    pixels = np.asarray(picture)
+    plan = [True, False, False, True]
+    pixels = np.asarray(plots.routing_picture([make_routed(plan)], tile_px=100, columns=1))
     pitch, margin = 102, 12
-    for index, compressed in enumerate([True, False, False, True]):
+    for index, compressed in enumerate(plan):
         # Clear of the label, which is half way down the left edge.
         y, x = margin + index // 2 * pitch + 80, margin + index % 2 * pitch + 50
         red, green, blue = (int(v) for v in pixels[y, x])
@@ -44,11 +42,8 @@ def test_labels_differ_with_the_score():
 
 
 def test_several_images_of_different_shapes_fit():
-    images = [
-        make_routed([True] * 4),
-        make_routed([False] * 6, columns=3),
-        make_routed([True], columns=1),
-    ]
+    shapes = ((4, 2), (6, 3), (1, 1))
+    images = [make_routed([True] * count, columns=columns) for count, columns in shapes]
     picture = plots.routing_picture(images, tile_px=50, columns=2)
     assert picture.width == 12 + 2 * (3 * 52 - 2 + 12)
     assert picture.height > 2 * (2 * 52 - 2 + 12)
@@ -60,11 +55,8 @@ def write_lines(path, lines):
 
 def test_metrics_tolerate_missing_keys_and_a_broken_last_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    lines = [
-        {"iteration": 1, "loss": 2.0, "note": "text"},
-        {"iteration": 2, "loss": 1.0, "tau": 3.0},
-    ]
-    write_lines(path, lines)
+    first, second = {"iteration": 1, "loss": 2.0, "note": "text"}, {"loss": 1.0, "tau": 3.0}
+    write_lines(path, [first, second])
     path.write_text(path.read_text() + '{"iteration": 3, "lo')
     metrics = plots.read_metrics(path)
     assert sorted(metrics) == ["iteration", "loss", "tau"]
@@ -85,8 +77,6 @@ def test_loss_curves_draw_each_file(tmp_path):
     np.testing.assert_array_equal(raw.get_ydata(), [1 / i for i in range(1, 101)])
     assert len(smooth.get_ydata()) == 96  # mean of 5 steps
     assert not figure.axes[2].lines
-    figure.savefig(tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").stat().st_size > 10_000
 
 
 def test_validation_is_drawn_as_points_between_the_steps(tmp_path):
@@ -134,9 +124,8 @@ def write_trace(path, names, *, start_us, category="user_annotation"):
 def test_the_last_step_is_read_from_the_files_of_all_ranks(tmp_path):
     span = "policy (one) forward pack {} chunk 1"
     before = ["ProfilerStep#9", span.format(9), "ProfilerStep#10"]
-    write_trace(
-        tmp_path / "rank_0000.json", [*before, span.format(0), "Optimizer.step#Adam"], start_us=2000
-    )
+    names = [*before, span.format(0), "Optimizer.step#Adam"]
+    write_trace(tmp_path / "rank_0000.json", names, start_us=2000)
     write_trace(tmp_path / "rank_0001.json", [*before, "phase: encode"], start_us=0)
     assert plots.read_trace(tmp_path) == [
         make_box(1, "encode", "phase", 0.0, 0.5),
@@ -147,21 +136,18 @@ def test_the_last_step_is_read_from_the_files_of_all_ranks(tmp_path):
 
 def test_a_gpu_trace_shows_when_kernels_ran(tmp_path):
     name = "policy backward pack 3 chunk 0"
-    write_trace(tmp_path / "rank_0000.json", [name], start_us=0, category="gpu_user_annotation")
-    trace = json.loads((tmp_path / "rank_0000.json").read_text())
-    trace["traceEvents"].append(
-        {"ph": "X", "cat": "user_annotation", "name": name, "ts": 0.0, "dur": 10.0}
-    )
-    (tmp_path / "rank_0000.json").write_text(json.dumps(trace))
-    assert plots.read_trace(tmp_path) == [
-        make_box(0, "policy", "backward", 0.0, 0.5, pack=3, chunk=0)
-    ]
+    file = tmp_path / "rank_0000.json"
+    write_trace(file, [name], start_us=0, category="gpu_user_annotation")
+    trace = json.loads(file.read_text())
+    trace["traceEvents"].append({"cat": "user_annotation", "name": name, "ts": 0.0, "dur": 10.0})
+    file.write_text(json.dumps(trace))
+    box = make_box(0, "policy", "backward", 0.0, 0.5, pack=3, chunk=0)
+    assert plots.read_trace(tmp_path) == [box]
 
 
-def test_a_trace_picture_has_a_box_for_each_span(tmp_path):
+def test_a_trace_picture_has_a_box_for_each_span_and_marks_the_overlap():
     boxes = two_ranks()
-    figure = plots.trace_picture(boxes, title="a step")
-    (axes,) = figure.axes
+    (axes,) = plots.trace_picture(boxes, title="a step").axes
     drawn = [
         (patch.get_y() + 0.4, patch.get_x(), patch.get_x() + patch.get_width())
         for patch in axes.patches
@@ -173,26 +159,18 @@ def test_a_trace_picture_has_a_box_for_each_span(tmp_path):
     }
     assert len(set(colours.values())) == len(colours) == 5
     assert [label.get_text() for label in axes.get_yticklabels()] == ["rank 0", "rank 1"]
-    figure.savefig(tmp_path / "trace.png")
-    assert (tmp_path / "trace.png").stat().st_size > 10_000
-
-
-def test_a_trace_picture_marks_where_reference_and_policy_overlap():
-    (axes,) = plots.trace_picture(two_ranks()).axes
+    # First policy forward, last reference forward.
     assert [line.get_xdata()[0] for line in axes.lines] == [25, 40]
-    (axes,) = plots.trace_picture([box for box in two_ranks() if box.model != "reference"]).axes
+    (axes,) = plots.trace_picture([box for box in boxes if box.model != "reference"]).axes
     assert not axes.lines
 
 
-def test_packes_are_named_where_there_is_room():
+def test_packs_are_named_where_there_is_room():
     (axes,) = plots.trace_picture(two_ranks()).axes
     shown = [text.get_text() for text in axes.texts if text.get_text()]
     assert shown[:4] == ["0", "0", "0", "7"]  # that of 0.5 ms has none
     assert len(shown) == 6  # and two for the lines
 
-    chunks = [
-        make_box(0, "policy (one)", "forward", index, index + 1, pack=3, chunk=index)
-        for index in (0, 1)
-    ]
+    chunks = [make_box(0, "policy (one)", "forward", at, at + 1, pack=3, chunk=at) for at in (0, 1)]
     (axes,) = plots.trace_picture(chunks).axes
     assert [text.get_text() for text in axes.texts] == ["3a", "3b"]

@@ -146,14 +146,6 @@ def test_batched_answers_with_cache_equal_naive_ones(engine):
     assert set(lens) - {0, MAX_NEW_TOKENS}
 
 
-def test_answers_do_not_depend_on_the_batch(engine):
-    prompts = [engine.prompt(conversation(index)) for index in range(7)]
-    together = list(engine.answer(prompts, plan="all", max_new_tokens=MAX_NEW_TOKENS))
-    for prompt, found in zip(prompts, together, strict=True):
-        (alone,) = engine.answer([prompt], plan="all", max_new_tokens=MAX_NEW_TOKENS)
-        assert alone.texts == found.texts
-
-
 def test_answers_depend_on_the_plan(engine):
     prompts = [engine.prompt(conversation(index, num_questions=3)) for index in range(0, 10, 5)]
     kept, compressed = (

@@ -30,9 +30,14 @@ def test_generator_depends_on_every_part_of_its_name() -> None:
     assert torch.equal(draws[0], torch.rand(4, generator=cp.generator(*names[0])))
 
 
-def test_fixed_plans() -> None:
+def test_counts() -> None:
     assert cp.plan_none(3).tolist() == [False] * 3
     assert cp.plan_all(2).tolist() == [True] * 2
+    for count in (0, 3, 7):
+        plan = cp.plan_random_exact(7, count, generator=cp.generator(0, 0, 0, "r"))
+        assert int(plan.sum()) == count
+    for without_tiles in (cp.plan_stratified, cp.plan_fraction):
+        assert without_tiles((), generator=cp.generator(0, 0, 0, "xi")).shape == (0,)
 
 
 def test_fraction_has_a_uniform_share_for_each_image() -> None:
@@ -135,11 +140,6 @@ def test_stratified_shares_balance_the_ranks() -> None:
     assert longest_over_mean("exact-count") > 1.012
 
 
-def test_no_tiles() -> None:
-    for plan in (cp.plan_stratified, cp.plan_fraction):
-        assert plan((), generator=cp.generator(0, 0, 0, "xi")).shape == (0,)
-
-
 def test_one_tile_is_uniform() -> None:
     picks = plans_of(cp.plan_one_tile, 5, 2000)
     assert (picks.sum(dim=1) == 1).all()
@@ -149,12 +149,6 @@ def test_one_tile_is_uniform() -> None:
 def test_one_image_compresses_all_its_tiles_and_no_other() -> None:
     seen = plans_of(cp.plan_one_image, (1, 2, 3), 100).unique(dim=0)
     assert seen.tolist() == [[0, 0, 0, 1, 1, 1], [0, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
-
-
-@pytest.mark.parametrize("count", [0, 3, 7])
-def test_exact_count(count: int) -> None:
-    plan = cp.plan_random_exact(7, count, generator=cp.generator(0, 0, 0, "r"))
-    assert int(plan.sum()) == count
 
 
 @pytest.mark.parametrize(

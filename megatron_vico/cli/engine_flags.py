@@ -54,10 +54,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def open_engine(options: argparse.Namespace) -> Iterator["Engine"]:
-    """An engine with a checkpoint's weights; its process groups end with the context.
-
-    Args:
-        options: parsed flags of `add_engine_flags`.
+    """An engine with the weights of --load; its process groups end with the context.
 
     Raises:
         CheckpointError: if --load is no checkpoint.

@@ -9,7 +9,6 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from megatron_vico.cli.rank_failure import end_rank, is_one_of_many
 from megatron_vico.errors import USER_ERRORS, nearest
@@ -21,36 +20,21 @@ FAILURE = 1
 """Exit status of a rank after any other error; Python uses the same."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Command:
-    """A command; the module of its name in this package has `main(arguments)`."""
-
-    summary: str
-
-    uses_megatron: bool
-    """Whether all but its --help needs megatron: then the CPU stand-in goes first."""
-
-
-COMMANDS: dict[str, Command] = {
-    "train": Command(
-        summary="run one stage: pretrain, warmup, consistency or router",
-        uses_megatron=False,  # only to train; see cli/train.py
-    ),
-    "generate": Command(summary="ask a model about images", uses_megatron=True),
-    "evaluate": Command(summary="score a model on a file of questions", uses_megatron=True),
-    "plot": Command(summary="draw loss curves, print the ablation table", uses_megatron=False),
-    "convert": Command(
-        summary="convert checkpoints: Megatron's form, and Hugging Face's layouts",
-        uses_megatron=True,
-    ),
-    "shards": Command(
-        summary="make, index, inspect and verify WebDataset shards", uses_megatron=False
-    ),
-    "checkpoint": Command(summary="say what a run's checkpoint is", uses_megatron=True),
-    "doctor": Command(
-        summary="say what is installed and usable, and what falls back to what", uses_megatron=False
-    ),
+COMMANDS = {
+    "train": "run one stage: pretrain, warmup, consistency or router",
+    "generate": "ask a model about images",
+    "evaluate": "score a model on a file of questions",
+    "plot": "draw loss curves, print the ablation table",
+    "convert": "convert checkpoints: Megatron's form, and Hugging Face's layouts",
+    "shards": "make, index, inspect and verify WebDataset shards",
+    "checkpoint": "say what a run's checkpoint is",
+    "doctor": "say what is installed and usable, and what falls back to what",
 }
+"""Each command with its summary; the module of its name in this package has `main(arguments)`."""
+
+USES_MEGATRON = {"generate", "evaluate", "convert", "checkpoint"}
+"""Commands that need megatron for all but their --help: the CPU stand-in goes first. `train` needs
+it only to train (cli/train.py)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return USER_ERROR
     _leave_warnings_to_rank_0()
-    if COMMANDS[name].uses_megatron and not {"-h", "--help"} & set(rest):
+    if name in USES_MEGATRON and not {"-h", "--help"} & set(rest):
         from megatron_vico import cpu_stand_in
 
         cpu_stand_in.install()
@@ -103,7 +87,7 @@ def _leave_warnings_to_rank_0() -> None:
 
 def _help() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:{width}}  {summary}" for name, summary in COMMANDS.items()]
     return "\n".join(
         ["usage: vico COMMAND ...", "", *lines, "", "`vico COMMAND --help` shows its flags."]
     )

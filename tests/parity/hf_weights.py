@@ -141,21 +141,17 @@ def _language_weights(language_model: LanguageModel) -> Iterator[tuple[str, Tens
         for part, value in zip("qkv", split, strict=True):
             yield f"{prefix}self_attn.{part}_proj.weight", value
         yield prefix + "self_attn.o_proj.weight", params["self_attention.linear_proj.weight"]
-        yield prefix + "self_attn.q_norm.weight", params["self_attention.q_layernorm.weight"]
-        yield prefix + "self_attn.k_norm.weight", params["self_attention.k_layernorm.weight"]
+        for part in "qk":
+            norm = params[f"self_attention.{part}_layernorm.weight"]
+            yield f"{prefix}self_attn.{part}_norm.weight", norm
         if language.num_experts is None:
             gate, up = params["mlp.linear_fc1.weight"].chunk(2)
             yield prefix + "mlp.gate_proj.weight", gate
             yield prefix + "mlp.up_proj.weight", up
             yield prefix + "mlp.down_proj.weight", params["mlp.linear_fc2.weight"]
         else:
-            experts = [
-                f"mlp.experts.local_experts.{expert}." for expert in range(language.num_experts)
-            ]
             yield prefix + "mlp.gate.weight", params["mlp.router.weight"]
-            fused = [
-                torch.stack([params[f"{name}linear_fc{i}.weight"] for name in experts])
-                for i in (1, 2)
-            ]
-            yield prefix + "mlp.experts.gate_up_proj", fused[0]
-            yield prefix + "mlp.experts.down_proj", fused[1]
+            experts = range(language.num_experts)
+            for name, layer_name in (("gate_up_proj", "linear_fc1"), ("down_proj", "linear_fc2")):
+                keys = [f"mlp.experts.local_experts.{i}.{layer_name}.weight" for i in experts]
+                yield f"{prefix}mlp.experts.{name}", torch.stack([params[key] for key in keys])

@@ -35,9 +35,7 @@ def test_each_module_is_a_command() -> None:
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(
-        f"  {name} " in text and command.summary in text for name, command in COMMANDS.items()
-    )
+    assert all(f"  {name} " in text and summary in text for name, summary in COMMANDS.items())
 
 
 def test_no_command_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:

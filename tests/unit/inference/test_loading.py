@@ -36,24 +36,19 @@ def make_engine(single_process_groups, tmp_path_factory):
         yield make
 
 
-def tensors_of(engine):
-    return canonical_state({"encoder": engine.encoder, "language_model": engine.language_model})
+def modules_of(engine):
+    return {"encoder": engine.encoder, "language_model": engine.language_model}
 
 
 def save(engine, folder):
-    modules = {"encoder": engine.encoder, "language_model": engine.language_model}
     metadata = metadata_of(engine.model, stage="router")
-    save_checkpoint(folder, 7, modules=modules, metadata=metadata)
+    save_checkpoint(folder, 7, modules=modules_of(engine), metadata=metadata)
 
 
 def export(engine, folder):
+    model, tokenizer = engine.model, engine.tokenizer
     convert.export_hf(
-        folder,
-        encoder=engine.encoder,
-        language_model=engine.language_model,
-        model=engine.model,
-        layout="flash",
-        tokenizer=engine.tokenizer,
+        folder, **modules_of(engine), model=model, layout="flash", tokenizer=tokenizer
     )
 
 
@@ -64,8 +59,8 @@ def test_weights_come_back_bit_for_bit(make_engine, tmp_path, write):
     assert model_of(tmp_path / "checkpoint").name == "toy"
     assert not torch.equal(engine.encoder.vit.class_token, other.encoder.vit.class_token)
     load_weights(other, tmp_path / "checkpoint")
-    expected = tensors_of(engine)
-    for name, tensor in tensors_of(other).items():
+    expected = canonical_state(modules_of(engine))
+    for name, tensor in canonical_state(modules_of(other)).items():
         assert torch.equal(tensor, expected[name]), name
 
 

@@ -39,8 +39,9 @@ def test_window_against_numpy_while_it_slides() -> None:
         assert window.threshold().item() == pytest.approx(float(np.percentile(seen, 60)), rel=1e-6)
 
 
-def test_window_survives_a_checkpoint() -> None:
+def test_window_has_no_threshold_at_first_and_survives_a_checkpoint() -> None:
     window = RatioWindow(size=10, percentile=60)
+    assert window.threshold().isnan()
     window.push(torch.arange(25.0))
     other = RatioWindow(size=10, percentile=60)
     other.load(window.state())
@@ -57,7 +58,3 @@ def test_sixty_percent_of_new_ratios_fall_below_the_sixtieth_percentile() -> Non
     window.push(torch.rand(2048))
     compress = (labels_from_ratios(torch.rand(5000), window.threshold()) == 0).float().mean()
     assert abs(compress - 0.6) < 0.02  # measured 0.001
-
-
-def test_an_empty_window_has_no_threshold() -> None:
-    assert RatioWindow(size=5, percentile=60).threshold().isnan()

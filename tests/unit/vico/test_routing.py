@@ -12,11 +12,8 @@ def logits_of(probabilities: list[float]) -> Tensor:
     return torch.stack([p.log(), (1 - p).log()], dim=1)
 
 
-def test_index_zero_is_compress() -> None:
+def test_index_zero_is_compress_and_the_paper_rule_is_half_and_strict() -> None:
     assert compress_probability(torch.tensor([[5.0, -5.0]])).item() > 0.99
-
-
-def test_paper_rule_is_half_and_strict() -> None:
     assert paper_rule(logits_of([0.2, 0.500001, 0.9])).tolist() == [False, True, True]
     assert paper_rule(torch.zeros(1, 2)).tolist() == [False]
 

@@ -16,7 +16,7 @@ from transformers import (
 
 from megatron_vico.config.registry import LanguageConfig, ModelConfig
 from megatron_vico.models.internvl import VisionEncoder
-from megatron_vico.models.language_model import LanguageModel
+from megatron_vico.models.language_model import LanguageInputs, LanguageModel
 
 
 def transformers_config(model: ModelConfig) -> InternVLConfig:
@@ -56,6 +56,19 @@ def transformers_model(
     assert not missing, missing
     assert not unexpected, unexpected
     return hf
+
+
+def inputs_of(samples: list[Tensor], image_token_id: int) -> LanguageInputs:
+    """A pack of samples, given as token ids, every row of which is asked for."""
+    token_ids, lens = torch.cat(samples), tuple(len(each) for each in samples)
+    return LanguageInputs(
+        token_ids_T=token_ids,
+        visual_positions_V=(token_ids == image_token_id).nonzero()[:, 0],
+        cu_seqlens=torch.tensor([0, *lens]).cumsum(0).int(),
+        document_lens=lens,
+        response_rows_R=torch.arange(len(token_ids)),
+        shard_len=len(token_ids),
+    )
 
 
 def _text_config(language: LanguageConfig) -> Qwen3Config | Qwen3MoeConfig:

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_vico.config.registry import ModelConfig, get_model_config
-from megatron_vico.models.language_model import LanguageInputs
-from tests.parity.hf_weights import transformers_model
+from tests.parity.hf_weights import inputs_of, transformers_model
 from tests.toy_models import make_encoder, make_language_model, random_tiles
 
 
@@ -49,15 +48,7 @@ def test_logits_equal_transformers(kind: str, single_process_groups: None) -> No
     hf = transformers_model(encoder, language_model)
     pixels = encoder.normalise(random_tiles(model, 5))
     samples = documents(model)
-    token_ids = torch.cat(samples)
-    inputs = LanguageInputs(
-        token_ids_T=token_ids,
-        visual_positions_V=(token_ids == model.image_token_id).nonzero()[:, 0],
-        cu_seqlens=torch.tensor([0, *(len(each) for each in samples)]).cumsum(0).int(),
-        document_lens=tuple(len(each) for each in samples),
-        response_rows_R=torch.arange(len(token_ids)),
-        shard_len=len(token_ids),
-    )
+    inputs = inputs_of(samples, model.image_token_id)
     rows = language_model(inputs, encoder.visual_tokens(encoder.features(pixels), None))
     logits = language_model.response_logits(rows)
     expected = [

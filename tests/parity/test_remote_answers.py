@@ -77,10 +77,8 @@ def test_switched_off_nothing_is_compressed_and_nothing_is_lost(
         assert exported.tokenizer.decode(said) == expected.texts[0]
         assert not remote.compressed_tiles.any()
     remote.save_pretrained(tmp_path / "saved")
-    saved, original = (
-        safetensors_folder.open_folder(tmp_path / "saved"),
-        safetensors_folder.open_folder(exported.flash),
-    )
+    saved = safetensors_folder.open_folder(tmp_path / "saved")
+    original = safetensors_folder.open_folder(exported.flash)
     assert saved.tensors.keys() == original.tensors.keys()
 
 
@@ -99,11 +97,8 @@ def test_the_rules_differ_and_flash_is_the_default(exported: Exported, tmp_path:
     for name in ("flash_decision_rule", "vir_num_heads", "img_context_token_id"):
         del released[name]
     read = type(config).from_dict(released)
-    assert (read.flash_decision_rule, read.vir_num_heads, read.img_context_token_id) == (
-        "flash",
-        16,
-        151671,
-    )
+    found = (read.flash_decision_rule, read.vir_num_heads, read.img_context_token_id)
+    assert found == ("flash", 16, 151671)
 
 
 def test_chat_tiles_asks_and_remembers(exported: Exported, tmp_path: Path) -> None:

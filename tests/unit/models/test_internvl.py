@@ -23,7 +23,7 @@ def features(encoder: VisionEncoder) -> Tensor:
 
 
 def plan_of(digits: str) -> Tensor:
-    return torch.tensor([digit == "1" for digit in digits])
+    return torch.tensor([digit == "1" for digit in digits], dtype=torch.bool)
 
 
 def tile_by_tile(encoder: VisionEncoder, features_NPD: Tensor, plan: Tensor) -> Tensor:
@@ -53,16 +53,11 @@ def test_visual_tokens_equal_tile_by_tile(
     torch.testing.assert_close(gradient, expected[1], rtol=0, atol=1e-5)  # measured 1.7e-6
 
 
-def test_no_plan_is_the_plan_that_compresses_nothing(
-    encoder: VisionEncoder, features: Tensor
-) -> None:
+def test_no_plan_and_no_tiles(encoder: VisionEncoder, features: Tensor) -> None:
     nothing = encoder.visual_tokens(features, plan_of("0000000"))
     assert torch.equal(encoder.visual_tokens(features, None), nothing)
-
-
-@pytest.mark.parametrize("plan", [None, torch.zeros(0).bool()])
-def test_no_tiles(encoder: VisionEncoder, features: Tensor, plan: Tensor | None) -> None:
-    assert encoder.visual_tokens(features[:0], plan).shape == (0, 128)
+    for plan in (None, plan_of("")):
+        assert encoder.visual_tokens(features[:0], plan).shape == (0, 128)
     assert encoder.features(encoder.normalise(random_tiles(encoder.model, 0))).shape == (0, 16, 96)
 
 
@@ -85,9 +80,8 @@ def test_a_connector_without_tiles_gets_no_gradient(
 
 def test_pixels_are_normalised_as_torchvision_does(encoder: VisionEncoder) -> None:
     tiles = random_tiles(encoder.model, 2)
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).double()[
-        ..., None, None
-    ]
+    of_channels = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).double()
+    mean, std = of_channels[..., None, None]
     expected = (tiles.double() / 255 - mean) / std
     found = encoder.normalise(tiles).double()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)  # measured 4e-7

@@ -27,11 +27,7 @@ def end_rank(error: Exception, *, status: int) -> NoReturn:
     """Say what went wrong on this rank, tell torchrun, and end the process without any clean-up.
 
     To be called where the error was caught: the traceback that torchrun shows is that of the
-    exception in flight.
-
-    Args:
-        error: what ended the run.
-        status: exit status, not 0.
+    exception in flight. The exit status is not 0.
     """
     from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 

@@ -34,15 +34,11 @@ def run_ablations(
     seed: int,
     max_new_tokens: int = 64,
 ) -> list[Evaluation]:
-    """Evaluate all rows, in the order of ROWS.
+    """Evaluate all rows, in the order of ROWS; `seed` is that of the random row.
 
-    Args:
-        engine_with: gives an engine with the named weights; it may be one engine whose weights
-            change, since a row is finished before the next weights are asked for. "vico" serves
-            three rows: router training leaves all else as consistency training made it.
-        samples: the questions.
-        seed: of the random row.
-        max_new_tokens: longest answer.
+    `engine_with` gives an engine with the named weights; it may be one engine whose weights change,
+    since a row is finished before the next weights are asked for. "vico" serves three rows: router
+    training leaves all else as consistency training made it.
     """
     engine = engine_with("vico")
     prompts = [engine.prompt(sample.conversation) for sample in samples]

@@ -151,15 +151,9 @@ def run_evaluation(
     prompts: Sequence[Prompt] | None = None,
     max_new_tokens: int = 64,
 ) -> Evaluation:
-    """Answer and score every question.
+    """Answer and score every question; `row` is the result's name, also beside the progress bar.
 
-    Args:
-        engine: the model.
-        samples: the questions.
-        row: name of the result; also shown beside the progress bar.
-        plan: which tiles are compressed.
-        prompts: of the samples, in order, where they are encoded already.
-        max_new_tokens: longest answer.
+    `prompts` are those of the samples, in order, where they are encoded already.
     """
     if prompts is None:
         prompts = [engine.prompt(sample.conversation) for sample in samples]

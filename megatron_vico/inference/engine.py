@@ -101,13 +101,8 @@ class Engine:
     ) -> None:
         """Put the model into evaluation mode.
 
-        Args:
-            encoder: vision tower, connectors and router.
-            language_model: a whole one (no pipeline), built with attention "sdpa".
-            tokenizer: of the model.
-            model: what both are.
-            settings: tiling and tile tags, as in training.
-            batch_size: conversations answered together.
+        The language model is a whole one (no pipeline), built with attention "sdpa"; settings are
+        those of training; `batch_size` conversations are answered together.
         """
         self.encoder = encoder.eval()
         self.language_model = language_model.eval()

@@ -151,7 +151,6 @@ def main(folder: Path) -> None:
             config = build.language_transformer_config(
                 model,
                 perform_initialization=False,
-                use_te_activation_func=False,  # as where there is a GPU
                 moe_grouped_gemm=kind == "moe-grouped",
             )
             module = build.build_language_model(model, config, pg_collection=groups.language)

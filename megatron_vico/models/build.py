@@ -34,7 +34,6 @@ from megatron_vico.config.pipeline_split import virtual_stages
 from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.models.attention import SDPACoreAttention
-from megatron_vico.models.elementwise import SwiGLU
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel, VocabularyHead
 from megatron_vico.models.layers import Layer
@@ -70,8 +69,6 @@ def language_transformer_config(
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "bias_activation_fusion": on_gpu,
-        # mcore's name for "the layer spec brings the activation": SwiGLU below.
-        "use_te_activation_func": not on_gpu,
         "bias_dropout_fusion": on_gpu,
         "apply_rope_fusion": on_gpu and transformer_engine_usable(),
         "deallocate_pipeline_outputs": True,
@@ -292,13 +289,6 @@ def _transformer_engine_layer(config: TransformerConfig) -> ModuleSpec:
     return ModuleSpec(module=Layer, submodules=submodules)
 
 
-class _LocalBackend(LocalSpecProvider):
-    """mcore's local modules with this project's SwiGLU."""
-
-    def activation_func(self) -> type[SwiGLU]:
-        return SwiGLU
-
-
 def _local_layer(config: TransformerConfig) -> ModuleSpec:
     attention = ModuleSpec(
         module=SelfAttention,
@@ -323,9 +313,7 @@ def _local_layer(config: TransformerConfig) -> ModuleSpec:
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=RMSNorm,
         mlp=get_mlp_module_spec_for_backend(
-            backend=_LocalBackend(),
-            num_experts=config.num_moe_experts,
-            use_te_activation_func=config.use_te_activation_func,
+            backend=LocalSpecProvider(), num_experts=config.num_moe_experts
         ),
         mlp_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map=names,

@@ -108,8 +108,10 @@ class SDPACoreAttention(MegatronModule):
             "packed_layout needs the model's context-parallel group; generation works without"
             " context parallelism only"
         )
-        query = _Rotate.apply(query, layout.cos, layout.sin)
-        key = _Rotate.apply(key, layout.cos, layout.sin)
+        assert layout.cos is not None
+        assert layout.sin is not None
+        query = rotate(query, layout.cos, layout.sin)
+        key = rotate(key, layout.cos, layout.sin)
         if layout.qkv_format == "sbhd":
             return self._batch(query, key, value, layout)
         if layout.context is not None:
@@ -193,26 +195,10 @@ class SDPACoreAttention(MegatronModule):
         return out.transpose(1, 2)
 
 
-class _Rotate(torch.autograd.Function):
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding on halves."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, sign=1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(grads[0], cos, sin, sign=-1), None, None  # by the opposite angle
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, sign: int) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    (x1, x2), (out1, out2) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
-    torch.mul(x1, cos, out=out1).addcmul_(x2, sin, value=-sign)
-    torch.mul(x2, cos, out=out2).addcmul_(x1, sin, value=sign)
-    return out
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
 class _TakeRows(torch.autograd.Function):

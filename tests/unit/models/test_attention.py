@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_vico.config.registry import get_model_config
-from megatron_vico.models.attention import _Rotate
+from megatron_vico.models.attention import rotate
 from megatron_vico.models.attention_layout import Rotary, context_share, packed_layout
 from megatron_vico.models.language_model import LanguageInputs, LanguageModel
 from tests.toy_models import error, kept_for_backward, make_language_model, pack
@@ -152,7 +152,7 @@ def test_rotation_equals_mcore(single_process_groups: None) -> None:
     mcore, ours = x.clone().requires_grad_(), x.clone().requires_grad_()
     expected = _apply_rotary_pos_emb_bshd(mcore, RotaryEmbedding(16, 1.0, rotary_base=1000000)(50))
     cos, sin = Rotary(16, 1e6)(torch.arange(50), torch.float32)
-    rotated = _Rotate.apply(ours[:, 0], cos, sin)
+    rotated = rotate(ours[:, 0], cos, sin)
     expected.backward(grad)
     rotated.backward(grad[:, 0])
     assert error(rotated, expected[:, 0]) < 2e-6  # measured 3e-7

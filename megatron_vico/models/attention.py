@@ -130,13 +130,9 @@ class SDPACoreAttention(MegatronModule):
     def _padded(self, query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout) -> Tensor:
         # Each document is padded at its end, where causality keeps the padding out of sight.
         shape = (len(layout.document_lens), layout.max_seqlen_q, -1, query.size(-1))
-        q, k, v = (
-            _TakeRows.apply(x, layout.gather_rows, layout.padded_rows).view(shape)
-            for x in (query, key, value)
-        )
+        q, k, v = (x.index_select(0, layout.gather_rows).view(shape) for x in (query, key, value))
         padded = self._attend(q, k, v).flatten(0, 1).flatten(1)
-        unpadded: Tensor = _Unpad.apply(padded, layout.padded_rows)
-        return unpadded
+        return padded.index_select(0, layout.padded_rows)
 
     def _shared(
         self,
@@ -156,7 +152,7 @@ class SDPACoreAttention(MegatronModule):
         gathered = gather_from_sequence_parallel_region(
             torch.cat((key, value), dim=1), group=self.cp_group
         )
-        pack = _TakeRows.apply(gathered, context.gathered_rows_W, context.pack_rows_W)
+        pack = gathered.index_select(0, context.gathered_rows_W)
         documents = pack.split(list(document_lens))
         queries = query.split([chunk.num_tokens for chunk in context.chunks])
         outputs = []
@@ -199,38 +195,3 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding on halves."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
-
-
-class _TakeRows(torch.autograd.Function):
-    """Rows in another order, or padded.
-
-    Autograd would add up gradients row by row, many times slower than picking them. Padding repeats
-    real rows, and yet only the real ones are picked: no gradient reaches padding, because no query
-    looks at it and `_Unpad` drops its own output.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, inverse_rows: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_rows)
-        return x.index_select(0, rows)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (inverse_rows,) = ctx.saved_tensors
-        return grads[0].index_select(0, inverse_rows), None, None
-
-
-class _Unpad(torch.autograd.Function):
-    """Padded rows back to packed rows; like `_TakeRows`, but the padding is left out."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, padded_rows: Tensor) -> Tensor:
-        ctx.save_for_backward(padded_rows)
-        ctx.num_rows = x.size(0)
-        return x.index_select(0, padded_rows)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (padded_rows,) = ctx.saved_tensors
-        grad = grads[0]
-        return grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy_(0, padded_rows, grad), None

@@ -116,8 +116,6 @@ class SDPACoreAttention(MegatronModule):
             return self._batch(query, key, value, layout)
         if layout.context is not None:
             return self._shared(query, key, value, layout.document_lens, context=layout.context)
-        if layout.gather_rows is not None:
-            return self._padded(query, key, value, layout)
         if len(set(layout.document_lens)) == 1:
             shape = (len(layout.document_lens), layout.document_lens[0], -1, query.size(-1))
             attended = self._attend(query.view(shape), key.view(shape), value.reshape(shape))
@@ -126,13 +124,6 @@ class SDPACoreAttention(MegatronModule):
         documents = zip(query.split(lens), key.split(lens), value.split(lens), strict=True)
         attended_apart = [self._attend(q[None], k[None], v[None])[0] for q, k, v in documents]
         return torch.cat(attended_apart).flatten(1)
-
-    def _padded(self, query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout) -> Tensor:
-        # Each document is padded at its end, where causality keeps the padding out of sight.
-        shape = (len(layout.document_lens), layout.max_seqlen_q, -1, query.size(-1))
-        q, k, v = (x.index_select(0, layout.gather_rows).view(shape) for x in (query, key, value))
-        padded = self._attend(q, k, v).flatten(0, 1).flatten(1)
-        return padded.index_select(0, layout.padded_rows)
 
     def _shared(
         self,

@@ -15,16 +15,6 @@ from torch import Tensor
 
 from megatron_vico.models.zigzag import zigzag_positions
 
-_MAX_PADDING = 2.0
-"""Documents are padded to the longest of a pack, and attended in one call, up to this many times
-the real tokens."""
-
-_MAX_WASTED_PAIRS = 2048
-"""And on a CPU only while that adds no more pairs of tokens a document, in the mean. One core takes
-about 0.06 ms for a call of its own, forward and backward, and as long for 2,000 pairs under 4
-heads: 32 documents of 30 to 46 tokens take 5.8 ms padded and 6.8 apart, 4 of 272 to 576 tokens 65
-padded and 31 apart."""
-
 
 class KVCache:
     """Keys and values of the tokens that a batch of samples has seen, for generation.
@@ -109,13 +99,6 @@ class AttentionLayout(PackedSeqParams):
     context: ContextShare | None = None
     """This rank's part of the pack; None where it holds all of it."""
 
-    gather_rows: Tensor | None = None
-    """[D * longest] int64: the packed row at each place of the padded batch (any row where it is
-    padding); None where documents are not padded."""
-
-    padded_rows: Tensor | None = None
-    """[T] int64: the place in the padded batch of each packed row."""
-
     cache: KVCache | None = None
     slots_BS: Tensor | None = None
     num_slots: int = 0
@@ -174,23 +157,8 @@ def packed_layout(
             document_lens, cp_size=cp_group.size(), cp_rank=cp_group.rank(), device=device
         )
         positions_T = positions_T.index_select(0, layout.context.positions_T)
-    elif _padding_pays(document_lens, longest, device=device):
-        places = starts[:, None] + torch.arange(longest, device=device)
-        layout.gather_rows = places.clamp_(max=num_tokens - 1).flatten()
-        documents = torch.arange(len(document_lens), device=device)
-        documents_T = documents.repeat_interleave(lens, output_size=num_tokens)
-        layout.padded_rows = documents_T * longest + positions_T
     layout.cos, layout.sin = rotary(positions_T, dtype)
     return layout
-
-
-def _padding_pays(document_lens: tuple[int, ...], longest: int, *, device: torch.device) -> bool:
-    """Whether unequal documents are attended faster in one padded call than one by one."""
-    num_tokens, padded = sum(document_lens), len(document_lens) * longest
-    if not num_tokens < padded <= _MAX_PADDING * num_tokens:
-        return False
-    wasted_pairs = padded * longest - sum(length**2 for length in document_lens)
-    return device.type != "cpu" or wasted_pairs <= _MAX_WASTED_PAIRS * len(document_lens)
 
 
 def context_share(

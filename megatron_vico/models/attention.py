@@ -116,14 +116,10 @@ class SDPACoreAttention(MegatronModule):
             return self._batch(query, key, value, layout)
         if layout.context is not None:
             return self._shared(query, key, value, layout.document_lens, context=layout.context)
-        if len(set(layout.document_lens)) == 1:
-            shape = (len(layout.document_lens), layout.document_lens[0], -1, query.size(-1))
-            attended = self._attend(query.view(shape), key.view(shape), value.reshape(shape))
-            return attended.flatten(0, 1).flatten(1)
         lens = list(layout.document_lens)
         documents = zip(query.split(lens), key.split(lens), value.split(lens), strict=True)
-        attended_apart = [self._attend(q[None], k[None], v[None])[0] for q, k, v in documents]
-        return torch.cat(attended_apart).flatten(1)
+        attended = [self._attend(q[None], k[None], v[None])[0] for q, k, v in documents]
+        return torch.cat(attended).flatten(1)
 
     def _shared(
         self,

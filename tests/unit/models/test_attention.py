@@ -14,11 +14,9 @@ from megatron_vico.models.attention_layout import Rotary, context_share, packed_
 from megatron_vico.models.language_model import LanguageInputs, LanguageModel
 from tests.toy_models import error, kept_for_backward, make_language_model, pack
 
-# Short documents of nearly equal length are padded and attended together, long or very unequal ones
-# one by one, equal ones viewed.
 PACKS = {
-    "padded": (9, 12, 7, 12),
-    "looped": (40, 3, 5, 1),
+    "short": (9, 12, 7, 12),
+    "unequal": (40, 3, 5, 1),
     "long": (130, 60, 100, 90),
     "equal": (8, 8, 8),
     "single": (17,),

@@ -10,7 +10,6 @@ import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -29,24 +28,6 @@ from megatron_vico.models.layers import Layer, LayerScaleAdd
 from megatron_vico.models.norms import AllHeadsRMSNorm, LayerNorm, RMSNorm
 
 
-class PatchEmbedding(nn.Module):
-    """A convolution whose stride is its size, done as one matrix product."""
-
-    def __init__(self, *, patch_size: int, hidden_size: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        like = nn.Conv2d(3, hidden_size, patch_size, stride=patch_size, dtype=dtype)
-        self.patch_size = patch_size
-        self.weight, self.bias = like.weight, like.bias
-
-    def forward(self, tiles_N3SS: Tensor) -> Tensor:
-        """[N, 3, S, S] pixels to [N, P, D], row by row."""
-        num_tiles, _, height, width = tiles_N3SS.shape
-        size = self.patch_size
-        grid = tiles_N3SS.view(num_tiles, 3, height // size, size, width // size, size)
-        patches = grid.permute(0, 2, 4, 1, 3, 5).reshape(num_tiles, -1, 3 * size**2)
-        return F.linear(patches, self.weight.flatten(1), self.bias)
-
-
 class InternViT(MegatronModule):
     """From normalised pixels to the last hidden state of each patch, without a final norm."""
 
@@ -63,9 +44,8 @@ class InternViT(MegatronModule):
         width, dtype = vision.hidden_size, config.params_dtype
         std = config.init_method_std
         self.class_token = nn.Parameter(torch.randn(1, 1, width, dtype=dtype) * std)
-        self.patch_embedding = PatchEmbedding(
-            patch_size=vision.patch_size, hidden_size=width, dtype=dtype
-        )
+        size = vision.patch_size
+        self.patch_embedding = nn.Conv2d(3, width, size, stride=size, dtype=dtype)
         positions = torch.randn(1, 1 + vision.num_patches, width, dtype=dtype)
         self.position_embedding = nn.Parameter(positions * std)
         self.transformer = TransformerBlock(
@@ -77,7 +57,7 @@ class InternViT(MegatronModule):
 
     def forward(self, tiles_N3SS: Tensor) -> Tensor:
         """[N, 3, S, S] normalised pixels to [N, P, D], the class token dropped."""
-        patches_NPD = self.patch_embedding(tiles_N3SS)
+        patches_NPD = self.patch_embedding(tiles_N3SS).flatten(2).transpose(1, 2)
         class_N1D = self.class_token.expand(patches_NPD.size(0), -1, -1)
         hidden = torch.cat([class_N1D, patches_NPD], dim=1) + self.position_embedding
         features: Tensor = self.transformer(hidden_states=hidden, attention_mask=None)

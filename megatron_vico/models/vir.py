@@ -102,12 +102,7 @@ class ViR(nn.Module):
         images = [image for image in features_NPD.split(counts) if len(image)]
         if not images:
             return features_NPD.new_zeros(0, 2)
-        pooled: list[Tensor] = [features_NPD] * len(images)
-        for count in sorted({len(image) for image in images}):  # images of one size in one call
-            same = [index for index, image in enumerate(images) if len(image) == count]
-            vectors = self.pooling(torch.stack([images[index].flatten(0, 1) for index in same]))
-            for index, vector in zip(same, vectors.unbind(), strict=True):
-                pooled[index] = vector
-        logits_per_image: Tensor = self.gating(torch.stack(pooled))
-        image_of_tile = torch.tensor([index for index, image in enumerate(images) for _ in image])
-        return logits_per_image[image_of_tile.to(logits_per_image.device)]
+        pooled = torch.cat([self.pooling(image.flatten(0, 1).unsqueeze(0)) for image in images])
+        of_images = self.gating(pooled).unbind()
+        tiles = [row for row, image in zip(of_images, images, strict=True) for _ in image]
+        return torch.stack(tiles)

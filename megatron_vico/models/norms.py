@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_vico.models.elementwise import rms_norm
-
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension; built as mcore's layer specs build norms."""
@@ -23,7 +21,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise each vector of the last dimension."""
-        return rms_norm(x, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):

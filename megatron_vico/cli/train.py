@@ -12,8 +12,8 @@ from megatron_vico.config.layout import (
     data_parallel_size,
     launched_world_size,
     num_microbatches,
-    virtual_stages,
 )
+from megatron_vico.config.pipeline_split import virtual_stages
 from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.validate import remarks, validate

@@ -6,7 +6,7 @@ computed in one way only is a fact of the family: written as it is, and refused 
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,19 +32,9 @@ _OWN = ("image_token_id", "vir_num_heads")
 _ROUTER_HEADS = 16  # of the released models
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Names:
-    """What the forms call a thing."""
-
-    vision: dict[str, str]
-    """Field of VisionConfig -> field of vision_config."""
-
-    language_part: str
-    image_token_id: str
-    facts: Json
-    vision_facts: Json
-
-
+# What the forms call a thing.
+_LANGUAGE_PART: dict[Form, str] = {"remote": "llm_config", "native": "text_config"}
+_IMAGE_TOKEN_ID: dict[Form, str] = {"remote": "img_context_token_id", "native": "image_token_id"}
 _SHARED_VISION = {
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -55,42 +45,39 @@ _SHARED_VISION = {
     "norm_type": "norm_type",
     "norm_eps": "layer_norm_eps",
 }
-_VISION_FACTS: Json = {"hidden_act": "gelu", "num_channels": 3}
-_NAMES: dict[Form, _Names] = {
-    "remote": _Names(
-        vision=_SHARED_VISION
-        | {
-            "qkv_bias": "qkv_bias",
-            "qk_norm": "qk_normalization",
-            "layer_scale_init": "initializer_factor",
-        },
-        language_part="llm_config",
-        image_token_id="img_context_token_id",
-        facts={"downsample_ratio": 0.5, "ps_version": "v2", "select_layer": -1},
-        vision_facts=_VISION_FACTS,
-    ),
-    "native": _Names(
-        vision=_SHARED_VISION
-        | {
-            "qkv_bias": "attention_bias",
-            "qk_norm": "use_qk_norm",
-            "layer_scale_init": "layer_scale_init_value",
-        },
-        language_part="text_config",
-        image_token_id="image_token_id",
-        facts={
-            "downsample_ratio": 0.5,
-            "projector_hidden_act": "gelu",
-            "vision_feature_layer": -1,
-            "vision_feature_select_strategy": "default",
-        },
-        vision_facts=_VISION_FACTS
-        | {
-            "use_absolute_position_embeddings": True,
-            "use_mask_token": False,
-            "use_mean_pooling": True,
-        },
-    ),
+# Field of VisionConfig -> field of vision_config.
+_VISION: dict[Form, dict[str, str]] = {
+    "remote": _SHARED_VISION
+    | {
+        "qkv_bias": "qkv_bias",
+        "qk_norm": "qk_normalization",
+        "layer_scale_init": "initializer_factor",
+    },
+    "native": _SHARED_VISION
+    | {
+        "qkv_bias": "attention_bias",
+        "qk_norm": "use_qk_norm",
+        "layer_scale_init": "layer_scale_init_value",
+    },
+}
+_FACTS: dict[Form, Json] = {
+    "remote": {"downsample_ratio": 0.5, "ps_version": "v2", "select_layer": -1},
+    "native": {
+        "downsample_ratio": 0.5,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+    },
+}
+_SHARED_VISION_FACTS: Json = {"hidden_act": "gelu", "num_channels": 3}
+_VISION_FACTS: dict[Form, Json] = {
+    "remote": _SHARED_VISION_FACTS,
+    "native": _SHARED_VISION_FACTS
+    | {
+        "use_absolute_position_embeddings": True,
+        "use_mask_token": False,
+        "use_mean_pooling": True,
+    },
 }
 # Field of LanguageConfig -> field of llm_config and text_config alike.
 _LANGUAGE = {
@@ -124,17 +111,17 @@ _NOT_COMPARED = frozenset({"max_position_embeddings", "layer_scale_init"})
 
 def architecture_json(model: ModelConfig, form: Form) -> Json:
     """What a config.json says of a model's size and family; the rest is not of this file."""
-    names, vision, language = _NAMES[form], model.vision, model.language
-    vision_config = {name: getattr(vision, ours) for ours, name in names.vision.items()}
+    vision, language = model.vision, model.language
+    vision_config = {name: getattr(vision, ours) for ours, name in _VISION[form].items()}
     if form == "native":
         vision_config |= {side: [vision_config[side]] * 2 for side in ("image_size", "patch_size")}
     dense = language.num_experts is None
     named_fields = _LANGUAGE if dense else _LANGUAGE | _EXPERTS
     return {
-        **names.facts,
-        names.image_token_id: model.image_token_id,
-        "vision_config": vision_config | names.vision_facts,
-        names.language_part: {
+        **_FACTS[form],
+        _IMAGE_TOKEN_ID[form]: model.image_token_id,
+        "vision_config": vision_config | _VISION_FACTS[form],
+        _LANGUAGE_PART[form]: {
             **{name: getattr(language, ours) for ours, name in named_fields.items()},
             **_LANGUAGE_FACTS,
             **({} if dense else _EXPERT_FACTS),
@@ -216,20 +203,19 @@ def differences(found: ModelConfig, expected: ModelConfig) -> list[str]:
 
 def _stated_fields(config: Json, form: Form) -> Json:
     """`part.field` of a ModelConfig -> what config.json says, for the fields it states."""
-    names = _NAMES[form]
     heads = config.get("vir_num_heads")
     if heads == _ROUTER_HEADS and not config.get("flash_mode"):
         heads = None  # transformers writes the class's default also where there is no router
     stated: Json = {
-        "model.image_token_id": config.get(names.image_token_id),
+        "model.image_token_id": config.get(_IMAGE_TOKEN_ID[form]),
         "model.vir_num_heads": heads,
     }
     vision = config.get("vision_config") or {}
-    for ours, name in names.vision.items():
+    for ours, name in _VISION[form].items():
         value = vision.get(name)
         # Tiles are square; transformers writes both sides.
         stated[f"vision.{ours}"] = value[0] if isinstance(value, list) else value
-    language = dict(config.get(names.language_part) or {})
+    language = dict(config.get(_LANGUAGE_PART[form]) or {})
     rope = language.get("rope_parameters") or {}
     language.setdefault("rope_theta", rope.get("rope_theta"))
     language.setdefault("num_experts", language.get("num_local_experts"))
@@ -259,15 +245,13 @@ def _token_of_tokenizer(folder: Path) -> Json:
 
 def _refused(config: Json, form: Form) -> Iterator[str]:
     """What a config.json says that no module here computes; most of it no tensor would tell."""
-    names = _NAMES[form]
-    vision = config.get("vision_config") or {}
-    language = config.get(names.language_part) or {}
+    part = _LANGUAGE_PART[form]
+    vision, language = config.get("vision_config") or {}, config.get(part) or {}
     has_experts = language.get("model_type") == "qwen3_moe"
-    part = names.language_part
     language_facts = _LANGUAGE_FACTS | (_EXPERT_FACTS if has_experts else {})
     for prefix, section, facts in (
-        ("", config, names.facts),
-        ("vision_config.", vision, names.vision_facts),
+        ("", config, _FACTS[form]),
+        ("vision_config.", vision, _VISION_FACTS[form]),
         (f"{part}.", language, language_facts),
     ):
         for name, expected in facts.items():
@@ -324,7 +308,7 @@ def _built(stated: Json, path: str) -> ModelConfig:
     if has_experts:  # no layer uses the dense width then
         language.setdefault("ffn_hidden_size", language.get("moe_ffn_hidden_size"))
     wanted = {
-        "vision": _NAMES["remote"].vision.keys() - _NOT_COMPARED,
+        "vision": _VISION["remote"].keys() - _NOT_COMPARED,
         "language": (_LANGUAGE | (_EXPERTS if has_experts else {})).keys() - _NOT_COMPARED,
     }
     missing = [f"{part}.{name}" for part in wanted for name in wanted[part] - parts[part].keys()]

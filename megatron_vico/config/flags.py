@@ -131,11 +131,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
     recipe, given = _command_line(argv)
     if recipe is not None:
         given = _recipe(Path(recipe)) | given
-    built = {}
-    for section, config_class in sections().items():
-        here = [each for each in given.values() if each.option.section == section]
-        built[section] = _read(config_class, [each for each in here if not each.is_unset])
-    return RunConfig(**built)
+    return _read([each for each in given.values() if not each.is_unset])
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -162,9 +158,8 @@ def to_yaml(config: RunConfig) -> str:
 def help_text() -> str:
     """The help of every flag that `parse` takes."""
     printed = io.StringIO()
-    markers = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
-    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        tyro.cli(RunConfig, args=["--help"], config=markers)
+    with contextlib.redirect_stdout(printed):
+        _cli(["--help"])
     text = printed.getvalue()
 
     def rewrapped(found: re.Match[str]) -> str:
@@ -203,10 +198,8 @@ def _option(field: dataclasses.Field[Any], section: str) -> Option:
     return Option(name=field.name, section=section, type=kind, many=many, optional=optional)
 
 
-def _read(config_class: type, given: Sequence[_Given]) -> Any:
-    """A section with what was given of it."""
-    if not given:
-        return config_class()
+def _read(given: Sequence[_Given]) -> RunConfig:
+    """The run with what was given of it."""
     for each in given:
         for value in each.values if each.option.many and each.option.type is str else ():
             if str(value).startswith("-"):
@@ -214,20 +207,21 @@ def _read(config_class: type, given: Sequence[_Given]) -> Any:
                     f"{each.origin}: {each.option.flag} holds {value!r}, expected no dash at its"
                     f" start; for a path write ./{value}"
                 )
-    section = _cli(config_class, [word for each in given for word in each.words])
-    if section is not None:
-        return section
+    config = _cli([word for each in given for word in each.words])
+    if config is not None:
+        return config
     for each in given:  # tyro says which one it cannot read to the terminal only
         for value in each.values:
-            if _cli(config_class, [f"{each.option.flag}={value}"]) is None:
+            if _cli([f"{each.option.flag}={value}"]) is None:
                 raise each.option.wrong(value, each.origin)
     raise AssertionError(f"tyro reads {given} one by one, but not together")
 
 
-def _cli(config_class: type, words: list[str]) -> Any:
-    """The section that tyro reads, or None."""
+def _cli(words: list[str]) -> RunConfig | None:
+    """The run that tyro reads, or None."""
+    markers = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
-        return tyro.cli(config_class, args=words, config=(tyro.conf.DisallowNone,))
+        return tyro.cli(RunConfig, args=words, config=markers)
     return None
 
 

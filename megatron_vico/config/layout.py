@@ -8,9 +8,14 @@ import math
 import os
 from collections.abc import Iterator
 
-from megatron_vico.config import pipeline_split
-from megatron_vico.config.pipeline_split import SPLIT_OPTIONS, fixed_stages
-from megatron_vico.config.registry import LanguageConfig, ModelConfig
+from megatron_vico.config.pipeline_split import (
+    SPLIT_OPTIONS,
+    counted_layers,
+    fixed_stages,
+    layers_of_a_stage,
+    virtual_stages,
+)
+from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import ParallelOptions, RunConfig, flag_of
 from megatron_vico.errors import ConfigError
 
@@ -52,20 +57,6 @@ def data_parallel_size(parallel: ParallelOptions, world_size: int) -> int:
 def num_microbatches(cfg: RunConfig, world_size: int) -> int:
     """Packs that one rank takes part in during a step."""
     return cfg.training.global_batch_size // data_parallel_size(cfg.parallel, world_size)
-
-
-def layers_of_a_stage(cfg: RunConfig, language: LanguageConfig) -> int:
-    """Layers of a middle pipeline stage, embedding and loss counted if told to; 0 if not whole."""
-    return pipeline_split.layers_of_a_stage(
-        language.num_layers,
-        stages=cfg.parallel.pipeline_model_parallel_size,
-        options=cfg.transformer,
-    )
-
-
-def virtual_stages(cfg: RunConfig, language: LanguageConfig) -> int | None:
-    """Chunks of each pipeline stage in the interleaved schedule; None without interleaving."""
-    return pipeline_split.virtual_stages(language.num_layers, cfg.parallel, cfg.transformer)
 
 
 def _tensor(parallel: ParallelOptions, model: ModelConfig) -> Problems:
@@ -137,7 +128,7 @@ def _pipeline(cfg: RunConfig, model: ModelConfig) -> Problems:
         virtual_stages(cfg, model.language)  # reads and checks the string
         return
     fixed = fixed_stages(options)
-    counted = pipeline_split.counted_layers(options)
+    counted = counted_layers(options)
     if fixed and counted:
         yield (
             f"{', '.join(given)} are two ways to make stages uneven, and megatron-core takes one;"

@@ -5,7 +5,8 @@ which defines it.
 """
 
 from megatron_vico.config.megatron_options import TransformerOptions
-from megatron_vico.config.schema import ParallelOptions
+from megatron_vico.config.registry import LanguageConfig
+from megatron_vico.config.schema import RunConfig
 from megatron_vico.errors import ConfigError
 
 SPLIT_OPTIONS = (
@@ -31,52 +32,34 @@ def counted_layers(options: TransformerOptions) -> int:
     )
 
 
-def layers_of_a_stage(num_layers: int, *, stages: int, options: TransformerOptions) -> int:
+def layers_of_a_stage(cfg: RunConfig, language: LanguageConfig) -> int:
     """Layers of a middle pipeline stage, as megatron-core splits them without a layout string.
 
-    Args:
-        num_layers: of the language model.
-        stages: pipeline stages.
-        options: which make stages uneven.
-
-    Returns:
-        Layers, with embedding and loss counted where they are told to count; of the first stage
-        where its number and the last one's are given and nothing is between them; 0 if the layers
-        cannot be shared so.
+    Embedding and loss are counted where they are told to count. Of the first stage where its number
+    and the last one's are given and nothing is between them; 0 if the layers cannot be shared so.
     """
-    fixed = fixed_stages(options)
-    layers = num_layers + counted_layers(options) - sum(fixed.values())
-    middle = stages - len(fixed)
+    fixed = fixed_stages(cfg.transformer)
+    layers = language.num_layers + counted_layers(cfg.transformer) - sum(fixed.values())
+    middle = cfg.parallel.pipeline_model_parallel_size - len(fixed)
     if middle == 0 and layers == 0:
         return fixed["decoder_first_pipeline_num_layers"]
     return layers // middle if middle > 0 and layers > 0 and layers % middle == 0 else 0
 
 
-def virtual_stages(
-    num_layers: int, parallel: ParallelOptions, options: TransformerOptions
-) -> int | None:
-    """Chunks that each pipeline stage has in the interleaved schedule.
-
-    Args:
-        num_layers: of the language model.
-        parallel: the layout; `config/layout.py` has checked it.
-        options: which make stages uneven.
-
-    Returns:
-        Chunks, or None without interleaving.
+def virtual_stages(cfg: RunConfig, language: LanguageConfig) -> int | None:
+    """Chunks of each pipeline stage in the interleaved schedule; None without interleaving.
 
     Raises:
         ConfigError: if a layout string is given that megatron-core cannot read.
     """
-    stages = parallel.pipeline_model_parallel_size
-    layout = options.pipeline_model_parallel_layout
+    parallel, layout = cfg.parallel, cfg.transformer.pipeline_model_parallel_layout
     if layout is not None:
-        chunks = _chunks_of_layout(layout, stages=stages, num_layers=num_layers)
+        stages = parallel.pipeline_model_parallel_size
+        chunks = _chunks_of_layout(layout, stages=stages, num_layers=language.num_layers)
         return chunks if chunks > 1 else None
     if parallel.num_layers_per_virtual_pipeline_stage is None:
         return None
-    layers = layers_of_a_stage(num_layers, stages=stages, options=options)
-    return layers // parallel.num_layers_per_virtual_pipeline_stage
+    return layers_of_a_stage(cfg, language) // parallel.num_layers_per_virtual_pipeline_stage
 
 
 def _chunks_of_layout(layout: str, *, stages: int, num_layers: int) -> int:

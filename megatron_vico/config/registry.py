@@ -231,7 +231,8 @@ _TOY_6B = ModelConfig(
     vir_num_heads=4,
     image_token_id=5,
 )
-_TOY_MOE = ModelConfig(
+_TOY_MOE = replace(
+    _TOY_6B,
     name="toy-moe",
     vision=VisionConfig(
         hidden_size=32,
@@ -244,21 +245,13 @@ _TOY_MOE = ModelConfig(
         qkv_bias=True,
         qk_norm=False,
     ),
-    language=LanguageConfig(
-        hidden_size=48,
-        num_layers=4,
-        num_heads=4,
-        num_query_groups=2,
-        head_dim=16,
+    language=replace(
+        _TOY_6B.language,
         ffn_hidden_size=144,
-        vocab_size=512,
-        rope_theta=1e4,
         num_experts=4,
         moe_top_k=2,
         moe_ffn_hidden_size=32,
     ),
-    vir_num_heads=4,
-    image_token_id=5,
 )
 
 _RELEASED = {

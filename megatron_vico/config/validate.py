@@ -12,11 +12,10 @@ from megatron_vico.config.flags import options
 from megatron_vico.config.layout import (
     Problems,
     data_parallel_size,
-    layers_of_a_stage,
     layout_problems,
     num_microbatches,
-    virtual_stages,
 )
+from megatron_vico.config.pipeline_split import layers_of_a_stage, virtual_stages
 from megatron_vico.config.ranges import range_problems
 from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import DataOptions, ParallelOptions, RunConfig, flag_of

@@ -269,7 +269,7 @@ def _common_fields(hidden_size: int, *, bf16: bool) -> dict[str, Any]:
 def _parallel_fields(model: ModelConfig, cfg: RunConfig) -> dict[str, Any]:
     """Fields that follow from the layout and the model together."""
     fields: dict[str, Any] = {"variable_seq_lengths": True}
-    chunks = virtual_stages(model.language.num_layers, cfg.parallel, cfg.transformer)
+    chunks = virtual_stages(cfg, model.language)
     if chunks is not None:
         fields["virtual_pipeline_model_parallel_size"] = chunks
         # Batched sends and receives pair up wrongly at two stages, without an error.

@@ -11,7 +11,7 @@ PACKAGE = {
     ".": 420,
     "checkpoint": 640,
     "cli": 1640,
-    "config": 2590,
+    "config": 2505,
     "convert": 3190,
     "data": 3920,
     "evaluation": 800,

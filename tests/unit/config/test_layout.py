@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_vico.config.layout import layers_of_a_stage, virtual_stages
+from megatron_vico.config.pipeline_split import layers_of_a_stage, virtual_stages
 from megatron_vico.config.registry import MODELS, get_model_config
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.validate import validate

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vico.config.layout import layers_of_a_stage
+from megatron_vico.config.pipeline_split import layers_of_a_stage
 from megatron_vico.config.registry import MODELS, get_model_config
 from megatron_vico.config.stages import STAGES
 from megatron_vico.config.validate import remarks, validate

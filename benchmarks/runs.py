@@ -9,12 +9,12 @@ from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.stages import Stage
 from megatron_vico.parallel.batch import StepBatch, share_step
 from megatron_vico.parallel.groups import Groups
+from megatron_vico.planning.synthetic_packs import PackShape, synthetic_pack
 from megatron_vico.training import setup
 from megatron_vico.training.data_state import DataState
 from megatron_vico.training.optimizer import build_optimizer, build_scheduler
 from megatron_vico.training.policy import wrap
 from megatron_vico.vico.router_targets import RatioWindow
-from tests.synthetic_packs import PackShape, synthetic_pack
 
 
 def benchmark_model(name: str) -> ModelConfig:

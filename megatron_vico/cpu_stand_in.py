@@ -1,4 +1,4 @@
-"""Lets megatron-core run where there is no GPU: in this process "cuda" then means "cpu".
+"""Lets megatron-core run where there is no GPU: in this process "cuda" then means "cpu" or "meta".
 
 Installed by the entry points and the test fixtures, never at import of the package, and before the
 first import of `megatron` (mcore decides some things while it is imported). Does nothing where CUDA
@@ -10,7 +10,7 @@ import logging
 import types
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch.optim.adamw import adamw
@@ -97,63 +97,73 @@ class CPUAdam(torch.optim.Optimizer):
             )
 
 
-def install() -> None:
-    """Make this process run megatron-core on the CPU; does nothing where CUDA is available."""
+def install(device: Literal["cpu", "meta"] = "cpu") -> None:
+    """Make this process run megatron-core without a GPU; does nothing where CUDA is available.
+
+    Args:
+        device: what "cuda" means. On "meta", where tensors have a size and no memory, a step runs
+            without weights or data (planning/).
+    """
     if torch.cuda.is_available() or getattr(torch.cuda, "_vico_stand_in", False):
         return
     torch.cuda._vico_stand_in = True  # type: ignore[attr-defined]
-    _redirect_tensors()
+    _redirect_tensors(device)
     _redirect_cuda_module()
     _redirect_rng()
     _redirect_collectives()
+    if device == "meta":
+        _redirect_p2p()
     # mcore's jit_fuser is torch.compile: on the CPU a C++ compiler, and seconds per function.
     torch.compile = lambda model=None, **kwargs: model if model is not None else (lambda fn: fn)  # type: ignore[assignment]
     _install_adam()
 
 
-def _to_cpu(value: Any, *, index_is_device: bool) -> Any:
+def _instead(device: str, value: Any, *, index_is_device: bool) -> Any:
     if isinstance(value, (str, torch.device)):
-        return "cpu" if str(value).partition(":")[0] == "cuda" else value
-    return "cpu" if index_is_device and type(value) is int else value
+        return device if str(value).partition(":")[0] == "cuda" else value
+    return device if index_is_device and type(value) is int else value
 
 
-def _factory(create: Callable[..., Any]) -> Callable[..., Any]:
+def _factory(device: str, create: Callable[..., Any]) -> Callable[..., Any]:
     # Factories are wrapped one by one: a TorchFunctionMode would be off inside autograd's backward,
     # where sequence-parallel linear layers allocate.
     @functools.wraps(create)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs:
-            kwargs["device"] = _to_cpu(kwargs["device"], index_is_device=True)
+            kwargs["device"] = _instead(device, kwargs["device"], index_is_device=True)
         kwargs.pop("pin_memory", None)
         return create(*args, **kwargs)
 
     return wrapped
 
 
-def _redirect_tensors() -> None:
+def _redirect_tensors(device: str) -> None:
     tensor: Any = torch.Tensor
     # torch finds out once which functions `with torch.device(...)` reaches; it must find the real
     # ones, or transformers leaves the buffers of a model that it builds on "meta" without values.
     torch_device._device_constructors()
     for name in _FACTORIES.split():
-        setattr(torch, name, _factory(getattr(torch, name)))
+        setattr(torch, name, _factory(device, getattr(torch, name)))
     for name in _TENSOR_FACTORIES.split():
-        setattr(tensor, name, _factory(getattr(tensor, name)))
-    move, type_name = tensor.to, tensor.type
+        setattr(tensor, name, _factory(device, getattr(tensor, name)))
+    move, type_name, instead = tensor.to, tensor.type, functools.partial(_instead, device)
 
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
         named = {
-            name: _to_cpu(value, index_is_device=name == "device") for name, value in kwargs.items()
+            name: instead(value, index_is_device=name == "device") for name, value in kwargs.items()
         }
-        return move(self, *(_to_cpu(value, index_is_device=True) for value in args), **named)
+        return move(self, *(instead(value, index_is_device=True) for value in args), **named)
 
     def type_(self: Any, *args: Any, **kwargs: Any) -> Any:
         # mcore's optimizers compare this with "torch.cuda.FloatTensor".
         plain = type_name(self, *args, **kwargs)
-        return plain if args or kwargs else plain.replace("torch.", "torch.cuda.", 1)
+        if args or kwargs:
+            return plain
+        return f"torch.cuda.{plain.rpartition('.')[2]}"
 
     tensor.to, tensor.type = to, type_
-    tensor.cuda = tensor.pin_memory = torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    tensor.pin_memory = lambda self, *args, **kwargs: self
+    tensor.cuda = torch.nn.Module.cuda = lambda self, *args, **kwargs: self.to(device)  # type: ignore[method-assign]
 
 
 def _constant(value: Any = None) -> Callable[..., Any]:
@@ -248,6 +258,15 @@ def _allow_unequal_parts() -> None:
 
     torch.distributed.all_gather = unequal_all_gather  # type: ignore[assignment]
     torch.distributed.reduce_scatter = unequal_reduce_scatter  # type: ignore[assignment]
+
+
+def _redirect_p2p() -> None:
+    # torch looks for a backend of the tensors' device, and "meta" has none; a list of calls is the
+    # same to the receiver.
+    def one_by_one(ops: list[torch.distributed.P2POp]) -> list[Any]:
+        return [op.op(op.tensor, op.peer, group=op.group) for op in ops]
+
+    torch.distributed.batch_isend_irecv = one_by_one  # type: ignore[assignment]
 
 
 def _install_adam() -> None:

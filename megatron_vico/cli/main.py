@@ -28,6 +28,7 @@ COMMANDS = {
     "convert": "convert checkpoints: Megatron's form, and Hugging Face's layouts",
     "shards": "make, index, inspect and verify WebDataset shards",
     "checkpoint": "say what a run's checkpoint is",
+    "plan": "say what a run takes of its GPUs, without them",
     "doctor": "say what is installed and usable, and what falls back to what",
 }
 """Each command with its summary; the module of its name in this package has `main(arguments)`."""

@@ -95,20 +95,32 @@ def started(options: ParallelOptions, *, seed: int, timeout_minutes: int) -> Ite
             world_size=launched_world_size(),
         )
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=options.tensor_model_parallel_size,
-            pipeline_model_parallel_size=options.pipeline_model_parallel_size,
-            context_parallel_size=options.context_parallel_size,
-            expert_model_parallel_size=options.expert_model_parallel_size,
-            expert_tensor_parallel_size=options.expert_tensor_parallel_size,
-            distributed_timeout_minutes=timeout_minutes,
-        )
+        lay_out(options, timeout_minutes=timeout_minutes)
     yield current_groups(seed=seed, device=device)
     # Not after an error: closing NCCL's groups may wait for ranks that never come, and the process
     # ends anyway.
     if owned:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+
+
+def lay_out(options: ParallelOptions, *, timeout_minutes: int, gloo: bool = True) -> None:
+    """Initialise megatron-core with a layout; called by every rank, where torch.distributed runs.
+
+    Args:
+        options: the layout.
+        timeout_minutes: as for `started`.
+        gloo: whether groups get gloo twins, through which checkpoints of optimizers are saved.
+    """
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=options.tensor_model_parallel_size,
+        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
+        context_parallel_size=options.context_parallel_size,
+        expert_model_parallel_size=options.expert_model_parallel_size,
+        expert_tensor_parallel_size=options.expert_tensor_parallel_size,
+        distributed_timeout_minutes=timeout_minutes,
+        create_gloo_process_groups=gloo,
+    )
 
 
 def current_groups(*, seed: int, device: torch.device) -> Groups:

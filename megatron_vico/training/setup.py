@@ -1,17 +1,18 @@
 """Builds everything a run needs, in the order that each part needs the one before it."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer.module import MegatronModule
 
 from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.checkpoint.run_folder import has_checkpoint, resolve_model
+from megatron_vico.checkpoint.training_checkpoint import Modules
 from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.data.encode.sample_encoder import EncodingSettings, SampleEncoder
@@ -57,7 +58,7 @@ class Run:
     """Optimizer steps already done when the run starts."""
 
     @property
-    def modules(self) -> dict[str, MegatronModule | Sequence[MegatronModule]]:
+    def modules(self) -> Modules:
         """What a checkpoint holds, by name."""
         return named_modules(self.policy.encoder, self.policy.language_chunks)
 
@@ -78,9 +79,7 @@ class Run:
         )
 
 
-def named_modules(
-    encoder: VisionEncoder, language_chunks: Sequence[LanguageModel]
-) -> dict[str, MegatronModule | Sequence[MegatronModule]]:
+def named_modules(encoder: VisionEncoder, language_chunks: Sequence[LanguageModel]) -> Modules:
     """The modules of a model under the names that checkpoints have for them."""
     return {"language_model": language_chunks, "encoder": encoder}
 
@@ -102,13 +101,13 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
             f"stage {cfg.stage.stage!r} has nothing to start from: give --pretrained-checkpoint, "
             f"or --load with a checkpoint in it (found --load {cfg.checkpoint.load})"
         )
-    encoder, language_chunks = build_modules(cfg, model, groups)
-    modules = named_modules(encoder, language_chunks)
-    if resume is None and start_from is not None:
-        training_checkpoint.load_weights(start_from, modules=modules, model_size=model.name)
-    policy = wrap(encoder, language_chunks, cfg, groups=groups)
-    optimizer = build_optimizer(policy, cfg, groups=groups)
-    scheduler = build_scheduler(optimizer, cfg.optimizer, cfg.training)
+
+    def start(modules: Modules) -> None:
+        if resume is None and start_from is not None:
+            training_checkpoint.load_weights(start_from, modules=modules, model_size=model.name)
+
+    policy, optimizer, scheduler = build_policy(cfg, model, groups, load=start)
+    modules = named_modules(policy.encoder, policy.language_chunks)
     window = RatioWindow(size=cfg.stage.router_window, percentile=cfg.stage.router_percentile)
     iteration, data_state = 0, None
     if resume is not None:
@@ -145,6 +144,18 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
     )
 
 
+def build_policy(
+    cfg: RunConfig, model: ModelConfig, groups: Groups, *, load: Callable[[Modules], None]
+) -> tuple[Policy, MegatronOptimizer, OptimizerParamScheduler]:
+    """What is trained, and what trains it; `load` fills in the weights of a fresh run."""
+    encoder, language_chunks = build_modules(cfg, model, groups)
+    # Before the optimizer, whose masters are copies of them.
+    load(named_modules(encoder, language_chunks))
+    policy = wrap(encoder, language_chunks, cfg, groups=groups)
+    optimizer = build_optimizer(policy, cfg, groups=groups)
+    return policy, optimizer, build_scheduler(optimizer, cfg.optimizer, cfg.training)
+
+
 def build_modules(
     cfg: RunConfig, model: ModelConfig, groups: Groups
 ) -> tuple[VisionEncoder, tuple[LanguageModel, ...]]:
@@ -176,10 +187,21 @@ def _reference(cfg: RunConfig, model: ModelConfig, policy: Policy, groups: Group
             " frozen reference: give --reference-load, or the --pretrained-checkpoint that the"
             " stage began with"
         )
+    load = functools.partial(training_checkpoint.load_weights, source, model_size=model.name)
+    return build_reference(cfg, model, policy, groups, load=lambda modules: load(modules=modules))
+
+
+def build_reference(
+    cfg: RunConfig,
+    model: ModelConfig,
+    policy: Policy,
+    groups: Groups,
+    *,
+    load: Callable[[Modules], None],
+) -> Reference:
+    """The reference of a policy that has its weights; `load` fills in its own."""
     encoder, language_chunks = build_modules(reference_config(cfg), model, groups)
-    training_checkpoint.load_weights(
-        source, modules=named_modules(encoder, language_chunks), model_size=model.name
-    )
+    load(named_modules(encoder, language_chunks))
     return freeze_reference(encoder, language_chunks, policy, cfg=cfg, groups=groups)
 
 

@@ -8,22 +8,23 @@ NOT_COUNTED = ROOT / "megatron_vico" / "convert" / "remote_code"  # travels with
 
 # Lines of Python, docstrings and blank lines too. "." is what lies in no folder.
 PACKAGE = {
-    ".": 420,
+    ".": 440,
     "checkpoint": 640,
-    "cli": 1640,
+    "cli": 1775,
     "config": 2505,
     "convert": 3190,
     "data": 3920,
     "evaluation": 800,
     "inference": 470,
     "models": 2040,
-    "parallel": 700,
+    "parallel": 710,
+    "planning": 1160,
     "shard_tools": 2430,
-    "training": 2480,
+    "training": 2500,
     "vico": 440,
 }
 TESTS = {
-    ".": 1410,
+    ".": 1330,
     "distributed": 3220,
     "golden": 130,
     "gpu": 540,

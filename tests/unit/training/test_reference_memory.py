@@ -11,9 +11,9 @@ from megatron_vico.config.registry import get_model_config
 from megatron_vico.parallel.batch import StepBatch, share_step
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.parallel.streams import StreamCut, language_inputs
+from megatron_vico.planning.synthetic_packs import PackShape, synthetic_pack
 from megatron_vico.training.reference import Reference
 from tests.peak_bytes import PeakBytes
-from tests.synthetic_packs import PackShape, synthetic_pack
 from tests.toy_models import make_encoder, make_language_model
 
 TOY = get_model_config("toy")

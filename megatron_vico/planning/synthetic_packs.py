@@ -1,5 +1,4 @@
-"""Packs of random samples of given lengths: real plans and streams, without shards or a
-tokenizer."""
+"""Packs of random samples of given lengths, without shards or a tokenizer."""
 
 from dataclasses import dataclass
 
@@ -10,13 +9,12 @@ from megatron_vico.config.stages import Stage
 from megatron_vico.data.load.packed_bytes import PackedBytes, wrap
 from megatron_vico.data.pack.builder import PackBuilder
 from megatron_vico.data.pack.plan import Pack
-from megatron_vico.data.samples import EncodedSample
+from megatron_vico.data.samples import EncodedSample, PackedBatch
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackShape:
-    """What the samples of a pack are like; each has one image and then text, of which the second
-    half is the answer."""
+    """What samples a pack has: each an image, then text of which the second half is the answer."""
 
     tiles: tuple[int, ...]
     """Tiles of each sample."""
@@ -55,6 +53,30 @@ def synthetic_pack(
         The pack as a loader gives it.
     """
     random = np.random.default_rng(number)
+    size = model.vision.image_size
+    pairs = zip(shape.tiles, shape.text_lens, strict=True)
+    samples = [_sample(*pair, model, random, size=size) for pair in pairs]
+    packed = _build(samples, model, stage, number, samples_in_global_batch)
+    return wrap([packed], [sample.tiles for sample in samples])
+
+
+def pack_without_pixels(
+    shape: PackShape, *, model: ModelConfig, stage: Stage, number: int, samples_in_global_batch: int
+) -> PackedBatch:
+    """As `synthetic_pack`, all but its tiles: a hundred of them take 58 MB."""
+    random = np.random.default_rng(number)
+    pairs = zip(shape.tiles, shape.text_lens, strict=True)
+    samples = [_sample(*pair, model, random, size=1) for pair in pairs]
+    return _build(samples, model, stage, number, samples_in_global_batch)
+
+
+def _build(
+    samples: list[EncodedSample],
+    model: ModelConfig,
+    stage: Stage,
+    number: int,
+    samples_in_global_batch: int,
+) -> PackedBatch:
     builder = PackBuilder(
         stage=stage,
         seed=1,
@@ -62,18 +84,14 @@ def synthetic_pack(
         tokens_compressed=model.compressed_tokens_per_tile,
         image_token_id=model.image_token_id,
     )
-    pairs = list(zip(shape.tiles, shape.text_lens, strict=True))
-    samples = [_sample(num_tiles, num_text, model, random) for num_tiles, num_text in pairs]
     ids = tuple(range(number * len(samples), (number + 1) * len(samples)))
     pack = Pack(sample_ids=ids, visits=(0,) * len(ids))
-    packed = builder.build(samples, pack=pack, samples_in_global_batch=samples_in_global_batch)
-    return wrap([packed], [sample.tiles for sample in samples])
+    return builder.build(samples, pack=pack, samples_in_global_batch=samples_in_global_batch)
 
 
 def _sample(
-    num_tiles: int, num_text: int, model: ModelConfig, random: np.random.Generator
+    num_tiles: int, num_text: int, model: ModelConfig, random: np.random.Generator, *, size: int
 ) -> EncodedSample:
-    size = model.vision.image_size
     text = random.integers(model.image_token_id + 1, model.language.vocab_size, num_text)
     return EncodedSample(
         key="synthetic",

@@ -1,0 +1,112 @@
+"""`vico plan`: what a run takes of each kind of rank, from its real step and without its GPUs.
+
+Exit status 2 where it does not fit.
+"""
+
+import argparse
+import dataclasses
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_vico import files
+from megatron_vico.checkpoint.run_folder import resolve_model
+from megatron_vico.config.flags import parse
+from megatron_vico.config.validate import validate
+from megatron_vico.errors import ConfigError, nearest
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Play the ranks, print what they take, and say whether it fits.
+
+    Args:
+        arguments: the words after `plan`.
+
+    Returns:
+        0, or 2 if a rank does not fit on its card.
+
+    Raises:
+        ConfigError: if the run cannot work.
+    """
+    own = _own_flags()
+    given, rest = own.parse_known_args(arguments)
+    if given.help:
+        print(own.format_help())
+        return 0
+    _prepare()
+    from megatron_vico.planning import plan, report
+
+    if given.gpu not in plan.CARDS:
+        known = ", ".join(f"{name} ({size / 1e9:.1f} GB)" for name, size in plan.CARDS.items())
+        raise ConfigError(f"--gpu {given.gpu}: known are {known}{nearest(given.gpu, plan.CARDS)}")
+    cfg, world_size = parse(rest), given.world_size
+    model = resolve_model(cfg)
+    validate(cfg, world_size, model=model)
+    ranks = plan.ranks_that_differ(cfg, world_size)
+    if given.rank is not None:
+        if not 0 <= given.rank < world_size:
+            raise ConfigError(f"--rank {given.rank} of {world_size}: use 0 to {world_size - 1}.")
+        ranks = {"chosen": given.rank}
+    played = plan.plan_ranks(
+        cfg, model, world_size=world_size, ranks=list(ranks.values()), packs=given.packs
+    )
+    plans = dict(zip(ranks, played, strict=True))
+    print(
+        f"stage {cfg.stage.stage} of {model.name} on {world_size} {given.gpu}:"
+        f" --seq-length {cfg.data.seq_length}, --global-batch-size {cfg.training.global_batch_size}"
+    )
+    print("\n".join(report.memory_table(plans, given.gpu)))
+    for name, found in plans.items():
+        print("\n".join(report.rank_details(name, found)))
+    lacks = max(report.shortage(found, given.gpu) for found in plans.values())
+    if given.json is not None:
+        contents = {
+            "model": model.name,
+            "stage": cfg.stage.stage,
+            "world_size": world_size,
+            "gpu": given.gpu,
+            "fits": lacks <= 0,
+            "ranks": {name: dataclasses.asdict(found) for name, found in plans.items()},
+        }
+        files.write_json(given.json, contents, sort_keys=False)
+    print("\n" + report.verdict(plans, given.gpu))
+    return 0 if lacks <= 0 else 2
+
+
+def _prepare() -> None:
+    """Make "cuda" mean "meta"; before the first import of megatron."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also where there are GPUs: none is touched
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)  # megatron's notes, of every module
+    from megatron_vico import cpu_stand_in
+
+    cpu_stand_in.install("meta")
+
+
+def _own_flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vico plan",
+        usage="%(prog)s --world-size N --gpu {h100,h200} [--recipe RECIPE.yaml] [flags of train]",
+        description="Run the real step of some ranks without GPU, weights or data, and say what it"
+        " takes. Exit status 2: it does not fit.",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="show this")
+    parser.add_argument("--world-size", type=int, default=1, help="ranks of the run")
+    parser.add_argument("--gpu", default="h200", help="kind of card: h100 (80 GB) or h200")
+    parser.add_argument(
+        "--rank",
+        type=int,
+        help="only this rank; unset, one of the first, a middle and the last stage",
+    )
+    parser.add_argument(
+        "--packs",
+        type=int,
+        help="run steps of about so many packs and work out a whole one; unset, run that",
+    )
+    parser.add_argument("--json", type=Path, help="also write all of it to this file")
+    return parser

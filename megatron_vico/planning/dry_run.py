@@ -1,0 +1,186 @@
+"""One process plays one rank of a run: its real step, without a GPU, weights, data or other ranks.
+
+"cuda" is torch's "meta" device, whose tensors have a size and no memory; torch's "fake" backend is
+a world of which only this rank exists. Host tensors are real: packs, lengths and plans are worked
+out as in training. `prepare` goes before the first import of megatron.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_vico.config.registry import ModelConfig
+from megatron_vico.config.schema import RunConfig
+from megatron_vico.parallel import groups as process_groups
+from megatron_vico.parallel.batch import StepBatch
+from megatron_vico.parallel.groups import Groups
+from megatron_vico.parallel.tile_parallel import split_tiles
+from megatron_vico.planning import without_data
+from megatron_vico.planning.meter import Counted, Meter
+from megatron_vico.planning.synthetic_packs import PackShape, pack_without_pixels
+from megatron_vico.training import trainer
+from megatron_vico.training.data_state import DataState
+from megatron_vico.training.profiler import phase
+from megatron_vico.training.setup import Modules, Run, build_policy, build_reference
+from megatron_vico.vico.router_targets import RatioWindow
+
+META = torch.device("meta")
+_GROUPS = (
+    "dp dp_cp expt_dp intra_dp_cp intra_expt_dp tp_ep expt_tp ep cp pp tp mp tp_ep_pp embd"
+    " intra_dist_opt"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """What a rank was seen to take."""
+
+    static: dict[str, int]
+    """Bytes by part between two steps."""
+
+    steps: dict[int, Counted]
+    """By packs of the replica, a step of each."""
+
+
+def dry_run(
+    cfg: RunConfig, model: ModelConfig, *, world_size: int, rank: int, num_packs: tuple[int, ...]
+) -> DryRun:
+    """Run a step for each number of packs as one rank of many; once in a process.
+
+    Args:
+        cfg: a run that `config/validate.py` accepts for so many ranks.
+        model: its model.
+        world_size: ranks of the run.
+        rank: which of them this process plays.
+        num_packs: packs of a replica in each step.
+    """
+    meter = Meter()
+    without_data.install(meter, experts_per_token=model.language.moe_top_k or 0)
+    with _world(cfg, world_size=world_size, rank=rank) as groups, meter:
+        name_groups(meter, groups)
+        run = build(cfg, model, groups, meter)
+        static = {part: size for part, size in meter.now.items() if size}
+        steps = {}
+        for packs in num_packs:
+            batch = synthetic_step(run, num_packs=packs, meter=meter)
+            meter.begin()
+            measured_step(run, batch)
+            steps[packs] = meter.counted
+    return DryRun(static=static, steps=steps)
+
+
+def measured_step(run: Run, batch: StepBatch) -> None:
+    """What the trainer does for a step."""
+    trainer.compute_gradients(run, batch)
+    with phase("optimizer"):
+        trainer.update_weights(run)
+
+
+def build(
+    cfg: RunConfig, model: ModelConfig, groups: Groups, meter: Meter, device: torch.device = META
+) -> Run:
+    """A run as `training/setup.py` makes it, with weights of any value, ready for its second step.
+
+    Args:
+        cfg: the run.
+        model: its model.
+        groups: of this rank.
+        meter: learns what is policy, gradients, optimizer, reference and encoder.
+        device: where modules are made that choose no device themselves.
+    """
+
+    def load(modules: Modules) -> None:
+        # The first weights are "loaded" where torch put them.
+        pass
+
+    with meter.building("policy"), device:
+        policy, optimizer, scheduler = build_policy(cfg, model, groups, load=load)
+    reference = None
+    if cfg.stage.spec.needs_reference:
+        with meter.building("reference"), device:
+            reference = build_reference(cfg, model, policy, groups, load=load)
+    run = Run(
+        cfg=cfg,
+        groups=groups,
+        model=model,
+        policy=policy,
+        reference=reference,
+        window=RatioWindow(size=cfg.stage.router_window, percentile=cfg.stage.router_percentile),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        data=DataState.of(None, max_skipped_share=0.0, restored=None),
+        iteration=0,
+    )
+    with meter.building("optimizer"):
+        policy.zero_grad()
+        trainer.update_weights(run)  # the first one makes the moments
+    policy.train_mode()
+    tag(run, meter)
+    return run
+
+
+def tag(run: Run, meter: Meter) -> None:
+    """Say which part of the model each static tensor is."""
+    policy, reference = run.policy, run.reference
+    if reference is not None:
+        meter.tag(reference.encoder.parameters(), "reference")
+        for chunk in reference.language_chunks:
+            meter.tag(chunk.parameters(), "reference")
+    for chunk in policy.language_chunks:
+        meter.tag(chunk.parameters(), "policy")
+    meter.tag(policy.encoder.parameters(), "encoder")
+    for optimizer in getattr(run.optimizer, "chained_optimizers", [run.optimizer]):
+        groups = optimizer.param_groups  # of the masters
+        meter.tag((param for group in groups for param in group["params"]), "optimizer")
+    for ddp in policy.ddp_modules:
+        meter.tag((getattr(param, "main_grad", None) for param in ddp.parameters()), "gradients")
+
+
+def synthetic_step(run: Run, *, num_packs: int, meter: Meter) -> StepBatch:
+    """Full packs of four samples, three quarters visual tokens; tiles have a shape only."""
+    cfg, model, groups = run.cfg, run.model, run.groups
+    shape = PackShape.of_length(cfg.data.seq_length, model=model)
+    packs = [
+        pack_without_pixels(
+            shape,
+            model=model,
+            stage=cfg.stage.stage,
+            number=number,
+            samples_in_global_batch=cfg.training.global_batch_size * len(shape.tiles),
+        )
+        for number in range(num_packs)
+    ]
+    whole_images = cfg.stage.spec.plans == "one_tile" and cfg.stage.router_granularity == "image"
+    per_image = [count for pack in packs for count in pack.tiles_per_image]
+    split = split_tiles(
+        per_image if whole_images else [1] * sum(per_image),
+        num_ranks=groups.replica.size(),
+        rank=groups.replica.rank(),
+    )
+    size, num_tiles = model.vision.image_size, split.own.stop - split.own.start
+    tiles = torch.zeros(num_tiles, 3, size, size, dtype=torch.uint8)  # on the host, as in training
+    return StepBatch(packs=tuple(packs), tiles=tiles, split=split)
+
+
+@contextmanager
+def _world(cfg: RunConfig, *, world_size: int, rank: int) -> Iterator[Groups]:
+    torch.distributed.init_process_group(
+        "fake", rank=rank, world_size=world_size, store=FakeStore()
+    )
+    process_groups.lay_out(cfg.parallel, timeout_minutes=1, gloo=False)  # they would look for peers
+    yield process_groups.current_groups(seed=cfg.training.seed, device=META)
+
+
+def name_groups(meter: Meter, groups: Groups) -> None:
+    """Give the meter Megatron's names of process groups."""
+    world = torch.distributed.group.WORLD
+    assert world is not None
+    meter.groups[world.group_name] = "world"
+    meter.groups[groups.replica.group_name] = "replica"
+    for name in _GROUPS.split():
+        group = getattr(groups.language, name, None)
+        if group is not None:
+            meter.groups.setdefault(group.group_name, name)

@@ -4,16 +4,13 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_vico.cli import shard_checks
 from megatron_vico.config.config_json import model_named
 from megatron_vico.config.schema import DataOptions
 from megatron_vico.errors import ConfigError
 from megatron_vico.shard_tools.options import WriterOptions, usable_cpus
-
-if TYPE_CHECKING:
-    from megatron_vico.data.shards.index import FolderIndex
 
 NUM_LISTED = 20
 """Samples left out that are printed."""
@@ -88,7 +85,8 @@ def _index(options: argparse.Namespace) -> None:
     from megatron_vico.shard_tools.reindex import index_shards
 
     counting = {"num_workers": options.num_workers, "show_progress": True}
-    _report(options.folder, index_shards(options.folder, **_encoding(options), **counting))
+    index_shards(options.folder, **_encoding(options), **counting)
+    _report(options.folder)
 
 
 def _make(options: argparse.Namespace) -> None:
@@ -101,7 +99,8 @@ def _make(options: argparse.Namespace) -> None:
     how = {**encoding, "options": WriterOptions(**named), "out_dir": options.out}
     if options.meta is None:
         root = options.image_root or options.jsonl.parent
-        _report(options.out, make_shards(options.jsonl, image_root=root, **how))
+        make_shards(options.jsonl, image_root=root, **how)
+        _report(options.out)
         return
     if options.image_root is not None:
         raise ConfigError(
@@ -109,18 +108,19 @@ def _make(options: argparse.Namespace) -> None:
             " remove it."
         )
     for folder in make_mixture(options.meta, **how):
-        _report(folder.path, folder.index)
+        _report(folder.path)
         if folder.warning:
             print(f"warning: {folder.warning}")
     print(f"train on all of them with --data-path {options.out / MIXTURE_NAME}")
 
 
-def _report(folder: Path, index: "FolderIndex") -> None:
+def _report(folder: Path) -> None:
     from megatron_vico.data.shards.index import INDEX_NAME
     from megatron_vico.data.shards.reader import ShardFolder
     from megatron_vico.shard_tools.writer import table_of_causes
 
-    skipped = index.skipped
+    shards = ShardFolder.open(folder)
+    index, skipped = shards.index, shards.index.skipped
     for message in skipped[:NUM_LISTED]:
         print(f"left out: {message}")
     if len(skipped) > NUM_LISTED:
@@ -129,6 +129,6 @@ def _report(folder: Path, index: "FolderIndex") -> None:
     print(f"{folder}: {index.num_samples} samples in {num_shards} shards, {len(skipped)} left out")
     if skipped:
         print(table_of_causes(skipped))
-    shards, num_bytes = ShardFolder.open(folder), sum(shard.num_bytes for shard in index.shards)
+    num_bytes = sum(shard.num_bytes for shard in index.shards)
     tokens, tiles = shards.num_tokens.sum(), shards.num_tiles.sum()
     print(f"{num_bytes} bytes, {tokens} tokens (one a tile), {tiles} tiles")

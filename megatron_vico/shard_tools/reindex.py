@@ -24,7 +24,7 @@ def index_shards(
     settings: EncodingSettings,
     num_workers: int = 1,
     show_progress: bool = False,
-) -> FolderIndex:
+) -> None:
     """Count a folder's tokens and tiles again, for another tokenizer or tiling.
 
     Args:
@@ -59,14 +59,12 @@ def index_shards(
         (path / INDEX_NAME).unlink()
     for file in files:
         os.replace(file.with_suffix(NEW_INDEX), file.with_suffix(".npz"))
-    index = FolderIndex(
+    FolderIndex(
         tokenizer=tokenizer.fingerprint,
         settings=settings,
         shards=tuple(shards[file.name] for file in files),
         skipped=skipped,
-    )
-    index.write(path)
-    return index
+    ).write(path)
 
 
 def _rebuild_index(encoder: SampleEncoder, path: Path) -> Iterator[ShardFiles | Progress]:

@@ -4,7 +4,6 @@ A shard is hashed first, and its bytes then come from the page cache and not fro
 problem ends it.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from PIL import UnidentifiedImageError
 
 from megatron_vico.data.encode.sample_encoder import SampleEncoder
@@ -98,7 +96,6 @@ class VerifyOptions:
 class Job:
     """One shard."""
 
-    number: int
     folder: Path
     index: FolderIndex
     """Lists this shard alone."""
@@ -134,15 +131,7 @@ class Job:
         )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Keys:
-    """The keys of a shard, as hashes of 8 bytes: those of 100 million samples fit into memory."""
-
-    job: int
-    hashes: npt.NDArray[np.uint64]
-
-
-def check_shard(options: VerifyOptions, job: Job) -> Iterator[Problem | Progress | Keys]:
+def check_shard(options: VerifyOptions, job: Job) -> Iterator[Problem | Progress]:
     """Everything that is wrong with a shard."""
     try:
         index = yield from _check_index(job)
@@ -150,8 +139,6 @@ def check_shard(options: VerifyOptions, job: Job) -> Iterator[Problem | Progress
             yield from _check_tar(job, ())
             yield Progress(num_samples=0, num_bytes=job.shard.num_bytes)
             return
-        hashes = np.array([_hash(key) for key in index.keys], dtype=np.uint64)
-        yield Keys(job=job.number, hashes=hashes)
         yield from _check_tar(job, [key.decode() for key in index.keys])
         lost = set(range(len(index)))
         if job.tar.exists():
@@ -320,10 +307,6 @@ def _image_errors(sample: ConversationSample) -> Iterator[str]:
             is_no_image = isinstance(error.__cause__, UnidentifiedImageError)
             reason = "no image file" if is_no_image else error.__cause__
             yield f"image {number} ({len(image)} bytes) cannot be decoded: {reason}"
-
-
-def _hash(key: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
 def runs_of(numbers: Sequence[int], *, reason: Callable[[int], object]) -> Iterator[list[int]]:

@@ -6,15 +6,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_vico.data.shards.index import INDEX_NAME, FolderIndex, ShardIndex
 from megatron_vico.errors import ConfigError, SampleError
-from megatron_vico.shard_tools.journal import MADE_NAME
+from megatron_vico.shard_tools.made_folder import MADE_NAME
 from megatron_vico.shard_tools.pool import Progress, run_tasks
 from megatron_vico.shard_tools.shard_check import (
     Job,
-    Keys,
     Problem,
     ProblemCause,
     VerifyOptions,
@@ -55,15 +53,10 @@ class Verification:
 
     def __iter__(self) -> Iterator[Problem | Progress]:
         yield from self._problems
-        keys: dict[int, npt.NDArray[np.uint64]] = {}
         check = partial(check_shard, self._options)
         with run_tasks(check, self._jobs, num_workers=self._options.num_workers) as results:
-            for found in results:
-                if isinstance(found, Keys):
-                    keys[found.job] = found.hashes
-                elif isinstance(found, Problem | Progress):
-                    yield found
-        yield from _duplicates(self._jobs, keys)
+            yield from results
+        yield from _duplicates(self._jobs)
 
     def _add(self, path: Path) -> None:
         def note(cause: ProblemCause, *, found: str, expected: str, file: str = "") -> None:
@@ -89,29 +82,27 @@ class Verification:
             note("file not listed", found=found, expected=expected, file=name)
         for shard in index.shards:
             only = replace(index, shards=(shard,), skipped=())
-            self._jobs.append(Job(number=len(self._jobs), folder=path, index=only))
+            self._jobs.append(Job(folder=path, index=only))
 
 
-def _duplicates(
-    jobs: Sequence[Job], hashes: dict[int, npt.NDArray[np.uint64]]
-) -> Iterator[Problem]:
-    """One problem for each run of neighbours whose keys came before, in one other shard."""
-    order = sorted(hashes)
-    if not order:
-        return
-    together = np.concatenate([hashes[job] for job in order])
-    sizes = [len(hashes[job]) for job in order]
-    owners, starts = np.repeat(order, sizes), np.cumsum([0, *sizes]).tolist()
-    first_of = dict(zip(order, starts, strict=False))
+def _duplicates(jobs: Sequence[Job]) -> Iterator[Problem]:
+    """One problem for each run of neighbours whose keys came before, in one other shard.
+
+    Keys are compared as hashes of 8 bytes: those of 100 million samples fit into memory.
+    """
+    hashes = [np.array([hash(key) for key in _keys_of(job)], dtype=np.int64) for job in jobs]
+    together = np.concatenate([np.empty(0, np.int64), *hashes])
+    sizes = list(map(len, hashes))
+    owners, starts = np.repeat(np.arange(len(jobs)), sizes), np.cumsum([0, *sizes]).tolist()
     values, counts = np.unique(together, return_counts=True)
-    keys_of: dict[int, npt.NDArray[np.bytes_]] = {}
+    keys_of: dict[int, list[bytes]] = {}
     seen: dict[bytes, int] = {}
     again: dict[int, tuple[int, int, str]] = {}  # sample of all -> first job, job, key
     for sample in np.flatnonzero(np.isin(together, values[counts > 1])).tolist():
         job = int(owners[sample])
         if job not in keys_of:
-            keys_of[job] = ShardIndex.read(jobs[job].folder / jobs[job].shard.index_name).keys
-        key = bytes(keys_of[job][sample - first_of[job]])
+            keys_of[job] = _keys_of(jobs[job])
+        key = keys_of[job][sample - starts[job]]
         if key in seen:
             again[sample] = (seen[key], job, key.decode())
         seen.setdefault(key, job)
@@ -120,3 +111,12 @@ def _duplicates(
         keys = [again[sample][2] for sample in run]
         found, expected = f"also in {jobs[origin].tar}", "each key once"
         yield jobs[job].problem("duplicate key", found=found, expected=expected, keys=keys)
+
+
+def _keys_of(job: Job) -> list[bytes]:
+    """Keys of a shard; none if its index cannot be used."""
+    try:
+        keys = ShardIndex.read(job.folder / job.shard.index_name).keys.tolist()
+    except SampleError:
+        return []
+    return keys if len(keys) == job.shard.num_samples else []

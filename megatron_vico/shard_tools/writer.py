@@ -7,12 +7,9 @@ complete.
 """
 
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -21,16 +18,10 @@ from megatron_vico.data.encode.tokenizer import Tokenizer
 from megatron_vico.data.shards.index import FolderIndex, ShardFiles
 from megatron_vico.data.shards.mixture import MIXTURE_NAME, MIXTURE_VERSION
 from megatron_vico.errors import ConfigError, SampleError
-from megatron_vico.files import unfinished_path, write_text
-from megatron_vico.shard_tools.journal import (
-    JOURNAL_NAME,
-    MADE_NAME,
-    FinishedRun,
-    Journal,
-    check_made,
-)
-from megatron_vico.shard_tools.lines import LineRun, cut_lines, read_lines
-from megatron_vico.shard_tools.options import FrameOptions, WriterOptions
+from megatron_vico.files import write_text
+from megatron_vico.shard_tools.lines import LineRun, read_lines
+from megatron_vico.shard_tools.made_folder import FinishedRun, MadeFolder
+from megatron_vico.shard_tools.options import WriterOptions
 from megatron_vico.shard_tools.pool import Progress, run_tasks, with_progress
 from megatron_vico.shard_tools.sample_reader import SampleReader
 from megatron_vico.shard_tools.sources import Source, read_meta
@@ -38,29 +29,6 @@ from megatron_vico.shard_tools.tar import ShardWriter
 
 NUM_SHOWN = 5
 """Broken samples that an error shows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MadeFolder:
-    """A complete folder of shards."""
-
-    path: Path
-
-    source: Source
-    """What it was made from."""
-
-    index: FolderIndex
-
-    @property
-    def warning(self) -> str | None:
-        """What the user should know of the source, if anything."""
-        num_lines = self.index.num_samples + len(self.index.skipped)
-        if self.source.length in (None, num_lines):
-            return None
-        return (
-            f"{self.source.name}: the meta JSON says length {self.source.length}, but there are"
-            f" {num_lines} lines"
-        )
 
 
 def make_shards(
@@ -92,7 +60,7 @@ def make_shards(
     encoder = SampleEncoder(tokenizer=tokenizer, settings=settings)
     with _disk_errors_explained(out_dir):
         made = _make_folders([(source, Path(out_dir))], encoder, options or WriterOptions())
-    return made[0].index
+    return made[0].complete()
 
 
 def make_mixture(
@@ -128,110 +96,14 @@ def table_of_causes(skipped: Sequence[str]) -> str:
     return "\n".join(f"  {cause:20} {count:>10}" for cause, count in causes)
 
 
-class _Folder:
-    """A folder being made, under another name until every run of lines is finished."""
-
-    def __init__(
-        self, source: Source, target: Path, *, encoder: SampleEncoder, options: WriterOptions
-    ) -> None:
-        self.source, self.target = source, target
-        self.plan = cut_lines(source.annotation, samples_per_run=options.samples_per_shard)
-        self.unfinished = unfinished_path(target)
-        self._encoder = encoder
-        self._made = {
-            "data set": source.name,
-            "sha256 of the JSONL": self.plan.sha256,
-            "root": str(source.root.resolve()),
-            "data_augment": source.data_augment,
-            "data set's max_dynamic_patch": source.max_dynamic_patch,
-            "tokenizer": encoder.tokenizer.fingerprint,
-            **asdict(encoder.settings),
-            "--samples-per-shard": options.samples_per_shard,
-            "--max-shard-bytes": options.max_shard_bytes,
-            "frames": {each.name: getattr(options, each.name) for each in fields(FrameOptions)},
-        }
-        self._index = self._finished_index()
-        if self._index is None and not self.plan.runs:
-            raise SampleError(
-                f"{source.annotation}: no sample in it; expected one JSON object a line."
-            )
-        self._journal = None if self._index else Journal(self.unfinished, self._made)
-
-    @property
-    def finished(self) -> list[FinishedRun]:
-        """Runs of lines whose files are complete, in the source's order; none once all are."""
-        runs = self._journal.finished if self._journal else {}
-        return [runs[number] for number in sorted(runs)]
-
-    @property
-    def skipped(self) -> tuple[str, ...]:
-        """Messages of samples left out so far, in the source's order."""
-        if self._index is not None:
-            return self._index.skipped
-        return tuple(message for run in self.finished for message in run.skipped)
-
-    def missing_runs(self) -> list[LineRun]:
-        """Runs still to be written."""
-        done = {run.number for run in self.finished}
-        return [] if self._index else [run for run in self.plan.runs if run.number not in done]
-
-    def add(self, run: FinishedRun) -> None:
-        """Take in a run whose files are complete."""
-        assert self._journal is not None
-        self._journal.add(run)
-
-    def complete(self) -> MadeFolder:
-        """Give the folder its index and its name."""
-        if self._index is None:
-            shards = tuple(shard for run in self.finished for shard in run.shards)
-            if not shards:
-                raise SampleError(
-                    f"{self.source.annotation}: no sample in it that can be used: {self.skipped[0]}"
-                )
-            index = FolderIndex(
-                tokenizer=self._encoder.tokenizer.fingerprint,
-                settings=self._encoder.settings,
-                shards=shards,
-                skipped=self.skipped,
-            )
-            index.write(self.unfinished)
-            os.replace(self.unfinished, self.target)
-            shutil.rmtree(self.target / JOURNAL_NAME, ignore_errors=True)
-            self._index = index
-        return MadeFolder(path=self.target, source=self.source, index=self._index)
-
-    def close(self) -> None:
-        """Let other processes have the folder."""
-        if self._journal is not None:
-            self._journal.close()
-
-    def _finished_index(self) -> FolderIndex | None:
-        """The index that an earlier call completed from the same input; None if there is none."""
-        if not self.target.exists() or (self.target.is_dir() and not any(self.target.iterdir())):
-            return None
-        made = self.target / MADE_NAME
-        if not made.is_file():
-            raise ConfigError(
-                f"{self.target}: not empty; give a folder that does not exist, or remove its"
-                " content."
-            )
-        index = FolderIndex.read(self.target)
-        # `vico shards index` may have counted again since then.
-        counted = {"tokenizer": index.tokenizer, **asdict(index.settings)}
-        check_made(json.loads(made.read_bytes()) | counted, self._made, where=self.target)
-        # Of a run that was killed right at its end.
-        shutil.rmtree(self.target / JOURNAL_NAME, ignore_errors=True)
-        return index
-
-
 def _make_folders(
     targets: Sequence[tuple[Source, Path]], encoder: SampleEncoder, options: WriterOptions
 ) -> tuple[MadeFolder, ...]:
     """Write all folders with one set of workers."""
-    folders: dict[str, _Folder] = {}
+    folders: dict[str, MadeFolder] = {}
     try:
         for source, target in targets:
-            folders[source.name] = _Folder(source, target, encoder=encoder, options=options)
+            folders[source.name] = MadeFolder(source, target, encoder=encoder, options=options)
         num_samples = sum(folder.plan.num_samples for folder in folders.values())
         skip_limit = options.skip_limit(num_samples)
         tasks = [
@@ -252,7 +124,9 @@ def _make_folders(
                 if made.skipped:
                     _check_budget(folders, made.skipped, skip_limit=skip_limit)
                 folders[made.name].add(made)
-        return tuple(folder.complete() for folder in folders.values())
+        for folder in folders.values():
+            folder.complete()
+        return tuple(folders.values())
     finally:
         for folder in folders.values():
             folder.close()
@@ -270,7 +144,7 @@ def _disk_errors_explained(out: str | Path) -> Iterator[None]:
         ) from error
 
 
-def _check_budget(folders: dict[str, _Folder], news: Sequence[str], *, skip_limit: int) -> None:
+def _check_budget(folders: dict[str, MadeFolder], news: Sequence[str], *, skip_limit: int) -> None:
     """Raise if too many samples were left out, those of a new run (`news`) included."""
     skipped = [message for folder in folders.values() for message in folder.skipped] + list(news)
     if len(skipped) > skip_limit:

@@ -19,7 +19,7 @@ PACKAGE = {
     "models": 2040,
     "parallel": 710,
     "planning": 1160,
-    "shard_tools": 2430,
+    "shard_tools": 2385,
     "training": 2500,
     "vico": 440,
 }

@@ -15,7 +15,7 @@ from megatron_vico.data.samples import ConversationSample
 from megatron_vico.data.shards.index import FolderIndex, ShardIndex
 from megatron_vico.data.shards.reader import ShardFolder
 from megatron_vico.errors import ConfigError, SampleError
-from megatron_vico.shard_tools.journal import MADE_NAME
+from megatron_vico.shard_tools.made_folder import MADE_NAME
 from megatron_vico.shard_tools.reindex import index_shards
 from megatron_vico.shard_tools.tar import members_of
 from tests.toy_data import write_conversations

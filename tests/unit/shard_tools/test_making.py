@@ -1,6 +1,7 @@
 """Shards are the same bytes however many processes make them, and however often they are killed."""
 
 import contextlib
+import fcntl
 import functools
 import json
 import multiprocessing
@@ -16,7 +17,7 @@ import pytest
 from megatron_vico.cli.shards import main
 from megatron_vico.data.shards.reader import ShardFolder
 from megatron_vico.errors import ConfigError, SampleError
-from megatron_vico.shard_tools.journal import JOURNAL_NAME, MADE_NAME, Journal
+from megatron_vico.shard_tools.made_folder import JOURNAL_NAME, MADE_NAME
 from megatron_vico.shard_tools.options import WriterOptions
 from megatron_vico.shard_tools.reindex import index_shards
 from megatron_vico.shard_tools.writer import make_mixture
@@ -199,13 +200,17 @@ def test_a_finished_run_whose_files_are_gone_is_made_again(tmp_path, make):
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_a_half_made_folder_has_one_maker_and_one_recipe(tmp_path):
-    journal = Journal(tmp_path / "out", {"root": "a"})
-    with pytest.raises(ConfigError, match="another process is making it"):
-        Journal(tmp_path / "out", {"root": "a"})
-    journal.close()
+def test_a_half_made_folder_has_one_maker_and_one_recipe(tmp_path, make):
+    jsonl = with_broken_lines(tmp_path / "raw", num_samples=2, broken=set())
+    journal = tmp_path / "out.incomplete" / JOURNAL_NAME
+    journal.mkdir(parents=True)
+    with (journal / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process is making it"):
+            make(jsonl, tmp_path / "out")
     # Nothing was finished yet, so that nothing is lost.
-    Journal(tmp_path / "out", {"root": "b"}).close()
+    (journal.parent / MADE_NAME).write_text('{"root": "b"}')
+    make(jsonl, tmp_path / "out")
 
 
 @pytest.fixture

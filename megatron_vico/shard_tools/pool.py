@@ -83,7 +83,6 @@ def _results[R](stream: IterableDataset[R], num_workers: int) -> Generator[Any]:
             stream,
             batch_size=None,
             num_workers=num_workers,
-            collate_fn=_unchanged,
             in_order=False,  # a worker that decodes a long video does not hold up the others
             worker_init_fn=live_as_long_as_parent,
         )
@@ -125,7 +124,3 @@ class _Stream[T, R](IterableDataset[R | Progress | _Failure]):
             yield Progress(num_samples=samples, num_bytes=num_bytes)
         except Exception as error:
             yield _Failure(error)
-
-
-def _unchanged[R](item: R) -> R:
-    return item

@@ -16,6 +16,8 @@ from tests.unit.config.run_words import run
     ("words", "chunks", "layers"),
     [
         ("241b PP=8 VPP=3 EMBEDDING LOSS", 4, 12),
+        ("241b PP=8 LAST=10", None, 12),
+        ("241b PP=4 FIRST=23 LAST=23", None, 24),
         ("8b PP=4 VPP=3", 3, 9),
         ("8b PP=4 FIRST=6 LAST=6 VPP=4", 3, 12),
         ("8b PP=2 FIRST=16 LAST=20 VPP=4", 4, 16),

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vico.config.pipeline_split import layers_of_a_stage
-from megatron_vico.config.registry import MODELS, get_model_config
+from megatron_vico.config.registry import MODELS
 from megatron_vico.config.stages import STAGES
 from megatron_vico.config.validate import remarks, validate
 from megatron_vico.errors import ConfigError
@@ -211,20 +210,6 @@ def test_tensor_and_pipeline_sizes_that_are_offered_do_work(size: str) -> None:
         assert offered is not None
         for number in re.findall(r"\d+", offered[1]):
             validate(run(f"--model-size {size} {name}={number} BATCH={number}"), int(number))
-
-
-@pytest.mark.parametrize(
-    ("words", "layers"),
-    [
-        ("PP=8 EMBEDDING LOSS", 12),
-        ("PP=8", 0),
-        ("PP=8 LAST=10", 12),
-        ("PP=4 FIRST=23 LAST=23", 24),
-    ],
-)
-def test_uneven_pipeline_stages(words: str, layers: int) -> None:
-    language = get_model_config("internvl3_5-241b-a28b").language
-    assert layers_of_a_stage(run(words), language) == layers
 
 
 def test_each_stage_trains_by_default_what_it_may_train() -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -22,7 +21,6 @@ from tests.unit.conftest import (
     BUILDER,
     COST,
     GLOBAL_BATCH,
-    NUM_SAMPLES,
     SETTINGS,
     flat,
     flat_steps,
@@ -143,25 +141,6 @@ def test_ranks_share_the_packs_of_a_step_by_cost(load, stage, cost, dp_size):
     assert (moved > 0) == (cost is COST and dp_size < GLOBAL_BATCH)
 
 
-def test_a_packs_shares_depend_on_nothing_but_the_pack(shards, encoder):
-    """Samples without images in between draw nothing; another epoch or pack draws differently."""
-    folder = ShardFolder.open(shards)
-    text = int(np.flatnonzero(folder.num_tiles == 0)[0])
-    images = [int(i) for i in np.flatnonzero(folder.num_tiles >= 3)[:3]]
-
-    def plan(ids, epoch=0):
-        samples = [encoder.encode(folder.read(i)) for i in ids]
-        pack = Pack(sample_ids=tuple(ids), visits=(epoch,) * len(ids))
-        batch = BUILDER.build(samples, pack=pack, samples_in_global_batch=4)
-        return batch.policies[0].compressed.tolist()
-
-    alone = plan(images)
-    assert plan(images) == alone
-    assert plan([images[0], text, images[1], text, images[2]]) == alone
-    assert plan(images, epoch=1) != alone
-    assert plan(images[::-1]) != alone
-
-
 @pytest.mark.parametrize("granularity", ["tile", "image"])
 def test_the_routers_question(load, granularity):
     chosen = set()
@@ -203,14 +182,6 @@ def test_a_pack_without_images(shards, encoder):
         assert batch.num_tiles == 0
         assert batch.router_tiles.dtype == batch.router_tile_sample.dtype == torch.int64
         assert all(view.compressed.shape == (0,) for view in batch.policies)
-
-
-def test_two_folders_are_one_data_set(load, shards, tmp_path):
-    plan = load(data_path=(str(shards), str(shutil.copytree(shards, tmp_path / "copy")))).plan
-    assert plan.num_samples == 2 * NUM_SAMPLES
-    folder, number = plan.data.locate(NUM_SAMPLES + 3)
-    assert folder is plan.data.folders[1]
-    assert number == 3
 
 
 def test_a_sample_larger_than_a_pack_is_named(load):

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import pickle
 import random
-import re
 import select
 import signal
 import subprocess
@@ -19,7 +18,7 @@ from megatron_vico.data.load.loader import MAX_PIECES, worker_death_explained
 from megatron_vico.data.load.worker_life import live_as_long_as_parent
 from megatron_vico.errors import ConfigError, WorkerError
 from tests.packs import whole_packs
-from tests.unit.conftest import COST, GLOBAL_BATCH, flat, flat_steps, step_plan, take
+from tests.unit.conftest import COST, GLOBAL_BATCH, flat, flat_steps, take
 
 
 def test_workers_can_be_started_without_fork(load):
@@ -36,18 +35,6 @@ def test_batches_come_from_workers_in_few_pieces_of_memory(load):
     blocks = next(iter(loader))
     assert [pack.position for pack in whole_packs(blocks)] == list(range(MAX_PIECES + 8))
     assert len(blocks) == MAX_PIECES // 2 + 4  # of two packs each
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_resumed_loader_goes_on_where_it_stopped(load, num_workers):
-    whole = flat_steps(take(load(stage="router"), 14))
-    stopped = load(stage="router", num_workers=num_workers)
-    assert flat_steps(take(stopped, 9)) == whole[:9]
-    plan_state = step_plan(stopped.plan, 8).after.to_dict()
-    assert stopped.state_dict() == {"plan": plan_state, "skipped": []}
-    resumed = load(stage="router", num_workers=num_workers, state=stopped.state_dict())
-    assert flat_steps(take(resumed, 5)) == whole[9:]
-    assert flat_steps(take(stopped, 2)) == whole[9:11]
 
 
 def test_workers_prepare_no_more_than_the_steps_asked_for(load):
@@ -162,18 +149,6 @@ def test_a_worker_that_is_killed_while_it_hands_over_is_no_riddle(load, monkeypa
     monkeypatch.setattr("megatron_vico.data.load.loader.DataLoader", broken_off)
     with pytest.raises(WorkerError, match=rf"{DIED} \(Connection reset by peer\)"):
         take(load(num_workers=1), 1)
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_shard_cut_short_is_named_also_from_a_worker(load, copy, num_workers):
-    loader = load(data_path=(str(copy),), num_workers=num_workers)
-    for path in copy.glob("*.tar"):
-        path.write_bytes(path.read_bytes()[:2000])
-    found = [each for batches in take(loader, 4) for batch in batches for each in batch.skipped]
-    assert found
-    for skipped in found:
-        assert skipped.cause == "unreadable shard"
-        assert re.match(rf"sample '{skipped.key}': .* ends after 2000 bytes", skipped.reason)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -1,7 +1,6 @@
 """Shards give back what went in, and any WebDataset reader reads them."""
 
 import json
-import pickle
 
 import numpy as np
 import pytest
@@ -51,12 +50,6 @@ def test_any_webdataset_reader_reads_the_shards(shards, conversations):
     assert [sample["__key__"] for sample in samples] == keys
     second_images = sum("_1.png" in line for line in conversations.open())
     assert sum("1.png" in sample for sample in samples) == second_images
-
-
-def test_a_pickled_folder_reads_on(shards):
-    folder = ShardFolder.open(shards)
-    first = folder.read(0)
-    assert pickle.loads(pickle.dumps(folder)).read(0) == first
 
 
 def test_more_than_ten_images_keep_their_order(tmp_path, make, tokenizer):

@@ -6,7 +6,6 @@ import io
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from megatron_vico.data.encode.sample_encoder import SampleEncoder
@@ -51,35 +50,22 @@ def test_the_cap_of_the_sample_counts_and_its_images_share_it(encoder, limit, nu
 
 
 def test_tiles_are_degraded_one_by_one_with_a_quality_of_their_own():
-    tiles = np.random.default_rng(0).integers(0, 256, (40, 3, 32, 32), dtype=np.uint8)
+    tiles = np.random.default_rng(0).integers(0, 256, (150, 3, 16, 16), dtype=np.uint8)
     before = tiles.copy()
     degraded = jpeg_degrade(tiles, random=generator(1, 2, 3, "augment"))
     np.testing.assert_array_equal(tiles, before)
     qualities = set()
     for tile, found in zip(tiles, degraded, strict=True):
-        matches = [q for q in range(1, 101) if np.array_equal(compressed(tile, q), found)]
+        matches = [q for q in range(70, 101) if np.array_equal(compressed(tile, q), found)]
         assert len(matches) == 1
         qualities |= set(matches)
-    assert min(qualities) >= 75
-    assert len(qualities) > 10
+    assert qualities == set(range(75, 101))
 
 
 def compressed(tile, quality):
     file = io.BytesIO()
     Image.fromarray(tile.transpose(1, 2, 0)).save(file, format="JPEG", quality=quality)
     return np.asarray(Image.open(file)).transpose(2, 0, 1)
-
-
-def test_every_quality_from_75_to_100_is_drawn(monkeypatch):
-    drawn = set()
-    save = Image.Image.save
-    monkeypatch.setattr(
-        Image.Image,
-        "save",
-        lambda self, file, kind, quality: (drawn.add(quality), save(self, file, kind))[1],
-    )
-    jpeg_degrade(np.zeros((500, 3, 8, 8), dtype=np.uint8), random=torch.Generator().manual_seed(0))
-    assert drawn == set(range(75, 101))
 
 
 def test_only_training_degrades_where_the_data_set_says_so_by_seed_visit_and_sample(encoder):

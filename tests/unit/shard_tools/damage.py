@@ -119,11 +119,27 @@ def remove(*names):
 
 
 def break_header(folder):
+    """And a text behind it: samples there are still read."""
     first = min(ShardIndex.read(folder / NPZ)[5].members)[0]
     overwrite(folder, first - 512, b"\1" * 512)
+    overwrite(folder, member(folder, 8, 0)[0], b"!")
+
+
+def move_members(index):
+    members = index.members.copy()
+    members[index.member_starts[5], 0] += 512
+    members[index.member_starts[9] : index.member_starts[11], 1] += 1
+    return {"members": members}
+
+
+def repeat_key(index):
+    keys = index.keys.copy()
+    keys[7] = KEYS[2].encode()
+    return {"keys": keys}
 
 
 CHANGED = ("changed content", TAR, "", 0)
+OTHER_CONTENT = ("changed content", NPZ, "", 0)
 OTHER_INDEX = f"{NPZ}: not the one that index.json lists"
 BROKEN_INDEX = [("broken index", NPZ, "", 0)]
 BROKEN_FOLDER = [("broken index", INDEX_NAME, "", 0)]
@@ -177,7 +193,13 @@ TABLE = {
     ),
     "header broken": Damage(
         do=break_header,
-        verify=[CHANGED, ("tar unlike index", TAR, f"{KEYS[21]} .. {KEYS[31]}", 11)],
+        read=r"broken JSON \(",
+        lost=[24],
+        verify=[
+            CHANGED,
+            ("tar unlike index", TAR, f"{KEYS[21]} .. {KEYS[31]}", 11),
+            ("unreadable sample", TAR, KEYS[24], 1),
+        ],
         index=f"{TAR}: not a complete tar file",
     ),
     "a sample too many": Damage(
@@ -217,7 +239,26 @@ TABLE = {
     "index of other counts": Damage(
         do=lambda folder: change_index(folder, lambda i: {"num_tokens": i.num_tokens + 1}),
         opened=OTHER_INDEX,
-        verify=[("changed content", NPZ, "", 0)],
+        verify=[OTHER_CONTENT],
+    ),
+    "index of other offsets": Damage(
+        do=lambda folder: change_index(folder, move_members),
+        opened=OTHER_INDEX,
+        verify=[
+            OTHER_CONTENT,
+            ("tar unlike index", TAR, KEYS[21], 1),
+            ("tar unlike index", TAR, f"{KEYS[25]} .. {KEYS[26]}", 2),
+        ],
+    ),
+    "index with a key twice": Damage(
+        do=lambda folder: change_index(folder, repeat_key),
+        opened=OTHER_INDEX,
+        verify=[
+            OTHER_CONTENT,
+            ("tar unlike index", TAR, KEYS[23], 1),
+            ("tar unlike index", TAR, KEYS[2], 1),
+            ("duplicate key", TAR, KEYS[2], 1),
+        ],
     ),
     "index.json missing": Damage(
         do=remove(INDEX_NAME), opened="no index.json there", verify=BROKEN_FOLDER

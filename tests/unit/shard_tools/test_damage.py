@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import fsspec
@@ -162,10 +164,10 @@ def test_the_index_of_the_folder_cut_anywhere(copy):
 def changed(fields):
     """The content of index.json with one field missing, too many or of another type."""
     for path in ((), ("settings",), ("shards", 0)):
-        for name in (*_at(fields, path), "unknown"):
+        for name in (*reduce(getitem, path, fields), "unknown"):
             for value in (..., None, 7, "x", [], {}, [3]):
                 wrong = json.loads(json.dumps(fields))
-                part = _at(wrong, path)
+                part = reduce(getitem, path, wrong)
                 if value is ...:
                     part.pop(name, None)
                     part |= {"unknown": 1} if name == "unknown" else {}
@@ -173,12 +175,6 @@ def changed(fields):
                     part[name] = value
                 if wrong != fields:
                     yield (*path, name, value), wrong
-
-
-def _at(fields, path):
-    for step in path:
-        fields = fields[step]
-    return fields
 
 
 def test_a_field_of_the_folder_index_missing_too_many_or_of_another_type(copy, tokenizer):

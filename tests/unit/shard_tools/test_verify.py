@@ -18,7 +18,6 @@ from tests.unit.shard_tools.damage import (
     KEYS,
     NPZ,
     TAR,
-    break_header,
     change_index,
     facts,
     make_a_folder_of,
@@ -94,34 +93,6 @@ def test_what_cannot_be_trained_is_named_only_with_a_tokenizer(copy, tokenizer):
     assert problems[1].found == "1 <image> tags but 2 images"
 
 
-def test_offsets_that_do_not_fit_the_tar_are_named(copy):
-    def moved(index):
-        members = index.members.copy()
-        members[index.member_starts[5], 0] += 512
-        members[index.member_starts[9] : index.member_starts[11], 1] += 1
-        return {"members": members}
-
-    change_index(copy, moved)
-    relist(copy)
-    assert facts(problems_of(copy)) == [
-        ("tar unlike index", TAR, KEYS[21], 1),
-        ("tar unlike index", TAR, f"{KEYS[25]} .. {KEYS[26]}", 2),
-    ]
-
-
-def test_samples_behind_a_broken_header_are_named_and_still_read(copy):
-    last_end = max(offset + size for offset, size in ShardIndex.read(copy / NPZ)[4].members)
-    break_header(copy)
-    overwrite(copy, member(copy, 8, 0)[0], b"!")
-    relist(copy)
-    problems = problems_of(copy)
-    assert facts(problems) == [
-        ("tar unlike index", TAR, f"{KEYS[21]} .. {KEYS[31]}", 11),
-        ("unreadable sample", TAR, KEYS[24], 1),
-    ]
-    assert problems[0].found == f"no header at byte {-(-last_end // 512) * 512}"
-
-
 def test_a_broken_folder_or_file_does_not_hide_the_next(copy, shards, tmp_path):
     make_a_folder_of(TAR)(copy)
     (copy / "shard-000002.tar").unlink()
@@ -167,19 +138,6 @@ def test_keys_that_come_again_are_named_over_all_folders(shards, copy, workers):
     ]
     assert {problem.folder for problem in problems} == {str(copy)}
     assert problems[2].found == f"also in {shards / 'shard-000002.tar'}"
-
-
-def test_a_key_twice_in_one_folder_is_named(copy):
-    def repeated(index):
-        keys = index.keys.copy()
-        keys[7] = ShardIndex.read(copy / "shard-000000.npz").keys[2]
-        return {"keys": keys}
-
-    change_index(copy, repeated)
-    relist(copy)
-    found = facts(problems_of(copy))
-    assert ("duplicate key", TAR, KEYS[2], 1) in found
-    assert {cause for cause, *_ in found} == {"duplicate key", "tar unlike index"}
 
 
 def test_a_problem_is_one_line():

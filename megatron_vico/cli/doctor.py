@@ -35,7 +35,10 @@ class Finding:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the report; exit status 1 if something required is missing."""
-    argparse.ArgumentParser(prog="vico doctor", description=__doc__).parse_args(arguments)
+    parser = argparse.ArgumentParser(prog="vico doctor", description=__doc__)
+    gpus_help = "exit status 1 unless so many are usable, with NCCL"
+    parser.add_argument("--gpus", type=int, default=0, help=gpus_help)
+    gpus = parser.parse_args(arguments).gpus
     found = findings()
     for finding in found:
         print(f"{finding.state:8} {finding.name:20} {finding.version:12} {finding.note}".rstrip())
@@ -43,7 +46,21 @@ def main(arguments: Sequence[str]) -> int:
     if missing:
         fix = "run `make venv`, or pip install -c constraints.txt -e ."
         print(f"\nmissing: {', '.join(missing)}; {fix}")
-    return 1 if missing else 0
+    lacking = missing or _lacking(found, gpus)
+    if lacking and not missing:
+        print(f"\n{platform.node()} lacks: {'; '.join(lacking)} (--gpus {gpus})")
+    return 1 if lacking else 0
+
+
+def _lacking(found: Sequence[Finding], gpus: int) -> list[str]:
+    """What this node needs beyond packages where so many ranks of it compute on GPUs."""
+    import torch
+
+    if gpus == 0:
+        return []
+    usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    absent = [each.name for each in found if each.name == "NCCL" and each.state != "ok"]
+    return [*([f"{usable} usable GPUs, expected {gpus}"] if usable < gpus else []), *absent]
 
 
 def findings() -> list[Finding]:

@@ -22,6 +22,7 @@ FAILURE = 1
 
 COMMANDS = {
     "train": "run one stage: pretrain, warmup, consistency or router",
+    "status": "say how far a stage's run is",
     "generate": "ask a model about images",
     "evaluate": "score a model on a file of questions",
     "plot": "draw loss curves, print the ablation table",

@@ -19,12 +19,19 @@ from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.validate import remarks, validate
 from megatron_vico.errors import ConfigError
 
+STOPPED = 75
+"""Exit status of a run that a signal ended before its last step, with a checkpoint: start it again
+(sysexits.h calls it EX_TEMPFAIL). 0 would let a chain of stages go on with half a model."""
 
-def main(arguments: Sequence[str]) -> None:
+
+def main(arguments: Sequence[str]) -> int:
     """Do what the command line asks for.
 
     Args:
         arguments: the words after `train`.
+
+    Returns:
+        0; STOPPED where a signal ended the run.
 
     Raises:
         ConfigError: if the run cannot work.
@@ -34,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     if given.help:
         print(own.format_help())
         print(help_text())
-        return
+        return 0
     cfg = parse(rest)
     world_size = given.world_size or launched_world_size()
     if given.print_config:
@@ -49,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
             check_environment(cfg)
         print(summary(cfg, model, world_size))
     if given.check or given.print_config:
-        return
+        return 0
     if given.world_size is not None:
         raise ConfigError(
             "--world-size belongs to --check; a run takes its ranks from the launcher (torchrun)."
@@ -59,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
     cpu_stand_in.install()
     from megatron_vico.training.trainer import train
 
-    train(cfg)
+    return STOPPED if train(cfg) == "stopped" else 0
 
 
 def summary(cfg: RunConfig, model: ModelConfig, world_size: int) -> str:

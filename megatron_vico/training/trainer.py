@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 import torch
 
@@ -33,8 +34,11 @@ from megatron_vico.training.validation import open_validation, validation_figure
 
 
 @worker_death_explained()
-def train(cfg: RunConfig) -> None:
+def train(cfg: RunConfig) -> Literal["ended", "stopped"]:
     """Run one stage from its configuration to its last checkpoint.
+
+    Returns:
+        "stopped" where a signal ended it before its last step; the checkpoint is of that step.
 
     Raises:
         ConfigError: before any process group exists, if the configuration cannot work.
@@ -52,16 +56,16 @@ def train(cfg: RunConfig) -> None:
         seed=cfg.training.seed,
         timeout_minutes=cfg.training.distributed_timeout_minutes,
     ) as groups:
-        _loop(set_up(cfg, groups), stop)
+        return _loop(set_up(cfg, groups), stop)
 
 
-def _loop(run: Run, stop: "_StopSignal") -> None:
+def _loop(run: Run, stop: "_StopSignal") -> Literal["ended", "stopped"]:
     cfg, groups = run.cfg, run.groups
     logger = MetricsLogger(cfg, resume_at=run.iteration, is_main=groups.is_main)
     _announce(run, logger)
     validation = open_validation(run)
     run.policy.train_mode()
-    iteration = run.iteration
+    iteration, stopped = run.iteration, False
     with open_profiler(cfg, resume_at=iteration) as profiler:
         started = time.perf_counter()
         for batch in run.batches():
@@ -91,7 +95,8 @@ def _loop(run: Run, stop: "_StopSignal") -> None:
                 profiler.step()
                 started = time.perf_counter()  # the writing of a trace is no part of a step
             last = iteration == cfg.training.train_iters
-            ending = stop.agreed(groups) or last or _due(iteration, cfg.training.exit_interval)
+            stopped = stop.agreed(groups) and not last
+            ending = stopped or last or _due(iteration, cfg.training.exit_interval)
             if ending or _due(iteration, cfg.training.save_interval):
                 _save(run, iteration)
                 started = time.perf_counter()
@@ -102,6 +107,7 @@ def _loop(run: Run, stop: "_StopSignal") -> None:
             if ending:
                 break
     logger.close()
+    return "stopped" if stopped else "ended"
 
 
 def _announce(run: Run, logger: MetricsLogger) -> None:

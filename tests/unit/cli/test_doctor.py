@@ -17,6 +17,14 @@ def test_a_missing_requirement_is_said_and_is_status_1(
     assert "missing: webdataset; run `make venv`" in capsys.readouterr().out
 
 
+def test_a_node_without_the_gpus_it_should_have_is_status_1(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert doctor.main([]) == 0
+    assert doctor.main(["--gpus", "99"]) == 1
+    assert " usable GPUs, expected 99" in capsys.readouterr().out.splitlines()[-1]
+
+
 def find_apex(
     monkeypatch: pytest.MonkeyPatch, folder: Path, *, has_kernels: bool
 ) -> doctor.Finding:

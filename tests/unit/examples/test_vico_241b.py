@@ -1,19 +1,35 @@
-"""The SLURM launcher of the largest model, without SLURM: its check mode and what it starts."""
+"""The SLURM launcher without SLURM: its checks, the jobs it submits, what it starts in a job, and
+what it makes of each end. tests/slurm runs it on a SLURM."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.unit.cli.test_status import checkpointed
+
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "examples" / "vico_241b.sh"
+SCRIPTS = [SCRIPT, *(ROOT / "examples" / "slurm").glob("*.sh")]
 
 # Stands in for srun and scontrol: writes the words it was called with, one a line.
 RECORDER = """#!/usr/bin/env bash
-if [[ $1 == show ]]; then printf 'node-07\\nnode-08\\n'
-else printf '%s\\n' "${0##*/}" "$@" >>"$CALLS"; fi
+if [[ $1 == show ]]; then printf 'node-07\\nnode-08\\n'; exit; fi
+printf '%s\\n' "${0##*/}" "$@" >>"$CALLS"
+if [[ " $* " == *" train "* ]]; then exit "${STATUS:-0}"; fi
+"""
+
+# Stands in for Python where only the launcher's own doing counts: a stage at step 4.
+AT_STEP_4 = """#!/usr/bin/env bash
+if [[ " $* " == *" plan "* ]]; then echo "$@" >>"$CALLS.plan"; exit "${FITS:-0}"; fi
+if [[ " $* " == *" status "* ]]; then echo 4; exit 3; fi
+"""
+
+APPTAINER = """#!/usr/bin/env bash
+echo "in $5: ${*:6}" >&2; shift 5; exec "$@"
 """
 
 
@@ -33,6 +49,12 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         },
         check=False,
     )
+
+
+def test_the_scripts_are_well_formed() -> None:
+    subprocess.run(["bash", "-n", *SCRIPTS], check=True)
+    if shutil.which("shellcheck") is not None:
+        subprocess.run(["shellcheck", "--external-sources", *SCRIPTS], check=True, cwd=ROOT)
 
 
 def test_the_layouts_of_the_three_stages_pass_without_slurm_and_gpus() -> None:
@@ -61,30 +83,48 @@ def test_a_number_of_nodes_that_cannot_work_is_refused_with_those_that_do() -> N
     assert "use 64 or 128 ranks" in done.stderr
 
 
-def test_unknown_stages_are_refused() -> None:
+def test_unknown_stages_and_unset_variables_are_refused(tmp_path: Path) -> None:
     done = run("pretrain", CHECK="1")
     assert done.returncode == 2
-    assert "unknown stage 'pretrain', expected warmup, consistency, router" in done.stderr
+    assert "unknown stage 'pretrain', expected convert warmup" in done.stderr
+    done = run("router", "--dry-run", PYTHON="true")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "vico.sh: router needs DATA: see examples/slurm/README.md\n",
+    )
 
 
-def run_in_job(folder: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
-    """The script in a job of two nodes, and what it called of SLURM."""
+def test_the_jobs_that_it_submits(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(AT_STEP_4)
+    python.chmod(0o755)
+    settings = {"DATA": "/data", "TOKENIZER": "/a b", "EXPORT": "/flash", "TIME": "2:00:00"}
+    settings |= {"SBATCH_FLAGS": "--partition=gpu --qos=high", "MODEL": "/hf", "QUESTIONS": "q"}
+    done = run("--dry-run", "--", "--lr", "2e-4", PYTHON=str(python), **settings)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    steps = ["convert", "warmup", "consistency", "router", "export", "evaluate"]
+    assert [line[-4:] for line in lines] == [[step, "--", "--lr", "2e-4"] for step in steps]
+    nodes = [word for line in lines for word in line if word.startswith("--nodes=")]
+    assert nodes == [f"--nodes={number}" for number in (1, 16, 16, 2, 1, 1)]
+    assert "--dependency" not in done.stdout.splitlines()[0]
+    common = {"sbatch", "--requeue", "--signal=TERM@900", "--time=2:00:00", "--gpus-per-node=8"}
+    common |= {"--exclusive", "--partition=gpu", "--qos=high", "--open-mode=append"}
+    for before, line in zip(steps, lines[1:], strict=False):
+        assert common | {f"--dependency=afterok:JOB_{before}"} <= set(line)
+
+
+def run_in_job(folder: Path, *words: str, **environment: str) -> tuple[int, str, list[str]]:
+    """The script in a job of two nodes: status, what it says, and what it called of SLURM."""
     for name in ("srun", "scontrol"):
         (folder / name).write_text(RECORDER)
         (folder / name).chmod(0o755)
     (folder / "calls").write_text("")
-    done = run(
-        *words,
-        PATH=f"{folder}:{os.environ['PATH']}",
-        CALLS=str(folder / "calls"),
-        **{
-            "SLURM_JOB_ID": "11",
-            "SLURM_JOB_NODELIST": "node-[07-08]",
-            "DATA": str(folder),
-            "TOKENIZER": str(folder),
-        },
-    )
-    return done, (folder / "calls").read_text().splitlines()
+    here = str(folder)
+    job = {"SLURM_JOB_ID": "11", "SLURM_JOB_NODELIST": "node-[07-08]", "GPU": "none"}
+    job |= {"DATA": here, "TOKENIZER": here, "LOGS": f"{folder}/logs", "CALLS": f"{folder}/calls"}
+    done = run(*words, **({"PATH": f"{folder}:{os.environ['PATH']}"} | job | environment))
+    return done.returncode, done.stderr, (folder / "calls").read_text().splitlines()
 
 
 @pytest.mark.slow
@@ -92,52 +132,112 @@ def test_what_it_starts(tmp_path: Path) -> None:
     here = str(tmp_path)
     flags = ["--lr", "2e-4", "--save", here]
     flags += ["--pretrained-checkpoint", here, "--reference-load", here]
-    done, calls = run_in_job(tmp_path, "router", "--", *flags)
-    assert done.returncode == 0, done.stderr
-    # Nothing was trained, as if the run had been told to stop: the job goes back in line.
+    status, said, calls = run_in_job(tmp_path, "router", "--", *flags)
+    assert status == 0, said
+    # Nothing was trained, as after --exit-interval: the job goes back in line.
     assert calls[-3:] == ["scontrol", "requeue", "11"]
-    command = calls[:-3]
-    assert command[0] == "srun"
-    assert {"--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"} <= set(command)
-    from torch.distributed.run import parse_args
-
-    # The words that srun's shell would start on the second node.
+    second = calls.index("srun", 1)
+    doctor, command = calls[:second], calls[second:-3]
+    assert doctor[-3:] == ["doctor", "--gpus", "0"]
+    assert {"--nodes=2", "--ntasks=2"} <= set(doctor)
+    expected = {"--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--kill-on-bad-exit=1"}
+    assert expected | {f"--output={here}/logs/router-11.0-rank-%t.log"} <= set(command)
+    # The words that srun would start as one of the ranks.
     shell = command[command.index("bash") :]
-    assert shell[3] == sys.executable
-    shell[3] = "echo"
-    words = subprocess.check_output(
-        shell, text=True, env={**os.environ, "SLURM_NODEID": "1"}
-    ).split()
-    launched = parse_args(words[words.index("torch.distributed.run") + 1 :])
-    assert (launched.nnodes, launched.nproc_per_node, launched.max_restarts) == ("2", "8", 0)
-    assert launched.rdzv_backend == "static"
-    assert (launched.master_addr, launched.master_port) == ("node-07", 29500)
-    assert launched.node_rank == 1
-    assert "SIGTERM" not in launched.signals_to_handle.split(",")
-    assert (launched.module, launched.training_script) == (True, "megatron_vico")
-    assert launched.training_script_args == [
-        *("train", "--recipe", "examples/recipes/internvl3_5_241b_a28b/router.yaml"),
+    shell[shell.index(sys.executable)] = "env"
+    task = {"SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NTASKS": "16"}
+    separator = shell.index("-m")
+    words = subprocess.check_output(shell[:separator], text=True, env=os.environ | task)
+    assert {"RANK=9", "LOCAL_RANK=1", "WORLD_SIZE=16"} <= set(words.splitlines())
+    assert shell[separator:] == [
+        *("-m", "megatron_vico", "train"),
+        *("--recipe", "examples/recipes/internvl3_5_241b_a28b/router.yaml"),
         *("--data-path", here, "--tokenizer-model", here),
         *flags,
     ]
 
 
+@pytest.mark.parametrize(
+    ("status", "ends_with", "is_put_back"),
+    [
+        ("0", 0, True),  # --exit-interval
+        ("75", 0, True),
+        ("143", 0, True),
+        ("137", 0, True),
+        ("2", 2, False),
+    ],
+)
+def test_what_it_makes_of_the_end_of_a_stage(
+    status: str, ends_with: int, is_put_back: bool, tmp_path: Path
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(AT_STEP_4)
+    python.chmod(0o755)
+    ended, said, calls = run_in_job(tmp_path, "warmup", PYTHON=str(python), STATUS=status)
+    assert ended == ends_with, said
+    assert (calls[-3:] == ["scontrol", "requeue", "11"]) == is_put_back
+
+
+def test_a_recipe_that_does_not_fit_is_not_started(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(AT_STEP_4)
+    python.chmod(0o755)
+    settings = {"PYTHON": str(python), "GPU": "h200", "FITS": "2"}
+    status, said, calls = run_in_job(tmp_path, "router", "--", "--lr", "2e-4", **settings)
+    assert (status, calls[-3:]) == (2, ["doctor", "--gpus", "8"]), said
+    assert "train" not in calls
+    recipe = "examples/recipes/internvl3_5_241b_a28b/router.yaml"
+    words = f"plan --world-size 16 --gpu h200 --recipe {recipe} --lr 2e-4\n"
+    assert (tmp_path / "calls.plan").read_text().endswith(words)
+    # Asked once; not again after a requeue, nor where PLAN=0.
+    for more in ({"SLURM_RESTART_COUNT": "1"}, {"PLAN": "0"}):
+        status, said, calls = run_in_job(tmp_path, "router", **settings, **more)
+        assert (status, "train" in calls) == (0, True), said
+
+
+def test_it_does_not_start_again_for_ever_at_the_same_step(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(AT_STEP_4)
+    python.chmod(0o755)
+    ends = [run_in_job(tmp_path, "warmup", PYTHON=str(python), STATUS="1") for _ in range(3)]
+    assert [status for status, _, _ in ends] == [0, 0, 1]
+    assert "starts again from step 4" in ends[0][1]
+    assert "scontrol" not in ends[2][2]
+    python.write_text(AT_STEP_4.replace("4", "5", 1))  # it got further
+    assert run_in_job(tmp_path, "warmup", PYTHON=str(python), STATUS="1")[0] == 0
+
+
+def test_the_ranks_and_the_questions_before_them_are_in_the_container(tmp_path: Path) -> None:
+    for name, text in (("python", AT_STEP_4), ("apptainer", APPTAINER)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    settings = {"PYTHON": str(tmp_path / "python"), "MOUNTS": "/data:/data"}
+    status, said, calls = run_in_job(tmp_path, "warmup", CONTAINER="te.sif", **settings)
+    assert status == 0, said
+    assert said.count("in te.sif: ") == 4  # layout, state, files, and the state in the end
+    inside = ["rank", "apptainer", "exec", "--nv", "--bind", "/data:/data", "te.sif"]
+    assert "\n".join(inside) in "\n".join(calls)
+    # pyxis is a part of srun, which answers here that the stage is done.
+    status, said, calls = run_in_job(tmp_path, "warmup", CONTAINER="nvcr.io#te", **settings)
+    assert (status, calls[-3:]) == (0, ["status", "--recipe", calls[-1]]), said
+    assert {"--container-image=nvcr.io#te", "--container-mounts=/data:/data"} <= set(calls)
+
+
 @pytest.mark.slow
 def test_a_missing_file_is_named_once_before_the_ranks_are_started(tmp_path: Path) -> None:
-    done, calls = run_in_job(
-        tmp_path, "router", "--", "--pretrained-checkpoint", "gone", "--save", str(tmp_path)
-    )
-    assert done.returncode == 2
-    assert calls == []
-    assert (
-        done.stderr.count("ConfigError: --pretrained-checkpoint gone: no such file or folder") == 1
-    )
+    flags = ("--pretrained-checkpoint", "gone", "--save", str(tmp_path))
+    status, said, calls = run_in_job(tmp_path, "router", "--", *flags)
+    assert (status, calls) == (2, [])
+    assert said.count("ConfigError: --pretrained-checkpoint gone: no such file or folder") == 1
 
 
-@pytest.mark.slow
-def test_a_stage_that_is_done_is_skipped(base_checkpoint: Path, tmp_path: Path) -> None:
-    """Another stage's checkpoint, of two steps, does: only the step counts."""
-    flags = ["--lr-warmup-iters", "0", "--train-iters", "2", "--save", str(base_checkpoint)]
-    done, calls = run_in_job(tmp_path, "router", "--", *flags)
-    assert (done.returncode, calls) == (0, []), done.stderr
-    assert "router is done already" in done.stderr
+def test_a_stage_that_is_done_is_skipped(tmp_path: Path) -> None:
+    """YAML writes the name in quotes."""
+    folder = checkpointed(tmp_path / "2026-11-28", 2)
+    flags = ["--lr-warmup-iters", "0", "--train-iters", "2", "--save", folder.name]
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    status, said, calls = run_in_job(
+        tmp_path, "router", "--", *flags, SLURM_SUBMIT_DIR=str(tmp_path)
+    )
+    assert (status, calls) == (0, []), said
+    assert "router is done already" in said

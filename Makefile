@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.13; do \
 # TransformerEngine are its container's. Packages that lie elsewhere: make gpu PYTHONPATH=/folder
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
-.PHONY: help venv test gpu test-quick test-large lint demo demo-quick clean
+.PHONY: help venv test gpu test-quick test-large test-slurm lint demo demo-quick clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test-quick: $(STAMP)  ## the quick ones of tests/unit and tests/policy: for the 
 
 test-large: $(STAMP)  ## convert 8 GB both ways: memory, and speed against a copy (needs 40 GB of disk)
 	OMP_NUM_THREADS=1 VICO_TEST_GB=8 $(BIN)/python -m pytest tests/test_large_conversion.py
+
+test-slurm: $(STAMP)  ## the SLURM launcher's chain, with faults, on two virtual nodes (needs root, slurm-wlm, munge)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.slurm
 
 gpu:  ## the checks for one GPU, a line each (without one: small forms, as in `make test`)
 	$(GPU_PYTHON) -m tests.gpu $(CHECKS)

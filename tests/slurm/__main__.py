@@ -1,0 +1,204 @@
+"""Runs the whole chain twice on a SLURM of two virtual nodes, the second time with three faults: a
+rank is killed, the job is preempted, and it is signalled as before its time limit. Losses, exported
+weights and scores must be the same to the last digit.
+
+Run as root: python -m tests.slurm [FOLDER]    (make test-slurm; needs slurm-wlm and munge)
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from megatron_vico.checkpoint.run_folder import latest_iteration
+from tests.slurm.cluster import NODES, Cluster, lacking, running, wait_for
+from tests.training_runs import ToyData, make_toy_data, read_metrics
+
+ROOT = Path(__file__).parents[2]
+STAGES = {"warmup": 16, "consistency": 16, "router": 16}
+STEPS = ("convert", *STAGES, "export", "evaluate")
+CHAIN_LIMIT_S = 600
+TIMES = ("step_time_s", "tokens_per_s", "samples_per_s")
+
+
+def main() -> int:
+    """Both chains, and what differs."""
+    reason = lacking()
+    if reason is not None:
+        print(f"make test-slurm cannot run here: {reason}", file=sys.stderr)
+        return 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the daemons end too
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="vico_slurm_"))
+    print(f"all files: {folder}", flush=True)
+    inputs = make_inputs(folder / "inputs")
+    cluster_folder = folder / "cluster"
+    cluster_folder.mkdir(parents=True)
+    with running(cluster_folder) as cluster:
+        plain = run_chain(cluster, folder / "plain", inputs, faults={})
+        faults = {"warmup": kill_rank, "consistency": preempt, "router": signal_job}
+        faulty = run_chain(cluster, folder / "faulty", inputs, faults=faults)
+    for stage in STAGES:
+        assert figures(plain / stage) == figures(faulty / stage), stage
+    scores = [json.loads((each / "scores.json").read_text()) for each in (plain, faulty)]
+    assert scores[0] == scores[1]
+    vico("checkpoint", "inspect", plain / "flash", "--diff", faulty / "flash")
+    print("the same with the faults and without: losses and gradient norms of", end=" ")
+    print(f"{sum(STAGES.values())} steps, exported weights, scores")
+    return 0
+
+
+def make_inputs(folder: Path) -> ToyData:
+    """Shards, a Hugging Face checkpoint and questions."""
+    data = make_toy_data(folder)
+    rows = (folder / "raw").glob("*.jsonl")
+    lines = [json.loads(line) for line in next(rows).read_text().splitlines()[:8]]
+    for line in lines:
+        line["metrics"] = ["exact" for turn in line["conversations"] if turn["from"] == "human"]
+    questions = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "raw" / "questions.jsonl").write_text(questions)
+    start = {
+        "stage": "pretrain",
+        "train_iters": 2,
+        "lr_warmup_iters": 0,
+        "save": str(folder / "start"),
+    }
+    (folder / "start.yaml").write_text(yaml.safe_dump(recipe(data) | start))
+    vico("train", "--recipe", folder / "start.yaml")
+    words = ("--from", "megatron", "--to", "hf", "--layout", "internvl")
+    words += ("--tokenizer-model", str(data.tokenizer))
+    vico("convert", *words, "--input", folder / "start", "--output", folder / "model")
+    return data
+
+
+def recipe(data: ToyData) -> dict[str, Any]:
+    """What all toy stages share."""
+    return {
+        **{"data_path": [str(data.shards)], "tokenizer_model": str(data.tokenizer)},
+        "model_size": "toy",
+        **{"seq_length": 600, "max_tiles_per_pack": 40, "max_samples_per_pack": 4},
+        **{"max_dynamic_patch": 4, "num_workers": 1, "global_batch_size": 2, "lr": 1e-3},
+        **{"min_lr": 1e-5, "adam_eps": 1e-5, "lr_warmup_iters": 2, "save_interval": 3},
+    }
+
+
+def run_chain(
+    cluster: Cluster,
+    folder: Path,
+    inputs: ToyData,
+    *,
+    faults: dict[str, Callable[[Cluster, str], None]],
+) -> Path:
+    """Submit the chain with the launcher, do each fault once its stage has made some steps, and
+    wait for the end: the folder of its results."""
+    recipes = folder / "recipes"
+    recipes.mkdir(parents=True)
+    start = str(folder / "start")
+    for stage, before in zip(STAGES, ("start", "warmup", "consistency"), strict=True):
+        own = {"stage": stage, "train_iters": STAGES[stage], "reference_load": start}
+        own |= {"pretrained_checkpoint": str(folder / before)}
+        own |= {"save": str(folder / stage), "load": str(folder / stage)}
+        (recipes / f"{stage}.yaml").write_text(yaml.safe_dump(recipe(inputs) | own))
+    raw = inputs.shards.parent / "raw"
+    settings = {
+        **{"RECIPES": recipes, "PYTHON": sys.executable, "PYTHONPATH": ROOT, "NAME": "toy"},
+        **{"GPU": "none", "NODES": NODES, "ROUTER_NODES": NODES, "GPUS_PER_NODE": 1},
+        **{"DATA": inputs.shards, "TOKENIZER": inputs.tokenizer, "LOGS": folder / "logs"},
+        **{"MODEL": inputs.shards.parent / "model", "EXPORT": folder / "flash"},
+        **{"QUESTIONS": raw / "questions.jsonl", "SCORES": folder / "scores.json"},
+        **{"EXPORT_FLAGS": "--max-dynamic-patch 4", "TIME": "30", "SAVE_S": 60},
+        **{"EVALUATE_FLAGS": "--max-dynamic-patch 4 --max-new-tokens 4"},
+        # The names of virtual nodes are in no hosts file.
+        **{"MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": ""},
+    }
+    began = time.monotonic()
+    done = subprocess.run(
+        [ROOT / "examples" / "slurm" / "vico.sh"],
+        env=cluster.environment | {name: str(value) for name, value in settings.items()},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    jobs = dict(line.split(": job ") for line in done.stdout.splitlines() if ": job " in line)
+    assert tuple(jobs) == STEPS, done.stdout
+    for stage, fault in faults.items():
+        save = folder / stage
+        wait_for(partial(saved_some, save), f"{save} to be under way", limit_s=CHAIN_LIMIT_S)
+        fault(cluster, jobs[stage])
+    wait_for(lambda: has_ended(cluster, jobs), f"{folder.name} chain", limit_s=CHAIN_LIMIT_S)
+    for step, job in jobs.items():
+        fields = cluster.job(job)
+        restarts, expected = int(fields["Restarts"]), int(step in faults)
+        print(f"{folder.name} {step}: job {job} {fields['JobState']}, {restarts} restarts")
+        assert (fields["JobState"], restarts) == ("COMPLETED", expected), fields
+    print(f"{folder.name}: {time.monotonic() - began:.0f} s", flush=True)
+    return folder
+
+
+def saved_some(save: Path) -> bool:
+    """Whether a stage has a checkpoint, so that what it made after it will be made again."""
+    return latest_iteration(save) is not None
+
+
+def has_ended(cluster: Cluster, jobs: dict[str, str]) -> bool:
+    """Whether all jobs are completed, or one never will be."""
+    states = {cluster.job(job)["JobState"] for job in jobs.values()}
+    return states == {"COMPLETED"} or not states <= {
+        "COMPLETED",
+        "COMPLETING",
+        "RUNNING",
+        "PENDING",
+    }
+
+
+def kill_rank(cluster: Cluster, job: str) -> None:
+    """SIGKILL to rank 1, as the kernel does when memory is short."""
+    ranks = [
+        process
+        for process in psutil.process_iter(["environ", "cmdline", "ppid"])
+        if "train" in (process.info["cmdline"] or [])
+        and (process.info["environ"] or {}).get("SLURM_JOB_ID") == job
+        and process.info["environ"].get("RANK") == "1"
+    ]
+    # Its loader's workers look the same.
+    (rank,) = [each for each in ranks if each.info["ppid"] not in {other.pid for other in ranks}]
+    rank.kill()
+
+
+def preempt(cluster: Cluster, job: str) -> None:
+    """A job of a partition that goes first takes the nodes: SIGTERM, grace time, back in line."""
+    words = ("--partition=urgent", f"--nodes={NODES}", "--exclusive", "--output=/dev/null")
+    cluster.ask("sbatch", *words, "--wrap=true")
+
+
+def signal_job(cluster: Cluster, job: str) -> None:
+    """What --signal does before the time limit."""
+    cluster.ask("scancel", "--signal=TERM", job)
+
+
+def figures(run: Path) -> list[dict[str, Any]]:
+    """Of each step, all but times."""
+    return [
+        {name: value for name, value in row.items() if name not in TIMES}
+        for row in read_metrics(run)
+    ]
+
+
+def vico(*words: object) -> None:
+    """A command that must succeed."""
+    command = [sys.executable, "-W", "ignore", "-m", "megatron_vico", *map(str, words)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

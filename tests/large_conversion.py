@@ -127,7 +127,8 @@ def _in_child(job: str, folder: Path, num_gb: float, *words: str) -> None:
 
     cpu_stand_in.install()
     from megatron_vico.config.registry import MODELS
-    from megatron_vico.convert.convert import ConversionOptions, convert
+    from megatron_vico.convert.convert import convert
+    from megatron_vico.convert.options import ConversionOptions
 
     model = _large_model(num_gb)
     MODELS[model.name] = model

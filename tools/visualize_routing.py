@@ -9,41 +9,59 @@
 The thumbnail is routed too, but not drawn: it shows the whole image once more.
 """
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
 
 from megatron_vico import cpu_stand_in
-from megatron_vico.cli.engine_flags import add_model_flags, open_engine
-from megatron_vico.errors import USER_ERRORS, SampleError
+from megatron_vico.cli.command_line import read
+from megatron_vico.cli.engine_flags import ModelFlags
+from megatron_vico.errors import USER_ERRORS, ConfigError, SampleError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags(ModelFlags):
+    """Draw which tiles of images a trained router compresses."""
+
+    images: Positional[tuple[Path, ...]]
+    """Image files."""
+
+    output: Path
+    """Picture to write."""
+
+    granularity: Literal["tile", "image"] = "tile"
+    """What the router decides on."""
+
+    rule: Literal["paper", "flash"] = "paper"
+    """p > 0.5, or the released models'."""
+
+    tile_px: int = 112
+    """Side of a tile in the picture."""
+
+    columns: int = 4
+    """Images in a row of the picture."""
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError: if there is nothing to draw."""
+        if not self.images:
+            raise ConfigError("no image to draw; name image files.")
 
 
 def main() -> int:
     """Parse, route, draw; exit status 0, or 2 after an error of the user's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("images", type=Path, nargs="+", help="image files")
-    parser.add_argument("--output", type=Path, required=True, help="picture to write")
-    add_model_flags(parser)
-    parser.set_defaults(tile_tags="none", bf16=False, batch_size=8)
-    what = "what the router decides on"
-    parser.add_argument("--granularity", choices=("tile", "image"), default="tile", help=what)
-    rule_help = "p > 0.5, or the released models'"
-    parser.add_argument("--rule", choices=("paper", "flash"), default="paper", help=rule_help)
-    parser.add_argument("--tile-px", type=int, default=112, help="side of a tile in the picture")
-    parser.add_argument("--columns", type=int, default=4, help="images in a row of the picture")
-    options = parser.parse_args()
     cpu_stand_in.install()  # before megatron is imported, which `draw` does
     try:
-        draw(options)
+        draw(read(Flags, sys.argv[1:], prog="visualize_routing.py"))
     except USER_ERRORS as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def draw(options: argparse.Namespace) -> None:
+def draw(options: Flags) -> None:
     """Do what `main` says."""
     from megatron_vico.data.encode.tiling import choose_grid, decode_image
     from megatron_vico.data.samples import ConversationSample, Turn
@@ -51,7 +69,7 @@ def draw(options: argparse.Namespace) -> None:
     from megatron_vico.inference.engine import Routing
 
     prompts, grids = [], []
-    with open_engine(options) as engine:
+    with options.engine() as engine:
         for path in options.images:
             try:
                 content = path.read_bytes()

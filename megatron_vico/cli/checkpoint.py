@@ -1,13 +1,18 @@
 """`vico checkpoint inspect`: what a checkpoint folder holds, or how it differs from another."""
 
-import argparse
 import dataclasses
 import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from megatron_vico.cli.command_line import read
+from megatron_vico.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from megatron_vico.convert.compare import Comparison, Difference
@@ -21,6 +26,46 @@ _MAX_LISTED = 20
 """Differences of a kind that are printed unless --tensors asks for all."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """What a checkpoint folder holds; nothing but headers is read, unless --diff compares weights.
+
+    Exit status of --diff: 0 if all weights are equal bit for bit, 1 if not, 2 after an error.
+    """
+
+    folder: Positional[Path]
+    """A run's --save folder, one of its iter_ folders, or a Hugging Face one."""
+
+    ckpt_step: int | None = None
+    """Which step of a run; unset, the latest."""
+
+    model_size: str | None = None
+    """Refuse any other than this preset or config.json; unset, what the folder says it is."""
+
+    tensors: bool = False
+    """List every tensor; with --diff, every difference."""
+
+    match: Annotated[str | None, arg(metavar="PATTERN")] = None
+    """Only tensors in whose name this glob is found somewhere."""
+
+    json: bool = False
+    """Print JSON, with bytes and counts as plain numbers."""
+
+    diff: Annotated[Path | None, arg(metavar="OTHER")] = None
+    """Compare the weights, tensor by tensor, with those of a folder of any form; optimizers are
+    left out."""
+
+    diff_ckpt_step: Annotated[int | None, arg(metavar="STEP")] = None
+    """Which step of OTHER; unset, the latest."""
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError: if a flag has no effect without another."""
+        if self.match is not None and not (self.tensors or self.diff):
+            raise ConfigError("--match chooses among tensors: give --tensors or --diff with it.")
+        if self.diff_ckpt_step is not None and self.diff is None:
+            raise ConfigError("--diff-ckpt-step is of the folder of --diff: give that with it.")
+
+
 def main(arguments: Sequence[str]) -> int:
     """Print what a checkpoint is, or how two differ.
 
@@ -31,15 +76,11 @@ def main(arguments: Sequence[str]) -> int:
         0; with --diff, 1 where the two differ.
 
     Raises:
+        ConfigError: if a flag has no effect without another.
         CheckpointError: if a folder holds no finished checkpoint, or cannot be read.
     """
-    parser = _parser()
-    words = list(arguments)
-    options = parser.parse_args(words[1:] if words[:1] == ["inspect"] else words)
-    if options.match is not None and not (options.tensors or options.diff):
-        parser.error("--match chooses among tensors: give --tensors or --diff with it")
-    if options.diff_ckpt_step is not None and options.diff is None:
-        parser.error("--diff-ckpt-step is of the folder of --diff: give that with it")
+    words = arguments[1:] if arguments[:1] == ["inspect"] else arguments
+    options = read(Flags, words, prog="vico checkpoint inspect")
     from megatron_vico.convert.describe import open_checkpoint
 
     first = open_checkpoint(
@@ -61,52 +102,6 @@ def main(arguments: Sequence[str]) -> int:
     return DIFFERENT if found.differences else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vico checkpoint inspect",
-        description=(
-            "What a checkpoint folder holds; nothing but headers is read, unless --diff compares"
-            " the weights."
-        ),
-        epilog=(
-            "Exit status of --diff: 0 if all weights are equal bit for bit, 1 if not, 2 after an"
-            " error."
-        ),
-    )
-    parser.add_argument(
-        "folder",
-        type=Path,
-        help="a run's --save folder, one of its iter_ folders, or a Hugging Face one",
-    )
-    parser.add_argument("--ckpt-step", type=int, help="which step of a run; unset, the latest")
-    parser.add_argument(
-        "--model-size",
-        help="refuse any other than this preset or config.json; unset, what the folder says it is",
-    )
-    parser.add_argument(
-        "--tensors", action="store_true", help="list every tensor; with --diff, every difference"
-    )
-    parser.add_argument(
-        "--match", metavar="PATTERN", help="only tensors in whose name this glob is found somewhere"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print JSON, with bytes and counts as plain numbers"
-    )
-    parser.add_argument(
-        "--diff",
-        type=Path,
-        metavar="OTHER",
-        help=(
-            "compare the weights, tensor by tensor, with those of a folder of any form; optimizers"
-            " are left out"
-        ),
-    )
-    parser.add_argument(
-        "--diff-ckpt-step", type=int, metavar="STEP", help="which step of OTHER; unset, the latest"
-    )
-    return parser
-
-
 def _contents(source: "Source") -> "Contents":
     assert source.contents is not None, "it was opened from a folder"
     return source.contents
@@ -116,7 +111,6 @@ def _description(source: "Source", *, with_tensors: bool, match: str | None) -> 
     """What --json prints, and the text is made of."""
     from megatron_vico.convert.describe import matching, stored_weights
     from megatron_vico.convert.source import dtype_name
-    from megatron_vico.errors import CheckpointError
 
     contents = _contents(source)
     weights = stored_weights(contents)

@@ -1,6 +1,5 @@
 """`vico doctor`: what is installed and usable on this machine, and what falls back to what."""
 
-import argparse
 import importlib
 import importlib.metadata
 import importlib.util
@@ -11,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from megatron_vico.cli.command_line import read
+
 REQUIRED = (
     *("torch", "megatron-core", "transformers", "safetensors", "sentencepiece", "webdataset"),
     *("numpy", "pillow", "PyYAML", "tqdm", "tensorboard", "matplotlib", "psutil"),
@@ -19,6 +20,14 @@ DEMO = ("scikit-image", "scikit-learn")
 
 _NO_GPU = "no GPU: the CPU stand-in and gloo are used"
 State = Literal["ok", "absent", "missing"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Say what is installed and usable on this machine, and what falls back to what."""
+
+    gpus: int = 0
+    """Exit status 1 unless so many are usable, with NCCL."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +44,7 @@ class Finding:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the report; exit status 1 if something required is missing."""
-    parser = argparse.ArgumentParser(prog="vico doctor", description=__doc__)
-    gpus_help = "exit status 1 unless so many are usable, with NCCL"
-    parser.add_argument("--gpus", type=int, default=0, help=gpus_help)
-    gpus = parser.parse_args(arguments).gpus
+    gpus = read(Flags, arguments, prog="vico doctor").gpus
     found = findings()
     for finding in found:
         print(f"{finding.state:8} {finding.name:20} {finding.version:12} {finding.note}".rstrip())

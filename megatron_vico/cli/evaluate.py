@@ -1,11 +1,29 @@
 """`vico evaluate`: score a model on a JSONL file of questions under one plan."""
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_vico.cli.engine_flags import add_engine_flags, open_engine, plan_source
+from megatron_vico.cli.command_line import read
+from megatron_vico.cli.engine_flags import AnswerFlags
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags(AnswerFlags):
+    """Score a model on a JSONL file of questions under one plan."""
+
+    jsonl: Path
+    """Official chat format, with `metrics` a question."""
+
+    image_root: Path | None = None
+    """Folder that image paths start from; unset, the JSONL's own."""
+
+    limit: int | None = None
+    """Use only so many conversations."""
+
+    output: Path | None = None
+    """JSON file for the figures."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -15,27 +33,19 @@ def main(arguments: Sequence[str]) -> None:
         SampleError: if a line or image of the set cannot be used.
         CheckpointError: if --load is no checkpoint.
     """
-    parser = argparse.ArgumentParser(prog="vico evaluate", description=__doc__)
-    jsonl_help = "official chat format, with `metrics` a question"
-    parser.add_argument("--jsonl", type=Path, required=True, help=jsonl_help)
-    root_help = "folder that image paths start from; unset, the JSONL's own"
-    parser.add_argument("--image-root", type=Path, help=root_help)
-    parser.add_argument("--limit", type=int, help="use only so many conversations")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
-    add_engine_flags(parser)
-    options = parser.parse_args(arguments)
+    options = read(Flags, arguments, prog="vico evaluate")
     from megatron_vico.evaluation.runner import read_evaluation_set, run_evaluation
     from megatron_vico.files import write_json
 
     samples = read_evaluation_set(
         options.jsonl, image_root=options.image_root or options.jsonl.parent, limit=options.limit
     )
-    with open_engine(options) as engine:
+    with options.engine() as engine:
         result = run_evaluation(
             engine,
             samples,
             row=options.plan,
-            plan=plan_source(options),
+            plan=options.plan_source(),
             max_new_tokens=options.max_new_tokens,
         ).result
     print(f"{len(samples)} conversations: score {result.score:.2%} +- {result.standard_error:.2%}")

@@ -1,39 +1,55 @@
 """`vico generate`: ask a model about images or a video, and see how many tiles it compressed."""
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from megatron_vico.cli.engine_flags import add_engine_flags, open_engine, plan_source
-from megatron_vico.errors import SampleError
+from tyro.conf import UseAppendAction, create_mutex_group
+
+from megatron_vico.cli.command_line import read
+from megatron_vico.cli.engine_flags import AnswerFlags
+from megatron_vico.errors import ConfigError, SampleError
 
 if TYPE_CHECKING:
     from megatron_vico.data.samples import ConversationSample
+
+_SEEN = create_mutex_group(required=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags(AnswerFlags):
+    """Ask a model about images or a video, and see how many tiles it compressed."""
+
+    image: Annotated[tuple[Path, ...], _SEEN] = ()
+    """Image files, in the order of their <image>."""
+
+    video: Annotated[Path | None, _SEEN] = None
+    """A video file, shown as frames of one tile each."""
+
+    num_frames: int | None = None
+    """Frames of the video; unset, 8."""
+
+    prompt: UseAppendAction[tuple[str, ...]]
+    """A question; may be repeated, each sees the answers before it."""
 
 
 def main(arguments: Sequence[str]) -> None:
     """Answer one conversation and print it.
 
     Raises:
+        ConfigError: if flags do not go together.
         SampleError: if an image or the video cannot be used.
         CheckpointError: if --load is no checkpoint.
     """
-    parser = argparse.ArgumentParser(prog="vico generate", description=__doc__)
-    seen = parser.add_mutually_exclusive_group()
-    image_help = "image files, in the order of their <image>"
-    seen.add_argument("--image", type=Path, nargs="+", default=[], help=image_help)
-    seen.add_argument("--video", type=Path, help="a video file, shown as frames of one tile each")
-    parser.add_argument("--num-frames", type=int, help="frames of the video; default: 8")
-    prompt_help = "a question; may be repeated, each sees the answers before it"
-    parser.add_argument("--prompt", action="append", required=True, help=prompt_help)
-    add_engine_flags(parser)
-    options = parser.parse_args(arguments)
+    options = read(Flags, arguments, prog="vico generate")
+    if not options.prompt:
+        raise ConfigError("--prompt is not given; ask something.")
     if options.num_frames is not None and (options.video is None or options.num_frames < 1):
-        parser.error(f"--num-frames {options.num_frames}: expected 1 or more, and a --video")
+        raise ConfigError(f"--num-frames {options.num_frames}: expected 1 or more, and a --video.")
     sample = _sample(options)
-    with open_engine(options) as engine:
-        prompts, plan = [engine.prompt(sample)], plan_source(options)
+    with options.engine() as engine:
+        prompts, plan = [engine.prompt(sample)], options.plan_source()
         (answers,) = engine.answer(prompts, plan=plan, max_new_tokens=options.max_new_tokens)
     for question, text in zip(options.prompt, answers.texts, strict=True):
         print(f"> {question}\n{text}\n")
@@ -44,7 +60,7 @@ def main(arguments: Sequence[str]) -> None:
     )
 
 
-def _sample(options: argparse.Namespace) -> "ConversationSample":
+def _sample(options: Flags) -> "ConversationSample":
     from megatron_vico.data.encode.video import INFERENCE_TEXT, middle_frames, with_frames
     from megatron_vico.data.samples import ConversationSample, Turn
 

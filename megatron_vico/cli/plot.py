@@ -1,68 +1,89 @@
 """`vico plot loss | trace | table`: loss curves, a step's trace, the ablation table."""
 
-import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
+from tyro.conf import Positional, arg
+
+from megatron_vico.cli.command_line import read_action
 from megatron_vico.errors import ConfigError
 
 
 def main(arguments: Sequence[str]) -> None:
     """Draw or print; ConfigError if a file is not there or not what it should be."""
-    parser = argparse.ArgumentParser(prog="vico plot", description=__doc__)
-    actions = parser.add_subparsers(dest="action", required=True)
-    what = "one panel a run: every step in light, a running mean in dark, validation as points"
-    loss = actions.add_parser("loss", help=what)
-    runs_help = "a run's --save folder, or its metrics.jsonl"
-    loss.add_argument("runs", nargs="+", metavar="TITLE=FOLDER", help=runs_help)
-    trace = actions.add_parser("trace", help="who did what when in one step: a row a rank")
-    folder_help = "what --profile wrote: <save>/trace/step_N; its last step is drawn"
-    trace.add_argument("folder", type=Path, help=folder_help)
-    trace.add_argument("--title", default="", help="line above the picture")
-    for action in (loss, trace):
-        output_help = "picture to write; its ending says the format"
-        action.add_argument("--output", type=Path, required=True, help=output_help)
-    table = actions.add_parser("table", help="print a results.json")
-    table.add_argument("results", type=Path)
-    table.add_argument("--format", choices=("text", "markdown"), default="text")
-    options = parser.parse_args(arguments)
-    if options.action == "table":
-        _table(options.results, markdown=options.format == "markdown")
-        return
-    if options.action == "trace":
-        _trace(options.folder, options.output, title=options.title)
-        return
-    from megatron_vico.evaluation.plots import loss_curves
-
-    files = dict(_metrics_file(word) for word in options.runs)
-    loss_curves(files).savefig(options.output, dpi=110)
-    print(options.output)
+    actions = {"loss": Loss, "trace": Trace, "table": Table}
+    read_action(actions, arguments, prog="vico plot", description=__doc__).run()
 
 
-def _table(path: Path, *, markdown: bool) -> None:
-    from megatron_vico.evaluation.tables import as_markdown, as_text, read_results
-
-    try:
-        rows = read_results(path)
-    except OSError as error:
-        message = f"{path}: {error.strerror}; give the results.json of an evaluation."
-        raise ConfigError(message) from error
-    except (json.JSONDecodeError, TypeError) as error:
-        raise ConfigError(f"{path}: not a results.json ({error}).") from error
-    print(as_markdown(rows) if markdown else as_text(rows))
+@dataclass(frozen=True, kw_only=True)
+class _Picture:
+    output: Path
+    """Picture to write; its ending says the format."""
 
 
-def _trace(folder: Path, output: Path, *, title: str) -> None:
-    from megatron_vico.evaluation.plots import read_trace, trace_picture
+@dataclass(frozen=True, kw_only=True)
+class Loss(_Picture):
+    """One panel a run: every step in light, a running mean in dark, validation as points."""
 
-    boxes = read_trace(folder)
-    if not boxes:
-        raise ConfigError(
-            f"{folder}: no rank_*.json; give <save>/trace/step_N of a run with --profile."
-        )
-    trace_picture(boxes, title=title).savefig(output, dpi=110)
-    print(output)
+    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="TITLE=FOLDER ...")]
+    """A run's --save folder, or its metrics.jsonl."""
+
+    def run(self) -> None:
+        """Draw the curves."""
+        from megatron_vico.evaluation.plots import loss_curves
+
+        if not self.runs:
+            raise ConfigError("no run to draw; give TITLE=FOLDER with the --save folder of one.")
+        files = dict(_metrics_file(word) for word in self.runs)
+        loss_curves(files).savefig(self.output, dpi=110)
+        print(self.output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace(_Picture):
+    """Who did what when in one step: a row a rank."""
+
+    folder: Positional[Path]
+    """What --profile wrote: <save>/trace/step_N; its last step is drawn."""
+
+    title: str = ""
+    """Line above the picture."""
+
+    def run(self) -> None:
+        """Draw the step."""
+        from megatron_vico.evaluation.plots import read_trace, trace_picture
+
+        boxes = read_trace(self.folder)
+        if not boxes:
+            raise ConfigError(
+                f"{self.folder}: no rank_*.json; give <save>/trace/step_N of a run with --profile."
+            )
+        trace_picture(boxes, title=self.title).savefig(self.output, dpi=110)
+        print(self.output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Print a results.json."""
+
+    results: Positional[Path]
+    format: Literal["text", "markdown"] = "text"
+
+    def run(self) -> None:
+        """Print the table."""
+        from megatron_vico.evaluation.tables import as_markdown, as_text, read_results
+
+        try:
+            rows = read_results(self.results)
+        except OSError as error:
+            message = f"{self.results}: {error.strerror}; give the results.json of an evaluation."
+            raise ConfigError(message) from error
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ConfigError(f"{self.results}: not a results.json ({error}).") from error
+        print(as_markdown(rows) if self.format == "markdown" else as_text(rows))
 
 
 def _metrics_file(word: str) -> tuple[str, Path]:

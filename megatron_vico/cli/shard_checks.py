@@ -1,12 +1,14 @@
 """`vico shards inspect | verify`: what is in shards, as text and pictures, and what is wrong."""
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import indent
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import Positional, arg, create_mutex_group
 
 from megatron_vico.config.config_json import model_named
 from megatron_vico.config.registry import MODELS
@@ -22,98 +24,185 @@ if TYPE_CHECKING:
     from megatron_vico.shard_tools.shard_check import Problem
 
 
-def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of `inspect`."""
-    _add_common(parser)
-    add = parser.add_argument
-    add("--samples", type=int, default=1, help="how many samples to show")
-    first = parser.add_mutually_exclusive_group()
-    first.add_argument("--start", type=int, default=0, help="number of the first sample to show")
-    first.add_argument("--key", help="key of the first sample to show")
-    add("--picture", type=Path, metavar="FILE.png", help="draw the samples that are shown")
-    add("--plots", type=Path, metavar="DIR", help="draw the statistics as DIR/shards.png")
-    add("--json", type=Path, metavar="FILE", help="write the statistics")
-    add("--packing-window", type=int, default=DataOptions().packing_window)
-    add("--seed", type=int, default=TrainingOptions().seed, help="of the order that is packed")
+_FIRST = create_mutex_group(required=False)
 
 
-def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of `verify`."""
-    _add_common(parser)
-    workers_help = "processes; 0, none but this one"
-    parser.add_argument("--workers", type=int, default=usable_cpus(), help=workers_help)
-    share_help = "share of the samples that are decoded; all are hashed"
-    parser.add_argument("--sample-share", type=float, default=1.0, help=share_help)
-    parser.epilog = "Exit status: 0 if nothing is wrong, 1 if something is, 2 after an error."
+@dataclass(frozen=True, kw_only=True)
+class _Folders:
+    """Which shards, and how they would be packed."""
 
+    folder: Positional[str]
+    """A folder of shards, or a mixture.json."""
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    defaults, add = DataOptions(), parser.add_argument
-    add("folder", help="a folder of shards, or a mixture.json")
-    tokenizer_help = "tokenizer folder, or SentencePiece .model; encodes the samples"
-    add("--tokenizer-model", help=tokenizer_help)
-    size_help = "gives the tokens of a tile; unset, those that all models of its size have"
-    add("--model-size", help=size_help)
-    add("--seq-length", type=int, default=defaults.seq_length, help="most tokens in a pack")
-    add("--max-tiles-per-pack", type=int, default=defaults.max_tiles_per_pack)
-    add("--max-samples-per-pack", type=int, default=defaults.max_samples_per_pack)
+    tokenizer_model: str | None = None
+    """Tokenizer folder, or SentencePiece .model; encodes the samples."""
 
+    model_size: str | None = None
+    """Gives the tokens of a tile; unset, those that all models of its size have."""
 
-def inspect(options: argparse.Namespace) -> None:
-    """Print samples and statistics, and draw them where that is asked for.
+    seq_length: int = DataOptions.seq_length
+    """Most tokens in a pack."""
 
-    Raises:
-        ConfigError: if a folder holds no shards, or a flag does not fit it.
-        SampleError: if a shard or a sample is broken.
-    """
-    from megatron_vico.data.pack.plan import FolderList
-    from megatron_vico.data.shards.mixture import read_mixture
-    from megatron_vico.data.shards.reader import ShardFolder
-    from megatron_vico.files import write_json
-    from megatron_vico.shard_tools.report import PackingOptions, ShardStatistics
+    max_tiles_per_pack: int = DataOptions.max_tiles_per_pack
+    max_samples_per_pack: int | None = DataOptions.max_samples_per_pack
 
-    mixture = read_mixture([options.folder])
-    folders = [ShardFolder.open(each.path) for each in mixture]
-    repeats = [each.repeat for each in mixture]
-    for folder, repeat in zip(folders, repeats, strict=True):
-        counts = f"{len(folder):,} samples in {len(folder.index.shards)} shards"
-        print(f"{folder.path}: {counts}, repeat {repeat:g}")
-        print(f"  tokenizer {folder.index.tokenizer}, {folder.index.settings}")
-        for message in folder.index.skipped:
-            print(f"  left out: {message}")
-    tokens_kept = _tokens_kept(options.model_size, folders[0].index.settings.image_size)
-    packing = None
-    if tokens_kept is None:
-        print("packs are not counted: the tokens of a tile are not known; give --model-size.")
-    else:
-        packing = PackingOptions(
-            limits=_limits(options),
-            window=options.packing_window,
-            tokens_kept=tokens_kept,
-            seed=options.seed,
+    def limits(self) -> "PackLimits":
+        """Of a pack."""
+        from megatron_vico.data.pack.packing import PackLimits
+
+        return PackLimits(
+            capacity=self.seq_length,
+            max_tiles=self.max_tiles_per_pack,
+            max_samples=self.max_samples_per_pack,
         )
-    statistics = ShardStatistics.of(folders, repeats=repeats, packing=packing)
-    print(f"\n{statistics.as_text()}")
-    if options.json is not None:
-        write_json(options.json, statistics.as_json(), sort_keys=False)
-    shown = _show(FolderList(folders), options)
-    if options.plots is not None:
-        from megatron_vico.shard_tools.plots import shard_figure
-
-        options.plots.mkdir(parents=True, exist_ok=True)
-        title = f"{Path(options.folder).name}: {len(statistics.num_tokens):,} samples"
-        shard_figure(statistics, title=title).savefig(options.plots / "shards.png", dpi=110)
-        print(options.plots / "shards.png")
-    if options.picture is not None:
-        from megatron_vico.shard_tools.contact_sheet import contact_sheet
-
-        if not shown:
-            raise ConfigError("--picture: no samples to draw; give --samples above 0.")
-        contact_sheet(shown)[0].save(options.picture)
-        print(options.picture)
 
 
-def _show(data: "FolderList", options: argparse.Namespace) -> list["ViewedSample"]:
+@dataclass(frozen=True, kw_only=True)
+class Inspect(_Folders):
+    """Show samples and statistics."""
+
+    samples: int = 1
+    """How many samples to show."""
+
+    start: Annotated[int, _FIRST] = 0
+    """Number of the first sample to show."""
+
+    key: Annotated[str | None, _FIRST] = None
+    """Key of the first sample to show."""
+
+    picture: Annotated[Path | None, arg(metavar="FILE.png")] = None
+    """Draw the samples that are shown."""
+
+    plots: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Draw the statistics as DIR/shards.png."""
+
+    json: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Write the statistics."""
+
+    packing_window: int = DataOptions.packing_window
+    seed: int = TrainingOptions.seed
+    """Of the order that is packed."""
+
+    def run(self) -> None:
+        """Print samples and statistics, and draw them where that is asked for.
+
+        Raises:
+            ConfigError: if a folder holds no shards, or a flag does not fit it.
+            SampleError: if a shard or a sample is broken.
+        """
+        from megatron_vico.data.pack.plan import FolderList
+        from megatron_vico.data.shards.mixture import read_mixture
+        from megatron_vico.data.shards.reader import ShardFolder
+        from megatron_vico.files import write_json
+        from megatron_vico.shard_tools.report import PackingOptions, ShardStatistics
+
+        mixture = read_mixture([self.folder])
+        folders = [ShardFolder.open(each.path) for each in mixture]
+        repeats = [each.repeat for each in mixture]
+        for folder, repeat in zip(folders, repeats, strict=True):
+            counts = f"{len(folder):,} samples in {len(folder.index.shards)} shards"
+            print(f"{folder.path}: {counts}, repeat {repeat:g}")
+            print(f"  tokenizer {folder.index.tokenizer}, {folder.index.settings}")
+            for message in folder.index.skipped:
+                print(f"  left out: {message}")
+        tokens_kept = _tokens_kept(self.model_size, folders[0].index.settings.image_size)
+        packing = None
+        if tokens_kept is None:
+            print("packs are not counted: the tokens of a tile are not known; give --model-size.")
+        else:
+            packing = PackingOptions(
+                limits=self.limits(),
+                window=self.packing_window,
+                tokens_kept=tokens_kept,
+                seed=self.seed,
+            )
+        statistics = ShardStatistics.of(folders, repeats=repeats, packing=packing)
+        print(f"\n{statistics.as_text()}")
+        if self.json is not None:
+            write_json(self.json, statistics.as_json(), sort_keys=False)
+        shown = _show(FolderList(folders), self)
+        if self.plots is not None:
+            from megatron_vico.shard_tools.plots import shard_figure
+
+            self.plots.mkdir(parents=True, exist_ok=True)
+            title = f"{Path(self.folder).name}: {len(statistics.num_tokens):,} samples"
+            shard_figure(statistics, title=title).savefig(self.plots / "shards.png", dpi=110)
+            print(self.plots / "shards.png")
+        if self.picture is not None:
+            from megatron_vico.shard_tools.contact_sheet import contact_sheet
+
+            if not shown:
+                raise ConfigError("--picture: no samples to draw; give --samples above 0.")
+            contact_sheet(shown)[0].save(self.picture)
+            print(self.picture)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify(_Folders):
+    """Read everything once and say what is wrong.
+
+    Exit status: 0 if nothing is wrong, 1 if something is, 2 after an error.
+    """
+
+    workers: int = field(default_factory=usable_cpus)
+    """Processes; 0, none but this one."""
+
+    sample_share: float = 1.0
+    """Share of the samples that are decoded; all are hashed."""
+
+    def run(self) -> int:
+        """Print a line for each problem and a table of causes.
+
+        Returns:
+            0, or 1 where there is a problem.
+        """
+        from tqdm import tqdm
+
+        from megatron_vico.data.encode.tokenizer import load_tokenizer
+        from megatron_vico.data.shards.mixture import read_mixture
+        from megatron_vico.data.shards.storage import is_url
+        from megatron_vico.shard_tools.shard_check import Problem, VerifyOptions
+        from megatron_vico.shard_tools.verify import Verification
+
+        folders = read_mixture([self.folder])
+        for folder in folders:
+            if is_url(folder.path):
+                raise ConfigError(
+                    f"{folder.path}: only local folders are verified; copy it, or verify it where"
+                    " it lies."
+                )
+        tokens_kept = _tokens_kept(self.model_size, _image_size(folders))
+        how = VerifyOptions(
+            tokenizer=load_tokenizer(self.tokenizer_model) if self.tokenizer_model else None,
+            limits=self.limits() if tokens_kept else None,
+            tokens_kept=tokens_kept or 0,
+            sample_share=self.sample_share,
+            num_workers=self.workers,
+        )
+        verification = Verification([Path(folder.path) for folder in folders], how)
+        problems: list[Problem] = []
+        num_samples = 0
+        # Drawn on a terminal only, and not for what takes less than a second.
+        total = verification.num_bytes
+        with tqdm(
+            total=total, unit="B", unit_scale=True, disable=None, delay=1, file=sys.stderr
+        ) as bar:
+            for found in verification:
+                if isinstance(found, Problem):
+                    bar.write(str(found), file=sys.stdout)
+                    problems.append(found)
+                else:
+                    num_samples += found.num_samples
+                    bar.update(found.num_bytes)
+        size = f"{verification.num_shards} shards, {verification.num_bytes:,} bytes"
+        done = f"{num_samples:,} samples decoded: {len(problems)} problems"
+        print(f"{self.folder}: {len(folders)} folders, {size}, {done}")
+        if problems:
+            print(_causes(problems))
+        return 1 if problems else 0
+
+
+def _show(data: "FolderList", options: Inspect) -> list["ViewedSample"]:
     """Print the samples that are asked for."""
     from megatron_vico.data.encode.sample_encoder import SampleEncoder
     from megatron_vico.data.encode.tokenizer import load_tokenizer
@@ -158,58 +247,6 @@ def _number_of(key: str, data: "FolderList") -> int:
     raise ConfigError(f"--key {key}: no such sample in {folders}.")
 
 
-def verify(options: argparse.Namespace) -> int:
-    """Print a line for each problem and a table of causes.
-
-    Returns:
-        0, or 1 where there is a problem.
-    """
-    from tqdm import tqdm
-
-    from megatron_vico.data.encode.tokenizer import load_tokenizer
-    from megatron_vico.data.shards.mixture import read_mixture
-    from megatron_vico.data.shards.storage import is_url
-    from megatron_vico.shard_tools.shard_check import Problem, VerifyOptions
-    from megatron_vico.shard_tools.verify import Verification
-
-    folders = read_mixture([options.folder])
-    for folder in folders:
-        if is_url(folder.path):
-            raise ConfigError(
-                f"{folder.path}: only local folders are verified; copy it, or verify it where it"
-                " lies."
-            )
-    tokens_kept = _tokens_kept(options.model_size, _image_size(folders))
-    how = VerifyOptions(
-        tokenizer=load_tokenizer(options.tokenizer_model) if options.tokenizer_model else None,
-        limits=_limits(options) if tokens_kept else None,
-        tokens_kept=tokens_kept or 0,
-        sample_share=options.sample_share,
-        num_workers=options.workers,
-    )
-    verification = Verification([Path(folder.path) for folder in folders], how)
-    problems: list[Problem] = []
-    num_samples = 0
-    # Drawn on a terminal only, and not for what takes less than a second.
-    total = verification.num_bytes
-    with tqdm(
-        total=total, unit="B", unit_scale=True, disable=None, delay=1, file=sys.stderr
-    ) as bar:
-        for found in verification:
-            if isinstance(found, Problem):
-                bar.write(str(found), file=sys.stdout)
-                problems.append(found)
-            else:
-                num_samples += found.num_samples
-                bar.update(found.num_bytes)
-    size = f"{verification.num_shards} shards, {verification.num_bytes:,} bytes"
-    done = f"{num_samples:,} samples decoded: {len(problems)} problems"
-    print(f"{options.folder}: {len(folders)} folders, {size}, {done}")
-    if problems:
-        print(_causes(problems))
-    return 1 if problems else 0
-
-
 def _causes(problems: Sequence["Problem"]) -> str:
     """The table of causes, the most frequent first."""
     counts = Counter(problem.cause for problem in problems)
@@ -221,16 +258,6 @@ def _causes(problems: Sequence["Problem"]) -> str:
         num_files = len({(problem.folder, problem.file) for problem in same})
         lines.append(f"{cause:{width}}  {count:8}  {num_samples:7}  {num_files:5}")
     return "\n".join(lines)
-
-
-def _limits(options: argparse.Namespace) -> "PackLimits":
-    from megatron_vico.data.pack.packing import PackLimits
-
-    return PackLimits(
-        capacity=options.seq_length,
-        max_tiles=options.max_tiles_per_pack,
-        max_samples=options.max_samples_per_pack,
-    )
 
 
 def _tokens_kept(model_size: str | None, image_size: int | None) -> int | None:

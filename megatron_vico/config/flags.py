@@ -25,6 +25,9 @@ import yaml
 from megatron_vico.config.schema import RunConfig, flag_of
 from megatron_vico.errors import ConfigError, nearest
 
+READING = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
+"""How tyro makes flags of dataclasses: one of a nested class has no prefix; `None` is no value."""
+
 INCLUDE = "include"
 """Key of a recipe that names another one, relative to itself, whose values this one adds to."""
 
@@ -157,18 +160,21 @@ def to_yaml(config: RunConfig) -> str:
 
 def help_text() -> str:
     """The help of every flag that `parse` takes."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
         _cli(["--help"])
     text = printed.getvalue()
+    return filled(text[text.index(" model options") :])  # tyro's own usage and --help come before
 
-    def rewrapped(found: re.Match[str]) -> str:
-        indent, width = " " * 8, shutil.get_terminal_size().columns
+
+def filled(text: str) -> str:
+    """tyro's help without the line breaks of the docstrings, which it keeps."""
+
+    def fill(found: re.Match[str]) -> str:
+        indent, width = found[1], shutil.get_terminal_size().columns
         words = " ".join(found[0].split())
         return textwrap.fill(words, width, initial_indent=indent, subsequent_indent=indent) + "\n"
 
-    # tyro keeps the line breaks of the docstrings; its own usage and --help come before.
-    return re.sub(r"(?m)(?:^ {8}\S.*\n)+", rewrapped, text[text.index(" model options") :])
+    return re.sub(r"(?m)^( {8,})\S.*\n(?:\1\S.*\n)*", fill, text)
 
 
 @functools.cache
@@ -219,9 +225,8 @@ def _read(given: Sequence[_Given]) -> RunConfig:
 
 def _cli(words: list[str]) -> RunConfig | None:
     """The run that tyro reads, or None."""
-    markers = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
-        return tyro.cli(RunConfig, args=words, config=markers)
+        return tyro.cli(RunConfig, args=words, config=READING)
     return None
 
 

@@ -96,7 +96,21 @@ class StageOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions:
+class TilingOptions:
+    """How images become tiles."""
+
+    max_dynamic_patch: int = 12
+    """Most tiles of one image, thumbnail not counted (the official name)."""
+
+    use_thumbnail: bool = True
+    """Append the whole image as one more tile when it was cut into several."""
+
+    tile_tags: Literal["none", "numbered"] = "none"
+    """Text before each tile: none (InternVL) or <tile_1>, ... (NVLM's, which small models need)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(TilingOptions):
     """Shards, tokenizer, tiling and packing."""
 
     data_path: tuple[str, ...] = ()
@@ -139,15 +153,6 @@ class DataOptions:
 
     override_data_state: bool = False
     """Resume though shards, repeats, seed or packing options changed; otherwise that is refused."""
-
-    max_dynamic_patch: int = 12
-    """Most tiles of one image, thumbnail not counted (the official name)."""
-
-    use_thumbnail: bool = True
-    """Append the whole image as one more tile when it was cut into several."""
-
-    tile_tags: Literal["none", "numbered"] = "none"
-    """Text before each tile: none (InternVL) or <tile_1>, ... (NVLM's, which small models need)."""
 
     num_workers: int = 2
     """Processes that read, decode, tile and pack; 0 does it on the training thread."""

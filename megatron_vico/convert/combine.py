@@ -14,8 +14,9 @@ from megatron_vico.config.registry import ModelConfig
 from megatron_vico.convert.huggingface.config import Json
 from megatron_vico.convert.huggingface.safetensors_folder import SafetensorsFolder, open_folder
 from megatron_vico.convert.initial import CONNECTOR_4X
-from megatron_vico.convert.names.internvl import Layout, entries
+from megatron_vico.convert.names.internvl import entries
 from megatron_vico.convert.open import files_source
+from megatron_vico.convert.options import Layout
 from megatron_vico.convert.source import Source
 from megatron_vico.errors import CheckpointError, listed
 from megatron_vico.files import read_json

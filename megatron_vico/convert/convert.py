@@ -7,7 +7,6 @@ interrupted starts over.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -25,12 +24,11 @@ from megatron_vico.convert.huggingface.export import (
     write_companions,
     write_weights,
 )
-from megatron_vico.convert.huggingface.safetensors_folder import MAX_SHARD_BYTES
 from megatron_vico.convert.initial import CONNECTOR_16X_AND_VIR
 from megatron_vico.convert.megatron.writer import check_formats, sizes_of, write_dcp
 from megatron_vico.convert.modules import module_source
-from megatron_vico.convert.names.internvl import Layout
 from megatron_vico.convert.open import TOKENIZER_FOLDER, is_megatron, open_source
+from megatron_vico.convert.options import ConversionOptions, Layout
 from megatron_vico.convert.output_folder import check_space, new_folder
 from megatron_vico.convert.ranks import FAILURES, Ranks, launched
 from megatron_vico.convert.source import Source, cast, check_whole, completed, same_bits
@@ -40,49 +38,7 @@ from megatron_vico.models.build import padded_vocab_size
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel
 
-DTypeName = Literal["fp32", "bf16"]
-
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConversionOptions:
-    """What a conversion does beyond its two folders."""
-
-    input_layout: Layout | None = None
-    """A Hugging Face input in another layout is refused; unset, any will do."""
-
-    model_size: str | None = None
-    """An input of another size is refused; unset, any will do."""
-
-    iteration: int | None = None
-    """Step of a Megatron input; unset, its latest."""
-
-    dtype: DTypeName | None = None
-    """Of the output's weights; unset, each tensor keeps its own."""
-
-    tokenizer_model: str | Path | None = None
-    """Tokenizer to put beside exported weights; unset, the one that came with the input."""
-
-    export: ExportOptions | None = None
-    """What exported config files say; unset, what the input's say."""
-
-    seed: int = 1234
-    """Of connector_16x and ViR where the input has none; see convert/initial.py."""
-
-    tensor_parallel_size: int = 1
-    """Pads the vocabulary of a Megatron output, as a model of this tensor-parallel size has it;
-    others load it too."""
-
-    max_shard_bytes: int = MAX_SHARD_BYTES
-    """Size above which a new file begins, in either form; processes share a Hugging Face output
-    file by file."""
-
-    verify: Literal["no", "bits"] = "no"
-    """Whether the output is read back and compared with the input, every bit of every tensor."""
-
-    progress: Literal["none", "bar"] = "none"
-    """Whether the main process shows bytes and time left."""
 
 
 def convert(
@@ -90,6 +46,7 @@ def convert(
     *,
     output: str | Path,
     layout: Layout | Literal["megatron"],
+    export: ExportOptions | None = None,
     options: ConversionOptions | None = None,
 ) -> Path:
     """Convert a checkpoint between Megatron's form and Hugging Face's, or two layouts of those.
@@ -102,6 +59,7 @@ def convert(
             connectors and ViR gets initial values on the way to Megatron's form.
         output: where to, and what is returned; must not exist, or be empty.
         layout: of the output.
+        export: what exported config files say; unset, what the input's say.
         options: unset, the defaults.
 
     Raises:
@@ -112,7 +70,7 @@ def convert(
     output, chosen = Path(output), options or ConversionOptions()
     if not isinstance(source, Source):
         _refuse_overlap(Path(source).resolve(), output.resolve())
-    _refuse_without_effect(layout, chosen)
+    _refuse_without_effect(layout, chosen, export)
     # Before the weights: a wrong path is not to be found out hours later.
     tokenizer = (
         load_tokenizer(chosen.tokenizer_model) if chosen.tokenizer_model is not None else None
@@ -123,10 +81,19 @@ def convert(
             if layout == "megatron":
                 _write_megatron(folder, opened, tokenizer=tokenizer, options=chosen, ranks=ranks)
             else:
-                _write_hf(
-                    folder, opened, layout=layout, tokenizer=tokenizer, options=chosen, ranks=ranks
+                companions = partial(
+                    write_companions,
+                    folder,
+                    model=opened.model,
+                    layout=layout,
+                    dtype=opened.dtype,
+                    options=export,
+                    tokenizer=tokenizer,
+                    carried_from=opened.companions,
                 )
-        if chosen.verify == "bits":
+                _write_hf(folder, opened, layout=layout, options=chosen, ranks=ranks)
+                ranks.on_main(companions)
+        if chosen.verify:
             _verify(output, opened, options=chosen, ranks=ranks)
     return output
 
@@ -186,14 +153,14 @@ def _refuse_overlap(source: Path, output: Path) -> None:
 
 
 def _refuse_without_effect(
-    layout: Layout | Literal["megatron"], options: ConversionOptions
+    layout: Layout | Literal["megatron"], options: ConversionOptions, export: ExportOptions | None
 ) -> None:
-    if layout == "megatron" and options.export is not None:
+    if layout == "megatron" and export is not None:
         raise ConfigError(
             "what an exported config says has no effect on a Megatron checkpoint; give it when"
             " exporting."
         )
-    if layout != "megatron" and options.tensor_parallel_size != 1:
+    if layout != "megatron" and options.tensor_model_parallel_size != 1:
         raise ConfigError(
             "--tensor-model-parallel-size pads the vocabulary of a Megatron checkpoint; a Hugging"
             " Face folder has none of that padding, so leave it out."
@@ -213,7 +180,7 @@ def _opened(
             folder,
             model_size=options.model_size,
             layout=options.input_layout,
-            iteration=options.iteration,
+            iteration=options.ckpt_step,
         )
     source = check_whole(source)
     if layout == "megatron":
@@ -233,30 +200,13 @@ def _opened(
 
 
 def _write_hf(
-    folder: Path,
-    source: Source,
-    *,
-    layout: Layout,
-    tokenizer: Tokenizer | None,
-    options: ConversionOptions,
-    ranks: Ranks,
+    folder: Path, source: Source, *, layout: Layout, options: ConversionOptions, ranks: Ranks
 ) -> None:
     shards = ranks.agree(lambda: shards_of(source, layout, max_shard_bytes=options.max_shard_bytes))
     sizes = [shard.num_bytes for shard in shards]
     ranks.on_main(lambda: check_space(folder, sum(sizes)))
     with _progress("writing", sizes, options=options, ranks=ranks) as written:
         write_weights(folder, source, layout=layout, shards=shards, ranks=ranks, written=written)
-    companions = partial(
-        write_companions,
-        folder,
-        model=source.model,
-        layout=layout,
-        dtype=source.dtype,
-        options=options.export,
-        tokenizer=tokenizer,
-        carried_from=source.companions,
-    )
-    ranks.on_main(companions)
 
 
 def _write_megatron(
@@ -268,7 +218,7 @@ def _write_megatron(
     ranks: Ranks,
 ) -> None:
     target = run_folder.iteration_folder(folder, 0)
-    padded = padded_vocab_size(source.model.language.vocab_size, options.tensor_parallel_size)
+    padded = padded_vocab_size(source.model.language.vocab_size, options.tensor_model_parallel_size)
     sizes = sizes_of(source, padded_vocab_size=padded)
     ranks.on_main(lambda: check_space(folder, sum(sizes)))
     ranks.on_main(target.mkdir)

@@ -21,8 +21,9 @@ from megatron_vico.convert.huggingface.safetensors_folder import (
     open_folder,
 )
 from megatron_vico.convert.megatron.reader import open_dcp
-from megatron_vico.convert.names.internvl import Entry, Layout, entries
+from megatron_vico.convert.names.internvl import Entry, entries
 from megatron_vico.convert.names.kinds import PaddedVocabulary
+from megatron_vico.convert.options import Layout
 from megatron_vico.convert.source import (
     Contents,
     Source,

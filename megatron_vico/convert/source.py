@@ -15,7 +15,8 @@ from torch import Tensor
 
 from megatron_vico.config.registry import ModelConfig
 from megatron_vico.convert.initial import initial_tensor
-from megatron_vico.convert.names.internvl import Entry, Layout, entries
+from megatron_vico.convert.names.internvl import Entry, entries
+from megatron_vico.convert.options import Layout
 from megatron_vico.errors import CheckpointError, listed
 
 

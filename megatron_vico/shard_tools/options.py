@@ -1,13 +1,11 @@
-"""What `vico shards make` can be told: the fields with a help text are its flags."""
+"""What `vico shards make` can be told."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from tyro.conf import Suppress
 
 from megatron_vico.errors import ConfigError
-
-
-def _flag[T](default: T, help_text: str) -> T:
-    return field(default=default, metadata={"help": help_text})
 
 
 def usable_cpus() -> int:
@@ -19,27 +17,35 @@ def usable_cpus() -> int:
 class FrameOptions:
     """Which frames of a video are taken, together with its sample's key; official names."""
 
-    seed: int = _flag(1234, "of the frames that are taken from videos")
-    min_num_frame: int = _flag(8, "fewest frames of a video")
-    max_num_frame: int = _flag(32, "most frames of a video")
+    seed: int = 1234
+    """Of the frames that are taken from videos."""
+
+    min_num_frame: int = 8
+    """Fewest frames of a video."""
+
+    max_num_frame: int = 32
+    """Most frames of a video."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WriterOptions(FrameOptions):
     """How shards are cut, what happens to broken samples, and how many processes do it."""
 
-    samples_per_shard: int = _flag(
-        10_000,
-        "lines that become a shard; the unit of work, so give fewer if there are more workers than"
-        " shards",
-    )
-    max_shard_bytes: int = _flag(1 << 30, "where a shard goes on in another file")
-    max_skipped: int = _flag(0, "broken samples to leave out")
-    max_skipped_share: float = _flag(
-        0.0, "the same as a share of all samples, such as 0.01; the larger limit holds"
-    )
-    num_workers: int = 1
-    show_progress: bool = True
+    samples_per_shard: int = 10_000
+    """Lines that become a shard; the unit of work, so give fewer if there are more workers than
+    shards."""
+
+    max_shard_bytes: int = 1 << 30
+    """Where a shard goes on in another file."""
+
+    max_skipped: int = 0
+    """Broken samples to leave out."""
+
+    max_skipped_share: float = 0.0
+    """The same as a share of all samples, such as 0.01; the larger limit holds."""
+
+    num_workers: Suppress[int] = 1
+    show_progress: Suppress[bool] = True
 
     def __post_init__(self) -> None:
         """Raises: ConfigError: if a number is out of range."""

@@ -20,7 +20,8 @@ def main() -> None:
 
     from megatron_vico.checkpoint import training_checkpoint
     from megatron_vico.config.registry import MODELS
-    from megatron_vico.convert.convert import ConversionOptions, convert
+    from megatron_vico.convert.convert import convert
+    from megatron_vico.convert.options import ConversionOptions
     from tests.checkpoint_runs import make_training
     from tests.distributed.cached_layouts import CachedLayouts
     from tests.distributed.layouts_checkpoint import LAYOUTS
@@ -36,7 +37,7 @@ def main() -> None:
             folder / size,
             output=folder / f"{size}-megatron",
             layout="megatron",
-            options=ConversionOptions(max_shard_bytes=MAX_SHARD_BYTES, verify="bits"),
+            options=ConversionOptions(max_shard_bytes=MAX_SHARD_BYTES, verify=True),
         )
         for name in names:
             groups = layouts.switch_to(LAYOUTS[name])

@@ -10,9 +10,9 @@ import torch
 
 from megatron_vico.checkpoint.training_checkpoint import find_iteration
 from megatron_vico.config.registry import MODELS, ModelConfig, get_model_config
-from megatron_vico.convert.convert import ConversionOptions, convert, export_hf
+from megatron_vico.convert.convert import convert, export_hf
 from megatron_vico.convert.megatron.reader import open_dcp
-from megatron_vico.convert.names.internvl import LAYOUTS
+from megatron_vico.convert.options import LAYOUTS, ConversionOptions
 from tests.distributed.launch import launch, start
 from tests.tensor_files import read_all, same
 from tests.toy_models import make_encoder, make_language_model

@@ -15,7 +15,7 @@ from megatron_vico.config.config_json import differences
 from megatron_vico.config.registry import ModelConfig, get_model_config
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.convert import convert
-from megatron_vico.convert.names.internvl import LAYOUTS
+from megatron_vico.convert.options import LAYOUTS
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel
 from megatron_vico.training.trainer import train

@@ -6,7 +6,7 @@ from typing import Literal
 
 from megatron_vico.config.config_json import Form, Json, architecture_json
 from megatron_vico.config.registry import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
-from megatron_vico.convert.names.internvl import Layout
+from megatron_vico.convert.options import Layout
 from megatron_vico.convert.remote_code_files import AUTO_MAP
 from megatron_vico.errors import CheckpointError
 from megatron_vico.vico.routing import FLASH_ABSOLUTE_THRESHOLD, FLASH_RELATIVE_THRESHOLD

@@ -20,7 +20,8 @@ from megatron_vico.convert.huggingface.config import (
     preprocessor_json,
 )
 from megatron_vico.convert.huggingface.safetensors_folder import Group, Shard
-from megatron_vico.convert.names.internvl import Layout, entries
+from megatron_vico.convert.names.internvl import entries
+from megatron_vico.convert.options import MAX_SHARD_BYTES, Layout
 from megatron_vico.convert.ranks import Ranks
 from megatron_vico.convert.remote_code_files import write_remote_code
 from megatron_vico.convert.source import Source, TensorInfo, dtype_name
@@ -43,7 +44,7 @@ _CARRIED_CONFIG = "source_config.json"
 
 
 def shards_of(
-    source: Source, layout: Layout, *, max_shard_bytes: int = safetensors_folder.MAX_SHARD_BYTES
+    source: Source, layout: Layout, *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> list[Shard]:
     """The files that a model's weights make, as yet unwritten.
 

@@ -17,13 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_vico.convert.options import MAX_SHARD_BYTES
 from megatron_vico.convert.source import TensorInfo
 from megatron_vico.convert.write_behind import WriteBehind
 from megatron_vico.errors import CheckpointError, listed
 from megatron_vico.files import read_json, refuse_incomplete, write_json
-
-MAX_SHARD_BYTES = 5_000_000_000
-"""Size of a safetensors file above which a checkpoint is cut into several, as transformers does."""
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"

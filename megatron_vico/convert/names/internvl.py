@@ -10,7 +10,6 @@ as one tensor, under the name without them.
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -23,11 +22,9 @@ from megatron_vico.convert.names.kinds import (
     PaddedVocabulary,
     SplitQKV,
 )
+from megatron_vico.convert.options import Layout
 
-Layout = Literal["internvl", "hf", "flash"]
 Shape = tuple[int, ...]
-
-LAYOUTS: tuple[Layout, ...] = ("internvl", "hf", "flash")
 
 
 @dataclass(frozen=True)

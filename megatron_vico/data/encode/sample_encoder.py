@@ -1,13 +1,12 @@
 """A sample to ids and tiles: tiling and template together, with the settings of both."""
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from megatron_vico.config.schema import DataOptions
+from megatron_vico.config.schema import TilingOptions
 from megatron_vico.data.encode import conversation, tiling
 from megatron_vico.data.encode.conversation import TileTags
 from megatron_vico.data.encode.tokenizer import Tokenizer
@@ -38,9 +37,7 @@ class EncodingSettings:
     """Text before each tile."""
 
     @classmethod
-    def from_options(
-        cls, options: DataOptions | argparse.Namespace, *, image_size: int
-    ) -> "EncodingSettings":
+    def from_options(cls, options: TilingOptions, *, image_size: int) -> "EncodingSettings":
         """The settings of a command's flags and its vision tower's `image_size`."""
         return cls(
             image_size=image_size,

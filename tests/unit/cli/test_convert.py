@@ -2,7 +2,6 @@
 does not have."""
 
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
@@ -11,14 +10,12 @@ from megatron_vico.checkpoint.training_checkpoint import (
     find_iteration,
     save_checkpoint,
 )
-from megatron_vico.cli import convert as command
 from megatron_vico.cli.main import main
 from megatron_vico.config.registry import get_model_config
-from megatron_vico.convert.convert import DTypeName, convert, export_hf
+from megatron_vico.convert.convert import convert, export_hf
 from megatron_vico.convert.huggingface import safetensors_folder
 from megatron_vico.convert.huggingface.config import ExportOptions
 from megatron_vico.convert.megatron.reader import open_dcp
-from megatron_vico.convert.names.internvl import Layout
 from megatron_vico.files import read_json
 from tests.toy_models import make_encoder, make_language_model
 
@@ -207,8 +204,3 @@ def test_tokenizers_that_are_not_there(
     monkeypatch.setattr(safetensors_folder, "write_shard", None)
     assert main([*words, str(tmp_path / "never"), "--tokenizer-model", str(tmp_path / "typo")]) == 2
     assert "typo: found neither a folder nor" in capsys.readouterr().err
-
-
-def test_choices_are_those_of_the_table() -> None:
-    assert get_args(Layout) == command.LAYOUTS
-    assert get_args(DTypeName) == command.DTYPES

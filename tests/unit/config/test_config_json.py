@@ -10,7 +10,7 @@ import pytest
 from megatron_vico.config.config_json import differences, model_named, read_model
 from megatron_vico.config.registry import MODELS, ModelConfig, get_model_config, named
 from megatron_vico.convert.huggingface.config import ExportOptions, model_json
-from megatron_vico.convert.names.internvl import LAYOUTS, Layout
+from megatron_vico.convert.options import LAYOUTS, Layout
 from megatron_vico.errors import CheckpointError, ConfigError
 
 

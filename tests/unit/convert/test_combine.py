@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from megatron_vico.cli.main import main
 from megatron_vico.config.registry import get_model_config
 from megatron_vico.convert.combine import open_parts
-from megatron_vico.convert.names.internvl import Layout
 from megatron_vico.convert.open import open_source
+from megatron_vico.convert.options import Layout
 from megatron_vico.errors import CheckpointError
 from tests.tensor_files import read_all, same_bits
 from tests.unit.convert.folders import MakeFolder, Tensors, changed_copy

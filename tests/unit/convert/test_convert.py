@@ -11,11 +11,11 @@ from torch import Tensor
 from megatron_vico import files
 from megatron_vico.checkpoint.run_folder import read_metadata
 from megatron_vico.config.registry import MODELS, ModelConfig, get_model_config
-from megatron_vico.convert.convert import ConversionOptions, convert, export_hf
+from megatron_vico.convert.convert import convert, export_hf
 from megatron_vico.convert.huggingface.export import TOKENIZER_FILES
 from megatron_vico.convert.modules import canonical_state, load_source
-from megatron_vico.convert.names.internvl import LAYOUTS, Layout
 from megatron_vico.convert.open import open_source
+from megatron_vico.convert.options import LAYOUTS, ConversionOptions, Layout
 from megatron_vico.data.encode.tokenizer import Tokenizer, load_tokenizer
 from megatron_vico.errors import CheckpointError
 from megatron_vico.models.internvl import VisionEncoder

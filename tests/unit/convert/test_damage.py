@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_vico.convert.combine import open_parts
-from megatron_vico.convert.convert import ConversionOptions, convert
+from megatron_vico.convert.convert import convert
 from megatron_vico.convert.describe import open_checkpoint
+from megatron_vico.convert.options import ConversionOptions
 from megatron_vico.errors import CheckpointError
 from tests.unit.convert.folders import MakeFolder, Tensors, changed_copy
 

@@ -12,7 +12,7 @@ from megatron_vico.convert.huggingface.config import (
     model_json,
     preprocessor_json,
 )
-from megatron_vico.convert.names.internvl import LAYOUTS, Layout
+from megatron_vico.convert.options import LAYOUTS, Layout
 from megatron_vico.errors import CheckpointError
 
 OPTIONS = ExportOptions(flash_relative_threshold=0.1, flash_absolute_threshold=0.4, eos_token_id=7)

@@ -9,7 +9,8 @@ import torch
 
 from megatron_vico.config.registry import MODELS, get_model_config
 from megatron_vico.convert.modules import canonical_state
-from megatron_vico.convert.names.internvl import LAYOUTS, Layout, entries, table
+from megatron_vico.convert.names.internvl import entries, table
+from megatron_vico.convert.options import LAYOUTS, Layout
 from tests.toy_models import make_encoder, make_language_model
 
 VIT_REMOTE = """

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megatron_vico.config.registry import get_model_config
 from megatron_vico.convert.modules import canonical_state
-from megatron_vico.convert.names.internvl import LAYOUTS, Layout, entries
+from megatron_vico.convert.names.internvl import entries
+from megatron_vico.convert.options import LAYOUTS, Layout
 from tests.meta_models import build_without_memory
 
 Shape = tuple[int, ...]

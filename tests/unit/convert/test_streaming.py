@@ -23,10 +23,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_vico.checkpoint import run_folder, training_checkpoint
 from megatron_vico.config.registry import get_model_config
 from megatron_vico.convert import convert as conversion
-from megatron_vico.convert.convert import ConversionOptions, convert, export_hf
+from megatron_vico.convert.convert import convert, export_hf
 from megatron_vico.convert.megatron.reader import open_dcp
-from megatron_vico.convert.names.internvl import Layout
 from megatron_vico.convert.open import hf_source, open_source
+from megatron_vico.convert.options import ConversionOptions, Layout
 from megatron_vico.convert.ranks import Ranks, launched
 from megatron_vico.convert.source import Source
 from megatron_vico.errors import CheckpointError
@@ -39,7 +39,7 @@ TOYS = ("toy", "toy-6b", "toy-moe")
 SMALL = ConversionOptions(max_shard_bytes=100_000)
 """So that toys make several files."""
 
-VERIFIED = ConversionOptions(verify="bits")
+VERIFIED = ConversionOptions(verify=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -114,7 +114,7 @@ def test_mixed_formats_survive(folder_of: MakeFolder, tmp_path: Path) -> None:
                 tensors[name] = tensors[name].bfloat16()
 
     source = changed_copy(folder_of("toy-6b"), tmp_path / "source", tensors=edit)
-    options = replace(SMALL, verify="bits")
+    options = replace(SMALL, verify=True)
     made = convert(source, output=tmp_path / "hf", layout="flash", options=options)
     assert same(read_all(made), read_all(source))
     # Megatron's form has one tensor for a weight of all layers, and so one format: nothing is

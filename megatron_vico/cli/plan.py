@@ -16,6 +16,7 @@ from megatron_vico.checkpoint.run_folder import resolve_model
 from megatron_vico.config.flags import parse
 from megatron_vico.config.validate import validate
 from megatron_vico.errors import ConfigError, nearest
+from megatron_vico.planning.cards import CARDS
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -35,19 +36,19 @@ def main(arguments: Sequence[str]) -> int:
     if given.help:
         print(own.format_help())
         return 0
-    _prepare()
-    from megatron_vico.planning import plan, report
-
-    if given.gpu not in plan.CARDS:
-        known = ", ".join(f"{name} ({size / 1e9:.1f} GB)" for name, size in plan.CARDS.items())
-        raise ConfigError(f"--gpu {given.gpu}: known are {known}{nearest(given.gpu, plan.CARDS)}")
+    if given.gpu not in CARDS:
+        known = ", ".join(f"{name} ({size / 1e9:.1f} GB)" for name, size in CARDS.items())
+        raise ConfigError(f"--gpu {given.gpu}: known are {known}{nearest(given.gpu, CARDS)}")
     cfg, world_size = parse(rest), given.world_size
     model = resolve_model(cfg)
     validate(cfg, world_size, model=model)
+    if given.rank is not None and not 0 <= given.rank < world_size:
+        raise ConfigError(f"--rank {given.rank} of {world_size}: use 0 to {world_size - 1}.")
+    _prepare()
+    from megatron_vico.planning import plan, report
+
     ranks = plan.ranks_that_differ(cfg, world_size)
     if given.rank is not None:
-        if not 0 <= given.rank < world_size:
-            raise ConfigError(f"--rank {given.rank} of {world_size}: use 0 to {world_size - 1}.")
         ranks = {"chosen": given.rank}
     played = plan.plan_ranks(
         cfg, model, world_size=world_size, ranks=list(ranks.values()), packs=given.packs
@@ -60,19 +61,24 @@ def main(arguments: Sequence[str]) -> int:
     print("\n".join(report.memory_table(plans, given.gpu)))
     for name, found in plans.items():
         print("\n".join(report.rank_details(name, found)))
-    lacks = max(report.shortage(found, given.gpu) for found in plans.values())
+    worst = max(plans.values(), key=lambda found: found.peak_bytes)
+    fits = report.shortage(worst, given.gpu) <= 0
     if given.json is not None:
         contents = {
             "model": model.name,
             "stage": cfg.stage.stage,
             "world_size": world_size,
             "gpu": given.gpu,
-            "fits": lacks <= 0,
+            "fits": fits,
             "ranks": {name: dataclasses.asdict(found) for name, found in plans.items()},
         }
         files.write_json(given.json, contents, sort_keys=False)
-    print("\n" + report.verdict(plans, given.gpu))
-    return 0 if lacks <= 0 else 2
+    print("\n" + report.verdict(worst, given.gpu))
+    if fits:
+        return 0
+    nearest_fit = plan.nearest_that_fits(cfg, model, worst, world_size=world_size, gpu=given.gpu)
+    print(f"would fit: {nearest_fit or 'no larger card and no more ranks of this layout'}")
+    return 2
 
 
 def _prepare() -> None:

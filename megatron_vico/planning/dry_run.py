@@ -5,7 +5,7 @@ a world of which only this rank exists. Host tensors are real: packs, lengths an
 out as in training. `prepare` goes before the first import of megatron.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -59,13 +59,13 @@ def dry_run(
     """
     meter = Meter()
     without_data.install(meter, experts_per_token=model.language.moe_top_k or 0)
-    with _world(cfg, world_size=world_size, rank=rank) as groups, meter:
+    with world(cfg, world_size=world_size, rank=rank) as groups, meter:
         name_groups(meter, groups)
         run = build(cfg, model, groups, meter)
         static = {part: size for part, size in meter.now.items() if size}
         steps = {}
         for packs in num_packs:
-            batch = synthetic_step(run, num_packs=packs, meter=meter)
+            batch = synthetic_step(run, num_packs=packs)
             meter.begin()
             measured_step(run, batch)
             steps[packs] = meter.counted
@@ -79,8 +79,17 @@ def measured_step(run: Run, batch: StepBatch) -> None:
         trainer.update_weights(run)
 
 
+def no_weights(modules: Modules) -> None:
+    """They stay as torch made them."""
+
+
 def build(
-    cfg: RunConfig, model: ModelConfig, groups: Groups, meter: Meter, device: torch.device = META
+    cfg: RunConfig,
+    model: ModelConfig,
+    groups: Groups,
+    meter: Meter,
+    *,
+    load: Callable[[Modules], None] = no_weights,
 ) -> Run:
     """A run as `training/setup.py` makes it, with weights of any value, ready for its second step.
 
@@ -89,13 +98,9 @@ def build(
         model: its model.
         groups: of this rank.
         meter: learns what is policy, gradients, optimizer, reference and encoder.
-        device: where modules are made that choose no device themselves.
+        load: what fills policy and reference.
     """
-
-    def load(modules: Modules) -> None:
-        # The first weights are "loaded" where torch put them.
-        pass
-
+    device = groups.device
     with meter.building("policy"), device:
         policy, optimizer, scheduler = build_policy(cfg, model, groups, load=load)
     reference = None
@@ -139,7 +144,7 @@ def tag(run: Run, meter: Meter) -> None:
         meter.tag((getattr(param, "main_grad", None) for param in ddp.parameters()), "gradients")
 
 
-def synthetic_step(run: Run, *, num_packs: int, meter: Meter) -> StepBatch:
+def synthetic_step(run: Run, *, num_packs: int) -> StepBatch:
     """Full packs of four samples, three quarters visual tokens; tiles have a shape only."""
     cfg, model, groups = run.cfg, run.model, run.groups
     shape = PackShape.of_length(cfg.data.seq_length, model=model)
@@ -166,7 +171,8 @@ def synthetic_step(run: Run, *, num_packs: int, meter: Meter) -> StepBatch:
 
 
 @contextmanager
-def _world(cfg: RunConfig, *, world_size: int, rank: int) -> Iterator[Groups]:
+def world(cfg: RunConfig, *, world_size: int, rank: int) -> Iterator[Groups]:
+    """Process groups of which this rank alone exists; every call on them returns at once."""
     torch.distributed.init_process_group(
         "fake", rank=rank, world_size=world_size, store=FakeStore()
     )
@@ -176,9 +182,9 @@ def _world(cfg: RunConfig, *, world_size: int, rank: int) -> Iterator[Groups]:
 
 def name_groups(meter: Meter, groups: Groups) -> None:
     """Give the meter Megatron's names of process groups."""
-    world = torch.distributed.group.WORLD
-    assert world is not None
-    meter.groups[world.group_name] = "world"
+    everyone = torch.distributed.group.WORLD
+    assert everyone is not None
+    meter.groups[everyone.group_name] = "world"
     meter.groups[groups.replica.group_name] = "replica"
     for name in _GROUPS.split():
         group = getattr(groups.language, name, None)

@@ -12,16 +12,13 @@ from typing import Any
 from megatron_vico.config.layout import num_microbatches, virtual_stages
 from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import RunConfig
+from megatron_vico.config.validate import validate
 from megatron_vico.errors import ConfigError
+from megatron_vico.planning.cards import CARDS, RESERVE
+from megatron_vico.planning.dry_run import DryRun, dry_run
 from megatron_vico.planning.meter import Counted
 
 PROCESSES = 2
-
-CARDS = {"h100": 85.5e9, "h200": 150.8e9}
-"""Bytes of a GPU as its driver reports them: 81,559 and 143,771 MiB."""
-
-RESERVE = 0.1
-"""Share of a card for the CUDA context, NCCL's buffers and fragmentation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,19 +133,54 @@ def plan_ranks(
         return pool.map(_play, jobs, chunksize=1)
 
 
-def _play(job: tuple[RunConfig, ModelConfig, int, int, tuple[int, ...]]) -> RankPlan:
-    from megatron_vico.planning.dry_run import dry_run
+def nearest_that_fits(
+    cfg: RunConfig, model: ModelConfig, worst: RankPlan, *, world_size: int, gpu: str
+) -> str:
+    """Flags that a run which does not fit would fit with: another card, or more ranks.
 
+    Args:
+        cfg: the run.
+        model: its model.
+        worst: its rank that takes most. With more ranks the optimizer's state is shared by more,
+            which a dry run without a step shows, and a step takes the same.
+        world_size: ranks of the run.
+        gpu: kind of card.
+    """
+    found = []
+    for name, size in CARDS.items():
+        if size > CARDS[gpu] and worst.peak_bytes <= (1 - RESERVE) * size:
+            found.append(f"--gpu {name}")
+    for factor in (2, 4, 8):
+        try:
+            validate(cfg, world_size * factor, model=model)
+        except ConfigError:  # the batch has too few packs, or a pipeline that they do not fill
+            break
+        job = (cfg, model, world_size * factor, worst.rank * factor, ())
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            static = sum(pool.apply(_dry_run, job).static.values())
+        peak = worst.peak_bytes - sum(worst.static.values()) + static
+        if peak <= (1 - RESERVE) * CARDS[gpu]:
+            found.append(f"--world-size {world_size * factor} (about {peak / 1e9:.0f} GB)")
+            break
+    return " or ".join(found)
+
+
+def _dry_run(*job: Any) -> DryRun:
     cfg, model, world_size, rank, steps = job
-    found = dry_run(cfg, model, world_size=world_size, rank=rank, num_packs=steps)
+    return dry_run(cfg, model, world_size=world_size, rank=rank, num_packs=steps)
+
+
+def _play(job: tuple[RunConfig, ModelConfig, int, int, tuple[int, ...]]) -> RankPlan:
+    cfg, _, world_size, rank, _ = job
+    found = _dry_run(*job)
     whole = num_microbatches(cfg, world_size)
     stages = cfg.parallel.pipeline_model_parallel_size
-    return _whole_step(
+    return whole_step(
         found.steps, found.static, rank=rank, stage=rank // (world_size // stages), packs=whole
     )
 
 
-def _whole_step(
+def whole_step(
     steps: dict[int, Counted], static: dict[str, int], *, rank: int, stage: int, packs: int
 ) -> RankPlan:
     """A whole step from the ones that were run: everything grows evenly, pack by pack."""

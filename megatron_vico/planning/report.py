@@ -3,8 +3,9 @@
 from collections import Counter
 from collections.abc import Mapping
 
+from megatron_vico.planning.cards import CARDS, RESERVE
 from megatron_vico.planning.meter import STATIC
-from megatron_vico.planning.plan import CARDS, RESERVE, RankPlan
+from megatron_vico.planning.plan import RankPlan
 
 _PARTS = (*STATIC, "visual tokens", "activations", "encoder activations", "head")
 
@@ -64,9 +65,8 @@ def rank_details(name: str, plan: RankPlan) -> list[str]:
     return lines
 
 
-def verdict(plans: Mapping[str, RankPlan], gpu: str) -> str:
-    """Whether all fit, by how much."""
-    worst = max(plans.values(), key=lambda plan: plan.peak_bytes)
+def verdict(worst: RankPlan, gpu: str) -> str:
+    """Whether the rank that takes most fits, and by how much."""
     lacks = shortage(worst, gpu)
     if lacks <= 0:
         return f"fits: {-lacks / 1e9:.1f} GB are free beside the reserve"

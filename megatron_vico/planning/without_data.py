@@ -4,7 +4,8 @@ Attention and experts are a GPU's: one kernel for all documents of a pack, one p
 experts, where torch's own layers loop. Routing is balanced: each expert gets the same tokens.
 """
 
-from typing import Any
+import functools
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +14,22 @@ from torch import Tensor
 from megatron_vico import cpu_stand_in
 from megatron_vico.models import attention
 from megatron_vico.planning.meter import Meter
-from megatron_vico.training import pipeline_schedule, router_step, setup
+from megatron_vico.training import pipeline_schedule, router_step, setup, vision
 
 aten = torch.ops.aten
 
 
-def install(meter: Meter, *, experts_per_token: int, kernels: str = "gpu") -> None:
+Kernels = Literal["gpu", "torch"]
+"""As TransformerEngine allocates and as models/build.py fuses on a GPU; or as torch on a CPU."""
+
+
+def install(meter: Meter, *, experts_per_token: int, kernels: Kernels = "gpu") -> None:
     """Let a step run on "meta" within the meter; replaces functions of torch and of others.
 
     Args:
         meter: counts what the stand-ins would take.
         experts_per_token: of the model; 0 without experts.
-        kernels: "gpu", as TransformerEngine allocates and as `models/build.py` fuses on a GPU; or
-            "torch", as the CPU does it, to be compared with a run there.
+        kernels: "torch", to be compared with a real run on CPUs.
     """
     meter.answers[aten.masked_select.default] = lambda tensor, mask: (
         # Only mcore's permutation asks: which tokens each of the experts [E, T] gets.
@@ -33,8 +37,7 @@ def install(meter: Meter, *, experts_per_token: int, kernels: str = "gpu") -> No
     )
     meter.answers[aten.equal.default] = lambda *tensors: True
     torch.cuda.synchronize = lambda *args: meter.add_wait("torch.cuda.synchronize")
-    F.scaled_dot_product_attention = _attention(meter)
-    _name_passes(meter)
+    watch(meter, kernels=kernels)
     _balance_experts(meter)
     _read_no_norms()
     _ask_as_many_questions(meter)
@@ -45,8 +48,19 @@ def install(meter: Meter, *, experts_per_token: int, kernels: str = "gpu") -> No
         cpu_stand_in.adamw = lambda *args, **kwargs: None  # in place
 
 
-def _name_passes(meter: Meter) -> None:
-    schedule = pipeline_schedule._schedule
+def watch(meter: Meter, *, kernels: Kernels) -> None:
+    """Tell the meter of passes, visual tokens and attention; what a real run needs too.
+
+    FLOPs of attention are those of its documents, which no operator knows.
+    """
+    F.scaled_dot_product_attention = functools.partial(_attend, meter, kernels)
+    schedule, make_tokens = pipeline_schedule._schedule, vision.VisualTokens.__init__
+
+    def tokens(self: Any, *args: Any, **kwargs: Any) -> None:
+        with meter.building("visual tokens"):
+            make_tokens(self, *args, **kwargs)
+
+    vision.VisualTokens.__init__ = tokens  # type: ignore[method-assign]
 
     def named(step: Any, run: Any, **kwargs: Any) -> Any:
         with meter.span(f"{run.name.split()[0]} pass"):
@@ -127,22 +141,28 @@ def balanced_map(num_tokens: int, num_experts: int, experts_per_token: int) -> T
     return empty.scatter_(1, chosen.view(num_tokens, experts_per_token), value=True)
 
 
-def _attention(meter: Meter) -> Any:
-    def attend(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        # Of its kernels torch would take the one that has all scores.
-        pairs = q.size(2) * k.size(2) / (2 if is_causal else 1)
-        return _flash(meter, q, k, v, pairs, causal=is_causal, scale=scale, mask=attn_mask)
-
-    return attend
+def _attend(
+    meter: Meter,
+    kernels: Kernels,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Torch's attention: of its kernels it would take the one that has all scores on "meta"."""
+    pairs = q.size(2) * k.size(2) / (2 if is_causal else 1)
+    if kernels == "gpu" and attn_mask is None:
+        return _flash(meter, q, k, v, pairs, causal=is_causal, scale=scale)
+    if attn_mask is not None:
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype)  # what is added to the scores
+    out = aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale
+    )[0]
+    return _counted(meter, out, 4 * q.size(0) * q.size(1) * pairs * q.size(-1))
 
 
 def _flash(
@@ -154,18 +174,19 @@ def _flash(
     *,
     causal: bool,
     scale: float | None,
-    mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention that keeps queries, keys, values and output; FLOPs by pairs of tokens."""
-    if mask is None:
-        out = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[0]
-    else:
-        out = aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
-        )[0]
-    flops = 4 * q.size(0) * q.size(1) * pairs * q.size(-1)
+    """A GPU's kernel, which keeps queries, keys, values and output; `pairs` attend."""
+    out = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[0]
+    return _counted(meter, out, 4 * q.size(0) * q.size(1) * pairs * q.size(-1))
+
+
+def _counted(meter: Meter, out: Tensor, flops: float) -> Tensor:
     meter.add_flops(flops)
-    return _CountBackward.apply(out, meter, 2.5 * flops) if out.requires_grad else out
+    if not out.requires_grad:
+        return out
+    # Five products for the two of the forward pass.
+    counted: Tensor = _CountBackward.apply(out, meter, 2.5 * flops)
+    return counted
 
 
 def _attend_at_once(meter: Meter) -> None:

@@ -37,7 +37,12 @@ def start(
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=environment(),
         timeout=timeout_s,
         check=False,
     )
+
+
+def environment() -> dict[str, str]:
+    """Of a script of this folder."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

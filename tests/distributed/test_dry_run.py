@@ -1,0 +1,53 @@
+"""A dry run is the real step: the same calls, bytes and peak memory as gloo ranks, every layout.
+
+Both are counted by one meter, and attend by one kernel; routing of experts is balanced in both.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.launch import HERE, ROOT, environment, launch
+from tests.distributed.run_dry_run import CASES, COMPARED, RANKS
+
+PEAK = 0.01  # measured: at most 0.0054 (pretrain); without experts and full recompute 0.0007
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, Any]]:
+    """By "real" and "dry": what each compared rank counted, by case."""
+    folder = tmp_path_factory.mktemp("dry_run")
+    launch("run_dry_run.py", folder, num_processes=RANKS)
+    dry = [sys.executable, "-W", "ignore", str(HERE / "run_dry_run.py"), str(folder), "dry"]
+    done = subprocess.run(
+        dry, capture_output=True, text=True, cwd=ROOT, env=environment(), check=False
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return {
+        kind: {rank: _read(folder / f"{kind}-{rank}.json") for rank in COMPARED}
+        for kind in ("real", "dry")
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_calls_are_those_of_the_real_step(name: str, counted: dict[str, dict[int, Any]]) -> None:
+    for rank in COMPARED:
+        real, dry = (counted[kind][rank][name]["calls"] for kind in ("real", "dry"))
+        assert len(real) > 5
+        assert dry == real
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_peak_is_that_of_the_real_step(name: str, counted: dict[str, dict[int, Any]]) -> None:
+    for rank in COMPARED:
+        real, dry = (max(counted[kind][rank][name]["peak"].values()) for kind in ("real", "dry"))
+        assert dry == pytest.approx(real, rel=PEAK)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found

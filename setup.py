@@ -8,6 +8,7 @@ setup(
     description="ViCO (Visual Consistency Learning) training for InternVL3.5 on megatron-core",
     license="Apache-2.0",
     python_requires=">=3.12",
+    package_data={"megatron_vico.evaluation": ["*.html"]},
     packages=find_packages(include=["megatron_vico", "megatron_vico.*"]),
     install_requires=[
         "megatron-core>=0.19.2,<0.20",
@@ -26,12 +27,14 @@ setup(
         "tenacity>=9",
         "tensorboard>=2.16",
         "matplotlib>=3.9",
+        "jinja2>=3.1",
         "psutil>=5.9",  # megatron-core's checkpoint writer imports it without declaring it
     ],
     extras_require={
         # apex is found at run time: the package of that name on the index is another project.
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.5"],
         "video": ["av>=14"],
+        "wandb": ["wandb>=0.20"],
         "demo": ["scikit-image>=0.25", "scikit-learn>=1.6"],
         "test": [
             "pytest>=8",
@@ -42,6 +45,7 @@ setup(
             "types-tqdm",
             "tiktoken>=0.9",
             "av>=14",
+            "wandb>=0.20",
         ],
     },
     entry_points={"console_scripts": ["vico = megatron_vico.cli.main:main"]},

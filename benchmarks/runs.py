@@ -14,6 +14,7 @@ from megatron_vico.training import setup
 from megatron_vico.training.data_state import DataState
 from megatron_vico.training.optimizer import build_optimizer, build_scheduler
 from megatron_vico.training.policy import wrap
+from megatron_vico.training.step_clock import StepClock
 from megatron_vico.vico.router_targets import RatioWindow
 
 
@@ -72,6 +73,7 @@ def build_run(cfg: RunConfig, model: ModelConfig, groups: Groups) -> setup.Run:
         policy=policy,
         reference=reference,
         window=RatioWindow(size=1, percentile=50.0),
+        clock=StepClock(groups.device),
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, cfg.optimizer, cfg.training),
         data=DataState.of(None, max_skipped_share=0.0, restored=None),

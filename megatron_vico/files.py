@@ -41,6 +41,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return contents
 
 
+def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The objects of a .jsonl file in order, and the numbers of the lines that hold none.
+
+    A machine that was switched off leaves half a line, or a block of zero bytes.
+    """
+    rows, damaged = [], []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            row = json.loads(line) if line.strip() else {}
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            damaged.append(number)
+        elif row:
+            rows.append(row)
+    return rows, damaged
+
+
 def write_json(path: Path, contents: Any, *, sort_keys: bool = True) -> None:
     """Write a JSON file as transformers does: indented, sorted, with a final newline."""
     text = json.dumps(contents, indent=2, sort_keys=sort_keys, ensure_ascii=False)

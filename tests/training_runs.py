@@ -88,6 +88,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def untimed(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of metrics without what depends on the clock."""
+    rates = ("tokens_per_s", "tokens_per_s_per_gpu", "tflops_per_gpu", "mfu")
+    return {
+        name: value for name, value in row.items() if name not in rates and not name.endswith("_s")
+    }
+
+
 def weights_of(
     cfg: RunConfig, folder: Path, iteration: int | None = None
 ) -> tuple["VisionEncoder", "LanguageModel"]:

@@ -11,11 +11,11 @@ _RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "1 or more": (lambda value: value >= 1, ""),
     "0 or more": (
         lambda value: value >= 0,
-        "num_workers data_retries data_cache_gb seed profile_step_start ckpt_step lr_warmup_iters"
-        " min_lr weight_decay clip_grad moe_aux_loss_coeff router_eps num_layers_at_start_in_bf16"
-        " num_layers_at_end_in_bf16 min_offloaded_tensor_size",
+        "save_interval num_workers data_retries data_cache_gb seed profile_step_start ckpt_step"
+        " lr_warmup_iters min_lr weight_decay clip_grad moe_aux_loss_coeff router_eps"
+        " num_layers_at_start_in_bf16 num_layers_at_end_in_bf16 min_offloaded_tensor_size",
     ),
-    "more than 0": (lambda value: value > 0, "lr adam_eps"),
+    "more than 0": (lambda value: value > 0, "lr adam_eps gpu_peak_tflops"),
     "a number in [0, 1)": (
         lambda value: 0 <= value < 1,
         "drop_path_rate adam_beta1 adam_beta2",

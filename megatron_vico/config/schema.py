@@ -187,7 +187,7 @@ class TrainingOptions:
     """Steps between two log lines."""
 
     save_interval: int | None = None
-    """Steps between two checkpoints; unset, only at the end."""
+    """Steps between two checkpoints; unset, only at the end; 0, none at all, as for a benchmark."""
 
     exit_interval: int | None = None
     """Stop, with a checkpoint, when the step count is a multiple of this."""
@@ -211,6 +211,9 @@ class TrainingOptions:
     profile_ranks: tuple[int, ...] = ()
     """Ranks that --profile records; unset, all."""
 
+    gpu_peak_tflops: float | None = None
+    """Dense bf16 TFLOP/s of a GPU, for MFU; unset, known from its name. On a CPU there is none."""
+
     distributed_timeout_minutes: int = 10
     """Minutes a collective may wait before the run is ended."""
 
@@ -220,7 +223,7 @@ class CheckpointOptions:
     """Where the run comes from and where it goes."""
 
     save: str | None = None
-    """Folder for checkpoints, metrics.jsonl, config.yaml and TensorBoard files."""
+    """Folder for checkpoints, metrics.jsonl, config.yaml, TensorBoard and wandb files."""
 
     load: str | None = None
     """Checkpoint folder to resume from, with all state; may be --save, and empty at first."""
@@ -233,6 +236,10 @@ class CheckpointOptions:
 
     tensorboard_dir: str | None = None
     """Folder for TensorBoard files; unset, <save>/tensorboard."""
+
+    wandb_project: str | None = None
+    """Log to this project of wandb too, under the name of the --save folder; needs `pip install
+    wandb`. WANDB_MODE=offline needs no account; wandb's other variables act as well."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -363,6 +363,8 @@ def _checkpoints(cfg: RunConfig) -> Problems:
         yield "--override-data-state is about a run that goes on, but --load is not set; set it."
     if cfg.training.save_interval is not None and files.save is None:
         yield f"--save-interval {cfg.training.save_interval} needs --save; set it to a folder."
+    if files.wandb_project is not None and files.save is None:
+        yield "--wandb-project writes to <save>/wandb, but --save is not set; set it."
 
 
 def _profile(run: _Run) -> Problems:

@@ -6,6 +6,7 @@ Shapes: T packed tokens, V visual tokens, R response rows, B samples, S tokens o
 channels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,13 +72,18 @@ class VocabularyHead(ColumnParallelLinear):
     """
 
     def forward(
-        self, rows: Tensor, *, loss: RowLoss | None = None, row_weight_R: Tensor | None = None
+        self,
+        rows: Tensor,
+        *,
+        loss: RowLoss | None = None,
+        row_weight_R: Tensor | None = None,
+        observe: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
         """[..., H] to logits [..., vocabulary of this rank], float32; or their loss, a scalar."""
         if loss is None:
             return torch.nn.functional.linear(rows.float(), self.weight.float())
         assert row_weight_R is not None
-        return head_loss(rows, self.weight, row_weight_R, loss=loss)
+        return head_loss(rows, self.weight, row_weight_R, loss=loss, observe=observe)
 
 
 class LanguageModel(MegatronModule):
@@ -145,6 +151,7 @@ class LanguageModel(MegatronModule):
         *,
         reference: "LanguageModel",
         reference_rows_RH: Tensor,
+        observe: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
         """Eq. 1 over the rows of one pack, weighted and summed.
 
@@ -153,13 +160,16 @@ class LanguageModel(MegatronModule):
             row_weight_R: [R] float32.
             reference: the frozen model.
             reference_rows_RH: [R, H], the same response tokens, from `forward` of the reference.
+            observe: is handed the KL of each row, [R] float32, without a gradient.
 
         Returns:
             Scalar float32, the same on all tensor-parallel ranks; its gradients as `head_loss`
             says.
         """
         loss = self._kl_to(reference, reference_rows_RH)
-        value: Tensor = self.gpt.output_layer(rows_RH, loss=loss, row_weight_R=row_weight_R)
+        value: Tensor = self.gpt.output_layer(
+            rows_RH, loss=loss, row_weight_R=row_weight_R, observe=observe
+        )
         return value
 
     def consistency_rows(

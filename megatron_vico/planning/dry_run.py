@@ -25,6 +25,7 @@ from megatron_vico.training import trainer
 from megatron_vico.training.data_state import DataState
 from megatron_vico.training.profiler import phase
 from megatron_vico.training.setup import Modules, Run, build_policy, build_reference
+from megatron_vico.training.step_clock import StepClock
 from megatron_vico.vico.router_targets import RatioWindow
 
 META = torch.device("meta")
@@ -114,6 +115,7 @@ def build(
         policy=policy,
         reference=reference,
         window=RatioWindow(size=cfg.stage.router_window, percentile=cfg.stage.router_percentile),
+        clock=StepClock(groups.device),
         optimizer=optimizer,
         scheduler=scheduler,
         data=DataState.of(None, max_skipped_share=0.0, restored=None),

@@ -48,6 +48,7 @@ def compare_plans(run: Run, batch: StepBatch, *, plans: Sequence[str]) -> Compar
     view_inputs = [
         [language_inputs(each.stream, policy.stream_cut, device) for each in view] for view in views
     ]
+    run.clock.begin("encode")
     features_NPD = tile_features(policy.encoder, batch, device, chunk_tiles=policy.chunk_tiles)
     reference_tokens = reference.visual_tokens(batch, features_NPD, groups)
     view_tokens = [
@@ -61,7 +62,9 @@ def compare_plans(run: Run, batch: StepBatch, *, plans: Sequence[str]) -> Compar
         )
         for view in views
     ]
+    run.clock.begin("reference")
     reference_rows = reference.response_rows(reference_inputs, reference_tokens, groups=groups)
+    run.clock.begin("policy")
     policy_rows = [
         forward_pass(
             LanguagePass(

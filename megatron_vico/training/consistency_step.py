@@ -13,7 +13,7 @@ from megatron_vico.models.language_model import LanguageInputs
 from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.parallel.streams import language_inputs, row_slice
-from megatron_vico.training.metrics import StepSums, sums_of
+from megatron_vico.training.metrics import SHARES, StepSums, one_hot_shares, sums_of
 from megatron_vico.training.pipeline_schedule import (
     LanguagePass,
     LossFunction,
@@ -42,8 +42,16 @@ def consistency_step(run: Run, batch: StepBatch) -> StepSums:
         language_inputs(pack.policies[0].stream, policy.stream_cut, device) for pack in packs
     ]
     weights = _row_weights(batch, groups)
+    share_weights = [
+        _own_rows(pack.kl_weight[:, None] * one_hot_shares(pack), groups).to(
+            device, non_blocking=True
+        )
+        for pack in packs
+    ]
+    kl_by_share = torch.zeros(len(SHARES), device=device)
     policy.weigh_balancing_loss(policy_inputs, groups)
 
+    run.clock.begin("encode")
     features_NPD = tile_features(policy.encoder, batch, device, chunk_tiles=policy.chunk_tiles)
     reference_tokens = reference.visual_tokens(batch, features_NPD, groups)
     tokens = visual_tokens(
@@ -55,6 +63,7 @@ def consistency_step(run: Run, batch: StepBatch) -> StepSums:
         groups=groups,
     )
 
+    run.clock.begin("reference")
     reference_rows = reference.response_rows(reference_inputs, reference_tokens, groups=groups)
     del reference_tokens, reference_inputs
 
@@ -62,10 +71,15 @@ def consistency_step(run: Run, batch: StepBatch) -> StepSums:
         reference_RH, reference_rows[index] = reference_rows[index], None  # freed pack by pack
         assert reference_RH is not None
         return policy.head.consistency_loss(
-            policy_RH, weights[index], reference=reference.head, reference_rows_RH=reference_RH
+            policy_RH,
+            weights[index],
+            reference=reference.head,
+            reference_rows_RH=reference_RH,
+            observe=lambda kl_R: kl_by_share.add_(kl_R.float() @ share_weights[index]),
         )
 
-    return _train(policy, batch, loss, inputs=policy_inputs, tokens=tokens, groups=groups)
+    total = _train(run, loss, inputs=policy_inputs, tokens=tokens)
+    return sums_of(packs, groups=groups, loss=total, kl_by_share=kl_by_share)
 
 
 def pretrain_step(run: Run, batch: StepBatch) -> StepSums:
@@ -77,8 +91,10 @@ def pretrain_step(run: Run, batch: StepBatch) -> StepSums:
     inputs = _whole_inputs(policy, batch, groups)
     loss = _label_loss(policy, batch, groups)
     policy.weigh_balancing_loss(inputs, groups)
+    run.clock.begin("encode")
     tokens = _whole_tokens(policy, batch, trained=policy.trains_encoder, groups=groups)
-    return _train(policy, batch, loss, inputs=inputs, tokens=tokens, groups=groups)
+    total = _train(run, loss, inputs=inputs, tokens=tokens)
+    return sums_of(batch.packs, groups=groups, loss=total)
 
 
 @torch.no_grad()
@@ -131,26 +147,23 @@ def _label_loss(policy: Policy, batch: StepBatch, groups: Groups) -> LossFunctio
 
 
 def _train(
-    policy: Policy,
-    batch: StepBatch,
-    loss: LossFunction,
-    *,
-    inputs: Sequence[LanguageInputs],
-    tokens: VisualTokens,
-    groups: Groups,
-) -> StepSums:
-    """Policy pass and encoder backward."""
+    run: Run, loss: LossFunction, *, inputs: Sequence[LanguageInputs], tokens: VisualTokens
+) -> Tensor:
+    """Policy pass and encoder backward; this rank's part of the loss."""
     language_pass = LanguagePass(
         name="policy",
-        chunks=policy.schedule_chunks,
+        chunks=run.policy.schedule_chunks,
         inputs=inputs,
         tokens=tokens,
-        groups=groups.language,
+        groups=run.groups.language,
     )
+    run.clock.begin("policy")
     total = training_pass(language_pass, loss)
-    if policy.trains_encoder:
+    if run.policy.trains_encoder:
+        run.clock.begin("encoder_backward")
         tokens.backward()
-    return sums_of(batch.packs, groups=groups, loss=total)
+    run.clock.begin("other")
+    return total
 
 
 def _row_weights(batch: StepBatch, groups: Groups) -> list[Tensor]:

@@ -1,13 +1,16 @@
-"""FLOPs of the models by formula, and what a pack costs in a step of each stage.
+"""FLOPs of the models by formula, of a step of each stage, and what a pack is expected to cost.
 
 A multiplication and its addition are two FLOPs; norms, activations and embeddings are left out.
 Divided by a time and the device's rate these give MFU; as estimates they tell cheap from
 expensive packs (data/pack/balance.py).
 """
 
+import torch
+
 from megatron_vico.config.registry import LanguageConfig, ModelConfig, VisionConfig
 from megatron_vico.config.schema import StageOptions
 from megatron_vico.data.pack.balance import PackCost
+from megatron_vico.data.samples import PackedBatch, PackedStream
 
 
 def language_flops_per_token(config: LanguageConfig) -> int:
@@ -69,3 +72,55 @@ def pack_cost(model: ModelConfig, options: StageOptions) -> PackCost:
         # xi ~ U[0, 1] compresses half of the tiles.
         saved_per_tile=(model.visual_tokens_per_tile - model.compressed_tokens_per_tile) / 2,
     )
+
+
+def step_flops(model: ModelConfig, options: StageOptions, pack: PackedBatch) -> float:
+    """FLOPs of a pack in a step, as it was drawn: vision, reference, policy and heads, all passes.
+
+    What recomputation does again is left out, and ViR, which sees one tile a sample (below 1 %).
+    """
+    spec, trained = options.spec, options.trained
+    # A backward pass costs twice the forward pass; without gradients of weights, linear layers cost
+    # it once. Attention has no weights.
+    backward = spec.plans != "one_tile"
+    linear = 1 + backward + ("language_model" in trained)
+    attention = 1 + 2 * backward
+    plans = [view.compressed for view in pack.policies] or [torch.zeros(pack.num_tiles).bool()]
+    streams = [view.stream for view in pack.policies] or [pack.reference]
+    flops = (
+        float(vit_flops_per_tile(model.vision)) * pack.num_tiles * (3 if "vit" in trained else 1)
+    )
+    for compressed, stream in zip(plans, streams, strict=True):
+        flops += _language_flops(model.language, stream, linear=linear, attention=attention)
+        num_compressed = int(compressed.sum())
+        for name, tiles in (
+            ("connector_4x", pack.num_tiles - num_compressed),
+            ("connector_16x", num_compressed),
+        ):
+            passes = 1 + ("vit" in trained) + (name in trained)
+            flops += passes * tiles * _connector_flops_per_tile(model, name)
+    if spec.needs_reference:
+        flops += _language_flops(model.language, pack.reference, linear=1, attention=1)
+        flops += pack.num_tiles * _connector_flops_per_tile(model, "connector_4x")
+        if "vit" in trained:
+            flops += pack.num_tiles * vit_flops_per_tile(model.vision)
+    return flops
+
+
+def _language_flops(
+    config: LanguageConfig, stream: PackedStream, *, linear: int, attention: int
+) -> float:
+    """Of all layers and, on the response rows, of the head."""
+    lengths = stream.cu_seqlens.diff().double()
+    head = 2 * config.hidden_size * config.vocab_size * len(stream.response_rows)
+    return linear * (
+        language_flops_per_token(config) * float(lengths.sum()) + head
+    ) + attention * attention_flops_per_token_squared(config) * float(lengths.square().sum())
+
+
+def _connector_flops_per_tile(model: ModelConfig, name: str) -> int:
+    """Forward FLOPs of the connector's linear layers: twice their weights for each visual token."""
+    counts, d, h = model.parameter_counts(), model.vision.hidden_size, model.language.hidden_size
+    if name == "connector_4x":
+        return 2 * (counts.connector_4x - 8 * d - 2 * h) * model.visual_tokens_per_tile
+    return 2 * (counts.connector_16x - 32 * d - 5 * h) * model.compressed_tokens_per_tile

@@ -1,34 +1,44 @@
-"""The one place that logs: sums over all ranks, Megatron's log line, TensorBoard, JSON."""
+"""What a step counts and measures on a rank, and the figures that it comes to over all of them.
 
-import dataclasses
-import json
+The names of the figures are those of the log line, metrics.jsonl, TensorBoard and wandb
+(training/logger.py).
+"""
+
 import math
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
-from typing import Self
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from megatron_vico.config.schema import RunConfig
 from megatron_vico.data.samples import PackedBatch
 from megatron_vico.parallel.groups import Groups
+from megatron_vico.training.step_clock import PHASES
+
+SHARES = ("0", "25", "50", "75", "100")
+"""Samples are told apart by their share of compressed tiles: none (or no tile at all), then up to
+so many per cent."""
+
+MARGIN_BINS = 129
+_FINEST_MARGIN, _LARGEST_MARGIN = 1e-3, 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouterSums:
-    """What a router step counts on one rank, of its own tiles; float32 scalars that add up."""
+    """What a router step counts on one rank, of its own tiles; float32 tensors that add up."""
 
     questions: Tensor
     labelled_compress: Tensor
     predicted_compress: Tensor
     correct: Tensor
     log_ratio: Tensor
-    threshold: Tensor
-    """tau of Eq. 3, divided by the number of ranks so that the sum is tau."""
+    margins: Tensor
+    """[2 * MARGIN_BINS], questions by label (compress, keep) and by ViR's margin."""
+
+    window: Tensor
+    """[4], tau of Eq. 3 and the 10th, 50th and 90th percentile of the window's loss ratios, divided
+    by the number of ranks so that the sum is what each has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +57,40 @@ class StepSums:
     skipped: int = 0
     """Broken samples among `samples` that were not known to be broken before."""
 
+    kl_by_share: Tensor | None = None
+    """[len(SHARES)] float32, the step's loss by its samples' share of compressed tiles."""
+
+    weight_by_share: Tensor | None = None
+    """[len(SHARES)], the part of the step's samples in each."""
+
     router: RouterSums | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What the loop measures of a rank's step, beside what the step counts."""
+
+    flops: float = 0.0
+    """Of the replica (training/flops.py), on its first rank; elsewhere 0."""
+
+    room_tokens: int = 0
+    """Tokens that its packs could hold, on its first rank."""
+
+    memory_bytes: tuple[float, float] = (0.0, 0.0)
+    """Most that was allocated and reserved on the device so far."""
+
+    phases_s: Mapping[str, float] = field(default_factory=dict)
+    peak_tflops: float | None = None
+    """The GPU's; None: no MFU."""
+
+
 def sums_of(
-    packs: Sequence[PackedBatch], *, groups: Groups, loss: Tensor, router: RouterSums | None = None
+    packs: Sequence[PackedBatch],
+    *,
+    groups: Groups,
+    loss: Tensor,
+    kl_by_share: Tensor | None = None,
+    router: RouterSums | None = None,
 ) -> StepSums:
     """Count a replica's packs, on its first rank.
 
@@ -62,6 +101,11 @@ def sums_of(
     if groups.replica.rank() != 0:
         packs = ()
     views = [pack.policies[-1] if pack.policies else None for pack in packs]
+    weight_by_share = None
+    if kl_by_share is not None:
+        weight_by_share = torch.zeros(len(SHARES), dtype=torch.float64)
+        for pack in packs:
+            weight_by_share += pack.kl_weight.double() @ one_hot_shares(pack).double()
     return StepSums(
         # Tensor-parallel ranks have the same loss, of which one counts; ViR's is of own tiles.
         loss=loss if groups.counts_loss or router is not None else torch.zeros_like(loss),
@@ -75,19 +119,65 @@ def sums_of(
         ),
         response_tokens=sum(len(pack.labels) for pack in packs),
         skipped=sum(len(pack.skipped) for pack in packs),
+        kl_by_share=(
+            kl_by_share
+            if kl_by_share is None or groups.counts_loss
+            else torch.zeros_like(kl_by_share)
+        ),
+        weight_by_share=weight_by_share,
         router=router,
     )
 
 
+def one_hot_shares(pack: PackedBatch) -> Tensor:
+    """[R, len(SHARES)] float32 on the CPU: 1 where a row's sample belongs.
+
+    A sum over rows is then a product of matrices, whose order of additions is the same every time.
+    """
+    tiles_D = torch.tensor(pack.tiles_per_sample)
+    sample_of_tile = torch.arange(len(tiles_D)).repeat_interleave(tiles_D)
+    compressed = pack.policies[0].compressed.long()
+    compressed_D = torch.zeros_like(tiles_D).index_add_(0, sample_of_tile, compressed)
+    tiles_D = tiles_D.clamp_min(1)
+    bucket_D = (compressed_D * (len(SHARES) - 1) + tiles_D - 1) // tiles_D  # the quotient's ceiling
+    return (bucket_D[pack.sample_of_row][:, None] == torch.arange(len(SHARES))).float()
+
+
+def margin_counts(margin_M: Tensor, label_M: Tensor) -> Tensor:
+    """[2 * MARGIN_BINS]: how often ViR's logit of compress was so far above that of keep, by label.
+
+    The bins are finest around 0, where an untrained router's margins are.
+    """
+    most = math.asinh(_LARGEST_MARGIN / _FINEST_MARGIN)
+    place_M = (margin_M.detach().float() / _FINEST_MARGIN).asinh().clamp(-most, most) / most
+    bin_M = ((place_M + 1) / 2 * (MARGIN_BINS - 1)).round().long()
+    counts = torch.zeros(2 * MARGIN_BINS, device=margin_M.device)
+    return counts.index_add_(0, label_M * MARGIN_BINS + bin_M, torch.ones_like(place_M))
+
+
+def area_under_curve(margins: Tensor) -> float | None:
+    """The probability that a tile to compress has the larger margin; None without both labels.
+
+    Of two margins in one bin either may be the larger.
+    """
+    compress, keep = margins.view(2, MARGIN_BINS)
+    pairs = float(compress.sum() * keep.sum())
+    below = keep.cumsum(0) - keep
+    return float((compress * (below + keep / 2)).sum()) / pairs if pairs else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepFigures:
-    """One step over all ranks: what the log line, TensorBoard and the JSON line show."""
+    """One step over all ranks; a figure that is None is not written."""
+
+    prefix: ClassVar[str] = ""
 
     iteration: int
     loss: float
     grad_norm: float
     learning_rate: float
     step_time_s: float
+    world_size: int = 1
     samples: int
     tiles: int
     compressed_tiles: float
@@ -96,75 +186,183 @@ class StepFigures:
     visual_token_reduction: float
     """1 - policy tokens / reference tokens, text included."""
 
+    reference_tokens: int = 0
+    """Tokens of the packs with nothing compressed, of which the rates count."""
+
     policy_tokens: int
     response_tokens: int
     skipped: int = 0
     """Broken samples among `samples` that were not known before (data/load/error_budget.py)."""
 
+    fill: float | None = None
+    """Reference tokens over the tokens that the packs could hold."""
+
+    tokens_per_s: float | None = None
+    tokens_per_s_per_gpu: float | None = None
+    tflops_per_gpu: float | None = None
+    """TFLOP/s a GPU: ViT, reference, compressed policy and heads; nothing counts twice because it
+    is recomputed."""
+
+    mfu: float | None = None
+    """Of the GPU's dense bf16 peak, whatever the format."""
+
+    work_imbalance: float | None = None
+    """FLOPs of the busiest replica over the mean of all."""
+
+    memory_allocated_gb: float | None = None
+    """Highest so far, on the rank that had most; 1e9 bytes."""
+
+    memory_reserved_gb: float | None = None
+    encode_s: float | None = None
+    """Phases are of the step before, means over ranks, waiting for others included."""
+
+    reference_s: float | None = None
+    policy_s: float | None = None
+    encoder_backward_s: float | None = None
+    optimizer_s: float | None = None
+    kl_compressed_0: float | None = None
+    """Mean KL (Eq. 1) of the samples of which no tile is compressed; nats."""
+
+    kl_compressed_25: float | None = None
+    """Of those with up to a quarter compressed; and so on."""
+
+    kl_compressed_50: float | None = None
+    kl_compressed_75: float | None = None
+    kl_compressed_100: float | None = None
     router_threshold: float | None = None
     router_accuracy: float | None = None
+    router_auc: float | None = None
     router_labelled_compress: float | None = None
     router_predicted_compress: float | None = None
     router_mean_log_ratio: float | None = None
+    router_ratio_p10: float | None = None
+    """Percentiles of the loss ratios r of Eq. 2 in the window."""
+
+    router_ratio_p50: float | None = None
+    router_ratio_p90: float | None = None
 
     @classmethod
     def reduce(
         cls,
         sums: StepSums,
+        measured: Measured | None = None,
         *,
         iteration: int,
         grad_norm: float,
         learning_rate: float,
         step_time_s: float,
     ) -> Self:
-        """Add the sums of all ranks, in one collective, and turn them into figures."""
-        counted = {
-            field.name: getattr(sums, field.name)
-            for field in dataclasses.fields(sums)
-            if field.name != "router"
-        }
-        if sums.router is not None:
-            counted |= vars(sums.router)
-        device = sums.loss.device
-        values = torch.stack(
-            [
-                torch.as_tensor(value, dtype=torch.float64, device=device)
-                for value in counted.values()
-            ]
+        """Add up what all ranks counted and measured, in one collective, and make figures of it."""
+        measured = measured or Measured()
+        world_size = torch.distributed.get_world_size()
+        by_rank = torch.zeros(world_size, 3, dtype=torch.float64)
+        by_rank[torch.distributed.get_rank()] = torch.tensor(
+            [measured.flops, *measured.memory_bytes], dtype=torch.float64
         )
-        torch.distributed.all_reduce(values)
-        total = dict(zip(counted, values.tolist(), strict=True))
+        parts = {name: value for name, value in vars(sums).items() if name != "router"}
+        parts |= {} if sums.router is None else vars(sums.router)
+        parts |= {"room_tokens": measured.room_tokens, "by_rank": by_rank}
+        parts["phases"] = torch.tensor([measured.phases_s.get(phase, 0.0) for phase in PHASES])
+        total = _added_over_ranks(parts, device=sums.loss.device)
+        numbers = {name: float(value) for name, value in total.items() if len(value) == 1}
+        tokens = numbers["reference_tokens"]
+        counts = ("samples", "tiles", "reference_tokens", "policy_tokens", "response_tokens")
         return cls(
             iteration=iteration,
-            loss=total["loss"],
+            loss=numbers["loss"],
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             step_time_s=step_time_s,
-            samples=int(total["samples"]),
-            tiles=int(total["tiles"]),
-            compressed_tiles=total["compressed_tiles"] / max(total["tiles"], 1),
-            visual_token_reduction=(1 - total["policy_tokens"] / max(total["reference_tokens"], 1)),
-            policy_tokens=int(total["policy_tokens"]),
-            response_tokens=int(total["response_tokens"]),
-            skipped=int(total["skipped"]),
+            world_size=world_size,
+            **{name: int(numbers[name]) for name in (*counts, "skipped")},
+            compressed_tiles=numbers["compressed_tiles"] / max(numbers["tiles"], 1),
+            visual_token_reduction=1 - numbers["policy_tokens"] / max(tokens, 1),
+            fill=tokens / numbers["room_tokens"] if numbers["room_tokens"] else None,
+            **_rates(total["by_rank"].view(-1, 3), tokens, step_time_s, measured.peak_tflops),
+            **_phase_figures(total["phases"] / world_size),
+            **({} if sums.kl_by_share is None else _kl_figures(total)),
             **({} if sums.router is None else _router_figures(total)),
         )
 
 
-def _router_figures(total: Mapping[str, float]) -> dict[str, float]:
-    asked = max(total["questions"], 1)
+def _added_over_ranks(
+    parts: Mapping[str, Tensor | float | None], *, device: torch.device
+) -> dict[str, Tensor]:
+    """Each part summed over all ranks, in one dimension, float64 on the CPU; one collective."""
+    flat = {
+        name: torch.as_tensor(value, dtype=torch.float64).flatten()
+        for name, value in parts.items()
+        if value is not None
+    }
+    # What is on the host goes to the device as one piece.
+    flat = dict(sorted(flat.items(), key=lambda item: item[1].device.type != "cpu"))
+    on_host = [value for value in flat.values() if value.device.type == "cpu"]
+    on_device = list(flat.values())[len(on_host) :]
+    values = torch.cat([torch.cat(on_host).to(device), *on_device])
+    torch.distributed.all_reduce(values)
+    lens = [len(value) for value in flat.values()]
+    return dict(zip(flat, values.cpu().split(lens), strict=True))
+
+
+def _rates(
+    by_rank: Tensor, tokens: float, time_s: float, peak_tflops: float | None
+) -> dict[str, Any]:
+    flops, allocated, reserved = by_rank.unbind(dim=1)
+    figures = {}
+    if allocated.max() > 0:
+        figures["memory_allocated_gb"] = float(allocated.max()) / 1e9
+        figures["memory_reserved_gb"] = float(reserved.max()) / 1e9
+    if (of_replicas := flops[flops > 0]).numel():
+        figures["work_imbalance"] = float(of_replicas.max() / of_replicas.mean())
+    if time_s > 0:
+        figures["tokens_per_s"] = tokens / time_s
+        figures["tokens_per_s_per_gpu"] = tokens / time_s / len(by_rank)
+        figures["tflops_per_gpu"] = float(flops.sum()) / time_s / len(by_rank) / 1e12
+        if peak_tflops is not None:
+            figures["mfu"] = figures["tflops_per_gpu"] / peak_tflops
+    return figures
+
+
+def _phase_figures(seconds: Tensor) -> dict[str, Any]:
+    """A stage without a phase, and a first step, have none of it."""
     return {
-        "router_threshold": total["threshold"],
-        "router_accuracy": total["correct"] / asked,
-        "router_labelled_compress": total["labelled_compress"] / asked,
-        "router_predicted_compress": total["predicted_compress"] / asked,
-        "router_mean_log_ratio": total["log_ratio"] / asked,
+        f"{phase}_s": float(value)
+        for phase, value in zip(PHASES, seconds, strict=True)
+        if value > 0
+    }
+
+
+def _kl_figures(total: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {
+        f"kl_compressed_{name}": float(kl / weight)
+        for name, kl, weight in zip(
+            SHARES, total["kl_by_share"], total["weight_by_share"], strict=True
+        )
+        if weight > 0
+    }
+
+
+def _router_figures(total: Mapping[str, Tensor]) -> dict[str, Any]:
+    asked = max(float(total["questions"]), 1)
+    threshold, p10, p50, p90 = total["window"].tolist()
+    return {
+        "router_threshold": threshold,
+        "router_accuracy": float(total["correct"]) / asked,
+        "router_auc": area_under_curve(total["margins"]),
+        "router_labelled_compress": float(total["labelled_compress"]) / asked,
+        "router_predicted_compress": float(total["predicted_compress"]) / asked,
+        "router_mean_log_ratio": float(total["log_ratio"]) / asked,
+        "router_ratio_p10": p10,
+        "router_ratio_p50": p50,
+        "router_ratio_p90": p90,
     }
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationFigures:
     """The validation set after one step, over all ranks: means over samples, NaN without any."""
+
+    prefix: ClassVar[str] = "valid_"
 
     iteration: int
     loss: float
@@ -180,128 +378,6 @@ class ValidationFigures:
     """Those with an answer; in the router stage, those with an image."""
 
     time_s: float
-
-
-class MetricsLogger:
-    """Writes each step's figures, on the main rank only."""
-
-    def __init__(self, cfg: RunConfig, *, resume_at: int, is_main: bool) -> None:
-        """Open the files of --save; of `metrics.jsonl`, lines after step `resume_at` are dropped.
-
-        Files get every step, the terminal one line in --log-interval.
-        """
-        self.train_iters = cfg.training.train_iters
-        self.log_interval = cfg.training.log_interval
-        self.is_main = is_main
-        self._consumed_samples = self._skipped_samples = 0
-        self._window: list[StepFigures] = []
-        self._lines = self._tensorboard = None
-        if not is_main or cfg.checkpoint.save is None:
-            return
-        save = Path(cfg.checkpoint.save)
-        save.mkdir(parents=True, exist_ok=True)
-        path = save / "metrics.jsonl"
-        kept = _lines_before(path, resume_at)
-        self._consumed_samples = sum(json.loads(line).get("samples", 0) for line in kept)
-        self._skipped_samples = sum(json.loads(line).get("skipped", 0) for line in kept)
-        path.write_text("".join(kept))
-        self._lines = path.open("a", buffering=1)
-        # 2 s of imports that only the main rank needs.
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._tensorboard = SummaryWriter(
-            cfg.checkpoint.tensorboard_dir or str(save / "tensorboard"), purge_step=resume_at + 1
-        )
-
-    def log(self, figures: StepFigures) -> None:
-        """Record one step; prints every `log_interval` steps, with the mean of the steps since."""
-        if not self.is_main:
-            return
-        self._consumed_samples += figures.samples
-        self._skipped_samples += figures.skipped
-        self._window.append(figures)
-        shown = _shown(figures)
-        self._write(shown, figures.iteration, {"iteration": figures.iteration, **shown})
-        if figures.iteration % self.log_interval == 0 or figures.iteration == self.train_iters:
-            print(self._line(), flush=True)
-            self._window.clear()
-
-    def log_validation(self, figures: ValidationFigures) -> None:
-        """Print and record the validation set; in `metrics.jsonl` a line with keys `valid_`..."""
-        if not self.is_main:
-            return
-        shown, step = _shown(figures), figures.iteration
-        line = {"iteration": step, **{f"valid_{name}": value for name, value in shown.items()}}
-        self._write({f"valid/{name}": value for name, value in shown.items()}, step, line)
-        parts = [f"{name.replace('_', ' ')}: {value:.6G}" for name, value in shown.items()]
-        print(f"validation at step {step}: {' | '.join(parts)}", flush=True)
-
-    def _write(self, scalars: Mapping[str, float], step: int, line: Mapping[str, float]) -> None:
-        if self._lines is None or self._tensorboard is None:
-            return
-        self._lines.write(json.dumps(line) + "\n")
-        for name, value in scalars.items():
-            self._tensorboard.add_scalar(name, value, step)
-
-    def note(self, text: str) -> None:
-        """Print a line about the run."""
-        if self.is_main:
-            print(text, flush=True)
-
-    def close(self) -> None:
-        if self._lines is not None and self._tensorboard is not None:
-            self._lines.close()
-            self._tensorboard.close()
-
-    def _line(self) -> str:
-        last, count = self._window[-1], len(self._window)
-        seconds = sum(each.step_time_s for each in self._window)
-        left_s = (self.train_iters - last.iteration) * seconds / count
-        parts = [
-            (
-                f" [{datetime.now():%Y-%m-%d %H:%M:%S}] iteration"
-                f" {last.iteration:8d}/{self.train_iters:8d}"
-            ),
-            f"consumed samples: {self._consumed_samples:12d}",
-            f"elapsed time per iteration (ms): {1000 * seconds / count:.1f}",
-            f"learning rate: {last.learning_rate:.6E}",
-            f"loss: {sum(each.loss for each in self._window) / count:.6E}",
-            f"grad norm: {last.grad_norm:.3f}",
-            f"compressed tiles: {sum(each.compressed_tiles for each in self._window) / count:.1%}",
-            f"samples/s: {sum(each.samples for each in self._window) / seconds:.0f}",
-        ]
-        if last.router_threshold is not None:
-            accuracy = sum(each.router_accuracy or 0.0 for each in self._window) / count
-            parts += [f"router accuracy: {accuracy:.1%}", f"tau: {last.router_threshold:.3E}"]
-        if self._skipped_samples:
-            parts.append(f"skipped samples: {self._skipped_samples}")
-        parts.append(f"time left: {time.strftime('%H:%M:%S', time.gmtime(left_s))}")
-        return " | ".join(parts) + " |"
-
-
-def _shown(figures: StepFigures | ValidationFigures) -> dict[str, float]:
-    return {
-        name: value
-        for name, value in vars(figures).items()
-        if value is not None and name != "iteration"
-    }
-
-
-def log_skipped(packs: Sequence[PackedBatch]) -> None:
-    """Name the broken samples of a step that were not known before; on the rank that read them."""
-    for skipped in (each for pack in packs for each in pack.skipped):
-        print(f"skipped sample {skipped.key!r}: {skipped.cause}: {skipped.reason}", flush=True)
-
-
-def _lines_before(path: Path, resume_at: int) -> list[str]:
-    if not path.exists() or resume_at == 0:
-        return []
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        # A run that was killed may leave half a line at the end.
-        if line.endswith("\n") and json.loads(line)["iteration"] <= resume_at:
-            kept.append(line)
-    return kept
 
 
 def check_finite(figures: StepFigures) -> None:

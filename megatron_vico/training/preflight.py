@@ -1,5 +1,6 @@
 """Checks before a run that open files or import megatron-core; see also config/validate.py."""
 
+import importlib.util
 from pathlib import Path
 
 from megatron_vico.checkpoint.run_folder import resolve_model
@@ -70,6 +71,11 @@ def check_environment(cfg: RunConfig) -> None:
     Raises:
         ConfigError: naming the flag to leave out, or with megatron-core's own words.
     """
+    if cfg.checkpoint.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"--wandb-project {cfg.checkpoint.wandb_project}: wandb is not installed; `pip install"
+            " wandb`, or leave the flag out."
+        )
     if cfg.parallel.fp8_format is not None:
         raise ConfigError(fp8_is_not_trained(cfg.parallel))
     from megatron.core.distributed import DistributedDataParallelConfig

@@ -16,7 +16,7 @@ from megatron_vico.data.samples import PackedBatch
 from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.training.compare_plans import ComparedPlans, compare_plans
-from megatron_vico.training.metrics import RouterSums, StepSums, sums_of
+from megatron_vico.training.metrics import RouterSums, StepSums, margin_counts, sums_of
 from megatron_vico.training.policy import Policy
 from megatron_vico.training.setup import Run
 from megatron_vico.vico.router_targets import (
@@ -45,6 +45,7 @@ def router_step(run: Run, batch: StepBatch) -> StepSums:
     """
     compared = compare_plans(run, batch, plans=("none", "one"))
     ratio_M = _loss_ratios(run, compared, batch.packs)
+    run.clock.begin("router")
     # Every rank takes part, also one without a single image, and adds the same ratios in the same
     # order.
     all_ratios = _gather(ratio_M, batch.packs, run.groups)
@@ -99,7 +100,10 @@ def _asked_samples(pack: PackedBatch) -> Tensor:
 
 def _router_loss(run: Run, batch: StepBatch, features_NPD: Tensor, ratio_M: Tensor) -> RouterLoss:
     """Ask about this rank's tiles; `ratio_M` is of all questions of the replica."""
-    threshold = run.window.threshold().to(ratio_M.device)  # tau of Eq. 3
+    window_4 = torch.stack([run.window.threshold(), *run.window.percentiles(10, 50, 90)]).to(
+        ratio_M.device
+    )
+    threshold = window_4[0]  # tau of Eq. 3
     own_M, logits_M2 = _ask(run.policy, batch, features_NPD)
     ratio_M = ratio_M[own_M.to(ratio_M.device)]
     label_M = labels_from_ratios(ratio_M, threshold)
@@ -110,7 +114,8 @@ def _router_loss(run: Run, batch: StepBatch, features_NPD: Tensor, ratio_M: Tens
         predicted_compress=(predicted_M == COMPRESS).sum().float(),
         correct=(predicted_M == label_M).sum().float(),
         log_ratio=ratio_M.log().sum(),
-        threshold=threshold / torch.distributed.get_world_size(),
+        margins=margin_counts(logits_M2[:, COMPRESS] - logits_M2[:, 1 - COMPRESS], label_M),
+        window=window_4 / torch.distributed.get_world_size(),
     )
     return RouterLoss(F.cross_entropy(logits_M2.float(), label_M, reduction="sum"), sums)
 

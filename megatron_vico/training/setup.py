@@ -36,6 +36,7 @@ from megatron_vico.training.offload import HostOffload
 from megatron_vico.training.optimizer import build_optimizer, build_scheduler
 from megatron_vico.training.policy import Policy, wrap
 from megatron_vico.training.reference import Reference, share_equal_modules
+from megatron_vico.training.step_clock import StepClock
 from megatron_vico.vico.router_targets import RatioWindow
 
 
@@ -51,6 +52,7 @@ class Run:
     window: RatioWindow
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    clock: StepClock
     data: DataState
     """Reads the replica's packs, on its first rank, and counts broken samples."""
 
@@ -135,6 +137,7 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
         if cfg.stage.spec.needs_reference
         else None,
         window=window,
+        clock=StepClock(groups.device),
         optimizer=optimizer,
         scheduler=scheduler,
         data=DataState.of(

@@ -12,6 +12,7 @@ import torch
 from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.checkpoint.run_folder import metadata_of, resolve_model
 from megatron_vico.config.flags import to_yaml
+from megatron_vico.config.gpus import peak_tflops
 from megatron_vico.config.layout import launched_world_size
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.stages import MODULES
@@ -19,13 +20,9 @@ from megatron_vico.config.validate import validate
 from megatron_vico.data.load.loader import worker_death_explained
 from megatron_vico.parallel import groups as process_groups
 from megatron_vico.parallel.batch import StepBatch
-from megatron_vico.training.metrics import (
-    MetricsLogger,
-    StepFigures,
-    StepSums,
-    check_finite,
-    log_skipped,
-)
+from megatron_vico.training.flops import step_flops
+from megatron_vico.training.logger import MetricsLogger, log_skipped
+from megatron_vico.training.metrics import Measured, StepFigures, StepSums, check_finite
 from megatron_vico.training.preflight import check_environment, check_files
 from megatron_vico.training.profiler import open_profiler, phase
 from megatron_vico.training.setup import Run, set_up
@@ -75,11 +72,13 @@ def _loop(run: Run, stop: "_StopSignal") -> Literal["ended", "stopped"]:
             iteration += 1
             sums = compute_gradients(run, batch)
             learning_rate = run.scheduler.get_lr({})  # that of --lr; modules may have a multiple
+            run.clock.begin("optimizer")
             with phase("optimizer"):
                 grad_norm = update_weights(run)
             now = time.perf_counter()
             figures = StepFigures.reduce(
                 sums,
+                measured(run, batch),
                 iteration=iteration,
                 grad_norm=grad_norm,
                 learning_rate=learning_rate,
@@ -102,7 +101,7 @@ def _loop(run: Run, stop: "_StopSignal") -> Literal["ended", "stopped"]:
                 started = time.perf_counter()
             # After the checkpoint, which a broken validation set must not cost.
             if validation is not None and (last or _due(iteration, cfg.training.eval_interval)):
-                logger.log_validation(validation_figures(run, validation, iteration=iteration))
+                logger.log(validation_figures(run, validation, iteration=iteration))
                 started = time.perf_counter()
             if ending:
                 break
@@ -142,6 +141,24 @@ def compute_gradients(run: Run, batch: StepBatch) -> StepSums:
     return sums
 
 
+def measured(run: Run, batch: StepBatch) -> Measured:
+    """What this rank has to say of a step that is over; waits for nothing."""
+    packs = batch.packs if run.groups.replica.rank() == 0 else ()
+    on_gpu = run.groups.device.type == "cuda"
+    return Measured(
+        flops=sum(step_flops(run.model, run.cfg.stage, pack) for pack in packs),
+        room_tokens=len(packs) * run.cfg.data.seq_length,
+        memory_bytes=(
+            (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+            if on_gpu
+            else (0.0, 0.0)
+        ),
+        phases_s=run.clock.end_step(),
+        peak_tflops=run.cfg.training.gpu_peak_tflops
+        or (peak_tflops(torch.cuda.get_device_name()) if on_gpu else None),
+    )
+
+
 def update_weights(run: Run) -> float:
     """One optimizer step; called by every rank. Returns the gradient norm before clipping."""
     _, grad_norm, _ = run.optimizer.step()
@@ -150,11 +167,11 @@ def update_weights(run: Run) -> float:
 
 
 def _due(iteration: int, interval: int | None) -> bool:
-    return interval is not None and iteration % interval == 0
+    return bool(interval and iteration % interval == 0)
 
 
 def _save(run: Run, iteration: int) -> None:
-    if run.cfg.checkpoint.save is None:
+    if run.cfg.checkpoint.save is None or run.cfg.training.save_interval == 0:
         return
     run.policy.finish_param_sync()
     training_checkpoint.save_checkpoint(

@@ -20,7 +20,8 @@ from megatron_vico.data.load.loader import Loader
 from megatron_vico.data.samples import PackedBatch
 from megatron_vico.errors import ConfigError
 from megatron_vico.parallel.batch import StepBatch
-from megatron_vico.training.metrics import ValidationFigures, log_skipped
+from megatron_vico.training.logger import log_skipped
+from megatron_vico.training.metrics import ValidationFigures
 from megatron_vico.training.setup import Run, build_loader
 from megatron_vico.training.steps import STEPS
 
@@ -115,6 +116,7 @@ def validation_figures(run: Run, validation: ValidationSet, *, iteration: int) -
             counted = validate(run, _weighed(batch, num_packs=left))
             sums += torch.stack([value.to(sums.device, torch.float64) for value in counted])
     run.policy.train_mode()
+    run.clock.drop_step()
     torch.distributed.all_reduce(sums)
     samples, *totals = sums.tolist()
     means = {

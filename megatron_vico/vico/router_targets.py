@@ -67,9 +67,13 @@ class RatioWindow:
         NaN while the window is empty, as after a first step without any image: it has no question
         to label either.
         """
+        return self.percentiles(self.percentile)[0]
+
+    def percentiles(self, *percents: float) -> Tensor:
+        """Percentiles of the ratios in the window, float32; NaN while it is empty."""
         if not len(self._ratios_W):
-            return torch.tensor(float("nan"))
-        return torch.quantile(self._ratios_W, self.percentile / 100)
+            return torch.full((len(percents),), float("nan"))
+        return torch.quantile(self._ratios_W, torch.tensor([each / 100 for each in percents]))
 
     def state(self) -> Tensor:
         """What a checkpoint keeps: the ratios, oldest first, [W] float32."""

@@ -9,7 +9,7 @@ Shape suffixes: R rows, C rows of one chunk, B rows of one block of a chunk, H c
 vocabulary entries that this rank holds, K numbers a row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -156,7 +156,14 @@ def row_values(rows_RH: Tensor, weight_VH: Tensor, *, loss: RowLoss) -> Tensor:
         return _sweep(rows_RH, weight_VH, None, _Gradients(rows_RH=None, weight_VH=None), loss=loss)
 
 
-def head_loss(rows_RH: Tensor, weight_VH: Tensor, row_weight_R: Tensor, *, loss: RowLoss) -> Tensor:
+def head_loss(
+    rows_RH: Tensor,
+    weight_VH: Tensor,
+    row_weight_R: Tensor,
+    *,
+    loss: RowLoss,
+    observe: Callable[[Tensor], object] | None = None,
+) -> Tensor:
     """Weighted sum of the rows' losses, with both gradients made in the same pass.
 
     The gradient of the rows is this rank's share, over its part of the vocabulary: whoever made the
@@ -173,6 +180,7 @@ def head_loss(rows_RH: Tensor, weight_VH: Tensor, row_weight_R: Tensor, *, loss:
         row_weight_R: [R] float32; for Eq. 1, 1 / (response tokens of the row's sample * samples in
             the global batch).
         loss: per-row loss.
+        observe: is handed the loss of each row, [R] float32, without a gradient.
 
     Returns:
         Scalar float32, equal on all ranks of the group; 0 where there are no rows. Not a view, as
@@ -186,10 +194,13 @@ def head_loss(rows_RH: Tensor, weight_VH: Tensor, row_weight_R: Tensor, *, loss:
             f"{len(rows_RH)} rows but row weights of shape {tuple(row_weight_R.shape)}"
         )
     if not torch.is_grad_enabled():
-        return (row_values(rows_RH, weight_VH, loss=loss) * row_weight_R).sum()
+        values_R = row_values(rows_RH, weight_VH, loss=loss)
+        if observe is not None:
+            observe(values_R)
+        return (values_R * row_weight_R).sum()
     check_head(rows_RH, weight_VH, loss.shard, name="policy")
     loss.check(rows_RH, weight_VH)
-    total: Tensor = _FusedHead.apply(rows_RH, weight_VH, row_weight_R, loss)
+    total: Tensor = _FusedHead.apply(rows_RH, weight_VH, row_weight_R, loss, observe)
     return total
 
 
@@ -213,6 +224,7 @@ class _FusedHead(torch.autograd.Function):
         weight_VH: Tensor,
         row_weight_R: Tensor,
         loss: RowLoss,
+        observe: Callable[[Tensor], object] | None,
     ) -> Tensor:
         rows_wanted, weight_wanted = ctx.needs_input_grad[:2]
         main_grad_VH = getattr(weight_VH, "main_grad", None) if weight_wanted else None
@@ -229,11 +241,13 @@ class _FusedHead(torch.autograd.Function):
         ctx.weight_VH = weight_VH if main_grad_VH is not None else None
         ctx.weight_dtype = weight_VH.dtype
         ctx.save_for_backward(gradients.rows_RH, own_grad_VH)
+        if observe is not None:
+            observe(values_R)
         return (values_R * row_weight_R).sum()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_rows_RH, grad_weight_VH = ctx.saved_tensors
         if grad_rows_RH is not None:
             grad_rows_RH.mul_(grad)  # in place: a second copy would grow with the rows
@@ -244,7 +258,7 @@ class _FusedHead(torch.autograd.Function):
             # `zero_out_wgrad` says that it will be added.
             added = getattr(ctx.weight_VH, "zero_out_wgrad", False)
             grad_weight_VH = (torch.zeros_like if added else torch.empty_like)(ctx.weight_VH)
-        return grad_rows_RH, grad_weight_VH, None, None
+        return grad_rows_RH, grad_weight_VH, None, None, None
 
 
 def _sweep(

@@ -26,6 +26,7 @@ COMMANDS = {
     "generate": "ask a model about images",
     "evaluate": "score a model on a file of questions",
     "plot": "draw loss curves, print the ablation table",
+    "report": "write one HTML page about a run",
     "convert": "convert checkpoints: Megatron's form, and Hugging Face's layouts",
     "shards": "make, index, inspect and verify WebDataset shards",
     "checkpoint": "say what a run's checkpoint is",

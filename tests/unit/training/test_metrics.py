@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -143,8 +144,17 @@ def test_the_log_line_is_megatrons(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in line
 
 
-def test_every_name_of_the_log_line_is_a_figure() -> None:
-    assert LINE.keys() <= {field.name for field in dataclasses.fields(StepFigures)}
+def test_every_figure_has_its_line_in_the_documentation() -> None:
+    names = {field.name for field in dataclasses.fields(StepFigures)}
+    assert LINE.keys() <= names
+    page = (Path(__file__).parents[3] / "docs" / "figures.md").read_text()
+    page = re.sub(r"`(\w+)_(0|p10)`((, `_\w+`)+)", _written_out, page)
+    assert names <= set(re.findall(r"`(\w+)`", page))
+
+
+def _written_out(found: re.Match[str]) -> str:
+    ends = [f"_{found[2]}", *re.findall(r"`(_\w+)`", found[3])]
+    return ", ".join(f"`{found[1]}{end}`" for end in ends)
 
 
 def test_the_area_under_the_curve_is_that_of_all_pairs() -> None:

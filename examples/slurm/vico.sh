@@ -154,15 +154,28 @@ attempt=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 source examples/slurm/environment.sh
 
 ranks() { # STEP NODES TASKS_A_NODE WORD...: vico on every rank
-    # A rank is a task of SLURM: signals reach the trainer, its exit status comes back, and one that
-    # dies ends the others, who may wait in collectives and know nothing (SIGTERM, and SIGKILL after
-    # the cluster's KillWait). --cpu-bind=none: a rank's loaders need more than one core.
+    # A rank is a task of SLURM: signals reach the trainer, and one that dies ends the others, who
+    # may wait in collectives and know nothing (SIGTERM, and SIGKILL after the cluster's KillWait).
+    # --cpu-bind=none: a rank's loaders need more than one core.
+    local status=0 log="$LOGS/$1-$attempt-rank"
     # shellcheck disable=SC2016 # the variables are each task's own
     srun --nodes="$2" --ntasks="$(($2 * $3))" --ntasks-per-node="$3" --cpu-bind=none \
-        --kill-on-bad-exit=1 --output="$LOGS/$1-$attempt-rank-%t.log" --open-mode=append \
-        "${srun_flags[@]}" bash -c \
-        'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' \
-        rank "${inside[@]}" "$PYTHON" -m megatron_vico "${@:4}"
+        --kill-on-bad-exit=1 --output="$log-%t.log" --open-mode=append "${srun_flags[@]}" bash -c '
+            export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+            trap : TERM # this shell waits for the rank, whatever the signal
+            "${@:2}" && exit
+            status=$?
+            echo "$status" >"$1-$RANK.status" && exit "$status"' \
+        rank "$log" "${inside[@]}" "$PYTHON" -m megatron_vico "${@:4}" || status=$?
+    # The status of srun is 143 also where SLURM ended the other ranks after one had failed.
+    if ((status == 0)) || ! compgen -G "$log-*.status" >/dev/null; then
+        return "$status"
+    elif grep -qxh 2 "$log"-*.status; then
+        return 2 # the user's to mend
+    elif grep -qxhv -e 75 -e 143 "$log"-*.status; then
+        return 1
+    fi
+    return 75
 }
 
 again() { # WHY
@@ -185,7 +198,7 @@ train() { # STAGE
     local gpus=$GPUS_PER_NODE
     if [[ $GPU == none ]]; then gpus=0; fi
     ranks doctor "$nodes" 1 doctor --gpus "$gpus" || status=$?
-    if ((status == 143)); then again "$1 was told to stop before it began"; fi
+    if ((status == 75)); then again "$1 was told to stop before it began"; fi
     ((status == 0)) || { failed doctor "$status" && exit 1; }
     if [[ $GPU != none && $PLAN == 1 && ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
         of_stage "$1" plan --world-size "$((nodes * GPUS_PER_NODE))" --gpu "$GPU"
@@ -194,8 +207,8 @@ train() { # STAGE
         "${flags[@]}" || status=$?
     case $status in
         0) finished "$1" || again "$1 ended before its last step" ;; # --exit-interval
-        75 | 143) again "$1 was told to stop and has saved" ;;       # 143: before it could listen
-        2) failed "$1" 2 && exit 2 ;;                                # the user's to mend
+        75) again "$1 was told to stop" ;;
+        2) failed "$1" 2 && exit 2 ;;
         *) # a rank or its node: again, but not for ever at the same step
             failed "$1" "$status"
             crashes=$LOGS/$1-$SLURM_JOB_ID.crashes at="step $(state "$1" iteration)"
@@ -238,7 +251,7 @@ for step in "${steps[@]}"; do
         run_step "$step" || status=$?
         case $status in
             0) ;;
-            143) again "$step was told to stop" ;;
+            75) again "$step was told to stop" ;;
             *) failed "$step" "$status" && exit "$status" ;;
         esac
     fi

@@ -15,11 +15,14 @@ ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "examples" / "vico_241b.sh"
 SCRIPTS = [SCRIPT, *(ROOT / "examples" / "slurm").glob("*.sh")]
 
-# Stands in for srun and scontrol: writes the words it was called with, one a line.
+# Stands in for srun and scontrol: writes the words it was called with.
 RECORDER = """#!/usr/bin/env bash
 if [[ $1 == show ]]; then printf 'node-07\\nnode-08\\n'; exit; fi
-printf '%s\\n' "${0##*/}" "$@" >>"$CALLS"
-if [[ " $* " == *" train "* ]]; then exit "${STATUS:-0}"; fi
+printf '%s\\0' "${0##*/}" "$@" >>"$CALLS"
+[[ " $* " == *" train "* ]] || exit 0
+rank=0
+for end in $ENDS; do echo "$end" >"$LOGS/warmup-11.0-rank-$((rank++)).status"; done
+exit "${STATUS:-0}"
 """
 
 # Stands in for Python where only the launcher's own doing counts: a stage at step 4.
@@ -124,7 +127,7 @@ def run_in_job(folder: Path, *words: str, **environment: str) -> tuple[int, str,
     job = {"SLURM_JOB_ID": "11", "SLURM_JOB_NODELIST": "node-[07-08]", "GPU": "none"}
     job |= {"DATA": here, "TOKENIZER": here, "LOGS": f"{folder}/logs", "CALLS": f"{folder}/calls"}
     done = run(*words, **({"PATH": f"{folder}:{os.environ['PATH']}"} | job | environment))
-    return done.returncode, done.stderr, (folder / "calls").read_text().splitlines()
+    return done.returncode, done.stderr, (folder / "calls").read_text().split("\0")[:-1]
 
 
 @pytest.mark.slow
@@ -146,6 +149,7 @@ def test_what_it_starts(tmp_path: Path) -> None:
     shell = command[command.index("bash") :]
     shell[shell.index(sys.executable)] = "env"
     task = {"SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NTASKS": "16"}
+    shell[shell.index("rank") + 1] = f"{here}/rank"
     separator = shell.index("-m")
     words = subprocess.check_output(shell[:separator], text=True, env=os.environ | task)
     assert {"RANK=9", "LOCAL_RANK=1", "WORLD_SIZE=16"} <= set(words.splitlines())
@@ -158,24 +162,27 @@ def test_what_it_starts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "ends_with", "is_put_back"),
+    ("status", "of_ranks", "ends_with", "says"),
     [
-        ("0", 0, True),  # --exit-interval
-        ("75", 0, True),
-        ("143", 0, True),
-        ("137", 0, True),
-        ("2", 2, False),
+        ("0", "", 0, "ended before its last step"),  # --exit-interval
+        ("75", "75 75", 0, "was told to stop"),
+        ("143", "75 143", 0, "was told to stop"),
+        ("143", "137 143", 0, "starts again"),
+        ("1", "137 1", 0, "starts again"),
+        ("137", "", 0, "starts again"),  # a node is lost
+        ("143", "143 2", 2, "failed with status 2"),
     ],
 )
 def test_what_it_makes_of_the_end_of_a_stage(
-    status: str, ends_with: int, is_put_back: bool, tmp_path: Path
+    status: str, of_ranks: str, ends_with: int, says: str, tmp_path: Path
 ) -> None:
     python = tmp_path / "python"
     python.write_text(AT_STEP_4)
     python.chmod(0o755)
-    ended, said, calls = run_in_job(tmp_path, "warmup", PYTHON=str(python), STATUS=status)
-    assert ended == ends_with, said
-    assert (calls[-3:] == ["scontrol", "requeue", "11"]) == is_put_back
+    settings = {"PYTHON": str(python), "STATUS": status, "ENDS": of_ranks}
+    ended, said, calls = run_in_job(tmp_path, "warmup", **settings)
+    assert (ended, says in said) == (ends_with, True), said
+    assert (calls[-3:] == ["scontrol", "requeue", "11"]) == (ends_with == 0)
 
 
 def test_a_recipe_that_does_not_fit_is_not_started(tmp_path: Path) -> None:

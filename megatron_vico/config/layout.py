@@ -59,6 +59,19 @@ def num_microbatches(cfg: RunConfig, world_size: int) -> int:
     return cfg.training.global_batch_size // data_parallel_size(cfg.parallel, world_size)
 
 
+def replicas_in_step(parallel: ParallelOptions, model: ModelConfig) -> int:
+    """Neighbouring replicas that wait for each other in every microbatch: they share experts.
+
+    megatron-core lays expert groups over the tensor, context and data-parallel ranks of a stage, in
+    this order.
+    """
+    if model.language.num_experts is None:
+        return 1
+    ranks = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    experts = parallel.expert_model_parallel_size * _expert_width(parallel)
+    return math.lcm(ranks, experts) // ranks
+
+
 def _tensor(parallel: ParallelOptions, model: ModelConfig) -> Problems:
     language, tensor = model.language, parallel.tensor_model_parallel_size
     names = ("num_query_groups", "num_heads", "ffn_hidden_size")

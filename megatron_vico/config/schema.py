@@ -139,8 +139,9 @@ class DataOptions(TilingOptions):
     seq_length: int = 32768
     """Most tokens in a pack, counted in the reference stream (every tile uncompressed)."""
 
-    max_tiles_per_pack: int = 96
-    """Most tiles in a pack; bounds the vision tower's memory."""
+    max_tiles_per_pack: int = 112
+    """Most tiles in a pack; bounds the memory of visual tokens. Packs of --seq-length 32768 are
+    full of tokens up to 82 % visual ones (benchmarks/packing.py)."""
 
     max_samples_per_pack: int | None = None
     """Most samples in a pack; unset, as many as fit."""

@@ -144,7 +144,7 @@ class PolicyView:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedBatch:
-    """One pack (a microbatch) without tiles: the uncompressed reference stream, policy streams.
+    """One microbatch (a pack, or a part) without tiles: uncompressed reference, policy streams.
 
     Row r of the reference and of every policy view predicts the same response token, `labels[r]`.
     """
@@ -176,6 +176,9 @@ class PackedBatch:
 
     position: int = 0
     """Index of the pack in its step, over all ranks."""
+
+    first_sample: int = 0
+    """Samples of the step before the first one here: their order over all ranks."""
 
     skipped: tuple[Skipped, ...] = ()
     """Broken samples among the D that were not known to be broken before this step."""

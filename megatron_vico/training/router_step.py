@@ -149,12 +149,12 @@ def _ask(policy: Policy, batch: StepBatch, features_NPD: Tensor) -> tuple[Tensor
 
 
 def _gather(ratio_M: Tensor, packs: Sequence[PackedBatch], groups: Groups) -> Tensor:
-    """The ratios of all replicas, in the order of the step's packs."""
+    """The ratios of all replicas, in the order of the step's samples."""
     # A window that is full then drops the same ones for every number of data-parallel ranks.
     if groups.dp_size == 1:
         return ratio_M
-    positions = [torch.full((len(_asked_samples(pack)),), float(pack.position)) for pack in packs]
-    placed_M2 = torch.stack([ratio_M, torch.cat(positions).to(ratio_M.device)], dim=1)
+    places = [_asked_samples(pack) + float(pack.first_sample) for pack in packs]  # exact to 2^24
+    placed_M2 = torch.stack([ratio_M, torch.cat(places).to(ratio_M.device)], dim=1)
     count = torch.tensor([len(placed_M2)], device=ratio_M.device)
     counts = [torch.empty_like(count) for _ in range(groups.dp_size)]
     torch.distributed.all_gather(counts, count, group=groups.data_parallel)

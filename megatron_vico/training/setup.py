@@ -13,11 +13,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.checkpoint.run_folder import has_checkpoint, resolve_model
 from megatron_vico.checkpoint.training_checkpoint import Modules
+from megatron_vico.config.layout import replicas_in_step
+from megatron_vico.config.pipeline_split import virtual_stages
 from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.data.encode.sample_encoder import EncodingSettings, SampleEncoder
 from megatron_vico.data.encode.tokenizer import load_tokenizer
 from megatron_vico.data.load.loader import Loader, open_plan
+from megatron_vico.data.pack.balance import Sharing
 from megatron_vico.data.pack.builder import PackBuilder
 from megatron_vico.errors import CheckpointError, ConfigError
 from megatron_vico.models.build import (
@@ -311,6 +314,23 @@ def build_loader(
         builder=builder,
         dp_rank=groups.dp_rank,
         dp_size=groups.dp_size,
+        sharing=_sharing(cfg, model),
         num_steps=num_steps,
         state=state,
+    )
+
+
+def _sharing(cfg: RunConfig, model: ModelConfig) -> Sharing:
+    """How replicas must share packs.
+
+    Within a pass nothing goes over replicas but tokens to experts, and what is balanced over all
+    tokens. Gradients are reduced once, in or after a replica's last microbatch.
+    """
+    # The interleaved schedule runs whole groups of microbatches, as many on every replica.
+    equal = (
+        virtual_stages(cfg, model.language) is not None
+        or cfg.transformer.moe_router_load_balancing_type == "global_aux_loss"
+    )
+    return Sharing(
+        in_step=replicas_in_step(cfg.parallel, model), counts="equal" if equal else "any"
     )

@@ -1,11 +1,13 @@
 """A tokenizer, a folder of shards and loaders of it that the data tests share."""
 
+import collections
 import dataclasses
 import itertools
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_vico.config.schema import DataOptions
 from megatron_vico.data.encode.sample_encoder import EncodingSettings, SampleEncoder
@@ -139,6 +141,36 @@ def flat(batch):
     return repr(
         map_tensors(batch, lambda tensor: (tensor.dtype, tensor.shape, tensor.numpy().tobytes()))
     )
+
+
+def joined(parts):
+    """The parts of one pack as text: what its samples have, wherever it was cut."""
+    parts = sorted(parts, key=lambda part: part.first_sample)
+    views = [[part.reference for part in parts]]
+    views += [[view.stream for view in of] for of in zip(*(p.policies for p in parts), strict=True)]
+    plans = zip(*(part.policies for part in parts), strict=True)
+    tensors = [
+        *([getattr(part, name) for part in parts] for name in ("labels", "kl_weight", "tiles")),
+        *([stream.token_ids for stream in of_parts] for of_parts in views),
+        *([view.compressed for view in of_parts] for of_parts in plans),
+    ]
+    return repr(
+        [
+            parts[0].position,
+            parts[0].first_sample,
+            sum((part.keys for part in parts), ()),
+            sum((part.tiles_per_image for part in parts), ()),
+            *(torch.cat(each).numpy().tobytes() for each in tensors),
+        ]
+    )
+
+
+def joined_packs(packs):
+    """`joined` of each pack of a step, from all of its parts."""
+    of_pack = collections.defaultdict(list)
+    for pack in packs:
+        of_pack[pack.position].append(pack)
+    return [joined(of_pack[position]) for position in sorted(of_pack)]
 
 
 def flat_steps(steps):

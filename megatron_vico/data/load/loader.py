@@ -1,7 +1,7 @@
 """A rank's packs of each step as blocks of bytes, prepared ahead by worker processes.
 
-Data-parallel ranks share the packs of a step by their estimated cost (data/pack/balance.py), as
-many for each. The state is the next pack of the plan and the broken samples
+Data-parallel ranks share the packs of a step by their estimated cost (data/pack/balance.py). The
+state is the next pack of the plan and the broken samples
 (data/load/error_budget.py): any number of ranks and workers goes on from it.
 """
 
@@ -23,7 +23,7 @@ from megatron_vico.data.load import packed_bytes
 from megatron_vico.data.load.error_budget import SkipList
 from megatron_vico.data.load.packed_bytes import PackedBytes
 from megatron_vico.data.load.worker_life import live_as_long_as_parent
-from megatron_vico.data.pack.balance import assign
+from megatron_vico.data.pack.balance import Part, Sharing, share
 from megatron_vico.data.pack.builder import PackBuilder
 from megatron_vico.data.pack.plan import FolderList, Pack, PackPlan
 from megatron_vico.data.pack.plan_state import PlanState
@@ -74,6 +74,7 @@ class Loader:
         builder: PackBuilder,
         dp_rank: int = 0,
         dp_size: int = 1,
+        sharing: Sharing | None = None,
         num_steps: int | None = None,
         state: dict[str, Any] | None = None,
     ) -> None:
@@ -81,6 +82,7 @@ class Loader:
 
         Args:
             plan: its options say how many workers prepare how many steps ahead.
+            sharing: how the ranks must work together; None, each goes its own way.
             num_steps: steps to stop after; None, never.
             state: `state_dict` of the loader that this one goes on from.
 
@@ -109,11 +111,8 @@ class Loader:
             self.plan_state = PlanState.from_dict(state["plan"])
             self.skips = _still_here(SkipList.from_state(state["skipped"]), plan.data)
         self.num_steps = num_steps
-        self._dp_rank, self._dp_size = dp_rank, dp_size
-        self._begun: deque[PlanState] = deque()
-        packs = plan.global_batch_size // dp_size
-        self._packs_per_piece = math.ceil(packs / MAX_PIECES)
-        self._pieces_per_step = math.ceil(packs / self._packs_per_piece)
+        self._dp_rank, self._dp_size, self._sharing = dp_rank, dp_size, sharing or Sharing()
+        self._begun: deque[_Begun] = deque()
         self._dataset = _PieceDataset(plan.data, encoder=encoder, builder=builder)
 
     def __iter__(self) -> Iterator[list[PackedBytes]]:
@@ -129,16 +128,18 @@ class Loader:
         while True:
             # Or half handed over, before torch noticed.
             with worker_death_explained(ConnectionError, EOFError):
-                step = list(itertools.islice(prepared, self._pieces_per_step))
-            if not step:
-                return
-            self.plan_state = self._begun.popleft()
+                first = next(prepared, None)
+                if first is None:
+                    return
+                begun = self._begun.popleft()
+                step = [first, *itertools.islice(prepared, begun.num_pieces - 1)]
+            self.plan_state = begun.after
             yield [self._without_known(block) for block in step]
 
     @property
     def begun_packs(self) -> int:
         """Packs of the run, over all ranks, that were handed out or given to workers."""
-        return (self._begun[-1] if self._begun else self.plan_state).consumed_packs
+        return (self._begun[-1].after if self._begun else self.plan_state).consumed_packs
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on, on any number of ranks and workers: numbers and strings."""
@@ -148,7 +149,8 @@ class Loader:
         options = self.plan.options
         if options.num_workers == 0:
             return (_unless_error(self._dataset[piece]) for piece in self._pieces())
-        ahead = options.prefetch_steps * self._pieces_per_step
+        packs = self.plan.global_batch_size // self._dp_size
+        ahead = options.prefetch_steps * min(packs, MAX_PIECES)
         prepared = DataLoader(
             self._dataset,
             sampler=self._pieces(),
@@ -162,19 +164,30 @@ class Loader:
     def _pieces(self) -> Iterator["_Piece"]:
         """What there is to prepare; workers get it from the training process, which alone packs."""
         for step in itertools.islice(self.plan.steps(self.plan_state), self.num_steps):
-            self._begun.append(step.after)
-            first = step.after.consumed_packs - len(step.packs)
+            first_pack = step.after.consumed_packs - len(step.packs)
             # The same on every rank: it follows from the index alone.
-            of_rank = assign(step.costs, num_ranks=self._dp_size)[self._dp_rank]
-            for positions in itertools.batched(of_rank, self._packs_per_piece):
-                packs = {position: step.packs[position] for position in positions}
-                left_out = frozenset(
-                    (position, sample_id)
-                    for position, pack in packs.items()
-                    for sample_id in pack.sample_ids
-                    if self.skips.leaves_out(sample_id, pack=first + position)
+            parts = share(step.costs, num_ranks=self._dp_size, sharing=self._sharing)[self._dp_rank]
+            samples_before = list(
+                itertools.accumulate((len(pack.sample_ids) for pack in step.packs), initial=0)
+            )
+            microbatches = [
+                _Microbatch(
+                    part=part,
+                    pack=step.packs[part.pack],
+                    first_sample=samples_before[part.pack] + part.first,
+                    left_out=frozenset(
+                        sample_id
+                        for sample_id in step.packs[part.pack].sample_ids
+                        if self.skips.leaves_out(sample_id, pack=first_pack + part.pack)
+                    ),
                 )
-                yield _Piece(packs=packs, num_samples=step.num_samples, left_out=left_out)
+                for part in parts
+            ]
+            size = math.ceil(len(parts) / MAX_PIECES)
+            pieces = list(itertools.batched(microbatches, size))
+            self._begun.append(_Begun(after=step.after, num_pieces=len(pieces)))
+            for piece in pieces:
+                yield _Piece(microbatches=piece, num_samples=step.num_samples)
 
     def _without_known(self, block: PackedBytes) -> PackedBytes:
         packs = [
@@ -205,17 +218,33 @@ def worker_death_explained(*also: type[Exception]) -> Iterator[None]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Begun:
+    """A step that is being prepared."""
+
+    after: PlanState
+    num_pieces: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Microbatch:
+    """A pack of a step, or the part of it that is this rank's."""
+
+    part: Part
+    pack: Pack
+    first_sample: int
+    """As in `PackedBatch`."""
+
+    left_out: frozenset[int]
+    """Samples of it that are known to be broken."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Piece:
-    """Some of a rank's packs of a step, which one worker prepares as a whole."""
+    """Some of a rank's microbatches of a step, which one worker prepares together."""
 
-    packs: dict[int, Pack]
-    """By their index in the step."""
-
+    microbatches: tuple[_Microbatch, ...]
     num_samples: int
-    """Of the step."""
-
-    left_out: frozenset[tuple[int, int]]
-    """(index of the pack, sample) of samples that are known to be broken."""
+    """Of the step, over all ranks."""
 
 
 class _PieceDataset(Dataset[PackedBytes | UserError]):
@@ -227,27 +256,34 @@ class _PieceDataset(Dataset[PackedBytes | UserError]):
     def __getitem__(self, piece: _Piece) -> PackedBytes | UserError:
         packs, tiles = [], []
         try:
-            for position in piece.packs:
-                samples, skipped = self._samples(piece, position)
+            for each in piece.microbatches:
+                samples, skipped = self._samples(each)
                 pack = self._builder.build(
                     samples,
-                    pack=piece.packs[position],
+                    pack=each.pack,
                     samples_in_global_batch=piece.num_samples,
-                    position=position,
+                    own=slice(each.part.first, each.part.stop),
                 )
-                packs.append(dataclasses.replace(pack, skipped=tuple(skipped)))
+                packs.append(
+                    dataclasses.replace(
+                        pack,
+                        position=each.part.pack,
+                        first_sample=each.first_sample,
+                        skipped=tuple(skipped),
+                    )
+                )
                 tiles += [sample.tiles for sample in samples]
         except (SampleError, ConfigError) as error:
             return error
         return packed_bytes.wrap(packs, tiles)
 
-    def _samples(self, piece: _Piece, position: int) -> tuple[list[EncodedSample], list[Skipped]]:
-        """The samples of a pack, gaps among them, and why there are gaps."""
-        pack = piece.packs[position]
+    def _samples(self, microbatch: _Microbatch) -> tuple[list[EncodedSample], list[Skipped]]:
+        """The samples of a pack, and why there are gaps; gaps also for those of another part."""
+        pack, part = microbatch.pack, microbatch.part
         samples: list[EncodedSample] = []
         skipped = []
-        for sample_id, visit in zip(pack.sample_ids, pack.visits, strict=True):
-            known = (position, sample_id) in piece.left_out
+        for place, (sample_id, visit) in enumerate(zip(pack.sample_ids, pack.visits, strict=True)):
+            known = sample_id in microbatch.left_out or not part.first <= place < part.stop
             found = self._gap(sample_id) if known else self._read(sample_id, visit)
             if isinstance(found, Skipped):
                 skipped.append(found)

@@ -1,15 +1,19 @@
-"""Which data-parallel rank gets which packs of a step: equal counts, and nearly equal costs.
+"""Which data-parallel rank gets which packs of a step, so that costs are nearly equal.
 
 Ranks wait for each other once a step, so the step takes as long as the rank with the most work.
 Packs are equally full but not equally expensive: attention grows with the squares of the samples'
-lengths, the vision tower with the tiles. Pure functions of the shards' index; every rank computes
-the same assignment and talks to no other. Plain Python floats, since NumPy's sums round differently
-on different processors.
+lengths, the vision tower with the tiles. Where ranks may make unequal numbers of passes, a pack is
+cut between two samples if that evens them out; what is drawn for a pack is drawn before, for all of
+it, so that neither plans nor losses depend on the cut. Pure functions of the shards' index; every
+rank computes the same assignment and talks to no other. Plain Python floats, since NumPy's sums
+round differently on different processors.
 """
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import batched
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,24 +43,21 @@ class PackCost:
     saved_per_tile: float
     """Tokens by which the compressed stream is expected to be shorter, per tile."""
 
-    def flops(self, lengths: Sequence[int], *, tiles: Sequence[int]) -> float:
-        """The estimate for a pack from each sample's tokens, no tile compressed, and its tiles.
+    def flops(self, length: int, *, tiles: int) -> float:
+        """The estimate for one sample, from its tokens with no tile compressed, and its tiles.
 
-        The compressed stream is counted at its expected length: which tiles are compressed is drawn
-        when the pack is made, and stratified draws stay near the mean. The language model head is
-        left out (1 % at the real sizes): the index does not count response tokens.
+        A pack costs what its samples do. The compressed stream is counted at its expected length:
+        which tiles are compressed is drawn when the pack is made, and stratified draws stay near
+        the mean. The language model head is left out (1 % at the real sizes): the index does not
+        count response tokens.
         """
-        shorter = [
-            length - self.saved_per_tile * count
-            for length, count in zip(lengths, tiles, strict=True)
-        ]
 
-        def one_pass(lens: Sequence[float]) -> float:
-            squares = sum(length * length for length in lens)
-            return self.per_token * sum(lens) + self.per_token_squared * squares
+        def one_pass(tokens: float) -> float:
+            return self.per_token * tokens + self.per_token_squared * tokens * tokens
 
-        language = self.full_passes * one_pass(lengths) + self.compressed_passes * one_pass(shorter)
-        return language + self.per_tile * sum(tiles)
+        shorter = length - self.saved_per_tile * tiles
+        language = self.full_passes * one_pass(length) + self.compressed_passes * one_pass(shorter)
+        return language + self.per_tile * tiles
 
 
 EQUAL_COST = PackCost(
@@ -69,8 +70,35 @@ EQUAL_COST = PackCost(
 )
 """Every pack counts the same; packs are then dealt one after the other."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Samples `first` to `stop` of a pack, one microbatch of one rank; nearly always all of it."""
+
+    pack: int
+    """Index in the step."""
+
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """How ranks must work together, by the layout (`config/layout.py`)."""
+
+    in_step: int = 1
+    """Neighbouring ranks that wait for each other in every microbatch: those that share experts."""
+
+    counts: Literal["equal", "any"] = "any"
+    """Whether all ranks must have the same number of microbatches, whole packs then."""
+
+
 BALANCED = 1.005
 """Highest cost of a rank over the mean from which on swapping more packs is not worth the time."""
+
+CUT = 1.02
+"""Highest cost of a rank over the mean from which on packs are cut: each cut is one more
+microbatch."""
 
 PARTNERS = 64
 """Ranks, those that have the least, with which swaps are tried."""
@@ -80,14 +108,39 @@ ROUNDING = 1e-9
 on for ever."""
 
 
+def share(
+    costs: Sequence[Sequence[float]], *, num_ranks: int, sharing: Sharing
+) -> tuple[tuple[Part, ...], ...]:
+    """What each rank works on, in running order.
+
+    Args:
+        costs: of each sample of each pack of the step.
+
+    Returns:
+        For each rank its microbatches, one or more. Ranks that wait for each other in every
+        microbatch have packs of like cost at the same place in their lists, as many each.
+
+    Raises:
+        ValueError: if the packs do not divide over the ranks.
+    """
+    of_packs = [sum(each) for each in costs]
+    if sharing.in_step > 1:
+        assignment = _in_step(of_packs, num_ranks=num_ranks, size=sharing.in_step)
+    else:
+        assignment = assign(of_packs, num_ranks=num_ranks)
+    parts = [[Part(pack=i, first=0, stop=len(costs[i])) for i in packs] for packs in assignment]
+    if sharing.in_step == 1 and sharing.counts == "any":
+        _cut(parts, costs)
+    return tuple(map(tuple, parts))
+
+
 def assign(costs: Sequence[float], *, num_ranks: int) -> tuple[tuple[int, ...], ...]:
     """As many packs for each rank, with the highest cost of a rank little above the mean.
 
     Longest processing time first: the most expensive pack goes to the rank with the least so far
-    that may still take one. Equal counts are a constraint (pipeline schedules and collectives need
-    the same number of microbatches everywhere), which leaves the ranks of the most expensive packs
-    with too much; so packs are swapped while that helps: with 64 ranks of 4 packs the highest is
-    1.005 of the mean instead of 1.027 (benchmarks/packing.py).
+    that may still take one. Equal counts leave the ranks of the most expensive packs with too
+    much; so packs are swapped while that helps: with 64 ranks of 4 packs the highest is 1.005 of
+    the mean instead of 1.027 (benchmarks/packing.py).
 
     Returns:
         For each rank its packs as ascending indices into `costs` (>= 0); r, r + num_ranks, ... for
@@ -139,3 +192,51 @@ def _swap(members: list[list[int]], costs: Sequence[float]) -> None:
         members[a][x], members[b][y] = members[b][y], members[a][x]
         for rank in (a, b):
             loads[rank] = sum(costs[i] for i in members[rank])
+
+
+def _in_step(costs: Sequence[float], *, num_ranks: int, size: int) -> tuple[tuple[int, ...], ...]:
+    """`assign` for groups of `size` ranks that wait for each other in every microbatch.
+
+    Such a microbatch takes as long as its most expensive pack, so each is made of packs of like
+    cost, and these rows are assigned to the groups.
+    """
+    if num_ranks % size:
+        raise ValueError(f"{num_ranks} ranks are no whole number of groups of {size}")
+    rows = list(batched(sorted(range(len(costs)), key=lambda i: -costs[i]), size))
+    of_groups = assign([costs[row[0]] for row in rows], num_ranks=num_ranks // size)
+    return tuple(
+        tuple(rows[row][place] for row in of_group)
+        for of_group in of_groups
+        for place in range(size)
+    )
+
+
+def _cut(parts: list[list[Part]], costs: Sequence[Sequence[float]]) -> None:
+    """Move the last samples of a part from the busiest rank to the idlest, while that helps.
+
+    Where samples are long, whole packs cannot be balanced: a pack of one text of 32,768 tokens
+    costs twice as much as one of short samples, and every other pack costs at least 0.9 of the
+    mean, so that of 4 packs a rank one too many or too few is always left (benchmarks/packing.py).
+    `parts`, those of each rank, is changed in place.
+    """
+    loads = [sum(sum(costs[each.pack]) for each in of_rank) for of_rank in parts]
+    mean = sum(loads) / len(loads)
+    while (highest := max(loads)) > CUT * mean:
+        a, b = loads.index(highest), loads.index(min(loads))
+        wanted = min(highest - mean, CUT * mean - loads[b])
+        found = []
+        for place, part in enumerate(parts[a]):
+            moved = 0.0
+            for first in range(part.stop - 1, part.first, -1):
+                moved += costs[part.pack][first]
+                found.append((abs(moved - wanted), place, first, moved))
+        if not found:
+            return
+        _, place, first, moved = min(found)
+        if max(highest - moved, loads[b] + moved) >= highest * (1 - ROUNDING):
+            return
+        part = parts[a][place]
+        parts[a][place] = replace(part, stop=first)
+        parts[b].append(replace(part, first=first))
+        loads[a] -= moved
+        loads[b] += moved

@@ -40,7 +40,7 @@ class PackBuilder:
         *,
         pack: Pack,
         samples_in_global_batch: int,
-        position: int = 0,
+        own: slice | None = None,
     ) -> PackedBatch:
         """Pack samples: weights, reference stream, and the stage's policy streams.
 
@@ -48,17 +48,21 @@ class PackBuilder:
             samples: in the order of `pack.sample_ids`; gaps among them have no rows and no tiles.
             pack: their indices and visits, which seed the compression plans.
             samples_in_global_batch: over all ranks and microbatches.
-            position: index of the pack in the step.
+            own: those to pack, gaps standing for the others; None, all. Plans are those that they
+                have in the whole pack.
         """
+        questions = self._router_questions(samples, pack)
+        plans = self._plans(samples, pack, torch.cat(questions))
+        if own is not None:
+            assert sum(map(len, questions)) == sum(map(len, questions[own])), "gaps elsewhere"
+            samples, questions = samples[own], questions[own]
+        question = torch.cat(questions)
         rows_per_sample = np.array(
             [int(sample.is_response.sum()) for sample in samples], dtype=np.int64
         )
         weights = 1.0 / (np.maximum(rows_per_sample, 1) * float(samples_in_global_batch))
-        questions = self._router_questions(samples, pack)
-        question = torch.cat(questions)
         asked_per_sample = torch.tensor([int(each.sum()) for each in questions])
         return PackedBatch(
-            position=position,
             keys=tuple(sample.key for sample in samples),
             tiles_per_sample=tuple(sample.num_tiles for sample in samples),
             tiles_per_image=tuple(count for sample in samples for count in sample.tiles_per_image),
@@ -66,9 +70,7 @@ class PackBuilder:
             labels=torch.from_numpy(np.concatenate([sample.labels for sample in samples])),
             kl_weight=torch.from_numpy(np.repeat(weights.astype(np.float32), rows_per_sample)),
             reference=self._view(samples, torch.zeros_like(question)).stream,
-            policies=tuple(
-                self._view(samples, plan) for plan in self._plans(samples, pack, question)
-            ),
+            policies=tuple(self._view(samples, plan) for plan in plans),
             router_tiles=question.nonzero().squeeze(1),
             router_tile_sample=torch.arange(len(samples)).repeat_interleave(asked_per_sample),
         )

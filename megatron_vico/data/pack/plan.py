@@ -45,8 +45,8 @@ class StepPlan:
 
     packs: tuple[Pack, ...]
 
-    costs: tuple[float, ...]
-    """Estimated FLOPs of each pack."""
+    costs: tuple[tuple[float, ...], ...]
+    """Estimated FLOPs of each sample of each pack."""
 
     after: PlanState
     """The state once the step is done."""
@@ -173,7 +173,7 @@ class PackPlan:
         packs_on = self._packs(state)
         while True:
             packs, states = zip(*itertools.islice(packs_on, self.global_batch_size), strict=True)
-            costs = tuple(self._flops(pack) for pack in packs)
+            costs = tuple(tuple(map(self._flops, pack.sample_ids)) for pack in packs)
             yield StepPlan(packs=packs, costs=costs, after=states[-1])
 
     def _packs(self, state: PlanState) -> Iterator[tuple[Pack, PlanState]]:
@@ -219,9 +219,8 @@ class PackPlan:
                 sample_ids=tuple(ids[chosen].tolist()), visits=tuple(visits[chosen].tolist())
             )
 
-    def _flops(self, pack: Pack) -> float:
-        ids = list(pack.sample_ids)
-        return self.cost.flops(self.lengths[ids].tolist(), tiles=self.num_tiles[ids].tolist())
+    def _flops(self, sample_id: int) -> float:
+        return self.cost.flops(int(self.lengths[sample_id]), tiles=int(self.num_tiles[sample_id]))
 
     def _check_limits(self) -> None:
         too_large = (self.lengths > self.limits.capacity) | (self.num_tiles > self.limits.max_tiles)

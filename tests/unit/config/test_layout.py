@@ -4,6 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_vico.config.layout import replicas_in_step
 from megatron_vico.config.pipeline_split import layers_of_a_stage, virtual_stages
 from megatron_vico.config.registry import MODELS, get_model_config
 from megatron_vico.config.schema import RunConfig
@@ -127,6 +128,12 @@ def assert_megatron_takes(cfg: RunConfig, world_size: int) -> None:
     expert = RankGenerator(tp=width, ep=experts, dp=expert_data, pp=stages, cp=1, order=order)
     assert dense.world_size == expert.world_size == world_size
     assert dense.get_ranks("pp") == expert.get_ranks("pp")
+    replica_of = {rank: i for replicas in dense.get_ranks("dp") for i, rank in enumerate(replicas)}
+    coupled = replicas_in_step(parallel, model)
+    of_experts = [{replica_of[rank] for rank in ranks} for ranks in expert.get_ranks("tp-ep")]
+    assert data % coupled == 0
+    assert all(len({replica // coupled for replica in each}) == 1 for each in of_experts)
+    assert (max(map(len, of_experts)) > 1) == (coupled > 1)
     assert (model.language.num_experts or experts) % experts == 0
     assert (model.language.moe_ffn_hidden_size or width) % width == 0
 

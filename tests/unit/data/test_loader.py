@@ -11,7 +11,7 @@ import torch
 from megatron_vico.data.encode.expand import expand
 from megatron_vico.data.encode.sample_encoder import SampleEncoder
 from megatron_vico.data.load.loader import Loader
-from megatron_vico.data.pack.balance import EQUAL_COST, assign
+from megatron_vico.data.pack.balance import EQUAL_COST, Sharing, share
 from megatron_vico.data.pack.plan import Pack, PackPlan
 from megatron_vico.data.shards.reader import ShardFolder
 from megatron_vico.errors import ConfigError, SampleError
@@ -20,10 +20,9 @@ from tests.toy_data import write_conversations
 from tests.unit.conftest import (
     BUILDER,
     COST,
-    GLOBAL_BATCH,
     SETTINGS,
     flat,
-    flat_steps,
+    joined_packs,
     step_plan,
     take,
 )
@@ -108,23 +107,26 @@ def check_stream(stream, samples, plans):
 
 
 @pytest.mark.parametrize(
-    ("stage", "cost", "dp_size"),
+    ("stage", "cost", "dp_size", "sharing"),
     [
-        ("pretrain", EQUAL_COST, 2),
-        ("router", EQUAL_COST, 4),
-        ("consistency", COST, 2),
-        ("consistency", COST, 4),
+        ("pretrain", EQUAL_COST, 2, Sharing()),
+        ("router", EQUAL_COST, 4, Sharing()),
+        ("router", COST, 2, Sharing()),
+        ("consistency", COST, 2, Sharing()),
+        ("consistency", COST, 4, Sharing()),
+        ("consistency", COST, 2, Sharing(counts="equal")),
+        ("consistency", COST, 4, Sharing(in_step=2)),
     ],
 )
-def test_ranks_share_the_packs_of_a_step_by_cost(load, stage, cost, dp_size):
+def test_ranks_share_the_packs_of_a_step_by_cost(load, stage, cost, dp_size, sharing):
+    """Each rank has what `share` gives it; together they have the packs, though some are cut."""
     loader = load(stage=stage, cost=cost)
-    alone = flat_steps(take(loader, 8))
+    alone = take(loader, 8)
     ranks = [
-        flat_steps(take(load(stage=stage, cost=cost, dp_rank=rank, dp_size=dp_size), 8))
+        take(load(stage=stage, cost=cost, dp_rank=rank, dp_size=dp_size, sharing=sharing), 8)
         for rank in range(dp_size)
     ]
-    dealt = tuple(tuple(range(rank, GLOBAL_BATCH, dp_size)) for rank in range(dp_size))
-    moved = 0
+    cut = 0
     for step, whole in enumerate(alone):
         plan = step_plan(loader.plan, step)
         for pack, found in zip(plan.packs, plan.costs, strict=True):
@@ -132,13 +134,21 @@ def test_ranks_share_the_packs_of_a_step_by_cost(load, stage, cost, dp_size):
                 [int(each[i]) for i in pack.sample_ids]
                 for each in (loader.plan.lengths, loader.plan.num_tiles)
             )
-            assert found == cost.flops(lengths, tiles=tiles)
-        assignment = assign(plan.costs, num_ranks=dp_size)
-        for rank, numbers in zip(ranks, assignment, strict=True):
-            assert rank[step] == [whole[number] for number in numbers]
-        moved += assignment != dealt
-    # Packs that cost the same are dealt one after the other; one pack a rank leaves no choice.
-    assert (moved > 0) == (cost is COST and dp_size < GLOBAL_BATCH)
+            assert found == tuple(
+                cost.flops(length, tiles=count)
+                for length, count in zip(lengths, tiles, strict=True)
+            )
+        parts = share(plan.costs, num_ranks=dp_size, sharing=sharing)
+        starts = list(itertools.accumulate((len(each) for each in plan.costs), initial=0))
+        for rank, of_rank in zip(ranks, parts, strict=True):
+            assert [(pack.position, pack.first_sample, len(pack.keys)) for pack in rank[step]] == [
+                (part.pack, starts[part.pack] + part.first, part.stop - part.first)
+                for part in of_rank
+            ]
+        packs = list(itertools.chain.from_iterable(rank[step] for rank in ranks))
+        assert joined_packs(packs) == joined_packs(whole)
+        cut += len(packs) > len(whole)
+    assert (cut > 0) == (cost is COST and sharing == Sharing())
 
 
 @pytest.mark.parametrize("granularity", ["tile", "image"])

@@ -14,6 +14,10 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.13; do \
 # TransformerEngine are its container's. Packages that lie elsewhere: make gpu PYTHONPATH=/folder
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
+# Files of tests at a time; those that start several processes come first (tests/conftest.py).
+TEST_WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+
 .PHONY: help venv test gpu test-quick test-large test-slurm lint demo demo-quick clean
 
 help:  ## list the targets
@@ -30,10 +34,10 @@ $(STAMP): setup.py constraints.txt
 	touch $(STAMP)
 
 test: $(STAMP)  ## every test that needs no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST)
 
 test-quick: $(STAMP)  ## the quick ones of tests/unit and tests/policy: for the work in between
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/policy -m 'not slow'
+	$(PYTEST) tests/unit tests/policy -m 'not slow'
 
 test-large: $(STAMP)  ## convert 8 GB both ways: memory, and speed against a copy (needs 40 GB of disk)
 	OMP_NUM_THREADS=1 VICO_TEST_GB=8 $(BIN)/python -m pytest tests/test_large_conversion.py

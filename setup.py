@@ -38,6 +38,7 @@ setup(
         "demo": ["scikit-image>=0.25", "scikit-learn>=1.6"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.7",
             "hypothesis>=6.100",
             "ruff>=0.17",
             "mypy>=2.4",

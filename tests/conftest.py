@@ -18,6 +18,11 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files first: a worker that began one last would keep the others waiting."""
+    items.sort(key=lambda item: "unit" in item.path.parts)
+
+
 @pytest.fixture(scope="session")
 def single_process_groups() -> None:
     """A gloo world of one, with megatron-core's groups and seeds, for the whole session."""

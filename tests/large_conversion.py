@@ -144,11 +144,12 @@ def _in_child(job: str, folder: Path, num_gb: float, *words: str) -> None:
 
 
 def _large_model(num_gb: float) -> "ModelConfig":
-    """Layers like those of the 8B, as many as make the size; a small vision tower and
-    vocabulary."""
+    """Layers like those of the 8B, or small ones where the size is that of a test, as many as make
+    it; a small vision tower and vocabulary."""
     from megatron_vico.config.registry import get_model_config
 
-    language = replace(get_model_config("internvl3_5-8b").language, num_layers=1, vocab_size=1003)
+    like = get_model_config("internvl3_5-8b" if num_gb >= 8 else "internvl3_5-1b").language
+    language = replace(like, num_layers=1, vocab_size=1003)
     model = replace(get_model_config("toy-6b"), name="large", language=language)
     one, two = (
         replace(model, language=replace(language, num_layers=count)).parameter_counts().total

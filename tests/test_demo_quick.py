@@ -20,8 +20,9 @@ STAGES = ("pretrain", "warmup", "consistency", "router", "router_image")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "run"
+    words = ("--quick", "--processes", "1", "--out", str(folder))  # their number changes no loss
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples/quickstart/run.py"), "--quick", "--out", str(folder)],
+        [sys.executable, str(ROOT / "examples/quickstart/run.py"), *words],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

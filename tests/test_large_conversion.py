@@ -8,7 +8,7 @@ import pytest
 
 from tests.large_conversion import ALLOWED_BYTES, SHARD_BYTES, measure
 
-NUM_GB = float(os.environ.get("VICO_TEST_GB", "2"))
+NUM_GB = float(os.environ.get("VICO_TEST_GB", "1"))
 """Small unless asked for otherwise, to be made, copied, converted and compared within a minute."""
 
 
@@ -22,6 +22,6 @@ def test_memory_and_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         if NUM_GB >= 8:
             assert each.share_of_copy_speed > 0.5
         else:
-            # The bound above is more than all of it: what is held must be a few tensors of 0.2 GB,
-            # and the programs (0.6 GB).
-            assert each.peak_bytes < 1_500_000_000
+            # The bound above is more than all of it: what is held must be a few tensors, and the
+            # programs (0.6 GB). Measured: 0.78 GB; with the whole checkpoint, 1.6 GB.
+            assert each.peak_bytes < 1_100_000_000

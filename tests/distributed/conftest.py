@@ -1,15 +1,14 @@
 """Launches that several files of tests look at."""
 
-import json
 from typing import Any
 
 import pytest
 
-from tests.distributed.launch import launch
+from tests.distributed.launch import on_ranks
+from tests.distributed.model_ranks import found_cases
 
 
 @pytest.fixture(scope="session")
 def model_errors() -> list[dict[str, Any]]:
-    """What the main rank of tests/distributed/model_ranks.py found, case by case."""
-    printed = launch("model_ranks.py", num_processes=4)
-    return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    """What tests/distributed/model_ranks.py found, case by case."""
+    return on_ranks(found_cases, num_ranks=4)[0]

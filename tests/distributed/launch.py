@@ -1,39 +1,105 @@
-"""Starts a script of this folder on several ranks, as torchrun does, and hands back what it
-printed."""
+"""Runs a function on several gloo ranks of this machine, or a script as torchrun does."""
 
+import multiprocessing
 import os
+import queue
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+import torch
+from torch.multiprocessing import start_processes
+
+ROOT = Path(__file__).parents[2]
+
+# Imported once, by the process that every rank is forked from: 4 s of CPU a rank otherwise, and as
+# many again for what torch imports in its first step.
+PRELOADED = (
+    "pytest",
+    "megatron_vico.training.trainer",
+    "megatron_vico.convert.convert",
+    "torch._dynamo",
+    "transformers.generation",
+)
 
 
-def launch(script: str, *words: str | Path, num_processes: int, timeout_s: int = 300) -> str:
-    """Run a script on gloo ranks of this machine, a core's thread each.
+def on_ranks[R](
+    function: Callable[..., R], *args: Any, num_ranks: int, timeout_s: float = 300
+) -> list[R]:
+    """Call a function of a module on gloo ranks, a thread each, as torchrun would: in processes of
+    their own, with torch.distributed running and nothing else.
 
     Args:
-        script: its name.
-        words: its arguments.
-        num_processes: ranks.
-        timeout_s: after which it counts as hanging.
+        function: called by every rank.
+        args: its arguments.
+        num_ranks: how many.
+        timeout_s: after which they count as hanging.
 
     Returns:
-        What all ranks wrote to stdout; fails with the end of their output if one of them failed.
+        What it returned, by rank; raises with the traceback of a rank that failed.
     """
-    done = start(script, *words, num_processes=num_processes, timeout_s=timeout_s)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOADED))
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = start_processes(
+            _rank,
+            args=(num_ranks, folder, function, args),
+            nprocs=num_ranks,
+            join=False,
+            start_method="forkserver",
+        )
+        end = time.monotonic() + timeout_s
+        try:
+            while not ranks.join(timeout=max(0.0, end - time.monotonic())):
+                assert time.monotonic() < end, f"ranks hang after {timeout_s} s"
+        finally:
+            for process in ranks.processes:
+                process.kill()
+        return [
+            torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(num_ranks)
+        ]
 
 
-def start(
-    script: str, *words: str | Path, num_processes: int, timeout_s: int
+def _rank(
+    rank: int, num_ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    from megatron_vico import cpu_stand_in
+
+    cpu_stand_in.install()
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # for what a rank starts: Linux' own
+    # For saves that outlive a step megatron-core starts a process, which imports torch; these do
+    # not. A run under torchrun has it (test_rank_death.py).
+    filesystem_async._results_queue = queue.Queue()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=num_ranks
+    )
+    torch.save(function(*args), Path(folder) / f"{rank}.pt")
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # dozens of process groups take a minute to close
+
+
+def torchrun(
+    script: str | Path, *words: str | Path, num_processes: int, timeout_s: int = 120
 ) -> subprocess.CompletedProcess[str]:
-    """As `launch`, but a rank may fail."""
-    torchrun = (sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone")
+    """Run a script of this repository as a user would.
+
+    Args:
+        script: its path from the root.
+        words: its arguments.
+        num_processes: ranks, which may fail.
+        timeout_s: after which it counts as hanging.
+    """
+    launcher = (sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone")
     return subprocess.run(
-        [*torchrun, "--nproc-per-node", str(num_processes), str(HERE / script), *map(str, words)],
+        [*launcher, "--nproc-per-node", str(num_processes), str(script), *map(str, words)],
         capture_output=True,
         text=True,
         cwd=ROOT,

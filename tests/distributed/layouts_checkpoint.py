@@ -1,16 +1,19 @@
 """Training checkpoints that are saved under one layout and resumed under another, on the four ranks
 of a launch."""
 
+import errno
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
 
-from megatron_vico.checkpoint import training_checkpoint
+from megatron_vico.checkpoint import run_folder, training_checkpoint
 from megatron_vico.config.registry import ModelConfig, get_model_config
 from megatron_vico.config.schema import ParallelOptions
 from megatron_vico.convert.megatron.reader import DcpFolder, open_dcp
@@ -96,6 +99,7 @@ class Runner:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.layouts = CachedLayouts()
+        self.third_steps: dict[str, dict[str, Tensor]] = {}
 
     def make(self, case: Case, layout: str, *, seed: int) -> tuple[Training, Groups]:
         """A training that has not begun."""
@@ -120,9 +124,9 @@ class Runner:
         saved = one.save(self.folder / case.name, 2, {"iteration": 2})
         stored = read_difference(open_dcp(saved), gather_weights(one.modules, groups))
         norm = step(one, groups, 3)
-        whole = gather_weights(one.modules, groups)
+        whole = self.third_steps[case.name] = gather_weights(one.modules, groups)
         found = {"read without a layout": {"weights": stored}}
-        for layout in case.loaded_under:
+        for layout in (case.saved_under, *case.loaded_under):
             other, groups = self.make(case, layout, seed=2)
             assert other.load(self.folder / case.name) == {"iteration": 2}
             other_norm = step(other, groups, 3)
@@ -171,24 +175,39 @@ class Runner:
                 told[name] = str(error)
         return told
 
+    def save_on_a_full_disk(self, case: Case) -> dict[str, Any]:
+        """What this rank is told when rank 0's disk is full, for the tensors and then for the
+        pointer file; and what is left."""
+        one, groups = self.make(case, case.saved_under, seed=1)
+        folder = self.folder / "full"
+        step(one, groups, 1)
+        one.save(folder, 1)
+        full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+        told = []
+        for module, name in ((filesystem_async, "_write_item"), (run_folder, "write_text")):
+            with mock.patch.object(module, name, full if groups.is_main else getattr(module, name)):
+                try:
+                    one.save(folder, 2)
+                except CheckpointError as error:
+                    told.append(str(error))
+        latest = run_folder.latest_iteration(folder)
+        one.load(folder)
+        left = sorted(path.name for path in folder.iterdir())
+        return {"told": told, "latest": latest, "left": left}
 
-def run_cases(folder: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Everything test_checkpoint_layouts.py looks at, by name of the case.
+
+def run_cases(folder: Path) -> dict[str, Any]:
+    """What this rank finds, by name of the case; what is refused and the negative control too.
 
     Args:
         folder: gets the checkpoints.
-        names: cases to run; empty, all of them, what is refused and the negative control too.
-
-    Returns:
-        What this rank found.
     """
     runner = Runner(folder)
-    found: dict[str, Any] = {
-        case.name: runner.run(case) for case in CASES if not names or case.name in names
-    }
-    if not names:
-        found["without optimizer"] = runner.run_without_optimizer(CASES[0], "dp4")
-        found["refusals"] = runner.refusals(CASES[0], "pp2")
+    found: dict[str, Any] = {case.name: runner.run(case) for case in CASES}
+    found["without optimizer"] = runner.run_without_optimizer(CASES[0], "dp4")
+    found["refusals"] = runner.refusals(CASES[0], "pp2")
+    found["full disk"] = runner.save_on_a_full_disk(CASES[0])
+    found["third steps"] = runner.third_steps
     return found
 
 

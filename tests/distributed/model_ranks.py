@@ -1,36 +1,31 @@
-"""Language models and heads over four ranks against one; started by torchrun from conftest.py.
+"""Language models and heads over four ranks against one.
 
-Prints a JSON line a language model and layout: the largest errors of the logits, of the visual
-tokens' gradient and of any weight's gradient. `control` has a backward pass that drops what other
-ranks' queries owe to a rank's keys; `recompute` runs each layer's forward pass, and so its gather,
-a second time in the backward pass. Then the lines of kl_head_ranks.py.
+Of each language model and layout: the largest errors of the logits, of the visual tokens' gradient
+and of any weight's gradient. `control` has a backward pass that drops what other ranks' queries owe
+to a rank's keys; `recompute` runs each layer's forward pass, and so its gather, a second time in
+the backward pass.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from megatron_vico import cpu_stand_in
+import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor
 
-cpu_stand_in.install()
-
-import torch  # noqa: E402
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from megatron_vico.config.registry import get_model_config  # noqa: E402
-from megatron_vico.config.schema import ParallelOptions, RunConfig  # noqa: E402
-from megatron_vico.models import attention  # noqa: E402
-from megatron_vico.models.build import build_language_model, language_transformer_config  # noqa: E402
-from megatron_vico.models.language_model import LanguageModel  # noqa: E402
-from megatron_vico.parallel.groups import Groups  # noqa: E402
-from megatron_vico.parallel.streams import StreamCut, row_slice  # noqa: E402
-from tests.distributed import kl_head_ranks  # noqa: E402
-from tests.distributed.cached_layouts import CachedLayouts  # noqa: E402
-from tests.toy_models import pack, randomise  # noqa: E402
+from megatron_vico.config.registry import get_model_config
+from megatron_vico.config.schema import ParallelOptions, RunConfig
+from megatron_vico.models import attention
+from megatron_vico.models.build import build_language_model, language_transformer_config
+from megatron_vico.models.language_model import LanguageModel
+from megatron_vico.parallel.groups import Groups
+from megatron_vico.parallel.streams import StreamCut, row_slice
+from tests.distributed import kl_head_ranks
+from tests.distributed.cached_layouts import CachedLayouts
+from tests.toy_models import pack, randomise
 
 LENS = (9, 24, 37, 9, 16)  # unequal, two of them equal; most need padding over context ranks
 NUM_TOKENS = sum(LENS)
@@ -144,10 +139,10 @@ def no_sum_over_ranks() -> Iterator[None]:
         attention.gather_from_sequence_parallel_region = gather_from_sequence_parallel_region
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
+def found_cases() -> list[dict[str, Any]]:
+    """What is found, case by case; the same on every rank."""
     layouts = CachedLayouts()
+    found = []
     for layout, options in LAYOUTS.items():
         groups = layouts.switch_to(ParallelOptions(**options))
         cases = [("errors", "toy", options), ("errors", "toy-6b", options)]
@@ -157,12 +152,6 @@ def main() -> None:
             cases.append(("errors", "toy-moe", options))
         for kind, name, case_options in cases:
             with no_sum_over_ranks() if kind == "control" else nullcontext():
-                found = errors(name, case_options, groups)
-            if groups.is_main:
-                print(json.dumps({"kind": kind, "layout": layout, "model": name, **found}))
-    kl_head_ranks.print_cases()
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+                worst = errors(name, case_options, groups)
+            found.append({"kind": kind, "layout": layout, "model": name, **worst})
+    return found + kl_head_ranks.found_cases()

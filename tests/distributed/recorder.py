@@ -1,55 +1,23 @@
 """What a step asks of other ranks and of the host: every collective, send, receive and read of a
-tensor's value.
+tensor's value."""
 
-The recorder replaces functions of torch for the rest of the process, and so is for launches of
-their own.
-"""
-
-import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 import torch
-from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_vico import cpu_stand_in
 
-COLLECTIVES = (
-    *(
-        "all_gather",
-        "all_gather_coalesced",
-        "all_gather_into_tensor",
-        "all_gather_object",
-        "all_reduce",
-    ),
-    *(
-        "all_reduce_coalesced",
-        "all_to_all",
-        "all_to_all_single",
-        "barrier",
-        "broadcast",
-        "broadcast_object_list",
-    ),
-    *(
-        "gather",
-        "gather_object",
-        "monitored_barrier",
-        "reduce",
-        "reduce_scatter",
-        "reduce_scatter_tensor",
-    ),
-    *("scatter", "scatter_object_list"),
-)
-POINT_TO_POINT = ("isend", "irecv", "send", "recv")
-READS = (
-    *("item", "tolist", "numpy", "cpu", "nonzero"),
-    *("__bool__", "__int__", "__float__", "__index__", "__iter__", "__contains__"),
-)
-"""On a GPU each of them waits for the device."""
+READS = ("tolist", "numpy", "cpu", "__iter__", "__contains__")
+READ_OPS = ("_local_scalar_dense", "nonzero")
+"""On a GPU each waits for the device; an item, and a number or a bool of a tensor, is the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +30,7 @@ class Event:
 
     call: str
     caller: str
-    """File of the nearest frame that is not torch's, from its package on."""
+    """File of the nearest frame that is this project's or megatron-core's, from its package on."""
 
     num_ranks: int = 1
     shape: tuple[int, ...] = ()
@@ -106,25 +74,21 @@ class Recorder:
     phase: str = ""
     events: list[Event] = field(default_factory=list)
 
-    def watch_ranks(self) -> None:
-        """See collectives, sends and receives.
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """See what this thread calls in the context; a CPU's backward pass runs in it too."""
+        synchronize = torch.cuda.synchronize
 
-        To be called before megatron-core is imported, which keeps some of these functions under its
-        own names, and so before the CPU stand-in is installed.
-        """
-        for kind, names in (("collective", COLLECTIVES), ("p2p", POINT_TO_POINT)):
-            for name in names:
-                wrapped = self._distributed(kind, name, getattr(torch.distributed, name))
-                # The same in both modules: P2POp asks whether its operation is distributed_c10d's.
-                setattr(torch.distributed, name, wrapped)
-                setattr(torch.distributed.distributed_c10d, name, wrapped)
+        def synchronized(*args: Any) -> None:
+            self.note("read", "synchronize")
+            synchronize(*args)
 
-    def watch_host(self) -> None:
-        """See reads of tensors' values and waiting for the device; to be called once the stand-in
-        is installed."""
-        for name in READS:
-            setattr(Tensor, name, self._read(name, getattr(Tensor, name)))
-        torch.cuda.synchronize = self._read("synchronize", torch.cuda.synchronize)
+        with (
+            mock.patch.object(torch.cuda, "synchronize", synchronized),
+            _Operations(self),
+            _Functions(self),
+        ):
+            yield
 
     @contextmanager
     def during(self, phase: str, *, then: str) -> Iterator[None]:
@@ -133,57 +97,62 @@ class Recorder:
         yield
         self.phase = then
 
-    def of(self, *phases: str, kind: str) -> list[Event]:
-        """The events of a kind in some phases."""
-        return [event for event in self.events if event.phase in phases and event.kind == kind]
+    def note(self, kind: str, call: str, **more: Any) -> None:
+        """An event, if this phase is recorded."""
+        if self.phase:
+            caller = _caller(sys._getframe(1))
+            self.events.append(Event(phase=self.phase, kind=kind, call=call, caller=caller, **more))
 
-    def _distributed(
-        self, kind: str, name: str, function: Callable[..., Any]
-    ) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if self.phase:
-                values = [*args, *kwargs.values()]
-                group = next(
-                    (each for each in values if isinstance(each, torch.distributed.ProcessGroup)),
-                    None,
-                )
-                tensor = next((each for each in values if isinstance(each, Tensor)), None)
-                self.events.append(
-                    Event(
-                        phase=self.phase,
-                        kind=kind,
-                        call=name,
-                        caller=_caller(sys._getframe(1)),
-                        num_ranks=torch.distributed.get_world_size(group),
-                        shape=() if tensor is None else tuple(tensor.shape),
-                        dtype="" if tensor is None else str(tensor.dtype),
-                    )
-                )
-            return function(*args, **kwargs)
 
-        return wrapped
+class _Functions(TorchFunctionMode):
+    """Sees reads that are no operation of a CPU's."""
 
-    def _read(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if self.phase:
-                caller = _caller(sys._getframe(1))
-                self.events.append(Event(phase=self.phase, kind="read", call=name, caller=caller))
-            return function(*args, **kwargs)
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
 
-        return wrapped
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in READS:
+            self.recorder.note("read", func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class _Operations(TorchDispatchMode):
+    """Sees the operations on other ranks, and those that read."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._overloadpacket.__name__
+        if func.namespace == "c10d":
+            self._note_ranks(name, args)
+        elif name in READ_OPS:
+            self.recorder.note("read", name)
+        return func(*args, **(kwargs or {}))
+
+    def _note_ranks(self, name: str, args: tuple[Any, ...]) -> None:
+        tensor = args[0]
+        while isinstance(tensor, (list, tuple)):
+            tensor = tensor[0]
+        group = next(each for each in args if isinstance(each, torch.ScriptObject))
+        self.recorder.note(
+            "p2p" if name.startswith(("send", "recv")) else "collective",
+            name,
+            num_ranks=torch.distributed.ProcessGroup.unbox(group).size(),
+            shape=tuple(tensor.shape),
+            dtype=str(tensor.dtype),
+        )
 
 
 def _caller(frame: FrameType | None) -> str:
-    own = (__file__, cpu_stand_in.__file__)  # the stand-in passes collectives on
     while frame is not None:
         path = frame.f_code.co_filename
-        if "/torch/" not in path and path not in own and not path.startswith("<"):
-            for package in ("/megatron_vico/", "/megatron/", "/tests/"):
-                _, found, rest = path.rpartition(package)
-                if found:
-                    return package[1:] + rest
-            return path
+        for package in ("/megatron_vico/", "/megatron/", "/tests/"):
+            _, found, rest = path.rpartition(package)
+            # This file, and the stand-in that passes collectives on, call for others.
+            if found and path not in (__file__, cpu_stand_in.__file__):
+                return package[1:] + rest
         frame = frame.f_back
     return ""

@@ -1,33 +1,23 @@
-"""Runs cases under their layouts and compares each with its one-process twin; for torchrun.
-
-Usage: run_steps.py FOLDER, with FOLDER/cases-N.pkl for N ranks and FOLDER/TRUTH/STEP.pt. Writes
-FOLDER/found-N.json.
+"""Runs cases under their layouts and compares each with its one-process twin, which is kept in
+FOLDER/TRUTH/STEP.pt.
 """
 
 import contextlib
-import json
-import os
-import pickle
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_vico import cpu_stand_in
+import torch
+from torch import Tensor
 
-cpu_stand_in.install()
-
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from megatron_vico.config.schema import ParallelOptions  # noqa: E402
-from megatron_vico.errors import SampleError  # noqa: E402
-from megatron_vico.parallel.batch import share_step  # noqa: E402
-from megatron_vico.parallel.groups import Groups  # noqa: E402
-from tests.distributed.cached_layouts import CachedLayouts  # noqa: E402
-from tests.distributed.global_weights import Part  # noqa: E402
-from tests.distributed.step_records import STEPS, Case, record  # noqa: E402
+from megatron_vico.config.schema import ParallelOptions
+from megatron_vico.errors import SampleError
+from megatron_vico.parallel.batch import share_step
+from megatron_vico.parallel.groups import Groups
+from tests.distributed.cached_layouts import CachedLayouts
+from tests.distributed.global_weights import Part
+from tests.distributed.step_records import STEPS, Case, record
 
 FIGURES = (
     "loss",
@@ -138,31 +128,14 @@ def _broken_rows() -> Iterator[None]:
         language_model.copy_to_tensor_model_parallel_region = right
 
 
-def main() -> None:
-    """Run the cases of this number of ranks with one set of process groups a layout."""
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    torch.distributed.init_process_group("gloo")
-    world = torch.distributed.get_world_size()
-    cases: list[Case] = pickle.loads((folder / f"cases-{world}.pkl").read_bytes())
+def found_by_ranks(cases: Sequence[Case], folder: Path) -> dict[str, Any]:
+    """The errors of each case, with one set of process groups a layout; called by every rank."""
     layouts = CachedLayouts()
-    found = {}
+    found: dict[str, Any] = {}
     for case in cases:
-        started = time.perf_counter()
+        started = time.process_time()
         found[case.name] = compare(case, layouts.switch_to(case.cfg.parallel), folder)
         if torch.distributed.get_rank() == 0:
-            print(
-                f"{case.name}: {time.perf_counter() - started:.1f} s, {found[case.name][-1]}",
-                flush=True,
-            )
-    told = told_of_a_broken_sample(
-        layouts.switch_to(ParallelOptions(pipeline_model_parallel_size=2))
-    )
-    if torch.distributed.get_rank() == 0:
-        (folder / f"found-{world}.json").write_text(json.dumps(found | {f"told-{world}": told}))
-    torch.distributed.barrier()
-    os._exit(0)  # dozens of process groups take a minute to close
-
-
-if __name__ == "__main__":
-    main()
+            print(f"{case.name}: {time.process_time() - started:.1f} s, {found[case.name][-1]}")
+    pipeline = layouts.switch_to(ParallelOptions(pipeline_model_parallel_size=2))
+    return found | {f"told-{torch.distributed.get_world_size()}": told_of_a_broken_sample(pipeline)}

@@ -1,30 +1,17 @@
-"""Evaluates cases under their layouts, and trains around an evaluation; started by torchrun from
-the tests.
-
-Usage: run_validation.py FOLDER, with FOLDER/cases.pkl, a pickled dict of RunConfig by name. Writes
-FOLDER/found.json.
-"""
+"""Evaluates cases under their layouts, and trains around an evaluation."""
 
 import dataclasses
-import json
-import os
-import pickle
-import sys
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from megatron_vico import cpu_stand_in
+import torch
 
-cpu_stand_in.install()
-
-import torch  # noqa: E402
-
-from megatron_vico.config.schema import RunConfig  # noqa: E402
-from megatron_vico.parallel.groups import Groups  # noqa: E402
-from megatron_vico.training.setup import set_up  # noqa: E402
-from megatron_vico.training.trainer import compute_gradients, update_weights  # noqa: E402
-from megatron_vico.training.validation import open_validation, validation_figures  # noqa: E402
-from tests.distributed.cached_layouts import CachedLayouts  # noqa: E402
+from megatron_vico.config.schema import RunConfig
+from megatron_vico.parallel.groups import Groups
+from megatron_vico.training.setup import set_up
+from megatron_vico.training.trainer import compute_gradients, update_weights
+from megatron_vico.training.validation import open_validation, validation_figures
+from tests.distributed.cached_layouts import CachedLayouts
 
 
 def figures_of(cfg: RunConfig, groups: Groups) -> dict[str, Any]:
@@ -55,12 +42,8 @@ def trained(cfg: RunConfig, groups: Groups, *, evaluated: bool) -> dict[str, lis
     return {"norms": norms, "losses": losses}
 
 
-def main() -> None:
-    """Run the cases with one set of process groups a layout."""
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    torch.distributed.init_process_group("gloo")
-    cases: dict[str, RunConfig] = pickle.loads((folder / "cases.pkl").read_bytes())
+def found_by_ranks(cases: Mapping[str, RunConfig]) -> dict[str, Any]:
+    """All cases, with one set of process groups a layout; called by every rank."""
     layouts = CachedLayouts()
     found: dict[str, Any] = {}
     for name, cfg in cases.items():
@@ -69,13 +52,4 @@ def main() -> None:
         if name.endswith("trained"):
             found[name]["without"] = trained(cfg, groups, evaluated=False)
             found[name]["with"] = trained(cfg, groups, evaluated=True)
-    everyones: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyones, found)
-    if torch.distributed.get_rank() == 0:
-        (folder / "found.json").write_text(json.dumps(everyones))
-    torch.distributed.barrier()
-    os._exit(0)  # many process groups take long to close
-
-
-if __name__ == "__main__":
-    main()
+    return found

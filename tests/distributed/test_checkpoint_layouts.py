@@ -5,27 +5,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from megatron_vico.checkpoint import training_checkpoint
-from tests.distributed.launch import launch
-from tests.distributed.layouts_checkpoint import CASES
+from megatron_vico.checkpoint import run_folder, training_checkpoint
+from megatron_vico.config.schema import ParallelOptions
+from megatron_vico.parallel.groups import started
+from tests.checkpoint_runs import make_training
+from tests.distributed.global_weights import gather_weights
+from tests.distributed.launch import on_ranks
+from tests.distributed.layouts_checkpoint import CASES, difference, model_of, run_cases, step
 
-PAIRS = [(case, layout) for case in CASES for layout in case.loaded_under]
+PAIRS = [(case, layout) for case in CASES for layout in (case.saved_under, *case.loaded_under)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What tests/distributed/run_layouts_checkpoint.py wrote with four ranks."""
-    path = tmp_path_factory.mktemp("layouts")
-    launch("run_layouts_checkpoint.py", path, num_processes=4, timeout_s=900)
-    return path
+    return tmp_path_factory.mktemp("layouts")
 
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> list[dict[str, Any]]:
-    """What each rank wrote."""
-    return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
+    """What each rank of four found, and checkpoints in the folder."""
+    return on_ranks(run_cases, folder, num_ranks=4)
 
 
 @pytest.mark.parametrize(("case", "layout"), PAIRS, ids=lambda each: getattr(each, "name", each))
@@ -35,6 +35,26 @@ def test_the_next_step_is_that_of_the_uninterrupted_run(
     for rank in found:
         assert rank[case.name][layout]["weights"] == 0.0  # every layout, bit for bit
         assert rank[case.name][layout]["norm"] < 1e-6  # measured 2e-8: the order of the sum
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_one_process_resumes_what_four_wrote(
+    case: Any, folder: Path, found: list[dict[str, Any]], single_process_groups: None
+) -> None:
+    with started(ParallelOptions(), seed=1, timeout_minutes=1) as groups:
+        one = make_training(
+            model_of(case.model),
+            groups=groups,
+            seed=2,
+            dtype=case.dtype,
+            optimizer=case.optimizer,
+            clip_grad=0.0,
+        )
+        assert one.load(folder / case.name) == {"iteration": 2}
+        step(one, groups, 3)
+        assert (
+            difference(found[0]["third steps"][case.name], gather_weights(one.modules, groups)) == 0
+        )
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -63,7 +83,21 @@ def test_what_does_not_fit_is_refused_on_every_rank(found: list[dict[str, Any]])
         assert told == found[0]["refusals"]
 
 
-def test_a_checkpoint_says_what_it_was_saved_under(folder: Path) -> None:
+def test_every_rank_is_told_of_a_full_disk(folder: Path, found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        in_tensors, in_pointer = rank["full disk"]["told"]
+        assert "last good checkpoint is" in in_tensors
+        assert "iter_0000001" in in_tensors
+        assert "No space left on device" in in_pointer
+        assert rank["full disk"]["latest"] == 1
+        assert "iter_0000001" in rank["full disk"]["left"]
+        assert not [name for name in rank["full disk"]["left"] if name.endswith(".incomplete")]
+    assert run_folder.has_checkpoint(folder / "full")
+
+
+def test_a_checkpoint_says_what_it_was_saved_under(
+    folder: Path, found: list[dict[str, Any]]
+) -> None:
     layouts = {
         case.saved_under: training_checkpoint.read_metadata(folder / case.name).layout
         for case in CASES

@@ -3,10 +3,11 @@
 Ranks stay in step, stop and resume alike, and end together over the budget; one launch runs all.
 """
 
+import contextlib
 import dataclasses
-import json
-import pickle
+import io
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import pytest
 
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.data.shards.reader import ShardFolder
+from megatron_vico.errors import SampleError
+from megatron_vico.parallel.groups import started
 from megatron_vico.training.trainer import train
-from tests.distributed.launch import launch
+from tests.distributed.launch import on_ranks
 from tests.toy_data import break_image
 from tests.training_runs import ToyData, read_metrics, toy_config, weights_of
 
@@ -36,7 +39,7 @@ class Runs:
     """Where the runs are, what each rank of each was told at its end, and what was printed."""
 
     folder: Path
-    told: dict[str, list[str | None]]
+    told: dict[str, tuple[str | None, ...]]
     printed: str
     key: str
     """Of the broken sample."""
@@ -101,10 +104,33 @@ def runs(
         "forgetful": config("forgetful", ckpt_step=SAVED, max_skipped_share=0.0, **resumed),
         "no budget": config("no_budget", max_skipped_share=0.0),
     }
-    (folder / "configs.pkl").write_bytes(pickle.dumps(list(configs.values())))
-    printed = launch("run_training.py", folder, num_processes=2)
-    told = dict(zip(configs, json.loads((folder / "told.json").read_text()), strict=True))
-    return Runs(folder=folder, told=told, printed=printed, key=key)
+    ranks = on_ranks(end_of_each, list(configs.values()), num_ranks=2)
+    told = dict(zip(configs, zip(*(rank.told for rank in ranks), strict=True), strict=True))
+    return Runs(folder=folder, told=told, printed="".join(rank.printed for rank in ranks), key=key)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What one rank was told at the end of each run, and what it printed."""
+
+    told: list[str | None]
+    printed: str
+
+
+def end_of_each(configs: Sequence[RunConfig]) -> Ended:
+    """Train every configuration with one set of process groups; called by every rank."""
+    told: list[str | None] = []
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+        started(configs[0].parallel, seed=1, timeout_minutes=2),
+    ):
+        for cfg in configs:
+            try:
+                train(cfg)
+                told.append(None)
+            except SampleError as error:
+                told.append(str(error))
+    return Ended(told, printed.getvalue())
 
 
 @pytest.mark.parametrize("stage", SHARDED)
@@ -147,7 +173,7 @@ def test_two_ranks_stay_in_step_though_a_sample_of_one_is_broken(
 ) -> None:
     """Measured: losses 1.3e-7."""
     one, two, whole = runs.metrics("one", "two", "whole")
-    assert runs.told["two"] == [None, None]
+    assert runs.told["two"] == (None, None)
     assert len(one) == len(two) == BROKEN_STEPS
     for found, expected, unbroken in zip(two, one, whole, strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)

@@ -8,7 +8,6 @@ synchronises the ranks, it would wait in vain.
 """
 
 import dataclasses
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ import pytest
 from megatron_vico.config.schema import DdpOptions, ParallelOptions, RunConfig
 from megatron_vico.config.validate import validate
 from megatron_vico.parallel.groups import started
-from tests.distributed.launch import launch
+from tests.distributed.launch import on_ranks
 from tests.distributed.recorder import Event, RankRecord
 from tests.distributed.step_records import save_models
+from tests.distributed.trace_ranks import records_of
 from tests.training_runs import ToyData, toy_config
 
 WORLD = 4
@@ -60,12 +60,8 @@ def records(
         f"{name}, shapes": (make(options), "shape exchange", 60.0)
         for name, options in LAYOUTS.items()
     }
-    (folder / "cases.pkl").write_bytes(pickle.dumps(cases))
-    launch("trace_ranks.py", folder, num_processes=WORLD)
-    return {
-        name: [pickle.loads((folder / name / f"{rank}.pkl").read_bytes()) for rank in range(WORLD)]
-        for name in cases
-    }
+    ranks = on_ranks(records_of, cases, folder, num_ranks=WORLD)
+    return {name: [rank[name] for rank in ranks] for name in cases}
 
 
 def _config_maker(data: ToyData, models: Path) -> Callable[[dict[str, Any]], RunConfig]:
@@ -134,7 +130,7 @@ def test_no_collective_in_the_passes_but_the_reduction_of_gradients(
         assert all(event.phase == "policy" for event in collectives)
         assert bool(collectives) == (name != "pp4")  # the recorder sees those of data parallelism
         # Before the passes it sees ours: visual tokens go to the ranks that embed them.
-        assert "all_to_all_single" in {event.call for event in rank.events if event.is_ours}
+        assert "alltoall_base_" in {event.call for event in rank.events if event.is_ours}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.cli.train import STOPPED
-from tests.distributed.launch import start
+from tests.distributed.launch import torchrun
 from tests.training_runs import ToyData
 
 # A collective waits 10 minutes (--distributed-timeout-minutes): a rank that hangs is not over in
@@ -23,7 +23,8 @@ def launch(how: str, data: ToyData, save: Path) -> subprocess.CompletedProcess[s
         --train-iters 50 --seq-length 600 --max-tiles-per-pack 40 --max-samples-per-pack 4
         --max-dynamic-patch 4 --global-batch-size 2 --num-workers 1
     """.split()
-    return start("run_failing_rank.py", how, *flags, num_processes=2, timeout_s=LIMIT_S)
+    script = "tests/distributed/run_failing_rank.py"
+    return torchrun(script, how, *flags, num_processes=2, timeout_s=LIMIT_S)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,6 @@ more packs than pipeline stages, and some packs have no image, no response, or n
 """
 
 import dataclasses
-import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,8 @@ import pytest
 from megatron_vico.config.schema import DdpOptions, ParallelOptions, TransformerOptions
 from megatron_vico.config.validate import validate
 from megatron_vico.parallel.groups import started
-from tests.distributed.launch import launch
-from tests.distributed.run_steps import write_truth
+from tests.distributed.launch import on_ranks
+from tests.distributed.run_steps import found_by_ranks, write_truth
 from tests.distributed.step_records import STEPS, Case, save_models
 from tests.toy_data import write_conversations
 from tests.training_runs import ToyData, make_toy_shards, toy_config
@@ -229,18 +227,9 @@ def found(
                 validate(case.cfg, world)
                 if not (folder / twin.truth).exists():
                     write_truth(twin, groups, folder / twin.truth)
-            (folder / f"cases-{world}.pkl").write_bytes(pickle.dumps([case for case, _ in pairs]))
-            results |= _launch(folder, world)
+            cases_of_ranks = [case for case, _ in pairs]
+            results |= on_ranks(found_by_ranks, cases_of_ranks, folder, num_ranks=world)[0]
     return results
-
-
-def _launch(folder: Path, world: int) -> dict[str, list[dict[str, Any]]]:
-    # pytest -s shows the errors and seconds of each case.
-    print(launch("run_steps.py", folder, num_processes=world, timeout_s=600))
-    found: dict[str, list[dict[str, Any]]] = json.loads(
-        (folder / f"found-{world}.json").read_text()
-    )
-    return found
 
 
 @pytest.mark.parametrize("name", [*TWO, *FOUR])

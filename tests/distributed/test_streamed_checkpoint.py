@@ -2,76 +2,33 @@
 brought back."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_vico.checkpoint.training_checkpoint import find_iteration
-from megatron_vico.config.registry import MODELS, ModelConfig, get_model_config
+from megatron_vico.config.registry import MODELS, get_model_config
 from megatron_vico.convert.convert import convert, export_hf
 from megatron_vico.convert.megatron.reader import open_dcp
 from megatron_vico.convert.options import LAYOUTS, ConversionOptions
-from tests.distributed.launch import launch, start
+from tests.distributed.launch import on_ranks, torchrun
+from tests.distributed.streamed_ranks import (
+    LOADED_UNDER,
+    MAX_SHARD_BYTES,
+    load_and_save,
+    odd_models,
+)
 from tests.tensor_files import read_all, same
 from tests.toy_models import make_encoder, make_language_model
 
-LOADED_UNDER = {
-    "toy-6b": ("tp2", "pp2", "tp2-pp2"),
-    "toy-moe": ("ep2", "ep2-tp2"),
-    "odd": ("pp2",),
-    "odd-halves": ("tp2", "tp2-pp2"),
-    "odd-moe": ("pp2",),
-    "odd-moe-halves": ("ep2", "ep2-tp2"),
-}
 PAIRS = [(size, layout) for size, layouts in LOADED_UNDER.items() for layout in layouts]
-MAX_SHARD_BYTES = 50_000
-"""Small, so that toys make several files and each process has some to write."""
-
-CONVERT = "../../tools/checkpoint/convert.py"
-
-
-def odd_models() -> dict[str, ModelConfig]:
-    """Models of four layers whose heads, experts, widths and vocabulary divide by nothing, or by
-    two just once."""
-
-    def odd(name: str, base: str, **language: int) -> ModelConfig:
-        model = get_model_config(base)
-        vision = replace(model.vision, hidden_size=28, num_heads=7)
-        return replace(
-            model,
-            name=name,
-            vision=vision,
-            language=replace(model.language, num_layers=4, vocab_size=301, **language),
-        )
-
-    models = (
-        odd("odd", "toy-6b", num_heads=9, num_query_groups=3, ffn_hidden_size=45),
-        odd("odd-halves", "toy-6b", num_heads=6, num_query_groups=2, ffn_hidden_size=46),
-        odd(
-            "odd-moe",
-            "toy-moe",
-            num_heads=9,
-            num_query_groups=3,
-            num_experts=5,
-            moe_ffn_hidden_size=15,
-        ),
-        odd(
-            "odd-moe-halves",
-            "toy-moe",
-            num_heads=6,
-            num_query_groups=2,
-            num_experts=6,
-            moe_ffn_hidden_size=14,
-        ),
-    )
-    return {model.name: model for model in models}
+CONVERT = "tools/checkpoint/convert.py"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, single_process_groups: None) -> Iterator[Path]:
-    """What tests/distributed/run_streamed.py made of random weights with four ranks."""
+    """What tests/distributed/streamed_ranks.py made of random weights with four ranks."""
     path = tmp_path_factory.mktemp("streamed")
     MODELS.update(odd_models())
     for size in LOADED_UNDER:
@@ -81,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, single_process_groups: None
             path / size, encoder=encoder, language_model=language_model, model=model, layout="flash"
         )
     convert(path / "toy-6b", output=path / "base", layout="hf")
-    launch("run_streamed.py", path, num_processes=4)
+    on_ranks(load_and_save, path, num_ranks=4)
     yield path
     for size in odd_models():
         del MODELS[size]
@@ -135,8 +92,8 @@ def test_two_processes_write_the_files_that_one_writes(folder: Path, tmp_path: P
         folder / "toy-6b",
     )
     words = (*words, "--max-shard-bytes", str(MAX_SHARD_BYTES))
-    told = launch(CONVERT, *words, "--output", tmp_path / "two", num_processes=2)
-    assert told.strip() == str(tmp_path / "two")  # said once
+    done = torchrun(CONVERT, *words, "--output", tmp_path / "two", num_processes=2)
+    assert done.stdout.strip() == str(tmp_path / "two"), done.stderr  # said once
     options = ConversionOptions(max_shard_bytes=MAX_SHARD_BYTES)
     convert(folder / "toy-6b", output=tmp_path / "one", layout="internvl", options=options)
     one, two = (
@@ -153,7 +110,7 @@ def test_two_processes_end_together_where_one_file_is_broken(folder: Path, tmp_p
     last = sorted(source.glob("*.safetensors"))[-1]
     last.write_bytes(last.read_bytes()[:-1])
     words = ("--from", "hf", "--to", "megatron", "--input", source, "--output", tmp_path / "out")
-    done = start(CONVERT, *words, num_processes=2, timeout_s=120)
+    done = torchrun(CONVERT, *words, num_processes=2)
     assert done.returncode != 0
     assert f"{last} (" in done.stderr
     assert "is cut short" in done.stderr

@@ -1,8 +1,6 @@
 """Validation under layouts of two ranks equals one process; one launch runs all cases."""
 
 import dataclasses
-import json
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,8 @@ import pytest
 from megatron_vico.config.schema import DdpOptions, ParallelOptions, RunConfig
 from megatron_vico.config.validate import validate
 from megatron_vico.parallel.groups import started
-from tests.distributed.launch import launch
-from tests.distributed.run_validation import figures_of, trained
+from tests.distributed.launch import on_ranks
+from tests.distributed.run_validation import figures_of, found_by_ranks, trained
 from tests.distributed.step_records import STEPS, save_models
 from tests.toy_data import write_conversations
 from tests.training_runs import ToyData, make_toy_shards, toy_config
@@ -105,9 +103,7 @@ def found(
     configs: dict[str, tuple[RunConfig, RunConfig]],
     toy_data: ToyData,
     single_process_groups: None,
-    tmp_path_factory: pytest.TempPathFactory,
 ) -> Found:
-    folder = tmp_path_factory.mktemp("launch")
     truth, losses = {}, {}
     with started(ParallelOptions(), seed=1, timeout_minutes=1) as groups:
         for model in (DENSE, MOE):
@@ -122,11 +118,9 @@ def found(
             truth[name] = figures_of(twin, groups)
             if name.endswith("trained"):
                 losses[name] = trained(twin, groups, evaluated=True)["losses"]
-    (folder / "cases.pkl").write_bytes(
-        pickle.dumps({name: cfg for name, (cfg, _) in configs.items()})
-    )
-    launch("run_validation.py", folder, num_processes=2)
-    return Found(truth=truth, losses=losses, ranks=json.loads((folder / "found.json").read_text()))
+    cases = {name: cfg for name, (cfg, _) in configs.items()}
+    ranks = on_ranks(found_by_ranks, cases, num_ranks=2)
+    return Found(truth=truth, losses=losses, ranks=ranks)
 
 
 @pytest.mark.parametrize("name", list(CASES))

@@ -1,45 +1,26 @@
-"""Runs one consistency step a case under a recorder, with ranks that wait for each other; started
-by torchrun.
-
-Usage: trace_ranks.py FOLDER, with FOLDER/cases.pkl, a dict from name to (RunConfig, what is put
-wrong, seconds that a rank waits). Each rank writes FOLDER/NAME/RANK.pkl, a `RankRecord` of
-tests/distributed/recorder.py.
-"""
+"""Runs one consistency step a case under a recorder, with ranks that wait for each other."""
 
 import functools
-import os
-import pickle
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_vico import cpu_stand_in
+import torch
+
+from megatron_vico.config.schema import RunConfig
+from megatron_vico.parallel.groups import Groups
+from megatron_vico.parallel.static_shapes import P2PCommunicator, StaticShapes
+from megatron_vico.training import consistency_step, pipeline_schedule, reference
+from megatron_vico.training.setup import set_up
+from megatron_vico.training.trainer import compute_gradients, update_weights
+from tests.distributed.cached_layouts import CachedLayouts
 from tests.distributed.recorder import RankRecord, Recorder, Span
 
 RECORDER = Recorder()
-if __name__ == "__main__":
-    RECORDER.watch_ranks()
-    cpu_stand_in.install()
-    RECORDER.watch_host()
-
-import torch  # noqa: E402
-
-from megatron_vico.config.schema import RunConfig  # noqa: E402
-from megatron_vico.parallel.groups import Groups  # noqa: E402
-from megatron_vico.parallel.static_shapes import P2PCommunicator, StaticShapes  # noqa: E402
-from megatron_vico.training import (  # noqa: E402
-    consistency_step,
-    pipeline_schedule,
-    reference,
-)
-from megatron_vico.training.setup import set_up  # noqa: E402
-from megatron_vico.training.trainer import compute_gradients, update_weights  # noqa: E402
-from tests.distributed.cached_layouts import CachedLayouts  # noqa: E402
 
 Fault = Literal["none", "barrier", "shape exchange"]
 """What is put wrong on purpose: a barrier between the passes, or megatron-core's own
@@ -129,7 +110,7 @@ class Launch:
         )
         RECORDER.events.clear()
         self.shape_exchanges = 0
-        with _watched(fault, handshake):
+        with _watched(fault, handshake), RECORDER.watching():
             compute_gradients(run, batch)
         return RankRecord(
             is_first_stage=groups.language.pp.rank() == 0,
@@ -183,22 +164,11 @@ def _phased(function: Callable[..., Any], phase: str, *, then: str) -> Callable[
     return wrapped
 
 
-def main() -> None:
-    """Run all cases."""
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    torch.distributed.init_process_group("gloo")
-    rank = torch.distributed.get_rank()
+def records_of(
+    cases: Mapping[str, tuple[RunConfig, Fault, float]], folder: Path
+) -> dict[str, RankRecord]:
+    """What this rank does in each case: a run, what is put wrong, seconds that a rank waits."""
     store = torch.distributed.FileStore(str(folder / "store"), torch.distributed.get_world_size())
     launch = Launch(store=store, layouts=CachedLayouts())
     launch.count_shape_exchanges()
-    for name, (cfg, fault, wait_s) in pickle.loads((folder / "cases.pkl").read_bytes()).items():
-        record = launch.record(name, cfg, fault, wait_s)
-        (folder / name).mkdir(exist_ok=True)
-        (folder / name / f"{rank}.pkl").write_bytes(pickle.dumps(record))
-    torch.distributed.barrier()
-    os._exit(0)  # a dozen process groups take a while to close
-
-
-if __name__ == "__main__":
-    main()
+    return {name: launch.record(name, *case) for name, case in cases.items()}

@@ -25,7 +25,7 @@ PACKAGE = {
 }
 TESTS = {
     ".": 1330,
-    "distributed": 3220,
+    "distributed": 2950,
     "golden": 130,
     "gpu": 540,
     "parity": 1420,

@@ -16,15 +16,8 @@ from torch.multiprocessing import start_processes
 
 ROOT = Path(__file__).parents[2]
 
-# Imported once, by the process that every rank is forked from: 4 s of CPU a rank otherwise, and as
-# many again for what torch imports in its first step.
-PRELOADED = (
-    "pytest",
-    "megatron_vico.training.trainer",
-    "megatron_vico.convert.convert",
-    "torch._dynamo",
-    "transformers.generation",
-)
+# 4 s of CPU a rank otherwise, and as many again for what torch imports in its first step.
+PRELOADED = "tests.distributed.preloaded"
 
 
 def on_ranks[R](
@@ -42,7 +35,7 @@ def on_ranks[R](
     Returns:
         What it returned, by rank; raises with the traceback of a rank that failed.
     """
-    multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOADED))
+    multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOADED])
     with tempfile.TemporaryDirectory() as folder:
         ranks = start_processes(
             _rank,
@@ -68,9 +61,6 @@ def _rank(
 ) -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    from megatron_vico import cpu_stand_in
-
-    cpu_stand_in.install()
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # for what a rank starts: Linux' own
     # For saves that outlive a step megatron-core starts a process, which imports torch; these do

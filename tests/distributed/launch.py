@@ -21,7 +21,7 @@ PRELOADED = "tests.distributed.preloaded"
 
 
 def on_ranks[R](
-    function: Callable[..., R], *args: Any, num_ranks: int, timeout_s: float = 300
+    function: Callable[..., R], *args: Any, num_ranks: int, timeout_s: float = 900
 ) -> list[R]:
     """Call a function of a module on gloo ranks, a thread each, as torchrun would: in processes of
     their own, with torch.distributed running and nothing else.

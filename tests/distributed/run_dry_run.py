@@ -1,13 +1,12 @@
-"""Counts a step of each case in real ranks (under torchrun) or dry (without); the same meter.
+"""Counts a step of each case in real ranks or, run as a script, in dry ones; the same meter.
 
-Usage: run_dry_run.py FOLDER [dry]. Writes FOLDER/real-RANK.json or FOLDER/dry-RANK.json: by case,
-rows of (phase, call, group), and the peak of each phase in bytes.
+Usage: run_dry_run.py FOLDER. Writes FOLDER/RANK.json: by case, rows of (phase, call, group), and
+the peak of each phase in bytes.
 """
 
 import gc
 import json
 import multiprocessing
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import Any
 
 from megatron_vico import cpu_stand_in
 
-DRY = sys.argv[-1] == "dry"
-if __name__ == "__main__":
-    cpu_stand_in.install("meta" if DRY else "cpu")
+DRY = __name__ == "__main__"
+if DRY:
+    cpu_stand_in.install("meta")
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -138,13 +137,13 @@ def _dry(folder: Path) -> None:
         found = dict(zip(jobs, pool.map(_play, jobs, chunksize=1), strict=True))
     for rank in COMPARED:
         of_rank = {name: found[rank, name] for name in CASES}
-        (folder / f"dry-{rank}.json").write_text(json.dumps(of_rank))
+        (folder / f"{rank}.json").write_text(json.dumps(of_rank))
 
 
-def _real(folder: Path) -> None:
+def count_all() -> dict[str, Any]:
+    """Every case, in this rank of a running world."""
     from tests.distributed.cached_layouts import CachedLayouts
 
-    torch.distributed.init_process_group("gloo")
     _balance_routing()
     layouts, found = CachedLayouts(), {}
     meter = Meter(counts=_floats)
@@ -156,12 +155,9 @@ def _real(folder: Path) -> None:
             meter.groups.clear()
             name_groups(meter, groups)
             found[name] = count(name, groups, meter)
-    rank = torch.distributed.get_rank()
-    (folder / f"real-{rank}.json").write_text(json.dumps(found))
-    torch.distributed.barrier()
-    os._exit(0)  # dozens of process groups take a minute to close
+    return found
 
 
-if __name__ == "__main__":
+if DRY:
     torch.set_num_threads(1)
-    (_dry if DRY else _real)(Path(sys.argv[1]))
+    _dry(Path(sys.argv[1]))

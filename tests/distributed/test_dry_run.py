@@ -4,14 +4,15 @@ Both are counted by one meter, and attend by one kernel; routing of experts is b
 """
 
 import json
+import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed.launch import HERE, ROOT, environment, launch
+from tests.distributed import run_dry_run
+from tests.distributed.launch import ROOT, on_ranks
 from tests.distributed.run_dry_run import CASES, COMPARED, RANKS
 
 PEAK = 0.01  # measured: at most 0.0054 (pretrain); without experts and full recompute 0.0007
@@ -21,15 +22,20 @@ PEAK = 0.01  # measured: at most 0.0054 (pretrain); without experts and full rec
 def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, Any]]:
     """By "real" and "dry": what each compared rank counted, by case."""
     folder = tmp_path_factory.mktemp("dry_run")
-    launch("run_dry_run.py", folder, num_processes=RANKS)
-    dry = [sys.executable, "-W", "ignore", str(HERE / "run_dry_run.py"), str(folder), "dry"]
+    script = [sys.executable, "-W", "ignore", run_dry_run.__file__, str(folder)]
     done = subprocess.run(
-        dry, capture_output=True, text=True, cwd=ROOT, env=environment(), check=False
+        script,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-6000:]
+    real = on_ranks(run_dry_run.count_all, num_ranks=RANKS)
     return {
-        kind: {rank: _read(folder / f"{kind}-{rank}.json") for rank in COMPARED}
-        for kind in ("real", "dry")
+        "real": {rank: json.loads(json.dumps(real[rank])) for rank in COMPARED},
+        "dry": {rank: json.loads((folder / f"{rank}.json").read_text()) for rank in COMPARED},
     }
 
 
@@ -46,8 +52,3 @@ def test_peak_is_that_of_the_real_step(name: str, counted: dict[str, dict[int, A
     for rank in COMPARED:
         real, dry = (max(counted[kind][rank][name]["peak"].values()) for kind in ("real", "dry"))
         assert dry == pytest.approx(real, rel=PEAK)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(file.read_text())
-    return found

@@ -159,9 +159,11 @@ def _frozen(run: _Run) -> Problems:
     cfg, stage = run.cfg, run.cfg.stage
     settings = {
         "--moe-aux-loss-coeff": bool(cfg.parallel.moe_aux_loss_coeff),
+        "--moe-z-loss-coeff": bool(cfg.transformer.moe_z_loss_coeff),
+        "--hidden-dropout": bool(cfg.transformer.hidden_dropout),
+        "--attention-dropout": bool(cfg.transformer.attention_dropout),
         "--freeze-moe-router": stage.freeze_moe_router,
-        # The encoder's gradients arrive after the schedule, when there is nothing left to overlap
-        # with.
+        # The encoder's gradients arrive after the schedule: nothing is left to overlap with.
         "--overlap-grad-reduce": cfg.parallel.overlap_grad_reduce,
         "--overlap-param-gather": cfg.parallel.overlap_param_gather,
     }

@@ -82,10 +82,15 @@ class Policy:
                 module.start_param_sync(force_sync=True)
 
     def train_mode(self) -> None:
-        """Training behaviour (drop path) in what is trained, inference behaviour elsewhere."""
+        """Training behaviour (drop path) in what is trained, inference behaviour elsewhere.
+
+        A language model that gradients pass through is in training mode even if it is frozen:
+        megatron-core recomputes in no other mode, and would keep every activation. Nothing else
+        differs in it: `config/validate.py` refuses what would (dropout, balancing and z loss).
+        """
         self.encoder.eval()
         for chunk in self.language_chunks:
-            chunk.train("language_model" in self.trained)
+            chunk.train(any(name != "vir" for name in self.trained))
         for name in ("vit", "connector_4x", "connector_16x", "vir"):
             if name in self.trained:
                 getattr(self.encoder, name).train()

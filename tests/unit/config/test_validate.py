@@ -82,6 +82,9 @@ TP=0 => TP is 0, expected 1 or more.
 --drop-path-rate 0.1 => no effect: the vision tower is frozen; leave it out, or train it: --train
 --stage warmup --drop-path-rate 0.1 => is frozen; leave it out, or use another stage.
 30b --stage warmup --moe-aux-loss-coeff 0.1 => has no effect: the language model is frozen
+30b --stage warmup --moe-z-loss-coeff 0.1 => has no effect: the language model is frozen
+--stage warmup --hidden-dropout 0.1 => has no effect: the language model is frozen
+--stage warmup --attention-dropout 0.1 => has no effect: the language model is frozen
 30b --stage router --freeze-moe-router => has no effect: the language model is frozen
 --stage warmup --overlap-grad-reduce @2 => --overlap-grad-reduce has no effect: the language model
 --stage router --overlap-param-gather @2 => has no effect: the language model is frozen

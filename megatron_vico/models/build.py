@@ -3,6 +3,7 @@
 Two modules never share a TransformerConfig: mcore keeps schedule hooks and loss scales in it.
 """
 
+import functools
 import importlib.util
 import math
 from typing import Any, Literal
@@ -36,7 +37,7 @@ from megatron_vico.config.schema import RunConfig
 from megatron_vico.models.attention import SDPACoreAttention
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel, VocabularyHead
-from megatron_vico.models.layers import Layer
+from megatron_vico.models.layers import Experts, Layer
 from megatron_vico.models.norms import RMSNorm
 
 # Megatron's default: the vocabulary is padded to a multiple of this times the tensor-parallel size.
@@ -286,7 +287,7 @@ def _transformer_engine_layer(config: TransformerConfig) -> ModuleSpec:
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=True,
     )
-    return ModuleSpec(module=Layer, submodules=submodules)
+    return _layer(config, submodules)
 
 
 def _local_layer(config: TransformerConfig) -> ModuleSpec:
@@ -318,4 +319,10 @@ def _local_layer(config: TransformerConfig) -> ModuleSpec:
         mlp_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map=names,
     )
+    return _layer(config, submodules)
+
+
+def _layer(config: TransformerConfig, submodules: TransformerLayerSubmodules) -> ModuleSpec:
+    if config.num_moe_experts is not None:
+        submodules.mlp = functools.partial(Experts, **submodules.mlp.keywords)
     return ModuleSpec(module=Layer, submodules=submodules)

@@ -1,10 +1,12 @@
-"""What this project changes in mcore's transformer layer: gradient mode, layer scale, drop path."""
+"""What this project changes in mcore's transformer layer: gradient mode, layer scale, drop path, and
+what its experts hold on to."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
@@ -21,6 +23,20 @@ class Layer(TransformerLayer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.bias_dropout_add_exec_handler = nullcontext
+
+
+class Experts(MoELayer):
+    """mcore's layer of experts, but its dispatcher lets go of the routing when it is done.
+
+    It would keep the routing probabilities until the layer's next pass, with their graph: in that
+    the layer's recomputed input and, after the backward pass, the gradient of it.
+    """
+
+    def postprocess(self, output: Tensor, shared_expert_output: Tensor | None) -> Tensor:
+        """The last use of the dispatcher in a forward pass, also in a recomputed one."""
+        output = super().postprocess(output, shared_expert_output)
+        self.token_dispatcher.probs = self.token_dispatcher.routing_map = None
+        return output
 
 
 class LayerScaleAdd(nn.Module):

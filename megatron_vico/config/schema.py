@@ -32,6 +32,10 @@ class ModelOptions:
     encoder_chunk_tiles: int = 16
     """Tiles that the vision tower works on, and recomputes in the backward pass, at once."""
 
+    encoder_recompute: Literal["chunk", "layer"] = "layer"
+    """Of a trained vision tower, whose activations a chunk's backward pass holds: those of all its
+    layers (chunk), or of one, for one more pass over the tiles (layer)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageOptions:

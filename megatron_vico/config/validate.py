@@ -145,13 +145,15 @@ def _stage(run: _Run) -> Problems:
             yield (
                 f"{flag_of(name)} has no effect in stage {stage!r} (only in {where}); leave it out."
             )
-    if cfg.model.drop_path_rate and "vit" not in stage_options.trained:
-        trainable = "vit" in spec.trainable
-        yield (
-            f"--drop-path-rate {cfg.model.drop_path_rate} has no effect: the vision tower is"
-            " frozen; leave it out, or"
-            f" {'train it: --train-modules vit ...' if trainable else 'use another stage'}."
-        )
+    tower = {"drop_path_rate": 0.0, "encoder_recompute": "layer"}
+    for name, default in tower.items():
+        value = getattr(cfg.model, name)
+        if value != default and "vit" not in stage_options.trained:
+            trainable = "vit" in spec.trainable
+            yield (
+                f"{flag_of(name)} {value} has no effect: the vision tower is frozen; leave it out,"
+                f" or {'train it: --train-modules vit ...' if trainable else 'use another stage'}."
+            )
 
 
 def _frozen(run: _Run) -> Problems:

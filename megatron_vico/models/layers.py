@@ -1,5 +1,4 @@
-"""What this project changes in mcore's transformer layer: gradient mode, layer scale, drop path, and
-what its experts hold on to."""
+"""What this project changes in mcore's layers: gradient mode, layer scale, drop path, routing."""
 
 from collections.abc import Callable
 from contextlib import nullcontext

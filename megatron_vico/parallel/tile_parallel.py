@@ -111,10 +111,11 @@ class TokenExchange:
 
         Args:
             grad_VH: [V, H], of all tokens of the step, on the first pipeline stage; elsewhere None.
-            like: [V, H], this rank's tokens as given to `deliver`.
+            like: of their width, dtype and device.
 
         Returns:
-            [V, H], the gradient of `like`, summed over context-parallel ranks.
+            [V, H], the gradient of what this rank gave to `deliver`, summed over context-parallel
+            ranks.
         """
         if self._num_ranks == 1:
             assert grad_VH is not None
@@ -123,9 +124,10 @@ class TokenExchange:
         answers = self._rank in self._answers
         sent = grad_VH if grad_VH is not None and answers else like.new_zeros(0, like.size(1))
         sends = self._of_rank if answers else [0] * self._num_ranks
-        receives = [len(like) if rank in self._answers else 0 for rank in range(self._num_ranks)]
+        own = self._of_rank[self._rank]
+        receives = [own if rank in self._answers else 0 for rank in range(self._num_ranks)]
         received = self._all_to_all(sent, sends, receives)
-        return received.view(len(self._answers), *like.shape).sum(0)
+        return received.view(len(self._answers), own, like.size(1)).sum(0)
 
     def _all_to_all(self, sent: Tensor, sends: list[int], receives: list[int]) -> Tensor:
         received = sent.new_empty(sum(receives), sent.size(1))

@@ -54,9 +54,10 @@ def compare_plans(run: Run, batch: StepBatch, *, plans: Sequence[str]) -> Compar
     view_tokens = [
         visual_tokens(
             policy.encoder,
-            features_NPD,
             batch,
             [each.compressed for each in view],
+            features_NPD=features_NPD,
+            chunk_tiles=policy.chunk_tiles,
             trained=False,
             groups=groups,
         )

@@ -52,13 +52,14 @@ def consistency_step(run: Run, batch: StepBatch) -> StepSums:
     policy.weigh_balancing_loss(policy_inputs, groups)
 
     run.clock.begin("encode")
-    features_NPD = tile_features(policy.encoder, batch, device, chunk_tiles=policy.chunk_tiles)
+    features_NPD = _frozen_features(policy, batch, groups)
     reference_tokens = reference.visual_tokens(batch, features_NPD, groups)
     tokens = visual_tokens(
         policy.encoder,
-        features_NPD,
         batch,
         [pack.policies[0].compressed for pack in packs],
+        features_NPD=features_NPD,
+        chunk_tiles=policy.chunk_tiles,
         trained=policy.trains_encoder,
         groups=groups,
     )
@@ -127,10 +128,22 @@ def _whole_tokens(
     policy: Policy, batch: StepBatch, *, trained: bool, groups: Groups
 ) -> VisualTokens:
     """The policy's visual tokens with nothing compressed."""
-    features_NPD = tile_features(
-        policy.encoder, batch, groups.device, chunk_tiles=policy.chunk_tiles
+    return visual_tokens(
+        policy.encoder,
+        batch,
+        None,
+        features_NPD=_frozen_features(policy, batch, groups),
+        chunk_tiles=policy.chunk_tiles,
+        trained=trained,
+        groups=groups,
     )
-    return visual_tokens(policy.encoder, features_NPD, batch, None, trained=trained, groups=groups)
+
+
+def _frozen_features(policy: Policy, batch: StepBatch, groups: Groups) -> Tensor | None:
+    """Outputs of a frozen ViT, [N, P, D], made once; a trained one runs again for its gradients."""
+    if "vit" in policy.trained:
+        return None
+    return tile_features(policy.encoder, batch, groups.device, chunk_tiles=policy.chunk_tiles)
 
 
 def _label_loss(policy: Policy, batch: StepBatch, groups: Groups) -> LossFunction:

@@ -21,7 +21,7 @@ from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.training.offload import HostOffload
 from megatron_vico.training.pipeline_schedule import LanguagePass, forward_pass
-from megatron_vico.training.vision import VisualTokens, tile_features, visual_tokens
+from megatron_vico.training.vision import VisualTokens, visual_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,19 +48,22 @@ class Reference:
     def visual_tokens(
         self,
         batch: StepBatch,
-        policy_features_NPD: Tensor,
+        policy_features_NPD: Tensor | None,
         groups: Groups,
     ) -> VisualTokens:
         """Visual tokens of a step with nothing compressed; called by every rank of the replica.
 
         The policy's ViT outputs serve instead of a second pass where the ViT is shared.
         """
-        features_NPD = policy_features_NPD
-        if not self.shares_vit:
-            features_NPD = tile_features(
-                self.encoder, batch, groups.device, chunk_tiles=self.chunk_tiles
-            )
-        return visual_tokens(self.encoder, features_NPD, batch, None, trained=False, groups=groups)
+        return visual_tokens(
+            self.encoder,
+            batch,
+            None,
+            features_NPD=policy_features_NPD if self.shares_vit else None,
+            chunk_tiles=self.chunk_tiles,
+            trained=False,
+            groups=groups,
+        )
 
     def response_rows(
         self,

@@ -169,7 +169,12 @@ def build_modules(
     bf16 = cfg.training.bf16
     language_config = language_transformer_config(model, cfg)
     vision_config = vision_transformer_config(
-        model, bf16=bf16, drop_path_rate=cfg.model.drop_path_rate
+        model,
+        bf16=bf16,
+        drop_path_rate=cfg.model.drop_path_rate,
+        recompute_granularity="full" if cfg.model.encoder_recompute == "layer" else None,
+        recompute_method="uniform",
+        recompute_num_layers=1,
     )
     language_chunks = build_language_chunks(
         model,
@@ -223,7 +228,7 @@ def reference_config(cfg: RunConfig) -> RunConfig:
             recompute_modules=(),
             moe_aux_loss_coeff=0.0,
         ),
-        model=dataclasses.replace(cfg.model, drop_path_rate=0.0),
+        model=dataclasses.replace(cfg.model, drop_path_rate=0.0, encoder_recompute="chunk"),
     )
 
 

@@ -24,42 +24,38 @@ from megatron_vico.training.profiler import phase
 def tile_features(
     encoder: VisionEncoder, batch: StepBatch, device: torch.device, *, chunk_tiles: int
 ) -> Tensor:
-    """ViT outputs of this rank's tiles, `chunk_tiles` at a time.
-
-    Where the ViT is trained, only the features are kept for the backward pass; what lies between is
-    computed again chunk by chunk.
+    """ViT outputs of this rank's tiles, `chunk_tiles` at a time, without a graph.
 
     Returns:
         [N, P, D], patch features without the class token.
     """
+    with phase("encode"), torch.no_grad():
+        chunks = _on_device(batch, device, chunk_tiles=chunk_tiles)
+        return torch.cat([encoder.features(encoder.normalise(chunk)) for chunk in chunks])
 
-    def features(tiles_N3SS: Tensor) -> Tensor:
-        return encoder.features(encoder.normalise(tiles_N3SS))
 
-    trained = any(param.requires_grad for param in encoder.vit.parameters())
-    with phase("encode"):
-        chunks = [chunk.to(device, non_blocking=True) for chunk in batch.tiles.split(chunk_tiles)]
-        if not trained:
-            with torch.no_grad():
-                return torch.cat([features(chunk) for chunk in chunks])
-        # Also keeps the random state, so that a chunk that is computed again drops the same paths.
-        return torch.cat([checkpoint(features, chunk, use_reentrant=False) for chunk in chunks])
+def _on_device(batch: StepBatch, device: torch.device, *, chunk_tiles: int) -> list[Tensor]:
+    return [chunk.to(device, non_blocking=True) for chunk in batch.tiles.split(chunk_tiles)]
 
 
 class VisualTokens:
     """Visual tokens of all packs of a step under one plan each, cut from the encoder's graph."""
 
-    def __init__(self, outputs_VH: Tensor, exchange: TokenExchange, *, trained: bool) -> None:
+    def __init__(
+        self, outputs: Sequence[Tensor], exchange: TokenExchange, *, trained: bool
+    ) -> None:
         """Deliver tokens; called by every rank of the replica.
 
         Args:
-            outputs_VH: what the encoder made of this rank's tiles, with its graph if it is trained.
+            outputs: [V, H] a chunk of this rank's tiles, each with a graph of its own if the
+                encoder is trained.
             exchange: the way to the ranks that embed tokens.
             trained: whether gradients will be carried back.
         """
-        self._outputs_VH, self._exchange = outputs_VH, exchange
+        self._outputs, self._exchange = list(outputs) if trained else [], exchange
+        outputs_VH = torch.cat([each.detach() for each in outputs])
         with phase("deliver tokens"):
-            delivered = exchange.deliver(outputs_VH.detach())
+            delivered = exchange.deliver(outputs_VH)
         self._grad_VH: Tensor | None = None
         self.leaves: Sequence[Tensor] | None = None
         """[V, H] a pack, what the language model sees, on the first pipeline stage; elsewhere
@@ -83,38 +79,63 @@ class VisualTokens:
 
     def backward(self) -> None:
         """Carry the language model's gradients back through the encoder; every rank calls it."""
+        lens = [len(each) for each in self._outputs]
         with phase("return gradients"):
-            grad_VH = self._exchange.give_back(self._grad_VH, like=self._outputs_VH)
+            like = self._outputs[0].detach()
+            grad_VH = self._exchange.give_back(self._grad_VH, like=like)
         with phase("encoder backward"):
-            if self._outputs_VH.requires_grad:
-                torch.autograd.backward(self._outputs_VH, grad_VH)
+            # One pass a chunk: only its activations exist, and gradients of weights are added up in
+            # DDP's buffers, in their precision, not by autograd in that of the weights.
+            for grad in grad_VH.split(lens):
+                output = self._outputs.pop(0)
+                if output.requires_grad:
+                    torch.autograd.backward(output, grad)
 
 
 def visual_tokens(
     encoder: VisionEncoder,
-    features_NPD: Tensor,
     batch: StepBatch,
     plans: Sequence[Tensor] | None,
     *,
+    features_NPD: Tensor | None,
+    chunk_tiles: int,
     trained: bool,
     groups: Groups,
 ) -> VisualTokens:
     """Encode a step's tiles under a plan for each pack; called by every rank of the replica.
 
+    Where gradients will come back, nothing is kept of what lies between a chunk of tiles (or their
+    features) and its tokens: it is computed again in the backward pass.
+
     Args:
-        encoder: its connectors are used.
-        features_NPD: ViT outputs of this rank's tiles.
+        encoder: its connectors are used, and its ViT if there are no features yet.
         batch: the step.
         plans: [N] bool a pack, on the CPU, True = compressed; None: nothing is.
+        features_NPD: ViT outputs of this rank's tiles; None, they are made here, chunk by chunk.
+        chunk_tiles: tiles of a chunk.
         trained: whether gradients will be carried back.
         groups: process groups.
     """
     if plans is None:
         plans = [torch.zeros(pack.num_tiles, dtype=torch.bool) for pack in batch.packs]
     compressed_N = torch.cat(list(plans))[batch.split.own]
+
+    def encoded(chunk: Tensor, compressed: Tensor) -> Tensor:
+        features = chunk if features_NPD is not None else encoder.features(encoder.normalise(chunk))
+        return encoder.visual_tokens(features, compressed)
+
+    if features_NPD is None:
+        chunks = _on_device(batch, groups.device, chunk_tiles=chunk_tiles)
+    else:
+        chunks = list(features_NPD.split(chunk_tiles))
+    pairs = zip(chunks, compressed_N.split(chunk_tiles), strict=True)
     with phase("encode"), torch.set_grad_enabled(trained):
-        outputs_VH = encoder.visual_tokens(
-            features_NPD if trained else features_NPD.detach(), compressed_N
-        )
+        # The checkpoint also keeps the random state: a chunk that is computed again drops the same
+        # paths. It stops when it has the last tensor it wants, in the connector: stopped inside a
+        # layer, mcore's would hold on to the chunk's graph.
+        outputs = [
+            checkpoint(encoded, *pair, use_reentrant=False) if trained else encoded(*pair)
+            for pair in pairs
+        ]
     exchange = TokenExchange([encoder.tokens_per_tile(plan) for plan in plans], batch.split, groups)
-    return VisualTokens(outputs_VH, exchange, trained=trained)
+    return VisualTokens(outputs, exchange, trained=trained)

@@ -145,10 +145,9 @@ def _stage(run: _Run) -> Problems:
             yield (
                 f"{flag_of(name)} has no effect in stage {stage!r} (only in {where}); leave it out."
             )
-    tower = {"drop_path_rate": 0.0, "encoder_recompute": "layer"}
-    for name, default in tower.items():
-        value = getattr(cfg.model, name)
-        if value != default and "vit" not in stage_options.trained:
+    for name in ("drop_path_rate", "encoder_recompute"):
+        if _is_set(cfg, name) and "vit" not in stage_options.trained:
+            value = getattr(cfg.model, name)
             trainable = "vit" in spec.trainable
             yield (
                 f"{flag_of(name)} {value} has no effect: the vision tower is frozen; leave it out,"

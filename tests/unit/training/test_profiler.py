@@ -23,10 +23,10 @@ TRAINED = [
     for index, kind in itertools.product(range(PACKS), ("forward", "loss", "backward"))
 ]
 ENCODED = [("encode", "phase", None)] * 2 + [("deliver tokens", "phase", None)]
-AGAIN = ENCODED[1:]  # a second plan on the same features
+AGAIN = ENCODED[1:]  # a second plan on the same features, or a ViT that runs chunk by chunk
 BACK = [("return gradients", "phase", None), ("encoder backward", "phase", None)]
 SPANS = {
-    "pretrain": ENCODED + TRAINED + BACK,
+    "pretrain": AGAIN + TRAINED + BACK,
     "warmup": ENCODED + AGAIN + REFERENCE + TRAINED + BACK,
     "consistency": ENCODED + AGAIN + REFERENCE + TRAINED + BACK,
     "router": (

@@ -58,6 +58,7 @@ def naive_logits(
     """float64 logits [R, V] of one pack; None: the reference stream, nothing compressed."""
     stream = pack.reference if view is None else pack.policies[view].stream
     plan = None if view is None else pack.policies[view].compressed
+    encoder.eval()  # where nothing is recomputed, which autograd.grad cannot pass through
     tokens = encoder.visual_tokens(encoder.features(encoder.normalise(pack.tiles)), plan)
     rows = language_model(language_inputs(stream, StreamCut(), CPU), tokens)
     weight = language_model.gpt.output_layer.weight[: language_model.language.vocab_size]

@@ -55,8 +55,9 @@ class StageOptions:
     """Checkpoint of the frozen reference; unset, --pretrained-checkpoint. The router stage must
     name it: there the reference is the model from before consistency training."""
 
-    reference_offload: Literal["none", "host"] = "none"
-    """Where the frozen reference is kept while the policy runs: on the GPU, or in host memory."""
+    reference_offload: Literal["none", "vit", "host"] = "none"
+    """What of the frozen reference is kept in host memory while the policy runs: nothing, its
+    vision tower, or that and its language model; what it shares with the policy stays."""
 
     freeze_moe_router: bool = False
     """Keep the expert router's weights while the rest of the language model is trained."""

@@ -31,6 +31,9 @@ class StageSpec:
     train_modules: tuple[Module, ...]
     """Modules that get gradients unless --train-modules says otherwise; all others are frozen."""
 
+    unused: tuple[Module, ...] = ()
+    """Modules that no pass goes through: in checkpoints, but not on the device."""
+
     reference: Literal["none", "start", "named"]
     """What the policy is compared with: nothing, the weights that the stage starts from (or
     --reference-load), or always --reference-load."""
@@ -57,6 +60,7 @@ STAGES: Mapping[Stage, StageSpec] = {
         plans="none",
         trainable=("vit", "connector_4x", "language_model"),
         train_modules=("vit", "connector_4x", "language_model"),
+        unused=("connector_16x", "vir"),
         reference="none",
         options=_RECOMPUTE,
         figures=("loss",),
@@ -68,6 +72,7 @@ STAGES: Mapping[Stage, StageSpec] = {
         plans="xi",
         trainable=("connector_16x",),
         train_modules=("connector_16x",),
+        unused=("vir",),
         reference="start",
         options=("xi_sampler", *_REFERENCE, *_RECOMPUTE),
         figures=("loss", "loss_all_compressed"),
@@ -80,6 +85,7 @@ STAGES: Mapping[Stage, StageSpec] = {
         plans="xi",
         trainable=("vit", "connector_4x", "connector_16x", "language_model"),
         train_modules=("connector_4x", "connector_16x", "language_model"),
+        unused=("vir",),
         reference="start",
         options=("xi_sampler", *_REFERENCE, *_RECOMPUTE),
         figures=("loss", "loss_all_compressed"),

@@ -174,11 +174,12 @@ def _frozen(run: _Run) -> Problems:
     if stage.freeze_moe_router and not run.has_experts:
         yield f"--freeze-moe-router has no effect: {run.model.name} has no experts; leave it out."
     own = stage.reference_load not in (None, cfg.checkpoint.pretrained_checkpoint)
-    shares = stage.spec.reference == "start" and not run.trains_language_model and not own
-    if stage.reference_offload != "none" and shares:
+    moved = {"host": "language_model", "vit": "vit"}.get(stage.reference_offload)
+    if moved and stage.spec.reference == "start" and moved not in stage.trained and not own:
         yield (
-            f"--reference-offload {stage.reference_offload} has no effect: the language model is"
-            " frozen, so that policy and reference share its weights; leave it out."
+            f"--reference-offload {stage.reference_offload} has no effect: the"
+            f" {moved.replace('_', ' ')} is frozen, so that policy and reference share its weights;"
+            " leave it out."
         )
 
 
@@ -397,6 +398,5 @@ def _profile(run: _Run) -> Problems:
 def _is_set(cfg: RunConfig, name: str) -> bool:
     """Whether an option has another value than its default."""
     section = options()[name].section
-    return bool(
-        getattr(getattr(cfg, section), name) != getattr(getattr(RunConfig(), section), name)
-    )
+    value, default = (getattr(getattr(each, section), name) for each in (cfg, RunConfig()))
+    return bool(value != default)

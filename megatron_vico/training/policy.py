@@ -171,7 +171,7 @@ def wrap(
         ddp_config, overlap_grad_reduce=False, overlap_param_gather=False
     )
     fp8 = cfg.parallel.fp8_format is not None
-    return Policy(
+    policy = Policy(
         encoder=encoder,
         language_chunks=language_chunks,
         trained=trained,
@@ -190,6 +190,10 @@ def wrap(
         ),
         chunk_tiles=cfg.model.encoder_chunk_tiles,
     )
+    for name in cfg.stage.spec.unused:
+        # Last: DDP has sent it round. It stays in checkpoints, and takes no memory of the device.
+        getattr(encoder, name).cpu()
+    return policy
 
 
 def _language_ddp(

@@ -38,7 +38,10 @@ class Reference:
     """Tiles that go through its ViT at once."""
 
     offload: HostOffload | None = None
-    """Where its weights are between two passes, if not on the device."""
+    """Where its language model is between two passes, if not on the device."""
+
+    vit_offload: HostOffload | None = None
+    """Where its ViT is, if not on the device."""
 
     @property
     def head(self) -> LanguageModel:
@@ -55,7 +58,9 @@ class Reference:
 
         The policy's ViT outputs serve instead of a second pass where the ViT is shared.
         """
-        return visual_tokens(
+        if self.vit_offload is not None:
+            self.vit_offload.fetch()
+        tokens = visual_tokens(
             self.encoder,
             batch,
             None,
@@ -64,6 +69,9 @@ class Reference:
             trained=False,
             groups=groups,
         )
+        if self.vit_offload is not None:
+            self.vit_offload.release()
+        return tokens
 
     def response_rows(
         self,

@@ -243,14 +243,15 @@ def freeze_reference(
     """The reference from modules that have their weights.
 
     They are built from `reference_config`. What the policy keeps frozen and bitwise equal is shared
-    with it; the other weights are in the host's memory if the run asks for that.
+    with it; of the other weights those are in the host's memory that the run names. What it never
+    uses is dropped.
     """
     encoder.requires_grad_(False).eval()
     for chunk in language_chunks:
         chunk.requires_grad_(False).eval()
-    shared = share_equal_modules(
-        encoder, policy.encoder, ("vit", "connector_4x", "connector_16x", "vir")
-    )
+    for name in ("connector_16x", "vir"):  # nothing is compressed, nothing routed
+        delattr(encoder, name)
+    shared = share_equal_modules(encoder, policy.encoder, ("vit", "connector_4x"))
     if "language_model" not in policy.trained:
         for chunk, policy_chunk in zip(language_chunks, policy.language_chunks, strict=True):
             share_equal_modules(chunk, policy_chunk, ("gpt",))
@@ -262,6 +263,11 @@ def freeze_reference(
         offload=(
             _offload(language_chunks, policy, groups)
             if cfg.stage.reference_offload == "host"
+            else None
+        ),
+        vit_offload=(
+            HostOffload(encoder.vit.parameters(), groups.device)
+            if cfg.stage.reference_offload != "none" and "vit" not in shared
             else None
         ),
     )

@@ -43,6 +43,8 @@ FULL=1
 --reference-offload host --kl-chunk-rows 1 --encoder-chunk-tiles 1
 --stage warmup --reference-offload host --reference-load other --pretrained-checkpoint one
 --stage router --reference-offload host
+--stage router --reference-offload vit
+--train-modules vit --reference-offload vit --encoder-recompute chunk --drop-path-rate 0.1
 --stage router --use-distributed-optimizer @2
 30b --freeze-moe-router
 --clip-grad 0 --weight-decay 0 --num-workers 0 --drop-path-rate 0
@@ -89,7 +91,9 @@ TP=0 => TP is 0, expected 1 or more.
 --stage warmup --overlap-grad-reduce @2 => --overlap-grad-reduce has no effect: the language model
 --stage router --overlap-param-gather @2 => has no effect: the language model is frozen
 --freeze-moe-router => --freeze-moe-router has no effect: toy has no experts
+--encoder-recompute chunk => has no effect: the vision tower is frozen
 --stage warmup --reference-offload host => policy and reference share its weights
+--reference-offload vit => the vit is frozen, so that policy and reference share its weights
 --train-modules vit --reference-offload host => policy and reference share its weights
 --lr-mult connector_16x => expected MODULE=FACTOR
 --lr-mult connector_8x=2 => unknown module; did you mean 'connector_

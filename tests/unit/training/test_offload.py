@@ -49,10 +49,8 @@ def weights_of(run: Run) -> dict[str, nn.Parameter]:
     }
 
 
-def moved_by_fetch(run: Run) -> set[str]:
+def moved_by_fetch(run: Run, offload: HostOffload | None) -> set[str]:
     """Names of the weights that a pass of the reference brings to the device."""
-    assert run.reference is not None
-    offload = run.reference.offload
     assert offload is not None
     weights = weights_of(run)
     before = addresses(weights.values())
@@ -96,8 +94,57 @@ def test_the_references_own_language_model_moves_but_for_its_head(
     language_model = {name for name in weights_of(run) if name.startswith("reference.gpt.")}
     head = "reference.gpt.output_layer.weight"
     assert head in language_model
-    assert moved_by_fetch(run) == language_model - {head}
-    assert moved_by_fetch(start("warmup", reference_offload="host")) == set()
+    assert run.reference is not None
+    assert moved_by_fetch(run, run.reference.offload) == language_model - {head}
+    warmup = start("warmup", reference_offload="host").reference
+    assert warmup is not None
+    assert moved_by_fetch(run, warmup.offload) == set()
+
+
+@pytest.mark.parametrize("option", ["vit", "host"])
+def test_the_references_own_vit_moves_for_its_pass_over_the_tiles(
+    option: str, start: Callable[..., Run], copying_to: None
+) -> None:
+    """Loss and gradients are bitwise equal; what the reference never uses it does not have."""
+    found: list[tuple[Tensor, dict[str, Tensor]]] = []
+    for offload in ("none", option):
+        run = start(
+            "consistency", train_modules=("vit", "language_model"), reference_offload=offload
+        )
+        reference = run.reference
+        assert reference is not None
+        own = {name for name in weights_of(run) if name.startswith("reference_encoder.vit.")}
+        if offload != "none":
+            assert moved_by_fetch(run, reference.vit_offload) == own
+        assert not any(
+            "vir" in name or "16x" in name for name, _ in reference.encoder.named_parameters()
+        )
+        home, seen = addresses(reference.encoder.vit.parameters()), []
+        reference.encoder.vit.register_forward_pre_hook(
+            lambda vit, _, seen=seen: seen.append(addresses(vit.parameters()))
+        )
+        move_away(run)
+        found.append((gradients_of(run, next_packs(run)).loss, main_grads(run)))
+        assert seen
+        assert all((each == home) == (offload == "none") for each in seen)
+        assert addresses(reference.encoder.vit.parameters()) == home
+    (loss, grads), (offloaded_loss, offloaded_grads) = found
+    assert torch.equal(loss, offloaded_loss)
+    assert all(torch.equal(grad, offloaded_grads[name]) for name, grad in grads.items())
+
+
+@pytest.mark.parametrize(
+    ("stage", "unused"),
+    [("pretrain", {"connector_16x", "vir"}), ("consistency", {"vir"}), ("router", set())],
+)
+def test_modules_that_a_stage_does_not_use_are_in_host_memory(
+    stage: str, unused: set[str], start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "cpu", lambda self: moved.append(self))
+    encoder = start(stage).policy.encoder
+    assert {name for name, module in encoder.named_children() if module in moved} == unused
+    assert len(moved) == len(unused)
 
 
 def test_a_step_is_the_same_and_the_policy_pass_runs_without_the_reference(

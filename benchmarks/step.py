@@ -210,7 +210,7 @@ def reference_bytes(run: setup.Run, *, num_packs: int, pack_tokens: int) -> Pass
         features = consistency_step.tile_features(
             run.policy.encoder, batch, device, chunk_tiles=run.policy.chunk_tiles
         )
-    tokens = run.reference.visual_tokens(batch, features, run.groups)
+    tokens = run.reference.visual_tokens(batch, features, inputs=inputs, groups=run.groups)
     reference = run.reference
     own = pass_bytes(lambda: reference.response_rows(inputs, tokens, groups=run.groups), device)
     largest = torch.tensor([own.rows, own.kept, own.peak], device=device)

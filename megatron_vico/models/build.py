@@ -181,7 +181,6 @@ def build_language_model(
         # Without TransformerEngine, attention.py rotates.
         position_embedding_type="rope" if engine else "none",
         rotary_base=int(model.language.rope_theta),
-        scatter_embedding_sequence_parallel=False,  # visual tokens are put in first
         pg_collection=groups,
         vp_stage=vp_stage,
     )

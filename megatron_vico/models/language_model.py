@@ -7,7 +7,7 @@ channels.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
-    scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
@@ -40,10 +39,13 @@ class LanguageInputs:
     not matter."""
 
     visual_positions_V: Tensor
-    """[V] int64, where among these tokens the rank's visual tokens go."""
+    """[V] int64, where among the hidden states that this rank holds the visual tokens of its part
+    go."""
 
-    visual_index_V: Tensor | None = None
-    """[V] int64, which of the pack's visual tokens they are; None: all of them, in order."""
+    visual_shard_V: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """[V] int64, on the CPU, of all visual tokens of the pack: which of the replica's parts of the
+    sequence each is in (context ranks, and in each its sequence ranks). Only their exchange reads
+    it."""
 
     cu_seqlens: Tensor
     """[D + 1] int32, where each of the D documents of the whole pack begins, and the end."""
@@ -250,20 +252,17 @@ class LanguageModel(MegatronModule):
         )
 
     def _embed_pack(self, inputs: LanguageInputs, visual_tokens_VH: Tensor | None) -> Tensor:
-        # [s, 1, h], whole on every rank: visual tokens are put in before sequence parallelism.
+        # [s, 1, h], this rank's part under sequence parallelism; so are its visual tokens.
         hidden: Tensor = self.gpt.embedding(inputs.token_ids_T[None], None)
         if visual_tokens_VH is not None and len(inputs.visual_positions_V):
-            if inputs.visual_index_V is not None:
-                visual_tokens_VH = visual_tokens_VH.index_select(0, inputs.visual_index_V)
             hidden = hidden.index_copy(
                 0, inputs.visual_positions_V, visual_tokens_VH.unsqueeze(1).to(hidden.dtype)
             )
-        if self.config.recompute_granularity == "full" and torch.is_grad_enabled():
-            # Under a frozen embedding and without images nothing would want a gradient, and mcore's
-            # checkpoint would then drop those of the layers' weights.
+        if torch.is_grad_enabled():
+            # Under a frozen embedding and without images nothing would want a gradient: mcore's
+            # checkpoint would drop those of the layers' weights, and a rank whose part has none
+            # would be missing in the backward pass's collectives.
             hidden.requires_grad_()
-        if self.config.sequence_parallel:
-            hidden = scatter_to_sequence_parallel_region(hidden, group=self.tp_group)
         return hidden
 
     def _layout(self, inputs: LanguageInputs) -> PackedSeqParams:

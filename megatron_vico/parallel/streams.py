@@ -97,9 +97,11 @@ def language_inputs(stream: PackedStream, cut: StreamCut, device: torch.device) 
     """This rank's part of a packed stream (not padded yet, on the CPU), on its device."""
     padded = pad_stream(stream, cut)
     local_T, where_T = _places(padded, cut)
-    places_V = where_T[padded.visual_positions]
     local_len = len(local_T)
-    own_V = (places_V // local_len == cut.context_rank).nonzero().squeeze(1)
+    shard_len = local_len // cut.sequence_size
+    places_V = where_T[padded.visual_positions]
+    shard_V = places_V // shard_len
+    own_V = shard_V == cut.context_rank * cut.sequence_size + cut.sequence_rank
     rows, gathered = _response_rows(where_T[padded.response_rows], local_len, cut)
 
     def sent(tensor: Tensor) -> Tensor:
@@ -107,13 +109,13 @@ def language_inputs(stream: PackedStream, cut: StreamCut, device: torch.device) 
 
     return LanguageInputs(
         token_ids_T=sent(padded.token_ids[local_T]),
-        visual_positions_V=sent(places_V[own_V] % local_len),
-        visual_index_V=sent(own_V) if cut.context_size > 1 else None,
+        visual_positions_V=sent(places_V[own_V] % shard_len),
+        visual_shard_V=shard_V,
         cu_seqlens=sent(padded.cu_seqlens),
         document_lens=tuple(padded.cu_seqlens.diff().tolist()),
         response_rows_R=sent(rows),
         gathered_rows_R=None if gathered is None else sent(gathered),
-        shard_len=local_len // cut.sequence_size,
+        shard_len=shard_len,
     )
 
 

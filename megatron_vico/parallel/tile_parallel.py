@@ -2,9 +2,9 @@
 
 Every tile is the same amount of work for the vision encoder, so equal counts are equal loads,
 whatever the layout of the language model. Rank r of a replica encodes an unbroken run of the step's
-tiles; the ranks of the first pipeline stage receive the visual tokens of all tiles in order, and
-the gradients travel the same way back. Who sends how much follows from the plans, which every rank
-of the replica has.
+tiles; each rank of the first pipeline stage receives the visual tokens of its part of the sequence,
+in order, and the gradients travel the same way back. Who sends how much follows from plans and
+streams, which every rank of the replica has.
 
 Shapes: N tiles, V visual tokens, H channels of the language model.
 """
@@ -16,6 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from megatron_vico.models.language_model import LanguageInputs
 from megatron_vico.parallel.groups import Groups
 
 
@@ -65,57 +66,83 @@ def split_tiles(units: Sequence[int], *, num_ranks: int, rank: int) -> TileSplit
 class TokenExchange:
     """Carries a pass's visual tokens to the first pipeline stage, and their gradients back."""
 
-    def __init__(self, tokens_per_pack: Sequence[Tensor], split: TileSplit, groups: Groups) -> None:
-        """Work out who sends how much.
+    def __init__(
+        self,
+        tokens_per_pack: Sequence[Tensor],
+        inputs: Sequence[LanguageInputs],
+        split: TileSplit,
+        groups: Groups,
+    ) -> None:
+        """Work out who sends what.
 
         Args:
             tokens_per_pack: [N] int64 a pack, on the CPU: visual tokens of each of its tiles.
+            inputs: of the packs whose tokens they are; they say which rank embeds which token.
             split: which rank encodes which tile.
             groups: process groups.
         """
         per_tile = torch.cat([*tokens_per_pack, torch.zeros(0, dtype=torch.int64)])
-        self._of_pack = [int(each.sum()) for each in tokens_per_pack]
         self._group, self._rank, self._num_ranks = groups.replica, split.rank, len(split.starts) - 1
-        self._of_rank = [int(per_tile[split.of(rank)].sum()) for rank in range(self._num_ranks)]
-        tensor_size = groups.language.tp.size()
-        self._embeds = range(tensor_size * groups.language.cp.size())
+        made = [int(per_tile[split.of(rank)].sum()) for rank in range(self._num_ranks)]
+        tensor_size, context_size = groups.language.tp.size(), groups.language.cp.size()
+        sequence_size = sum(inputs[0].document_lens) // inputs[0].shard_len // context_size
+        self._embeds = range(tensor_size * context_size)
         """Ranks of the replica that embed tokens."""
-        # All tensor-parallel ranks have the same gradients, each context rank a part of the sum.
-        self._answers = range(0, len(self._embeds), tensor_size)
-        """Those of them whose gradients go back."""
+        # Without sequence parallelism all tensor-parallel ranks embed, and have gradients of, the
+        # same tokens.
+        self._answers = self._embeds if sequence_size > 1 else self._embeds[::tensor_size]
+        """Those of them whose gradients go back; one for each token."""
 
-    def deliver(self, tokens_VH: Tensor) -> list[Tensor] | None:
-        """Bring the step's visual tokens to the ranks that embed them; called by the whole replica.
+        def embedded_by(rank: int, shard_V: Tensor) -> Tensor:
+            context, tensor = divmod(rank, tensor_size)
+            return shard_V == context * sequence_size + (tensor if sequence_size > 1 else 0)
+
+        shard_V = torch.cat([each.visual_shard_V for each in inputs])
+        assert len(shard_V) == sum(made), "as many visual tokens in the streams as of the tiles"
+        own_V = shard_V.split(made)[self._rank]
+        self._own = len(own_V)
+        self._sent = [embedded_by(rank, own_V).nonzero().squeeze(1) for rank in self._embeds]
+        """[V] int64 for each rank that embeds: which of this rank's tokens it gets."""
+        self._receives, self._of_pack = [0] * self._num_ranks, list[int]()
+        if self._rank in self._embeds:
+            parts = shard_V.split(made)
+            self._receives = [int(embedded_by(self._rank, part).sum()) for part in parts]
+            self._of_pack = [
+                int(embedded_by(self._rank, each.visual_shard_V).sum()) for each in inputs
+            ]
+
+    def deliver(self, tokens_VH: Tensor) -> Tensor | None:
+        """Bring visual tokens to the ranks that embed them; called by the whole replica.
 
         Args:
             tokens_VH: [V, H], of this rank's tiles, without a graph.
 
         Returns:
-            [V, H] a pack on the first pipeline stage, views of one buffer; elsewhere None.
+            [V, H] on the first pipeline stage, what this rank embeds of all packs, one after the
+            other (`packs`); elsewhere None.
         """
-        assert len(tokens_VH) == self._of_rank[self._rank], (
-            "one row a visual token of this rank's tiles"
-        )
-        received = tokens_VH
-        if self._num_ranks > 1:
-            sends = [
-                len(tokens_VH) if rank in self._embeds else 0 for rank in range(self._num_ranks)
-            ]
-            receives = self._of_rank if self._rank in self._embeds else [0] * self._num_ranks
-            # Tensor and context ranks of the first stage each embed, so each gets all tokens.
-            received = self._all_to_all(torch.cat([tokens_VH] * len(self._embeds)), sends, receives)
-        return list(received.split(self._of_pack)) if self._rank in self._embeds else None
+        assert len(tokens_VH) == self._own, "one row a visual token of this rank's tiles"
+        if self._num_ranks == 1:
+            return tokens_VH
+        index = torch.cat(self._sent).to(tokens_VH.device, non_blocking=True)
+        sends = [len(each) for each in self._sent]
+        sends += [0] * (self._num_ranks - len(sends))
+        received = self._all_to_all(tokens_VH.index_select(0, index), sends, self._receives)
+        return received if self._rank in self._embeds else None
+
+    def packs(self, received_VH: Tensor) -> Sequence[Tensor]:
+        """What `deliver` gave, a view [V, H] for each pack."""
+        return received_VH.split(self._of_pack)
 
     def give_back(self, grad_VH: Tensor | None, *, like: Tensor) -> Tensor:
-        """Bring all tokens' gradients to the ranks that made them; called by the whole replica.
+        """Bring the gradients to the ranks that made the tokens; called by the whole replica.
 
         Args:
-            grad_VH: [V, H], of all tokens of the step, on the first pipeline stage; elsewhere None.
+            grad_VH: [V, H], of what `deliver` gave; None where it gave None.
             like: of their width, dtype and device.
 
         Returns:
-            [V, H], the gradient of what this rank gave to `deliver`, summed over context-parallel
-            ranks.
+            [V, H], the gradient of what this rank gave to `deliver`.
         """
         if self._num_ranks == 1:
             assert grad_VH is not None
@@ -123,11 +150,14 @@ class TokenExchange:
         # Also a rank without tokens or gradients takes part: the exchange is a collective.
         answers = self._rank in self._answers
         sent = grad_VH if grad_VH is not None and answers else like.new_zeros(0, like.size(1))
-        sends = self._of_rank if answers else [0] * self._num_ranks
-        own = self._of_rank[self._rank]
-        receives = [own if rank in self._answers else 0 for rank in range(self._num_ranks)]
+        sends = self._receives if answers else [0] * self._num_ranks
+        index = [self._sent[rank] for rank in self._answers]
+        receives = [0] * self._num_ranks
+        for rank, each in zip(self._answers, index, strict=True):
+            receives[rank] = len(each)
         received = self._all_to_all(sent, sends, receives)
-        return received.view(len(self._answers), own, like.size(1)).sum(0)
+        where = torch.cat(index).to(like.device, non_blocking=True)
+        return like.new_empty(self._own, like.size(1)).index_copy(0, where, received)
 
     def _all_to_all(self, sent: Tensor, sends: list[int], receives: list[int]) -> Tensor:
         received = sent.new_empty(sum(receives), sent.size(1))

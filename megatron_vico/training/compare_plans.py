@@ -50,18 +50,21 @@ def compare_plans(run: Run, batch: StepBatch, *, plans: Sequence[str]) -> Compar
     ]
     run.clock.begin("encode")
     features_NPD = tile_features(policy.encoder, batch, device, chunk_tiles=policy.chunk_tiles)
-    reference_tokens = reference.visual_tokens(batch, features_NPD, groups)
+    reference_tokens = reference.visual_tokens(
+        batch, features_NPD, inputs=reference_inputs, groups=groups
+    )
     view_tokens = [
         visual_tokens(
             policy.encoder,
             batch,
             [each.compressed for each in view],
+            inputs=inputs,
             features_NPD=features_NPD,
             chunk_tiles=policy.chunk_tiles,
             trained=False,
             groups=groups,
         )
-        for view in views
+        for view, inputs in zip(views, view_inputs, strict=True)
     ]
     run.clock.begin("reference")
     reference_rows = reference.response_rows(reference_inputs, reference_tokens, groups=groups)

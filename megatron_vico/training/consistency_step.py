@@ -53,11 +53,14 @@ def consistency_step(run: Run, batch: StepBatch) -> StepSums:
 
     run.clock.begin("encode")
     features_NPD = _frozen_features(policy, batch, groups)
-    reference_tokens = reference.visual_tokens(batch, features_NPD, groups)
+    reference_tokens = reference.visual_tokens(
+        batch, features_NPD, inputs=reference_inputs, groups=groups
+    )
     tokens = visual_tokens(
         policy.encoder,
         batch,
         [pack.policies[0].compressed for pack in packs],
+        inputs=policy_inputs,
         features_NPD=features_NPD,
         chunk_tiles=policy.chunk_tiles,
         trained=policy.trains_encoder,
@@ -93,7 +96,9 @@ def pretrain_step(run: Run, batch: StepBatch) -> StepSums:
     loss = _label_loss(policy, batch, groups)
     policy.weigh_balancing_loss(inputs, groups)
     run.clock.begin("encode")
-    tokens = _whole_tokens(policy, batch, trained=policy.trains_encoder, groups=groups)
+    tokens = _whole_tokens(
+        policy, batch, inputs=inputs, trained=policy.trains_encoder, groups=groups
+    )
     total = _train(run, loss, inputs=inputs, tokens=tokens)
     return sums_of(batch.packs, groups=groups, loss=total)
 
@@ -107,11 +112,12 @@ def pretrain_loss(run: Run, batch: StepBatch) -> Tensor:
     """
     policy, groups = run.policy, run.groups
     loss = _label_loss(policy, batch, groups)
+    inputs = _whole_inputs(policy, batch, groups)
     language_pass = LanguagePass(
         name="policy",
         chunks=policy.language_chunks,
-        inputs=_whole_inputs(policy, batch, groups),
-        tokens=_whole_tokens(policy, batch, trained=False, groups=groups),
+        inputs=inputs,
+        tokens=_whole_tokens(policy, batch, inputs=inputs, trained=False, groups=groups),
         groups=groups.language,
     )
     values = [loss(index, rows_RH) for index, rows_RH in enumerate(forward_pass(language_pass))]
@@ -125,13 +131,19 @@ def _whole_inputs(policy: Policy, batch: StepBatch, groups: Groups) -> list[Lang
 
 
 def _whole_tokens(
-    policy: Policy, batch: StepBatch, *, trained: bool, groups: Groups
+    policy: Policy,
+    batch: StepBatch,
+    *,
+    inputs: Sequence[LanguageInputs],
+    trained: bool,
+    groups: Groups,
 ) -> VisualTokens:
     """The policy's visual tokens with nothing compressed."""
     return visual_tokens(
         policy.encoder,
         batch,
         None,
+        inputs=inputs,
         features_NPD=_frozen_features(policy, batch, groups),
         chunk_tiles=policy.chunk_tiles,
         trained=trained,

@@ -52,6 +52,8 @@ class Reference:
         self,
         batch: StepBatch,
         policy_features_NPD: Tensor | None,
+        *,
+        inputs: Sequence[LanguageInputs],
         groups: Groups,
     ) -> VisualTokens:
         """Visual tokens of a step with nothing compressed; called by every rank of the replica.
@@ -64,6 +66,7 @@ class Reference:
             self.encoder,
             batch,
             None,
+            inputs=inputs,
             features_NPD=policy_features_NPD if self.shares_vit else None,
             chunk_tiles=self.chunk_tiles,
             trained=False,

@@ -1,20 +1,22 @@
 """First and last phase of a step: tiles to visual tokens, and gradients back through the encoder.
 
 Each rank encodes its own tiles (parallel/tile_parallel.py). Visual tokens enter the language model
-as leaf tensors, so that the encoder's backward pass is separate from the language model's, and its
-memory too.
+without the encoder's graph, so that the encoder's backward pass is separate from the language
+model's, and its memory too.
 
 Shapes: N tiles, P patches of a tile, D channels of the ViT, V visual tokens, H channels of the
 language model.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_vico.models.internvl import VisionEncoder
+from megatron_vico.models.language_model import LanguageInputs
 from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.parallel.tile_parallel import TokenExchange
@@ -55,34 +57,30 @@ class VisualTokens:
         self._outputs, self._exchange = list(outputs) if trained else [], exchange
         outputs_VH = torch.cat([each.detach() for each in outputs])
         with phase("deliver tokens"):
-            delivered = exchange.deliver(outputs_VH)
-        self._grad_VH: Tensor | None = None
-        self.leaves: Sequence[Tensor] | None = None
-        """[V, H] a pack, what the language model sees, on the first pipeline stage; elsewhere
-        None."""
-        if delivered is None:
-            return
-        self.leaves = delivered
-        if trained:
-            # One buffer for all gradients: autograd adds into it, and it travels back as it is.
-            self._grad_VH = outputs_VH.new_zeros(
-                sum(len(leaf) for leaf in delivered), outputs_VH.size(1)
-            )
-            grads = self._grad_VH.split([len(leaf) for leaf in delivered])
-            self.leaves = [leaf.detach().requires_grad_() for leaf in delivered]
-            for leaf, grad in zip(self.leaves, grads, strict=True):
-                leaf.grad = grad
+            self._received_VH = exchange.deliver(outputs_VH)
+        self._packs = None if self._received_VH is None else exchange.packs(self._received_VH)
+        self._awaited = set[int]()
+        """Packs whose gradients have yet to come."""
+        if trained and self._packs is not None:
+            self._awaited = {index for index, each in enumerate(self._packs) if len(each)}
+            self._leaf = outputs_VH.new_zeros((), requires_grad=True)
 
     def of(self, index: int) -> Tensor | None:
-        """The tokens of one pack; None beyond the first pipeline stage."""
-        return None if self.leaves is None else self.leaves[index]
+        """[V, H] of one pack that this rank embeds; None beyond the first pipeline stage."""
+        if self._packs is None or index not in self._awaited:
+            return None if self._packs is None else self._packs[index]
+        tokens: Tensor = _Exchanged.apply(self._leaf, self._packs[index])
+        tokens.register_hook(lambda _: self._awaited.discard(index))
+        return tokens
 
     def backward(self) -> None:
         """Carry the language model's gradients back through the encoder; every rank calls it."""
+        assert not self._awaited, f"packs {self._awaited} have tokens, but no gradient came"
         lens = [len(each) for each in self._outputs]
         with phase("return gradients"):
             like = self._outputs[0].detach()
-            grad_VH = self._exchange.give_back(self._grad_VH, like=like)
+            grad_VH = self._exchange.give_back(self._received_VH, like=like)
+        self._received_VH = self._packs = None
         with phase("encoder backward"):
             # One pass a chunk: only its activations exist, and gradients of weights are added up in
             # DDP's buffers, in their precision, not by autograd in that of the weights.
@@ -92,11 +90,27 @@ class VisualTokens:
                     torch.autograd.backward(output, grad)
 
 
+class _Exchanged(torch.autograd.Function):
+    """Tokens whose gradient takes their place: nothing reads them after the embedding."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, tokens_VH: Tensor) -> Tensor:
+        """`leaf` is there to make the result require a gradient."""
+        ctx.tokens_VH = tokens_VH
+        return tokens_VH.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad_VH: Tensor) -> tuple[None, None]:  # type: ignore[override]
+        ctx.tokens_VH.copy_(grad_VH)
+        return None, None
+
+
 def visual_tokens(
     encoder: VisionEncoder,
     batch: StepBatch,
     plans: Sequence[Tensor] | None,
     *,
+    inputs: Sequence[LanguageInputs],
     features_NPD: Tensor | None,
     chunk_tiles: int,
     trained: bool,
@@ -111,6 +125,7 @@ def visual_tokens(
         encoder: its connectors are used, and its ViT if there are no features yet.
         batch: the step.
         plans: [N] bool a pack, on the CPU, True = compressed; None: nothing is.
+        inputs: the streams that go with the plans, an entry a pack.
         features_NPD: ViT outputs of this rank's tiles; None, they are made here, chunk by chunk.
         chunk_tiles: tiles of a chunk.
         trained: whether gradients will be carried back.
@@ -137,5 +152,6 @@ def visual_tokens(
             checkpoint(encoded, *pair, use_reentrant=False) if trained else encoded(*pair)
             for pair in pairs
         ]
-    exchange = TokenExchange([encoder.tokens_per_tile(plan) for plan in plans], batch.split, groups)
+    counts = [encoder.tokens_per_tile(plan) for plan in plans]
+    exchange = TokenExchange(counts, inputs, batch.split, groups)
     return VisualTokens(outputs, exchange, trained=trained)

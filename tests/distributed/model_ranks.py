@@ -55,7 +55,8 @@ def run(model: LanguageModel, cut: StreamCut) -> tuple[Tensor, Tensor]:
     leaf.requires_grad_()
     weight_RV = torch.randn(len(ROWS), model.language.vocab_size, generator=generator)
     inputs = pack(LENS, visual_positions=list(VISUAL), response_rows=list(ROWS), cut=cut)
-    logits = model.response_logits(model(inputs, leaf))
+    shard = cut.context_rank * cut.sequence_size + cut.sequence_rank
+    logits = model.response_logits(model(inputs, leaf[inputs.visual_shard_V == shard]))
     (logits * weight_RV[_own_rows(cut)]).sum().backward()
     assert leaf.grad is not None
     return logits.detach(), leaf.grad
@@ -101,6 +102,8 @@ def errors(name: str, options: dict[str, Any], groups: Groups) -> dict[str, floa
     cut = StreamCut.of(groups, sequence_parallel=parallel.sequence_parallel)
     logits, leaf = run(split, cut)
     torch.distributed.all_reduce(leaf, group=groups.language.cp)
+    if parallel.sequence_parallel:  # else each has the gradient of all its context rank's tokens
+        torch.distributed.all_reduce(leaf, group=groups.language.tp)
     weights = 0.0
     for key, param in split.named_parameters():
         grad, expected_grad = param.grad, whole[key].grad

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_vico.parallel.batch import share_step
+from megatron_vico.parallel.streams import StreamCut, language_inputs
 from megatron_vico.training.setup import Run
 from megatron_vico.training.vision import visual_tokens
 from tests.packs import as_blocks
@@ -96,13 +97,19 @@ def encoder_backward(run: Run) -> tuple[int, Mapping[str, Tensor]]:
         policy.encoder,
         batch,
         [pack.policies[0].compressed for pack in batch.packs],
+        inputs=[
+            language_inputs(pack.policies[0].stream, StreamCut(), run.groups.device)
+            for pack in batch.packs
+        ],
         features_NPD=None,
         chunk_tiles=policy.chunk_tiles,
         trained=True,
         groups=run.groups,
     )
-    assert tokens.leaves is not None
-    sum((leaf * leaf).sum() for leaf in tokens.leaves).backward()
+    for index in range(len(batch.packs)):
+        of_pack = tokens.of(index)
+        assert of_pack is not None
+        of_pack.backward(torch.ones_like(of_pack))
     with PeakBytes() as seen:
         tokens.backward()
     return seen.peak, main_grads(run)

@@ -94,7 +94,7 @@ def measured(num_packs: int, groups: Groups, *, graph: bool = False) -> PassByte
     with gradients."""
     reference, batch = make_reference(), make_batch(num_packs, groups)
     inputs = [language_inputs(pack.reference, StreamCut(), groups.device) for pack in batch.packs]
-    tokens = reference.visual_tokens(batch, torch.empty(0), groups)
+    tokens = reference.visual_tokens(batch, None, inputs=inputs, groups=groups)
     if graph:
         chunk = reference.head.requires_grad_()
         return pass_bytes(

@@ -183,7 +183,8 @@ def build_modules(
         attention=cfg.model.attention,
         head_chunk_rows=cfg.stage.kl_chunk_rows,
     )
-    encoder = build_vision_encoder(model, vision_config, pg_collection=groups.encoder)
+    with groups.device:  # torch's own modules would begin in fp32 in the host's memory
+        encoder = build_vision_encoder(model, vision_config, pg_collection=groups.encoder)
     dtype = torch.bfloat16 if bf16 else torch.float32
     return encoder.to(groups.device, dtype), tuple(
         chunk.to(groups.device, dtype) for chunk in language_chunks

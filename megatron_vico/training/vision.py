@@ -100,8 +100,10 @@ class _Exchanged(torch.autograd.Function):
         return tokens_VH.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad_VH: Tensor) -> tuple[None, None]:  # type: ignore[override]
-        ctx.tokens_VH.copy_(grad_VH)
+    def backward(ctx: Any, grad_VH: Tensor) -> tuple[None, None]:
+        # `data` has no version counter: the embedding of a pack under way keeps its tokens, of the
+        # same buffer, for their shape.
+        ctx.tokens_VH.data.copy_(grad_VH)
         return None, None
 
 

@@ -5,11 +5,12 @@ experts, where torch's own layers loop. Routing is balanced: each expert gets th
 """
 
 import functools
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_vico import cpu_stand_in
 from megatron_vico.models import attention
@@ -41,6 +42,7 @@ def install(meter: Meter, *, experts_per_token: int, kernels: Kernels = "gpu") -
     _balance_experts(meter)
     _read_no_norms()
     _ask_as_many_questions(meter)
+    setup.HostOffload = _Away  # type: ignore[assignment,misc]
     if kernels == "gpu":
         _attend_at_once(meter)
         _group_experts(meter)
@@ -235,6 +237,22 @@ def _fuse_activations() -> None:
         return plain(*args, **{"bias_activation_fusion": True, **kwargs})
 
     setup.language_transformer_config = fused
+
+
+class _Away:
+    """Weights that `HostOffload` keeps on the host, where a tensor of "meta" cannot go."""
+
+    def __init__(self, params: Iterable[nn.Parameter], device: torch.device) -> None:
+        self._shapes = [(param, param.shape) for param in params]
+        self.release()
+
+    def fetch(self) -> None:
+        for param, shape in self._shapes:
+            param.data = param.data.new_empty(shape)
+
+    def release(self) -> None:
+        for param, _ in self._shapes:
+            param.data = param.data.new_empty(0)
 
 
 class _Grouped(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """Every recipe of the released sizes resolves, fits the GPUs it names, and prints a run that is the
 same again."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -15,28 +16,29 @@ from megatron_vico.models.build import language_transformer_config
 RECIPES = Path(__file__).parents[3] / "examples" / "recipes"
 SIZES = [name for name in MODELS if name.startswith("internvl3_5-")]
 STAGES = ("warmup", "consistency", "router")
-ALL = [(size, stage) for size in SIZES for stage in STAGES]
+FROZEN = "consistency_frozen_vit"
+ALL = [(size, file) for size in SIZES for file in (*STAGES, FROZEN)]
 
 
-def path_of(size: str, stage: str) -> Path:
-    return RECIPES / size.replace("-", "_") / f"{stage}.yaml"
+def path_of(size: str, file: str) -> Path:
+    return RECIPES / size.replace("-", "_") / f"{file}.yaml"
 
 
 def num_gpus(path: Path) -> int:
-    named = re.match(r"# For (\d+) GPUs \((\d+) nodes? of 8 H200\)", path.read_text())
+    named = re.match(r"# For (\d+) GPUs \((\d+) nodes? of 8 H[12]00\b.*\)", path.read_text())
     assert named is not None, f"{path}: the first line says for how many GPUs"
     assert int(named[1]) == 8 * int(named[2])
     return int(named[1])
 
 
-def test_eight_sizes_three_stages_and_no_other_file() -> None:
+def test_eight_sizes_three_stages_a_variant_and_no_other_file() -> None:
     assert len(SIZES) == 8
-    assert set(RECIPES.rglob("*/*.yaml")) == {path_of(size, stage) for size, stage in ALL}
+    assert set(RECIPES.rglob("*/*.yaml")) == {path_of(size, file) for size, file in ALL}
 
 
-@pytest.mark.parametrize(("size", "stage"), ALL)
-def test_recipe(size: str, stage: str, tmp_path: Path) -> None:
-    path = path_of(size, stage)
+@pytest.mark.parametrize(("size", "file"), ALL)
+def test_recipe(size: str, file: str, tmp_path: Path) -> None:
+    path, stage = path_of(size, file), file.partition("_")[0]
     config = parse(["--recipe", str(path)])
     assert (config.model.model_size, config.stage.stage) == (size, stage)
     validate(config, num_gpus(path))
@@ -56,6 +58,10 @@ def test_recipe(size: str, stage: str, tmp_path: Path) -> None:
 def test_settings_of_the_paper(size: str) -> None:
     consistency = parse(["--recipe", str(path_of(size, "consistency"))])
     assert (consistency.data.seq_length, consistency.training.global_batch_size) == (32768, 256)
+    # "The entire model is trained", says the InternVL3.5 report.
+    frozen = parse(["--recipe", str(path_of(size, FROZEN))]).stage
+    assert set(consistency.stage.trained) == {*frozen.trained, "vit"}
+    assert consistency.stage.reference_offload == "vit"
     optimizer = consistency.optimizer
     assert (optimizer.lr, optimizer.min_lr, optimizer.lr_decay_style) == (4e-6, 1e-7, "cosine")
     router = parse(["--recipe", str(path_of(size, "router"))])
@@ -64,17 +70,17 @@ def test_settings_of_the_paper(size: str) -> None:
 
 
 def test_only_the_router_of_241b_has_less_than_a_full_pipeline() -> None:
-    thin = [(size, stage) for size, stage in ALL if remarks_of(size, stage)]
+    thin = [(size, file) for size, file in ALL if remarks_of(size, file)]
     assert thin == [("internvl3_5-241b-a28b", "router")]
 
 
-def remarks_of(size: str, stage: str) -> list[str]:
-    path = path_of(size, stage)
+def remarks_of(size: str, file: str) -> list[str]:
+    path = path_of(size, file)
     return remarks(parse(["--recipe", str(path)]), num_gpus(path))
 
 
 def test_recipes_list_only_what_differs_from_their_base() -> None:
-    for size, stage in ALL:
+    for size, stage in itertools.product(SIZES, STAGES):
         own = [
             line.partition(":")[0]
             for line in path_of(size, stage).read_text().splitlines()

@@ -14,9 +14,14 @@ from pathlib import Path
 from megatron_vico import files
 from megatron_vico.checkpoint.run_folder import resolve_model
 from megatron_vico.config.flags import parse
+from megatron_vico.config.registry import ModelConfig
+from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.validate import validate
 from megatron_vico.errors import ConfigError, nearest
 from megatron_vico.planning.cards import CARDS
+
+SHOWN = 12
+"""Layouts that --search prints."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -41,6 +46,9 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--gpu {given.gpu}: known are {known}{nearest(given.gpu, CARDS)}")
     cfg, world_size = parse(rest), given.world_size
     model = resolve_model(cfg)
+    if given.search:
+        _search(cfg, model, given)
+        return 0
     validate(cfg, world_size, model=model)
     if given.rank is not None and not 0 <= given.rank < world_size:
         raise ConfigError(f"--rank {given.rank} of {world_size}: use 0 to {world_size - 1}.")
@@ -81,6 +89,22 @@ def main(arguments: Sequence[str]) -> int:
     return 2
 
 
+def _search(cfg: RunConfig, model: ModelConfig, given: argparse.Namespace) -> None:
+    """Print the layouts that fit, best first; ConfigError if there are none."""
+    from megatron_vico.planning import search
+
+    if given.efficiency is not None and not 0 < given.efficiency <= 1:
+        raise ConfigError(f"--efficiency {given.efficiency}: a share of the GPU's rate, in (0, 1].")
+    machine = search.machine_of(model, given.efficiency)
+    found = search.search(cfg, model, world_size=given.world_size, gpu=given.gpu, machine=machine)
+    print(
+        f"stage {cfg.stage.stage} of {model.name} on {given.world_size} {given.gpu}: {len(found)}"
+        f" layouts fit; by formula, at {machine.efficiency:.0%} of"
+        f" {machine.flops_per_s / 1e12:.0f} TFLOP/s; run `vico plan` with the one you choose"
+    )
+    print("\n".join(search.table(found[:SHOWN], world_size=given.world_size)))
+
+
 def _prepare() -> None:
     """Make "cuda" mean "meta"; before the first import of megatron."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also where there are GPUs: none is touched
@@ -113,6 +137,14 @@ def _own_flags() -> argparse.ArgumentParser:
         "--packs",
         type=int,
         help="run steps of about so many packs and work out a whole one; unset, run that",
+    )
+    parser.add_argument(
+        "--search", action="store_true", help="list layouts that fit, by formula, best first"
+    )
+    parser.add_argument(
+        "--efficiency",
+        type=float,
+        help="with --search: expected share of the GPU's bf16 rate; unset, 0.45, with experts 0.3",
     )
     parser.add_argument("--json", type=Path, help="also write all of it to this file")
     return parser

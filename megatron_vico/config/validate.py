@@ -147,11 +147,10 @@ def _stage(run: _Run) -> Problems:
             )
     for name in ("drop_path_rate", "encoder_recompute"):
         if _is_set(cfg, name) and "vit" not in stage_options.trained:
-            value = getattr(cfg.model, name)
             trainable = "vit" in spec.trainable
             yield (
-                f"{flag_of(name)} {value} has no effect: the vision tower is frozen; leave it out,"
-                f" or {'train it: --train-modules vit ...' if trainable else 'use another stage'}."
+                f"{flag_of(name)} has no effect: the vision tower is frozen; leave it out, or"
+                f" {'train it: --train-modules vit ...' if trainable else 'use another stage'}."
             )
 
 
@@ -178,8 +177,7 @@ def _frozen(run: _Run) -> Problems:
     if moved and stage.spec.reference == "start" and moved not in stage.trained and not own:
         yield (
             f"--reference-offload {stage.reference_offload} has no effect: the"
-            f" {moved.replace('_', ' ')} is frozen, so that policy and reference share its weights;"
-            " leave it out."
+            f" {moved.replace('_', ' ')} is frozen, hence shared with the policy; leave it out."
         )
 
 

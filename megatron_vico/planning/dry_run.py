@@ -59,7 +59,11 @@ def dry_run(
         num_packs: packs of a replica in each step.
     """
     meter = Meter()
-    without_data.install(meter, experts_per_token=model.language.moe_top_k or 0)
+    without_data.install(
+        meter,
+        experts_per_token=model.language.moe_top_k or 0,
+        shared=cfg.stage.spec.reference == "start",
+    )
     with world(cfg, world_size=world_size, rank=rank) as groups, meter:
         name_groups(meter, groups)
         run = build(cfg, model, groups, meter)

@@ -24,19 +24,22 @@ Kernels = Literal["gpu", "torch"]
 """As TransformerEngine allocates and as models/build.py fuses on a GPU; or as torch on a CPU."""
 
 
-def install(meter: Meter, *, experts_per_token: int, kernels: Kernels = "gpu") -> None:
+def install(
+    meter: Meter, *, experts_per_token: int, shared: bool = True, kernels: Kernels = "gpu"
+) -> None:
     """Let a step run on "meta" within the meter; replaces functions of torch and of others.
 
     Args:
         meter: counts what the stand-ins would take.
         experts_per_token: of the model; 0 without experts.
+        shared: whether the reference starts as the policy does, and shares what is frozen.
         kernels: "torch", to be compared with a real run on CPUs.
     """
     meter.answers[aten.masked_select.default] = lambda tensor, mask: (
         # Only mcore's permutation asks: which tokens each of the experts [E, T] gets.
         tensor.new_empty(mask.size(1) * experts_per_token)
     )
-    meter.answers[aten.equal.default] = lambda *tensors: True
+    meter.answers[aten.equal.default] = lambda *tensors: shared
     torch.cuda.synchronize = lambda *args: meter.add_wait("torch.cuda.synchronize")
     watch(meter, kernels=kernels)
     _balance_experts(meter)
@@ -150,10 +153,10 @@ def _attend(
     k: Tensor,
     v: Tensor,
     attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
+    *,
     is_causal: bool = False,
     scale: float | None = None,
-    enable_gqa: bool = False,
+    **without_effect: Any,
 ) -> Tensor:
     """Torch's attention: of its kernels it would take the one that has all scores on "meta"."""
     pairs = q.size(2) * k.size(2) / (2 if is_causal else 1)

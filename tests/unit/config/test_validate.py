@@ -92,9 +92,9 @@ TP=0 => TP is 0, expected 1 or more.
 --stage router --overlap-param-gather @2 => has no effect: the language model is frozen
 --freeze-moe-router => --freeze-moe-router has no effect: toy has no experts
 --encoder-recompute chunk => has no effect: the vision tower is frozen
---stage warmup --reference-offload host => policy and reference share its weights
---reference-offload vit => the vit is frozen, so that policy and reference share its weights
---train-modules vit --reference-offload host => policy and reference share its weights
+--stage warmup --reference-offload host => is frozen, hence shared with the policy
+--reference-offload vit => the vit is frozen, hence shared with the policy
+--train-modules vit --reference-offload host => is frozen, hence shared with the policy
 --lr-mult connector_16x => expected MODULE=FACTOR
 --lr-mult connector_8x=2 => unknown module; did you mean 'connector_
 --lr-mult vit=2 => has no effect: vit is frozen

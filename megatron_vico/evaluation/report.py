@@ -210,7 +210,7 @@ def _plan_rows(run: RunFigures) -> Iterator[tuple[str, str, str]]:
     yield (
         "TFLOP a step and GPU (planned: with what is recomputed)",
         f"{plan.tflop_per_gpu:.4g}",
-        (measured),
+        measured,
     )
 
 

@@ -57,13 +57,15 @@ def search(
         if next(layout_problems(each, model, world_size), None) is None
     ]
     if not working:
-        batch = cfg.training.global_batch_size
-        others = sorted(
-            {math.gcd(batch, world_size), 2 ** round(math.log2(max(world_size, 1))), batch}
+        nearest = next(
+            ranks
+            for off in itertools.count(1)
+            for ranks in (world_size - off, world_size + off)
+            if ranks > 0 and _works(cfg, model, ranks)
         )
         raise ConfigError(
             f"--world-size {world_size}: no layout of {model.name} works with --global-batch-size"
-            f" {batch}; use {' or '.join(map(str, others))} ranks."
+            f" {cfg.training.global_batch_size}; the nearest that does is {nearest}."
         )
     room = (1 - RESERVE) * CARDS[gpu]
     fitting = [each for each in working if each.num_bytes <= room]
@@ -75,6 +77,13 @@ def search(
             f" are there; {_enough(cfg, model, world_size, machine, room)}."
         )
     return sorted(fitting, key=lambda each: each.estimate.expected_s)
+
+
+def _works(cfg: RunConfig, model: ModelConfig, world_size: int) -> bool:
+    return any(
+        next(layout_problems(each, model, world_size), None) is None
+        for each in _layouts(cfg, model, world_size)
+    )
 
 
 def _enough(
@@ -98,7 +107,7 @@ def _layouts(cfg: RunConfig, model: ModelConfig, world_size: int) -> Iterator[Ru
     ):
         if world_size % (tensor * stages * context):
             continue
-        layers, counted = model.language.num_layers, {}
+        layers, counted = model.language.num_layers, dict[str, Any]()
         for name in (
             "account_for_loss_in_pipeline_split",
             "account_for_embedding_in_pipeline_split",
@@ -119,7 +128,7 @@ def _layouts(cfg: RunConfig, model: ModelConfig, world_size: int) -> Iterator[Ru
                     layers // stages // chunks if chunks > 1 else None
                 ),
             }
-            split = dict.fromkeys(_SPLIT) | (counted if stages > 1 else {})
+            split: dict[str, Any] = dict.fromkeys(_SPLIT) | (counted if stages > 1 else {})
             yield dataclasses.replace(
                 cfg,
                 parallel=dataclasses.replace(cfg.parallel, **parallel),

@@ -153,12 +153,12 @@ def _attend(
     k: Tensor,
     v: Tensor,
     attn_mask: Tensor | None = None,
-    *,
+    dropout_p: float = 0.0,
     is_causal: bool = False,
-    scale: float | None = None,
-    **without_effect: Any,
+    **named: Any,
 ) -> Tensor:
     """Torch's attention: of its kernels it would take the one that has all scores on "meta"."""
+    scale = named.get("scale")
     pairs = q.size(2) * k.size(2) / (2 if is_causal else 1)
     if kernels == "gpu" and attn_mask is None:
         return _flash(meter, q, k, v, pairs, causal=is_causal, scale=scale)

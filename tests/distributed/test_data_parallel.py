@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.data.shards.reader import ShardFolder
@@ -156,9 +158,18 @@ def test_two_ranks_equal_one_process(
         for (name, param), expected_param in zip(
             module.named_parameters(), expected_module.parameters(), strict=True
         ):
-            truth = expected_param.detach()
-            error = float((param.detach() - truth).norm() / truth.norm().clamp_min(1e-6))
+            found, truth = (_moved(name, each.detach()) for each in (param, expected_param))
+            error = float((found - truth).norm() / truth.norm().clamp_min(1e-6))
             assert error < 1e-5, f"{name}: {error}"
+
+
+def _moved(name: str, tensor: Tensor) -> Tensor:
+    """Without the bias of attention's keys: softmax does not see it, its gradient is rounding alone
+    (2e-7 after three steps), and Adam makes steps of it."""
+    if not name.endswith("in_proj_bias"):
+        return tensor
+    query, _, value = tensor.chunk(3)
+    return torch.cat([query, value])
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(runs: Runs) -> None:

@@ -111,7 +111,9 @@ def static_bytes(
     dense += h if stage == stages - 1 else 0
 
     trained, counts = cfg.stage.trained, model.parameter_counts()
-    encoder = {name: getattr(counts, name) for name in _ENCODER}
+    encoder = {
+        name: getattr(counts, name) for name in _ENCODER if name not in cfg.stage.spec.unused
+    }
     moving = sum(size for name, size in encoder.items() if name in trained)
     size = 2 if cfg.training.bf16 else 4
     masters = 12 if cfg.training.bf16 else 8
@@ -132,12 +134,16 @@ def static_bytes(
         "encoder": size * sum(encoder.values()),
     }
     if cfg.stage.spec.needs_reference:
-        # What is frozen is shared; the router's reference is another model but for its ViT.
-        own = dense + experts if trains_language or cfg.stage.stage == "router" else 0
-        unshared = {name for name in _ENCODER if name in trained}
-        if cfg.stage.stage == "router":
-            unshared = {"connector_4x", "connector_16x"}
-        found["reference"] = size * (own + sum(encoder[name] for name in unshared))
+        # What is frozen is shared, but with the router's reference, which is another model.
+        another = cfg.stage.spec.reference == "named"
+        kept = {"none": ("vit", "language_model"), "vit": ("language_model",), "host": ("vit",)}[
+            cfg.stage.reference_offload
+        ]
+        held = {name for name in ("vit", "connector_4x") if another or name in trained}
+        held -= {"vit"} - set(kept)
+        own = dense + experts if another or trains_language else 0
+        own *= "language_model" in kept
+        found["reference"] = size * (own + sum(encoder[name] for name in held))
     return found
 
 

@@ -18,7 +18,7 @@ from megatron_vico.planning.search import described, machine_of, search
 
 ROOT = Path(__file__).parents[3]
 RECIPES = ROOT / "examples" / "recipes"
-BIG = ("--recipe", str(RECIPES / "internvl3_5_241b_a28b" / "consistency.yaml"))
+BIG = ("--recipe", str(RECIPES / "internvl3_5_241b_a28b" / "consistency_frozen_vit.yaml"))
 TOY = (
     "--model-size toy-moe --stage consistency --bf16 --use-distributed-optimizer"
     " --tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2"
@@ -63,8 +63,8 @@ def test_floor_and_bubble_of_the_largest_model() -> None:
 
 def test_a_toy_against_its_dry_run(tmp_path: Path) -> None:
     """The state of both stages, from a run of the real step. Measured: the optimizer 3.1 % below,
-    whose parts of such small weights are padded, and the encoder 8 %, for which the cause is not
-    known; at the 241B both are right (above)."""
+    whose parts of such small weights are padded; encoder and reference 5.4 %, whose small tensors
+    take whole blocks of 512 bytes (0.2 % where they take their own size)."""
     out = tmp_path / "plan.json"
     command = [sys.executable, "-m", "megatron_vico", "plan", "--world-size", "8", "--json", out]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -76,7 +76,7 @@ def test_a_toy_against_its_dry_run(tmp_path: Path) -> None:
         found = static_bytes(cfg, model, world_size=8, stage=played["stage"])
         assert found.keys() == played["static"].keys()
         for part, size in found.items():
-            bound = 0.1 if part == "encoder" else 0.035
+            bound = 0.06 if part in ("encoder", "reference") else 0.035
             assert size == pytest.approx(played["static"][part], rel=bound), part
 
 

@@ -180,7 +180,8 @@ def step_bytes(
     }
     if stage == 0:
         visual = tiles * (model.visual_tokens_per_tile + model.compressed_tokens_per_tile) / 2
-        found["visual tokens"] = 2 * packs * visual * h * size
+        split = context * (tensor if parallel.sequence_parallel else 1)
+        found["visual tokens"] = 2 * packs * visual * h * size / split
     if stage == stages - 1:
         rows = packs * ANSWERED * cfg.data.seq_length / context * h * size
         found["head"] = rows + LOGITS * cfg.stage.kl_chunk_rows * language.vocab_size / tensor

@@ -18,7 +18,7 @@ PACKAGE = {
     "inference": 470,
     "models": 2080,
     "parallel": 750,
-    "planning": 1840,
+    "planning": 1850,
     "shard_tools": 2380,
     "training": 3030,
     "vico": 440,

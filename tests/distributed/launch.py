@@ -35,6 +35,7 @@ def on_ranks[R](
     Returns:
         What it returned, by rank; raises with the traceback of a rank that failed.
     """
+    os.environ["PYTHONPATH"] = str(ROOT)  # Python 3.12's fork server is told no other path
     multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOADED])
     with tempfile.TemporaryDirectory() as folder:
         ranks = start_processes(

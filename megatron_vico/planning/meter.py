@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 _PACKAGES = ("megatron_vico/", "megatron/core/")
-_BLOCK = 512  # CUDA's allocator rounds to it
+BLOCK = 512  # CUDA's allocator rounds to it
 _NOTED_STEP = 2**26  # the list of tensors at the peak is of a total at most this much lower
 
 PARTS = {
@@ -195,7 +195,7 @@ class Meter(TorchDispatchMode):
         key = storage._cdata
         if key in self._live:
             return
-        size = -(-storage.nbytes() // _BLOCK) * _BLOCK
+        size = -(-storage.nbytes() // BLOCK) * BLOCK
         phase = self.phase
         part = self.part or PARTS.get(phase, "activations")
         text = ""

@@ -36,8 +36,8 @@ from megatron_vico.planning.dry_run import (  # noqa: E402
     synthetic_step,
     world,
 )
-from megatron_vico.planning.meter import Meter  # noqa: E402
-from megatron_vico.training.setup import Modules  # noqa: E402
+from megatron_vico.planning.meter import BLOCK, Meter  # noqa: E402
+from megatron_vico.training.setup import Modules, Run  # noqa: E402
 
 RANKS = 4
 COMPARED = (0, 3)
@@ -75,11 +75,19 @@ def count(name: str, groups: Groups, meter: Meter) -> dict[str, Any]:
     batch = synthetic_step(run, num_packs=PACKS)
     meter.begin()
     measured_step(run, batch)
-    calls = meter.counted.calls.items()
+    calls, elsewhere = meter.counted.calls.items(), 0 if DRY else _on_host(run)
     return {
         "calls": sorted([key.phase, key.call, key.group, *counts] for key, counts in calls),
-        "peak": {phase: size - before for phase, size in meter.counted.peak.items()},
+        "peak": {phase: size - before - elsewhere for phase, size in meter.counted.peak.items()},
     }
+
+
+def _on_host(run: Run) -> int:
+    """Bytes of what a stage does not use: gone to the host, which is the device of a real run here,
+    in the blocks that the meter counts."""
+    unused = (getattr(run.policy.encoder, name) for name in run.cfg.stage.spec.unused)
+    params = (param for module in unused for param in module.parameters())
+    return sum(-(-param.nbytes // BLOCK) * BLOCK for param in params)
 
 
 def config_of(name: str) -> RunConfig:

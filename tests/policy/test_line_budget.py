@@ -25,7 +25,7 @@ PACKAGE = {
 }
 TESTS = {
     ".": 1400,
-    "distributed": 3200,
+    "distributed": 3210,
     "golden": 130,
     "gpu": 540,
     "parity": 1420,

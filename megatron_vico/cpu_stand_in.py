@@ -163,7 +163,8 @@ def _redirect_tensors(device: str) -> None:
 
     tensor.to, tensor.type = to, type_
     tensor.pin_memory = lambda self, *args, **kwargs: self
-    tensor.cuda = torch.nn.Module.cuda = lambda self, *args, **kwargs: self.to(device)  # type: ignore[method-assign]
+    module: Any = torch.nn.Module
+    tensor.cuda = module.cuda = lambda self, *args, **kwargs: self.to(device)
 
 
 def _constant(value: Any = None) -> Callable[..., Any]:

@@ -8,13 +8,15 @@
 #
 # Each case leaves metrics.jsonl, config.yaml and plan.json (`vico plan`) in RUNS/SERIES/NAME, and no
 # checkpoint. A case that cannot work or does not fit is named and left out. Submit from the
-# repository's root. It has run toys on CPUs; neither GPUs nor a real cluster have seen it.
+# repository's root. It has run toys on CPUs, also as arrays of a SLURM of two virtual nodes
+# (`make test-slurm`); neither GPUs nor a real cluster have seen it.
 #
 # Environment:
 #   RUNS           folder of the results                       (runs/scaling)
 #   STEPS          steps of a case                             (20)
 #   GPUS_PER_NODE  ranks a node                                (8)
-#   GPU            kind of card that `vico plan` is asked for  (h200)
+#   GPU            kind of card that `vico plan` is asked for; none: CPUs, nothing is planned (h200)
+#   MASTER_ADDR    of the rendezvous                           (the first node)
 #   PYTHON         that has megatron_vico                      (.venv/bin/python)
 #   SBATCH_...     SLURM's own, such as SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT
 
@@ -38,8 +40,8 @@ run_case() { # INDEX FLAG...
     local run=(--recipe "$recipe" "${words[@]}" "$@" --train-iters "$STEPS" --save "$save"
         --save-interval 0 --log-interval 1)
     mkdir -p "$save"
-    if ! "$PYTHON" -W ignore -m megatron_vico plan --world-size "$ranks" --gpu "$GPU" \
-        --json "$save/plan.json" "${run[@]}" >"$save/plan.txt" 2>&1; then
+    if [[ $GPU != none ]] && ! "$PYTHON" -W ignore -m megatron_vico plan --gpu "$GPU" \
+        --world-size "$ranks" --json "$save/plan.json" "${run[@]}" >"$save/plan.txt" 2>&1; then
         echo "sweep.sh: $series/$name is left out: $(tail -n 1 "$save/plan.txt")" >&2
         return
     fi
@@ -59,7 +61,8 @@ run_case() { # INDEX FLAG...
     srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
         bash -c 'exec "$0" -m torch.distributed.run --node-rank="$SLURM_NODEID" "$@"' \
         "$PYTHON" --nnodes="$nodes" --nproc-per-node="$GPUS_PER_NODE" \
-        --master-addr="$head_node" --master-port="$((20000 + SLURM_JOB_ID % 20000))" \
+        --master-addr="${MASTER_ADDR:-$head_node}" \
+        --master-port="$((20000 + SLURM_JOB_ID % 20000))" \
         -m megatron_vico train "${run[@]}"
 }
 
@@ -68,13 +71,16 @@ if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
 elif [[ ${LOCAL:-0} == 1 ]]; then
     for index in "${!cases[@]}"; do run_case "$index" "$@"; done
 else
+    mkdir -p "$RUNS"
     for nodes in $(printf '%s\n' "${cases[@]}" | cut -f 3 | sort -nu); do
         indices=()
         for index in "${!cases[@]}"; do
             [[ $(cut -f 3 <<<"${cases[$index]}") == "$nodes" ]] && indices+=("$index")
         done
+        gpus=()
+        if [[ $GPU != none ]]; then gpus=(--gpus-per-node="$GPUS_PER_NODE"); fi
         sbatch --job-name=vico-scaling --nodes="$nodes" --ntasks-per-node=1 --exclusive --mem=0 \
-            --gpus-per-node="$GPUS_PER_NODE" --array="$(IFS=, && echo "${indices[*]}")" \
-            --output="scaling-%A_%a.log" "$0" "$table" "$@"
+            "${gpus[@]}" --array="$(IFS=, && echo "${indices[*]}")" \
+            --output="$RUNS/%A_%a.log" "$0" "$table" "$@"
     done
 fi

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import pickle
+import queue
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -113,6 +115,10 @@ def save_checkpoint(
         state["scheduler"] = scheduler.state_dict() if scheduler is not None else {}
         state["trainer_state"] = trainer_state or {}
         # Every rank reaches the collectives inside: one whose write failed reports it through them.
+        # The writer's results come back within this process: mcore's own queue is a process for
+        # them, with a torch of its own, which outlives a killed run and which a SIGTERM to all
+        # processes of a job ends before the checkpoint that it asks for is written.
+        filesystem_async._results_queue = queue.Queue()
         with _quiet():
             dist_checkpointing.save(state, str(unfinished))
         _on_main_rank(finish)

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import queue
 import subprocess
 import sys
 import tempfile
@@ -60,13 +59,8 @@ def on_ranks[R](
 def _rank(
     rank: int, num_ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # for what a rank starts: Linux' own
-    # For saves that outlive a step megatron-core starts a process, which imports torch; these do
-    # not. A run under torchrun has it (test_rank_death.py).
-    filesystem_async._results_queue = queue.Queue()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=num_ranks

@@ -1,6 +1,6 @@
-"""Runs the whole chain twice on a SLURM of two virtual nodes, the second time with three faults: a
-rank is killed, the job is preempted, and it is signalled as before its time limit. Losses, exported
-weights and scores must be the same to the last digit.
+"""Runs a scaling sweep and twice the whole chain on a SLURM of two virtual nodes, the second time
+with three faults: a rank is killed, the job is preempted, and it is signalled as before its time
+limit. Losses, exported weights and scores must be the same to the last digit.
 
 Run as root: python -m tests.slurm [FOLDER]    (make test-slurm; needs slurm-wlm and munge)
 """
@@ -22,13 +22,12 @@ import yaml
 
 from megatron_vico.checkpoint.run_folder import latest_iteration
 from tests.slurm.cluster import NODES, Cluster, lacking, running, wait_for
-from tests.training_runs import ToyData, make_toy_data, read_metrics
+from tests.training_runs import ToyData, make_toy_data, read_metrics, untimed
 
 ROOT = Path(__file__).parents[2]
 STAGES = {"warmup": 16, "consistency": 16, "router": 16}
 STEPS = ("convert", *STAGES, "export", "evaluate")
 CHAIN_LIMIT_S = 600
-TIMES = ("step_time_s", "tokens_per_s", "samples_per_s")
 
 
 def main() -> int:
@@ -44,11 +43,13 @@ def main() -> int:
     cluster_folder = folder / "cluster"
     cluster_folder.mkdir(parents=True)
     with running(cluster_folder) as cluster:
+        sweep(cluster, folder / "sweep", inputs)
         plain = run_chain(cluster, folder / "plain", inputs, faults={})
         faults = {"warmup": kill_rank, "consistency": preempt, "router": signal_job}
         faulty = run_chain(cluster, folder / "faulty", inputs, faults=faults)
     for stage in STAGES:
-        assert figures(plain / stage) == figures(faulty / stage), stage
+        losses = [[untimed(row) for row in read_metrics(each / stage)] for each in (plain, faulty)]
+        assert losses[0] == losses[1], stage
     scores = [json.loads((each / "scores.json").read_text()) for each in (plain, faulty)]
     assert scores[0] == scores[1]
     vico("checkpoint", "inspect", plain / "flash", "--diff", faulty / "flash")
@@ -91,6 +92,32 @@ def recipe(data: ToyData) -> dict[str, Any]:
     }
 
 
+def sweep(cluster: Cluster, folder: Path, inputs: ToyData) -> None:
+    """examples/scaling/sweep.sh as arrays: one case on a node, two on both."""
+    folder.mkdir()
+    (folder / "toy.yaml").write_text(yaml.safe_dump(recipe(inputs) | {"stage": "pretrain"}))
+    cases = {"one": 1, "two": 2, "both": 2}
+    lines = (f"{name}\ttoy\t{nodes}\t{folder}/toy.yaml\n" for name, nodes in cases.items())
+    (folder / "cases.tsv").write_text("".join(lines))
+    settings = {"RUNS": folder, "STEPS": 3, "GPUS_PER_NODE": 1, "GPU": "none"}
+    settings |= {"PYTHON": sys.executable, "PYTHONPATH": ROOT, "MASTER_ADDR": "127.0.0.1"}
+    settings |= {"CUDA_VISIBLE_DEVICES": ""}
+    submit(cluster, ["examples/scaling/sweep.sh", folder / "cases.tsv"], settings)
+    queue = partial(cluster.ask, "squeue", "--noheader")
+    wait_for(lambda: not queue(), "the sweep's arrays", limit_s=CHAIN_LIMIT_S)
+    ranks = [read_metrics(folder / "toy" / name)[-1]["world_size"] for name in cases]
+    assert ranks == [1, 2, 2], ranks
+
+
+def submit(cluster: Cluster, command: list[str | Path], settings: dict[str, Any]) -> str:
+    """Run a launcher outside of any job, at the repository's root: what it prints."""
+    environment = cluster.environment | {name: str(value) for name, value in settings.items()}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return done.stdout
+
+
 def run_chain(
     cluster: Cluster,
     folder: Path,
@@ -121,15 +148,9 @@ def run_chain(
         **{"MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": ""},
     }
     began = time.monotonic()
-    done = subprocess.run(
-        [ROOT / "examples" / "slurm" / "vico.sh"],
-        env=cluster.environment | {name: str(value) for name, value in settings.items()},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    jobs = dict(line.split(": job ") for line in done.stdout.splitlines() if ": job " in line)
-    assert tuple(jobs) == STEPS, done.stdout
+    printed = submit(cluster, ["examples/slurm/vico.sh"], settings)
+    jobs = dict(line.split(": job ") for line in printed.splitlines() if ": job " in line)
+    assert tuple(jobs) == STEPS, printed
     for stage, fault in faults.items():
         save = folder / stage
         wait_for(partial(saved_some, save), f"{save} to be under way", limit_s=CHAIN_LIMIT_S)
@@ -183,14 +204,6 @@ def preempt(cluster: Cluster, job: str) -> None:
 def signal_job(cluster: Cluster, job: str) -> None:
     """What --signal does before the time limit."""
     cluster.ask("scancel", "--signal=TERM", job)
-
-
-def figures(run: Path) -> list[dict[str, Any]]:
-    """Of each step, all but times."""
-    return [
-        {name: value for name, value in row.items() if name not in TIMES}
-        for row in read_metrics(run)
-    ]
 
 
 def vico(*words: object) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -111,7 +112,9 @@ def test_a_step_can_be_chosen_and_written_again(groups: Groups, tmp_path: Path) 
     assert not has_checkpoint(tmp_path)
     one.step(0)
     first = one.tensors()
+    processes = psutil.Process().children()
     folder = one.save(tmp_path, 1)
+    assert psutil.Process().children() == processes, "megatron-core would leave one behind"
     assert has_checkpoint(tmp_path)
     assert folder == tmp_path / "iter_0000001"
     assert (folder / "config.yaml").read_text() == "a: 1\n"

@@ -4,10 +4,14 @@
     SAVE/iter_0000100/checkpoint.json         CheckpointMetadata
     SAVE/iter_0000100/config.yaml             the resolved configuration
     SAVE/iter_0000100/*                       megatron-core's torch_dist files
+    SAVE/iter_0000100/checksums.json          of all of these files (integrity.py)
 
 No torch here: the size of a model is asked for before anything heavy is imported.
 """
 
+import re
+import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,18 +20,13 @@ from megatron_vico.config.config_json import CHECKPOINT, differences, model_name
 from megatron_vico.config.registry import MODELS, ModelConfig, get_model_config, model_from_fields
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.errors import CheckpointError, ConfigError
-from megatron_vico.files import (
-    INCOMPLETE_SUFFIX,
-    read_json,
-    refuse_incomplete,
-    write_json,
-    write_text,
-)
+from megatron_vico.files import read_json, refuse_incomplete, write_json, write_text
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 
 _METADATA_FILE, _CONFIG_FILE = "checkpoint.json", "config.yaml"
 _FORMAT_VERSION = 1
+_STEP_FOLDER = re.compile(r"iter_(\d+)", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,17 +176,41 @@ def latest_iteration(directory: str | Path) -> int | None:
     """The newest finished step of a run; None before the first.
 
     Raises:
-        CheckpointError: if the pointer file holds no number.
+        CheckpointError: if the pointer file holds no number, or is gone while there are steps.
     """
-    path = Path(directory) / LATEST_FILE
+    root, path = Path(directory), Path(directory) / LATEST_FILE
+    steps = finished_steps(root)
     if not path.exists():
-        return None
-    text = path.read_text(encoding="utf-8").strip()
-    if not text.isdecimal():
+        if not steps:
+            return None
         raise CheckpointError(
-            f"{path} holds {text[:40]!r}, expected a step; write that of a finished folder into it."
+            f"{root} has finished checkpoints ({_named(root, steps)}) but no {LATEST_FILE}, so"
+            f" whether they count is not known: {resume_command(root, steps[-1])} goes on from the"
+            " newest; to begin at step 0, move them away."
+        )
+    text = path.read_text(encoding="utf-8", errors="replace").strip()
+    if not (text.isascii() and text.isdecimal()):
+        raise CheckpointError(
+            f"{path} holds {text[:40]!r}, expected a step, one of those finished:"
+            f" {_named(root, steps)}"
+            + (f"; {resume_command(root, steps[-1])} goes on from the newest." if steps else ".")
         )
     return int(text)
+
+
+def finished_steps(directory: str | Path) -> list[int]:
+    """The steps of a run whose checkpoints were written to their end, in order."""
+    names = (path.parent.name for path in Path(directory).glob(f"iter_*/{_METADATA_FILE}"))
+    return sorted(int(found[1]) for name in names if (found := _STEP_FOLDER.fullmatch(name)))
+
+
+def resume_command(root: Path, step: int) -> str:
+    """The shell command that makes a step the one that runs go on from."""
+    return f"`echo {step} > {shlex.quote(str(root / LATEST_FILE))}`"
+
+
+def _named(root: Path, steps: Sequence[int]) -> str:
+    return ", ".join(iteration_folder(root, step).name for step in steps) or "none"
 
 
 def find_iteration(directory: str | Path, iteration: int | None = None) -> Path:
@@ -201,9 +224,11 @@ def find_iteration(directory: str | Path, iteration: int | None = None) -> Path:
         raise CheckpointError(f"{root} is not a checkpoint folder: it has no {LATEST_FILE}.")
     folder = iteration_folder(root, step)
     if not (folder / _METADATA_FILE).is_file():
-        finished = [each.parent.name for each in sorted(root.glob(f"iter_*/{_METADATA_FILE}"))]
-        finished = [name for name in finished if not name.endswith(INCOMPLETE_SUFFIX)]
+        steps = finished_steps(root)
+        command = ""
+        if steps and iteration is None:
+            command = f"; {resume_command(root, steps[-1])} goes on from the newest"
         raise CheckpointError(
-            f"{folder} is no finished checkpoint; finished here: {', '.join(finished) or 'none'}."
+            f"{folder} is no finished checkpoint; finished here: {_named(root, steps)}{command}."
         )
     return folder

@@ -13,7 +13,7 @@ import pickle
 import queue
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,8 @@ from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vico.checkpoint.extra_state import leave_out_unstored, load_state
+from megatron_vico.checkpoint.integrity import require_intact, write_checksums
+from megatron_vico.checkpoint.ranks import Ranks
 from megatron_vico.checkpoint.run_folder import (
     CheckpointMetadata,
     find_iteration,
@@ -104,13 +106,16 @@ def save_checkpoint(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
 
-    def finish() -> None:
+    def describe() -> None:
         write_metadata(unfinished, facts, config_yaml=config_yaml)
+
+    def finish() -> None:
         _replace_folder(unfinished, target)
         point_to(root, iteration)
 
+    ranks = Ranks.of_run()
     try:
-        _on_main_rank(begin)
+        ranks.on_main(begin)
         state = _sharded_state(modules, optimizer, is_loading=False)
         state["scheduler"] = scheduler.state_dict() if scheduler is not None else {}
         state["trainer_state"] = trainer_state or {}
@@ -121,7 +126,9 @@ def save_checkpoint(
         filesystem_async._results_queue = queue.Queue()
         with _quiet():
             dist_checkpointing.save(state, str(unfinished))
-        _on_main_rank(finish)
+        ranks.on_main(describe)
+        write_checksums(unfinished, ranks=ranks)
+        ranks.on_main(finish)
     except _FAILURES as error:
         if torch.distributed.get_rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -153,7 +160,8 @@ def load_checkpoint(
         The trainer_state that was saved with it.
 
     Raises:
-        CheckpointError: if it is no checkpoint, of another size, or lacks what is asked for.
+        CheckpointError: if it is no checkpoint, damaged, of another size, or lacks what is asked
+            for.
     """
     folder = find_iteration(directory, iteration)
     metadata = _checked_metadata(folder, model_size)
@@ -196,7 +204,7 @@ def load_weights(
         iteration: which step; unset, the latest.
 
     Raises:
-        CheckpointError: if it is no checkpoint, of another size, or lacks a tensor.
+        CheckpointError: if it is no checkpoint, damaged, of another size, or lacks a tensor.
     """
     folder = find_iteration(directory, iteration)
     _checked_metadata(folder, model_size)
@@ -266,6 +274,12 @@ def _data_parallel_group(module: MegatronModule) -> torch.distributed.ProcessGro
 
 
 def _load(folder: Path, modules: Modules, optimizer: MegatronOptimizer | None) -> dict[str, Any]:
+    # Before anything in it is unpickled.
+    if not require_intact(folder, ranks=Ranks.of_run()) and torch.distributed.get_rank() == 0:
+        print(
+            f"note: {folder} was saved without checksums: a damaged weight would not be seen",
+            flush=True,
+        )
     state = _sharded_state(modules, optimizer, is_loading=True)
     stored = _stored(folder)
     _check_tensors(folder, state, modules, stored)
@@ -331,19 +345,6 @@ def _tensors_of(value: Any) -> list[ShardedTensor]:
     if isinstance(value, dist_checkpointing.mapping.ShardedTensorFactory):
         return [each for each in nested_values(value.build()) if isinstance(each, ShardedTensor)]
     return []
-
-
-def _on_main_rank(action: Callable[[], None]) -> None:
-    """Do something with files once; if it fails, every rank raises, so that none waits."""
-    failure: list[str | None] = [None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            action()
-        except OSError as error:
-            failure = [str(error)]
-    torch.distributed.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise OSError(failure[0])
 
 
 @contextlib.contextmanager

@@ -1,4 +1,7 @@
-"""`vico checkpoint inspect`: what a checkpoint folder holds, or how it differs from another."""
+"""`vico checkpoint inspect`: what a checkpoint folder holds, or how it differs from another.
+
+`vico checkpoint verify` is in checkpoint_verify.py.
+"""
 
 import dataclasses
 import json
@@ -11,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from megatron_vico.cli import checkpoint_verify
 from megatron_vico.cli.command_line import read
 from megatron_vico.errors import CheckpointError, ConfigError
 
@@ -29,6 +33,8 @@ _MAX_LISTED = 20
 @dataclass(frozen=True, kw_only=True)
 class Flags:
     """What a checkpoint folder holds; nothing but headers is read, unless --diff compares weights.
+
+    `vico checkpoint verify FOLDER` reads all of it, and compares it with its checksums.
 
     Exit status of --diff: 0 if all weights are equal bit for bit, 1 if not, 2 after an error.
     """
@@ -70,7 +76,8 @@ def main(arguments: Sequence[str]) -> int:
     """Print what a checkpoint is, or how two differ.
 
     Args:
-        arguments: the words after `checkpoint`; the word `inspect` may be left out.
+        arguments: the words after `checkpoint`; the word `inspect` may be left out, `verify` goes
+            to its own file.
 
     Returns:
         0; with --diff, 1 where the two differ.
@@ -79,6 +86,8 @@ def main(arguments: Sequence[str]) -> int:
         ConfigError: if a flag has no effect without another.
         CheckpointError: if a folder holds no finished checkpoint, or cannot be read.
     """
+    if arguments[:1] == ["verify"]:
+        return checkpoint_verify.main(arguments[1:])
     words = arguments[1:] if arguments[:1] == ["inspect"] else arguments
     options = read(Flags, words, prog="vico checkpoint inspect")
     from megatron_vico.convert.describe import open_checkpoint

@@ -164,7 +164,7 @@ def main(arguments: Sequence[str]) -> None:
         options=replace(given, input_layout=None if to_hf else given.layout, progress="bar"),
     )
     if is_main:
-        for note in _tokenizer_notes(given, written):
+        for note in (*_tokenizer_notes(given, written), *_verified_notes(given)):
             print(f"note: {note}", file=sys.stderr)
         print(written)
 
@@ -182,6 +182,26 @@ def _tokenizer_notes(given: Flags, written: Path) -> list[str]:
             " --tokenizer-model."
         ]
     return []
+
+
+def _verified_notes(given: Flags) -> list[str]:
+    """What --verify has shown, and what it cannot."""
+    from megatron_vico.checkpoint.integrity import CHECKSUMS
+    from megatron_vico.checkpoint.run_folder import find_iteration
+
+    if not given.verify:
+        return []
+    inputs = [given.input] if given.input is not None else list(given.parts)
+    if given.source == "megatron":
+        inputs = [find_iteration(inputs[0], given.ckpt_step)]
+    unknown = [str(each) for each in inputs if not (each / CHECKSUMS).exists()]
+    shown = "verified: the output holds what was read, bit for bit"
+    if not unknown:
+        return [f"{shown}, and the input is as its checksums say."]
+    return [
+        f"{shown}. Whether that is what was once written is not known: {' and '.join(unknown)} came"
+        f" without {CHECKSUMS}; compare the files with their publisher's checksums."
+    ]
 
 
 def _check_form(folder: Path, form: str) -> None:

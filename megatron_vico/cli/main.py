@@ -29,7 +29,7 @@ COMMANDS = {
     "report": "write one HTML page about a run",
     "convert": "convert checkpoints: Megatron's form, and Hugging Face's layouts",
     "shards": "make, index, inspect and verify WebDataset shards",
-    "checkpoint": "say what a run's checkpoint is",
+    "checkpoint": "say what a checkpoint is, verify its files",
     "plan": "say what a run takes of its GPUs, without them",
     "doctor": "say what is installed and usable, and what falls back to what",
 }

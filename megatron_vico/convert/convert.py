@@ -7,15 +7,19 @@ interrupted starts over.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from megatron_vico import files
 from megatron_vico.checkpoint import run_folder
+from megatron_vico.checkpoint.integrity import WEIGHTS, crc32, require_intact, write_checksums
+from megatron_vico.checkpoint.ranks import FAILURES, Ranks, launched
 from megatron_vico.config.registry import ModelConfig
 from megatron_vico.convert.huggingface.config import ExportOptions
 from megatron_vico.convert.huggingface.export import (
@@ -30,8 +34,7 @@ from megatron_vico.convert.modules import module_source
 from megatron_vico.convert.open import TOKENIZER_FOLDER, is_megatron, open_source
 from megatron_vico.convert.options import ConversionOptions, Layout
 from megatron_vico.convert.output_folder import check_space, new_folder
-from megatron_vico.convert.ranks import FAILURES, Ranks, launched
-from megatron_vico.convert.source import Source, cast, check_whole, completed, same_bits
+from megatron_vico.convert.source import Source, bytes_of, cast, check_whole, completed, same_bits
 from megatron_vico.data.encode.tokenizer import Tokenizer, load_tokenizer
 from megatron_vico.errors import CheckpointError, ConfigError, cause_of, listed
 from megatron_vico.models.build import padded_vocab_size
@@ -77,6 +80,12 @@ def convert(
     )
     with launched() as ranks:
         opened = ranks.agree(lambda: _opened(source, layout, chosen))
+        if opened.contents is not None:
+            weights = "*" if opened.layout is None else WEIGHTS
+            require_intact(opened.contents.path, ranks=ranks, files=weights)
+        sums: dict[str, str] = {}
+        if chosen.verify:
+            opened = _summed(opened, sums)
         with new_folder(output, ranks=ranks) as folder:
             if layout == "megatron":
                 _write_megatron(folder, opened, tokenizer=tokenizer, options=chosen, ranks=ranks)
@@ -93,8 +102,9 @@ def convert(
                 )
                 _write_hf(folder, opened, layout=layout, options=chosen, ranks=ranks)
                 ranks.on_main(companions)
+                write_checksums(folder, ranks=ranks)
         if chosen.verify:
-            _verify(output, opened, options=chosen, ranks=ranks)
+            _verify(output, opened, sums, options=chosen, ranks=ranks)
     return output
 
 
@@ -137,6 +147,7 @@ def export_hf(
             options=options,
             tokenizer=tokenizer,
         )
+        write_checksums(folder)
     return Path(out_dir)
 
 
@@ -240,13 +251,30 @@ def _write_megatron(
         run_folder.point_to(folder, 0)
 
     ranks.on_main(finish)
+    write_checksums(target, ranks=ranks)
 
 
-def _verify(output: Path, source: Source, *, options: ConversionOptions, ranks: Ranks) -> None:
-    """Compare all tensors with the input's; an output that differs is marked as unfinished."""
+def _summed(source: Source, sums: dict[str, str]) -> Source:
+    """A source that notes the checksum of each tensor when it is first read."""
+
+    def read_tensor(name: str) -> Tensor:
+        tensor = source.read_tensor(name)
+        sums.setdefault(name, crc32([memoryview(bytes_of(tensor.contiguous()).numpy())]))
+        return tensor
+
+    return replace(source, read_tensor=read_tensor)
+
+
+def _verify(
+    output: Path, source: Source, sums: dict[str, str], *, options: ConversionOptions, ranks: Ranks
+) -> None:
+    """Compare all tensors with what was read of the input, and with what it holds now.
+
+    An output that differs is marked as unfinished.
+    """
     problem = None
     try:
-        differing = _differing(output, source, options=options, ranks=ranks)
+        differing = _differing(output, source, sums, options=options, ranks=ranks)
         if differing:
             problem = f"differs from {source.where} in {listed(differing)}"
     except FAILURES as error:
@@ -261,21 +289,24 @@ def _verify(output: Path, source: Source, *, options: ConversionOptions, ranks: 
 
 
 def _differing(
-    output: Path, source: Source, *, options: ConversionOptions, ranks: Ranks
+    output: Path, source: Source, sums: dict[str, str], *, options: ConversionOptions, ranks: Ranks
 ) -> list[str]:
     """Names of the tensors that differ, on all ranks."""
     written = ranks.agree(lambda: open_source(output))
     names = list(written.tensors)
     sizes = [info.num_bytes for info in written.tensors.values()]
+    # Of all ranks: who wrote a tensor need not compare it.
+    first = {name: each for part in ranks.gather(dict(sums)) for name, each in part.items()}
 
     def compare() -> list[str]:
         own = []
+        sums.clear()
         with _progress("verifying", sizes, options=options, ranks=ranks) as compared:
             for index in ranks.share(sizes):
-                if not same_bits(
-                    written.read_tensor(names[index]), source.read_tensor(names[index])
-                ):
-                    own.append(names[index])
+                name = names[index]
+                same = same_bits(written.read_tensor(name), source.read_tensor(name))
+                if not (same and sums[name] == first[name]):
+                    own.append(name)
                 compared(sizes[index])
         return own
 

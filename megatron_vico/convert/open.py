@@ -47,7 +47,7 @@ _FORMATS = (torch.bfloat16, torch.float16, torch.float32)
 
 def is_megatron(folder: Path) -> bool:
     """Whether a folder is a run's, in megatron-core's form."""
-    return (folder / run_folder.LATEST_FILE).exists()
+    return (folder / run_folder.LATEST_FILE).exists() or bool(run_folder.finished_steps(folder))
 
 
 def open_source(

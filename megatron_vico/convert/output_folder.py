@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_vico.convert.ranks import FAILURES, Ranks
+from megatron_vico.checkpoint.ranks import FAILURES, Ranks
 from megatron_vico.errors import CheckpointError, cause_of
 from megatron_vico.files import unfinished_path
 

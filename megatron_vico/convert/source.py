@@ -160,7 +160,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return (
         one.dtype == other.dtype
         and one.shape == other.shape
-        and torch.equal(_bytes_of(one), _bytes_of(other))
+        and torch.equal(bytes_of(one), bytes_of(other))
     )
 
 
@@ -169,5 +169,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _bytes_of(tensor: Tensor) -> Tensor:
+def bytes_of(tensor: Tensor) -> Tensor:
+    """Its memory, in order."""
     return tensor.reshape(-1).view(torch.uint8)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from megatron_vico.checkpoint import training_checkpoint
+from megatron_vico.checkpoint.integrity import WEIGHTS, require_intact
 from megatron_vico.checkpoint.run_folder import has_checkpoint, model_of_run
 from megatron_vico.config.config_json import read_model
 from megatron_vico.config.registry import MODELS, ModelConfig
@@ -71,6 +72,7 @@ def load_weights(engine: Engine, source: str | Path) -> None:
         return
     name = engine.model.name
     opened = open_source(source, model_size=name if name in MODELS else None)
+    require_intact(Path(source), files=WEIGHTS)
     load_source(opened, encoder=engine.encoder, language_model=engine.language_model)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_vico import files
+from megatron_vico.checkpoint.ranks import Ranks
 from megatron_vico.config.registry import ModelConfig
 from megatron_vico.convert.huggingface import safetensors_folder
 from megatron_vico.convert.huggingface.config import (
@@ -22,7 +23,6 @@ from megatron_vico.convert.huggingface.config import (
 from megatron_vico.convert.huggingface.safetensors_folder import Group, Shard
 from megatron_vico.convert.names.internvl import entries
 from megatron_vico.convert.options import MAX_SHARD_BYTES, Layout
-from megatron_vico.convert.ranks import Ranks
 from megatron_vico.convert.remote_code_files import write_remote_code
 from megatron_vico.convert.source import Source, TensorInfo, dtype_name
 from megatron_vico.data.encode.tokenizer import Tokenizer

@@ -40,9 +40,9 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megatron_vico.checkpoint.ranks import Ranks
 from megatron_vico.convert.names.internvl import Entry, entries
 from megatron_vico.convert.names.kinds import GatedMLP, PaddedVocabulary
-from megatron_vico.convert.ranks import Ranks
 from megatron_vico.convert.source import Source, TensorInfo, dtype_name
 from megatron_vico.convert.write_behind import WriteBehind
 from megatron_vico.errors import CheckpointError

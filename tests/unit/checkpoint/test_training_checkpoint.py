@@ -11,6 +11,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from megatron_vico.checkpoint.integrity import CHECKSUMS
 from megatron_vico.checkpoint.run_folder import (
     CheckpointMetadata,
     has_checkpoint,
@@ -25,6 +26,21 @@ from megatron_vico.parallel.groups import Groups, started
 from tests.checkpoint_runs import Training, make_training
 
 LATEST = "latest_checkpointed_iteration.txt"
+
+
+def unchecked(folder: Path) -> Path:
+    """As it was saved before there were checksums."""
+    (folder / CHECKSUMS).unlink()
+    return folder
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +174,7 @@ def test_another_optimizer_cannot_resume(groups: Groups, tmp_path: Path) -> None
             one.load(tmp_path)
     # As it was written before the optimizer was noted: its tensors tell.
     one.step(0)
-    path = one.save(tmp_path, 3) / "checkpoint.json"
+    path = unchecked(one.save(tmp_path, 3)) / "checkpoint.json"
     write_json(path, {key: value for key, value in read_json(path).items() if key != "optimizer"})
     one.load(tmp_path)
     with pytest.raises(CheckpointError, match=r"lacks optimizer\.state\.param"):
@@ -166,7 +182,7 @@ def test_another_optimizer_cannot_resume(groups: Groups, tmp_path: Path) -> None
 
 
 def test_another_size_is_refused(groups: Groups, tmp_path: Path) -> None:
-    folder = make_training("toy-6b", groups=groups, seed=1).save(tmp_path, 1)
+    folder = unchecked(make_training("toy-6b", groups=groups, seed=1).save(tmp_path, 1))
     other = make_training("toy-moe", groups=groups, seed=1)
     with pytest.raises(CheckpointError, match="is of toy-6b, this run is of toy-moe"):
         other.load(tmp_path)
@@ -197,6 +213,7 @@ def test_what_is_no_checkpoint(groups: Groups, tmp_path: Path) -> None:
         match=r"iter_0000004 is no finished checkpoint; finished here: iter_0000003\.",
     ):
         one.load(tmp_path, 4)
+    unchecked(folder)
     for file in folder.glob("*.distcp"):
         os.truncate(file, file.stat().st_size // 2)
     with pytest.raises(CheckpointError, match=r"could not read .*iter_0000003"):
@@ -205,8 +222,50 @@ def test_what_is_no_checkpoint(groups: Groups, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a readable checkpoint"):
         one.load(tmp_path)
     (tmp_path / LATEST).write_text("release")
-    with pytest.raises(CheckpointError, match="holds 'release', expected a step"):
+    with pytest.raises(
+        CheckpointError, match=r"holds 'release', expected a step.*`echo 3 > .*newest"
+    ):
         one.load(tmp_path)
+    (tmp_path / LATEST).unlink()
+    message = r"finished checkpoints \(iter_0000003\) but no latest.*`echo 3 > .*/latest_\w+\.txt`"
+    for look in (has_checkpoint, latest_iteration, one.load):
+        with pytest.raises(CheckpointError, match=message):
+            look(tmp_path)
+
+
+def test_a_flipped_bit_is_found(
+    groups: Groups, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = make_training("toy-6b", groups=groups, seed=1)
+    folders = []
+    for number in range(1, 5):
+        one.step(number)
+        folders.append(one.save(tmp_path, number))
+    before = one.tensors()
+    for name in (".metadata", "config.yaml", "metadata.json"):
+        whole = (folders[3] / name).read_bytes()
+        flip(folders[3] / name)
+        with pytest.raises(CheckpointError, match=rf"04 is damaged: {name} differs from its check"):
+            one.load(tmp_path)
+        (folders[3] / name).write_bytes(whole)
+    flip(next(folders[3].glob("*.distcp")))
+    unchecked(folders[2])  # not known to be intact
+    next(folders[1].glob("*.distcp")).unlink()
+    message = (
+        r"iter_0000004 is damaged: __0_\d+\.distcp differs from its checksum; the newest intact"
+        r" checkpoint is \S+iter_0000001; to go on from it, `echo 1 > \S+/latest_\w+\.txt`"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        one.load(tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in one.tensors().items())
+    with pytest.raises(CheckpointError, match=r"02 is damaged: __0_\d+\.distcp is absent;"):
+        load_weights(tmp_path, modules=one.modules, model_size="toy-6b", iteration=2)
+    (folders[0] / CHECKSUMS).write_text("{}")
+    with pytest.raises(CheckpointError, match=r"checksums\.json is no table of files"):
+        one.load(tmp_path, 1)
+    capsys.readouterr()
+    one.load(tmp_path, 3)
+    assert "iter_0000003 was saved without checksums" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("where", ["tensors", "index", "rename"])

@@ -4,17 +4,22 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from megatron_vico.cli.main import main
+from megatron_vico.config.schema import ParallelOptions
 from megatron_vico.convert.combine import open_parts
 from megatron_vico.convert.convert import convert
 from megatron_vico.convert.describe import open_checkpoint
 from megatron_vico.convert.options import ConversionOptions
+from megatron_vico.data.encode.sample_encoder import EncodingSettings
 from megatron_vico.errors import CheckpointError
+from megatron_vico.inference.loading import build_engine, load_weights, model_of
+from megatron_vico.parallel.groups import started
 from tests.unit.convert.folders import MakeFolder, Tensors, changed_copy
 
 SMALL = ConversionOptions(max_shard_bytes=100_000)
@@ -225,6 +230,58 @@ def test_megatron_files(command: str, folder_of: MakeFolder, tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="is not a readable checkpoint"):
         act(run, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def flip(path: Path) -> None:
+    """Change one bit among the numbers of a file."""
+    contents = bytearray(path.read_bytes())
+    contents[-200 if path.suffix == ".safetensors" else len(contents) // 2] ^= 1
+    path.write_bytes(contents)
+
+
+def answers(source: Path) -> None:
+    """What `vico generate` and `evaluate` do before they answer."""
+    with started(ParallelOptions(), seed=0, timeout_minutes=1) as groups:
+        settings = EncodingSettings(image_size=32)
+        engine = build_engine(model_of(source), groups=groups, tokenizer=None, settings=settings)
+        load_weights(engine, source)
+
+
+@pytest.mark.parametrize("form", ["flash", "megatron"])
+def test_flipped_bits(
+    form: Literal["flash", "megatron"],
+    folder_of: MakeFolder,
+    tmp_path: Path,
+    single_process_groups: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every command that takes weights names the file; `verify` names any file."""
+    source = convert(folder_of("toy-6b"), output=tmp_path / "run", layout=form, options=SMALL)
+    folder = source / "iter_0000000" if form == "megatron" else source
+    assert main(["checkpoint", "verify", str(source)]) == 0
+    assert re.search(rf"^{folder}: \d+ files intact$", capsys.readouterr().out)
+    answers(source)
+    weights = max(folder.glob("*.*"), key=lambda path: path.stat().st_size)
+    flip(weights)
+    message = rf"{folder.name} is damaged: {weights.name} differs from its checksum; copy or make"
+    if form == "megatron":
+        message = message.replace("copy or make", "no other checkpoint in")
+    commands = [COMMANDS["convert to internvl"], lambda source, out: answers(source)]
+    for command in commands if form == "megatron" else (*commands, COMMANDS["convert to megatron"]):
+        with pytest.raises(CheckpointError, match=message):
+            command(source, tmp_path / "out")
+    config = folder / ("config.yaml" if form == "megatron" else "config.json")
+    config.write_text(config.read_text() + " ")
+    (folder / "metadata.json" if form == "megatron" else shard(folder, 0)).unlink()
+    for path in (source, folder):
+        assert main(["checkpoint", "verify", str(path)]) == 1
+    told = capsys.readouterr().out
+    for clause in (rf"{weights.name} differs", rf"{config.name} has \d+ bytes, \d+ were", "absent"):
+        assert re.search(clause, told), told
+    (folder / "checksums.json").unlink()
+    assert main(["checkpoint", "verify", str(source)]) == 2
+    assert "whether the files are as they were written cannot be known" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"], "nothing was begun"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

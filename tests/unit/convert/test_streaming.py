@@ -21,13 +21,13 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_vico.checkpoint import run_folder, training_checkpoint
+from megatron_vico.checkpoint.ranks import Ranks, launched
 from megatron_vico.config.registry import get_model_config
 from megatron_vico.convert import convert as conversion
 from megatron_vico.convert.convert import convert, export_hf
 from megatron_vico.convert.megatron.reader import open_dcp
 from megatron_vico.convert.open import hf_source, open_source
 from megatron_vico.convert.options import ConversionOptions, Layout
-from megatron_vico.convert.ranks import Ranks, launched
 from megatron_vico.convert.source import Source
 from megatron_vico.errors import CheckpointError
 from tests.peak_bytes import PeakBytes
@@ -39,6 +39,7 @@ TOYS = ("toy", "toy-6b", "toy-moe")
 SMALL = ConversionOptions(max_shard_bytes=100_000)
 """So that toys make several files."""
 
+FILE = "model.safetensors"
 VERIFIED = ConversionOptions(verify=True)
 
 
@@ -192,6 +193,25 @@ def test_verify_marks_an_output_that_the_disk_does_not_keep(
     monkeypatch.undo()
     convert(source, output=output, layout=layout, options=VERIFIED)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_verify_compares_with_what_was_read(
+    folder_of: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that gives something else the second time, in the input and in the output alike."""
+    source, output = folder_of("toy-6b"), tmp_path / "out"
+
+    def after_damage(path: Path, **words: str) -> Source:
+        opened = open_source(path, **words)  # type: ignore[arg-type]
+        if Path(path) == output:
+            flip(output)
+            shutil.copyfile(output / FILE, source / FILE)
+        return opened
+
+    source = shutil.copytree(source, tmp_path / "source")
+    monkeypatch.setattr(conversion, "open_source", after_damage)
+    with pytest.raises(CheckpointError, match=r"out differs from .*source .* in [\w.]+; it is now"):
+        convert(source, output=output, layout="flash", options=VERIFIED)
 
 
 KILLED = """

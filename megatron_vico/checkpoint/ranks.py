@@ -1,4 +1,4 @@
-"""The processes that share a conversion: who does which part, and how one's failure ends all.
+"""The processes that share work on files: who does which part, and how one's failure ends all.
 
 Nothing here needs a GPU or megatron-core's groups: they talk through gloo, or there is only one of
 them.
@@ -34,10 +34,15 @@ class _Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process among those of a conversion."""
+    """This process among those that work together."""
 
     rank: int = 0
     size: int = 1
+
+    @classmethod
+    def of_run(cls) -> "Ranks":
+        """Those that torch.distributed has been started with."""
+        return cls(rank=torch.distributed.get_rank(), size=torch.distributed.get_world_size())
 
     @property
     def is_main(self) -> bool:
@@ -120,7 +125,7 @@ def launched() -> Iterator[Ranks]:
         Them. Groups that a caller had started before are used and left running.
     """
     if torch.distributed.is_initialized():
-        yield Ranks(rank=torch.distributed.get_rank(), size=torch.distributed.get_world_size())
+        yield Ranks.of_run()
         return
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

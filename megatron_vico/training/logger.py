@@ -7,15 +7,19 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_vico.config.flags import to_yaml
 from megatron_vico.config.schema import RunConfig
+from megatron_vico.data.load.error_budget import ErrorBudget
 from megatron_vico.data.samples import PackedBatch
-from megatron_vico.files import read_json_lines
+from megatron_vico.errors import cause_of
+from megatron_vico.files import read_json_lines, write_text
 from megatron_vico.training.metrics import SHARES, StepFigures, ValidationFigures
 from megatron_vico.training.step_clock import PHASES
 
@@ -40,38 +44,73 @@ LINE = {
 """What stands in the log line after Megatron's own words, and how."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Output:
+    """Where figures go besides the terminal."""
+
+    log: Callable[[int, dict[str, Any]], object]
+    """Takes a step and its figures by name."""
+
+    close: Callable[[], object]
+
+
 class MetricsLogger:
     """Writes the figures of steps and of the validation set, on the main rank only."""
 
-    def __init__(self, cfg: RunConfig, *, resume_at: int, is_main: bool) -> None:
+    def __init__(
+        self, cfg: RunConfig, *, resume_at: int, budget: ErrorBudget, is_main: bool
+    ) -> None:
         """Open the files of --save; of `metrics.jsonl`, lines after step `resume_at` are dropped.
 
-        Files get every step, the terminal one line in --log-interval.
+        Files get every step, the terminal one line in --log-interval. A file that cannot be written
+        is told of and left out: no run ends for it. `budget` has the samples so far.
         """
         self.train_iters = cfg.training.train_iters
         self.log_interval = cfg.training.log_interval
         self.is_main = is_main
-        self._consumed_samples = self._skipped_samples = 0
+        self._consumed_samples, self._skipped_samples = budget.seen, budget.skipped
         self._window: list[StepFigures] = []
-        self._lines = self._tensorboard = self._wandb = None
+        self._outputs: dict[str, _Output] = {}
+        self._failed: set[str] = set()
         if not is_main or cfg.checkpoint.save is None:
             return
         save = Path(cfg.checkpoint.save)
-        save.mkdir(parents=True, exist_ok=True)
-        path = save / "metrics.jsonl"
-        kept = self._kept_rows(path, resume_at)
-        self._consumed_samples = sum(row.get("samples", 0) for row in kept)
-        self._skipped_samples = sum(row.get("skipped", 0) for row in kept)
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self._lines = path.open("a", buffering=1)
-        # 2 s of imports that only the main rank needs.
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._tensorboard = SummaryWriter(
-            cfg.checkpoint.tensorboard_dir or str(save / "tensorboard"), purge_step=resume_at + 1
-        )
+        board = cfg.checkpoint.tensorboard_dir or str(save / "tensorboard")
+        lines = save / "metrics.jsonl"
+        self._open("metrics.jsonl", lambda: self._open_lines(lines, resume_at))
+        self._open("TensorBoard", lambda: _open_tensorboard(board, resume_at))
         if cfg.checkpoint.wandb_project is not None:
-            self._wandb = _open_wandb(cfg, save)
+            self._open("wandb", lambda: _open_wandb(cfg, save))
+        self._try("config.yaml", lambda: write_text(save / "config.yaml", to_yaml(cfg)))
+
+    def _open(self, name: str, opener: Callable[[], _Output]) -> None:
+        def keep() -> None:
+            self._outputs[name] = opener()
+
+        self._try(name, keep)
+
+    def _try(self, name: str, action: Callable[[], object]) -> None:
+        """Do something for an output; its first failure is told, none ends the run."""
+        try:
+            action()
+        except Exception as error:  # TensorBoard's and wandb's own kinds too
+            if name not in self._failed:
+                self._failed.add(name)
+                self.note(f"warning: {name} cannot be written: {cause_of(error)}; the run goes on")
+
+    def _open_lines(self, path: Path, resume_at: int) -> _Output:
+        rows = self._kept_rows(path, resume_at)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        torn = ""
+
+        def log(step: int, shown: dict[str, Any]) -> None:
+            nonlocal torn
+            text, torn = torn + json.dumps({"iteration": step, **shown}) + "\n", "\n"
+            with path.open("a") as file:
+                file.write(text)
+            torn = ""  # else the next line would go on from half of this one
+
+        return _Output(log=log, close=lambda: None)
 
     def _kept_rows(self, path: Path, resume_at: int) -> list[dict[str, Any]]:
         if not path.exists() or resume_at == 0:
@@ -91,12 +130,8 @@ class MetricsLogger:
             for name, value in vars(figures).items()
             if value is not None and name != "iteration"
         }
-        if self._lines is not None and self._tensorboard is not None:
-            self._lines.write(json.dumps({"iteration": step, **shown}) + "\n")
-            for name, value in shown.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(shown, step=step)
+        for name, output in self._outputs.items():
+            self._try(name, partial(output.log, step, shown))
         if isinstance(figures, ValidationFigures):
             parts = [f"{name.replace('_', ' ')}: {value:.6G}" for name, value in shown.items()]
             print(f"validation at step {step}: {' | '.join(parts)}", flush=True)
@@ -114,11 +149,9 @@ class MetricsLogger:
             print(text, flush=True)
 
     def close(self) -> None:
-        if self._lines is not None and self._tensorboard is not None:
-            self._lines.close()
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        """Write what is still held back."""
+        for name, output in self._outputs.items():
+            self._try(name, output.close)
 
     def _line(self) -> Iterator[str]:
         last = self._window[-1]
@@ -148,14 +181,27 @@ class MetricsLogger:
         return sum(values) / len(values) if values else None
 
 
-def _open_wandb(cfg: RunConfig, save: Path) -> Any:
+def _open_tensorboard(folder: str, resume_at: int) -> _Output:
+    # 2 s of imports that only the main rank needs.
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(folder, purge_step=resume_at + 1)
+
+    def log(step: int, shown: dict[str, Any]) -> None:
+        for name, value in shown.items():
+            writer.add_scalar(name, value, step)
+
+    return _Output(log=log, close=writer.close)
+
+
+def _open_wandb(cfg: RunConfig, save: Path) -> _Output:
     """A run of wandb that goes on where the folder's last one ended; WANDB_MODE=offline works."""
     import wandb
 
     identity = save / "wandb_run.txt"
     if not identity.exists():
         identity.write_text(uuid.uuid4().hex[:12])
-    return wandb.init(
+    run = wandb.init(
         project=cfg.checkpoint.wandb_project,
         name=os.environ.get("WANDB_NAME", save.name),
         id=identity.read_text(),
@@ -163,6 +209,7 @@ def _open_wandb(cfg: RunConfig, save: Path) -> Any:
         dir=str(save),
         config=asdict(cfg),
     )
+    return _Output(log=lambda step, shown: run.log(shown, step=step), close=run.finish)
 
 
 def log_skipped(packs: Sequence[PackedBatch]) -> None:

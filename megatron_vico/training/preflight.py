@@ -3,7 +3,8 @@
 import importlib.util
 from pathlib import Path
 
-from megatron_vico.checkpoint.run_folder import resolve_model
+from megatron_vico.checkpoint.ownership import check_save_folder
+from megatron_vico.checkpoint.run_folder import has_checkpoint, resolve_model
 from megatron_vico.config.megatron_kwargs import megatron_kwargs
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.validate import fp8_is_not_trained
@@ -15,11 +16,14 @@ from megatron_vico.errors import ConfigError
 def check_files(cfg: RunConfig) -> None:
     """Raises if data, tokenizer or checkpoints that the stage needs are not named or not there.
 
+    Also if --save is another run's folder, or its own that it would overwrite.
+
     Args:
         cfg: a run that `validate` accepts.
 
     Raises:
         ConfigError: naming the flag.
+        CheckpointError: naming the folder of --save or --load.
     """
     stage = cfg.stage.stage
     if not cfg.data.data_path:
@@ -60,6 +64,21 @@ def check_files(cfg: RunConfig) -> None:
                 raise ConfigError(
                     f"{flag} {path}: no such file or folder (looked from {Path.cwd()})."
                 )
+    _check_run_folders(cfg)
+
+
+def _check_run_folders(cfg: RunConfig) -> None:
+    load, save = (
+        None if path is None else Path(path).resolve()
+        for path in (cfg.checkpoint.load, cfg.checkpoint.save)
+    )
+    # The folder of --save is empty when a run that is to be resumed begins.
+    if load is not None and load != save and not has_checkpoint(load):
+        raise ConfigError(
+            f"--load {cfg.checkpoint.load} holds no checkpoint to resume from (looked from"
+            f" {Path.cwd()}); correct it, or leave it out to begin at step 0."
+        )
+    check_save_folder(cfg, model_name=resolve_model(cfg).name)
 
 
 def check_environment(cfg: RunConfig) -> None:

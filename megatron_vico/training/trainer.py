@@ -3,13 +3,13 @@
 import dataclasses
 import signal
 import time
-from pathlib import Path
 from types import FrameType
 from typing import Literal
 
 import torch
 
 from megatron_vico.checkpoint import training_checkpoint
+from megatron_vico.checkpoint.ownership import owned
 from megatron_vico.checkpoint.run_folder import metadata_of, resolve_model
 from megatron_vico.config.flags import to_yaml
 from megatron_vico.config.gpus import peak_tflops
@@ -48,17 +48,22 @@ def train(cfg: RunConfig) -> Literal["ended", "stopped"]:
     validate(cfg, launched_world_size(), model=resolve_model(cfg))
     check_files(cfg)
     check_environment(cfg)
-    with process_groups.started(
-        cfg.parallel,
-        seed=cfg.training.seed,
-        timeout_minutes=cfg.training.distributed_timeout_minutes,
-    ) as groups:
+    with (
+        process_groups.started(
+            cfg.parallel,
+            seed=cfg.training.seed,
+            timeout_minutes=cfg.training.distributed_timeout_minutes,
+        ) as groups,
+        owned(cfg.checkpoint.save),
+    ):
         return _loop(set_up(cfg, groups), stop)
 
 
 def _loop(run: Run, stop: "_StopSignal") -> Literal["ended", "stopped"]:
     cfg, groups = run.cfg, run.groups
-    logger = MetricsLogger(cfg, resume_at=run.iteration, is_main=groups.is_main)
+    logger = MetricsLogger(
+        cfg, resume_at=run.iteration, budget=run.data.budget, is_main=groups.is_main
+    )
     _announce(run, logger)
     validation = open_validation(run)
     run.policy.train_mode()
@@ -110,7 +115,7 @@ def _loop(run: Run, stop: "_StopSignal") -> Literal["ended", "stopped"]:
 
 
 def _announce(run: Run, logger: MetricsLogger) -> None:
-    """Say what is about to run, and leave its configuration beside its results."""
+    """Say what is about to run."""
     cfg, trained = run.cfg, run.policy.trained
     # Of the whole model, however it is split.
     counts = dataclasses.asdict(run.model.parameter_counts())
@@ -125,10 +130,6 @@ def _announce(run: Run, logger: MetricsLogger) -> None:
         logger.note(
             f"--profile-step-end {cfg.training.profile_step_end} is past: nothing will be recorded"
         )
-    if run.groups.is_main and cfg.checkpoint.save is not None:
-        folder = Path(cfg.checkpoint.save)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(cfg))
 
 
 def compute_gradients(run: Run, batch: StepBatch) -> StepSums:

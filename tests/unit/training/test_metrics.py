@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from megatron_vico.config.schema import CheckpointOptions, RunConfig, TrainingOptions
+from megatron_vico.data.load.error_budget import ErrorBudget
+from megatron_vico.files import read_json_lines
 from megatron_vico.training.logger import LINE, MetricsLogger
 from megatron_vico.training.metrics import (
     MARGIN_BINS,
@@ -54,7 +56,8 @@ def logger_for(
             save=None if save is None else str(save), wandb_project=wandb_project
         ),
     )
-    return MetricsLogger(cfg, resume_at=resume_at, is_main=is_main)
+    budget = ErrorBudget(max_share=0.0, seen=32 * resume_at)
+    return MetricsLogger(cfg, resume_at=resume_at, budget=budget, is_main=is_main)
 
 
 def test_reduce_counts_fractions(single_process_groups: None) -> None:
@@ -210,6 +213,29 @@ def test_validation_has_lines_of_its_own(
     resumed.close()
     # Those of validation are not consumed.
     assert "consumed samples:           64" in capsys.readouterr().out
+
+
+def test_a_full_disk_ends_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of metrics.jsonl, at its second line, and of TensorBoard's folder, from the beginning."""
+    (tmp_path / "tensorboard").write_text("in the way")
+    logger = logger_for(tmp_path)
+    logger.log(figures_of(1))
+    lines = tmp_path / "metrics.jsonl"
+    lines.rename(tmp_path / "kept")
+    lines.symlink_to("/dev/full")
+    logger.log(figures_of(2))
+    logger.log(figures_of(3))
+    (tmp_path / "kept").replace(lines)
+    with lines.open("a") as file:
+        file.write('{"iteration": 2, "lo')  # what fitted
+    logger.log(figures_of(4))
+    logger.close()
+    told = capsys.readouterr().out
+    assert told.count("warning: metrics.jsonl cannot be written: [Errno 28] No space left") == 1
+    assert told.count("warning: TensorBoard cannot be written: ") == 1
+    assert "iteration        3/      10" in told
+    rows, damaged = read_json_lines(lines)
+    assert ([row["iteration"] for row in rows], damaged) == ([1, 4], [2])
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

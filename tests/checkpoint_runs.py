@@ -56,7 +56,12 @@ class Training:
         self.scheduler.step(increment=1)
 
     def save(
-        self, folder: Path, iteration: int, trainer_state: dict[str, Any] | None = None
+        self,
+        folder: Path,
+        iteration: int,
+        trainer_state: dict[str, Any] | None = None,
+        *,
+        earlier: Path | None = None,
     ) -> Path:
         """Write a checkpoint with everything in it."""
         return training_checkpoint.save_checkpoint(
@@ -70,6 +75,7 @@ class Training:
             metadata=training_checkpoint.CheckpointMetadata(
                 model_size=self.size, stage="consistency"
             ),
+            earlier=earlier,
         )
 
     def load(self, folder: Path, iteration: int | None = None) -> dict[str, Any]:

@@ -162,9 +162,9 @@ def _large_model(num_gb: float) -> "ModelConfig":
 def _make(folder: Path, model: "ModelConfig") -> None:
     import torch
 
+    from megatron_vico.checkpoint.ranks import Ranks
     from megatron_vico.convert.huggingface.export import shards_of, write_companions, write_weights
     from megatron_vico.convert.names.internvl import entries
-    from megatron_vico.checkpoint.ranks import Ranks
     from megatron_vico.convert.source import Source, TensorInfo
 
     tensors = {

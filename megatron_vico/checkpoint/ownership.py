@@ -44,15 +44,14 @@ def check_save_folder(cfg: RunConfig, *, model_name: str) -> None:
     """Refuse a --save folder whose contents this run would overwrite; nothing is written.
 
     Args:
-        cfg: the run.
+        cfg: a run with --save.
         model_name: of its model.
 
     Raises:
         CheckpointError: naming the run that is there, and what to do.
     """
     files = cfg.checkpoint
-    if files.save is None:
-        return
+    assert files.save is not None, "only asked of a run that saves"
     root = Path(files.save)
     steps = finished_steps(root)
     metrics = root / "metrics.jsonl"

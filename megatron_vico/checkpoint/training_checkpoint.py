@@ -33,7 +33,8 @@ from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_vico.checkpoint.extra_state import leave_out_unstored, load_state
-from megatron_vico.checkpoint.integrity import require_intact, write_checksums
+from megatron_vico.checkpoint.frozen import add_frozen, take_frozen, tensors_of
+from megatron_vico.checkpoint.integrity import Sum, require_intact, write_checksums
 from megatron_vico.checkpoint.ranks import Ranks
 from megatron_vico.checkpoint.run_folder import (
     CheckpointMetadata,
@@ -73,6 +74,7 @@ def save_checkpoint(
     scheduler: OptimizerParamScheduler | None = None,
     trainer_state: dict[str, Any] | None = None,
     config_yaml: str = "",
+    earlier: Path | None = None,
 ) -> Path:
     """Write a checkpoint and make it the latest; called by every rank.
 
@@ -87,6 +89,7 @@ def save_checkpoint(
         trainer_state: the loop's own, equal on every rank: numbers, strings, tensors, and lists and
             dicts of them.
         config_yaml: the resolved configuration, stored beside it.
+        earlier: a checkpoint with the same frozen weights, see `frozen.add_frozen`.
 
     Raises:
         CheckpointError: if the disk is full or cannot be written; names the last good checkpoint.
@@ -119,15 +122,16 @@ def save_checkpoint(
         state = _sharded_state(modules, optimizer, is_loading=False)
         state["scheduler"] = scheduler.state_dict() if scheduler is not None else {}
         state["trainer_state"] = trainer_state or {}
-        # Every rank reaches the collectives inside: one whose write failed reports it through them.
-        # The writer's results come back within this process: mcore's own queue is a process for
-        # them, with a torch of its own, which outlives a killed run and which a SIGTERM to all
-        # processes of a job ends before the checkpoint that it asks for is written.
-        filesystem_async._results_queue = queue.Queue()
-        with _quiet():
-            dist_checkpointing.save(state, str(unfinished))
+        known: dict[str, Sum] = {}
+        frozen = None
+        if optimizer is not None:
+            chunks = {name: dict(enumerate(_chunks(each))) for name, each in modules.items()}
+            frozen = take_frozen(state["modules"], chunks, ranks=ranks)
+        _write(state, unfinished)
+        if frozen is not None and frozen.formats:
+            known = add_frozen(unfinished, frozen, earlier=earlier, write=_write, ranks=ranks)
         ranks.on_main(describe)
-        write_checksums(unfinished, ranks=ranks)
+        write_checksums(unfinished, ranks=ranks, known=known)
         ranks.on_main(finish)
     except _FAILURES as error:
         if torch.distributed.get_rank() == 0:
@@ -209,6 +213,16 @@ def load_weights(
     folder = find_iteration(directory, iteration)
     _checked_metadata(folder, model_size)
     _load(folder, modules, None)
+
+
+def _write(state: dict[str, Any], folder: Path) -> None:
+    """Called by every rank: one whose write failed reports it through the collectives inside."""
+    # What the writing threads report stays in this process. megatron-core would start another one
+    # for the queue, with a torch of its own: it outlives a killed run, and a SIGTERM to all
+    # processes of a job ends it before the checkpoint that the signal asks for is written.
+    filesystem_async._results_queue = queue.Queue()
+    with _quiet():
+        dist_checkpointing.save(state, str(folder))
 
 
 def _checked_metadata(folder: Path, model_size: str) -> CheckpointMetadata:
@@ -307,7 +321,7 @@ def _check_tensors(
     """Compare names and global shapes before anything is read, so that the error can list them."""
     stored = {key: each for key, each in stored.items() if isinstance(each, ShardedTensor)}
     own = {
-        part.key: part.without_data() for each in nested_values(state) for part in _tensors_of(each)
+        part.key: part.without_data() for each in nested_values(state) for part in tensors_of(each)
     }
     # Of all ranks, since a pipeline stage has a part of the names, and so that all of them agree.
     of_ranks: list[dict[str, ShardedTensor]] = [{}] * torch.distributed.get_world_size()
@@ -337,14 +351,6 @@ def _stored(folder: Path) -> dict[str, Any]:
         message = f"{folder} is not a readable checkpoint: {cause_of(error)}."
         raise CheckpointError(message) from error
     return stored
-
-
-def _tensors_of(value: Any) -> list[ShardedTensor]:
-    if isinstance(value, ShardedTensor):
-        return [value]
-    if isinstance(value, dist_checkpointing.mapping.ShardedTensorFactory):
-        return [each for each in nested_values(value.build()) if isinstance(each, ShardedTensor)]
-    return []
 
 
 @contextlib.contextmanager

@@ -240,6 +240,13 @@ class CheckpointOptions:
     ckpt_step: int | None = None
     """Which step of --load to take; unset, the one named by its `latest` pointer."""
 
+    keep_last: int | None = None
+    """Remove checkpoints but for so many of the newest, each time one has been saved; unset, none
+    is removed, or all but one that --keep-every does not keep."""
+
+    keep_every: int | None = None
+    """Keep the checkpoints of all steps that this number divides, and --keep-last."""
+
     tensorboard_dir: str | None = None
     """Folder for TensorBoard files; unset, <save>/tensorboard."""
 

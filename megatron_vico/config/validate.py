@@ -363,10 +363,10 @@ def _checkpoints(cfg: RunConfig) -> Problems:
         yield f"--ckpt-step {files.ckpt_step} chooses a step of --load, which is not set; set it."
     if cfg.data.override_data_state and files.load is None:
         yield "--override-data-state is about a run that goes on, but --load is not set; set it."
-    if cfg.training.save_interval is not None and files.save is None:
-        yield f"--save-interval {cfg.training.save_interval} needs --save; set it to a folder."
-    if files.wandb_project is not None and files.save is None:
-        yield "--wandb-project writes to <save>/wandb, but --save is not set; set it."
+    of_files = {name: getattr(files, name) for name in ("keep_last", "keep_every", "wandb_project")}
+    for name, value in ({"save_interval": cfg.training.save_interval} | of_files).items():
+        if value is not None and files.save is None:
+            yield f"{flag_of(name)} {value} needs --save; set it to a folder."
 
 
 def _profile(run: _Run) -> Problems:

@@ -78,7 +78,8 @@ def _check_run_folders(cfg: RunConfig) -> None:
             f"--load {cfg.checkpoint.load} holds no checkpoint to resume from (looked from"
             f" {Path.cwd()}); correct it, or leave it out to begin at step 0."
         )
-    check_save_folder(cfg, model_name=resolve_model(cfg).name)
+    if save is not None:
+        check_save_folder(cfg, model_name=resolve_model(cfg).name)
 
 
 def check_environment(cfg: RunConfig) -> None:

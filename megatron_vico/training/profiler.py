@@ -61,8 +61,11 @@ def open_profiler(
     file = trace_folder(cfg.checkpoint.save, options.profile_step_end) / f"rank_{rank:04d}.json"
 
     def write(profiler: profile) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(file))
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(file))
+        except (OSError, RuntimeError) as error:
+            print(f"warning: {file} cannot be written: {error}; the run goes on", flush=True)
 
     return profile(
         schedule=torch.profiler.schedule(

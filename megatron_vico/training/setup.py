@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vico.checkpoint import training_checkpoint
-from megatron_vico.checkpoint.run_folder import has_checkpoint, resolve_model
+from megatron_vico.checkpoint.run_folder import has_checkpoint, iteration_folder, resolve_model
 from megatron_vico.checkpoint.training_checkpoint import Modules
 from megatron_vico.config.layout import replicas_in_step
 from megatron_vico.config.pipeline_split import virtual_stages
@@ -61,6 +62,14 @@ class Run:
 
     iteration: int
     """Optimizer steps already done when the run starts."""
+
+    @property
+    def resumed_from(self) -> Path | None:
+        """The checkpoint that the run was resumed from; None for a new one."""
+        load = self.cfg.checkpoint.load
+        return (
+            None if load is None or not self.iteration else iteration_folder(load, self.iteration)
+        )
 
     @property
     def modules(self) -> Modules:

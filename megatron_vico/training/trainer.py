@@ -3,6 +3,7 @@
 import dataclasses
 import signal
 import time
+from functools import partial
 from types import FrameType
 from typing import Literal
 
@@ -10,6 +11,7 @@ import torch
 
 from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.checkpoint.ownership import owned
+from megatron_vico.checkpoint.retention import remove_superseded
 from megatron_vico.checkpoint.run_folder import metadata_of, resolve_model
 from megatron_vico.config.flags import to_yaml
 from megatron_vico.config.gpus import peak_tflops
@@ -25,6 +27,7 @@ from megatron_vico.training.logger import MetricsLogger, log_skipped
 from megatron_vico.training.metrics import Measured, StepFigures, StepSums, check_finite
 from megatron_vico.training.preflight import check_environment, check_files
 from megatron_vico.training.profiler import open_profiler, phase
+from megatron_vico.training.rescue import Progress, saved_on_error
 from megatron_vico.training.setup import Run, set_up
 from megatron_vico.training.steps import STEPS
 from megatron_vico.training.validation import open_validation, validation_figures
@@ -68,7 +71,9 @@ def _loop(run: Run, stop: "_StopSignal") -> Literal["ended", "stopped"]:
     validation = open_validation(run)
     run.policy.train_mode()
     iteration, stopped = run.iteration, False
-    with open_profiler(cfg, resume_at=iteration) as profiler:
+    progress = Progress.of(run)
+    save = partial(_save, progress)
+    with open_profiler(cfg, resume_at=iteration) as profiler, saved_on_error(progress, save):
         started = time.perf_counter()
         for batch in run.batches():
             # Dropped paths depend on seed, step and rank alone: a resumed run drops the same ones.
@@ -78,6 +83,7 @@ def _loop(run: Run, stop: "_StopSignal") -> Literal["ended", "stopped"]:
             sums = compute_gradients(run, batch)
             learning_rate = run.scheduler.get_lr({})  # that of --lr; modules may have a multiple
             run.clock.begin("optimizer")
+            progress.is_sound = False
             with phase("optimizer"):
                 grad_norm = update_weights(run)
             now = time.perf_counter()
@@ -91,6 +97,7 @@ def _loop(run: Run, stop: "_StopSignal") -> Literal["ended", "stopped"]:
             )
             started = now
             check_finite(figures)
+            progress.step_done(iteration)
             if run.data.loader is not None:
                 log_skipped(batch.packs)
             logger.log(figures)
@@ -102,7 +109,7 @@ def _loop(run: Run, stop: "_StopSignal") -> Literal["ended", "stopped"]:
             stopped = stop.agreed(groups) and not last
             ending = stopped or last or _due(iteration, cfg.training.exit_interval)
             if ending or _due(iteration, cfg.training.save_interval):
-                _save(run, iteration)
+                save()
                 started = time.perf_counter()
             # After the checkpoint, which a broken validation set must not cost.
             if validation is not None and (last or _due(iteration, cfg.training.eval_interval)):
@@ -171,12 +178,16 @@ def _due(iteration: int, interval: int | None) -> bool:
     return bool(interval and iteration % interval == 0)
 
 
-def _save(run: Run, iteration: int) -> None:
-    if run.cfg.checkpoint.save is None or run.cfg.training.save_interval == 0:
+def _save(progress: Progress) -> None:
+    """Save a checkpoint of the last whole step; called by every rank."""
+    run, iteration = progress.run, progress.iteration
+    files = run.cfg.checkpoint
+    if files.save is None or run.cfg.training.save_interval == 0:
         return
+    progress.tried = iteration
     run.policy.finish_param_sync()
-    training_checkpoint.save_checkpoint(
-        run.cfg.checkpoint.save,
+    progress.saved = training_checkpoint.save_checkpoint(
+        files.save,
         iteration,
         modules=run.modules,
         optimizer=run.optimizer,
@@ -188,7 +199,18 @@ def _save(run: Run, iteration: int) -> None:
         },
         config_yaml=to_yaml(run.cfg),
         metadata=metadata_of(run.model, stage=run.cfg.stage.stage),
+        earlier=progress.saved,
     )
+    if run.groups.is_main:
+        try:
+            remove_superseded(
+                files.save,
+                newest=iteration,
+                keep_last=files.keep_last,
+                keep_every=files.keep_every,
+            )
+        except OSError as error:
+            print(f"warning: superseded checkpoints cannot be removed: {error}", flush=True)
 
 
 class _StopSignal:

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from megatron_vico.checkpoint import training_checkpoint
+from megatron_vico.checkpoint.ownership import LOCK
+from megatron_vico.checkpoint.run_folder import finished_steps
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.errors import CheckpointError, ConfigError
 from megatron_vico.models.language_model import LanguageModel
@@ -137,6 +139,87 @@ def test_sigterm_ends_the_run_with_a_checkpoint(
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert training_checkpoint.latest_iteration(tmp_path) == 1
+
+
+def raises_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that fails after it has done its work, the given time."""
+    calls = []
+
+    def failing(*args: Any, **words: Any) -> Any:
+        result = function(*args, **words)
+        calls.append(result)
+        if len(calls) == call:
+            raise ArithmeticError("the cause")
+        return result
+
+    return failing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "call", "saved"),
+    [
+        ("compute_gradients", 3, 2),  # the step has taken its packs, and ratios for the threshold
+        ("validation_figures", 1, 2),
+        ("update_weights", 3, None),  # nobody knows what of it was done
+        ("compute_gradients", 1, None),
+    ],
+)
+def test_an_error_leaves_a_checkpoint_of_the_last_whole_step(
+    where: str,
+    call: int,
+    saved: int | None,
+    toy_data: ToyData,
+    stage_config: Callable[..., RunConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The run goes on from it bit for bit."""
+    options: dict[str, Any] = {"valid_data_path": (str(toy_data.shards),), "eval_iters": 1}
+    options |= {"train_iters": 4, "eval_interval": 2}
+    train(stage_config("router", save=str(tmp_path / "whole"), **options))
+    options |= dict.fromkeys(("save", "load"), str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, where, raises_at(call, getattr(trainer, where)))
+        with pytest.raises(ArithmeticError, match="the cause"):
+            train(stage_config("router", **options))
+    assert training_checkpoint.latest_iteration(tmp_path / "cut") == saved
+    assert ("is saved before the run ends" in capsys.readouterr().out) == (saved is not None)
+    assert not (tmp_path / "cut" / LOCK).exists()
+    train(stage_config("router", **options))
+    found, expected = (
+        [untimed(row) for row in read_metrics(tmp_path / name) if "valid_loss" not in row]
+        for name in ("cut", "whole")
+    )
+    assert found == expected
+
+
+def test_what_a_run_left_is_never_overwritten(
+    stage_config: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Started again without --load, without its pointer, with another --save."""
+    run = tmp_path / "run"
+    train(stage_config("warmup", train_iters=3, save=str(run), save_interval=1, keep_last=2))
+    assert finished_steps(run) == [2, 3]
+    assert next((run / "iter_0000003").glob("frozen_*")).stat().st_nlink == 2
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match=r"up to iter_0000003 of this run.*add --load"):
+        train(stage_config("warmup", save=str(run)))
+    with pytest.raises(CheckpointError, match="its stage is warmup, this run's pretrain"):
+        train(stage_config("pretrain", save=str(run), load=str(run)))
+    (run / "latest_checkpointed_iteration.txt").unlink()
+    with pytest.raises(CheckpointError, match=r"but no latest.*`echo 3 > "):
+        train(stage_config("warmup", save=str(run), load=str(run)))
+    assert (run / "metrics.jsonl").read_bytes() == before
+    (run / "latest_checkpointed_iteration.txt").write_text("3\n")
+    with pytest.raises(ConfigError, match="gone holds no checkpoint to resume from"):
+        train(stage_config("warmup", save=str(tmp_path / "new"), load=str(tmp_path / "gone")))
+    capsys.readouterr()
+    train(stage_config("warmup", train_iters=4, save=str(tmp_path / "new"), load=str(run)))
+    samples = sum(row["samples"] for row in (*read_metrics(run), *read_metrics(tmp_path / "new")))
+    assert f"consumed samples: {samples:12d} |" in capsys.readouterr().out
+    assert next((tmp_path / "new" / "iter_0000004").glob("frozen_*")).stat().st_nlink == 3
 
 
 def test_a_stage_with_nothing_to_start_from_is_refused(toy_data: ToyData, tmp_path: Path) -> None:

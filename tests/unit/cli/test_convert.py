@@ -22,6 +22,15 @@ from tests.toy_models import make_encoder, make_language_model
 HEAD = "language_model.gpt.output_layer.weight"
 
 
+def convert_to(output: Path, words: str, source: Path, *more: str | Path) -> int:
+    """The status of `vico convert` to a folder."""
+    files = ["--input", source, "--output", output, *more]
+    return main(["convert", *words.split(), *map(str, files)])
+
+
+TO_FLASH = "--to hf --layout flash"
+
+
 @pytest.fixture(scope="module")
 def flash(tmp_path_factory: pytest.TempPathFactory, single_process_groups: None) -> Path:
     model = get_model_config("toy-6b")
@@ -87,8 +96,7 @@ def flash(tmp_path_factory: pytest.TempPathFactory, single_process_groups: None)
 def test_refusals(
     words: str, message: str, flash: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = ["--input", str(flash), "--output", str(tmp_path / "out")]
-    assert main(["convert", *words.split(), *files]) == 2
+    assert convert_to(tmp_path / "out", words, flash) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -99,28 +107,16 @@ def test_padding_and_what_the_config_says(
     """The padding is the only effect of a parallel size; it and the config's fields survive the way
     back."""
     megatron, back = tmp_path / "megatron", tmp_path / "back"
-    sizes = "--tensor-model-parallel-size 8 --pipeline-model-parallel-size 2".split()
-    there = [
-        "convert",
-        "--from",
-        "hf",
-        "--to",
-        "megatron",
-        "--input",
-        str(flash),
-        "--output",
-        str(megatron),
-        *sizes,
-    ]
-    assert main([*there, "--verify"]) == 0
+    sizes = "--tensor-model-parallel-size 8 --pipeline-model-parallel-size 2"
+    assert convert_to(megatron, f"--from hf --to megatron {sizes} --verify", flash) == 0
     told = capsys.readouterr()
     assert told.out.strip() == str(megatron)
     assert "note: --pipeline-model-parallel-size has no effect" in told.err
     assert "--tensor" not in told.err
     assert "verifying: 100%" in told.err
     assert open_dcp(find_iteration(megatron)).tensors[HEAD].shape[0] == 1024
-    words = "--from megatron --to hf --layout flash --flash-absolute-threshold 0.75".split()
-    assert main(["convert", *words, "--input", str(megatron), "--output", str(back)]) == 0
+    words = f"--from megatron {TO_FLASH} --flash-absolute-threshold 0.75"
+    assert convert_to(back, words, megatron) == 0
     config = read_json(back / "config.json")
     assert (config["flash_relative_threshold"], config["flash_absolute_threshold"]) == (0.25, 0.75)
     assert config["max_dynamic_patch"] == 7
@@ -130,31 +126,19 @@ def test_padding_and_what_the_config_says(
 def test_an_input_that_is_not_there_and_one_step_of_a_run(
     flash: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [
-        "convert",
-        "--from",
-        "megatron",
-        "--to",
-        "hf",
-        "--layout",
-        "flash",
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    assert main([*words, "--input", str(tmp_path / "typo")]) == 2
+    out, words = tmp_path / "out", f"--from megatron {TO_FLASH}"
+    assert convert_to(out, words, tmp_path / "typo") == 2
     assert "typo: no such folder" in capsys.readouterr().err
     run = convert(flash, output=tmp_path / "run", layout="megatron")
-    assert main([*words, "--input", str(find_iteration(run))]) == 2
+    assert convert_to(out, words, find_iteration(run)) == 2
     assert f"name the run's folder, {run}" in capsys.readouterr().err
 
 
 def test_the_step_of_a_run_that_is_asked_for(
     flash: Path, tmp_path: Path, single_process_groups: None
 ) -> None:
-    run, model = (
-        convert(flash, output=tmp_path / "run", layout="megatron"),
-        get_model_config("toy-6b"),
-    )
+    run = convert(flash, output=tmp_path / "run", layout="megatron")
+    model = get_model_config("toy-6b")
     modules = {
         "encoder": make_encoder(model, seed=5),
         "language_model": make_language_model(model, seed=5),
@@ -162,19 +146,9 @@ def test_the_step_of_a_run_that_is_asked_for(
     save_checkpoint(
         run, 5, modules=modules, metadata=CheckpointMetadata(model_size="toy-6b", stage="pretrain")
     )
-    words = [
-        "convert",
-        "--from",
-        "megatron",
-        "--to",
-        "hf",
-        "--layout",
-        "flash",
-        "--input",
-        str(run),
-    ]
-    assert main([*words, "--output", str(tmp_path / "first"), "--ckpt-step", "0"]) == 0
-    assert main([*words, "--output", str(tmp_path / "latest")]) == 0
+    words = f"--from megatron {TO_FLASH}"
+    assert convert_to(tmp_path / "first", f"{words} --ckpt-step 0", run) == 0
+    assert convert_to(tmp_path / "latest", words, run) == 0
     first, latest = (
         (tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "latest")
     )
@@ -187,20 +161,10 @@ def test_tokenizers_that_are_not_there(
 ) -> None:
     """A user is told that an export has none; a wrong path is found before the weights are
     written."""
-    words = [
-        "convert",
-        "--from",
-        "hf",
-        "--to",
-        "hf",
-        "--layout",
-        "flash",
-        "--input",
-        str(flash),
-        "--output",
-    ]
-    assert main([*words, str(tmp_path / "out")]) == 0
+    words = f"--from hf {TO_FLASH}"
+    assert convert_to(tmp_path / "out", words, flash) == 0
     assert "note: no tokenizer came with the input" in capsys.readouterr().err
     monkeypatch.setattr(safetensors_folder, "write_shard", None)
-    assert main([*words, str(tmp_path / "never"), "--tokenizer-model", str(tmp_path / "typo")]) == 2
+    typo = ("--tokenizer-model", tmp_path / "typo")
+    assert convert_to(tmp_path / "never", words, flash, *typo) == 2
     assert "typo: found neither a folder nor" in capsys.readouterr().err

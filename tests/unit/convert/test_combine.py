@@ -15,6 +15,7 @@ from megatron_vico.convert.combine import open_parts
 from megatron_vico.convert.open import open_source
 from megatron_vico.convert.options import Layout
 from megatron_vico.errors import CheckpointError
+from tests.parity.hf_weights import transformers_config
 from tests.tensor_files import read_all, same_bits
 from tests.unit.convert.folders import MakeFolder, Tensors, changed_copy
 
@@ -99,41 +100,10 @@ def test_what_transformers_saves_is_understood(size: str, tmp_path: Path) -> Non
     import transformers
 
     model = get_model_config(size)
-    vision, language = model.vision, model.language
-    tower = transformers.InternVLVisionModel(
-        transformers.InternVLVisionConfig(
-            hidden_size=vision.hidden_size,
-            num_hidden_layers=vision.num_layers,
-            num_attention_heads=vision.num_heads,
-            intermediate_size=vision.ffn_hidden_size,
-            image_size=[vision.image_size] * 2,
-            patch_size=[vision.patch_size] * 2,
-            norm_type=vision.norm_type,
-            attention_bias=vision.qkv_bias,
-            use_qk_norm=vision.qk_norm,
-        )
-    )
-    fields: dict[str, Any] = {
-        "hidden_size": language.hidden_size,
-        "num_hidden_layers": language.num_layers,
-        "num_attention_heads": language.num_heads,
-        "num_key_value_heads": language.num_query_groups,
-        "head_dim": language.head_dim,
-        "intermediate_size": language.ffn_hidden_size,
-        "vocab_size": language.vocab_size,
-        "rope_parameters": {"rope_type": "default", "rope_theta": language.rope_theta},
-    }
-    if language.num_experts is None:
-        config = transformers.Qwen3Config(**fields, tie_word_embeddings=True)
-        llm = transformers.Qwen3ForCausalLM(config)
-    else:
-        fields |= {
-            "num_experts": language.num_experts,
-            "num_experts_per_tok": language.moe_top_k,
-            "moe_intermediate_size": language.moe_ffn_hidden_size,
-            "norm_topk_prob": True,
-        }
-        llm = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**fields))
+    config = transformers_config(model)
+    tower, text = transformers.InternVLVisionModel(config.vision_config), config.text_config
+    text.tie_word_embeddings = model.language.num_experts is None
+    llm = transformers.AutoModelForCausalLM.from_config(text)
     tower.save_pretrained(tmp_path / "vit")
     llm.save_pretrained(tmp_path / "llm")
     parts = open_parts(tmp_path / "vit", tmp_path / "llm")
@@ -141,7 +111,7 @@ def test_what_transformers_saves_is_understood(size: str, tmp_path: Path) -> Non
     class_token = parts.read_tensor("encoder.vit.class_token")
     assert torch.equal(class_token, tower.embeddings.cls_token)
     is_tied = torch.equal(parts.read_tensor(EMBEDDING), parts.read_tensor(HEAD))
-    assert is_tied is (language.num_experts is None)
+    assert is_tied is (model.language.num_experts is None)
 
 
 def test_what_does_not_belong_together_is_refused_by_field(apart: Apart) -> None:

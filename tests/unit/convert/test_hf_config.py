@@ -13,7 +13,6 @@ from megatron_vico.convert.huggingface.config import (
     preprocessor_json,
 )
 from megatron_vico.convert.options import LAYOUTS, Layout
-from megatron_vico.errors import CheckpointError
 
 OPTIONS = ExportOptions(flash_relative_threshold=0.1, flash_absolute_threshold=0.4, eos_token_id=7)
 
@@ -111,13 +110,6 @@ def test_small_files() -> None:
     native = preprocessor_json(model, layout="hf", options=OPTIONS)
     assert native["size"] == {"height": 448, "width": 448}
     assert native["max_patches"] == 12
-
-
-def test_layouts_that_contradict_themselves() -> None:
-    with pytest.raises(CheckpointError, match="has no Flash form"):
-        layout_of(config_of("toy", "hf") | {"flash_mode": True}, path="config.json")
-    with pytest.raises(CheckpointError, match="'llava'"):
-        layout_of({"model_type": "llava"}, path="config.json")
 
 
 def test_flash_models_that_are_switched_off_are_still_flash() -> None:

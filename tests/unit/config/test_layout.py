@@ -69,20 +69,9 @@ def layouts(draw: st.DrawFn) -> tuple[RunConfig, int]:
     return run(words), fitting if usually(draw, True) else draw(st.integers(1, 40))
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(layouts())
 def test_a_layout_is_refused_or_works_in_megatron_core(layout: tuple[RunConfig, int]) -> None:
-    check(layout)
-
-
-@pytest.mark.slow
-@settings(deadline=None, max_examples=600, suppress_health_check=[HealthCheck.too_slow])
-@given(layouts())
-def test_many_layouts_are_refused_or_work_in_megatron_core(layout: tuple[RunConfig, int]) -> None:
-    check(layout)
-
-
-def check(layout: tuple[RunConfig, int]) -> None:
     try:
         validate(*layout)
     except ConfigError:

@@ -77,6 +77,7 @@ class Case:
             "precision": precision,
             "packs": str(self.batch),
             "step s": _number(step_s, ".3g"),
+            "step s planned": _number(plan and plan.expected_s, ".3g"),
             "tokens/s/GPU": _number(run.median("tokens_per_s_per_gpu"), ".1f"),
             "TFLOP/s/GPU": _number(rate, ".4g"),
             "MFU": _number(run.median("mfu"), ".1%"),

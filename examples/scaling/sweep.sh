@@ -41,7 +41,8 @@ run_case() { # INDEX FLAG...
         --save-interval 0 --log-interval 1)
     mkdir -p "$save"
     if [[ $GPU != none ]] && ! "$PYTHON" -W ignore -m megatron_vico plan --gpu "$GPU" \
-        --world-size "$ranks" --json "$save/plan.json" "${run[@]}" >"$save/plan.txt" 2>&1; then
+        --world-size "$ranks" --quick --json "$save/plan.json" "${run[@]}" \
+        >"$save/plan.txt" 2>&1; then
         echo "sweep.sh: $series/$name is left out: $(tail -n 1 "$save/plan.txt")" >&2
         return
     fi

@@ -201,7 +201,7 @@ train() { # STAGE
     if ((status == 75)); then again "$1 was told to stop before it began"; fi
     ((status == 0)) || { failed doctor "$status" && exit 1; }
     if [[ $GPU != none && $PLAN == 1 && ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
-        of_stage "$1" plan --world-size "$((nodes * GPUS_PER_NODE))" --gpu "$GPU"
+        of_stage "$1" plan --world-size "$((nodes * GPUS_PER_NODE))" --gpu "$GPU" --quick
     fi
     ranks "$1" "$nodes" "$GPUS_PER_NODE" train --recipe "$RECIPES/$1.yaml" "${data[@]}" \
         "${flags[@]}" || status=$?

@@ -19,6 +19,8 @@ from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.validate import validate
 from megatron_vico.errors import ConfigError, nearest
 from megatron_vico.planning.cards import CARDS
+from megatron_vico.planning.closed_forms import Machine, estimate
+from megatron_vico.planning.search import machine_of, search, table
 
 SHOWN = 12
 """Layouts that --search prints."""
@@ -44,10 +46,13 @@ def main(arguments: Sequence[str]) -> int:
     if given.gpu not in CARDS:
         known = ", ".join(f"{name} ({size / 1e9:.1f} GB)" for name, size in CARDS.items())
         raise ConfigError(f"--gpu {given.gpu}: known are {known}{nearest(given.gpu, CARDS)}")
+    if given.efficiency is not None and not 0 < given.efficiency <= 1:
+        raise ConfigError(f"--efficiency {given.efficiency}: a share of the GPU's rate, in (0, 1].")
     cfg, world_size = parse(rest), given.world_size
     model = resolve_model(cfg)
+    machine = machine_of(model, given.efficiency)
     if given.search:
-        _search(cfg, model, given)
+        _search(cfg, model, given, machine)
         return 0
     validate(cfg, world_size, model=model)
     if given.rank is not None and not 0 <= given.rank < world_size:
@@ -58,8 +63,9 @@ def main(arguments: Sequence[str]) -> int:
     ranks = plan.ranks_that_differ(cfg, world_size)
     if given.rank is not None:
         ranks = {"chosen": given.rank}
+    packs = 0 if given.quick else given.packs
     played = plan.plan_ranks(
-        cfg, model, world_size=world_size, ranks=list(ranks.values()), packs=given.packs
+        cfg, model, world_size=world_size, ranks=list(ranks.values()), packs=packs
     )
     plans = dict(zip(ranks, played, strict=True))
     print(
@@ -69,6 +75,12 @@ def main(arguments: Sequence[str]) -> int:
     print("\n".join(report.memory_table(plans, given.gpu)))
     for name, found in plans.items():
         print("\n".join(report.rank_details(name, found)))
+    time = estimate(cfg, model, world_size=world_size, machine=machine)
+    print(
+        f"\na step by formula, at {machine.efficiency:.0%} of {machine.flops_per_s / 1e12:.0f}"
+        f" TFLOP/s: {time.expected_s:.1f} s, {time.bubble:.1%} of the passes bubble; floor"
+        f" {time.floor_s:.1f} s"
+    )
     worst = max(plans.values(), key=lambda found: found.peak_bytes)
     fits = report.shortage(worst, given.gpu) <= 0
     if given.json is not None:
@@ -78,6 +90,9 @@ def main(arguments: Sequence[str]) -> int:
             "world_size": world_size,
             "gpu": given.gpu,
             "fits": fits,
+            "expected_s": time.expected_s,
+            "floor_s": time.floor_s,
+            "efficiency": machine.efficiency,
             "ranks": {name: dataclasses.asdict(found) for name, found in plans.items()},
         }
         files.write_json(given.json, contents, sort_keys=False)
@@ -89,20 +104,17 @@ def main(arguments: Sequence[str]) -> int:
     return 2
 
 
-def _search(cfg: RunConfig, model: ModelConfig, given: argparse.Namespace) -> None:
+def _search(
+    cfg: RunConfig, model: ModelConfig, given: argparse.Namespace, machine: Machine
+) -> None:
     """Print the layouts that fit, best first; ConfigError if there are none."""
-    from megatron_vico.planning import search
-
-    if given.efficiency is not None and not 0 < given.efficiency <= 1:
-        raise ConfigError(f"--efficiency {given.efficiency}: a share of the GPU's rate, in (0, 1].")
-    machine = search.machine_of(model, given.efficiency)
-    found = search.search(cfg, model, world_size=given.world_size, gpu=given.gpu, machine=machine)
+    found = search(cfg, model, world_size=given.world_size, gpu=given.gpu, machine=machine)
     print(
         f"stage {cfg.stage.stage} of {model.name} on {given.world_size} {given.gpu}: {len(found)}"
         f" layouts fit; by formula, at {machine.efficiency:.0%} of"
         f" {machine.flops_per_s / 1e12:.0f} TFLOP/s; run `vico plan` with the one you choose"
     )
-    print("\n".join(search.table(found[:SHOWN], world_size=given.world_size)))
+    print("\n".join(table(found[:SHOWN], world_size=given.world_size)))
 
 
 def _prepare() -> None:
@@ -133,10 +145,14 @@ def _own_flags() -> argparse.ArgumentParser:
         type=int,
         help="only this rank; unset, one of the first, a middle and the last stage",
     )
-    parser.add_argument(
+    steps = parser.add_mutually_exclusive_group()
+    steps.add_argument(
         "--packs",
         type=int,
         help="run steps of about so many packs and work out a whole one; unset, run that",
+    )
+    steps.add_argument(
+        "--quick", action="store_true", help="the same with the fewest packs that tell"
     )
     parser.add_argument(
         "--search", action="store_true", help="list layouts that fit, by formula, best first"
@@ -144,7 +160,7 @@ def _own_flags() -> argparse.ArgumentParser:
     parser.add_argument(
         "--efficiency",
         type=float,
-        help="with --search: expected share of the GPU's bf16 rate; unset, 0.45, with experts 0.3",
+        help="expected share of the GPU's bf16 rate; unset, 0.45, with experts 0.3",
     )
     parser.add_argument("--json", type=Path, help="also write all of it to this file")
     return parser

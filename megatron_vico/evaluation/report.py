@@ -206,6 +206,12 @@ def _plan_rows(run: RunFigures) -> Iterator[tuple[str, str, str]]:
         "not measured on a CPU" if memory is None else f"{memory:.1f}",
     )
     rate, step_s = run.median("tflops_per_gpu"), run.median("step_time_s")
+    if plan.expected_s is not None:
+        yield (
+            "seconds a step (planned: by formula)",
+            f"{plan.expected_s:.3g}",
+            "?" if step_s is None else f"{step_s:.3g}",
+        )
     measured = "?" if rate is None or step_s is None else f"{rate * step_s:.4g}"
     yield (
         "TFLOP a step and GPU (planned: with what is recomputed)",

@@ -107,6 +107,9 @@ class Planned:
     tflop_per_gpu: float
     """Of a step, recomputation included; the mean of the ranks that were played."""
 
+    expected_s: float | None
+    """Of a step, by formula; None in a plan of an older version."""
+
 
 def planned(plan: Row) -> Planned:
     """The plan's figures."""
@@ -116,4 +119,5 @@ def planned(plan: Row) -> Planned:
         gpu=plan["gpu"],
         peak_gb=max(rank["peak_bytes"] for rank in ranks) / 1e9,
         tflop_per_gpu=float(np.mean([sum(rank["flops"].values()) for rank in ranks])) / 1e12,
+        expected_s=plan.get("expected_s"),
     )

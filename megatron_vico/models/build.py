@@ -268,7 +268,9 @@ def _common_fields(hidden_size: int, *, bf16: bool) -> dict[str, Any]:
 
 def _parallel_fields(model: ModelConfig, cfg: RunConfig) -> dict[str, Any]:
     """Fields that follow from the layout and the model together."""
-    fields: dict[str, Any] = {"variable_seq_lengths": True}
+    # The host need not wait for the device at every hop of a pipeline: megatron-core asks for it
+    # because of a fault of older versions of torch.
+    fields: dict[str, Any] = {"variable_seq_lengths": True, "batch_p2p_sync": False}
     chunks = virtual_stages(cfg, model.language)
     if chunks is not None:
         fields["virtual_pipeline_model_parallel_size"] = chunks

@@ -3,15 +3,16 @@
 Every tile is the same amount of work for the vision encoder, so equal counts are equal loads,
 whatever the layout of the language model. Rank r of a replica encodes an unbroken run of the step's
 tiles; each rank of the first pipeline stage receives the visual tokens of its part of the sequence,
-in order, and the gradients travel the same way back. Who sends how much follows from plans and
-streams, which every rank of the replica has.
+in order, and the gradients travel the same way back. That goes in turns, a chunk of each rank's
+tiles at a time: nobody holds all that it made beside all that it received. Who sends how much
+follows from plans and streams, which every rank of the replica has.
 
 Shapes: N tiles, V visual tokens, H channels of the language model.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, batched, pairwise
 
 import torch
 from torch import Tensor
@@ -39,6 +40,17 @@ class TileSplit:
         """A rank's tiles."""
         return slice(self.starts[rank], self.starts[rank + 1])
 
+    def num_turns(self, chunk_tiles: int) -> int:
+        """Turns until the rank with most tiles is through; at least 1."""
+        most = max(stop - start for start, stop in pairwise(self.starts))
+        return max(1, -(-most // chunk_tiles))
+
+    def turn(self, rank: int, turn: int, chunk_tiles: int) -> slice:
+        """A rank's tiles in one turn; none where it has fewer than others."""
+        run = self.of(rank)
+        start = min(run.start + turn * chunk_tiles, run.stop)
+        return slice(start, min(start + chunk_tiles, run.stop))
+
 
 def split_tiles(units: Sequence[int], *, num_ranks: int, rank: int) -> TileSplit:
     """Cut a step's tiles into runs of equal length, as near as the units allow.
@@ -63,6 +75,20 @@ def split_tiles(units: Sequence[int], *, num_ranks: int, rank: int) -> TileSplit
     return TileSplit(starts=(*starts, ends[-1]), rank=rank)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Turn:
+    """What one rank sends and receives of a chunk of each rank's tiles."""
+
+    num_tokens: int
+    """Of this rank's chunk."""
+
+    sent: tuple[Tensor, ...]
+    """[V] int64 for each rank that embeds: which tokens of this rank's chunk it gets."""
+
+    places: list[range]
+    """Of each rank: where what it sends belongs among all that this rank embeds."""
+
+
 class TokenExchange:
     """Carries a pass's visual tokens to the first pipeline stage, and their gradients back."""
 
@@ -72,6 +98,8 @@ class TokenExchange:
         inputs: Sequence[LanguageInputs],
         split: TileSplit,
         groups: Groups,
+        *,
+        chunk_tiles: int,
     ) -> None:
         """Work out who sends what.
 
@@ -80,88 +108,100 @@ class TokenExchange:
             inputs: of the packs whose tokens they are; they say which rank embeds which token.
             split: which rank encodes which tile.
             groups: process groups.
+            chunk_tiles: tiles of each rank that go in one turn.
         """
-        per_tile = torch.cat([*tokens_per_pack, torch.zeros(0, dtype=torch.int64)])
-        self._group, self._rank, self._num_ranks = groups.replica, split.rank, len(split.starts) - 1
-        made = [int(per_tile[split.of(rank)].sum()) for rank in range(self._num_ranks)]
+        self._group, self._num_ranks = groups.replica, len(split.starts) - 1
         tensor_size, context_size = groups.language.tp.size(), groups.language.cp.size()
         sequence_size = sum(inputs[0].document_lens) // inputs[0].shard_len // context_size
-        self._embeds = range(tensor_size * context_size)
-        """Ranks of the replica that embed tokens."""
+        embeds = range(tensor_size * context_size)  # ranks of the replica that embed tokens
         # Without sequence parallelism all tensor-parallel ranks embed, and have gradients of, the
         # same tokens.
-        self._answers = self._embeds if sequence_size > 1 else self._embeds[::tensor_size]
-        """Those of them whose gradients go back; one for each token."""
+        self._answers = embeds if sequence_size > 1 else embeds[::tensor_size]
+        """Those whose gradients go back; one for each token."""
+        self._rank = split.rank
 
         def embedded_by(rank: int, shard_V: Tensor) -> Tensor:
             context, tensor = divmod(rank, tensor_size)
             return shard_V == context * sequence_size + (tensor if sequence_size > 1 else 0)
 
         shard_V = torch.cat([each.visual_shard_V for each in inputs])
-        assert len(shard_V) == sum(made), "as many visual tokens in the streams as of the tiles"
-        own_V = shard_V.split(made)[self._rank]
-        self._own = len(own_V)
-        self._sent = [embedded_by(rank, own_V).nonzero().squeeze(1) for rank in self._embeds]
-        """[V] int64 for each rank that embeds: which of this rank's tokens it gets."""
-        self._receives, self._of_pack = [0] * self._num_ranks, list[int]()
-        if self._rank in self._embeds:
-            parts = shard_V.split(made)
-            self._receives = [int(embedded_by(self._rank, part).sum()) for part in parts]
-            self._of_pack = [
-                int(embedded_by(self._rank, each.visual_shard_V).sum()) for each in inputs
+        ends = [0, *torch.cat([*tokens_per_pack, shard_V[:0]]).cumsum(0).tolist()]
+        assert len(shard_V) == ends[-1], "as many visual tokens in the streams as of the tiles"
+        self.of_pack: list[int] | None = None
+        """Tokens of each pack that this rank embeds; None beyond the first pipeline stage."""
+        rows = torch.zeros(ends[-1] + 1, dtype=torch.int64)  # of them, before each token of a step
+        if split.rank in embeds:
+            torch.cumsum(embedded_by(split.rank, shard_V), 0, out=rows[1:])
+            self.of_pack = [
+                int(embedded_by(split.rank, each.visual_shard_V).sum()) for each in inputs
             ]
 
-    def deliver(self, tokens_VH: Tensor) -> Tensor | None:
+        def tokens(rank: int, turn: int) -> slice:
+            tiles = split.turn(rank, turn, chunk_tiles)
+            return slice(ends[tiles.start], ends[tiles.stop])
+
+        turns = range(split.num_turns(chunk_tiles))
+        chunks = [shard_V[tokens(split.rank, turn)] for turn in turns]
+        sent = [embedded_by(rank, chunk_V).nonzero() for chunk_V in chunks for rank in embeds]
+        # All at once: a copy to the device that waits for the chunk before it would hold up the
+        # next one.
+        on_device = torch.cat(sent).squeeze(1).to(groups.device, non_blocking=True)
+        indices = batched(on_device.split([len(each) for each in sent]), len(embeds))
+        come = ([tokens(rank, turn) for rank in range(self._num_ranks)] for turn in turns)
+        self._turns = [
+            _Turn(
+                num_tokens=len(chunk_V),
+                sent=index,
+                places=[range(int(rows[each.start]), int(rows[each.stop])) for each in ranks],
+            )
+            for chunk_V, index, ranks in zip(chunks, indices, come, strict=True)
+        ]
+
+    def deliver(self, turn: int, tokens_VH: Tensor, received_VH: Tensor | None) -> None:
         """Bring visual tokens to the ranks that embed them; called by the whole replica.
 
         Args:
-            tokens_VH: [V, H], of this rank's tiles, without a graph.
-
-        Returns:
-            [V, H] on the first pipeline stage, what this rank embeds of all packs, one after the
-            other (`packs`); elsewhere None.
+            turn: each is taken once, in order.
+            tokens_VH: [V, H], of this rank's tiles in this turn, without a graph.
+            received_VH: [V, H] on the first pipeline stage, what this rank embeds of all packs, one
+                after the other (`of_pack`): what comes is written into it. Elsewhere None.
         """
-        assert len(tokens_VH) == self._own, "one row a visual token of this rank's tiles"
-        if self._num_ranks == 1:
-            return tokens_VH
-        index = torch.cat(self._sent).to(tokens_VH.device, non_blocking=True)
-        sends = [len(each) for each in self._sent]
-        sends += [0] * (self._num_ranks - len(sends))
-        received = self._all_to_all(tokens_VH.index_select(0, index), sends, self._receives)
-        return received if self._rank in self._embeds else None
+        sent, places = self._turns[turn].sent, self._turns[turn].places
+        sends = [len(each) for each in sent] + [0] * (self._num_ranks - len(sent))
+        chosen = tokens_VH.index_select(0, torch.cat(sent))
+        came = self._all_to_all(chosen, sends, [len(each) for each in places])
+        if received_VH is not None:
+            for place, part in zip(places, came.split([len(each) for each in places]), strict=True):
+                received_VH[place.start : place.stop] = part
 
-    def packs(self, received_VH: Tensor) -> Sequence[Tensor]:
-        """What `deliver` gave, a view [V, H] for each pack."""
-        return received_VH.split(self._of_pack)
-
-    def give_back(self, grad_VH: Tensor | None, *, like: Tensor) -> Tensor:
+    def give_back(self, turn: int, grad_VH: Tensor | None, *, like: Tensor) -> Tensor:
         """Bring the gradients to the ranks that made the tokens; called by the whole replica.
 
         Args:
-            grad_VH: [V, H], of what `deliver` gave; None where it gave None.
-            like: of their width, dtype and device.
+            turn: as in `deliver`.
+            grad_VH: [V, H], of what was received; None where nothing is.
+            like: [0, H], of their dtype and device.
 
         Returns:
-            [V, H], the gradient of what this rank gave to `deliver`.
+            [V, H], the gradient of what this rank gave to `deliver` in this turn.
         """
-        if self._num_ranks == 1:
-            assert grad_VH is not None
-            return grad_VH
+        sent, places = self._turns[turn].sent, self._turns[turn].places
         # Also a rank without tokens or gradients takes part: the exchange is a collective.
-        answers = self._rank in self._answers
-        sent = grad_VH if grad_VH is not None and answers else like.new_zeros(0, like.size(1))
-        sends = self._receives if answers else [0] * self._num_ranks
-        index = [self._sent[rank] for rank in self._answers]
+        parts, sends = [like], [0] * self._num_ranks
+        if grad_VH is not None and self._rank in self._answers:
+            parts = [grad_VH[place.start : place.stop] for place in places]
+            sends = [len(each) for each in parts]
+        index = [sent[rank] for rank in self._answers]
         receives = [0] * self._num_ranks
         for rank, each in zip(self._answers, index, strict=True):
             receives[rank] = len(each)
-        received = self._all_to_all(sent, sends, receives)
-        where = torch.cat(index).to(like.device, non_blocking=True)
-        return like.new_empty(self._own, like.size(1)).index_copy(0, where, received)
+        came = self._all_to_all(torch.cat(parts), sends, receives)
+        grad = like.new_empty(self._turns[turn].num_tokens, like.size(1))
+        return grad.index_copy_(0, torch.cat(index), came)
 
     def _all_to_all(self, sent: Tensor, sends: list[int], receives: list[int]) -> Tensor:
+        if self._num_ranks == 1:
+            return sent
         received = sent.new_empty(sum(receives), sent.size(1))
-        torch.distributed.all_to_all_single(
-            received, sent.contiguous(), receives, sends, group=self._group
-        )
+        torch.distributed.all_to_all_single(received, sent, receives, sends, group=self._group)
         return received

@@ -57,9 +57,9 @@ class Counted:
     parts: dict[str, dict[str, int]] = field(default_factory=dict)
     """What they were, by part, in each phase."""
 
-    tensors: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Large tensors at the peak, without weights, gradients and optimizer: what they are and who
-    made them; their bytes and number."""
+    tensors: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    """Large tensors at the peak of each phase, without weights, gradients and optimizer: what they
+    are and who made them; their bytes and number."""
 
     flops: Counter[str] = field(default_factory=Counter)
     """By phase."""
@@ -113,11 +113,11 @@ class Meter(TorchDispatchMode):
         self._counts, self._noted_bytes = counts, noted_bytes
         self._live: dict[int, _Storage] = {}
         self._spans: list[str] = []
-        self._noted_total = 0
+        self._noted = Counter[str]()
 
     def begin(self) -> None:
         """Count from zero; what lives stays."""
-        self.counted, self._noted_total = Counted(), 0
+        self.counted, self._noted = Counted(), Counter()
 
     @property
     def phase(self) -> str:
@@ -210,23 +210,25 @@ class Meter(TorchDispatchMode):
         if self.total > counted.peak[phase]:
             counted.peak[phase] = self.total
             counted.parts[phase] = dict(self.now)
-            if self.total > self._noted_total + _NOTED_STEP:
-                self._note()
+            if self.total > self._noted[phase] + _NOTED_STEP:
+                self._note(phase)
 
     def _free(self, key: int) -> None:
         storage = self._live.pop(key)
         self.now[storage.part] -= storage.size
         self.total -= storage.size
 
-    def _note(self) -> None:
-        self._noted_total = self.total
+    def _note(self, phase: str) -> None:
+        self._noted[phase] = self.total
         found: dict[str, list[int]] = defaultdict(lambda: [0, 0])
         for storage in self._live.values():
             if storage.text and storage.part not in STATIC:
                 entry = found[f"{storage.part}: {storage.text}"]
                 entry[0] += storage.size
                 entry[1] += 1
-        self.counted.tensors = {text: (size, number) for text, (size, number) in found.items()}
+        self.counted.tensors[phase] = {
+            text: (size, number) for text, (size, number) in found.items()
+        }
 
     def _answer(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[bool, Any]:
         """Whether there is an answer that the operator itself could not give, and the answer."""

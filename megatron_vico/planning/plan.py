@@ -5,6 +5,7 @@ adds is measured between two steps, and a whole one worked out.
 """
 
 import multiprocessing
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,8 @@ from megatron_vico.planning.cards import CARDS, RESERVE
 from megatron_vico.planning.dry_run import DryRun, dry_run
 from megatron_vico.planning.meter import Counted
 
-PROCESSES = 2
+PROCESSES = min(3, os.cpu_count() or 1)
+"""At a time, of about 1 GB each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +61,8 @@ class RankPlan:
     """What a further pack adds to the peak; 0 where no second step was needed."""
 
     tensors: tuple[tuple[str, int, int], ...]
-    """The largest at the peak of the last step that was run, without weights, gradients and
-    optimizer: what and where, bytes, number."""
+    """The largest at the peak of `peak_phase` in the last step that was run, without weights,
+    gradients and optimizer: what and where, bytes, number."""
 
     flops: dict[str, float]
     traffic: tuple[Traffic, ...]
@@ -87,6 +89,9 @@ def steps_to_run(
 ) -> tuple[int, ...]:
     """Numbers of packs of the steps to run: the whole one, or two smaller ones.
 
+    Args:
+        packs: of the smaller one; None, the whole step is run; 0, as few as fill the pipeline.
+
     Raises:
         ConfigError: if `packs` do not fill the pipeline, so that a further pack would add more than
             its own.
@@ -94,13 +99,12 @@ def steps_to_run(
     whole = num_microbatches(cfg, world_size)
     if packs is None or packs >= whole:
         return (whole,)
-    stages = cfg.parallel.pipeline_model_parallel_size
+    stages, unit = cfg.parallel.pipeline_model_parallel_size, _packs_in_turn(cfg, model)
     chunks = virtual_stages(cfg, model.language) or 1
-    group = cfg.transformer.microbatch_group_size_per_virtual_pipeline_stage or stages
-    unit = group if chunks > 1 else 1
-    # The first stage has 2 (stages - 1) + (chunks - 1) group chunks under way, and then one more.
-    under_way = 2 * (stages - 1) + (chunks - 1) * group + 1 if chunks > 1 else stages
+    # The first stage has 2 (stages - 1) + (chunks - 1) unit chunks under way, and then one more.
+    under_way = 2 * (stages - 1) + (chunks - 1) * unit + 1 if chunks > 1 else stages
     least = -(-under_way // (chunks * unit)) * unit
+    packs = packs or least
     if packs < least:
         raise ConfigError(
             f"--packs {packs} does not fill a pipeline of {stages} stages"
@@ -108,6 +112,14 @@ def steps_to_run(
         )
     packs = packs // unit * unit
     return (packs, packs + unit) if packs + unit < whole else (whole,)
+
+
+def _packs_in_turn(cfg: RunConfig, model: ModelConfig) -> int:
+    """What the number of packs is a multiple of: an interleaved schedule takes them in groups."""
+    if virtual_stages(cfg, model.language) is None:
+        return 1
+    group = cfg.transformer.microbatch_group_size_per_virtual_pipeline_stage
+    return group or cfg.parallel.pipeline_model_parallel_size
 
 
 def plan_ranks(
@@ -118,16 +130,19 @@ def plan_ranks(
     ranks: Sequence[int],
     packs: int | None = None,
 ) -> list[RankPlan]:
-    """Play some ranks of a run, at most two at a time, each in a process of its own.
+    """Play some ranks of a run, each in a process of its own.
 
     Args:
         cfg: a run that `config/validate.py` accepts for so many ranks.
         model: its model.
         world_size: ranks of the run.
         ranks: which of them.
-        packs: of the shorter step that is run; None, a whole one is.
+        packs: as for `steps_to_run`.
     """
-    steps = steps_to_run(cfg, model, world_size=world_size, packs=packs)
+    steps = (
+        _packs_in_turn(cfg, model),
+        *steps_to_run(cfg, model, world_size=world_size, packs=packs),
+    )
     jobs = [(cfg, model, world_size, rank, steps) for rank in ranks]
     with multiprocessing.get_context("fork").Pool(PROCESSES, maxtasksperchild=1) as pool:
         return pool.map(_play, jobs, chunksize=1)
@@ -197,7 +212,7 @@ def whole_step(
     peaks = each(first.peak, last.peak)
     highest = max(peaks, key=peaks.__getitem__)
     parts = each(first.parts.get(highest, {}), last.parts[highest])
-    tensors = sorted(last.tensors.items(), key=lambda item: -item[1][0])[:12]
+    tensors = sorted(last.tensors.get(highest, {}).items(), key=lambda item: -item[1][0])[:12]
     none = (0, 0)
     traffic = (
         Traffic(

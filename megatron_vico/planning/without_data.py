@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megatron_vico import cpu_stand_in
 from megatron_vico.models import attention
 from megatron_vico.planning.meter import Meter
-from megatron_vico.training import pipeline_schedule, router_step, setup, vision
+from megatron_vico.training import pipeline_schedule, router_step, setup
 
 aten = torch.ops.aten
 
@@ -54,18 +54,12 @@ def install(
 
 
 def watch(meter: Meter, *, kernels: Kernels) -> None:
-    """Tell the meter of passes, visual tokens and attention; what a real run needs too.
+    """Tell the meter of passes and attention; what a real run needs too.
 
     FLOPs of attention are those of its documents, which no operator knows.
     """
     F.scaled_dot_product_attention = functools.partial(_attend, meter, kernels)
-    schedule, make_tokens = pipeline_schedule._schedule, vision.VisualTokens.__init__
-
-    def tokens(self: Any, *args: Any, **kwargs: Any) -> None:
-        with meter.building("visual tokens"):
-            make_tokens(self, *args, **kwargs)
-
-    vision.VisualTokens.__init__ = tokens  # type: ignore[method-assign]
+    schedule = pipeline_schedule._schedule
 
     def named(step: Any, run: Any, **kwargs: Any) -> Any:
         with meter.span(f"{run.name.split()[0]} pass"):

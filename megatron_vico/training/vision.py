@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 from megatron_vico.models.internvl import VisionEncoder
@@ -31,39 +32,58 @@ def tile_features(
     Returns:
         [N, P, D], patch features without the class token.
     """
+    vision = encoder.model.vision
+    features_NPD = torch.empty(
+        *(len(batch.tiles), vision.num_patches, vision.hidden_size),
+        dtype=encoder.config.params_dtype,
+        device=device,
+    )
     with phase("encode"), torch.no_grad():
-        chunks = _on_device(batch, device, chunk_tiles=chunk_tiles)
-        return torch.cat([encoder.features(encoder.normalise(chunk)) for chunk in chunks])
-
-
-def _on_device(batch: StepBatch, device: torch.device, *, chunk_tiles: int) -> list[Tensor]:
-    return [chunk.to(device, non_blocking=True) for chunk in batch.tiles.split(chunk_tiles)]
+        # Into their place, and tiles to the device when it is their turn: nothing is held twice.
+        pairs = zip(features_NPD.split(chunk_tiles), batch.tiles.split(chunk_tiles), strict=True)
+        for place, tiles in pairs:
+            place.copy_(encoder.features(encoder.normalise(tiles.to(device, non_blocking=True))))
+    return features_NPD
 
 
 class VisualTokens:
     """Visual tokens of all packs of a step under one plan each, cut from the encoder's graph."""
 
-    def __init__(
-        self, outputs: Sequence[Tensor], exchange: TokenExchange, *, trained: bool
-    ) -> None:
-        """Deliver tokens; called by every rank of the replica.
+    def __init__(self, exchange: TokenExchange, *, like: Tensor, trained: bool) -> None:
+        """Nothing yet; every rank of the replica then calls `deliver` for each turn.
 
         Args:
-            outputs: [V, H] a chunk of this rank's tiles, each with a graph of its own if the
-                encoder is trained.
             exchange: the way to the ranks that embed tokens.
+            like: [0, H], of their dtype and device.
             trained: whether gradients will be carried back.
         """
-        self._outputs, self._exchange = list(outputs) if trained else [], exchange
-        outputs_VH = torch.cat([each.detach() for each in outputs])
-        with phase("deliver tokens"):
-            self._received_VH = exchange.deliver(outputs_VH)
-        self._packs = None if self._received_VH is None else exchange.packs(self._received_VH)
+        self._exchange, self._like, self._trained = exchange, like, trained
+        self._chunks = list[GradientEdge | None]()
+        """The way back into the graph of each chunk of this rank's tiles."""
+        self._received_VH: Tensor | None = None
+        self._packs: Sequence[Tensor] | None = None
         self._awaited = set[int]()
         """Packs whose gradients have yet to come."""
-        if trained and self._packs is not None:
-            self._awaited = {index for index, each in enumerate(self._packs) if len(each)}
-            self._leaf = outputs_VH.new_zeros((), requires_grad=True)
+
+    def deliver(self, turn: int, tokens_VH: Tensor) -> None:
+        """Send [V, H] of a chunk of this rank's tiles to where they are embedded.
+
+        Of `tokens_VH` only the way back into its graph is kept, not its values.
+        """
+        with phase("deliver tokens"):
+            if turn == 0 and self._exchange.of_pack is not None:
+                self._make_room(self._exchange.of_pack)
+            self._exchange.deliver(turn, tokens_VH.detach(), self._received_VH)
+        if self._trained:
+            has_graph = tokens_VH.requires_grad  # not without tiles
+            self._chunks.append(get_gradient_edge(tokens_VH) if has_graph else None)
+
+    def _make_room(self, of_pack: list[int]) -> None:
+        self._received_VH = self._like.new_empty(sum(of_pack), self._like.size(1))
+        self._packs = self._received_VH.split(of_pack)
+        if self._trained:
+            self._awaited = {index for index, each in enumerate(of_pack) if each}
+            self._leaf = self._like.new_zeros((), requires_grad=True)
 
     def of(self, index: int) -> Tensor | None:
         """[V, H] of one pack that this rank embeds; None beyond the first pipeline stage."""
@@ -76,18 +96,16 @@ class VisualTokens:
     def backward(self) -> None:
         """Carry the language model's gradients back through the encoder; every rank calls it."""
         assert not self._awaited, f"packs {self._awaited} have tokens, but no gradient came"
-        lens = [len(each) for each in self._outputs]
-        with phase("return gradients"):
-            like = self._outputs[0].detach()
-            grad_VH = self._exchange.give_back(self._received_VH, like=like)
-        self._received_VH = self._packs = None
-        with phase("encoder backward"):
+        for turn, edge in enumerate(self._chunks):
+            self._chunks[turn] = None
+            with phase("return gradients"):
+                grad_VH = self._exchange.give_back(turn, self._received_VH, like=self._like)
             # One pass a chunk: only its activations exist, and gradients of weights are added up in
             # DDP's buffers, in their precision, not by autograd in that of the weights.
-            for grad in grad_VH.split(lens):
-                output = self._outputs.pop(0)
-                if output.requires_grad:
-                    torch.autograd.backward(output, grad)
+            with phase("encoder backward"):
+                if edge is not None:
+                    torch.autograd.backward(edge, grad_VH)
+        self._received_VH = self._packs = None
 
 
 class _Exchanged(torch.autograd.Function):
@@ -136,24 +154,31 @@ def visual_tokens(
     if plans is None:
         plans = [torch.zeros(pack.num_tiles, dtype=torch.bool) for pack in batch.packs]
     compressed_N = torch.cat(list(plans))[batch.split.own]
+    device = groups.device
 
-    def encoded(chunk: Tensor, compressed: Tensor) -> Tensor:
-        features = chunk if features_NPD is not None else encoder.features(encoder.normalise(chunk))
-        return encoder.visual_tokens(features, compressed)
+    def encoded(chunk: Tensor, compressed: Tensor, _on_device: Tensor) -> Tensor:
+        if features_NPD is not None:
+            return encoder.visual_tokens(chunk, compressed)
+        tiles = encoder.normalise(chunk.to(device, non_blocking=True))
+        return encoder.visual_tokens(encoder.features(tiles), compressed)
 
-    if features_NPD is None:
-        chunks = _on_device(batch, groups.device, chunk_tiles=chunk_tiles)
-    else:
-        chunks = list(features_NPD.split(chunk_tiles))
-    pairs = zip(chunks, compressed_N.split(chunk_tiles), strict=True)
-    with phase("encode"), torch.set_grad_enabled(trained):
-        # The checkpoint also keeps the random state: a chunk that is computed again drops the same
-        # paths. It stops when it has the last tensor it wants, in the connector: stopped inside a
-        # layer, mcore's would hold on to the chunk's graph.
-        outputs = [
-            checkpoint(encoded, *pair, use_reentrant=False) if trained else encoded(*pair)
-            for pair in pairs
-        ]
     counts = [encoder.tokens_per_tile(plan) for plan in plans]
-    exchange = TokenExchange(counts, inputs, batch.split, groups)
-    return VisualTokens(outputs, exchange, trained=trained)
+    exchange = TokenExchange(counts, inputs, batch.split, groups, chunk_tiles=chunk_tiles)
+    width, dtype = encoder.model.language.hidden_size, encoder.config.params_dtype
+    like = torch.empty(0, width, dtype=dtype, device=device)
+    tokens = VisualTokens(exchange, like=like, trained=trained)
+    source = batch.tiles if features_NPD is None else features_NPD
+    for turn in range(batch.split.num_turns(chunk_tiles)):
+        own = slice(turn * chunk_tiles, (turn + 1) * chunk_tiles)  # nothing, where others have more
+        chunk = source[own], compressed_N[own], like
+        with phase("encode"), torch.set_grad_enabled(trained):
+            # The checkpoint also keeps the random state, of the devices that its arguments are on:
+            # a chunk that is computed again drops the same paths. It stops when it has the last
+            # tensor it wants, in the connector: stopped inside a layer, mcore's would hold on to
+            # the chunk's graph.
+            of_chunk = (
+                checkpoint(encoded, *chunk, use_reentrant=False) if trained else encoded(*chunk)
+            )
+        tokens.deliver(turn, of_chunk)
+        del of_chunk
+    return tokens

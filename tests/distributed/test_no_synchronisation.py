@@ -168,3 +168,13 @@ def test_nothing_of_ours_in_the_passes_waits_for_the_device(name: str, records: 
         assert "tolist" in {
             event.call for event in rank.events if event.is_ours and event.phase == "before"
         }
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_host_goes_on_at_a_hop(name: str, records: Records) -> None:
+    def waits(case: str) -> bool:
+        events = (event for rank in records[case] for event in _events(rank, "read"))
+        return any(event.call == "synchronize" for event in events)
+
+    assert not waits(name)
+    assert waits(f"{name}, shapes")  # where megatron-core sends shapes, it is seen

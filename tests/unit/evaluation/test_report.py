@@ -14,6 +14,7 @@ from tests.run_folders import write_run
 PLAN = {
     "world_size": 128,
     "gpu": "h200",
+    "expected_s": 61.2,
     "ranks": {"first": {"peak_bytes": 118e9, "flops": {"policy": 5e15, "encode": 2e15}}},
 }
 
@@ -51,9 +52,10 @@ def test_what_lies_beside_is_shown(tmp_path: Path) -> None:
     assert "router_percentile: 55" in page
     assert "data:image/jpeg;base64," in page
     plan = page[page.index("Plan against measured") :]
-    assert re.findall(r"<td>([^<]*)</td>", plan)[:6] == [
+    assert re.findall(r"<td>([^<]*)</td>", plan)[:9] == [
         *("ranks", "128", "128"),
         *("GB at most on the fullest rank (h200)", "118.0", "112.0"),
+        *("seconds a step (planned: by formula)", "61.2", "27"),
     ]
     assert "Loss ratios and threshold" in page
 

@@ -194,7 +194,7 @@ def test_a_recipe_that_does_not_fit_is_not_started(tmp_path: Path) -> None:
     assert (status, calls[-3:]) == (2, ["doctor", "--gpus", "8"]), said
     assert "train" not in calls
     recipe = "examples/recipes/internvl3_5_241b_a28b/router.yaml"
-    words = f"plan --world-size 16 --gpu h200 --recipe {recipe} --lr 2e-4\n"
+    words = f"plan --world-size 16 --gpu h200 --quick --recipe {recipe} --lr 2e-4\n"
     assert (tmp_path / "calls.plan").read_text().endswith(words)
     # Asked once; not again after a requeue, nor where PLAN=0.
     for more in ({"SLURM_RESTART_COUNT": "1"}, {"PLAN": "0"}):

@@ -22,16 +22,17 @@ TRAINED = [
     ("policy", kind, index)
     for index, kind in itertools.product(range(PACKS), ("forward", "loss", "backward"))
 ]
-ENCODED = [("encode", "phase", None)] * 2 + [("deliver tokens", "phase", None)]
-AGAIN = ENCODED[1:]  # a second plan on the same features, or a ViT that runs chunk by chunk
-BACK = [("return gradients", "phase", None), ("encoder backward", "phase", None)]
+FEATURES = [("encode", "phase", None)]  # of a ViT that runs once for all plans
+# A plan's tokens: the packs' tiles are more than one chunk, of which each goes on its way at once.
+PLAN = 2 * [("encode", "phase", None), ("deliver tokens", "phase", None)]
+BACK = 2 * [("return gradients", "phase", None), ("encoder backward", "phase", None)]
 SPANS = {
-    "pretrain": AGAIN + TRAINED + BACK,
-    "warmup": ENCODED + AGAIN + REFERENCE + TRAINED + BACK,
-    "consistency": ENCODED + AGAIN + REFERENCE + TRAINED + BACK,
+    "pretrain": PLAN + TRAINED + BACK,
+    "warmup": FEATURES + 2 * PLAN + REFERENCE + TRAINED + BACK,
+    "consistency": FEATURES + 2 * PLAN + REFERENCE + TRAINED + BACK,
     "router": (
-        ENCODED
-        + 2 * AGAIN
+        FEATURES
+        + 3 * PLAN
         + REFERENCE
         + [
             (f"policy ({plan})", "forward", index)

@@ -15,11 +15,11 @@ from typing import Any
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_vico.checkpoint.integrity import Sum, is_complete, read_checksums
 from megatron_vico.checkpoint.ranks import Ranks
+from megatron_vico.checkpoint.restricted_pickle import read_metadata
 from megatron_vico.files import replacing
 
 _PREFIX = "frozen_"
@@ -110,7 +110,7 @@ def _link(earlier: Path, folder: Path, frozen: Frozen) -> dict[str, Sum] | None:
     """Link the frozen files of another checkpoint; None where that cannot be."""
     if not is_complete(earlier):
         return None
-    stored = FileSystemReader(earlier).read_metadata()
+    stored = read_metadata(earlier)
     held = {
         index.fqn: stored.state_dict_metadata[index.fqn]
         for index, place in stored.storage_data.items()
@@ -141,7 +141,7 @@ def _link(earlier: Path, folder: Path, frozen: Frozen) -> dict[str, Sum] | None:
 
 def _join(part: Path, folder: Path, frozen: Frozen) -> None:
     """Move the files of a checkpoint into the one that it is a part of."""
-    stored = FileSystemReader(part).read_metadata()
+    stored = read_metadata(part)
     for path in part.glob("*.distcp"):
         os.rename(path, folder / f"{_PREFIX}{path.name}")
     _add_metadata(folder, stored, frozen, rename=lambda name: f"{_PREFIX}{name}")
@@ -151,7 +151,7 @@ def _join(part: Path, folder: Path, frozen: Frozen) -> None:
 def _add_metadata(
     folder: Path, stored: Metadata, frozen: Frozen, *, rename: Callable[[str], str]
 ) -> None:
-    joined = FileSystemReader(folder).read_metadata()
+    joined = read_metadata(folder)
     for key in frozen.formats:
         joined.state_dict_metadata[key] = stored.state_dict_metadata[key]
     for index, place in stored.storage_data.items():

@@ -36,6 +36,7 @@ from megatron_vico.checkpoint.extra_state import leave_out_unstored, load_state
 from megatron_vico.checkpoint.frozen import add_frozen, take_frozen, tensors_of
 from megatron_vico.checkpoint.integrity import Sum, require_intact, write_checksums
 from megatron_vico.checkpoint.ranks import Ranks
+from megatron_vico.checkpoint.restricted_pickle import check_objects
 from megatron_vico.checkpoint.run_folder import (
     CheckpointMetadata,
     find_iteration,
@@ -344,6 +345,7 @@ def _check_tensors(
 
 def _stored(folder: Path) -> dict[str, Any]:
     """Tensors by key, objects by unique key."""
+    check_objects(folder)
     try:
         with _quiet():
             stored: dict[str, Any] = load_sharded_metadata(str(folder))

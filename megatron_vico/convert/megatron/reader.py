@@ -8,11 +8,11 @@ chunks it lies in: no process groups, no model, one process.
 
 import itertools
 import math
-import pickle
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -21,12 +21,16 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata as Chunk
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
+from megatron_vico.checkpoint.restricted_pickle import read_metadata
 from megatron_vico.convert.source import TensorInfo
 from megatron_vico.errors import CheckpointError, listed
 
 Index = tuple[int, ...]
 
-_FAILURES = (OSError, CheckpointException, RuntimeError, pickle.UnpicklingError, EOFError)
+_FAILURES = (
+    *(OSError, CheckpointException, RuntimeError, UnpicklingError, EOFError, ValueError),
+    *(AssertionError, LookupError, TypeError),  # of files that are not what .metadata says
+)
 
 _STACKED = re.compile(r"\.layers\.(?!\d)")
 _STACKED_EXPERTS = re.compile(r"\.mlp\.experts\.experts\.")
@@ -81,10 +85,7 @@ def open_dcp(path: str | Path) -> DcpFolder:
             is not stored whole.
     """
     folder = Path(path)
-    try:
-        metadata = FileSystemReader(folder).read_metadata()
-    except _FAILURES as error:
-        raise CheckpointError(f"{folder} is not a readable checkpoint: {error}.") from error
+    metadata = read_metadata(folder)
     _check_files(folder, metadata)
     tensors: dict[str, DcpTensor] = {}
     for key, stored in metadata.state_dict_metadata.items():

@@ -180,7 +180,7 @@ def latest_iteration(directory: str | Path) -> int | None:
     """
     root, path = Path(directory), Path(directory) / LATEST_FILE
     steps = finished_steps(root)
-    if not path.exists():
+    if not path.is_file():
         if not steps:
             return None
         raise CheckpointError(

@@ -125,7 +125,8 @@ def parse(argv: Sequence[str]) -> RunConfig:
     """The run that a command line asks for.
 
     Args:
-        argv: `--recipe R.yaml` and flags, in any order; the command line wins.
+        argv: `--recipe R.yaml` and flags, in any order; the command line wins. Where the recipe has
+            one folder for save and load, a --save without --load is both.
 
     Raises:
         ConfigError: for an unknown flag or recipe key, naming the nearest known one, and for a
@@ -133,7 +134,12 @@ def parse(argv: Sequence[str]) -> RunConfig:
     """
     recipe, given = _command_line(argv)
     if recipe is not None:
-        given = _recipe(Path(recipe)) | given
+        of_recipe = _recipe(Path(recipe))
+        folders = [of_recipe[name].values for name in ("save", "load") if name in of_recipe]
+        if "save" in given and len(folders) == 2 and folders[0] == folders[1]:
+            # Else the run would not resume itself, but what is in the recipe's folder.
+            given.setdefault("load", dataclasses.replace(given["save"], option=options()["load"]))
+        given = of_recipe | given
     return _read([each for each in given.values() if not each.is_unset])
 
 

@@ -76,7 +76,7 @@ def _check_run_folders(cfg: RunConfig) -> None:
     if load is not None and load != save and not has_checkpoint(load):
         raise ConfigError(
             f"--load {cfg.checkpoint.load} holds no checkpoint to resume from (looked from"
-            f" {Path.cwd()}); correct it, or leave it out to begin at step 0."
+            f" {Path.cwd()}); correct it, or begin at step 0 with --load none."
         )
     if save is not None:
         check_save_folder(cfg, model_name=resolve_model(cfg).name)

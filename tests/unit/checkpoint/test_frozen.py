@@ -44,7 +44,7 @@ def assert_holds(folder: Path, training: Training) -> None:
     assert damage(folder) == []
 
 
-@pytest.mark.parametrize(("size", "frozen"), [("toy-6b", "language_model"), ("toy-moe", "encoder")])
+@pytest.mark.parametrize(("size", "frozen"), [("toy-6b", "encoder"), ("toy-moe", "language_model")])
 def test_frozen_weights_are_written_once(
     size: str, frozen: str, groups: Groups, tmp_path: Path
 ) -> None:

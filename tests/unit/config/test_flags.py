@@ -116,6 +116,25 @@ def test_errors_of_a_recipe_name_the_file_and_the_fix(
 
 
 @pytest.mark.parametrize(
+    ("text", "words", "expected"),
+    [
+        ("save: a\nload: a", "", ("a", "a")),
+        ("save: a\nload: a", "--save b", ("b", "b")),
+        ("save: a\nload: a", "--save none", (None, None)),
+        ("save: a\nload: a", "--save b --load c", ("b", "c")),
+        ("save: a\nload: a", "--save b --load none", ("b", None)),
+        ("save: a\nload: c", "--save b", ("b", "c")),
+        ("save: a", "--save b", ("b", None)),
+    ],
+)
+def test_a_recipe_that_resumes_its_own_folder_does_so_in_another(
+    text: str, words: str, expected: tuple[str | None, str | None], tmp_path: Path
+) -> None:
+    files = parse(["--recipe", recipe(tmp_path, text), *words.split()]).checkpoint
+    assert (files.save, files.load) == expected
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         ("--lrr 3", "unknown option --lrr; did you mean '--lr'?"),

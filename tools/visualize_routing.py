@@ -2,9 +2,8 @@
 """Draws which tiles of images a trained router compresses, as Figures 3-5 of the ViCO paper.
 
     python tools/visualize_routing.py --load runs/demo/flash --output routing.png a.png b.jpg
-    python tools/visualize_routing.py --load runs/demo/router \\
-        --tokenizer-model runs/demo/tokenizer/demo.model --output routing.png \\
-        --max-dynamic-patch 4 --no-use-thumbnail runs/demo/data/test/00000*.png
+    python tools/visualize_routing.py --load runs/demo/router --output routing.png \\
+        runs/demo/data/test/00000*.png
 
 The thumbnail is routed too, but not drawn: it shows the whole image once more.
 """
@@ -12,18 +11,17 @@ The thumbnail is routed too, but not drawn: it shows the whole image once more.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from tyro.conf import Positional
 
 from megatron_vico import cpu_stand_in
 from megatron_vico.cli.command_line import read
-from megatron_vico.cli.engine_flags import ModelFlags
+from megatron_vico.cli.engine_flags import RoutingFlags
 from megatron_vico.errors import USER_ERRORS, ConfigError, SampleError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags(ModelFlags):
+class Flags(RoutingFlags):
     """Draw which tiles of images a trained router compresses."""
 
     images: Positional[tuple[Path, ...]]
@@ -31,12 +29,6 @@ class Flags(ModelFlags):
 
     output: Path
     """Picture to write."""
-
-    granularity: Literal["tile", "image"] = "tile"
-    """What the router decides on."""
-
-    rule: Literal["paper", "flash"] = "paper"
-    """p > 0.5, or the released models'."""
 
     tile_px: int = 112
     """Side of a tile in the picture."""
@@ -66,9 +58,8 @@ def draw(options: Flags) -> None:
     from megatron_vico.data.encode.tiling import choose_grid, decode_image
     from megatron_vico.data.samples import ConversationSample, Turn
     from megatron_vico.evaluation.plots import RoutedImage, routing_picture
-    from megatron_vico.inference.engine import Routing
 
-    prompts, grids = [], []
+    prompts, grids, routing = [], [], options.routing()
     with options.engine() as engine:
         for path in options.images:
             try:
@@ -83,13 +74,13 @@ def draw(options: Flags) -> None:
                     width,
                     height,
                     image_size=engine.model.vision.image_size,
-                    max_dynamic_patch=options.max_dynamic_patch,
+                    max_dynamic_patch=options.use.max_dynamic_patch,
                 )
             )
             turns = (Turn("human", "<image>"),)  # the router does not see the text
             sample = ConversationSample(key=str(path), turns=turns, images=(content,))
             prompts.append(engine.prompt(sample))
-        routed = engine.route(prompts, Routing(rule=options.rule, granularity=options.granularity))
+        routed = engine.route(prompts, routing)
     pictures = []
     for path, prompt, (columns, rows), (compressed_N, probability_N) in zip(
         options.images, prompts, grids, routed, strict=True

@@ -94,17 +94,7 @@ def steps(run: Path, *, quick: bool, processes: int, seed: int) -> list[Step]:
     export = _command(
         "-m", "megatron_vico", "convert", "--input", run / "router", "--output", run / "flash"
     )
-    export += [
-        "--from",
-        "megatron",
-        "--to",
-        "hf",
-        "--layout",
-        "flash",
-        "--tokenizer-model",
-        f"{tokenizer}",
-        *TILING[:3],
-    ]
+    export += ["--from", "megatron", "--to", "hf", "--layout", "flash"]
     evaluate = _command(HERE / "evaluate.py", "--run", run, "--seed", seed)
     results = ("results.json", "details.json", "table.txt", "table.md", "routing.png", "loss.png")
     return [

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from megatron_vico.config.config_json import CHECKPOINT, differences, model_named
 from megatron_vico.config.registry import MODELS, ModelConfig, get_model_config, model_from_fields
 from megatron_vico.config.schema import RunConfig
+from megatron_vico.config.stages import Module
 from megatron_vico.errors import CheckpointError, ConfigError
 from megatron_vico.files import read_json, refuse_incomplete, write_json, write_text
 
@@ -42,6 +43,10 @@ class CheckpointMetadata:
     stage: str
     """The stage that wrote it, or `converted`."""
 
+    trained: tuple[Module, ...] | None = None
+    """Modules that this stage or one before trained, or that came with the weights; the others hold
+    what they were drawn with. None where it was saved before this was noted."""
+
     has_optimizer: bool = False
     """Whether training can resume from it; filled in, as all below, when it is saved."""
 
@@ -62,13 +67,16 @@ class CheckpointMetadata:
         return self.description or get_model_config(self.model_size)
 
 
-def metadata_of(model: ModelConfig, *, stage: str, layout: str = "") -> CheckpointMetadata:
+def metadata_of(
+    model: ModelConfig, *, stage: str, layout: str = "", trained: Sequence[Module] | None = None
+) -> CheckpointMetadata:
     """What a new checkpoint of a model says; the rest is filled in when it is saved."""
     return CheckpointMetadata(
         model_size=model.name,
         description=None if MODELS.get(model.name) == model else model,
         stage=stage,
         layout=layout,
+        trained=None if trained is None else tuple(trained),
     )
 
 
@@ -78,6 +86,8 @@ def write_metadata(folder: Path, metadata: CheckpointMetadata, *, config_yaml: s
     description = contents.pop("description")
     if description is not None:
         contents["model"] = description
+    if metadata.trained is None:
+        del contents["trained"]
     write_json(folder / _METADATA_FILE, contents)
     (folder / _CONFIG_FILE).write_text(config_yaml, encoding="utf-8")
 
@@ -97,6 +107,8 @@ def read_metadata(directory: str | Path, iteration: int | None = None) -> Checkp
         )
     try:
         description: dict[str, Any] | None = contents.pop("model", None)
+        if (trained := contents.get("trained")) is not None:
+            contents["trained"] = tuple(trained)
         return CheckpointMetadata(
             **contents, description=None if description is None else model_from_fields(description)
         )

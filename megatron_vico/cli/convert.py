@@ -6,7 +6,7 @@ work.
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 _ANY_LAYOUT_LOADS = ("pipeline_model_parallel_size", "expert_model_parallel_size")
 _OF_FLASH = ("flash_relative_threshold", "flash_absolute_threshold", "flash_decision_rule")
-_NO_PLACE = {"internvl": _OF_FLASH, "hf": (*_OF_FLASH, "use_thumbnail"), "flash": ()}
+_NO_PLACE = {
+    "internvl": _OF_FLASH,
+    "hf": (*_OF_FLASH, "use_thumbnail", "tile_tags"),
+    "flash": (),
+}
 """What the config of each layout cannot say."""
 
 
@@ -36,6 +40,7 @@ class Exported:
     flash_decision_rule: Literal["paper", "flash"] | None = None
     max_dynamic_patch: int | None = None
     use_thumbnail: bool | None = None
+    tile_tags: Literal["none", "numbered"] | None = None
 
     def __post_init__(self) -> None:
         """Raises: ConfigError: if the model code could not use a number."""
@@ -164,24 +169,37 @@ def main(arguments: Sequence[str]) -> None:
         options=replace(given, input_layout=None if to_hf else given.layout, progress="bar"),
     )
     if is_main:
-        for note in (*_tokenizer_notes(given, written), *_verified_notes(given)):
+        for note in (*_notes(given, written), *_verified_notes(given)):
             print(f"note: {note}", file=sys.stderr)
         print(written)
 
 
-def _tokenizer_notes(given: Flags, written: Path) -> list[str]:
-    if given.target == "hf" and not (written / "tokenizer_config.json").exists():
-        return [
-            "no tokenizer came with the input, so none is beside the weights; convert with"
-            " --tokenizer-model, or copy the files of one into the output."
-        ]
+def _notes(given: Flags, written: Path) -> Iterator[str]:
+    from megatron_vico.files import read_json
+
+    if given.target == "hf":
+        said = read_json(written / "config.json")
+        if not (written / "tokenizer_config.json").exists():
+            yield (
+                "no tokenizer came with the input, so none is beside the weights; convert with"
+                " --tokenizer-model, or copy the files of one into the output."
+            )
+        if drawn := said.get("untrained_modules"):
+            yield (
+                f"{', '.join(drawn)}: never trained; flash_mode is false in config.json, so that"
+                " servers compress nothing."
+            )
+        if said.get("tile_tags") or (given.layout == "hf" and said.get("use_thumbnail") is False):
+            yield (
+                "trained with tile tags or without thumbnails, which config.json says and `vico"
+                " generate` follows; servers and transformers' own processor have no form of it."
+            )
     if given.source == "parts" and given.tokenizer_model is None:
-        return [
+        yield (
             "the tokenizer beside the weights is the language model's own, without image tokens;"
             " train with InternVL3.5's (tools/build_tokenizer.py makes it), or convert with it as"
             " --tokenizer-model."
-        ]
-    return []
+        )
 
 
 def _verified_notes(given: Flags) -> list[str]:
@@ -222,18 +240,11 @@ def _check_form(folder: Path, form: str) -> None:
 
 
 def _export_options(given: Flags) -> "ExportOptions | None":
-    """What the input's config says, changed by the command line; None where that says nothing."""
-    from megatron_vico.convert.huggingface.config import ExportOptions, options_of
-    from megatron_vico.convert.huggingface.export import carried_config
-    from megatron_vico.convert.open import TOKENIZER_FOLDER
+    """What the input says, changed by the command line; None where that says nothing."""
+    from megatron_vico.convert.stated import stated_options
 
     if not given.said:
         return None
     assert given.input is not None
-    config = carried_config(
-        given.input / TOKENIZER_FOLDER if given.source == "megatron" else given.input
-    )
-    options = options_of(config) if config else ExportOptions()
-    if given.tokenizer_model is not None:
-        options = replace(options, eos_token_id=None, pad_token_id=None)  # the tokenizer's count
-    return replace(options, **given.said)
+    said = stated_options(given.input, iteration=given.ckpt_step)
+    return replace(said, **given.said)

@@ -40,12 +40,13 @@ def main(arguments: Sequence[str]) -> None:
     samples = read_evaluation_set(
         options.jsonl, image_root=options.image_root or options.jsonl.parent, limit=options.limit
     )
+    plan = options.plan_source()
     with options.engine() as engine:
         result = run_evaluation(
             engine,
             samples,
-            row=options.plan,
-            plan=options.plan_source(),
+            row=options.chosen_plan,
+            plan=plan,
             max_new_tokens=options.max_new_tokens,
         ).result
     print(f"{len(samples)} conversations: score {result.score:.2%} +- {result.standard_error:.2%}")

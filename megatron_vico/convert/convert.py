@@ -21,6 +21,7 @@ from megatron_vico.checkpoint import run_folder
 from megatron_vico.checkpoint.integrity import WEIGHTS, crc32, require_intact, write_checksums
 from megatron_vico.checkpoint.ranks import FAILURES, Ranks, launched
 from megatron_vico.config.registry import ModelConfig
+from megatron_vico.config.stages import MODULES, Module
 from megatron_vico.convert.huggingface.config import ExportOptions
 from megatron_vico.convert.huggingface.export import (
     carry_companions,
@@ -35,6 +36,7 @@ from megatron_vico.convert.open import TOKENIZER_FOLDER, is_megatron, open_sourc
 from megatron_vico.convert.options import ConversionOptions, Layout
 from megatron_vico.convert.output_folder import check_space, new_folder
 from megatron_vico.convert.source import Source, bytes_of, cast, check_whole, completed, same_bits
+from megatron_vico.convert.stated import stated_options
 from megatron_vico.data.encode.tokenizer import Tokenizer, load_tokenizer
 from megatron_vico.errors import CheckpointError, ConfigError, cause_of, listed
 from megatron_vico.models.build import padded_vocab_size
@@ -86,6 +88,10 @@ def convert(
         sums: dict[str, str] = {}
         if chosen.verify:
             opened = _summed(opened, sums)
+        said = export or ExportOptions()
+        if export is None and layout != "megatron" and not isinstance(source, Source):
+            folder = Path(source)
+            said = ranks.agree(lambda: stated_options(folder, iteration=chosen.ckpt_step))
         with new_folder(output, ranks=ranks) as folder:
             if layout == "megatron":
                 _write_megatron(folder, opened, tokenizer=tokenizer, options=chosen, ranks=ranks)
@@ -96,9 +102,10 @@ def convert(
                     model=opened.model,
                     layout=layout,
                     dtype=opened.dtype,
-                    options=export,
+                    options=said,
                     tokenizer=tokenizer,
                     carried_from=opened.companions,
+                    untrained=untrained_of(opened),
                 )
                 _write_hf(folder, opened, layout=layout, options=chosen, ranks=ranks)
                 ranks.on_main(companions)
@@ -144,11 +151,18 @@ def export_hf(
             model=model,
             layout=layout,
             dtype=source.dtype,
-            options=options,
+            options=options or ExportOptions(),
             tokenizer=tokenizer,
         )
         write_checksums(folder)
     return Path(out_dir)
+
+
+def untrained_of(source: Source) -> tuple[Module, ...]:
+    """Modules of a source that hold what they were drawn with; none where it does not say."""
+    if source.trained is None:
+        return ()
+    return tuple(name for name in MODULES if name not in source.trained)
 
 
 def _refuse_overlap(source: Path, output: Path) -> None:
@@ -246,7 +260,9 @@ def _write_megatron(
     def finish() -> None:
         if source.companions is not None:
             carry_companions(source.companions, folder / TOKENIZER_FOLDER, tokenizer=tokenizer)
-        metadata = run_folder.metadata_of(source.model, stage="converted", layout="1 rank")
+        metadata = run_folder.metadata_of(
+            source.model, stage="converted", layout="1 rank", trained=source.trained
+        )
         run_folder.write_metadata(target, metadata)
         run_folder.point_to(folder, 0)
 

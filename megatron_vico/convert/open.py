@@ -5,6 +5,7 @@ source (`Source.problems`), for people to inspect; `open_source` raises it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from megatron_vico import files
 from megatron_vico.checkpoint import run_folder
 from megatron_vico.config.config_json import read_model
 from megatron_vico.config.registry import ModelConfig
+from megatron_vico.config.stages import MODULES
 from megatron_vico.convert.huggingface.config import layout_of
 from megatron_vico.convert.huggingface.safetensors_folder import (
     SafetensorsFolder,
@@ -80,7 +82,7 @@ def hf_source(
     path: str | Path, *, model_size: str | None = None, layout: Layout | None = None
 ) -> Source:
     """A Hugging Face folder, its layout and size found from config.json; see `open_source`."""
-    folder = open_folder(path)
+    folder = _known_names(open_folder(path))
     config_path = folder.path / "config.json"
     config = files.read_json(config_path)
     found = layout_of(config, path=str(config_path), tensors=folder.tensors.keys())
@@ -90,7 +92,30 @@ def hf_source(
             " none."
         )
     model = read_model(config, path=str(config_path), expected=model_size)
-    return files_source(folder, model=model, layout=found)
+    source = files_source(folder, model=model, layout=found)
+    assert source.trained is not None
+    drawn = config.get("untrained_modules") or ()
+    return replace(source, trained=tuple(name for name in source.trained if name not in drawn))
+
+
+def _known_names(folder: SafetensorsFolder) -> SafetensorsFolder:
+    """A folder whose tensors have the names that transformers' own layout is released with.
+
+    Newer releases of transformers keep all but the head below `model.`, and gathered shards of a
+    training keep those names when they are saved.
+    """
+    if not any(name.startswith("model.vision_tower.") for name in folder.tensors):
+        return folder
+
+    def known(name: str) -> str:
+        if name == "lm_head.weight":
+            return f"language_model.{name}"
+        language = "model.language_model."
+        if name.startswith(language):
+            return f"language_model.model.{name.removeprefix(language)}"
+        return name.removeprefix("model.")
+
+    return replace(folder, tensors={known(name): each for name, each in folder.tensors.items()})
 
 
 def files_source(
@@ -137,6 +162,11 @@ def files_source(
         problems=problems_of(folder.tensors, owners, wrong),
         companions=folder.path,
         layout=layout,
+        trained=tuple(
+            module
+            for module in MODULES
+            if any(name.removeprefix("encoder.").startswith(f"{module}.") for name in tensors)
+        ),
         contents=Contents(
             path=folder.path,
             facts={"model_size": model.name, "layout": layout},
@@ -175,11 +205,13 @@ def megatron_source(
         read_tensor=read_tensor,
         problems=problems_with(tensors, rows),
         companions=Path(path) / TOKENIZER_FOLDER,
+        trained=metadata.trained,
         contents=Contents(
             path=folder,
             facts={
                 "model_size": model.name,
                 "stage": metadata.stage,
+                "trained": "unknown" if metadata.trained is None else ", ".join(metadata.trained),
                 "iteration": str(metadata.iteration),
                 "layout": metadata.layout or "unknown",
                 "has_optimizer": f"{metadata.has_optimizer}{optimizer}",

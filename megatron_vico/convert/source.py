@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_vico.config.registry import ModelConfig
+from megatron_vico.config.stages import Module
 from megatron_vico.convert.initial import initial_tensor
 from megatron_vico.convert.names.internvl import Entry, entries
 from megatron_vico.convert.options import Layout
@@ -74,6 +75,10 @@ class Source:
 
     layout: Layout | None = None
     """Of a Hugging Face folder."""
+
+    trained: tuple[Module, ...] | None = None
+    """Modules that are there and do not hold what they were drawn with; None where it is not
+    said."""
 
     contents: Contents | None = None
     """Of a folder."""

@@ -98,12 +98,15 @@ class Engine:
         model: ModelConfig,
         settings: EncodingSettings,
         batch_size: int = 64,
+        stop_ids: Sequence[int] = (),
     ) -> None:
         """Put the model into evaluation mode.
 
         The language model is a whole one (no pipeline), built with attention "sdpa"; settings are
-        those of training; `batch_size` conversations are answered together.
+        those of training; `batch_size` conversations are answered together. Answers end with the
+        tokenizer's end mark, or with one of `stop_ids`.
         """
+        self.stop_ids = torch.tensor(sorted({tokenizer.eos_id, *stop_ids}))
         self.encoder = encoder.eval()
         self.language_model = language_model.eval()
         self.tokenizer = tokenizer
@@ -191,7 +194,7 @@ class Engine:
             + sum(_longest(batch, turn) for turn in range(num_turns - 1))
             + num_turns * (max_new_tokens + 2),
             tokenizer=self.tokenizer,
-            device=self._device,
+            stop_ids=self.stop_ids.to(self._device),
         )
         turns = [
             decoder.answer(
@@ -253,12 +256,13 @@ class _Decoder:
         batch: int,
         max_len: int,
         tokenizer: Tokenizer,
-        device: torch.device,
+        stop_ids: Tensor,
     ) -> None:
         self._language_model = language_model
+        self._stop_ids = stop_ids
         self._tokenizer = tokenizer
         self._cache: KVCache = language_model.new_cache(batch, max_len)
-        self._device = device
+        self._device = stop_ids.device
         self._unseen: list[list[int]] = [[] for _ in range(batch)]
         """Tokens said but not yet run through the model; they go before the next segment."""
 
@@ -290,7 +294,7 @@ class _Decoder:
         ]
         next_B = self._read(tokens, visual_tokens_VH, visual_positions)
         for count in range(1, max_new_tokens + 1):
-            talks_B = talks_B & (next_B != self._tokenizer.eos_id)
+            talks_B = talks_B & ~torch.isin(next_B, self._stop_ids)
             for answer, token, talks in zip(
                 answers, next_B.tolist(), talks_B.tolist(), strict=True
             ):

@@ -1,5 +1,6 @@
 """Builds an engine and puts the weights of a checkpoint of either form into it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_vico.checkpoint import training_checkpoint
@@ -32,10 +33,11 @@ def build_engine(
     settings: EncodingSettings,
     bf16: bool = False,
     batch_size: int = 64,
+    stop_ids: Sequence[int] = (),
 ) -> Engine:
     """An engine with fresh weights, which `load_weights` fills, on the device of the groups.
 
-    The groups are of one rank; settings and batch size as in `Engine`.
+    The groups are of one rank; what is not named here is as in `Engine`.
     """
     encoder = build_vision_encoder(
         model, vision_transformer_config(model, bf16=bf16), pg_collection=groups.encoder
@@ -55,6 +57,7 @@ def build_engine(
         model=model,
         settings=settings,
         batch_size=batch_size,
+        stop_ids=stop_ids,
     )
 
 

@@ -128,6 +128,7 @@ def build(
         scheduler=scheduler,
         data=DataState.of(None, max_skipped_share=0.0, restored=None),
         iteration=0,
+        trained_so_far=None,
     )
     with meter.building("optimizer"):
         policy.zero_grad()

@@ -12,12 +12,18 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vico.checkpoint import training_checkpoint
-from megatron_vico.checkpoint.run_folder import has_checkpoint, iteration_folder, resolve_model
+from megatron_vico.checkpoint.run_folder import (
+    has_checkpoint,
+    iteration_folder,
+    read_metadata,
+    resolve_model,
+)
 from megatron_vico.checkpoint.training_checkpoint import Modules
 from megatron_vico.config.layout import replicas_in_step
 from megatron_vico.config.pipeline_split import virtual_stages
 from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import RunConfig
+from megatron_vico.config.stages import MODULES, Module
 from megatron_vico.data.encode.sample_encoder import EncodingSettings, SampleEncoder
 from megatron_vico.data.encode.tokenizer import load_tokenizer
 from megatron_vico.data.load.loader import Loader, open_plan
@@ -62,6 +68,9 @@ class Run:
 
     iteration: int
     """Optimizer steps already done when the run starts."""
+
+    trained_so_far: tuple[Module, ...] | None
+    """For its checkpoints' metadata: what it trains, and what was trained before it."""
 
     @property
     def resumed_from(self) -> Path | None:
@@ -156,7 +165,21 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
             loader, max_skipped_share=cfg.data.max_skipped_share, restored=data_state
         ),
         iteration=iteration,
+        trained_so_far=_trained_so_far(
+            cfg, start_from, cfg.checkpoint.ckpt_step if resume else None
+        ),
     )
+
+
+def _trained_so_far(
+    cfg: RunConfig, start_from: str | None, step: int | None
+) -> tuple[Module, ...] | None:
+    before: tuple[Module, ...] | None = ()
+    if start_from is not None:
+        before = read_metadata(start_from, step).trained
+    if before is None:
+        return None
+    return tuple(name for name in MODULES if name in before or name in cfg.stage.trained)
 
 
 def build_policy(

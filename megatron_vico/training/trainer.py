@@ -4,6 +4,7 @@ import dataclasses
 import signal
 import time
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Literal
 
@@ -12,13 +13,16 @@ import torch
 from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.checkpoint.ownership import owned
 from megatron_vico.checkpoint.retention import remove_superseded
-from megatron_vico.checkpoint.run_folder import metadata_of, resolve_model
+from megatron_vico.checkpoint.run_folder import has_checkpoint, metadata_of, resolve_model
 from megatron_vico.config.flags import to_yaml
 from megatron_vico.config.gpus import peak_tflops
 from megatron_vico.config.layout import launched_world_size
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.stages import MODULES
 from megatron_vico.config.validate import validate
+from megatron_vico.convert.huggingface.export import carry_companions
+from megatron_vico.convert.open import TOKENIZER_FOLDER
+from megatron_vico.data.encode.tokenizer import load_tokenizer
 from megatron_vico.data.load.loader import worker_death_explained
 from megatron_vico.parallel import groups as process_groups
 from megatron_vico.parallel.batch import StepBatch
@@ -137,6 +141,22 @@ def _announce(run: Run, logger: MetricsLogger) -> None:
         logger.note(
             f"--profile-step-end {cfg.training.profile_step_end} is past: nothing will be recorded"
         )
+    if run.groups.is_main and cfg.checkpoint.save is not None:
+        _keep_tokenizer(cfg, Path(cfg.checkpoint.save) / TOKENIZER_FOLDER)
+
+
+def _keep_tokenizer(cfg: RunConfig, target: Path) -> None:
+    """Put the tokenizer, and what came with the weights the run begins with, beside its results."""
+    assert cfg.data.tokenizer_model is not None
+    tokenizer = load_tokenizer(cfg.data.tokenizer_model)
+    files = cfg.checkpoint
+    resumed = files.load if files.load is not None and has_checkpoint(files.load) else None
+    source = resumed or files.pretrained_checkpoint
+    if source is None or Path(source, TOKENIZER_FOLDER) == target:
+        target.mkdir(exist_ok=True)
+        tokenizer.save_to(target)
+    else:
+        carry_companions(Path(source, TOKENIZER_FOLDER), target, tokenizer=tokenizer)
 
 
 def compute_gradients(run: Run, batch: StepBatch) -> StepSums:
@@ -198,7 +218,7 @@ def _save(progress: Progress) -> None:
             "data": run.data.to_state(),
         },
         config_yaml=to_yaml(run.cfg),
-        metadata=metadata_of(run.model, stage=run.cfg.stage.stage),
+        metadata=metadata_of(run.model, stage=run.cfg.stage.stage, trained=run.trained_so_far),
         earlier=progress.saved,
     )
     if run.groups.is_main:

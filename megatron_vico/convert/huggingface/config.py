@@ -1,8 +1,8 @@
 """JSON files beside an InternVL3.5 checkpoint's weights; the architecture is config_json.py's."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_vico.config.config_json import Form, Json, architecture_json
 from megatron_vico.config.registry import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
@@ -33,29 +33,60 @@ class ExportOptions:
     use_thumbnail: bool = True
     """Whether the whole image is one more tile."""
 
+    tile_tags: Literal["none", "numbered"] = "none"
+    """Text before each tile."""
+
+    router_granularity: Literal["tile", "image"] = "tile"
+    """What ViR was trained to decide on."""
+
     template: str = "internvl2_5"
     """Conversation template of the remote code."""
 
-    eos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
     """Where generation stops; unset, this and the next are the tokenizer's."""
 
     pad_token_id: int | None = None
     """What fills up shorter samples of a batch."""
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """`eos_token_id` as a list, empty where it is unset."""
+        ids = self.eos_token_id
+        return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
 
-def model_json(model: ModelConfig, *, layout: Layout, dtype: str, options: ExportOptions) -> Json:
-    """config.json of a model; `dtype` is torch's name of the weights' format, such as bfloat16."""
+
+def model_json(
+    model: ModelConfig,
+    *,
+    layout: Layout,
+    dtype: str,
+    options: ExportOptions,
+    untrained: Sequence[str] = (),
+) -> Json:
+    """config.json of a model.
+
+    Args:
+        model: the size.
+        layout: of the weights.
+        dtype: torch's name of their format, such as bfloat16.
+        options: what it says beyond them.
+        untrained: modules of the layout that hold what they were drawn with.
+    """
     form: Form = "native" if layout == "hf" else "remote"
     config = architecture_json(model, form) | {
         "torch_dtype": dtype,
         # transformers' default is True and would tie the output layer to the embedding.
         "tie_word_embeddings": False,
     }
+    # Not released fields: what training may do that InternVL's own does not.
+    config |= {name: value for name in _OWN if (value := getattr(options, name)) != _OWN[name]}
     config["vision_config"] |= _VISION
     part = "text_config" if layout == "hf" else "llm_config"
     config[part] |= _language_json(model, dtype=dtype, options=options)
     if layout == "hf":
         config["vision_config"] |= _NATIVE_VISION
+        # transformers reads the tiles from preprocessor_config.json and always adds a thumbnail.
+        config |= {} if options.use_thumbnail else {"use_thumbnail": False}
         return config | {
             "architectures": ["InternVLForConditionalGeneration"],
             "model_type": "internvl",
@@ -78,13 +109,15 @@ def model_json(model: ModelConfig, *, layout: Layout, dtype: str, options: Expor
     }
     if layout == "flash":
         config |= {
-            "flash_mode": True,
+            # Off: servers and the model code compress nothing, but a plan of the caller's can.
+            "flash_mode": not untrained,
             "flash_relative_threshold": options.flash_relative_threshold,
             "flash_absolute_threshold": options.flash_absolute_threshold,
             # Not released fields: the released code knows the flash rule only, and has 16 heads
             # built in, which toys cannot have.
             "flash_decision_rule": options.flash_decision_rule,
             "vir_num_heads": model.vir_num_heads,
+            **({"untrained_modules": list(untrained)} if untrained else {}),
         }
     return config
 
@@ -132,20 +165,38 @@ def preprocessor_json(model: ModelConfig, *, layout: Layout, options: ExportOpti
     }
 
 
-def options_of(config: Json) -> ExportOptions:
-    """What a config.json of any layout says beyond the weights, to be said again in another."""
-    names = (
-        *("flash_relative_threshold", "flash_absolute_threshold", "flash_decision_rule"),
-        *("max_dynamic_patch", "use_thumbnail", "template"),
-    )
-    said = {name: config[name] for name in names if config.get(name) is not None}
-    language = config.get("llm_config") or config.get("text_config") or {}
-    said |= {
-        name: language[name]
-        for name in ("eos_token_id", "pad_token_id")
-        if isinstance(language.get(name), int)
+def processor_json(model: ModelConfig) -> Json:
+    """processor_config.json, of transformers' own processor."""
+    return {
+        "processor_class": "InternVLProcessor",
+        "image_seq_length": model.visual_tokens_per_tile,
     }
-    return ExportOptions(**said)
+
+
+def said_of_use(config: Json, *, path: str) -> dict[str, Any]:
+    """What a config.json of any layout says of `ExportOptions`, by name, to be said again.
+
+    Raises:
+        CheckpointError: naming the field, if a value is not of its kind.
+    """
+    said = {name: config[name] for name in _KINDS if config.get(name) is not None}
+    if config.get("dynamic_image_size") is False:
+        said["max_dynamic_patch"] = 1
+    sections = (config.get("llm_config") or {}, config.get("text_config") or {}, config)
+    for name in ("eos_token_id", "pad_token_id"):
+        stated = [section.get(name) for section in sections if isinstance(section, dict)]
+        found = next((value for value in stated if value is not None), None)
+        said |= {} if found is None else {name: found}
+    check_said(said, path=path)
+    return said
+
+
+def check_said(said: dict[str, Any], *, path: str) -> None:
+    """CheckpointError if a value is not what `ExportOptions` can take under its name."""
+    for name, value in said.items():
+        expected, fits = (_KINDS | _IDS)[name]
+        if not fits(value):
+            raise CheckpointError(f"{path}: {name} is {value!r}, expected {expected}.")
 
 
 def layout_of(config: Json, *, path: str, tensors: Collection[str] = ()) -> Layout:
@@ -184,6 +235,34 @@ def layout_of(config: Json, *, path: str, tensors: Collection[str] = ()) -> Layo
         " InternVL checkpoint."
     )
 
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value <= 1
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+# Name -> what a value must be, in words and as a check.
+_KINDS = {
+    "flash_relative_threshold": ("a number from 0 to 1", _is_share),
+    "flash_absolute_threshold": ("a number from 0 to 1", _is_share),
+    "flash_decision_rule": ("'paper' or 'flash'", ("paper", "flash").__contains__),
+    "max_dynamic_patch": ("1 or more", lambda value: _is_id(value) and value > 0),
+    "use_thumbnail": ("true or false", lambda value: isinstance(value, bool)),
+    "tile_tags": ("'none' or 'numbered'", ("none", "numbered").__contains__),
+    "router_granularity": ("'tile' or 'image'", ("tile", "image").__contains__),
+    "template": ("a name", lambda value: isinstance(value, str)),
+}
+_IDS = {
+    "eos_token_id": (
+        "a token's id or a list of them",
+        lambda value: _is_id(value) or (isinstance(value, list) and all(map(_is_id, value))),
+    ),
+    "pad_token_id": ("a token's id", _is_id),
+}
+_OWN = {"tile_tags": "none", "router_granularity": "tile"}
 
 # What is the same in every config.json and read from none.
 _VISION: Json = {

@@ -1,7 +1,7 @@
 """Writes a Hugging Face folder: the weights file by file, and what belongs beside them."""
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,16 +17,17 @@ from megatron_vico.convert.huggingface.config import (
     Json,
     generation_json,
     model_json,
-    options_of,
     preprocessor_json,
+    processor_json,
 )
 from megatron_vico.convert.huggingface.safetensors_folder import Group, Shard
+from megatron_vico.convert.huggingface.tokenizer_files import complete_tokenizer
 from megatron_vico.convert.names.internvl import entries
 from megatron_vico.convert.options import MAX_SHARD_BYTES, Layout
 from megatron_vico.convert.remote_code_files import write_remote_code
 from megatron_vico.convert.source import Source, TensorInfo, dtype_name
-from megatron_vico.data.encode.tokenizer import Tokenizer
-from megatron_vico.errors import CheckpointError, listed
+from megatron_vico.data.encode.tokenizer import Tokenizer, load_tokenizer
+from megatron_vico.errors import CheckpointError, ConfigError, listed
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -34,8 +35,8 @@ TOKENIZER_FILES = (
     *("chat_template.jinja", "chat_template.json"),
 )
 
-_GENERATION = "generation_config.json"
-_PREPROCESSORS = (
+GENERATION = "generation_config.json"
+PREPROCESSORS = (
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
@@ -116,9 +117,10 @@ def write_companions(
     model: ModelConfig,
     layout: Layout,
     dtype: torch.dtype,
-    options: ExportOptions | None,
+    options: ExportOptions,
     tokenizer: Tokenizer | None = None,
     carried_from: Path | None = None,
+    untrained: Sequence[str] = (),
 ) -> None:
     """Write what belongs beside the weights: the JSON files and the tokenizer.
 
@@ -127,36 +129,43 @@ def write_companions(
         model: the size.
         layout: of the weights.
         dtype: their format.
-        options: what the config files say; unset, what the source's said.
+        options: what the config files say.
         tokenizer: written beside the weights; unset, the source's files travel along as they are.
         carried_from: folder of the source's small files: itself, or what `carry_companions` made of
             it.
+        untrained: modules of the layout that hold what they were drawn with.
     """
     config = carried_config(carried_from)
-    chosen = options or (options_of(config) if config else ExportOptions())
     if tokenizer is not None:
         tokenizer.save_to(folder)
-        if options is None or options.eos_token_id is None:
-            chosen = replace(chosen, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
     elif carried_from is not None:
-        _copy_files(carried_from, folder, (*TOKENIZER_FILES, _GENERATION))
-    if (
-        options is None
-        and config
-        and carried_from is not None
-        and _is_native(config) == (layout == "hf")
-    ):
-        _copy_files(carried_from, folder, _PREPROCESSORS)
-    written = model_json(model, layout=layout, dtype=dtype_name(dtype), options=chosen)
+        _copy_files(carried_from, folder, TOKENIZER_FILES)
+    chosen = _with_ids(options, tokenizer or _tokenizer_in(folder), is_new=tokenizer is not None)
+    from_same_form = config is not None and _is_native(config) == (layout == "hf")
+    complete_tokenizer(folder, native=layout == "hf", written_for_it=from_same_form)
+    written = model_json(
+        model, layout=layout, dtype=dtype_name(dtype), options=chosen, untrained=untrained
+    )
     files.write_json(folder / "config.json", written)
     if layout != "hf":  # that one is transformers' own
         write_remote_code(folder)
-    for name, contents in (
-        (_GENERATION, generation_json(chosen)),
-        (_PREPROCESSORS[0], preprocessor_json(model, layout=layout, options=chosen)),
-    ):
-        if not (folder / name).exists():
-            files.write_json(folder / name, contents)
+    made = {
+        GENERATION: generation_json(chosen),
+        PREPROCESSORS[0]: preprocessor_json(model, layout=layout, options=chosen),
+    }
+    if layout == "hf":
+        made[PREPROCESSORS[1]] = processor_json(model)
+    for name, contents in made.items():
+        if carried_from is not None and (name == GENERATION or from_same_form):
+            _copy_files(carried_from, folder, (name,))
+        if (folder / name).exists():
+            carried = files.read_json(folder / name)
+            contents = _kept(carried, contents, new_ids=chosen != options and tokenizer is not None)
+            if contents == carried:
+                continue
+        files.write_json(folder / name, contents)
+    if carried_from is not None and from_same_form:
+        _copy_files(carried_from, folder, PREPROCESSORS)
 
 
 def carry_companions(source: Path, folder: Path, *, tokenizer: Tokenizer | None = None) -> None:
@@ -170,13 +179,14 @@ def carry_companions(source: Path, folder: Path, *, tokenizer: Tokenizer | None 
     if tokenizer is not None:
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save_to(folder)
-    names = (*TOKENIZER_FILES, _GENERATION, *_PREPROCESSORS)
-    if (source / "config.json").exists() or any((source / name).exists() for name in names):
+    names = (*TOKENIZER_FILES, GENERATION, *PREPROCESSORS)
+    config = carried_config(source)
+    if config is not None or any((source / name).exists() for name in names):
         folder.mkdir(parents=True, exist_ok=True)
-        _copy_files(source, folder, names)
-        if (source / "config.json").exists():
+        _copy_files(source, folder, names if tokenizer is None else (GENERATION, *PREPROCESSORS))
+        if config is not None:
             # Under another name: transformers' tokenizers would look at it and not know the model.
-            shutil.copyfile(source / "config.json", folder / _CARRIED_CONFIG)
+            files.write_json(folder / _CARRIED_CONFIG, config)
 
 
 def carried_config(folder: Path | None) -> Json | None:
@@ -185,6 +195,43 @@ def carried_config(folder: Path | None) -> Json | None:
         if folder is not None and (folder / name).exists():
             return files.read_json(folder / name)
     return None
+
+
+def _tokenizer_in(folder: Path) -> Tokenizer | None:
+    """The tokenizer in a folder; None where there is none, or one without InternVL's tokens."""
+    try:
+        return load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+    except ConfigError:
+        return None
+
+
+def _with_ids(
+    options: ExportOptions, tokenizer: Tokenizer | None, *, is_new: bool
+) -> ExportOptions:
+    """Options with the ids that end an answer and fill a batch; a new tokenizer's own win."""
+    if tokenizer is None:
+        return options
+    stops = options.stop_ids
+    if not stops or (is_new and tokenizer.eos_id not in stops):
+        options = replace(options, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
+    if options.pad_token_id is None:
+        options = replace(options, pad_token_id=tokenizer.pad_id)
+    return options
+
+
+def _kept(carried: Json, made: Json, *, new_ids: bool) -> Json:
+    """A carried file's contents; most tiles, new ids and ids that it lacks are as in the made one.
+
+    A processor's file can have the image processor's in it.
+    """
+    for name in ("eos_token_id", "pad_token_id"):
+        if name in made and (new_ids or carried.get(name) is None):
+            carried = carried | {name: made[name]}
+    tiles = {"max_patches": made["max_patches"]} if "max_patches" in made else {}
+    nested = carried.get("image_processor")
+    if isinstance(nested, dict):
+        return carried | {"image_processor": nested | tiles}
+    return carried | tiles
 
 
 def _is_native(config: Json) -> bool:

@@ -160,6 +160,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"--tokenizer-model {found}: found neither a folder nor a SentencePiece .model file; "
             "give a Hugging Face tokenizer folder, or make one with tools/build_tokenizer.py."
         )
+    # A tokenizer.json can carry the settings of its last call; transformers, too, begins without.
+    backend.no_truncation()
+    backend.no_padding()
     loaded = Tokenizer(backend, source=found)
     for text in SPECIAL_STRINGS:
         loaded.token_id(text)

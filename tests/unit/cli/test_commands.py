@@ -11,9 +11,11 @@ import yaml
 from PIL import Image
 
 from megatron_vico.cli.main import main
-from megatron_vico.config.registry import MODELS
+from megatron_vico.config.registry import MODELS, get_model_config
+from megatron_vico.convert.convert import convert, export_hf
 from megatron_vico.convert.huggingface.config import ExportOptions, model_json
 from tests.toy_data import write_video
+from tests.toy_models import make_encoder, make_language_model
 from tests.training_runs import ToyData, load_tool, make_toy_data
 
 
@@ -31,9 +33,13 @@ def vico(command: str) -> int:
 def run(
     data: ToyData, tmp_path_factory: pytest.TempPathFactory, single_process_groups: None
 ) -> Path:
-    """The --save folder of a short pretraining run, started as a user would."""
+    """The --save folder of a short pretraining run, started as a user would, from a Flash model."""
     folder = tmp_path_factory.mktemp("runs") / "pretrain"
     recipe = folder.parent / "pretrain.yaml"
+    model = get_model_config("toy")
+    modules = {"encoder": make_encoder(model), "language_model": make_language_model(model)}
+    flash = export_hf(folder.parent / "start", **modules, model=model, layout="flash")  # type: ignore[arg-type]
+    convert(flash, output=folder.parent / "megatron", layout="megatron")
     settings = {
         "stage": "pretrain",
         "data_path": [str(data.shards)],
@@ -44,6 +50,7 @@ def run(
         "max_dynamic_patch": 4,
         "num_workers": 0,
         "global_batch_size": 2,
+        "pretrained_checkpoint": str(folder.parent / "megatron"),
         "train_iters": 5,
     }
     recipe.write_text(yaml.safe_dump(settings))
@@ -52,10 +59,10 @@ def run(
 
 
 @pytest.fixture(scope="module")
-def exported(run: Path, data: ToyData) -> Path:
+def exported(run: Path) -> Path:
     folder = run.parent / "flash"
     words = f"--from megatron --to hf --layout flash --input {run} --output {folder} --verify"
-    own = f"--tokenizer-model {data.tokenizer} --flash-decision-rule paper"
+    own = "--flash-decision-rule paper"
     assert vico(f"convert {words} {own}") == 0
     assert '"flash_decision_rule": "paper"' in (folder / "config.json").read_text()
     assert (folder / "modeling_internvl_chat.py").exists()
@@ -85,7 +92,7 @@ def test_train_refuses_a_layout_it_cannot_run(capsys: pytest.CaptureFixture[str]
 def test_generate_from_an_export(
     exported: Path, image: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = f"--load {exported} --image {image} --max-dynamic-patch 4 --max-new-tokens 3"
+    words = f"--load {exported} --image {image} --max-new-tokens 3"
     for plan, compressed in (("none", 0), ("all", 3), ("vir", None)):
         prompts = ["--prompt", "<image>\nwhat?", "--prompt", "and?"]
         assert main(["generate", *words.split(), *prompts, "--plan", plan]) == 0
@@ -117,7 +124,7 @@ def test_evaluate_writes_what_it_prints(
     line = {"id": "a", "image": image.name, "conversations": turns, "metrics": ["exact"]}
     jsonl, output = tmp_path / "set.jsonl", tmp_path / "out.json"
     jsonl.write_text(json.dumps(line) + "\n")
-    words = f"--plan all --max-new-tokens 2 --max-dynamic-patch 4 --output {output}"
+    words = f"--plan all --max-new-tokens 2 --output {output}"
     assert vico(f"evaluate --load {exported} --jsonl {jsonl} {words}") == 0
     assert "1 conversations: score" in capsys.readouterr().out
     written = json.loads(output.read_text())
@@ -144,7 +151,7 @@ def test_the_router_of_every_image_is_drawn(
         status: int = tool.main()
         return status
 
-    assert draw(exported, "--max-dynamic-patch 4 --tile-px 50 --columns 2", *images) == 0
+    assert draw(exported, "--tile-px 50 --columns 2", *images) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" of ")[1] for line in lines] == ["4 tiles compressed", "5 tiles compressed"]
     assert Image.open(picture).width == 12 + 2 * (3 * 52 - 2 + 12)

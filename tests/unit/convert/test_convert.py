@@ -22,7 +22,7 @@ from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel
 from tests.tensor_files import read_all, same
 from tests.toy_models import make_encoder, make_language_model
-from tests.unit.convert.folders import MakeFolder
+from tests.unit.convert.folders import MakeFolder, changed_copy
 
 TOYS = ("toy", "toy-6b", "toy-moe")
 FLASH_ONLY = ("encoder.connector_16x.", "encoder.vir.")
@@ -218,3 +218,17 @@ def test_input_is_never_touched(folder_of: MakeFolder, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is a Megatron checkpoint already"):
         convert(folder_of("toy-6b", "megatron"), output=tmp_path / "again", layout="megatron")
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+
+
+def test_names_of_newer_transformers(folder_of: MakeFolder, tmp_path: Path) -> None:
+    """As it saves them itself since 4.52: all but the head below `model.`."""
+
+    def newer(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            kept = name.replace("language_model.model.", "language_model.")
+            is_head = name == "language_model.lm_head.weight"
+            tensors["lm_head.weight" if is_head else f"model.{kept}"] = tensors.pop(name)
+
+    folder = changed_copy(folder_of("toy", "hf"), tmp_path / "newer", tensors=newer)
+    back = convert(folder, output=tmp_path / "back", layout="hf")
+    assert same(read_all(back), read_all(folder_of("toy", "hf")))

@@ -162,9 +162,9 @@ def _large_model(num_gb: float) -> "ModelConfig":
 def _make(folder: Path, model: "ModelConfig") -> None:
     import torch
 
-    from megatron_vico.checkpoint.ranks import Ranks
-    from megatron_vico.convert.huggingface.export import shards_of, write_companions, write_weights
+    from megatron_vico.convert.convert import convert
     from megatron_vico.convert.names.internvl import entries
+    from megatron_vico.convert.options import ConversionOptions
     from megatron_vico.convert.source import Source, TensorInfo
 
     tensors = {
@@ -181,12 +181,8 @@ def _make(folder: Path, model: "ModelConfig") -> None:
         return bits.view(torch.bfloat16)
 
     source = Source(model=model, where="made up", tensors=tensors, read_tensor=read_tensor)
-    folder.mkdir()
-    shards = shards_of(source, "flash", max_shard_bytes=SHARD_BYTES)
-    write_weights(
-        folder, source, layout="flash", shards=shards, ranks=Ranks(), written=lambda num_bytes: None
-    )
-    write_companions(folder, model=model, layout="flash", dtype=torch.bfloat16, options=None)
+    options = ConversionOptions(max_shard_bytes=SHARD_BYTES)
+    convert(source, output=folder, layout="flash", options=options)
 
 
 def _copied(source: Path, target: Path) -> None:

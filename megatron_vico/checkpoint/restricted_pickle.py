@@ -64,7 +64,7 @@ def read_metadata(folder: Path) -> Metadata:
     path = folder / _METADATA
     try:
         with path.open("rb") as file:
-    X
+            metadata: Metadata = _Unpickler(file).load()
         _check_types(metadata)
     except Exception as error:  # damaged bytes raise almost anything
         raise _refused(path, error) from error

@@ -90,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
         return checkpoint_verify.main(arguments[1:])
     words = arguments[1:] if arguments[:1] == ["inspect"] else arguments
     options = read(Flags, words, prog="vico checkpoint inspect")
-    from megatron_vico.convert.describe import open_checkpoint
+    from megatron_vico.convert.open import open_checkpoint
 
     first = open_checkpoint(
         options.folder, iteration=options.ckpt_step, model_size=options.model_size

@@ -17,8 +17,8 @@ from megatron_vico.convert.initial import CONNECTOR_4X
 from megatron_vico.convert.names.internvl import entries
 from megatron_vico.convert.open import files_source
 from megatron_vico.convert.options import Layout
-from megatron_vico.convert.source import Source
-from megatron_vico.errors import CheckpointError, listed
+from megatron_vico.convert.source import Source, problems_of
+from megatron_vico.errors import CheckpointError
 from megatron_vico.files import read_json
 
 _LANGUAGE = "language_model."
@@ -108,7 +108,5 @@ def _check_names(
     hint = ""
     if _HEAD in expected - own:
         hint = f" A language model without {_HEAD} has tie_word_embeddings in its config.json."
-    raise CheckpointError(
-        f"{path}, as a part of {model.name}: missing tensors: {listed(expected - own)}; tensors"
-        f" that no row maps: {listed(own - expected)}.{hint}"
-    )
+    problems = "; ".join(problems_of(own, expected))
+    raise CheckpointError(f"{path}, as a part of {model.name}: {problems}.{hint}")

@@ -8,7 +8,6 @@ interrupted starts over.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +20,6 @@ from megatron_vico.checkpoint import run_folder
 from megatron_vico.checkpoint.integrity import WEIGHTS, crc32, require_intact, write_checksums
 from megatron_vico.checkpoint.ranks import FAILURES, Ranks, launched
 from megatron_vico.config.registry import ModelConfig
-from megatron_vico.config.stages import MODULES, Module
 from megatron_vico.convert.huggingface.config import ExportOptions
 from megatron_vico.convert.huggingface.export import (
     carry_companions,
@@ -96,20 +94,15 @@ def convert(
             if layout == "megatron":
                 _write_megatron(folder, opened, tokenizer=tokenizer, options=chosen, ranks=ranks)
             else:
-                companions = partial(
-                    write_companions,
+                _write_hf(
                     folder,
-                    model=opened.model,
+                    opened,
                     layout=layout,
-                    dtype=opened.dtype,
-                    options=said,
                     tokenizer=tokenizer,
-                    carried_from=opened.companions,
-                    untrained=untrained_of(opened),
+                    export=said,
+                    options=chosen,
+                    ranks=ranks,
                 )
-                _write_hf(folder, opened, layout=layout, options=chosen, ranks=ranks)
-                ranks.on_main(companions)
-                write_checksums(folder, ranks=ranks)
         if chosen.verify:
             _verify(output, opened, sums, options=chosen, ranks=ranks)
     return output
@@ -142,27 +135,16 @@ def export_hf(
     """
     source = module_source({"encoder": encoder, "language_model": language_model}, model=model)
     with new_folder(out_dir) as folder:
-        shards = shards_of(source, layout)
-        write_weights(
-            folder, source, layout=layout, shards=shards, ranks=Ranks(), written=_no_progress
-        )
-        write_companions(
+        _write_hf(
             folder,
-            model=model,
+            source,
             layout=layout,
-            dtype=source.dtype,
-            options=options or ExportOptions(),
             tokenizer=tokenizer,
+            export=options or ExportOptions(),
+            options=ConversionOptions(),
+            ranks=Ranks(),
         )
-        write_checksums(folder)
     return Path(out_dir)
-
-
-def untrained_of(source: Source) -> tuple[Module, ...]:
-    """Modules of a source that hold what they were drawn with; none where it does not say."""
-    if source.trained is None:
-        return ()
-    return tuple(name for name in MODULES if name not in source.trained)
 
 
 def _refuse_overlap(source: Path, output: Path) -> None:
@@ -225,13 +207,24 @@ def _opened(
 
 
 def _write_hf(
-    folder: Path, source: Source, *, layout: Layout, options: ConversionOptions, ranks: Ranks
+    folder: Path,
+    source: Source,
+    *,
+    layout: Layout,
+    tokenizer: Tokenizer | None,
+    export: ExportOptions,
+    options: ConversionOptions,
+    ranks: Ranks,
 ) -> None:
     shards = ranks.agree(lambda: shards_of(source, layout, max_shard_bytes=options.max_shard_bytes))
     sizes = [shard.num_bytes for shard in shards]
     ranks.on_main(lambda: check_space(folder, sum(sizes)))
     with _progress("writing", sizes, options=options, ranks=ranks) as written:
         write_weights(folder, source, layout=layout, shards=shards, ranks=ranks, written=written)
+    ranks.on_main(
+        lambda: write_companions(folder, source, layout=layout, options=export, tokenizer=tokenizer)
+    )
+    write_checksums(folder, ranks=ranks)
 
 
 def _write_megatron(
@@ -335,13 +328,9 @@ def _progress(
 ) -> Iterator[Callable[[int], object]]:
     """What to call with bytes done; the main process shows those of its own share."""
     if options.progress == "none" or not ranks.is_main:
-        yield _no_progress
+        yield lambda num_bytes: None
         return
     total = sum(sizes[index] for index in ranks.share(sizes))
     what = what if ranks.size == 1 else f"{what}, rank 0 of {ranks.size}"
     with tqdm(total=total, desc=what, unit="B", unit_scale=True, mininterval=0.5) as bar:
         yield bar.update
-
-
-def _no_progress(num_bytes: int) -> None:
-    """Default progress callback."""

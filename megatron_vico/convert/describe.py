@@ -4,13 +4,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 
-from megatron_vico import files
-from megatron_vico.checkpoint import run_folder
-from megatron_vico.convert.open import OPTIMIZER, hf_source, is_megatron, megatron_source
-from megatron_vico.convert.source import Contents, Source, TensorInfo
-from megatron_vico.errors import CheckpointError
+from megatron_vico.convert.open import OPTIMIZER
+from megatron_vico.convert.source import Contents, TensorInfo
 
 UNMAPPED = "unmapped"
 """Module of a tensor that the mapping table does not know."""
@@ -46,39 +42,6 @@ class StoredWeight:
     """The model's part it belongs to: vit, connector_4x, ..., `optimizer`, or `unmapped`."""
 
     info: TensorInfo
-
-
-def open_checkpoint(
-    directory: str | Path, *, iteration: int | None = None, model_size: str | None = None
-) -> Source:
-    """A folder as a source; problems with its tensors are listed in it rather than raised.
-
-    Args:
-        directory: a run's folder, one of its iter_ folders, or a Hugging Face folder in any layout.
-        iteration: which step of a run; unset, the latest.
-        model_size: the size it should be; unset, the one it says it is.
-
-    Raises:
-        CheckpointError: if there is no checkpoint, it is unfinished or cannot be read, or of
-            another or no known size.
-    """
-    path = Path(directory)
-    files.refuse_incomplete(path)
-    step = re.fullmatch(r"iter_(\d+)", path.name)
-    if step is not None and not is_megatron(path):
-        return megatron_source(path.parent, iteration=int(step[1]), model_size=model_size)
-    if is_megatron(path):
-        return megatron_source(path, iteration=iteration, model_size=model_size)
-    if not list(path.glob("*.safetensors*")):
-        raise CheckpointError(
-            f"{path} is no checkpoint: it has neither {run_folder.LATEST_FILE}, as a run's folder"
-            " has, nor safetensors, as one of Hugging Face's has."
-        )
-    if iteration is not None:
-        raise CheckpointError(
-            f"{path} is a Hugging Face folder, which has no steps; leave out --ckpt-step."
-        )
-    return hf_source(path, model_size=model_size)
 
 
 def stored_weights(contents: Contents) -> list[StoredWeight]:

@@ -4,6 +4,7 @@ Headers and metadata are read, no tensor. What is wrong with a folder's tensors 
 source (`Source.problems`), for people to inspect; `open_source` raises it.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -59,29 +60,53 @@ def open_source(
     layout: Layout | None = None,
     iteration: int | None = None,
 ) -> Source:
-    """A whole checkpoint folder as a source, whichever form it has.
+    """As `open_checkpoint`, but CheckpointError if the source lists a problem."""
+    opened = open_checkpoint(path, model_size=model_size, layout=layout, iteration=iteration)
+    return check_whole(opened)
+
+
+def open_checkpoint(
+    directory: str | Path,
+    *,
+    model_size: str | None = None,
+    layout: Layout | None = None,
+    iteration: int | None = None,
+) -> Source:
+    """A folder as a source; problems with its tensors are listed in it rather than raised.
 
     Args:
-        path: a run's folder, or a Hugging Face folder.
+        directory: a run's folder, one of its iter_ folders, or a Hugging Face folder.
         model_size: the size it should be; unset, the one it says it is.
         layout: a Hugging Face folder's should be; unset, any.
         iteration: which step of a run; unset, the latest.
 
     Raises:
-        CheckpointError: if it is broken, of another size or layout, or a tensor is missing, unknown
-            or of a wrong shape.
+        CheckpointError: if there is no checkpoint, it is unfinished or cannot be read, or of
+            another size or layout.
     """
-    folder = Path(path)
-    files.refuse_incomplete(folder)
-    if is_megatron(folder):
-        return check_whole(megatron_source(folder, model_size=model_size, iteration=iteration))
-    return check_whole(hf_source(folder, model_size=model_size, layout=layout))
+    path = Path(directory)
+    files.refuse_incomplete(path)
+    step = re.fullmatch(r"iter_(\d+)", path.name)
+    if step is not None and not is_megatron(path):
+        return megatron_source(path.parent, iteration=int(step[1]), model_size=model_size)
+    if is_megatron(path):
+        return megatron_source(path, iteration=iteration, model_size=model_size)
+    if not list(path.glob("*.safetensors*")):
+        raise CheckpointError(
+            f"{path} is no checkpoint: it has neither {run_folder.LATEST_FILE}, as a run's folder"
+            " has, nor safetensors, as one of Hugging Face's has."
+        )
+    if iteration is not None:
+        raise CheckpointError(
+            f"{path} is a Hugging Face folder, which has no steps; leave out --ckpt-step."
+        )
+    return hf_source(path, model_size=model_size, layout=layout)
 
 
 def hf_source(
     path: str | Path, *, model_size: str | None = None, layout: Layout | None = None
 ) -> Source:
-    """A Hugging Face folder, its layout and size found from config.json; see `open_source`."""
+    """A Hugging Face folder, its layout and size found from config.json; see `open_checkpoint`."""
     folder = _known_names(open_folder(path))
     config_path = folder.path / "config.json"
     config = files.read_json(config_path)
@@ -179,7 +204,7 @@ def files_source(
 def megatron_source(
     path: str | Path, *, model_size: str | None = None, iteration: int | None = None
 ) -> Source:
-    """The weights of a run's checkpoint, saved under whatever layout; see `open_source`."""
+    """The weights of a run's checkpoint, saved under whatever layout; see `open_checkpoint`."""
     folder = run_folder.find_iteration(path, iteration)
     metadata = run_folder.read_metadata(path, iteration)
     model = run_folder.model_of_run(path, iteration=iteration, expected=model_size)

@@ -100,7 +100,7 @@ def check_whole(source: Source) -> Source:
 
 
 def problems_of(
-    found: Collection[str], expected: Collection[str], wrong: Collection[str]
+    found: Collection[str], expected: Collection[str], wrong: Collection[str] = ()
 ) -> tuple[str, ...]:
     """What to say of names that are missing or unknown, and of tensors that do not fit."""
     lists = {

@@ -1,38 +1,28 @@
 """Writes one thing while the next is being made: converting is little slower than copying."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import Self
+from contextlib import contextmanager
+
+Action = Callable[[], object]
 
 
-class WriteBehind:
-    """Does one action at a time, in order, in a thread of its own; at most one waits."""
+@contextmanager
+def write_behind() -> Iterator[Callable[[Action], None]]:
+    """Gives what begins an action in a thread of its own, in order; at most one waits.
 
-    def __enter__(self) -> Self:
-        self._thread = ThreadPoolExecutor(max_workers=1)
-        self._latest: Future[object] | None = None
-        return self
+    What an action fails with is raised when the next one is begun, or at the end of the block. It
+    reads and writes, which leave Python to the caller meanwhile.
+    """
+    latest: Future[object] | None = None
 
-    def __call__(self, action: Callable[[], object]) -> None:
-        """Begin an action when the one before it has ended.
+    def begin(action: Action) -> None:
+        nonlocal latest
+        if latest is not None:
+            latest.result()
+        latest = thread.submit(action)
 
-        Args:
-            action: reads and writes, which leave Python to the caller meanwhile.
-
-        Raises:
-            Exception: what the action before it has failed with.
-        """
-        if self._latest is not None:
-            self._latest.result()
-        self._latest = self._thread.submit(action)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self._thread.shutdown()  # waits
-        if error is None and self._latest is not None:
-            self._latest.result()
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        yield begin
+    if latest is not None:
+        latest.result()

@@ -1,16 +1,15 @@
 """Writes a Hugging Face folder: the weights file by file, and what belongs beside them."""
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from megatron_vico import files
 from megatron_vico.checkpoint.ranks import Ranks
-from megatron_vico.config.registry import ModelConfig
+from megatron_vico.config.stages import MODULES
 from megatron_vico.convert.huggingface import safetensors_folder
 from megatron_vico.convert.huggingface.config import (
     ExportOptions,
@@ -113,28 +112,22 @@ def write_weights(
 
 def write_companions(
     folder: Path,
+    source: Source,
     *,
-    model: ModelConfig,
     layout: Layout,
-    dtype: torch.dtype,
     options: ExportOptions,
     tokenizer: Tokenizer | None = None,
-    carried_from: Path | None = None,
-    untrained: Sequence[str] = (),
 ) -> None:
     """Write what belongs beside the weights: the JSON files and the tokenizer.
 
     Args:
         folder: of the weights.
-        model: the size.
+        source: of the weights; its own small files travel along as they are.
         layout: of the weights.
-        dtype: their format.
         options: what the config files say.
-        tokenizer: written beside the weights; unset, the source's files travel along as they are.
-        carried_from: folder of the source's small files: itself, or what `carry_companions` made of
-            it.
-        untrained: modules of the layout that hold what they were drawn with.
+        tokenizer: written beside the weights; unset, the source's.
     """
+    model, carried_from = source.model, source.companions
     config = carried_config(carried_from)
     if tokenizer is not None:
         tokenizer.save_to(folder)
@@ -143,8 +136,13 @@ def write_companions(
     chosen = _with_ids(options, tokenizer or _tokenizer_in(folder), is_new=tokenizer is not None)
     from_same_form = config is not None and _is_native(config) == (layout == "hf")
     complete_tokenizer(folder, native=layout == "hf", written_for_it=from_same_form)
+    trained = source.trained
     written = model_json(
-        model, layout=layout, dtype=dtype_name(dtype), options=chosen, untrained=untrained
+        model,
+        layout=layout,
+        dtype=dtype_name(source.dtype),
+        options=chosen,
+        untrained=() if trained is None else [each for each in MODULES if each not in trained],
     )
     files.write_json(folder / "config.json", written)
     if layout != "hf":  # that one is transformers' own

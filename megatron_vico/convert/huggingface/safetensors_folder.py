@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_vico.convert.options import MAX_SHARD_BYTES
 from megatron_vico.convert.source import TensorInfo
-from megatron_vico.convert.write_behind import WriteBehind
+from megatron_vico.convert.write_behind import write_behind
 from megatron_vico.errors import CheckpointError, listed
 from megatron_vico.files import read_json, refuse_incomplete, write_json
 
@@ -195,7 +195,7 @@ def write_shard(
     text += b" " * (-len(text) % 8)
     with (folder / shard.file).open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
-        with WriteBehind() as behind:
+        with write_behind() as behind:
             for group in shard.groups:
                 behind(partial(_write_group, stream, group, make(group), written))
         stream.flush()

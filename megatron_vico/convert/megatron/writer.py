@@ -12,8 +12,7 @@ import os
 import re
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,19 +43,10 @@ from megatron_vico.checkpoint.ranks import Ranks
 from megatron_vico.convert.names.internvl import Entry, entries
 from megatron_vico.convert.names.kinds import GatedMLP, PaddedVocabulary
 from megatron_vico.convert.source import Source, TensorInfo, dtype_name
-from megatron_vico.convert.write_behind import WriteBehind
+from megatron_vico.convert.write_behind import write_behind
 from megatron_vico.errors import CheckpointError
 
 _LINEAR_IN_LAYER = re.compile(r"\.layers\..*\.linear_(qkv|proj|fc1|fc2)\.weight$")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    """What one item of the plan stores: some rows of one tensor of the table."""
-
-    name: str
-    first_row: int
-    num_rows: int
 
 
 def write_dcp(
@@ -83,7 +73,7 @@ def write_dcp(
     """
     rows = entries(source.model, layout="flash", padded_vocab_size=padded_vocab_size)
     own = ranks.share(sizes_of(source, padded_vocab_size=padded_vocab_size))
-    planner = _LazyPlanner(source, rows, own=own, is_main=ranks.is_main)
+    planner = _LazyPlanner(source, list(rows.values()), own=own, is_main=ranks.is_main)
     with _quiet():
         dcp.save(
             {},
@@ -96,11 +86,10 @@ def write_dcp(
 
 def sizes_of(source: Source, *, padded_vocab_size: int) -> list[int]:
     """Bytes of each tensor as `write_dcp` will store it, in the order of the table."""
+    rows = entries(source.model, layout="flash", padded_vocab_size=padded_vocab_size)
     return [
         TensorInfo(shape=row.shape, dtype=source.tensors[row.megatron].dtype).num_bytes
-        for row in entries(
-            source.model, layout="flash", padded_vocab_size=padded_vocab_size
-        ).values()
+        for row in rows.values()
     ]
 
 
@@ -125,21 +114,17 @@ def check_formats(source: Source) -> None:
 class _LazyPlanner(SavePlanner):
     """Says what is to be stored without having it."""
 
-    def __init__(
-        self, source: Source, rows: dict[str, Entry], *, own: range, is_main: bool
-    ) -> None:
+    def __init__(self, source: Source, rows: Sequence[Entry], *, own: range, is_main: bool) -> None:
         self._source = source
-        self._rows = rows
         self._objects: dict[str, Any] = {}
-        self._parts: dict[tuple[str, tuple[int, ...]], _Part] = {}
+        self._row_of: dict[tuple[str, tuple[int, ...]], Entry] = {}
         self._items: list[WriteItem] = []
         # Two items can come from one tensor; they are neighbours, so that one is kept.
         self._latest: tuple[str, Tensor] | None = None
         if is_main:
-            self._add_objects()
-        in_order = list(rows.values())
+            self._add_objects(rows)
         for number in own:
-            self._add_tensor(in_order[number])
+            self._add_tensor(rows[number])
 
     def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
         """There is no state to look at."""
@@ -164,27 +149,30 @@ class _LazyPlanner(SavePlanner):
             return stream
         assert write_item.tensor_data is not None
         assert write_item.index.offset is not None
-        part = self._parts[write_item.index.fqn, tuple(write_item.index.offset)]
-        rows = self._whole(part.name)[part.first_row : part.first_row + part.num_rows]
+        offset, sizes = tuple(write_item.index.offset), write_item.tensor_data.chunk.sizes
+        row = self._row_of[write_item.index.fqn, offset]
+        dim = len(row.index)  # in front of the rows are the layer and the expert
+        rows = self._whole(row)[offset[dim] : offset[dim] + sizes[dim]]
         # torch.save stores all of the memory that a view belongs to: by way of numpy, these rows
         # are all of it.
         memory = rows.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy()
-        return torch.from_numpy(memory).view(rows.dtype).view(write_item.tensor_data.chunk.sizes)
+        return torch.from_numpy(memory).view(rows.dtype).view(sizes)
 
-    def _whole(self, name: str) -> Tensor:
+    def _whole(self, row: Entry) -> Tensor:
+        name = row.megatron
         if self._latest is None or self._latest[0] != name:
             self._latest = None  # or two of them would be in memory
-            tensor, row = self._source.read_tensor(name), self._rows[name]
+            tensor = self._source.read_tensor(name)
             if isinstance(row.kind, PaddedVocabulary):
                 tensor = row.kind.to_megatron([tensor])
             self._latest = (name, tensor)
         return self._latest[1]
 
-    def _add_objects(self) -> None:
+    def _add_objects(self, rows: Sequence[Entry]) -> None:
         # As save_checkpoint stores them: what is not a tensor, and TransformerEngine's state of
         # each linear layer, which holds nothing without FP8 but is asked for by name.
         self._objects["common_state/shard_0_1"] = {"scheduler": {}, "trainer_state": {}}
-        for row in self._rows.values():
+        for row in rows:
             if _LINEAR_IN_LAYER.search(row.megatron):
                 index, counts = (".".join(map(str, each)) for each in (row.index, row.counts))
                 module = row.key.removesuffix("weight")
@@ -210,9 +198,7 @@ class _LazyPlanner(SavePlanner):
             self._items.append(
                 WriteItem(MetadataIndex(row.key, offsets), WriteItemType.SHARD, tensor_data=data)
             )
-            self._parts[row.key, tuple(offsets)] = _Part(
-                name=row.megatron, first_row=first_row, num_rows=num_rows
-            )
+            self._row_of[row.key, tuple(offsets)] = row
 
 
 class _Writer(FileSystemWriter):
@@ -234,7 +220,7 @@ class _Writer(FileSystemWriter):
             number += 1
             num_bytes = 0
             with (self._path / name).open("wb") as stream:
-                with WriteBehind() as behind:
+                with write_behind() as behind:
                     while items and num_bytes < self._max_file_bytes:
                         item = items.popleft()
                         data = planner.resolve_data(item)

@@ -65,27 +65,20 @@ class SplitQKV:
         return torch.cat(grouped, dim=1).reshape(-1, *rest)
 
 
-@dataclass(frozen=True, kw_only=True)
-class JoinedQKV:
-    """Megatron's fused linear_qkv <-> one tensor of rows q, k, v, as in remote-code InternViT."""
+class JoinedQKV(SplitQKV):
+    """The same <-> one tensor of rows q | k | v, as in remote-code InternViT.
 
-    num_heads: int
-    head_dim: int
+    It has as many groups as heads.
+    """
 
     def to_hf(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """The one tensor with rows q | k | v."""
-        return (torch.cat(self._split.to_hf(tensor)),)
+        return (torch.cat(super().to_hf(tensor)),)
 
     def to_megatron(self, tensors: Sequence[Tensor]) -> Tensor:
         """The fused tensor of the one with rows q | k | v."""
         (tensor,) = tensors
-        return self._split.to_megatron(tensor.chunk(3))
-
-    @property
-    def _split(self) -> SplitQKV:
-        return SplitQKV(
-            num_heads=self.num_heads, num_query_groups=self.num_heads, head_dim=self.head_dim
-        )
+        return super().to_megatron(tensor.chunk(3))
 
 
 @dataclass(frozen=True)

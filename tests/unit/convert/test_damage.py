@@ -23,9 +23,10 @@ from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.schema import ParallelOptions
 from megatron_vico.convert.combine import open_parts
 from megatron_vico.convert.convert import convert
-from megatron_vico.convert.describe import open_checkpoint
+from megatron_vico.convert.open import open_checkpoint
 from megatron_vico.convert.options import ConversionOptions
 from megatron_vico.data.encode.sample_encoder import EncodingSettings
+from megatron_vico.data.encode.tokenizer import Tokenizer
 from megatron_vico.errors import CheckpointError
 from megatron_vico.inference.loading import build_engine, load_weights, model_of
 from megatron_vico.parallel.groups import started
@@ -242,11 +243,13 @@ def flip(path: Path) -> None:
     path.write_bytes(contents)
 
 
-def answers(source: Path) -> None:
+def answers(source: Path, tokenizer: Tokenizer) -> None:
     """What `vico generate` and `evaluate` do before they answer."""
     with started(ParallelOptions(), seed=0, timeout_minutes=1) as groups:
         settings = EncodingSettings(image_size=32)
-        engine = build_engine(model_of(source), groups=groups, tokenizer=None, settings=settings)
+        engine = build_engine(
+            model_of(source), groups=groups, tokenizer=tokenizer, settings=settings
+        )
         load_weights(engine, source)
 
 
@@ -255,6 +258,7 @@ def test_flipped_bits(
     form: Literal["flash", "megatron"],
     folder_of: MakeFolder,
     tmp_path: Path,
+    tokenizer: Tokenizer,
     single_process_groups: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -263,13 +267,13 @@ def test_flipped_bits(
     folder = source / "iter_0000000" if form == "megatron" else source
     assert main(["checkpoint", "verify", str(source)]) == 0
     assert re.search(rf"^{folder}: \d+ files intact$", capsys.readouterr().out)
-    answers(source)
+    answers(source, tokenizer)
     weights = max(folder.glob("*.*"), key=lambda path: path.stat().st_size)
     flip(weights)
     message = rf"{folder.name} is damaged: {weights.name} differs from its checksum; copy or make"
     if form == "megatron":
         message = message.replace("copy or make", "no other checkpoint in")
-    commands = [COMMANDS["convert to internvl"], lambda source, out: answers(source)]
+    commands = [COMMANDS["convert to internvl"], lambda source, out: answers(source, tokenizer)]
     for command in commands if form == "megatron" else (*commands, COMMANDS["convert to megatron"]):
         with pytest.raises(CheckpointError, match=message):
             command(source, tmp_path / "out")

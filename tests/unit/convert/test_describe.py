@@ -14,8 +14,8 @@ from megatron_vico.cli.main import main
 from megatron_vico.config.registry import ModelConfig, get_model_config
 from megatron_vico.convert.compare import Comparison, compare
 from megatron_vico.convert.convert import convert
-from megatron_vico.convert.describe import open_checkpoint
 from megatron_vico.convert.names.internvl import entries
+from megatron_vico.convert.open import open_checkpoint
 from megatron_vico.errors import CheckpointError
 from tests.unit.convert.folders import MakeFolder, Tensors, changed_copy
 

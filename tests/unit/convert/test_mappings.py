@@ -47,7 +47,7 @@ def test_split_qkv(num_heads: int, num_groups: int, rest: tuple[int, ...]) -> No
 
 @pytest.mark.parametrize("rest", [(), (7,)], ids=["bias", "weight"])
 def test_joined_qkv(rest: tuple[int, ...]) -> None:
-    kind = JoinedQKV(num_heads=5, head_dim=4)
+    kind = JoinedQKV(num_heads=5, num_query_groups=5, head_dim=4)
     q, k, v = numbered(60, *rest).chunk(3)
     fused = naive_fused(q, k, v, num_heads=5, num_groups=5, head_dim=4)
     (joined,) = kind.to_hf(fused)
@@ -82,7 +82,7 @@ def test_padded_vocabulary() -> None:
     [
         (DIRECT, (3, 2)),
         (SplitQKV(num_heads=4, num_query_groups=2, head_dim=2), (16, 5)),
-        (JoinedQKV(num_heads=4, head_dim=2), (24, 5)),
+        (JoinedQKV(num_heads=4, num_query_groups=4, head_dim=2), (24, 5)),
         (GatedMLP(), (8, 3)),
         (PaddedVocabulary(vocab_size=3, padded_vocab_size=4), (4, 3)),
     ],

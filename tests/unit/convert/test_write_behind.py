@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_vico.convert.write_behind import WriteBehind
+from megatron_vico.convert.write_behind import write_behind
 
 
 def test_actions_run_in_order_beside_the_caller() -> None:
@@ -16,7 +16,7 @@ def test_actions_run_in_order_beside_the_caller() -> None:
         assert may_end.wait(timeout=60)
         done.append(1)
 
-    with WriteBehind() as behind:
+    with write_behind() as behind:
         behind(first)
         assert done == []  # the caller goes on
         may_end.set()
@@ -29,8 +29,8 @@ def full() -> None:
     raise OSError("No space left on device")
 
 
-def write_behind(*actions: Callable[[], object], fails: bool = False) -> None:
-    with WriteBehind() as behind:
+def write_all(*actions: Callable[[], object], fails: bool = False) -> None:
+    with write_behind() as behind:
         for action in actions:
             behind(action)
         if fails:
@@ -41,10 +41,10 @@ def write_behind(*actions: Callable[[], object], fails: bool = False) -> None:
 def test_a_failure_is_raised_at_the_next_action_or_at_the_end(num_more: int) -> None:
     done: list[int] = []
     with pytest.raises(OSError, match="No space left"):
-        write_behind(full, *[lambda: done.append(1)] * num_more)
+        write_all(full, *[lambda: done.append(1)] * num_more)
     assert done == []
 
 
 def test_the_callers_own_failure_comes_first() -> None:
     with pytest.raises(KeyError):
-        write_behind(full, fails=True)
+        write_all(full, fails=True)

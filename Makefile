@@ -18,7 +18,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 TEST_WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv test gpu test-quick test-large test-slurm lint demo demo-quick clean
+.PHONY: help venv test gpu test-quick test-large test-plan test-slurm lint demo demo-quick clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ test-quick: $(STAMP)  ## the quick ones of tests/unit and tests/policy: for the 
 
 test-large: $(STAMP)  ## convert 8 GB both ways: memory, and speed against a copy (needs 40 GB of disk)
 	OMP_NUM_THREADS=1 VICO_TEST_GB=8 $(BIN)/python -m pytest tests/test_large_conversion.py
+
+test-plan: $(STAMP)  ## every recipe fits on the GPUs that it names, by the dry run of its ranks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/planned_recipes.py
 
 test-slurm: $(STAMP)  ## the SLURM launcher's chain, with faults, on two virtual nodes (needs root, slurm-wlm, munge)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.slurm

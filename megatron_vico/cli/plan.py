@@ -18,7 +18,7 @@ from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.validate import validate
 from megatron_vico.errors import ConfigError, nearest
-from megatron_vico.planning.cards import CARDS
+from megatron_vico.planning.cards import CARDS, RESERVE
 from megatron_vico.planning.closed_forms import Machine, estimate
 from megatron_vico.planning.search import machine_of, search, table
 
@@ -90,6 +90,7 @@ def main(arguments: Sequence[str]) -> int:
             "world_size": world_size,
             "gpu": given.gpu,
             "fits": fits,
+            "room_bytes": (1 - RESERVE) * CARDS[given.gpu],
             "expected_s": time.expected_s,
             "floor_s": time.floor_s,
             "efficiency": machine.efficiency,

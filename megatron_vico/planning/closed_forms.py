@@ -25,9 +25,6 @@ VISUAL, SAMPLES, ANSWERED = 0.75, 4, 0.125
 LIVE = 1.75
 """Bytes of the layer in work over what its forward pass keeps: gradients come to it."""
 
-GRAPH = 4
-"""Bytes that the connectors keep of a tile over those of its patch features."""
-
 LOGITS = 14
 """Bytes for each logit of a chunk: two fp32 models, their work and the gradient."""
 
@@ -153,39 +150,63 @@ _ENCODER = ("vit", "connector_4x", "connector_16x", "vir")
 def step_bytes(
     cfg: RunConfig, model: ModelConfig, *, world_size: int, stage: int
 ) -> dict[str, float]:
-    """Bytes that the policy pass adds at its highest, by part."""
+    """Bytes that a step adds at its highest, by part: in a pass, or at the reference's tiles."""
     parallel, language = cfg.parallel, model.language
     stages, packs = parallel.pipeline_model_parallel_size, num_microbatches(cfg, world_size)
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    chunks = virtual_stages(cfg, language) or 1
+    size, h, vision = (2 if cfg.training.bf16 else 4), language.hidden_size, model.vision
+    tiles, compared = _tiles(cfg, model), cfg.stage.spec.needs_reference
+    whole, short = float(cfg.data.seq_length), _policy_tokens(cfg, model)
+
+    def kept(tokens: float) -> float:
+        """Of a layer that works on a pack."""
+        return size * tokens / context / tensor * _kept_per_token(language)
+
+    def visual(text_and_tokens: float) -> float:
+        """Visual tokens of all packs of one plan that a rank embeds."""
+        split = context * (tensor if parallel.sequence_parallel else 1)
+        of_pack = text_and_tokens - (1 - VISUAL) * cfg.data.seq_length
+        return packs * of_pack * h * size / split if stage == 0 else 0.0
+
+    encoder = {}
+    if "vit" not in cfg.stage.trained:
+        features = tiles * vision.num_patches * vision.hidden_size * size
+        encoder["encoder activations"] = packs * features / (stages * tensor * context)
+    head, rows = {}, packs * ANSWERED * cfg.data.seq_length / context * h * size
+    if stage == stages - 1:
+        head["head"] = rows + LOGITS * cfg.stage.kl_chunk_rows * language.vocab_size / tensor
+    policy = encoder | head | {"visual tokens": visual(short), "activations": LIVE * kept(short)}
+    if cfg.stage.spec.plans == "one_tile":  # forward only, and all tokens are there from the start
+        return policy | {"visual tokens": visual(whole) + 2 * visual(short)}
+    policy["activations"] += _under_way(cfg, model, packs=packs, stage=stage) * (
+        size * short / context / (tensor if parallel.sequence_parallel else 1) * h
+        if parallel.recompute_granularity == "full"
+        else kept(short)
+    )
+    passes = [policy]
+    if compared:
+        tokens = {"visual tokens": visual(whole) + visual(short)}
+        passes.append(encoder | head | tokens | {"activations": LIVE * kept(whole)})
+    if compared and cfg.stage.reference_offload == "vit":
+        passes.append(
+            {
+                "visual tokens": visual(whole),
+                "encoder activations": size * model.parameter_counts().vit,
+            }
+        )
+    return max(passes, key=lambda parts: sum(parts.values()))
+
+
+def _under_way(cfg: RunConfig, model: ModelConfig, *, packs: int, stage: int) -> float:
+    """Layers times packs whose activations a stage keeps for their backward pass."""
+    stages, chunks = (
+        cfg.parallel.pipeline_model_parallel_size,
+        virtual_stages(cfg, model.language) or 1,
+    )
     under_way = min(packs, stages - stage)
     if chunks > 1:
-        ahead = 2 * (stages - stage - 1) + (chunks - 1) * stages + 1
-        under_way = min(packs * chunks, ahead)
-    tiles, tokens = _tiles(cfg, model), _policy_tokens(cfg, model)
-    shard = tokens / context / (tensor if parallel.sequence_parallel else 1)
-    layers = under_way * stage_layers(cfg, language)[stage] / chunks
-    size = 2 if cfg.training.bf16 else 4
-    kept = size * tokens / context / tensor * _kept_per_token(language)
-    if parallel.recompute_granularity == "full":
-        activations = layers * shard * language.hidden_size * size + LIVE * kept
-    else:
-        activations = layers * kept + (LIVE - 1) * kept
-    ranks = stages * tensor * context
-    vision, h = model.vision, language.hidden_size
-    features = vision.num_patches * vision.hidden_size * size
-    found = {
-        "activations": activations,
-        "encoder activations": GRAPH * packs * tiles / ranks * features,
-    }
-    if stage == 0:
-        visual = tiles * (model.visual_tokens_per_tile + model.compressed_tokens_per_tile) / 2
-        split = context * (tensor if parallel.sequence_parallel else 1)
-        found["visual tokens"] = 2 * packs * visual * h * size / split
-    if stage == stages - 1:
-        rows = packs * ANSWERED * cfg.data.seq_length / context * h * size
-        found["head"] = rows + LOGITS * cfg.stage.kl_chunk_rows * language.vocab_size / tensor
-    return found
+        under_way = min(packs * chunks, 2 * (stages - stage - 1) + (chunks - 1) * stages + 1)
+    return under_way * stage_layers(cfg, model.language)[stage] / chunks
 
 
 def _kept_per_token(language: LanguageConfig) -> float:

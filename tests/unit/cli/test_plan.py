@@ -1,4 +1,9 @@
-"""`vico plan`: what bad input is told."""
+"""`vico plan`: what bad input is told, and what does not fit."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,3 +27,34 @@ def test_bad_input_is_one_line(words: str, told: str, capsys: pytest.CaptureFixt
     assert out == ""
     assert told in err
     assert err.count("\n") == 1
+
+
+# A card that the toy almost fits on: it takes 28.8 MB on 2 ranks, 16.3 of them between steps, of
+# which 4 ranks would take 12.8 each.
+SMALL_CARD = """
+import sys
+from megatron_vico.cli.main import main
+from megatron_vico.planning.cards import CARDS
+CARDS["h100"] = 30e6
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_fit_is_told_what_would() -> None:
+    words = (
+        "plan --quick --gpu h100 --world-size 2 --model-size toy --stage consistency --bf16"
+        " --use-distributed-optimizer --seq-length 512 --global-batch-size 16"
+        " --pretrained-checkpoint none"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SMALL_CARD, *words.split()],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    *_, verdict, told = done.stdout.splitlines()
+    assert verdict.startswith("does not fit: rank 0 lacks 0.0 GB")
+    assert told == "would fit: --gpu h200 or --world-size 4 (about 0 GB)"

@@ -25,7 +25,7 @@ def path_of(size: str, file: str) -> Path:
 
 
 def num_gpus(path: Path) -> int:
-    named = re.match(r"# For (\d+) GPUs \((\d+) nodes? of 8 H200\)", path.read_text())
+    named = re.match(r"# For (\d+) GPUs \((\d+) nodes? of 8 H[12]00\)", path.read_text())
     assert named is not None, f"{path}: the first line says for how many GPUs"
     assert int(named[1]) == 8 * int(named[2])
     return int(named[1])

@@ -1,6 +1,7 @@
 """Which ranks and steps are run, and what a whole step follows from."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from megatron_vico.config.registry import get_model_config
 from megatron_vico.errors import ConfigError
 from megatron_vico.planning import plan
 from megatron_vico.planning.meter import Call, Counted
+from tests.planned_recipes import assert_fits
 
 RECIPE = ["--recipe", "examples/recipes/internvl3_5_241b_a28b/consistency.yaml"]
 MODEL = get_model_config("internvl3_5-241b-a28b")
@@ -29,6 +31,11 @@ def test_steps_fill_the_pipeline_and_keep_its_groups(
     packs: int | None, steps: tuple[int, ...]
 ) -> None:
     assert plan.steps_to_run(parse(RECIPE), MODEL, world_size=128, packs=packs) == steps
+
+
+def test_a_quick_plan_runs_the_fewest_packs_that_tell() -> None:
+    assert plan.steps_to_run(parse(RECIPE), MODEL, world_size=128, packs=0) == (16, 24)
+    assert plan.steps_to_run(parse(RECIPE), MODEL, world_size=512, packs=0) == (8,)
 
 
 def test_too_few_packs_name_the_least() -> None:
@@ -52,3 +59,9 @@ def test_a_whole_step_goes_on_as_the_second_grew() -> None:
     assert whole.peak == {"visual tokens": 96, "policy": 80}
     assert whole.bytes_per_pack == 3
     assert (whole.traffic[0].calls, whole.traffic[0].num_bytes) == (32, 320)
+
+
+@pytest.mark.slow
+def test_the_smallest_recipe_fits(tmp_path: Path) -> None:
+    """`make test-plan` asks this of all."""
+    assert_fits("internvl3_5_1b-router-8-h200", tmp_path)

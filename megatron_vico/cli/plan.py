@@ -43,11 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     if given.help:
         print(own.format_help())
         return 0
-    if given.gpu not in CARDS:
-        known = ", ".join(f"{name} ({size / 1e9:.1f} GB)" for name, size in CARDS.items())
-        raise ConfigError(f"--gpu {given.gpu}: known are {known}{nearest(given.gpu, CARDS)}")
-    if given.efficiency is not None and not 0 < given.efficiency <= 1:
-        raise ConfigError(f"--efficiency {given.efficiency}: a share of the GPU's rate, in (0, 1].")
+    _check(given)
     cfg, world_size = parse(rest), given.world_size
     model = resolve_model(cfg)
     machine = machine_of(model, given.efficiency)
@@ -76,11 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     for name, found in plans.items():
         print("\n".join(report.rank_details(name, found)))
     time = estimate(cfg, model, world_size=world_size, machine=machine)
-    print(
-        f"\na step by formula, at {machine.efficiency:.0%} of {machine.flops_per_s / 1e12:.0f}"
-        f" TFLOP/s: {time.expected_s:.1f} s, {time.bubble:.1%} of the passes bubble; floor"
-        f" {time.floor_s:.1f} s"
-    )
+    print("\n" + report.time_line(time, machine))
     worst = max(plans.values(), key=lambda found: found.peak_bytes)
     fits = report.shortage(worst, given.gpu) <= 0
     if given.json is not None:
@@ -103,6 +95,15 @@ def main(arguments: Sequence[str]) -> int:
     nearest_fit = plan.nearest_that_fits(cfg, model, worst, world_size=world_size, gpu=given.gpu)
     print(f"would fit: {nearest_fit or 'no larger card and no more ranks of this layout'}")
     return 2
+
+
+def _check(given: argparse.Namespace) -> None:
+    """ConfigError if a flag has a value that no run could have."""
+    if given.gpu not in CARDS:
+        known = ", ".join(f"{name} ({size / 1e9:.1f} GB)" for name, size in CARDS.items())
+        raise ConfigError(f"--gpu {given.gpu}: known are {known}{nearest(given.gpu, CARDS)}")
+    if given.efficiency is not None and not 0 < given.efficiency <= 1:
+        raise ConfigError(f"--efficiency {given.efficiency}: a share of the GPU's rate, in (0, 1].")
 
 
 def _search(

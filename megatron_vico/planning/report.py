@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from megatron_vico.planning.cards import CARDS, RESERVE
+from megatron_vico.planning.closed_forms import Estimate, Machine
 from megatron_vico.planning.meter import STATIC
 from megatron_vico.planning.plan import RankPlan
 
@@ -63,6 +64,15 @@ def rank_details(name: str, plan: RankPlan) -> list[str]:
         + (", ".join(f"{count:.0f} x {why}" for why, count in plan.waits.items()) or "none"),
     ]
     return lines
+
+
+def time_line(time: Estimate, machine: Machine) -> str:
+    """Seconds of a step by formula."""
+    return (
+        f"a step by formula, at {machine.efficiency:.0%} of {machine.flops_per_s / 1e12:.0f}"
+        f" TFLOP/s: {time.expected_s:.1f} s, the bubble {time.bubble:.1%} of the passes; floor"
+        f" {time.floor_s:.1f} s"
+    )
 
 
 def verdict(worst: RankPlan, gpu: str) -> str:

@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,16 +45,18 @@ SPANS = {
 
 @pytest.mark.parametrize("stage", SPANS)
 def test_a_profile_names_the_parts_of_its_last_step_and_changes_nothing(
-    stage: str, stage_config: Callable[..., RunConfig], tmp_path: Path
+    stage: str,
+    stage_config: Callable[..., RunConfig],
+    plain_run: Callable[[str], tuple[Path, dict[str, Any]]],
+    tmp_path: Path,
 ) -> None:
     steps = {"profile": True, "profile_step_start": 1, "profile_step_end": 2}
-    lines = []
-    for name, options in (("plain", {}), ("profiled", steps)):
-        train(stage_config(stage, train_iters=3, save=str(tmp_path / name), **options))
-        lines.append([untimed(line) for line in read_metrics(tmp_path / name)])
-    assert lines[0] == lines[1]
-    assert not (tmp_path / "plain" / "trace").exists()
-    folder = trace_folder(str(tmp_path / "profiled"), 2)
+    plain, options = plain_run(stage)
+    train(stage_config(stage, **options, save=str(tmp_path), **steps))
+    found, expected = (list(map(untimed, read_metrics(each))) for each in (tmp_path, plain))
+    assert found == expected
+    assert not (plain / "trace").exists()
+    folder = trace_folder(str(tmp_path), 2)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     boxes = read_trace(folder)
     found = [(box.model, box.kind, box.pack) for box in boxes]

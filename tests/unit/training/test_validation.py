@@ -5,6 +5,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,19 +60,21 @@ def mean_per_sample(values_R: Tensor, pack: WholePack) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "warmup", "consistency", "router"])
 def test_training_does_not_notice(
-    stage: str, stage_config: Callable[..., RunConfig], valid_path: str, tmp_path: Path
+    stage: str,
+    stage_config: Callable[..., RunConfig],
+    plain_run: Callable[[str], tuple[Path, dict[str, Any]]],
+    valid_path: str,
+    tmp_path: Path,
 ) -> None:
     """Bit for bit: losses, norms, thresholds and what a checkpoint holds; and a run that resumes
     validates as one."""
-    options = {"train_iters": 5} | ({"drop_path_rate": 0.3} if stage == "pretrain" else {})
-    train(stage_config(stage, **options, save=str(tmp_path / "plain")))
-    options |= dict.fromkeys(("save", "load"), str(tmp_path / "valid"))
-    options |= {"valid_data_path": (valid_path,), "eval_interval": 2}
-    train(stage_config(stage, **options, exit_interval=3))
-    train(stage_config(stage, **options))
-    rows = read_metrics(tmp_path / "valid")
+    plain, options = plain_run(stage)
+    options = options | {"valid_data_path": (valid_path,), "eval_interval": 2}
+    train(stage_config(stage, **options, save=str(tmp_path), exit_interval=3))
+    train(stage_config(stage, **options, save=str(tmp_path), load=str(tmp_path)))
+    rows = read_metrics(tmp_path)
     steps = [row for row in rows if "valid_loss" not in row]
-    for found_step, step in zip(steps, read_metrics(tmp_path / "plain"), strict=True):
+    for found_step, step in zip(steps, read_metrics(plain), strict=True):
         assert untimed(found_step) == untimed(step)
     found = [row for row in rows if "valid_loss" in row]
     assert [row["iteration"] for row in found] == [2, 4, 5]

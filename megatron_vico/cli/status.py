@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
         "stage": cfg.stage.stage,
         "save": save,
         "pretrained_checkpoint": cfg.checkpoint.pretrained_checkpoint,
-        "checkpoint": None if iteration is None else str(find_iteration(save, iteration)),
+        "checkpoint": None if iteration is None else str(find_iteration(save)),
         "iteration": iteration or 0,
         "train_iters": train_iters,
     }

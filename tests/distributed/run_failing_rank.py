@@ -1,8 +1,8 @@
 """`vico train` on a rank that fails, is killed, or is told to stop, at its second step; started by
 torchrun.
 
-Usage: run_failing_rank.py HOW FLAG..., where HOW is raise, kill or stop, and the flags are those of
-`vico train`.
+Usage: run_failing_rank.py HOW FLAG..., where HOW is raise, raise-all (on every rank), kill or stop,
+and the flags are those of `vico train`.
 """
 
 import os
@@ -31,7 +31,7 @@ def main() -> int:
 
     def with_failure(loader: Loader) -> Iterator[Any]:
         for number, batches in enumerate(steps(loader)):
-            if number == 1 and torch.distributed.get_rank() == FAILING_RANK:
+            if number == 1 and (how == "raise-all" or torch.distributed.get_rank() == FAILING_RANK):
                 fail(how)
             yield batches
 
@@ -42,7 +42,7 @@ def main() -> int:
 def fail(how: str) -> None:
     """What happens to the failing rank; the other one goes on to the step's collectives and waits
     there."""
-    if how == "raise":
+    if how.startswith("raise"):
         raise ArithmeticError("the cause of it all")
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

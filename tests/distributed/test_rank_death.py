@@ -49,8 +49,21 @@ def test_a_rank_that_dies_ends_the_other_with_the_cause(
     assert len([line for line in done.stderr.splitlines() if line.startswith("rank 0: ")]) <= 1, (
         done.stderr[-6000:]
     )
+    assert training_checkpoint.latest_iteration(tmp_path) is None
     if how == "raise":
         assert "ArithmeticError: the cause of it all" in root_cause
+
+
+def test_ranks_that_fail_together_save_first(toy_data: ToyData, tmp_path: Path) -> None:
+    done = launch("raise-all", toy_data, tmp_path)
+    assert "ArithmeticError: the cause of it all" in done.stderr
+    assert "iter_0000001 is saved before the run ends with an error" in done.stdout
+    assert training_checkpoint.latest_iteration(tmp_path) == 1
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == [
+        "config.yaml",
+        "latest_checkpointed_iteration.txt",
+        "metrics.jsonl",
+    ]
 
 
 def test_a_rank_that_is_told_to_stop_ends_all_with_a_checkpoint(

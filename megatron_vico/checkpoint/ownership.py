@@ -189,10 +189,15 @@ class _Holder:
 
 def _created(path: Path, own: _Holder) -> bool:
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(own)))
+        file = path.open("x", encoding="utf-8")
     except FileExistsError:
         return False
+    try:
+        with file:
+            file.write(json.dumps(asdict(own)))
+    except OSError:  # the disk is full
+        path.unlink()
+        raise
     return True
 
 

@@ -1,5 +1,6 @@
 """Whose a --save folder is: what a run may go on with, what it may not touch, and who writes."""
 
+import errno
 import json
 import os
 import subprocess
@@ -155,6 +156,19 @@ def test_what_killed_saves_left_is_removed_and_a_replaced_step_put_back(tmp_path
     with locked(tmp_path):
         names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["iter_0000001", "iter_0000003", "plots", LOCK]
+
+
+def test_a_full_disk_is_found_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(holder: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ownership, "asdict", full)
+        with pytest.raises(CheckpointError, match="written: No space left"), locked(tmp_path):
+            pass
+    assert not list(tmp_path.iterdir())
+    with locked(tmp_path):
+        pass
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ setup(
     packages=find_packages(include=["megatron_vico", "megatron_vico.*"]),
     install_requires=[
         "megatron-core>=0.19.2,<0.20",
-        "torch>=2.8",
+        "torch>=2.10",  # adds a product of bf16 matrices to a float32 one
         "transformers>=5.4,<6",
         "safetensors>=0.8",
         "sentencepiece>=0.2",
@@ -37,6 +37,7 @@ setup(
         "wandb": ["wandb>=0.20"],
         "demo": ["scikit-image>=0.25", "scikit-learn>=1.6"],
         "test": [
+            "triton>=3.4; platform_system == 'Linux'",  # torch's wheels bring it
             "pytest>=8",
             "pytest-xdist>=3.7",
             "hypothesis>=6.100",

@@ -32,6 +32,7 @@ from torch import Tensor
 # Run as a script, only this folder is on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_vico.models.heads.vocabulary import VocabularyShard
 from tests.peak_bytes import PeakBytes
 from tests.unit.models.heads.kl_heads import (
     Heads,
@@ -204,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shapes", type=parse_shape, nargs="+", metavar="ROWSxHIDDENxVOCAB")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if on_gpu else "cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), help="fp32 on the CPU, bf16 on a GPU")
-    parser.add_argument("--chunk-rows", type=int, default=1024)
+    parser.add_argument("--chunk-rows", type=int, default=VocabularyShard.chunk_rows)
     parser.add_argument("--repeats", type=int, default=3, help="passes to take the fastest of")
     parser.add_argument("--skip-above", type=float, help="GB; 8 on the CPU, 75 on a GPU")
     parser.add_argument("--json", type=Path, help="JSON file to write")

@@ -62,8 +62,9 @@ class StageOptions:
     freeze_moe_router: bool = False
     """Keep the expert router's weights while the rest of the language model is trained."""
 
-    kl_chunk_rows: int = 1024
-    """Rows whose logits exist at once in a loss: fewer take less memory and more time."""
+    kl_chunk_rows: int = 512
+    """Rows whose logits exist at once in a loss: fewer take less memory and more time. Gradients of
+    2,048 rows are multiplied at once, whatever it is."""
 
     xi_sampler: Literal["stratified", "bernoulli", "exact-count"] = "stratified"
     """How an image's share xi ~ U[0, 1] of compressed tiles is drawn: one stratum of [0, 1) for

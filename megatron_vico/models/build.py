@@ -148,7 +148,7 @@ def build_language_model(
     post_process: bool = True,
     vp_stage: int | None = None,
     attention: Literal["auto", "sdpa"] = "auto",
-    head_chunk_rows: int = 1024,
+    head_chunk_rows: int = 512,
 ) -> LanguageModel:
     """One pipeline chunk of a model's language model, with fresh weights.
 
@@ -213,7 +213,7 @@ def build_language_chunks(
     *,
     pg_collection: ProcessGroupCollection,
     attention: Literal["auto", "sdpa"] = "auto",
-    head_chunk_rows: int = 1024,
+    head_chunk_rows: int = 512,
 ) -> tuple[LanguageModel, ...]:
     """A pipeline rank's chunks in the order of their layers; several when interleaved.
 

@@ -92,7 +92,7 @@ class LanguageModel(MegatronModule):
     """One pipeline chunk of Qwen3 or Qwen3-MoE; what DDP wraps and mcore's schedules call."""
 
     def __init__(
-        self, gpt: GPTModel, *, language: LanguageConfig, layout: str, head_chunk_rows: int = 1024
+        self, gpt: GPTModel, *, language: LanguageConfig, layout: str, head_chunk_rows: int = 512
     ) -> None:
         """For `build_language_model`, whose arguments these are.
 

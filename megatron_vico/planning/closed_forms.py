@@ -11,6 +11,7 @@ from megatron_vico.config.layout import num_microbatches
 from megatron_vico.config.pipeline_split import fixed_stages, layers_of_a_stage, virtual_stages
 from megatron_vico.config.registry import LanguageConfig, ModelConfig
 from megatron_vico.config.schema import RunConfig
+from megatron_vico.models.heads.vocabulary import WIDE_ROWS
 from megatron_vico.planning.simulate import Pipeline, StageTimes, step_seconds
 from megatron_vico.training.flops import (
     attention_flops_per_token_squared,
@@ -25,8 +26,8 @@ VISUAL, SAMPLES, ANSWERED = 0.75, 4, 0.125
 LIVE = 1.75
 """Bytes of the layer in work over what its forward pass keeps: gradients come to it."""
 
-LOGITS = 14
-"""Bytes for each logit of a chunk: two fp32 models, their work and the gradient."""
+LOGITS = 10
+"""Bytes for each logit of a chunk: two fp32 models and the work on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +175,8 @@ def step_bytes(
         encoder["encoder activations"] = packs * features / (stages * tensor * context)
     head, rows = {}, packs * ANSWERED * cfg.data.seq_length / context * h * size
     if stage == stages - 1:
-        head["head"] = rows + LOGITS * cfg.stage.kl_chunk_rows * language.vocab_size / tensor
+        logits = LOGITS * cfg.stage.kl_chunk_rows + size * WIDE_ROWS  # and their gradient
+        head["head"] = rows + logits * language.vocab_size / tensor
     policy = encoder | head | {"visual tokens": visual(short), "activations": LIVE * kept(short)}
     if cfg.stage.spec.plans == "one_tile":  # forward only, and all tokens are there from the start
         return policy | {"visual tokens": visual(whole) + 2 * visual(short)}

@@ -181,7 +181,9 @@ class Meter(TorchDispatchMode):
         if func.namespace == "c10d":
             self._communicated(func, args)
         elif (formula := _formula(func._overloadpacket)) is not None:
-            self.counted.flops[self.phase] += int(formula(*args, **kwargs, out_val=out))
+            # torch's formula of addmm knows no out_dtype, the fourth argument.
+            operands = args[:3] if "dtype" in func._overloadname else args
+            self.counted.flops[self.phase] += int(formula(*operands, **kwargs, out_val=out))
         return out
 
     def _entered_or_left(self, func: Any, args: Any) -> None:

@@ -37,7 +37,13 @@ class CrossEntropy:
         )
 
     def chunk(
-        self, logits_CV: Tensor, rows: slice, *, first: int, scale_C: Tensor | None
+        self,
+        logits_CV: Tensor,
+        rows: slice,
+        *,
+        first: int,
+        scale_C: Tensor | None,
+        grad_CV: Tensor,
     ) -> Tensor:
         """See `RowLoss`; one collective."""
         top_C, log_sum_C = self._normaliser(logits_CV)
@@ -52,7 +58,7 @@ class CrossEntropy:
         values_C -= torch.where(held_C, logits_CV.gather(1, at_C1).squeeze(-1), 0)
         if scale_C is not None:
             logits_CV.exp_().scatter_add_(1, at_C1, -held_C.to(logits_CV.dtype).unsqueeze(-1))
-            logits_CV.mul_(scale_C.unsqueeze(-1))
+            torch.mul(logits_CV, scale_C.unsqueeze(-1), out=grad_CV)
         return values_C
 
     def _normaliser(self, logits_CV: Tensor) -> tuple[Tensor, Tensor]:

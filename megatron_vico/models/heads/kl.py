@@ -1,29 +1,22 @@
 """Eq. 1 of the ViCO paper from hidden rows and both vocabulary heads, over chunks and ranks.
 
-The maths of a block is in `vico/consistency.py`; here are the reference's logits, made beside the
-policy's and gone with the chunk, and the collective between two steps of it.
+The maths is in `vico/consistency.py`; here are the reference's logits, made beside the policy's and
+gone with the chunk, and the collective between the two passes over both.
 
 Shape suffixes: R response rows, C rows of one chunk, H channels, V vocabulary entries that this
-rank holds, K statistics.
+rank holds.
 """
 
+import importlib
+import importlib.util
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from megatron_vico.models.heads.vocabulary import (
-    VocabularyShard,
-    check_head,
-    logits_of,
-    row_blocks,
-)
-from megatron_vico.vico.consistency import (
-    NUM_STATISTICS,
-    block_statistics,
-    kl_and_gradient_,
-    normaliser,
-)
+from megatron_vico.models.heads.vocabulary import VocabularyShard, check_head, logits_of
+from megatron_vico.vico.consistency import normaliser
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,20 +51,31 @@ class KLToReference:
             )
 
     def chunk(
-        self, logits_CV: Tensor, rows: slice, *, first: int, scale_C: Tensor | None
+        self,
+        logits_CV: Tensor,
+        rows: slice,
+        *,
+        first: int,
+        scale_C: Tensor | None,
+        grad_CV: Tensor,
     ) -> Tensor:
         """See `RowLoss`; one collective."""
         reference_CV = logits_of(self.rows_RH[rows], self.shard.real(self.weight_VH))
-        statistics_KC = logits_CV.new_empty(NUM_STATISTICS, len(logits_CV))
-        for block in row_blocks(logits_CV):
-            statistics_KC[:, block] = block_statistics(logits_CV[block], reference_CV[block])
+        passes = passes_for(logits_CV)
         # Ranks that hold nothing but padding come here too: the others wait for them.
-        over_all = normaliser(self.shard.gather(statistics_KC))
-        values_C = torch.empty_like(over_all.shift_B)
-        for block in row_blocks(logits_CV):
-            values_C[block] = kl_and_gradient_(
-                logits_CV[block], reference_CV[block], over_all.rows(block)
-            )
-            if scale_C is not None:
-                logits_CV[block] *= scale_C[block, None]
+        statistics = self.shard.gather(passes.statistics(logits_CV, reference_CV))
+        values_C: Tensor = passes.kl_and_gradient(
+            logits_CV, reference_CV, normaliser(statistics), scale_C=scale_C, grad_CV=grad_CV
+        )
         return values_C
+
+
+def passes_for(logits_CV: Tensor) -> ModuleType:
+    """Who makes the two passes: Triton's kernels on CUDA, where it is there, else torch."""
+    kernels = (
+        logits_CV.is_cuda
+        and logits_CV.dtype == torch.float32
+        and importlib.util.find_spec("triton") is not None
+    )
+    name = "kl_kernels" if kernels else "kl_blocks"
+    return importlib.import_module(f"megatron_vico.models.heads.{name}")

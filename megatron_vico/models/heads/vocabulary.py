@@ -20,8 +20,11 @@ from torch.autograd.function import once_differentiable
 # Numbers in a block of the weight: 32 MiB in float32, which fits the second-level cache of an H100.
 _WEIGHT_BLOCK = 2**23
 # Numbers in a block of the logits, for elementwise work: 1 MiB in float32 stays in a CPU core's
-# cache; a GPU wants few large launches, and 64 MiB are 5 % of a chunk of 1,024 rows.
+# cache; a GPU wants few large launches, and 64 MiB are a tenth of 512 rows.
 _CPU_BLOCK, _GPU_BLOCK = 2**18, 2**24
+WIDE_ROWS = 2048
+"""Rows whose gradients a GPU multiplies at once. At 1,024 the traffic of the float32 weight
+gradient takes an H100 longer than the product (`benchmarks/kl_floor.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +39,9 @@ class VocabularyShard:
     """Real entries, over all ranks; the weight's rows beyond them are padding and never take
     part."""
 
-    chunk_rows: int = 1024
-    """Rows worked on at a time. Fewer save memory (8 bytes a row and entry); below 1,024 a GPU
-    waits for the weight."""
+    chunk_rows: int = 512
+    """Rows whose logits exist at once. Fewer save memory (8 bytes a row and entry, of two models);
+    below some 300 a GPU waits for the weight."""
 
     @property
     def size(self) -> int:
@@ -81,7 +84,13 @@ class RowLoss(Protocol):
         ...
 
     def chunk(
-        self, logits_CV: Tensor, rows: slice, *, first: int, scale_C: Tensor | None
+        self,
+        logits_CV: Tensor,
+        rows: slice,
+        *,
+        first: int,
+        scale_C: Tensor | None,
+        grad_CV: Tensor,
     ) -> Tensor:
         """Work on one chunk; every rank of the group calls this for the same rows.
 
@@ -89,8 +98,9 @@ class RowLoss(Protocol):
             logits_CV: [C, V] float32, over this rank's real entries, perhaps none; overwritten.
             rows: which of all rows the chunk holds.
             first: the entry of the whole vocabulary that column 0 stands for.
-            scale_C: [C] float32: the logits are overwritten by their gradient times this. None: no
-                gradient is wanted, and what they hold afterwards is not looked at.
+            scale_C: [C] float32, a factor of the gradient; None: no gradient is wanted.
+            grad_CV: [C, V], perhaps of a shorter dtype, perhaps the logits themselves: where the
+                gradient of the logits goes.
 
         Returns:
             [C] float32, this rank's part of each row's loss: the sum over ranks is the loss.
@@ -275,42 +285,55 @@ def _sweep(
     if gradients.weight_VH is not None:
         gradients = replace(gradients, weight_VH=shard.real(gradients.weight_VH))
     values_R = rows_RH.new_empty(len(rows_RH), dtype=accumulation_dtype(rows_RH.dtype))
-    # The chunks depend on R alone: each has a collective, and all ranks have to come to all.
-    for rows in _blocks(len(rows_RH), shard.chunk_rows):
-        scale_C = None
-        if row_weight_R is not None and gradients.wanted:
-            scale_C = row_weight_R[rows].to(values_R.dtype)
-        values_R[rows] = _one_chunk(
-            rows_RH[rows], weight_VH, rows, scale_C, first=first, gradients=gradients, loss=loss
+    scale_R = None
+    if row_weight_R is not None and gradients.wanted:
+        scale_R = row_weight_R.to(values_R.dtype)
+    group_rows = shard.chunk_rows
+    if scale_R is not None and _has_wide_product(rows_RH):
+        group_rows *= max(1, WIDE_ROWS // group_rows)
+    for group in _blocks(len(rows_RH), group_rows):
+        grad_GV = _logits_gradient(
+            rows_RH[group], weight_VH, group, scale_R, values_R, first=first, loss=loss
         )
+        if gradients.rows_RH is not None:
+            gradients.rows_RH[group] = _rows_gradient(grad_GV, weight_VH)
+        if gradients.weight_VH is not None:
+            _add_weight_gradient(gradients.weight_VH, grad_GV, rows_RH[group])
+        del grad_GV  # before the logits of the next are made
     return shard.sum_(values_R)
 
 
-def _one_chunk(
-    rows_CH: Tensor,
+def _logits_gradient(
+    rows_GH: Tensor,
     weight_VH: Tensor,
-    rows: slice,
-    scale_C: Tensor | None,
+    group: slice,
+    scale_R: Tensor | None,
+    values_R: Tensor,
     *,
     first: int,
-    gradients: _Gradients,
     loss: RowLoss,
 ) -> Tensor:
-    # A function of its own, so that the logits of one chunk are freed before those of the next are
-    # made.
-    logits_CV = logits_of(rows_CH, weight_VH)
-    values_C = loss.chunk(logits_CV, rows, first=first, scale_C=scale_C)
-    if gradients.wanted:
-        grad_CV = logits_CV
-        if _has_wide_product(rows_CH):
-            # Rounding the gradient of the logits, not the logits, costs 1.5e-3.
-            grad_CV = logits_CV.to(rows_CH.dtype)
-            del logits_CV
-        if gradients.rows_RH is not None:
-            gradients.rows_RH[rows] = _rows_gradient(grad_CV, weight_VH)
-        if gradients.weight_VH is not None:
-            _add_weight_gradient(gradients.weight_VH, grad_CV, rows_CH)
-    return values_C
+    """[G, V], the gradient of the logits of a group of rows, if wanted; fills in their values."""
+    if scale_R is None or not _has_wide_product(rows_GH):
+        logits_GV = logits_of(rows_GH, weight_VH)
+        scale_G = None if scale_R is None else scale_R[group]
+        values_R[group] = loss.chunk(
+            logits_GV, group, first=first, scale_C=scale_G, grad_CV=logits_GV
+        )
+        return logits_GV
+    # Rounding the gradient of the logits, not the logits, costs 1.5e-3.
+    grad_GV = rows_GH.new_empty(len(rows_GH), len(weight_VH))
+    # The chunks depend on R alone: each has a collective, and all ranks have to come to all.
+    for chunk in _blocks(len(rows_GH), loss.shard.chunk_rows):
+        rows = slice(group.start + chunk.start, group.start + chunk.stop)
+        values_R[rows] = loss.chunk(
+            logits_of(rows_GH[chunk], weight_VH),  # without a name here, so gone with the chunk
+            rows,
+            first=first,
+            scale_C=scale_R[rows],
+            grad_CV=grad_GV[chunk],
+        )
+    return grad_GV
 
 
 def _rows_gradient(grad_CV: Tensor, weight_VH: Tensor) -> Tensor:
@@ -330,14 +353,11 @@ def _add_weight_gradient(total_VH: Tensor, grad_CV: Tensor, rows_CH: Tensor) -> 
     # No [V, H] temporary: 2.5 GB for a vocabulary of 151,936 and 4,096 channels.
     if grad_CV.dtype == total_VH.dtype:
         total_VH.addmm_(grad_CV.T, rows_CH.to(grad_CV.dtype))
-        return
-    dtype = accumulation_dtype(grad_CV.dtype)
-    for block in _weight_blocks(total_VH):
-        grad_BC = grad_CV[:, block].T
-        if _has_wide_product(grad_CV):
-            total_VH[block] += torch.mm(grad_BC, rows_CH, out_dtype=dtype)
-        else:
-            total_VH[block] += grad_BC.to(dtype) @ rows_CH.to(dtype)
+    elif _has_wide_product(grad_CV):
+        torch.addmm(total_VH, grad_CV.T, rows_CH, out_dtype=total_VH.dtype, out=total_VH)
+    else:
+        for block in _weight_blocks(total_VH):
+            total_VH[block] += grad_CV[:, block].T @ rows_CH.to(grad_CV.dtype)
 
 
 def _has_wide_product(tensor: Tensor) -> bool:

@@ -3,9 +3,11 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from megatron_vico.models.heads import vocabulary
 from megatron_vico.models.heads.kl import KLToReference
 from megatron_vico.models.heads.vocabulary import VocabularyShard, head_loss, row_values
 from tests.unit.vico.test_consistency import naive_kl
@@ -111,6 +113,30 @@ def grads_of(heads: Heads) -> tuple[Tensor, Tensor]:
     assert rows_grad is not None
     assert weight_grad is not None
     return rows_grad, weight_grad
+
+
+def emulate_wide_products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """bf16 products into float32, which the CPU lacks; returns a list of those that are taken."""
+    mm, taken = torch.mm, []
+
+    def wide_mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+        assert a.dtype == b.dtype == torch.bfloat16
+        taken.append("mm")
+        return mm(a.to(out_dtype), b.to(out_dtype))
+
+    def wide_addmm(
+        total: Tensor, a: Tensor, b: Tensor, *, out_dtype: torch.dtype, out: Tensor
+    ) -> Tensor:
+        assert a.dtype == b.dtype == torch.bfloat16
+        assert total is out
+        taken.append("addmm")
+        return total.addmm_(a.to(out_dtype), b.to(out_dtype))
+
+    is_bf16 = lambda tensor: tensor.dtype == torch.bfloat16  # noqa: E731
+    monkeypatch.setattr(vocabulary, "_has_wide_product", is_bf16)
+    monkeypatch.setattr(vocabulary.torch, "mm", wide_mm)
+    monkeypatch.setattr(vocabulary.torch, "addmm", wide_addmm)
+    return taken
 
 
 def errors_against_float64(heads: Heads, loss: Tensor) -> tuple[float, float, float]:

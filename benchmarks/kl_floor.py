@@ -29,7 +29,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.kl_head import Shape, parse_shape
-from megatron_vico.models.heads.vocabulary import WIDE_ROWS, VocabularyShard
+from megatron_vico.config.schema import WIDE_ROWS
+from megatron_vico.models.heads.vocabulary import VocabularyShard
 from megatron_vico.planning.meter import Meter
 from tests.unit.models.heads.kl_heads import Heads, ours, with_main_grad
 

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_vico import files
 from megatron_vico.checkpoint.run_folder import resolve_model
@@ -19,8 +20,9 @@ from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.validate import validate
 from megatron_vico.errors import ConfigError, nearest
 from megatron_vico.planning.cards import CARDS, RESERVE
-from megatron_vico.planning.closed_forms import Machine, estimate
-from megatron_vico.planning.search import machine_of, search, table
+
+if TYPE_CHECKING:  # with torch, which --help does without
+    from megatron_vico.planning.closed_forms import Machine
 
 SHOWN = 12
 """Layouts that --search prints."""
@@ -46,6 +48,9 @@ def main(arguments: Sequence[str]) -> int:
     _check(given)
     cfg, world_size = parse(rest), given.world_size
     model = resolve_model(cfg)
+    from megatron_vico.planning.closed_forms import estimate
+    from megatron_vico.planning.search import machine_of
+
     machine = machine_of(model, given.efficiency)
     if given.search:
         _search(cfg, model, given, machine)
@@ -107,9 +112,11 @@ def _check(given: argparse.Namespace) -> None:
 
 
 def _search(
-    cfg: RunConfig, model: ModelConfig, given: argparse.Namespace, machine: Machine
+    cfg: RunConfig, model: ModelConfig, given: argparse.Namespace, machine: "Machine"
 ) -> None:
     """Print the layouts that fit, best first; ConfigError if there are none."""
+    from megatron_vico.planning.search import search, table
+
     found = search(cfg, model, world_size=given.world_size, gpu=given.gpu, machine=machine)
     print(
         f"stage {cfg.stage.stage} of {model.name} on {given.world_size} {given.gpu}: {len(found)}"

@@ -14,6 +14,10 @@ from megatron_vico.config.megatron_options import (
 )
 from megatron_vico.config.stages import STAGES, Module, Stage, StageSpec
 
+WIDE_ROWS = 2048
+"""Rows whose gradients a GPU multiplies at once. At 1,024 the traffic of the float32 weight
+gradient takes an H100 longer than the product (`benchmarks/kl_floor.py`)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from megatron_vico.config.layout import num_microbatches
 from megatron_vico.config.pipeline_split import fixed_stages, layers_of_a_stage, virtual_stages
 from megatron_vico.config.registry import LanguageConfig, ModelConfig
-from megatron_vico.config.schema import RunConfig
-from megatron_vico.models.heads.vocabulary import WIDE_ROWS
+from megatron_vico.config.schema import WIDE_ROWS, RunConfig
 from megatron_vico.planning.simulate import Pipeline, StageTimes, step_seconds
 from megatron_vico.training.flops import (
     attention_flops_per_token_squared,

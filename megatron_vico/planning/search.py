@@ -11,8 +11,8 @@ from megatron_vico.config.layout import layout_problems
 from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import ParallelOptions, RunConfig
 from megatron_vico.errors import ConfigError
+from megatron_vico.planning.cards import CARDS, RESERVE
 from megatron_vico.planning.closed_forms import Estimate, Machine, estimate
-from megatron_vico.planning.plan import CARDS, RESERVE
 
 EFFICIENCY = {"dense": 0.45, "experts": 0.3}
 """Of the datasheet's bf16 rate, unless --efficiency says another share."""

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_vico.config.schema import WIDE_ROWS
+
 # Numbers in a block of the weight: 32 MiB in float32, which fits the second-level cache of an H100.
 _WEIGHT_BLOCK = 2**23
 # Numbers in a block of the logits, for elementwise work: 1 MiB in float32 stays in a CPU core's
 # cache; a GPU wants few large launches, and 64 MiB are a tenth of 512 rows.
 _CPU_BLOCK, _GPU_BLOCK = 2**18, 2**24
-WIDE_ROWS = 2048
-"""Rows whose gradients a GPU multiplies at once. At 1,024 the traffic of the float32 weight
-gradient takes an H100 longer than the product (`benchmarks/kl_floor.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@
     python tools/plan_table.py --output runs/plans            # all; what is there is not run again
     python tools/plan_table.py --output runs/plans --only 8b  # those whose path has these letters
     python tools/plan_table.py --output runs/plans --no-run   # the table of what is there
+    python tools/plan_table.py --output runs/plans --write docs/scaling.md    # put it there
 
 A file for each plan stays in the folder, so that a run that is ended goes on where it was.
 """
@@ -23,6 +24,7 @@ RECIPES = Path("examples/recipes")
 LARGEST, COUNTS = "internvl3_5_241b_a28b", (64, 128, 256, 512)
 STATE = ("policy", "gradients", "optimizer", "reference", "encoder")
 NAMES = ("GPUs", *STATE, "a step adds", "peak", "free", "TFLOP", "GB moved", "floor s", "s")
+MARKS = ("<!-- tools/plan_table.py -->\n", "<!-- end -->\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the plans' files")
     parser.add_argument("--only", default="", help="letters that a plan's name must have")
     parser.add_argument("--no-run", action="store_true", help="print what is there")
+    parser.add_argument("--write", type=Path, help="file whose table between the marks it becomes")
     options = parser.parse_args()
     folder = options.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,8 +116,14 @@ def main() -> None:
             play(case, file)
         if file.exists():
             lines.append(row(json.loads(file.read_text()), case))
-    for cells in (["recipe", *NAMES], ["---"] * (len(NAMES) + 1), *lines):
-        print(f"| {' | '.join(cells)} |")
+    rows = (["recipe", *NAMES], ["---"] * (len(NAMES) + 1), *lines)
+    table = "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+    print(table, end="")
+    if options.write is not None:
+        before, _, rest = options.write.read_text().partition(MARKS[0])
+        _, end, after = rest.partition(MARKS[1])
+        assert end, f"{options.write} lacks the marks {MARKS}"
+        options.write.write_text(f"{before}{MARKS[0]}{table}{MARKS[1]}{after}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from megatron_vico.planning.dry_run import DryRun, dry_run
 from megatron_vico.planning.meter import Counted
 
 PROCESSES = min(3, os.cpu_count() or 1)
-"""At a time, of about 1 GB each."""
+"""At a time, of 1 to 2 GB each."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megatron_vico import cpu_stand_in
 from megatron_vico.models import attention
 from megatron_vico.planning.meter import Meter
-from megatron_vico.training import pipeline_schedule, router_step, setup
+from megatron_vico.training import pipeline_schedule, router_step, setup, vision
 
 aten = torch.ops.aten
 
@@ -98,7 +98,13 @@ def watch(meter: Meter, *, kernels: Kernels) -> None:
     FLOPs of attention are those of its documents, which no operator knows.
     """
     F.scaled_dot_product_attention = functools.partial(_attend, meter, kernels)
-    schedule = pipeline_schedule._schedule
+    schedule, make_room = pipeline_schedule._schedule, vision.VisualTokens.__init__
+
+    def room(self: Any, *args: Any, **kwargs: Any) -> None:
+        with meter.building("visual tokens"):
+            make_room(self, *args, **kwargs)
+
+    vision.VisualTokens.__init__ = room  # type: ignore[method-assign]
 
     def named(step: Any, run: Any, **kwargs: Any) -> Any:
         with meter.span(f"{run.name.split()[0]} pass"):

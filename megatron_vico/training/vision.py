@@ -50,7 +50,7 @@ class VisualTokens:
     """Visual tokens of all packs of a step under one plan each, cut from the encoder's graph."""
 
     def __init__(self, exchange: TokenExchange, *, like: Tensor, trained: bool) -> None:
-        """Nothing yet; every rank of the replica then calls `deliver` for each turn.
+        """Room for them; every rank of the replica then calls `deliver` for each turn.
 
         Args:
             exchange: the way to the ranks that embed tokens.
@@ -60,10 +60,16 @@ class VisualTokens:
         self._exchange, self._like, self._trained = exchange, like, trained
         self._chunks = list[GradientEdge | None]()
         """The way back into the graph of each chunk of this rank's tiles."""
-        self._received_VH: Tensor | None = None
-        self._packs: Sequence[Tensor] | None = None
         self._awaited = set[int]()
         """Packs whose gradients have yet to come."""
+        self._received_VH: Tensor | None = None
+        self._packs: Sequence[Tensor] | None = None
+        if exchange.of_pack is not None:
+            self._received_VH = like.new_empty(sum(exchange.of_pack), like.size(1))
+            self._packs = self._received_VH.split(exchange.of_pack)
+            if trained:
+                self._awaited = {index for index, each in enumerate(self._packs) if len(each)}
+                self._leaf = like.new_zeros((), requires_grad=True)
 
     def deliver(self, turn: int, tokens_VH: Tensor) -> None:
         """Send [V, H] of a chunk of this rank's tiles to where they are embedded.
@@ -71,19 +77,10 @@ class VisualTokens:
         Of `tokens_VH` only the way back into its graph is kept, not its values.
         """
         with phase("deliver tokens"):
-            if turn == 0 and self._exchange.of_pack is not None:
-                self._make_room(self._exchange.of_pack)
             self._exchange.deliver(turn, tokens_VH.detach(), self._received_VH)
         if self._trained:
             has_graph = tokens_VH.requires_grad  # not without tiles
             self._chunks.append(get_gradient_edge(tokens_VH) if has_graph else None)
-
-    def _make_room(self, of_pack: list[int]) -> None:
-        self._received_VH = self._like.new_empty(sum(of_pack), self._like.size(1))
-        self._packs = self._received_VH.split(of_pack)
-        if self._trained:
-            self._awaited = {index for index, each in enumerate(of_pack) if each}
-            self._leaf = self._like.new_zeros((), requires_grad=True)
 
     def of(self, index: int) -> Tensor | None:
         """[V, H] of one pack that this rank embeds; None beyond the first pipeline stage."""

@@ -144,7 +144,8 @@ def plan_ranks(
         *steps_to_run(cfg, model, world_size=world_size, packs=packs),
     )
     jobs = [(cfg, model, world_size, rank, steps) for rank in ranks]
-    with multiprocessing.get_context("fork").Pool(PROCESSES, maxtasksperchild=1) as pool:
+    processes = min(PROCESSES, len(jobs))
+    with multiprocessing.get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
         return pool.map(_play, jobs, chunksize=1)
 
 

@@ -35,3 +35,17 @@ def test_whole_images_stay_on_one_rank(images: list[int], num_ranks: int) -> Non
 @given(st.lists(st.integers(1, 13), max_size=40), st.integers(1, 20))
 def test_all_ranks_agree(images: list[int], num_ranks: int) -> None:
     assert len({share.starts for share in shares(images, num_ranks)}) == 1
+
+
+@given(st.lists(st.integers(1, 13), max_size=40), st.integers(1, 20), st.integers(1, 16))
+def test_turns_take_each_tile_of_a_rank_once(
+    images: list[int], num_ranks: int, chunk_tiles: int
+) -> None:
+    for share in shares(images, num_ranks):
+        turns = range(share.num_turns(chunk_tiles))
+        for rank in range(num_ranks):
+            runs = [share.turn(rank, turn, chunk_tiles) for turn in turns]
+            taken = [tile for run in runs for tile in range(run.start, run.stop)]
+            own = share.of(rank)
+            assert taken == list(range(own.start, own.stop))
+            assert max(run.stop - run.start for run in runs) <= chunk_tiles

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
@@ -27,11 +27,11 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_vico.checkpoint import optimizer_state
 from megatron_vico.checkpoint.extra_state import leave_out_unstored, load_state
 from megatron_vico.checkpoint.frozen import add_frozen, take_frozen, tensors_of
 from megatron_vico.checkpoint.integrity import Sum, require_intact, write_checksums
@@ -55,14 +55,7 @@ the layers."""
 
 _FAILURES = (OSError, CheckpointingException, CheckpointException)
 
-# What megatron-core's parts are asked for: the distributed optimizer's state under parameter names
-# and in their shapes, which every layout can read, at the price of gathering it over the
-# data-parallel ranks at each save.
-_SHARDING = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-    "singleton_local_shards": False,
-}
+_SHARDING = {"singleton_local_shards": False}
 
 
 def save_checkpoint(
@@ -103,7 +96,7 @@ def save_checkpoint(
         has_optimizer=optimizer is not None,
         iteration=iteration,
         layout=_describe_layout(modules),
-        optimizer=None if optimizer is None else _kind(optimizer),
+        optimizer=None if optimizer is None else optimizer_state.kind_of(optimizer),
     )
 
     def begin() -> None:
@@ -175,16 +168,17 @@ def load_checkpoint(
             f"{folder} holds weights only, so training cannot resume from it; give it as"
             " --pretrained-checkpoint."
         )
-    if metadata.optimizer not in (None, _kind(optimizer)):
+    kind = optimizer_state.kind_of(optimizer)
+    if metadata.optimizer not in (None, kind):
         raise CheckpointError(
             f"{folder} has the state of a {metadata.optimizer} optimizer, this run's is"
-            f" {_kind(optimizer)}; resume with --use-distributed-optimizer as it was saved, or give"
-            " it as --pretrained-checkpoint to start from its weights."
+            f" {kind}; resume with --use-distributed-optimizer as it was saved, or give it as"
+            " --pretrained-checkpoint to start from its weights."
         )
     loaded = _load(folder, modules, optimizer)
     try:
         with torch.no_grad():  # in fp32 the distributed one copies into views of leaf parameters
-            optimizer.load_state_dict(loaded["optimizer"])
+            optimizer_state.load_state(optimizer, loaded["optimizer"])
         scheduler.load_state_dict(loaded["scheduler"])
     except (KeyError, ValueError, RuntimeError, AssertionError) as error:
         raise CheckpointError(
@@ -256,12 +250,6 @@ def _describe_layout(modules: Modules) -> str:
     return ", ".join([f"{world_size} ranks" if world_size > 1 else "1 rank", *split])
 
 
-def _kind(optimizer: MegatronOptimizer) -> Literal["replicated", "distributed"]:
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    is_distributed = any(isinstance(part, DistributedOptimizer) for part in parts)
-    return "distributed" if is_distributed else "replicated"
-
-
 def _sharded_state(
     modules: Modules, optimizer: MegatronOptimizer | None, *, is_loading: bool
 ) -> dict[str, Any]:
@@ -277,8 +265,8 @@ def _sharded_state(
         }
     state: dict[str, Any] = {"modules": weights}
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(
-            weights, is_loading=is_loading, metadata=dict(_SHARDING)
+        state["optimizer"] = optimizer_state.sharded_state(
+            optimizer, weights, is_loading=is_loading
         )
     return state
 

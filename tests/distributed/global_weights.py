@@ -145,6 +145,7 @@ def gather_weights(modules: Mapping[str, Sequence[nn.Module]], groups: Groups) -
 
 
 def _in_whole_model(name: str, chunk: nn.Module, groups: Groups) -> str:
+    name = _of_own_layers(name)
     layer = re.match(r"gpt\.decoder\.layers\.(\d+)\.", name)
     if layer is None:
         return name
@@ -154,3 +155,12 @@ def _in_whole_model(name: str, chunk: nn.Module, groups: Groups) -> str:
         first = groups.language.ep.rank() * block.mlp.num_local_experts
         name = name.replace(expert[0], f".local_experts.{first + int(expert[1])}.")
     return name.replace(layer[0], f"gpt.decoder.layers.{block.layer_number - 1}.")
+
+
+def _of_own_layers(name: str) -> str:
+    """A name of TransformerEngine's layers under that of megatron-core's own."""
+    name = name.replace(".self_attention.linear_qkv.layer_norm_", ".input_layernorm.")
+    name = name.replace(".mlp.linear_fc1.layer_norm_", ".pre_mlp_layernorm.")
+    return re.sub(
+        r"\.experts\.(linear_fc\d)\.weight(\d+)$", r".experts.local_experts.\2.\1.weight", name
+    )

@@ -20,7 +20,11 @@ PRELOADED = "tests.distributed.preloaded"
 
 
 def on_ranks[R](
-    function: Callable[..., R], *args: Any, num_ranks: int, timeout_s: float = 900
+    function: Callable[..., R],
+    *args: Any,
+    num_ranks: int,
+    timeout_s: float = 900,
+    preloaded: str = PRELOADED,
 ) -> list[R]:
     """Call a function of a module on gloo ranks, a thread each, as torchrun would: in processes of
     their own, with torch.distributed running and nothing else.
@@ -30,12 +34,13 @@ def on_ranks[R](
         args: its arguments.
         num_ranks: how many.
         timeout_s: after which they count as hanging.
+        preloaded: the module that they all have imported, the same for all launches of a process.
 
     Returns:
         What it returned, by rank; raises with the traceback of a rank that failed.
     """
     os.environ["PYTHONPATH"] = str(ROOT)  # Python 3.12's fork server is told no other path
-    multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOADED])
+    multiprocessing.get_context("forkserver").set_forkserver_preload([preloaded])
     with tempfile.TemporaryDirectory() as folder:
         ranks = start_processes(
             _rank,

@@ -23,7 +23,7 @@ from tests.training_runs import ToyData, make_toy_shards, toy_config
 
 PACKS = 8
 
-# Options of a case; names that are no option of a run, see `_case`: drop_rows, text_only,
+# Options of a case; names that are no option of a run, see `make_case`: drop_rows, text_only,
 # bucket_size, split, broken.
 Options = dict[str, Any]
 TP2: Options = {"tensor_model_parallel_size": 2}
@@ -160,12 +160,12 @@ def case_of(name: str, world: int, data: Mapping[bool, ToyData], models: Path) -
     twin = {key: value for key, value in options.items() if key in TWIN_OPTIONS}
     truth = "_".join([model, stage, *twin])
     return (
-        _case(name, model, stage, options, data=data, models=models, truth=truth),
-        _case("one process", model, stage, twin, data=data, models=models, truth=truth),
+        make_case(name, model, stage, options, data=data, models=models, truth=truth),
+        make_case("one process", model, stage, twin, data=data, models=models, truth=truth),
     )
 
 
-def _case(
+def make_case(
     name: str,
     model: str,
     stage: str,
@@ -175,6 +175,7 @@ def _case(
     models: Path,
     truth: str,
 ) -> Case:
+    """A case of a stage of a model, whose data is of images (False) or of text alone (True)."""
     options = dict(options)
     empty_pack, broken = options.pop("drop_rows", None), options.pop("broken", False)
     buckets, text_only = options.pop("bucket_size", None), options.pop("text_only", False)

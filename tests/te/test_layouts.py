@@ -1,0 +1,160 @@
+"""TransformerEngine's layers and Adam equal this project's own layers: every stage, every layout.
+
+As tests/distributed/test_steps.py, whose cases are of the project's own layers: loss, gradients and
+parameters of two steps, against one process with torch's attention.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_vico.config.schema import ParallelOptions
+from megatron_vico.parallel.groups import started
+from tests.distributed import test_steps as steps
+from tests.distributed.launch import on_ranks
+from tests.distributed.run_steps import compare, found_by_ranks, write_truth
+from tests.distributed.step_records import Case, save_models
+from tests.distributed.test_steps import (
+    ALL,
+    BALANCE,
+    BF16,
+    CP2,
+    DENSE,
+    DIST,
+    EP2,
+    ETP1,
+    FULL,
+    MOE,
+    OVERLAP,
+    PP2,
+    SP,
+    TP2,
+    VPP2,
+    Cases,
+    Options,
+)
+from tests.te import compiled, compiled_attention
+from tests.toy_data import write_conversations
+from tests.training_runs import ToyData, make_toy_shards, toy_config
+
+GROUPED: Options = {"split": {"moe_grouped_gemm": True}}
+ROUTER: Options = {"split": {"moe_grouped_gemm": True, "moe_router_fusion": True}}
+
+ONE: Cases = {
+    f"{model}, {stage}": (model, stage, {})
+    for model in (DENSE, MOE)
+    for stage in ("pretrain", "warmup", "consistency", "router")
+} | {
+    "vit trained, full recompute, distributed optimizer": (DENSE, "consistency", ALL | FULL | DIST),
+    "frozen language model, full recompute": (DENSE, "warmup", FULL),
+    "fused weight gradients": (
+        DENSE,
+        "consistency",
+        {"split": {"gradient_accumulation_fusion": True}},
+    ),
+    "grouped experts, balancing loss": (MOE, "consistency", GROUPED | BALANCE),
+    "fused router": (MOE, "consistency", ROUTER),
+}
+HALF: Cases = {
+    "bf16": (DENSE, "consistency", BF16),
+    "bf16, grouped experts": (MOE, "pretrain", BF16 | GROUPED),
+}
+FOUR: Cases = {
+    # Ring attention, with and without tensor parallelism.
+    "tp2 sp cp2": (DENSE, "consistency", TP2 | SP | CP2),
+    "cp2 dp2 overlap": (DENSE, "consistency", CP2 | OVERLAP),
+    "tp2 pp2": (DENSE, "pretrain", TP2 | PP2),
+    "pp2 vpp2 dp2 overlap, full recompute": (DENSE, "consistency", PP2 | VPP2 | OVERLAP | FULL),
+    "moe ep2 cp2, grouped": (MOE, "consistency", EP2 | CP2 | GROUPED),
+    "moe tp2 sp ep2 etp1 pp2 vpp2, full recompute": (
+        MOE,
+        "consistency",
+        TP2 | SP | EP2 | ETP1 | PP2 | VPP2 | FULL | GROUPED,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def found(
+    toy_data: ToyData, single_process_groups: None, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[dict[str, Any]]]:
+    """The errors of all cases, by name and step."""
+    folder = tmp_path_factory.mktemp("te_steps")
+    images = write_conversations(folder / "images", num_samples=48, seed=2, noisy=True)
+    data = {False: make_toy_shards(folder, images, toy_data.tokenizer)}
+    results: dict[str, list[dict[str, Any]]] = {}
+    with started(ParallelOptions(), seed=1, timeout_minutes=1) as groups:
+        for model in (DENSE, MOE):
+            cfg = toy_config(toy_data, "pretrain", model_size=model, attention="sdpa")
+            save_models(folder / model, model, cfg, groups)
+        made: dict[str, Case] = {}
+        for name, (model, stage, options) in (ONE | HALF | FOUR).items():
+            twin = {key: value for key, value in options.items() if key in steps.TWIN_OPTIONS}
+            truth = "_".join([model, stage, *twin])
+            made[name] = steps.make_case(
+                name, model, stage, options, data=data, models=folder, truth=truth
+            )
+            if not (folder / truth).exists():
+                own = steps.make_case(
+                    "own layers", model, stage, twin, data=data, models=folder, truth=truth
+                )
+                write_truth(_with_own_layers(own), groups, folder / truth)
+        compiled.calls.clear()
+        for name in (*ONE, *HALF):
+            results[name] = compare(made[name], groups, folder)
+    cases = [made[name] for name in FOUR]
+    ranks = on_ranks(found_by_ranks, cases, folder, num_ranks=4, preloaded="tests.te.preloaded")
+    return results | ranks[0]
+
+
+def _with_own_layers(case: Case) -> Case:
+    model = dataclasses.replace(case.cfg.model, attention="sdpa")
+    return dataclasses.replace(case, cfg=dataclasses.replace(case.cfg, model=model))
+
+
+@pytest.mark.parametrize("name", [*ONE, *FOUR])
+def test_transformer_engines_layers_equal_our_own(
+    name: str, found: dict[str, list[dict[str, Any]]]
+) -> None:
+    """In fp32. Measured: loss 4e-7, norm 2e-6, parameters 5e-7, gradients 5e-6, of an expert
+    router 2e-5."""
+    for step in found[name]:
+        for count in ("samples", "tiles", "response_tokens", "router_accuracy"):
+            assert step[count] == 0
+        assert step["loss"] < 1e-5
+        assert step["grad_norm"] < 1e-5
+        assert step["router_threshold"] < 1e-5
+        assert step["grads"][0] < 5e-5, step["grads"]
+        assert step["params"][0] < 1e-5, step["params"]
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_in_bfloat16_as_near_as_rounding_allows(
+    name: str, found: dict[str, list[dict[str, Any]]]
+) -> None:
+    for step in found[name]:
+        assert step["loss"] < 0.01
+        assert step["grad_norm"] < 0.03
+        assert step["params"][0] < 5e-3, step["params"]
+
+
+def test_its_kernels_are_the_ones_that_ran(found: dict[str, list[dict[str, Any]]]) -> None:
+    """cuDNN's attention of packed documents, fused rotary embedding, norms, grouped products, the
+    router, clipping without a host wait, Adam."""
+    expected = (
+        "fused_attn_fwd fused_attn_bwd fused_rope_forward fused_rope_backward rmsnorm_fwd"
+        " rmsnorm_bwd generic_gemm te_general_grouped_gemm fused_topk_with_score_function_fwd"
+        " multi_tensor_l2norm multi_tensor_scale_tensor multi_tensor_adam"
+    ).split()
+    assert [name for name in expected if not compiled.calls[name]] == []
+    packed = (
+        "NVTE_THD_THD_THD",
+        "NVTE_NO_BIAS",
+        "NVTE_PADDING_CAUSAL_MASK",
+        "NVTE_VANILLA_SOFTMAX",
+    )
+    assert compiled_attention.queries == {(*packed, 0.0)}

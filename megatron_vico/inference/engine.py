@@ -6,7 +6,7 @@ conversation see the model's own earlier answers.
 Shapes: N tiles of a conversation, V visual tokens, B conversations of a batch, S tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import batched
 from typing import Literal
@@ -106,7 +106,7 @@ class Engine:
         those of training; `batch_size` conversations are answered together. Answers end with the
         tokenizer's end mark, or with one of `stop_ids`.
         """
-        self.stop_ids = torch.tensor(sorted({tokenizer.eos_id, *stop_ids}))
+        self.stop_ids = frozenset({tokenizer.eos_id, *stop_ids})
         self.encoder = encoder.eval()
         self.language_model = language_model.eval()
         self.tokenizer = tokenizer
@@ -194,7 +194,8 @@ class Engine:
             + sum(_longest(batch, turn) for turn in range(num_turns - 1))
             + num_turns * (max_new_tokens + 2),
             tokenizer=self.tokenizer,
-            stop_ids=self.stop_ids.to(self._device),
+            stop_ids=self.stop_ids,
+            device=self._device,
         )
         turns = [
             decoder.answer(
@@ -256,13 +257,14 @@ class _Decoder:
         batch: int,
         max_len: int,
         tokenizer: Tokenizer,
-        stop_ids: Tensor,
+        stop_ids: Set[int],
+        device: torch.device,
     ) -> None:
         self._language_model = language_model
         self._stop_ids = stop_ids
         self._tokenizer = tokenizer
         self._cache: KVCache = language_model.new_cache(batch, max_len)
-        self._device = stop_ids.device
+        self._device = device
         self._unseen: list[list[int]] = [[] for _ in range(batch)]
         """Tokens said but not yet run through the model; they go before the next segment."""
 
@@ -284,9 +286,9 @@ class _Decoder:
         Returns:
             Ids of each answer, without the end mark.
         """
-        talks_B = torch.tensor([segment.size > 0 for segment in segments], device=self._device)
+        talks = [segment.size > 0 for segment in segments]
         answers: list[list[int]] = [[] for _ in segments]
-        if not talks_B.any():
+        if not any(talks):
             return answers
         tokens = [
             [*unseen, *segment.tolist()] if segment.size else []
@@ -294,22 +296,21 @@ class _Decoder:
         ]
         next_B = self._read(tokens, visual_tokens_VH, visual_positions)
         for count in range(1, max_new_tokens + 1):
-            talks_B = talks_B & ~torch.isin(next_B, self._stop_ids)
-            for answer, token, talks in zip(
-                answers, next_B.tolist(), talks_B.tolist(), strict=True
-            ):
-                if talks:
-                    answer.append(token)
-            if count == max_new_tokens or not talks_B.any():
+            said = next_B.tolist()  # the only wait for the device in a token
+            for row, token in enumerate(said):
+                talks[row] = talks[row] and token not in self._stop_ids
+                if talks[row]:
+                    answers[row].append(token)
+            if count == max_new_tokens or not any(talks):
                 break
             # Those that have ended run along with padding, which their length does not count.
-            next_B = self._step(
-                torch.where(talks_B, next_B, self._tokenizer.pad_id)[:, None], talks_B.long()
-            )
+            pad_id = self._tokenizer.pad_id
+            fed = [token if goes_on else pad_id for token, goes_on in zip(said, talks, strict=True)]
+            next_B = self._step(torch.tensor(fed)[:, None], torch.tensor(talks).long())
         self._unseen = [
             # An answer cut off has its last token left to run; every answer gets its end mark.
             [*(answer[-1:] if cut_off else []), self._tokenizer.eos_id]
-            for answer, cut_off in zip(answers, talks_B.tolist(), strict=True)
+            for answer, cut_off in zip(answers, talks, strict=True)
         ]
         return answers
 
@@ -329,8 +330,8 @@ class _Decoder:
             rows = [row * longest + positions for row, positions in enumerate(visual_positions)]
             index = torch.from_numpy(np.concatenate(rows)).to(self._device)
         return self._step(
-            token_ids_BS.to(self._device),
-            torch.tensor(lens, device=self._device),
+            token_ids_BS,
+            torch.tensor(lens),
             visual_tokens_VH,
             index,
         )
@@ -342,20 +343,23 @@ class _Decoder:
         visual_tokens_VH: Tensor | None = None,
         visual_index: Tensor | None = None,
     ) -> Tensor:
-        """Run new tokens; the most likely next one of each conversation, [B] int64."""
-        position_ids_BS = self._cache.lengths[:, None] + torch.arange(
-            token_ids_BS.size(1), device=self._device
-        )
+        """Run new tokens; the most likely next one of each conversation, [B] int64.
+
+        Ids and counts are on the host, and nothing is read back from the device.
+        """
+        position_ids_BS = self._cache.lengths[:, None] + torch.arange(token_ids_BS.size(1))
+        last_B = (num_new_B - 1).clamp_min(0)
         hidden_BSH = self._language_model.forward_batch(
-            token_ids_BS,
-            position_ids_BS,
+            token_ids_BS.to(self._device),
+            position_ids_BS.to(self._device),
             visual_tokens_VH,
             visual_index,
             self._cache,
             num_new_B=num_new_B,
         )
-        last_B = (num_new_B - 1).clamp_min(0)
-        rows_BH = hidden_BSH[torch.arange(len(last_B), device=self._device), last_B]
+        rows_BH = hidden_BSH[
+            torch.arange(len(last_B), device=self._device), last_B.to(self._device)
+        ]
         # The model's vocabulary is larger than the tokenizer's (151,936 and 151,678).
         return self._language_model.response_logits(rows_BH)[
             :, : self._tokenizer.vocab_size

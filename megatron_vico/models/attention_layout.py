@@ -22,8 +22,8 @@ class KVCache:
     Sample b's next token goes to slot `lengths[b]`; samples may differ in length.
 
     Attributes:
-        lengths: [B] int64, tokens of each sample that are in the cache. The engine may overwrite
-            it.
+        lengths: [B] int64 on the host, tokens of each sample that are in the cache. The engine may
+            overwrite it.
     """
 
     def __init__(
@@ -40,13 +40,12 @@ class KVCache:
         shape = (num_layers, batch, max_len, num_query_groups, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.int64)
         self.max_len = max_len
 
     def slots(self, num_tokens: int) -> Tensor:
-        """The slots [B, S] that the next `num_tokens` tokens of each sample go to."""
-        new_S = torch.arange(num_tokens, device=self.lengths.device)
-        slots_BS: Tensor = self.lengths[:, None] + new_S
+        """The slots [B, S], on the host, that the next `num_tokens` of each sample go to."""
+        slots_BS: Tensor = self.lengths[:, None] + torch.arange(num_tokens)
         needed = int(slots_BS.max()) + 1
         assert needed <= self.max_len, f"{needed} tokens in a cache for {self.max_len}"
         return slots_BS
@@ -207,6 +206,7 @@ def batch_layout(
     cos, sin = rotary(positions_BS.transpose(0, 1), dtype)
     layout = AttentionLayout(qkv_format="sbhd", cos=cos, sin=sin, cache=cache)
     if cache is not None:
-        layout.slots_BS = cache.slots(positions_BS.size(1))
-        layout.num_slots = int(layout.slots_BS.max()) + 1
+        slots_BS = cache.slots(positions_BS.size(1))
+        layout.num_slots = int(slots_BS.max()) + 1
+        layout.slots_BS = slots_BS.to(positions_BS.device)
     return layout

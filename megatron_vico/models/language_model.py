@@ -27,7 +27,13 @@ from megatron_vico.config.registry import LanguageConfig
 from megatron_vico.models.attention_layout import KVCache, Rotary, batch_layout, packed_layout
 from megatron_vico.models.heads.cross_entropy import CrossEntropy
 from megatron_vico.models.heads.kl import KLToReference
-from megatron_vico.models.heads.vocabulary import RowLoss, VocabularyShard, head_loss, row_values
+from megatron_vico.models.heads.vocabulary import (
+    RowLoss,
+    VocabularyShard,
+    head_loss,
+    logits_of,
+    row_values,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,7 +89,8 @@ class VocabularyHead(ColumnParallelLinear):
     ) -> Tensor:
         """[..., H] to logits [..., vocabulary of this rank], float32; or their loss, a scalar."""
         if loss is None:
-            return torch.nn.functional.linear(rows.float(), self.weight.float())
+            logits = logits_of(rows.reshape(-1, rows.size(-1)), self.weight)
+            return logits.view(*rows.shape[:-1], -1)
         assert row_weight_R is not None
         return head_loss(rows, self.weight, row_weight_R, loss=loss, observe=observe)
 
@@ -223,7 +230,7 @@ class LanguageModel(MegatronModule):
             visual_tokens_VH: [V, H], or None where the batch has no new visual tokens.
             visual_index: [V] int64, where each goes in the flattened [B * S].
             cache: what the samples have seen before; the new tokens are added.
-            num_new_B: [B] int64, tokens of each sample that are real; None: all S.
+            num_new_B: [B] int64 on the host, tokens of each sample that are real; None: all S.
 
         Returns:
             Hidden states [B, S, H] after the final norm; meaningless at padding.

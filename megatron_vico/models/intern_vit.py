@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from megatron_vico.config.registry import VisionConfig
 from megatron_vico.models.attention import TileAttention
-from megatron_vico.models.layers import Layer, LayerScaleAdd
+from megatron_vico.models.layers import BiasGeluMLP, Layer, LayerScaleAdd
 from megatron_vico.models.norms import AllHeadsRMSNorm, LayerNorm, RMSNorm
 
 
@@ -98,7 +98,7 @@ def _block_spec(
             self_attention=attention,
             self_attn_bda=add,
             pre_mlp_layernorm=norm,
-            mlp=functools.partial(MLP.as_mlp_submodule, submodules=linear),
+            mlp=functools.partial(BiasGeluMLP.as_mlp_submodule, submodules=linear),
             mlp_bda=add,
         )
         layers.append(ModuleSpec(module=Layer, submodules=submodules))

@@ -5,7 +5,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from megatron.core.jit import jit_fuser
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
@@ -19,8 +23,20 @@ class Layer(TransformerLayer):
     then keep a graph, and with it every layer's activations.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *args: Any,
+        fuse_weight_gradients: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """`fuse_weight_gradients`: its linear layers, TransformerEngine's, add into main_grad."""
+        before, config.gradient_accumulation_fusion = (
+            config.gradient_accumulation_fusion,
+            fuse_weight_gradients,
+        )
+        super().__init__(config, *args, **kwargs)
+        config.gradient_accumulation_fusion = before
         self.bias_dropout_add_exec_handler = nullcontext
 
 
@@ -36,6 +52,32 @@ class Experts(MoELayer):
         output = super().postprocess(output, shared_expert_output)
         self.token_dispatcher.probs = self.token_dispatcher.routing_map = None
         return output
+
+
+class BiasGeluMLP(MLP):
+    """InternViT's MLP: mcore's, with bias and GELU in one kernel on a GPU.
+
+    mcore's own fusion of the two has the tanh form, and without it they are two passes over the
+    widest activations.
+    """
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The output, and the bias that is still to be added."""
+        wide, bias = self.linear_fc1(hidden_states)
+        output: tuple[Tensor, Tensor] = self.linear_fc2(bias_gelu(wide, bias))
+        return output
+
+
+@jit_fuser
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """GELU of x + bias, in the erf form."""
+    return F.gelu(x + bias)
+
+
+@jit_fuser
+def scaled_add(x: Tensor, bias: Tensor | None, scale: Tensor, residual: Tensor) -> Tensor:
+    """residual + (x + bias) * scale."""
+    return torch.addcmul(residual, x if bias is None else x + bias, scale)
 
 
 class LayerScaleAdd(nn.Module):
@@ -61,7 +103,7 @@ class LayerScaleAdd(nn.Module):
         self, x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float
     ) -> Tensor:
         x, bias = x_with_bias
-        return torch.addcmul(residual, x if bias is None else x + bias, self.scale)
+        return scaled_add(x, bias, self.scale, residual)
 
     def _add_dropped(
         self, x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float
@@ -70,4 +112,4 @@ class LayerScaleAdd(nn.Module):
         keep = 1.0 - self.drop_path_rate
         kept = torch.rand(x.size(0), 1, 1, device=x.device) < keep  # tiles come first in InternViT
         scale = self.scale * (kept / keep).to(x.dtype)
-        return torch.addcmul(residual, x if bias is None else x + bias, scale)
+        return scaled_add(x, bias, scale, residual)

@@ -1,5 +1,9 @@
 """Layer scale, drop path and the structure of the two kinds of tower."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -81,3 +85,18 @@ def test_the_two_kinds_of_tower(
     # All heads together.
     assert [params[key].shape for key in params if "q_layernorm" in key] == [(width,)] * qk_norm
     assert not any("final" in key for key, _ in encoder.named_parameters())
+
+
+@pytest.mark.slow
+def test_elementwise_functions_are_one_kernel_each_way() -> None:
+    """Of the backward pass of x + bias and of a scale, sums over rows are kernels of their own."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.unit.models.fused_kernels"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[3],
+        timeout=600,
+        check=True,
+    )
+    counts = [list(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert [forward for forward, _ in counts] == [1, 1]

@@ -1,9 +1,12 @@
 """Keeps frozen weights in the host's memory while nothing uses them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+
+_BLOCK = 2**30
+_ALIGNMENT = 256
 
 
 class HostOffload:
@@ -16,13 +19,12 @@ class HostOffload:
     def __init__(self, params: Iterable[nn.Parameter], device: torch.device) -> None:
         """Move frozen weights to the host; `device` is where they are used."""
         self._device = device
-        self._host: list[tuple[nn.Parameter, Tensor]] = []
-        for param in params:
-            assert not param.requires_grad, (
-                "only frozen weights: a trained one would change on the device"
-            )
-            host = param.detach().cpu()
-            self._host.append((param, host.pin_memory() if device.type == "cuda" else host))
+        params = list(params)
+        assert not any(param.requires_grad for param in params), (
+            "only frozen weights: a trained one would change on the device"
+        )
+        copies = _host_copies(params, pinned=device.type == "cuda")
+        self._host: list[tuple[nn.Parameter, Tensor]] = list(zip(params, copies, strict=True))
         self.release()
 
     def fetch(self) -> None:
@@ -34,3 +36,28 @@ class HostOffload:
         """Free the weights' memory on the device."""
         for param, host in self._host:
             param.data = host
+
+
+def _host_copies(params: Sequence[nn.Parameter], *, pinned: bool) -> list[Tensor]:
+    sizes, places = blocks_for([param.nbytes for param in params])
+    blocks = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes]
+    copies = []
+    for param, (block, start) in zip(params, places, strict=True):
+        host = blocks[block][start : start + param.nbytes].view(param.dtype).view(param.shape)
+        copies.append(host.copy_(param.detach()))
+    return copies
+
+
+def blocks_for(num_bytes: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Sizes of blocks that hold tensors one after the other, and each tensor's block and offset.
+
+    Blocks are powers of two: torch rounds page-locked memory up to one, which a weight by itself
+    fills to four fifths.
+    """
+    ends, places = [0], []
+    for size in num_bytes:
+        if ends[-1] and ends[-1] + size > _BLOCK:
+            ends.append(0)
+        places.append((len(ends) - 1, ends[-1]))
+        ends[-1] += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return [1 << max(end - 1, 0).bit_length() for end in ends], places

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_vico.training.offload import HostOffload
+from megatron_vico.training.offload import HostOffload, blocks_for
 from megatron_vico.training.setup import Run
 from tests.peak_bytes import PeakBytes
 from tests.unit.training.test_steps import gradients_of, main_grads, move_away, next_packs
@@ -178,3 +178,20 @@ def test_a_step_is_the_same_and_the_policy_pass_runs_without_the_reference(
     assert torch.equal(loss, offloaded_loss)
     assert grads.keys() == offloaded_grads.keys()
     assert all(torch.equal(grad, offloaded_grads[name]) for name, grad in grads.items())
+
+
+def test_page_locked_blocks_are_full() -> None:
+    """torch makes each a power of two; 8B's layers one by one would take 1.3 times their size."""
+    width, wide, head = 4096, 12288, 128
+    matrices = [(32 + 16) * head * width, 32 * head * width, 2 * wide * width, wide * width]
+    num_bytes = [2 * size for size in (*matrices, width, width, head, head)] * 36
+    alone = sum(1 << (size - 1).bit_length() for size in num_bytes)
+    assert 1.25 < alone / sum(num_bytes) < 1.35
+    blocks, places = blocks_for(num_bytes)
+    assert all(size & (size - 1) == 0 for size in blocks)
+    assert sum(blocks) < 1.15 * sum(num_bytes)  # 1.12
+    ends = [0] * len(blocks)
+    for (block, start), size in zip(places, num_bytes, strict=True):
+        assert start >= ends[block], "weights do not overlap"
+        ends[block] = start + size
+    assert all(end <= size for end, size in zip(ends, blocks, strict=True))

@@ -225,8 +225,9 @@ class TrainingOptions:
     gpu_peak_tflops: float | None = None
     """Dense bf16 TFLOP/s of a GPU, for MFU; unset, known from its name. On a CPU there is none."""
 
-    distributed_timeout_minutes: int = 10
-    """Minutes a collective may wait before the run is ended."""
+    distributed_timeout_minutes: int = 30
+    """Minutes a collective may wait before the run is ended; ranks wait in one while another writes
+    a checkpoint to a slow disk."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ The first rank of a replica reads; the others get the packs by broadcast, and th
 encode from it. An error of its loader is an error on all ranks, so that none waits for the others.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -132,14 +132,21 @@ def _scatter_tiles(
     if groups.replica.rank() == 0:
         for rank in range(1, groups.replica.size()):
             run = _run(blocks, split.of(rank), groups).to(groups.device)
-            if len(run):
-                torch.distributed.send(run, group=groups.replica, group_dst=rank)
+            _carry(torch.distributed.isend, run, rank, groups)
         return _run(blocks, split.own, groups)
     num_tiles = split.own.stop - split.own.start
     run = torch.empty(num_tiles, *shape, dtype=torch.uint8, device=groups.device)
-    if num_tiles:
-        torch.distributed.recv(run, group=groups.replica, group_src=0)
+    _carry(torch.distributed.irecv, run, 0, groups)
     return run
+
+
+def _carry(call: Callable[..., object], run: Tensor, peer: int, groups: Groups) -> None:
+    # As a batch: NCCL then takes the replica's communicator, which the headers have gone through;
+    # a send of its own would have one made for each pair of ranks.
+    if len(run):
+        op = torch.distributed.P2POp(call, run, group=groups.replica, group_peer=peer)
+        for request in torch.distributed.batch_isend_irecv([op]):
+            request.wait()
 
 
 def _run(blocks: Sequence[PackedBytes], run: slice, groups: Groups) -> Tensor:

@@ -104,13 +104,12 @@ def started(options: ParallelOptions, *, seed: int, timeout_minutes: int) -> Ite
         torch.distributed.destroy_process_group()
 
 
-def lay_out(options: ParallelOptions, *, timeout_minutes: int, gloo: bool = True) -> None:
+def lay_out(options: ParallelOptions, *, timeout_minutes: int) -> None:
     """Initialise megatron-core with a layout; called by every rank, where torch.distributed runs.
 
     Args:
         options: the layout.
         timeout_minutes: as for `started`.
-        gloo: whether groups get gloo twins, through which checkpoints of optimizers are saved.
     """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=options.tensor_model_parallel_size,
@@ -119,7 +118,7 @@ def lay_out(options: ParallelOptions, *, timeout_minutes: int, gloo: bool = True
         expert_model_parallel_size=options.expert_model_parallel_size,
         expert_tensor_parallel_size=options.expert_tensor_parallel_size,
         distributed_timeout_minutes=timeout_minutes,
-        create_gloo_process_groups=gloo,
+        create_gloo_process_groups=False,  # twins of all groups, which nothing here uses
     )
 
 

@@ -185,7 +185,7 @@ def world(cfg: RunConfig, *, world_size: int, rank: int) -> Iterator[Groups]:
     torch.distributed.init_process_group(
         "fake", rank=rank, world_size=world_size, store=FakeStore()
     )
-    process_groups.lay_out(cfg.parallel, timeout_minutes=1, gloo=False)  # they would look for peers
+    process_groups.lay_out(cfg.parallel, timeout_minutes=1)
     yield process_groups.current_groups(seed=cfg.training.seed, device=META)
 
 

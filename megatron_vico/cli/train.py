@@ -4,6 +4,7 @@ torch and megatron (seconds) are imported by a run and by `--check files` only.
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 
 from megatron_vico.checkpoint.run_folder import resolve_model
@@ -18,6 +19,15 @@ from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.validate import remarks, validate
 from megatron_vico.errors import ConfigError
+
+_CUDA_SETTINGS = {
+    # Kernels begin in the order of their launch: communication that is to overlap with a product
+    # is not queued behind it.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    # Packs differ in length in each step: blocks of fixed sizes would leave gaps.
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+}
+"""Set before torch is imported, unless the environment says otherwise."""
 
 STOPPED = 75
 """Exit status of a run that a signal ended before its last step, with a checkpoint: start it again
@@ -61,6 +71,8 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError(
             "--world-size belongs to --check; a run takes its ranks from the launcher (torchrun)."
         )
+    for name, value in _CUDA_SETTINGS.items():
+        os.environ.setdefault(name, value)
     from megatron_vico import cpu_stand_in
 
     cpu_stand_in.install()

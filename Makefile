@@ -18,7 +18,12 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 TEST_WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv test gpu test-quick test-large test-plan test-slurm lint demo demo-quick clean
+# Beside .venv, and not in it: without its library TransformerEngine ends the import of megatron-core.
+TE_BIN := .venv-te/bin
+TE_STAMP := .venv-te/.installed
+SITE_PACKAGES = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+
+.PHONY: help venv test gpu test-quick test-large test-plan test-slurm test-te lint demo demo-quick clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +53,16 @@ test-plan: $(STAMP)  ## every recipe fits on the GPUs that it names, by the dry 
 test-slurm: $(STAMP)  ## the SLURM launcher's chain, with faults, on two virtual nodes (needs root, slurm-wlm, munge)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.slurm
 
+$(TE_STAMP): $(STAMP)
+	test -x $(TE_BIN)/python || $(BIN)/python -m venv .venv-te
+	$(BIN)/python $(SITE_PACKAGES) > "$$($(TE_BIN)/python $(SITE_PACKAGES))/project.pth"
+	$(TE_BIN)/python -m pip install --constraint constraints.txt --no-deps \
+		transformer-engine einops onnxscript onnx onnx-ir ml_dtypes
+	touch $(TE_STAMP)
+
+test-te: $(TE_STAMP)  ## TransformerEngine's Python against our own layers, plain torch for its kernels (5 minutes)
+	OMP_NUM_THREADS=1 $(TE_BIN)/python -m pytest -p tests.te.preloaded tests/te
+
 gpu:  ## the checks for one GPU, a line each (without one: small forms, as in `make test`)
 	$(GPU_PYTHON) -m tests.gpu $(CHECKS)
 
@@ -63,5 +78,5 @@ demo-quick: $(STAMP)  ## the same with few steps (2 minutes; mechanics, not qual
 	$(BIN)/python examples/quickstart/run.py --quick
 
 clean:  ## remove the environment, caches and build files; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-te build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -32,7 +32,8 @@ setup(
     ],
     extras_require={
         # apex is found at run time: the package of that name on the index is another project.
-        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.5"],
+        # From 2.14 on, megatron-core clips gradients with its kernels.
+        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.14"],
         "video": ["av>=14"],
         "wandb": ["wandb>=0.20"],
         "demo": ["scikit-image>=0.25", "scikit-learn>=1.6"],

@@ -6,15 +6,20 @@ is available: on a GPU nothing is patched.
 """
 
 import functools
+import importlib
+import importlib.util
 import logging
 import types
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
 from torch.optim.adamw import adamw
 from torch.utils import _device as torch_device
+
+from megatron_vico.errors import ConfigError
 
 _FACTORIES = (
     "empty zeros ones full tensor arange eye rand randn randint randperm linspace as_tensor"
@@ -65,7 +70,14 @@ class CPUAdam(torch.optim.Optimizer):
     ) -> None:
         assert adam_w_mode, "only decoupled weight decay"
         super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "bias_correction": True,  # TransformerEngine's asks a group for it
+            },
         )
 
     @torch.no_grad()
@@ -97,13 +109,44 @@ class CPUAdam(torch.optim.Optimizer):
             )
 
 
+@dataclass(frozen=True)
+class EngineTrouble:
+    """Why the TransformerEngine that is installed cannot be used."""
+
+    reason: str
+    is_fatal: bool
+    """megatron-core goes without a package that lacks a module; any other error is its end too."""
+
+
+def engine_trouble() -> EngineTrouble | None:
+    """What keeps an installed TransformerEngine from being imported, if anything does."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return None
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:  # a library's loader has many
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return EngineTrouble(reason, is_fatal=not isinstance(error, ModuleNotFoundError))
+    return None
+
+
 def install(device: Literal["cpu", "meta"] = "cpu") -> None:
     """Make this process run megatron-core without a GPU; does nothing where CUDA is available.
 
     Args:
         device: what "cuda" means. On "meta", where tensors have a size and no memory, a step runs
             without weights or data (planning/).
+
+    Raises:
+        ConfigError: if a broken TransformerEngine would end the import of megatron-core.
     """
+    trouble = engine_trouble()
+    if trouble is not None and trouble.is_fatal:
+        raise ConfigError(
+            f"megatron-core cannot be imported beside this TransformerEngine: {trouble.reason};"
+            " install one that is built for this torch, or remove it (pip uninstall"
+            " transformer-engine)."
+        )
     if torch.cuda.is_available() or getattr(torch.cuda, "_vico_stand_in", False):
         return
     torch.cuda._vico_stand_in = True  # type: ignore[attr-defined]

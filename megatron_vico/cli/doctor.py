@@ -6,7 +6,7 @@ import importlib.util
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,10 @@ REQUIRED = (
 DEMO = ("scikit-image", "scikit-learn")
 
 _NO_GPU = "no GPU: the CPU stand-in and gloo are used"
-State = Literal["ok", "absent", "missing"]
+_CLIPPING = "multi_tensor_scale_tensor"
+"""What megatron-core clips gradients with; without it, it takes none of TransformerEngine's."""
+
+State = Literal["ok", "absent", "missing", "broken"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,8 @@ class Finding:
 
     name: str
     state: State
-    """Usable; absent, with something to fall back to; or missing, and nothing works without it."""
+    """Usable; absent, with something to fall back to; missing, and nothing works without it; or
+    broken, and nothing works with it."""
     version: str = ""
     note: str = ""
     """What follows from it."""
@@ -52,8 +56,11 @@ def main(arguments: Sequence[str]) -> int:
     if missing:
         fix = "run `make venv`, or pip install -c constraints.txt -e ."
         print(f"\nmissing: {', '.join(missing)}; {fix}")
-    lacking = missing or _lacking(found, gpus)
-    if lacking and not missing:
+    broken = [finding.name for finding in found if finding.state == "broken"]
+    if broken:
+        print(f"\nbroken: {', '.join(broken)}; see its line above")
+    lacking = missing or broken or _lacking(found, gpus)
+    if lacking and not missing and not broken:
         print(f"\n{platform.node()} lacks: {'; '.join(lacking)} (--gpus {gpus})")
     return 1 if lacking else 0
 
@@ -119,14 +126,31 @@ def _devices() -> list[Finding]:
 def _transformer_engine() -> Finding:
     import torch
 
+    from megatron_vico.cpu_stand_in import engine_trouble
+
     name = "transformer-engine"
+    version = _version(name) or ""
+    trouble = engine_trouble()
     fallback = "megatron-core's local layers with torch's attention; no FP8"
+    if trouble is not None and trouble.is_fatal:
+        note = (
+            f"cannot be imported ({trouble.reason}), and megatron-core not beside it: install one"
+            f" built for torch {torch.__version__}, or remove it"
+        )
+        return Finding(name, "broken", version, note)
+    if trouble is not None:
+        note = f"cannot be imported ({trouble.reason}); falls back to {fallback}"
+        return Finding(name, "absent", version, note)
+    if importlib.util.find_spec("transformer_engine") is None:
+        return Finding(name, "absent", note=f"falls back to {fallback}")
     if not torch.cuda.is_available():
-        return Finding(name, "absent", _version(name) or "", f"needs a GPU; {fallback}")
-    finding = _accelerator(name, module="transformer_engine.pytorch", fallback=fallback)
-    if finding.state == "ok" and torch.cuda.get_device_capability() < (9, 0):
-        return replace(finding, note="no FP8: needs capability 9.0 (Hopper)")
-    return finding
+        return Finding(name, "absent", version, f"needs a GPU; {fallback}")
+    notes = ["used with --bf16 only"]
+    if torch.cuda.get_device_capability() < (9, 0):
+        notes.append("no FP8: needs capability 9.0 (Hopper)")
+    if not hasattr(importlib.import_module("transformer_engine.pytorch.optimizers"), _CLIPPING):
+        notes.append("before 2.14 gradients are clipped with a wait for each: take a newer one")
+    return Finding(name, "ok", version, "; ".join(notes))
 
 
 def _accelerator(name: str, *, module: str, fallback: str) -> Finding:

@@ -61,11 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return USER_ERROR
     _leave_warnings_to_rank_0()
-    if name in USES_MEGATRON and not {"-h", "--help"} & set(rest):
-        from megatron_vico import cpu_stand_in
-
-        cpu_stand_in.install()
     try:
+        if name in USES_MEGATRON and not {"-h", "--help"} & set(rest):
+            from megatron_vico import cpu_stand_in
+
+            cpu_stand_in.install()
         status = importlib.import_module(f"megatron_vico.cli.{name}").main(rest)
     except USER_ERRORS as error:
         if is_one_of_many():

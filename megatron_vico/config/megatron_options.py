@@ -38,7 +38,7 @@ class TransformerOptions:
     rope_fusion: Switch = None  # Rotary embedding in one kernel; unset, on a GPU.
     bias_swiglu_fusion: Switch = None  # SwiGLU in one kernel; unset, on a GPU.
     bias_dropout_fusion: Switch = None  # Bias, dropout, residual in one kernel; unset, on a GPU.
-    # Add weight gradients in the product that makes them.
+    # Add weight gradients of TransformerEngine's layers in the product that makes them, in fp32.
     gradient_accumulation_fusion: Switch = None
     # The experts' all-to-all on a stream of high priority.
     high_priority_a2a_comm_stream: Switch = None
@@ -60,8 +60,11 @@ class TransformerOptions:
     # Experts:
 
     moe_grouped_gemm: Switch = None  # All experts of a rank in one grouped matrix product.
-    moe_permute_fusion: Switch = None  # Sort tokens by expert, and back, in one kernel.
-    moe_router_fusion: Switch = None  # The expert router's softmax, top-k and loss in one kernel.
+    # Sort tokens by expert, and back, in one kernel; unset, where there is TransformerEngine.
+    moe_permute_fusion: Switch = None
+    # The expert router's softmax, top-k and loss in one kernel; unset, where there is
+    # TransformerEngine.
+    moe_router_fusion: Switch = None
     # Number format of the expert router; unset, fp32.
     moe_router_dtype: Literal["fp32", "fp64"] | None = None
     # Which balancing loss; unset, aux_loss where --moe-aux-loss-coeff is not 0.
@@ -103,7 +106,6 @@ class OptimizerStateOptions:
     exp_avg_dtype: Literal["fp32", "bf16", "fp16", "fp8"] | None = None
     # The squared gradient's running mean.
     exp_avg_sq_dtype: Literal["fp32", "bf16", "fp16", "fp8"] | None = None
-    store_param_remainders: Switch = None  # Keep of master weights only what bf16 leaves out.
     optimizer_cpu_offload: Switch = None  # Keep state in host memory and step there.
     # Share of the state that is kept there, in [0, 1].
     optimizer_offload_fraction: float | None = None

@@ -4,12 +4,12 @@ Two modules never share a TransformerConfig: mcore keeps schedule hooks and loss
 """
 
 import functools
-import importlib.util
 import math
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import GPTModel
@@ -55,7 +55,7 @@ def language_transformer_config(
         **overrides: fields of TransformerConfig.
     """
     language, cfg = model.language, cfg or RunConfig()
-    on_gpu = torch.cuda.is_available()
+    on_gpu, engine = torch.cuda.is_available(), transformer_engine_usable()
     fields: dict[str, Any] = {
         "num_layers": language.num_layers,
         "hidden_size": language.hidden_size,
@@ -71,7 +71,7 @@ def language_transformer_config(
         "activation_func": F.silu,
         "bias_activation_fusion": on_gpu,
         "bias_dropout_fusion": on_gpu,
-        "apply_rope_fusion": on_gpu and transformer_engine_usable(),
+        "apply_rope_fusion": engine,
         "deallocate_pipeline_outputs": True,
     }
     if language.num_experts is not None:
@@ -83,6 +83,8 @@ def language_transformer_config(
             "moe_router_pre_softmax": False,
             "moe_router_dtype": "fp32",
             "moe_router_load_balancing_type": "none",
+            "moe_permute_fusion": engine,
+            "moe_router_fusion": engine,
         }
     fields |= _common_fields(language.hidden_size, bf16=cfg.training.bf16)
     fields |= _parallel_fields(model, cfg)
@@ -159,14 +161,16 @@ def build_language_model(
         pre_process: whether the chunk has the embedding.
         post_process: whether the chunk has the final norm and the head.
         vp_stage: index among the chunks of its rank, with interleaving.
-        attention: "auto" takes TransformerEngine's layers where there are CUDA and
-            TransformerEngine; "sdpa", and "auto" elsewhere, mcore's local layers with torch's
-            attention.
+        attention: "auto" takes TransformerEngine's layers where there are CUDA,
+            TransformerEngine and a 16-bit format; "sdpa", and "auto" elsewhere, mcore's local
+            layers with torch's attention.
         head_chunk_rows: rows whose logits exist at once when a loss is taken.
     """
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-    engine = attention == "auto" and transformer_engine_usable()
-    spec = _transformer_engine_layer(config) if engine else _local_layer(config)
+    engine = takes_transformer_engine(config, attention)
+    # megatron-core's own linear layers, such as the head that GPTModel makes, need apex for it.
+    fuse, config.gradient_accumulation_fusion = config.gradient_accumulation_fusion, False
+    spec = _transformer_engine_layer(config, fuse) if engine else _local_layer(config)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=get_pg_rank(groups.pp))
     gpt = GPTModel(
         config=config,
@@ -194,6 +198,7 @@ def build_language_model(
             tp_group=groups.tp,
         )
         gpt.setup_embeddings_and_output_layer()
+    config.gradient_accumulation_fusion = fuse
     for name, param in gpt.named_parameters():
         if ".experts." in name:
             # Megatron's mark of what has gradient buffers and an optimizer of its own. It sets it
@@ -243,8 +248,19 @@ def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
 
 
 def transformer_engine_usable() -> bool:
-    """Whether there are both a CUDA device and an installed TransformerEngine."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    """Whether there are both a CUDA device and a TransformerEngine that megatron-core imported."""
+    return torch.cuda.is_available() and HAVE_TE
+
+
+def takes_transformer_engine(config: TransformerConfig, attention: Literal["auto", "sdpa"]) -> bool:
+    """Whether a language model gets TransformerEngine's layers.
+
+    Not in fp32: for that they have neither a flash nor a cuDNN attention, but one that pads a pack
+    to documents x longest x longest, and their products are TF32.
+    """
+    return (
+        attention == "auto" and config.params_dtype != torch.float32 and transformer_engine_usable()
+    )
 
 
 def _common_fields(hidden_size: int, *, bf16: bool) -> dict[str, Any]:
@@ -282,13 +298,15 @@ def _parallel_fields(model: ModelConfig, cfg: RunConfig) -> dict[str, Any]:
     return fields
 
 
-def _transformer_engine_layer(config: TransformerConfig) -> ModuleSpec:
+def _transformer_engine_layer(config: TransformerConfig, fuse: bool) -> ModuleSpec:
     submodules = get_gpt_layer_with_transformer_engine_submodules(
         num_experts=config.num_moe_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=True,
     )
-    return _layer(config, submodules)
+    spec = _layer(config, submodules)
+    spec.params = {"fuse_weight_gradients": fuse}
+    return spec
 
 
 def _local_layer(config: TransformerConfig) -> ModuleSpec:

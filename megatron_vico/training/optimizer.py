@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
     MegatronOptimizer,
@@ -18,19 +19,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_vico.config.megatron_kwargs import megatron_kwargs
 from megatron_vico.config.schema import OptimizerOptions, RunConfig, TrainingOptions
+from megatron_vico.errors import ConfigError
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.training.policy import Policy
 
 
 def build_optimizer(policy: Policy, cfg: RunConfig, *, groups: Groups) -> MegatronOptimizer:
     """Megatron's optimizers of the two modules, chained: the gradient norm is that of both."""
-    options, lr_factors, bf16 = cfg.optimizer, cfg.stage.lr_factors, cfg.training.bf16
-    config = OptimizerConfig(
-        optimizer="adam",
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        **megatron_kwargs(cfg, OptimizerConfig),
-    )
+    options, lr_factors, config = cfg.optimizer, cfg.stage.lr_factors, optimizer_config(cfg)
     parts: list[
         tuple[list[DistributedDataParallel], ProcessGroupCollection, Mapping[str, float]]
     ] = []
@@ -53,6 +49,31 @@ def build_optimizer(policy: Policy, cfg: RunConfig, *, groups: Groups) -> Megatr
         )
         chained += getattr(built, "chained_optimizers", [built])
     return ChainedOptimizer(chained)
+
+
+def optimizer_config(cfg: RunConfig) -> OptimizerConfig:
+    """megatron-core's configuration of the optimizer.
+
+    Raises:
+        ConfigError: if what the run asks for needs an Adam that is not installed.
+    """
+    # On a CPU the stand-in has another.
+    torch_adam = torch.cuda.is_available() and megatron_optimizer.USING_PYTORCH_OPTIMIZER
+    if torch_adam and cfg.optimizer.use_distributed_optimizer:
+        raise ConfigError(
+            "--use-distributed-optimizer: megatron-core cannot load the state of torch's AdamW"
+            " again, and found no other; install TransformerEngine (`vico doctor` says what keeps"
+            " one from being used), or leave the flag out."
+        )
+    bf16 = cfg.training.bf16
+    return OptimizerConfig(
+        optimizer="adam",
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        # With it, megatron-core saves the low bits of the masters as if they were the masters.
+        store_param_remainders=False,
+        **megatron_kwargs(cfg, OptimizerConfig),
+    )
 
 
 def _rates(

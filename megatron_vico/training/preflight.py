@@ -99,15 +99,17 @@ def check_environment(cfg: RunConfig) -> None:
     if cfg.parallel.fp8_format is not None:
         raise ConfigError(fp8_is_not_trained(cfg.parallel))
     from megatron.core.distributed import DistributedDataParallelConfig
-    from megatron.core.optimizer import OptimizerConfig
 
     from megatron_vico.models.build import language_transformer_config
+    from megatron_vico.training.optimizer import optimizer_config
 
     try:
         language_transformer_config(resolve_model(cfg), cfg)
-        OptimizerConfig(**megatron_kwargs(cfg, OptimizerConfig))
+        optimizer_config(cfg)
         DistributedDataParallelConfig(**megatron_kwargs(cfg, DistributedDataParallelConfig))
-    except (ValueError, AssertionError) as error:
+    except ConfigError:
+        raise
+    except (ValueError, AssertionError, RuntimeError) as error:
         raise ConfigError(
             f"megatron-core refuses these flags: {' '.join(str(error).split())}"
         ) from error

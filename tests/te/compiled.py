@@ -249,6 +249,52 @@ def fused_topk_with_score_function_bwd(
     grad_logits.copy_((grad_probs - inner) * probs * routing_map)
 
 
+def fused_score_for_moe_aux_loss_fwd(
+    *, logits: Tensor, topk: int, score_function: str, routing_map_format: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The softmax over all experts, and which of them are chosen."""
+    assert score_function == "softmax"
+    scores = logits.float().softmax(-1)
+    routing_map = torch.zeros_like(logits, dtype=torch.bool)
+    return scores, routing_map.scatter(-1, logits.topk(topk, dim=-1).indices, True), scores
+
+
+def fused_score_for_moe_aux_loss_bwd(
+    *, intermediate_output: Tensor, grad_scores: Tensor, grad_logits: Tensor, **more: Any
+) -> None:
+    """Into `grad_logits`."""
+    scores = intermediate_output
+    inner = (grad_scores * scores).sum(-1, keepdim=True)
+    grad_logits.copy_((grad_scores - inner) * scores)
+
+
+def fused_moe_aux_loss_fwd(
+    *,
+    probs: Tensor,
+    tokens_per_expert: Tensor,
+    total_num_tokens: Any,
+    num_experts: int,
+    topk: int,
+    coeff: float,
+    **more: Any,
+) -> tuple[Tensor, Tensor]:
+    """The balancing loss, and its factor."""
+    factor = torch.as_tensor(num_experts * coeff / (topk * total_num_tokens**2))
+    return (probs.sum(0) * tokens_per_expert).sum() * factor, factor
+
+
+def fused_moe_aux_loss_bwd(
+    *,
+    Const_buf: Tensor,
+    tokens_per_expert: Tensor,
+    num_rows: int,
+    num_cols: int,
+    grad_aux_loss: Tensor,
+) -> Tensor:
+    """Of the probabilities, each token's the same."""
+    return (grad_aux_loss * Const_buf * tokens_per_expert).expand(num_rows, num_cols).clone()
+
+
 def get_cudnn_version() -> int:
     """9.20, which torch 2.13 comes with."""
     return 92000

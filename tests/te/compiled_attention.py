@@ -5,6 +5,7 @@ a document's tokens on a rank are two runs, one of its first and one of its seco
 """
 
 import enum
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -132,7 +133,7 @@ def _is_causal(mask_type: str) -> bool:
 
 def _documents(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     ends = cu_seqlens.tolist()
-    return list(zip(ends, ends[1:], strict=False))
+    return list(itertools.pairwise(ends))
 
 
 def _pairs(

@@ -1,4 +1,4 @@
-"""TransformerEngine's Python on a CPU: plain torch for its compiled module, and a GPU to believe in.
+"""TransformerEngine's Python on a CPU: plain torch for its compiled module, a GPU to believe in.
 
 The package on the index is pure Python; what it lacks are `transformer_engine_torch`
 (tests/te/compiled.py) and the library that `transformer_engine.common` loads, which Python calls

@@ -2,11 +2,16 @@
 
 import importlib.machinery
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_vico.cli import doctor
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_a_missing_requirement_is_said_and_is_status_1(
@@ -60,3 +65,52 @@ def test_an_accelerator_that_cannot_be_imported_is_absent(monkeypatch: pytest.Mo
         "cannot be imported (No module named 'no_such_module_here'); falls back to torch"
         in found.note
     )
+
+
+def run_beside(engine: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """`vico` in a process that finds a TransformerEngine whose `pytorch` is these lines."""
+    package = folder / "transformer_engine" / "pytorch"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    (package / "__init__.py").write_text(engine)
+    path = os.pathsep.join([str(ROOT), str(folder)])
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "megatron_vico", *words],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        check=False,
+    )
+
+
+OF_ANOTHER_TORCH = "raise ImportError('x.so: undefined symbol: _ZN2at4_ops10zeros')"
+
+
+@pytest.mark.slow
+def test_an_engine_built_for_another_torch_is_broken(tmp_path: Path) -> None:
+    """megatron-core takes only a missing module for no TransformerEngine."""
+    done = run_beside(OF_ANOTHER_TORCH, tmp_path, "doctor")
+    line = next(line for line in done.stdout.splitlines() if "transformer-engine" in line)
+    assert line.startswith("broken")
+    assert "x.so: undefined symbol: _ZN2at4_ops10zeros), and megatron-core not beside it" in line
+    assert done.returncode == 1
+
+
+@pytest.mark.slow
+def test_beside_a_broken_engine_a_command_ends_in_one_line(tmp_path: Path) -> None:
+    done = run_beside(OF_ANOTHER_TORCH, tmp_path, "checkpoint", str(tmp_path))
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("ConfigError: megatron-core cannot be imported beside this Transformer")
+    assert "undefined symbol" in line
+    assert "pip uninstall transformer-engine" in line
+
+
+@pytest.mark.slow
+def test_an_engine_that_lacks_a_module_is_only_absent(tmp_path: Path) -> None:
+    done = run_beside("import no_such_module", tmp_path, "doctor")
+    line = next(line for line in done.stdout.splitlines() if "transformer-engine" in line)
+    assert line.startswith("absent")
+    assert "(No module named 'no_such_module'); falls back to megatron-core's local" in line

@@ -23,7 +23,7 @@ CLASSES = {
 # share.
 OTHER_FORM = {"cp_comm_type", "moe_router_load_balancing_type", "data_path"}
 # Fields of megatron-core that upstream has no flag for.
-NO_FLAG = {"fp8_dot_product_attention", "tp_only_amax_red", "store_param_remainders"}
+NO_FLAG = {"fp8_dot_product_attention", "tp_only_amax_red"}
 # Ours take fewer of upstream's words.
 FEWER_WORDS = {"lr_decay_style", "fp8_recipe", "moe_token_dispatcher_type", "moe_aux_loss_coeff"}
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from megatron.core import optimizer as megatron_optimizer
 
 from megatron_vico.config.registry import MODELS
 from megatron_vico.config.stages import STAGES
@@ -234,6 +235,8 @@ def test_what_the_trainer_or_megatron_core_would_refuse_is_refused_before_it_run
         check_environment(run(words))
     with pytest.raises(ConfigError, match="not trained with until the KL between an FP8 and a"):
         check_environment(run("--bf16 --fp8-format e4m3"))
+    with pytest.raises(ConfigError, match=r"refuses these flags: .*requires FusedAdam from Transf"):
+        check_environment(run("--use-distributed-optimizer --use-precision-aware-optimizer @2"))
     cfg = run("8b TP=2 SP FULL=1 --distribute-saved-activations")
     validate(cfg, 2)
     with pytest.raises(ConfigError, match="core refuses these flags: distribute_saved_activations"):
@@ -294,3 +297,14 @@ def test_files_are_asked_for_when_a_run_starts(line: str, tmp_path: Path) -> Non
     with pytest.raises(ConfigError) as error:
         check_files(cfg)
     assert message.strip() in str(error.value)
+
+
+def test_on_a_gpu_the_distributed_optimizer_needs_an_adam_that_can_be_resumed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", True)
+    check_environment(run("--use-distributed-optimizer @2"))  # a CPU has the stand-in's
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check_environment(run(""))
+    with pytest.raises(ConfigError, match=r"--use-distributed-optimizer: .*install TransformerEng"):
+        check_environment(run("--use-distributed-optimizer @2"))

@@ -1,6 +1,7 @@
 """What decoding asks of the device: one read a token, the token itself."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,9 +27,20 @@ class OnDevice:
         return list(self.tokens)
 
 
+def decoder_of(model: Any, *, batch: int, device: str) -> _Decoder:
+    return _Decoder(
+        model,
+        batch=batch,
+        max_len=9,
+        tokenizer=TOKENIZER,
+        stop_ids={TOKENIZER.eos_id},
+        device=torch.device(device),
+    )
+
+
 def test_a_token_is_one_read(monkeypatch: pytest.MonkeyPatch) -> None:
     model = SimpleNamespace(new_cache=lambda batch, max_len: None)
-    decoder = _Decoder(model, batch=3, max_len=9, tokenizer=TOKENIZER, device=torch.device("cpu"))
+    decoder = decoder_of(model, batch=3, device="cpu")
     steps = iter([OnDevice(5, 6, 7), OnDevice(8, 1, 9), OnDevice(1, 4, 9), OnDevice(4, 4, 9)])
     fed = []
 
@@ -47,7 +59,7 @@ def test_a_token_is_one_read(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_reads_nothing(single_process_groups: None) -> None:
     """On `meta` there are no values to read."""
     model = make_language_model(get_model_config("toy")).eval().to("meta")
-    decoder = _Decoder(model, batch=2, max_len=9, tokenizer=TOKENIZER, device=torch.device("meta"))
+    decoder = decoder_of(model, batch=2, device="meta")
     with torch.inference_mode():
         for length, counts in ((4, [4, 2]), (1, [1, 1]), (1, [1, 0])):
             found = decoder._step(torch.zeros(2, length, dtype=torch.int64), torch.tensor(counts))

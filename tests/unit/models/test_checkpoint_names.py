@@ -1,10 +1,6 @@
 """The names in mcore's checkpoints: TransformerEngine's, also where the layers are mcore's own."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +13,10 @@ from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.checkpoint.extra_state import load_state
 from megatron_vico.config.registry import get_model_config
 from megatron_vico.convert.convert import convert, export_hf
-from tests.te_stand_in import SIZES
 from tests.toy_models import make_encoder, make_language_model
 
-ROOT = Path(__file__).parents[3]
-GOLDEN = ROOT / "tests" / "golden"
+GOLDEN = Path(__file__).parents[3] / "tests" / "golden"
+SIZES = {"dense": "toy", "moe": "toy-moe"}
 
 
 def golden_keys(kind: str) -> set[str]:
@@ -43,30 +38,20 @@ def stored_keys(folder: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, single_process_groups: None) -> Path:
-    """Checkpoints of the local spec, and what TransformerEngine's layers make of them
-    (tests/te_stand_in.py)."""
+    """Checkpoints of the local spec; what TransformerEngine's layers make of them:
+    tests/te/test_names.py."""
     root = tmp_path_factory.mktemp("names")
-    for size in set(SIZES.values()):
+    for size in SIZES.values():
         module = make_language_model(get_model_config(size))
         metadata = training_checkpoint.CheckpointMetadata(model_size=size, stage="pretrain")
         training_checkpoint.save_checkpoint(
             root / size, 0, modules={"language_model": module}, metadata=metadata
         )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.te_stand_in", str(root)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return root
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", SIZES)
 def test_a_checkpoint_of_the_local_spec_has_the_keys_of_transformer_engine(
     kind: str, folder: Path
 ) -> None:
@@ -86,30 +71,6 @@ def test_a_conversion_writes_the_keys_that_training_does(size: str, folder: Path
     export_hf(files, **modules, model=model, layout="internvl")
     convert(files, output=folder / f"{size}-converted", layout="megatron")
     assert stored_keys(folder / f"{size}-converted") == stored_keys(folder / size)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", SIZES)
-def test_the_golden_keys_are_those_of_the_transformer_engine_spec(kind: str, folder: Path) -> None:
-    expected = golden_keys(kind.split("-")[0])
-    assert set(json.loads((folder / "keys.json").read_text())[kind]) == expected
-    assert stored_keys(folder / f"te-{kind}") == expected
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", SIZES)
-def test_weights_go_to_transformer_engine_and_back(kind: str, folder: Path) -> None:
-    """A checkpoint of a CPU into the layers of a GPU, and what those save into the layers of a CPU,
-    bit for bit."""
-    size = SIZES[kind]
-    module = make_language_model(get_model_config(size), seed=9)
-    training_checkpoint.load_weights(
-        folder / f"te-{kind}", modules={"language_model": module}, model_size=size
-    )
-    expected = dict(make_language_model(get_model_config(size)).named_parameters())
-    found = dict(module.named_parameters())
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_only_extra_state_may_be_absent() -> None:

@@ -11,7 +11,7 @@ from megatron_vico.cli.train import STOPPED
 from tests.distributed.launch import torchrun
 from tests.training_runs import ToyData
 
-# A collective waits 10 minutes (--distributed-timeout-minutes): a rank that hangs is not over in
+# A collective waits 30 minutes (--distributed-timeout-minutes): a rank that hangs is not over in
 # time.
 LIMIT_S = 120
 

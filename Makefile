@@ -11,7 +11,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.13; do \
 	if $$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then echo $$python; break; fi; done)
 
 # For `make gpu`, which makes no environment: a GPU machine often has no network, and torch and
-# TransformerEngine are its container's. Packages that lie elsewhere: make gpu PYTHONPATH=/folder
+# TransformerEngine are its container's. Wheels and archives beside it: make gpu PACKAGES=/folder
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 # Files of tests at a time; those that start several processes come first (tests/conftest.py).
@@ -63,8 +63,8 @@ $(TE_STAMP): $(STAMP)
 test-te: $(TE_STAMP)  ## TransformerEngine's Python against our own layers, plain torch for its kernels (5 minutes)
 	OMP_NUM_THREADS=1 $(TE_BIN)/python -m pytest -p tests.te.preloaded tests/te
 
-gpu:  ## the checks for one GPU, a line each (without one: small forms, as in `make test`)
-	$(GPU_PYTHON) -m tests.gpu $(CHECKS)
+gpu:  ## the checks for one GPU that are left, for MINUTES=8 (without one: small forms, as in `make test`)
+	$(GPU_PYTHON) -m tests.gpu --minutes $(or $(MINUTES),8) $(if $(PACKAGES),--packages $(PACKAGES)) $(CHECKS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

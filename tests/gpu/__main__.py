@@ -1,52 +1,78 @@
-"""`python -m tests.gpu [CHECK ...]`: the checks for one GPU, a line each.
+"""`python -m tests.gpu [CHECK ...]`: the checks for one GPU, most telling first, a line each.
 
-A check that fails does not stop the others; the exit status is 1 when one failed.
+Each runs in a process of its own. One that fails, hangs or is killed stops no other; the exit
+status is 1 when one did, 3 when time ran out first. Results go to a file, a line of JSON each:
+a second call does what the first left, a check that is named is done again. On a machine without a
+network, `--packages` names a folder with wheels and archives. `python -m benchmarks.results` makes
+a table of the results.
 """
 
-import contextlib
+import argparse
+import os
+import signal
+import subprocess
 import sys
-import time
-import traceback
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vico import cpu_stand_in
+from tests.gpu.run import LIMITS_S, Session, pending, run, unpacked
 
-cpu_stand_in.install()  # before megatron is imported; nothing where there is a GPU
-
-import torch  # noqa: E402
-
-from tests.gpu.checks import CHECKS  # noqa: E402
-from tests.gpu.machine import Machine  # noqa: E402
+ROOT = Path(__file__).parents[2]
+DEVICE = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU')"
 
 
-def main(names: list[str]) -> int:
-    """Run the named checks, or all."""
-    unknown = [name for name in names if name not in CHECKS]
-    if unknown:
-        print(f"no such check: {', '.join(unknown)}; there are {', '.join(CHECKS)}")
-        return 2
-    failed = 0
-    with Machine() as machine:
-        for name in names or CHECKS:
-            start = time.perf_counter()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the checks that are left, or the named ones."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"of {', '.join(LIMITS_S)}")
+    parser.add_argument("--minutes", type=float, default=8, help="when to stop (default 8)")
+    parser.add_argument("--journal", type=Path, default=ROOT / "benchmarks" / "gpu.jsonl")
+    parser.add_argument("--packages", type=Path, help="folder with wheels, and TransformerEngine")
+    parser.add_argument("--commit", help="where the files are without their repository")
+    options = parser.parse_args(arguments)
+    if unknown := [name for name in options.checks if name not in LIMITS_S]:
+        parser.error(f"no such check: {', '.join(unknown)}; there are {', '.join(LIMITS_S)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a check ends with this
+    with tempfile.TemporaryDirectory(prefix="gpu_packages") as folder:
+        paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        if options.packages is not None:
             try:
-                with contextlib.redirect_stdout(sys.stderr):  # what training logs
-                    said = CHECKS[name](machine)
-                result = "ok"
-            except Exception as error:
-                result, said = "FAIL", _shown(error)
-                failed += 1
-            torch.cuda.empty_cache()
-            print(f"{result:4} {name:12} {said} [{time.perf_counter() - start:.0f} s]", flush=True)
-    return 1 if failed else 0
+                paths = unpacked(options.packages, Path(folder)) + paths
+            except ValueError as error:
+                parser.error(str(error))
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        session = Session(
+            journal=options.journal,
+            minutes=options.minutes,
+            command=lambda name, report: [sys.executable, "-m", "tests.gpu.one", name, str(report)],
+            noted={
+                "commit": options.commit or _commit(),
+                "device": _output([sys.executable, "-c", DEVICE], environment) or "none",
+            },
+            environment=environment,
+        )
+        return run(options.checks or pending(LIMITS_S, session), session)
 
 
-def _shown(error: Exception) -> str:
-    """The error and the way to it in one line."""
-    frames = reversed(traceback.extract_tb(error.__traceback__)[-6:])
-    way = " <- ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]} at {way}"
+def _commit() -> str:
+    commit = _output(["git", "rev-parse", "--short", "HEAD"]) or "unknown"
+    changed = _output("git status --porcelain --untracked-files=no -- . :!benchmarks".split())
+    return f"{commit} with changes" if changed else commit
+
+
+def _output(command: list[str], environment: dict[str, str] | None = None) -> str:
+    """What a command prints; nothing if it cannot be run."""
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,14 +1,14 @@
-"""What one GPU has to show, most telling first; without one, each check runs in a small form.
+"""What one GPU has to show; without one, each check runs in a small form.
 
 The small form shows that a check works and that its reference agrees with itself; it says nothing
-of a GPU. `python -m tests.gpu` runs them with a line each, `test_gpu.py` under pytest.
+of a GPU. `python -m tests.gpu` runs them with a line each, `test_gpu.py` under pytest. A check
+returns its figures by what they are, and raises where one is wrong.
 """
 
 import dataclasses
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from megatron_vico.config.registry import ModelConfig, get_model_config
 from megatron_vico.config.schema import ParallelOptions, RunConfig, TrainingOptions
-from tests.gpu.machine import Machine
+from tests.gpu.kl_check import kl_head
+from tests.gpu.machine import Figures, Machine
+from tests.gpu.run import LIMITS_S
 
 FP8_MAX = 448.0
 """The largest float8_e4m3fn."""
@@ -30,28 +32,21 @@ FULL_RECOMPUTE: dict[str, Any] = {
 }
 
 
-def versions(machine: Machine) -> str:
+def versions(machine: Machine) -> Figures:
     """What is installed; on a GPU TransformerEngine must be there and used."""
     from megatron.core.extensions import transformer_engine
     from megatron.core.optimizer import Adam
 
     from megatron_vico.models.build import transformer_engine_usable
 
-    found = (
-        f"torch {torch.__version__}, megatron-core {version('megatron-core')},"
-        f" Adam of {Adam.__module__}"
-    )
-    if not machine.on_gpu:
-        return f"{found}, no GPU"
-    from megatron.core.utils import get_te_version
-
-    assert transformer_engine.HAVE_TE, "megatron-core finds no TransformerEngine"
-    assert transformer_engine_usable()
-    device = torch.cuda.get_device_name()
-    return f"{found}, TransformerEngine {get_te_version()}, {device}"
+    found: Figures = {"Adam": Adam.__module__, "cuDNN": str(torch.backends.cudnn.version())}
+    if machine.on_gpu:
+        assert transformer_engine.HAVE_TE, "megatron-core finds no TransformerEngine"
+        assert transformer_engine_usable()
+    return found
 
 
-def groups(machine: Machine) -> str:
+def groups(machine: Machine) -> Figures:
     """The collectives that the project uses, empty tensors and objects too, on a group of one."""
     dist, device = torch.distributed, machine.device
     replica, data_parallel = machine.groups.replica, machine.groups.data_parallel
@@ -67,10 +62,10 @@ def groups(machine: Machine) -> str:
     dist.all_gather_object(gathered, {"b": 2})
     dist.barrier()
     assert (float(total), sent, gathered) == (1.0, [{"a": 1}], [{"b": 2}])
-    return f"backend {dist.get_backend()}"
+    return {"backend": dist.get_backend()}
 
 
-def wide_product(machine: Machine) -> str:
+def wide_product(machine: Machine) -> Figures:
     """bf16 matrices into float32 logits, as the vocabulary heads take them."""
     from megatron_vico.models.heads.vocabulary import logits_of
 
@@ -80,12 +75,12 @@ def wide_product(machine: Machine) -> str:
     assert logits.dtype == torch.float32
     assert error < 1e-3, error
     assert logits_of(rows[:0], weight).shape == (0, 160)
-    return f"largest error {error:.1e}"
+    return {"largest error": error}
 
 
-def layers(machine: Machine) -> str:
+def layers(machine: Machine) -> Figures:
     """TransformerEngine's layers against torch's: same weights, packed documents, bf16."""
-    found = []
+    found: Figures = {}
     # In bf16 a token may go to another expert.
     for size, limit in (("toy", 3e-2), ("toy-moe", 1e-1)):
         expected, found_here = (
@@ -95,17 +90,17 @@ def layers(machine: Machine) -> str:
         for what, reference in expected.items():
             error = float((found_here[what] - reference).norm() / reference.norm())
             assert error < limit, f"{size}: {what} differs by {error:.1e}, at most {limit:.0e}"
-            found.append(f"{size} {what} {error:.1e}")
-    return "relative errors: " + ", ".join(found)
+            found[f"{size} {what}, relative error"] = error
+    return found
 
 
-def stages(machine: Machine) -> str:
+def stages(machine: Machine) -> Figures:
     """All four stages in bf16, each saved half-way and resumed, one started from the other."""
     from megatron_vico.training.trainer import train
     from tests.training_runs import make_toy_data, read_metrics, toy_config
 
     steps = 4 if machine.on_gpu else 2
-    found = []
+    found: Figures = {}
     with tempfile.TemporaryDirectory(prefix="gpu_stages") as folder:
         root = Path(folder)
         data = make_toy_data(root / "data")
@@ -126,61 +121,33 @@ def stages(machine: Machine) -> str:
             losses = [line["loss"] for line in read_metrics(root / stage)]
             assert len(losses) == steps
             assert all(map(torch.isfinite, torch.tensor(losses))), losses
-            shown = " ".join(f"{loss:.4f}" for loss in losses)
-            found.append(f"{stage} {shown} ({time.perf_counter() - start:.0f} s)")
-    return ", ".join(found)
+            found[f"{stage} losses"] = " ".join(f"{loss:.4f}" for loss in losses)
+            found[f"{stage} s"] = time.perf_counter() - start
+    return found
 
 
-def kl_head(machine: Machine) -> str:
-    """Eq. 1 and its gradients against float64; on a GPU also time and peak at the real width."""
-    inputs = _KLInputs.random(machine, rows=300, width=256, vocabulary=5000)
-    loss = inputs.loss()
-    rows, policy = (
-        each.detach().double().requires_grad_() for each in (inputs.rows, inputs.policy)
-    )
-    log_p = (rows.detach() @ inputs.reference.double().T).log_softmax(-1)
-    log_q = (rows @ policy.T).log_softmax(-1)
-    exact = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-    exact.backward()
-    errors = {
-        "loss": _relative(loss, exact.detach()),
-        "rows": _relative(inputs.rows.grad, rows.grad),
-        "weight": _relative(inputs.policy.main_grad, policy.grad),
-    }
-    # On a CPU 3e-7, 2e-3 (the rows' gradient is handed back in bf16) and 3e-5.
-    assert errors["loss"] < 1e-3, errors
-    assert max(errors.values()) < 1e-2, errors
-    shown = "relative errors: " + ", ".join(f"{what} {error:.1e}" for what, error in errors.items())
-    if not machine.on_gpu:
-        return shown
-    large = _KLInputs.random(machine, rows=8192, width=4096, vocabulary=151_936)
-    milliseconds, peak_gb = machine.milliseconds(large.loss), machine.peak_gb(large.loss)
-    return f"{shown}; 8192 x 4096 x 151936: {milliseconds:.0f} ms, {peak_gb:.2f} GB"
-
-
-def width(machine: Machine) -> str:
+def width(machine: Machine) -> Figures:
     """Four layers of 8B's width on a 32K pack, trained and frozen, with recompute and without."""
     model = get_model_config("internvl3_5-8b" if machine.on_gpu else "toy")
     language = dataclasses.replace(model.language, num_layers=4)
     model = dataclasses.replace(model, language=language)
     document_lens = (12288, 9216, 7168, 4096) if machine.on_gpu else (96, 64)
-    found = []
+    found: Figures = {}
     for trained, recompute in ((True, False), (True, True), (False, True), (False, False)):
         step = _language_step(machine, model, document_lens, trained=trained, recompute=recompute)
-        found.append(
-            f"{'trained' if trained else 'frozen'}{' recomputed' if recompute else ''}"
-            f" {machine.milliseconds(step):.0f} ms {machine.peak_gb(step):.1f} GB"
-        )
+        name = f"{'trained' if trained else 'frozen'}{' recomputed' if recompute else ''}"
+        found[f"{name} ms"] = machine.milliseconds(step)
+        found[f"{name} GB"] = machine.peak_gb(step)
         del step
         torch.cuda.empty_cache()
-    return ", ".join(found)
+    return found
 
 
-def vision(machine: Machine) -> str:
+def vision(machine: Machine) -> Figures:
     """Sixteen tiles through four layers of each tower: time a layer, and the longest kernels."""
     from megatron_vico.models.build import build_vision_encoder, vision_transformer_config
 
-    found = []
+    found: Figures = {}
     for size in ("internvl3_5-8b", "internvl3_5-38b") if machine.on_gpu else ("toy",):
         model = get_model_config(size)
         model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, num_layers=4))
@@ -195,14 +162,15 @@ def vision(machine: Machine) -> str:
                 return encoder.features(encoder.normalise(tiles))
 
         assert bool(forward().isfinite().all())
-        found.append(f"{size} {machine.milliseconds(forward) / 4:.2f} ms a layer")
-        found += _longest_kernels(forward) if machine.on_gpu else []
+        found[f"{size} ms a layer"] = machine.milliseconds(forward) / 4
+        for kernel, milliseconds in _longest_kernels(forward) if machine.on_gpu else ():
+            found[f"{size} {kernel} ms a layer"] = milliseconds
         del encoder, forward
         torch.cuda.empty_cache()
-    return ", ".join(found)
+    return found
 
 
-def fp8(machine: Machine) -> str:
+def fp8(machine: Machine) -> Figures:
     """TransformerEngine's FP8 linear layer, held to twice the error of rounding by hand."""
     rows, width, outputs = (8192, 4096, 12288) if machine.on_gpu else (64, 128, 96)
     inputs = machine.normal(rows, width, seed=1)
@@ -210,9 +178,9 @@ def fp8(machine: Machine) -> str:
     exact = inputs.float() @ weight.float().T
     expected = _relative(_rounded_to_fp8(inputs) @ _rounded_to_fp8(weight).T, exact)
     assert 0.01 < expected < 0.06, expected
-    found = [f"relative errors: rounded by hand {expected:.3f}"]
+    found: Figures = {"rounded by hand, relative error": expected}
     if not machine.on_gpu:
-        return found[0]
+        return found
     import transformer_engine.pytorch as te
     from transformer_engine.common.recipe import Float8BlockScaling, Float8CurrentScaling
 
@@ -227,11 +195,11 @@ def fp8(machine: Machine) -> str:
         assert error < 2 * expected, f"{type(recipe).__name__} {error:.3f}"
         assert bool(linear.weight.grad.isfinite().all())
         assert bool(wanted.grad.isfinite().all())
-        found.append(f"{type(recipe).__name__} {error:.3f}")
-    return ", ".join(found)
+        found[f"{type(recipe).__name__}, relative error"] = error
+    return found
 
 
-def offload(machine: Machine) -> str:
+def offload(machine: Machine) -> Figures:
     """Frozen weights to page-locked host memory and back, unchanged; on a GPU how fast."""
     from megatron_vico.training.offload import HostOffload
 
@@ -253,13 +221,11 @@ def offload(machine: Machine) -> str:
     milliseconds = machine.milliseconds(there_and_back)
     host.fetch()
     assert [float(param.float().sum()) for param in params] == before
-    if not machine.on_gpu:
-        return f"{count} weights unchanged"
     num_bytes = sum(param.nbytes for param in params)
-    return f"{count} weights unchanged, {num_bytes / milliseconds / 1e6:.0f} GB/s"
+    return {"GB/s": num_bytes / milliseconds / 1e6} if machine.on_gpu else {"weights": count}
 
 
-CHECKS: dict[str, Callable[[Machine], str]] = {
+CHECKS: dict[str, Callable[[Machine], Figures]] = {
     check.__name__: check
     for check in (
         versions,
@@ -274,6 +240,7 @@ CHECKS: dict[str, Callable[[Machine], str]] = {
         offload,
     )
 }
+assert CHECKS.keys() == LIMITS_S.keys()
 
 
 def _layer_results(machine: Machine, model: ModelConfig, attention: Any) -> dict[str, Tensor]:
@@ -344,40 +311,6 @@ def _language_step(
     return step
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _KLInputs:
-    """Hidden rows, the policy's head, and the reference's, which is near it."""
-
-    rows: Tensor
-    policy: Any
-    reference: Tensor
-
-    @classmethod
-    def random(cls, machine: Machine, *, rows: int, width: int, vocabulary: int) -> "_KLInputs":
-        reference = machine.normal(vocabulary, width, seed=2) * width**-0.5
-        step = machine.normal(vocabulary, width, seed=3) * (0.01 * width**-0.5)
-        policy: Any = torch.nn.Parameter(reference + step)
-        policy.main_grad = torch.zeros(policy.shape, device=machine.device)
-        rows_RH = machine.normal(rows, width, seed=1).requires_grad_()
-        return cls(rows=rows_RH, policy=policy, reference=reference)
-
-    def loss(self) -> Tensor:
-        """Eq. 1, after its backward pass."""
-        from megatron_vico.models.heads.kl import KLToReference
-        from megatron_vico.models.heads.vocabulary import VocabularyShard, head_loss
-
-        num_rows = len(self.rows)
-        to_reference = KLToReference(
-            rows_RH=self.rows.detach(),
-            weight_VH=self.reference,
-            shard=VocabularyShard(group=None, vocab_size=len(self.policy)),
-        )
-        row_weight = torch.full((num_rows,), 1 / num_rows, device=self.rows.device)
-        loss = head_loss(self.rows, self.policy, row_weight, loss=to_reference)
-        loss.backward()
-        return loss.detach()
-
-
 def _relative(found: Any, exact: Any) -> float:
     return float((found.double() - exact.double()).norm() / exact.double().norm())
 
@@ -388,9 +321,9 @@ def _rounded_to_fp8(tensor: Tensor) -> Tensor:
     return (tensor.float() * scale).to(torch.float8_e4m3fn).float() / scale
 
 
-def _longest_kernels(forward: Callable[[], object], *, limit: int = 6) -> list[str]:
+def _longest_kernels(forward: Callable[[], object], *, limit: int = 6) -> list[tuple[str, float]]:
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         forward()
     kernels = sorted(profile.key_averages(), key=lambda kernel: -kernel.device_time_total)
-    return [f"{kernel.key[:40]} {kernel.device_time_total / 4e3:.2f}" for kernel in kernels[:limit]]
+    return [(kernel.key[:40], kernel.device_time_total / 4e3) for kernel in kernels[:limit]]

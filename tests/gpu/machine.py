@@ -11,6 +11,9 @@ from torch import Tensor
 from megatron_vico.config.schema import ParallelOptions
 from megatron_vico.parallel.groups import Groups, started
 
+Figures = dict[str, float | str]
+"""What a check found, by what it is, units included."""
+
 
 class Machine(contextlib.ExitStack):
     """One process and its device; process groups start when a check first asks for them."""

@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.gpu.__main__ import main
 from tests.gpu.checks import CHECKS
-from tests.gpu.machine import Machine
+from tests.gpu.machine import Figures, Machine
 
 
 @pytest.fixture(scope="module")
@@ -16,22 +15,5 @@ def machine(single_process_groups: None) -> Iterator[Machine]:
 
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
-def test_check(machine: Machine, check: Callable[[Machine], str]) -> None:
+def test_check(machine: Machine, check: Callable[[Machine], Figures]) -> None:
     assert check(machine)
-
-
-def test_a_failing_check_stops_no_other(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    single_process_groups: None,
-) -> None:
-    def broken(machine: Machine) -> str:
-        raise RuntimeError("no\nkernel")
-
-    monkeypatch.setitem(CHECKS, "versions", broken)
-    assert main(["versions", "wide_product"]) == 1
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("FAIL versions     RuntimeError: no kernel at test_gpu.py:")
-    assert second.startswith("ok   wide_product largest error")
-    assert main(["version"]) == 2
-    assert "no such check: version; there are versions, groups" in capsys.readouterr().out

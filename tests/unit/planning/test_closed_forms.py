@@ -48,8 +48,8 @@ def gigabytes(cfg: RunConfig, *, world_size: int, stage: int) -> dict[str, float
 def test_two_models_against_dry_runs(
     recipe: tuple[str, ...], ranks: int, stage: int, static: float, peak: float
 ) -> None:
-    """GB, as `vico plan --quick` prints them. Measured: static equal to what is printed, peaks 3.5 %
-    below to 1.5 % above."""
+    """GB, as `vico plan --quick` prints them. Measured: static equal to what is printed, peaks
+    3.5 % below to 1.5 % above."""
     found = gigabytes(parse(recipe), world_size=ranks, stage=stage)
     state = sum(found[part] for part in _STATIC)
     assert state == pytest.approx(static, abs=0.01)

@@ -142,15 +142,16 @@ def child_of(pid: int) -> int:
 def test_packages_without_a_network(tmp_path: Path) -> None:
     """A wheel, and an archive as TransformerEngine's comes in."""
     wheels, files = tmp_path / "wheels", tmp_path / "files"
+    wheel_name, archive_name = "small_thing", "engine_thing"
     wheels.mkdir()
     with zipfile.ZipFile(wheels / "small_thing-1.0-py3-none-any.whl", "w") as wheel:
         info = "small_thing-1.0.dist-info"
-        wheel.writestr("small_thing.py", "FOUND = 1\n")
+        wheel.writestr(f"{wheel_name}.py", "FOUND = 1\n")
         wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: small-thing\nVersion: 1.0")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
     files.mkdir()
-    (files / "engine_thing.py").write_text("FOUND = 2\n")
+    (files / f"{archive_name}.py").write_text("FOUND = 2\n")
     archive = ["tar", "cJf", str(tmp_path / "te-1.0.tar.xz"), "-C", str(files), "."]
     subprocess.run(archive, check=True)
     paths = unpacked(tmp_path, tmp_path / "unpacked")

@@ -18,7 +18,7 @@ from megatron_vico.training.metrics import StepSums
 from megatron_vico.training.setup import Run
 from megatron_vico.training.steps import STEPS
 from tests.packs import WholePack, as_blocks, whole_packs
-from tests.unit.vico.test_consistency import naive_kl
+from tests.unit.models.heads.kl_heads import naive_kl
 
 CPU = torch.device("cpu")
 

@@ -20,8 +20,8 @@ from megatron_vico.training.validation import ValidationSet, open_validation, va
 from tests.packs import WholePack, whole_packs
 from tests.toy_data import write_conversations
 from tests.training_runs import ToyData, make_toy_shards, read_metrics, untimed
+from tests.unit.models.heads.kl_heads import naive_kl
 from tests.unit.training.test_steps import add_noise, main_grads, move_away, naive_logits
-from tests.unit.vico.test_consistency import naive_kl
 
 NUM_SAMPLES = 10
 

@@ -1,16 +1,17 @@
 """Both models' heads with rows of a given KL, the textbook formula, and the fused head on them."""
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from megatron_vico.models.heads import vocabulary
 from megatron_vico.models.heads.kl import KLToReference
 from megatron_vico.models.heads.vocabulary import VocabularyShard, head_loss, row_values
-from tests.unit.vico.test_consistency import naive_kl
+
+if TYPE_CHECKING:
+    import pytest  # which a GPU machine may lack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,12 @@ def with_main_grad(heads: Heads) -> Heads:
     return replace(heads, policy_weight_VH=weight)
 
 
+def naive_kl(reference: Tensor, policy: Tensor) -> Tensor:
+    """The textbook formula, in the dtype of the logits."""
+    log_q, log_p = reference.log_softmax(-1), policy.log_softmax(-1)
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
 def naive_kl_loss(heads: Heads) -> Tensor:
     """The textbook formula through autograd; logits are rounded to the dtype of the rows, as output
     layers do."""
@@ -115,7 +122,7 @@ def grads_of(heads: Heads) -> tuple[Tensor, Tensor]:
     return rows_grad, weight_grad
 
 
-def emulate_wide_products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def emulate_wide_products(monkeypatch: "pytest.MonkeyPatch") -> list[str]:
     """bf16 products into float32, which the CPU lacks; returns a list of those that are taken."""
     mm, taken = torch.mm, []
 

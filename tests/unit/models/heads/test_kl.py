@@ -19,12 +19,12 @@ from tests.unit.models.heads.kl_heads import (
     errors_against_float64,
     grads_of,
     make_heads,
+    naive_kl,
     naive_kl_loss,
     our_rows,
     ours,
     with_main_grad,
 )
-from tests.unit.vico.test_consistency import naive_kl
 
 
 @pytest.mark.parametrize("mean_kl", [0.2, 1e-2, 1e-3])

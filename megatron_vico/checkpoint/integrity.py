@@ -5,8 +5,13 @@ CRC-32 finds damage as surely at four times that, though no forgery, and all ran
 """
 
 import fnmatch
+import os
+import threading
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,36 @@ Sum = dict[str, Any]
 """Of a file: `bytes`, and `crc32` in hex."""
 
 
+class SummedFile:
+    """A new file that is written from its beginning to its end, and its checksum on the way."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens it."""
+        self._file = path.open("wb")
+        self._crc32 = 0
+
+    def write(self, block: bytes | memoryview) -> int:
+        """As a file's."""
+        self._crc32 = zlib.crc32(block, self._crc32)
+        return self._file.write(block)
+
+    def tell(self) -> int:
+        """As a file's."""
+        return self._file.tell()
+
+    def flush(self) -> None:
+        """To the disk, so that no crash takes it."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> Sum:
+        """Flush and close it; its checksum."""
+        self.flush()
+        num_bytes = self.tell()
+        self._file.close()
+        return {"bytes": num_bytes, "crc32": f"{self._crc32:08x}"}
+
+
 def crc32(blocks: Iterable[bytes | memoryview]) -> str:
     """The checksum of some bytes, in hex."""
     value = 0
@@ -41,17 +76,17 @@ def write_checksums(
     Args:
         folder: with everything in it that is to be in it.
         ranks: that wrote it; unset, this process alone.
-        known: of files that need not be read again.
+        known: of files that need not be read again; of other ones on each rank, or the same.
     """
-    ranks, known = ranks or Ranks(), known or {}
+    ranks, known = ranks or Ranks(), dict(known or {})
 
     def share(names: Iterable[str]) -> dict[str, Sum]:
-        own = ranks.agree(lambda: {name: _sum_of(folder / name) for name in names})
+        own = known | ranks.agree(lambda: {name: _sum_of(folder / name) for name in names})
         return {name: each for part in ranks.gather(own) for name, each in part.items()}
 
     # A rank's own files first: its node has them in memory, and sees them.
     own = {path.name for path in folder.glob(f"__{ranks.rank}_*")} - known.keys()
-    sums = dict(known) | share(sorted(own))
+    sums = share(sorted(own))
     rest = sorted(path.name for path in folder.iterdir() if path.is_file())
     rest = [name for name in ranks.gather(rest)[0] if name not in sums]
     sums |= share(rest[ranks.rank :: ranks.size])
@@ -90,12 +125,8 @@ def damage(folder: Path, *, ranks: Ranks | None = None, files: str = "*") -> lis
         CheckpointError: on all ranks, if the checksums are unreadable.
     """
     ranks = ranks or Ranks()
-    sums = ranks.gather(ranks.agree(lambda: read_checksums(folder)))[0]
-    if sums is None:
-        return None
-    names = sorted(fnmatch.filter(sums, files))[ranks.rank :: ranks.size]
-    found = [clause for name in names if (clause := _damage(folder / name, sums[name]))]
-    return sorted(clause for part in ranks.gather(found) for clause in part)
+    check = _Check.of(folder, ranks=ranks, files=files)
+    return None if check is None else check.gathered(check.own_damage())
 
 
 def require_intact(folder: Path, *, ranks: Ranks | None = None, files: str = "*") -> bool:
@@ -109,9 +140,59 @@ def require_intact(folder: Path, *, ranks: Ranks | None = None, files: str = "*"
     """
     ranks = ranks or Ranks()
     found = damage(folder, ranks=ranks, files=files)
-    if found:
-        raise CheckpointError(f"{folder} is damaged: {listed(found)}; {_way_on(folder, ranks)}.")
+    _refuse(folder, found, ranks)
     return found is not None
+
+
+@contextmanager
+def intact_meanwhile(folder: Path, *, ranks: Ranks, files: str) -> Iterator[None]:
+    """`require_intact` beside a block that reads the folder for hours: it fails when that ends."""
+    check = _Check.of(folder, ranks=ranks, files=files)
+    if check is None:
+        yield
+        return
+    with ThreadPoolExecutor(1) as thread:
+        own = thread.submit(check.own_damage)
+        try:
+            yield
+        except BaseException:
+            check.is_over.set()
+            raise
+    _refuse(folder, check.gathered(own.result()), ranks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Check:
+    """A folder's files and what they should be."""
+
+    folder: Path
+    ranks: Ranks
+    sums: Mapping[str, Sum]
+    names: Sequence[str]
+    is_over: threading.Event = field(default_factory=threading.Event)
+    """Set where nobody waits for the result any more."""
+
+    @classmethod
+    def of(cls, folder: Path, *, ranks: Ranks, files: str) -> "_Check | None":
+        """None without checksums; called by every rank."""
+        sums = ranks.gather(ranks.agree(lambda: read_checksums(folder)))[0]
+        if sums is None:
+            return None
+        names = sorted(fnmatch.filter(sums, files))
+        return cls(folder=folder, ranks=ranks, sums=sums, names=names)
+
+    def own_damage(self) -> list[str]:
+        """A clause for each damaged file of this rank's share."""
+        found = []
+        for name in self.names[self.ranks.rank :: self.ranks.size]:
+            if self.is_over.is_set():
+                break
+            found.append(_damage(self.folder / name, self.sums[name]))
+        return [clause for clause in found if clause]
+
+    def gathered(self, own: list[str]) -> list[str]:
+        """Those of all ranks, which all call it."""
+        return sorted(clause for part in self.ranks.gather(own) for clause in part)
 
 
 def is_complete(folder: Path) -> bool:
@@ -123,6 +204,11 @@ def is_complete(folder: Path) -> bool:
         )
     except (OSError, CheckpointError):
         return False
+
+
+def _refuse(folder: Path, found: list[str] | None, ranks: Ranks) -> None:
+    if found:
+        raise CheckpointError(f"{folder} is damaged: {listed(found)}; {_way_on(folder, ranks)}.")
 
 
 def _sum_of(path: Path) -> Sum:

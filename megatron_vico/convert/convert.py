@@ -6,7 +6,7 @@ interrupted starts over.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,12 @@ from tqdm import tqdm
 
 from megatron_vico import files
 from megatron_vico.checkpoint import run_folder
-from megatron_vico.checkpoint.integrity import WEIGHTS, crc32, require_intact, write_checksums
+from megatron_vico.checkpoint.integrity import (
+    WEIGHTS,
+    crc32,
+    intact_meanwhile,
+    write_checksums,
+)
 from megatron_vico.checkpoint.ranks import FAILURES, Ranks, launched
 from megatron_vico.config.registry import ModelConfig
 from megatron_vico.convert.huggingface.config import ExportOptions
@@ -80,9 +85,10 @@ def convert(
     )
     with launched() as ranks:
         opened = ranks.agree(lambda: _opened(source, layout, chosen))
+        intact: AbstractContextManager[None] = nullcontext()
         if opened.contents is not None:
             weights = "*" if opened.layout is None else WEIGHTS
-            require_intact(opened.contents.path, ranks=ranks, files=weights)
+            intact = intact_meanwhile(opened.contents.path, ranks=ranks, files=weights)
         sums: dict[str, str] = {}
         if chosen.verify:
             opened = _summed(opened, sums)
@@ -90,7 +96,7 @@ def convert(
         if export is None and layout != "megatron" and not isinstance(source, Source):
             folder = Path(source)
             said = ranks.agree(lambda: stated_options(folder, iteration=chosen.ckpt_step))
-        with new_folder(output, ranks=ranks) as folder:
+        with new_folder(output, ranks=ranks) as folder, intact:
             if layout == "megatron":
                 _write_megatron(folder, opened, tokenizer=tokenizer, options=chosen, ranks=ranks)
             else:
@@ -220,11 +226,13 @@ def _write_hf(
     sizes = [shard.num_bytes for shard in shards]
     ranks.on_main(lambda: check_space(folder, sum(sizes)))
     with _progress("writing", sizes, options=options, ranks=ranks) as written:
-        write_weights(folder, source, layout=layout, shards=shards, ranks=ranks, written=written)
+        known = write_weights(
+            folder, source, layout=layout, shards=shards, ranks=ranks, written=written
+        )
     ranks.on_main(
         lambda: write_companions(folder, source, layout=layout, options=export, tokenizer=tokenizer)
     )
-    write_checksums(folder, ranks=ranks)
+    write_checksums(folder, ranks=ranks, known=known)
 
 
 def _write_megatron(
@@ -241,7 +249,7 @@ def _write_megatron(
     ranks.on_main(lambda: check_space(folder, sum(sizes)))
     ranks.on_main(target.mkdir)
     with _progress("writing", sizes, options=options, ranks=ranks) as written:
-        write_dcp(
+        known = write_dcp(
             target,
             source,
             padded_vocab_size=padded,
@@ -260,7 +268,7 @@ def _write_megatron(
         run_folder.point_to(folder, 0)
 
     ranks.on_main(finish)
-    write_checksums(target, ranks=ranks)
+    write_checksums(target, ranks=ranks, known=known)
 
 
 def _summed(source: Source, sums: dict[str, str]) -> Source:

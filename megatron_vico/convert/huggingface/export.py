@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_vico import files
+from megatron_vico.checkpoint.integrity import Sum
 from megatron_vico.checkpoint.ranks import Ranks
 from megatron_vico.config.stages import MODULES
 from megatron_vico.convert.huggingface import safetensors_folder
@@ -81,7 +82,7 @@ def write_weights(
     shards: list[Shard],
     ranks: Ranks,
     written: Callable[[int], object],
-) -> None:
+) -> dict[str, Sum]:
     """Write the files of `shards_of` and their index; called by every rank, which share the files.
 
     Args:
@@ -91,6 +92,9 @@ def write_weights(
         shards: all of them.
         ranks: they share the files.
         written: called with the bytes that this rank has written, tensor by tensor.
+
+    Returns:
+        Checksums of the files that this rank has written.
 
     Raises:
         CheckpointError: on all ranks, if one could not read.
@@ -102,12 +106,18 @@ def write_weights(
         row = rows[tuple(group)]
         return row.kind.to_hf(source.read_tensor(row.megatron))
 
-    def write() -> None:
-        for index in ranks.share([shard.num_bytes for shard in shards]):
-            safetensors_folder.write_shard(folder, shards[index], make=make, written=written)
+    def write() -> dict[str, Sum]:
+        own = ranks.share([shard.num_bytes for shard in shards])
+        return {
+            shards[index].file: safetensors_folder.write_shard(
+                folder, shards[index], make=make, written=written
+            )
+            for index in own
+        }
 
-    ranks.agree(write)
+    sums = ranks.agree(write)
     ranks.on_main(lambda: safetensors_folder.write_index(folder, shards))
+    return sums
 
 
 def write_companions(

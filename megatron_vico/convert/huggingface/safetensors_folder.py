@@ -5,18 +5,18 @@ where writing tensor by tensor keeps up with one. So the writing is done here.
 """
 
 import json
-import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_vico.checkpoint.integrity import Sum, SummedFile
 from megatron_vico.convert.options import MAX_SHARD_BYTES
 from megatron_vico.convert.source import TensorInfo
 from megatron_vico.convert.write_behind import write_behind
@@ -172,7 +172,7 @@ def write_shard(
     *,
     make: Callable[[Group], Sequence[Tensor]],
     written: Callable[[int], object],
-) -> None:
+) -> Sum:
     """Write one file: a length, a JSON header and the bytes; one group while the next is made.
 
     Args:
@@ -180,6 +180,9 @@ def write_shard(
         shard: from `plan_shards`.
         make: called group by group, gives the tensors in the group's order.
         written: called with the bytes of each group when they are written.
+
+    Returns:
+        The file's checksum.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -193,13 +196,12 @@ def write_shard(
             }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with (folder / shard.file).open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        with write_behind() as behind:
-            for group in shard.groups:
-                behind(partial(_write_group, stream, group, make(group), written))
-        stream.flush()
-        os.fsync(stream.fileno())
+    stream = SummedFile(folder / shard.file)
+    stream.write(struct.pack("<Q", len(text)) + text)
+    with write_behind() as behind:
+        for group in shard.groups:
+            behind(partial(_write_group, stream, group, make(group), written))
+    return stream.close()
 
 
 def write_index(folder: Path, shards: Sequence[Shard]) -> None:
@@ -250,7 +252,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _write_group(
-    stream: IO[bytes], group: Group, tensors: Sequence[Tensor], written: Callable[[int], object]
+    stream: SummedFile, group: Group, tensors: Sequence[Tensor], written: Callable[[int], object]
 ) -> None:
     for (name, info), tensor in zip(group.items(), tensors, strict=True):
         assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype), name

@@ -8,7 +8,6 @@ the keys are TransformerEngine's, as in training checkpoints.
 
 import contextlib
 import io
-import os
 import re
 import warnings
 from collections import deque
@@ -39,6 +38,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megatron_vico.checkpoint.integrity import Sum, SummedFile
 from megatron_vico.checkpoint.ranks import Ranks
 from megatron_vico.convert.names.internvl import Entry, entries
 from megatron_vico.convert.names.kinds import GatedMLP, PaddedVocabulary
@@ -57,7 +57,7 @@ def write_dcp(
     ranks: Ranks,
     written: Callable[[int], object],
     max_file_bytes: int,
-) -> None:
+) -> dict[str, Sum]:
     """Write all of a model's weights; called by every rank, which share the work.
 
     Args:
@@ -68,20 +68,25 @@ def write_dcp(
         written: called with the bytes of each tensor that this rank has written.
         max_file_bytes: size at which a rank begins a new file.
 
+    Returns:
+        Checksums of the files that this rank has written.
+
     Raises:
         CheckpointException: torch's, on all ranks, if one could not read or write.
     """
     rows = entries(source.model, layout="flash", padded_vocab_size=padded_vocab_size)
     own = ranks.share(sizes_of(source, padded_vocab_size=padded_vocab_size))
     planner = _LazyPlanner(source, list(rows.values()), own=own, is_main=ranks.is_main)
+    writer = _Writer(folder, written, max_file_bytes)
     with _quiet():
         dcp.save(
             {},
-            storage_writer=_Writer(folder, written, max_file_bytes),
+            storage_writer=writer,
             planner=planner,
             no_dist=ranks.size == 1,
         )
     ranks.on_main(lambda: save_config(CheckpointingConfig("torch_dist", 1), str(folder)))
+    return writer.sums
 
 
 def sizes_of(source: Source, *, padded_vocab_size: int) -> list[int]:
@@ -209,6 +214,7 @@ class _Writer(FileSystemWriter):
         self._path = path
         self._written = written
         self._max_file_bytes = max_file_bytes
+        self.sums: dict[str, Sum] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's items in the order of the plan, in files of about the largest size."""
@@ -219,18 +225,17 @@ class _Writer(FileSystemWriter):
             name = f"{plan.storage_data.prefix}{number}{DEFAULT_SUFFIX}"
             number += 1
             num_bytes = 0
-            with (self._path / name).open("wb") as stream:
-                with write_behind() as behind:
-                    while items and num_bytes < self._max_file_bytes:
-                        item = items.popleft()
-                        data = planner.resolve_data(item)
-                        num_bytes += (
-                            data.nbytes if isinstance(data, Tensor) else data.getbuffer().nbytes
-                        )
-                        behind(partial(self._write, item, data, stream, name, results))
-                        del data  # the thread has it: or two would wait beside the one that is made
-                stream.flush()
-                os.fsync(stream.fileno())
+            stream = SummedFile(self._path / name)
+            with write_behind() as behind:
+                while items and num_bytes < self._max_file_bytes:
+                    item = items.popleft()
+                    data = planner.resolve_data(item)
+                    num_bytes += (
+                        data.nbytes if isinstance(data, Tensor) else data.getbuffer().nbytes
+                    )
+                    behind(partial(self._write, item, data, stream, name, results))
+                    del data  # the thread has it: or two would wait beside the one that is made
+            self.sums[name] = stream.close()
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future

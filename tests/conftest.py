@@ -1,5 +1,6 @@
 """Fixtures of all tests: the CPU stand-in, a world of one process, a data set, a first model."""
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ def single_process_groups() -> None:
     import torch
     from megatron.core import parallel_state, tensor_parallel
 
+    gc.freeze()  # megatron-core collects garbage with each checkpoint: 0.2 s among all modules
     torch.set_num_threads(1)
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(

@@ -34,6 +34,7 @@ def write_truth(case: Case, groups: Groups, folder: Path) -> None:
     """Run a case in one process and keep all of it."""
     folder.mkdir(parents=True)
     for number, step in enumerate(record(case, groups)):
+        assert number or 0 in step.num_tiles, "no pack without an image"
         names = [part.name for part in step.parts]
         whole = {
             "figures": {name: getattr(step.figures, name) for name in FIGURES},

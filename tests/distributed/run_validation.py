@@ -14,32 +14,28 @@ from megatron_vico.training.validation import open_validation, validation_figure
 from tests.distributed.cached_layouts import CachedLayouts
 
 
-def figures_of(cfg: RunConfig, groups: Groups) -> dict[str, Any]:
-    """What a run finds over its validation set before its first step; called by every rank."""
+def found_of(
+    cfg: RunConfig, groups: Groups, *, evaluated: bool = True, is_trained: bool = False
+) -> dict[str, Any]:
+    """What a run finds over its validation set before its first step, and the gradient norm of each
+    step with the loss there after it, as far as they are asked for; called by every rank."""
     run = set_up(cfg, groups)
     run.window.push(torch.linspace(0.8, 1.6, 9))
     validation = open_validation(run)
     assert validation is not None
-    figures = dataclasses.asdict(validation_figures(run, validation, iteration=0))
-    return {
-        name: value for name, value in figures.items() if name != "time_s" and value is not None
-    }
-
-
-def trained(cfg: RunConfig, groups: Groups, *, evaluated: bool) -> dict[str, list[float]]:
-    """Gradient norm of each step, and its loss on the validation set if that is asked for; called
-    by every rank."""
-    run = set_up(cfg, groups)
-    validation = open_validation(run)
-    assert validation is not None
+    figures, norms, losses = {}, [], []
+    if evaluated:
+        figures = dataclasses.asdict(validation_figures(run, validation, iteration=0))
     run.policy.train_mode()
-    norms, losses = [], []
-    for number, batch in enumerate(run.batches()):
+    for number, batch in enumerate(run.batches() if is_trained else ()):
         compute_gradients(run, batch)
         norms.append(update_weights(run))
         if evaluated:
             losses.append(validation_figures(run, validation, iteration=number).loss)
-    return {"norms": norms, "losses": losses}
+    figures = {
+        name: each for name, each in figures.items() if name != "time_s" and each is not None
+    }
+    return {"figures": figures, "norms": norms, "losses": losses}
 
 
 def found_by_ranks(cases: Mapping[str, RunConfig]) -> dict[str, Any]:
@@ -48,8 +44,9 @@ def found_by_ranks(cases: Mapping[str, RunConfig]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, cfg in cases.items():
         groups = layouts.switch_to(cfg.parallel)
-        found[name] = {"figures": figures_of(cfg, groups)}
-        if name.endswith("trained"):
-            found[name]["without"] = trained(cfg, groups, evaluated=False)
-            found[name]["with"] = trained(cfg, groups, evaluated=True)
+        is_trained = name.endswith("trained")
+        found[name] = found_of(cfg, groups, is_trained=is_trained)
+        if is_trained:
+            without = found_of(cfg, groups, evaluated=False, is_trained=True)
+            found[name]["norms without"] = without["norms"]
     return found

@@ -47,6 +47,9 @@ class Recorded:
     """One step on one rank."""
 
     figures: StepFigures
+    num_tiles: tuple[int, ...]
+    """Of each pack of this replica."""
+
     parts: tuple[Part, ...]
     grads: tuple[Tensor | None, ...]
     """None where the weight is frozen."""
@@ -77,6 +80,7 @@ def record(case: Case, groups: Groups) -> Iterator[Recorded]:
             figures=StepFigures.reduce(
                 sums, iteration=number, grad_norm=norm, learning_rate=0.0, step_time_s=0.0
             ),
+            num_tiles=tuple(pack.num_tiles for pack in batch.packs),
             parts=parts,
             grads=tuple(grads.get(part.param) for part in parts),
             params=tuple(part.param.detach().clone() if whole else None for part in parts),

@@ -6,6 +6,7 @@ more packs than pipeline stages, and some packs have no image, no response, or n
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,6 @@ from tests.distributed.run_steps import found_by_ranks, write_truth
 from tests.distributed.step_records import STEPS, Case, save_models
 from tests.toy_data import write_conversations
 from tests.training_runs import ToyData, make_toy_shards, toy_config
-
-PACKS = 8
 
 # Options of a case; names that are no option of a run, see `make_case`: drop_rows, text_only,
 # bucket_size, split, broken.
@@ -96,7 +95,6 @@ TWO: Cases = {
     "dp2 overlap, full recompute": (DENSE, "consistency", OVERLAP | FULL),
     # Whole experts on each tensor-parallel rank.
     "moe tp2 sp etp1": (MOE, "consistency", TP2 | SP | ETP1),
-    "moe ep2 overlap": (MOE, "consistency", EP2 | OVERLAP),
     "moe ep2, frozen router": (MOE, "consistency", EP2 | FROZEN_ROUTER),
     "moe ep2, experts recomputed": (MOE, "consistency", EP2 | EXPERTS),
 }
@@ -123,11 +121,11 @@ FOUR: Cases = {
     # Ratios come from the last stage, whose context ranks each have a part of the rows.
     "pp2 cp2, router": (DENSE, "router", PP2 | CP2),
     "cp2 dp2 distributed optimizer": (DENSE, "consistency", CP2 | DIST),
-    "pp2 vpp2 dp2 overlap": (DENSE, "consistency", PP2 | VPP2 | OVERLAP),
     # One threshold of two replicas.
     "pp2 dp2, router": (DENSE, "router", PP2),
     "moe ep2 tp2 sp": (MOE, "consistency", EP2 | TP2 | SP),
     "moe ep2 cp2": (MOE, "consistency", EP2 | CP2),
+    # Buckets of experts and of what two replicas share.
     "moe ep2 pp2 vpp2 overlap": (MOE, "consistency", EP2 | PP2 | VPP2 | OVERLAP),
     # Tokens of all replicas and chunks count.
     "moe ep2 pp2 vpp2, balancing loss": (MOE, "consistency", EP2 | PP2 | VPP2 | BALANCE),
@@ -158,24 +156,36 @@ def case_of(name: str, world: int, data: Mapping[bool, ToyData], models: Path) -
     """A case, and its one-process twin."""
     model, stage, options = CASES[world][name]
     twin = {key: value for key, value in options.items() if key in TWIN_OPTIONS}
-    truth = "_".join([model, stage, *twin])
+    packs = num_packs(options, world)
+    truth = "_".join([model, stage, *twin, str(packs)])
     return (
-        make_case(name, model, stage, options, data=data, models=models, truth=truth),
-        make_case("one process", model, stage, twin, data=data, models=models, truth=truth),
+        make_case(name, (model, stage, options, packs), data=data, models=models, truth=truth),
+        make_case(
+            "one process", (model, stage, twin, packs), data=data, models=models, truth=truth
+        ),
     )
+
+
+def num_packs(options: Options, world: int) -> int:
+    """Of a step: twice as many a replica as stages, and four at least."""
+    stages = options.get("pipeline_model_parallel_size", 1)
+    of_model = (
+        options.get(name, 1) for name in ("tensor_model_parallel_size", "context_parallel_size")
+    )
+    replicas = world // stages // math.prod(of_model)
+    return max(4, 2 * stages * replicas)
 
 
 def make_case(
     name: str,
-    model: str,
-    stage: str,
-    options: Options,
+    run: tuple[str, str, Options, int],
     *,
     data: Mapping[bool, ToyData],
     models: Path,
     truth: str,
 ) -> Case:
     """A case of a stage of a model, whose data is of images (False) or of text alone (True)."""
+    model, stage, options, packs = run
     options = dict(options)
     empty_pack, broken = options.pop("drop_rows", None), options.pop("broken", False)
     buckets, text_only = options.pop("bucket_size", None), options.pop("text_only", False)
@@ -186,11 +196,12 @@ def make_case(
         stage,
         model_size=model,
         pretrained_checkpoint=str(models / model / "policy"),
+        seed=2,  # its first packs are of every kind
         train_iters=STEPS,
-        global_batch_size=PACKS,
+        global_batch_size=packs,
         max_samples_per_pack=2,
-        kl_chunk_rows=7,
-        encoder_chunk_tiles=3,
+        kl_chunk_rows=13,
+        encoder_chunk_tiles=5,
         clip_grad=1.0,
         **reference,
         **options,

@@ -11,7 +11,7 @@ from megatron_vico.checkpoint.training_checkpoint import find_iteration
 from megatron_vico.config.registry import MODELS, get_model_config
 from megatron_vico.convert.convert import convert, export_hf
 from megatron_vico.convert.megatron.reader import open_dcp
-from megatron_vico.convert.options import LAYOUTS, ConversionOptions
+from megatron_vico.convert.options import ConversionOptions
 from tests.distributed.launch import on_ranks, torchrun
 from tests.distributed.streamed_ranks import (
     LOADED_UNDER,
@@ -48,11 +48,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, single_process_groups: None
 def test_loaded_and_saved_under_a_layout_and_back(
     size: str, layout: str, folder: Path, tmp_path: Path
 ) -> None:
-    for files in LAYOUTS:
-        convert(folder / f"{size}-{layout}", output=tmp_path / f"back-{files}", layout=files)
-        convert(folder / size, output=tmp_path / f"straight-{files}", layout=files)
-        assert same(read_all(tmp_path / f"back-{files}"), read_all(tmp_path / f"straight-{files}"))
-    assert same(read_all(tmp_path / "back-flash"), read_all(folder / size))
+    """In the one layout that has every tensor; tests/unit/convert has the others."""
+    convert(folder / f"{size}-{layout}", output=tmp_path / "back", layout="flash")
+    assert same(read_all(tmp_path / "back"), read_all(folder / size))
 
 
 def test_a_vico_start_does_not_depend_on_the_number_of_processes(

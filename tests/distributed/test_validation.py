@@ -11,7 +11,7 @@ from megatron_vico.config.schema import DdpOptions, ParallelOptions, RunConfig
 from megatron_vico.config.validate import validate
 from megatron_vico.parallel.groups import started
 from tests.distributed.launch import on_ranks
-from tests.distributed.run_validation import figures_of, found_by_ranks, trained
+from tests.distributed.run_validation import found_by_ranks, found_of
 from tests.distributed.step_records import STEPS, save_models
 from tests.toy_data import write_conversations
 from tests.training_runs import ToyData, make_toy_shards, toy_config
@@ -89,12 +89,7 @@ def configs(
 class Found:
     """What one process and what each of two ranks finds, by case."""
 
-    truth: dict[str, dict[str, float]]
-    """Before the first step."""
-
-    losses: dict[str, list[float]]
-    """After each step."""
-
+    truth: dict[str, dict[str, Any]]
     ranks: list[dict[str, Any]]
 
 
@@ -104,7 +99,7 @@ def found(
     toy_data: ToyData,
     single_process_groups: None,
 ) -> Found:
-    truth, losses = {}, {}
+    truth = {}
     with started(ParallelOptions(), seed=1, timeout_minutes=1) as groups:
         for model in (DENSE, MOE):
             start = next(
@@ -115,19 +110,17 @@ def found(
             save_models(Path(start.pretrained_checkpoint).parent, model, plain, groups)
         for name, (cfg, twin) in configs.items():
             validate(cfg, 2)
-            truth[name] = figures_of(twin, groups)
-            if name.endswith("trained"):
-                losses[name] = trained(twin, groups, evaluated=True)["losses"]
+            truth[name] = found_of(twin, groups, is_trained=name.endswith("trained"))
     cases = {name: cfg for name, (cfg, _) in configs.items()}
     ranks = on_ranks(found_by_ranks, cases, num_ranks=2)
-    return Found(truth=truth, losses=losses, ranks=ranks)
+    return Found(truth=truth, ranks=ranks)
 
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_a_layout_finds_what_one_process_finds(name: str, found: Found) -> None:
     """Measured: 2e-7."""
     first, second = (rank[name]["figures"] for rank in found.ranks)
-    truth = found.truth[name]
+    truth = found.truth[name]["figures"]
     assert first == second
     assert first.keys() == truth.keys()
     assert first["samples"] == truth["samples"]
@@ -140,7 +133,7 @@ def test_a_layout_finds_what_one_process_finds(name: str, found: Found) -> None:
 def test_training_does_not_notice(name: str, found: Found) -> None:
     """Bit for bit. The weights of each step are those that are validated; measured: 1e-7."""
     for rank in found.ranks:
-        assert rank[name]["with"]["norms"] == rank[name]["without"]["norms"]
-        assert len(set(rank[name]["with"]["norms"])) == STEPS
-        assert rank[name]["with"]["losses"] == pytest.approx(found.losses[name], rel=1e-5)
-    assert len(set(found.losses[name])) == STEPS
+        assert rank[name]["norms"] == rank[name]["norms without"]
+        assert len(set(rank[name]["norms"])) == STEPS
+        assert rank[name]["losses"] == pytest.approx(found.truth[name]["losses"], rel=1e-5)
+    assert len(set(found.truth[name]["losses"])) == STEPS

@@ -38,6 +38,8 @@ from tests.te import compiled, compiled_attention
 from tests.toy_data import write_conversations
 from tests.training_runs import ToyData, make_toy_shards, toy_config
 
+PACKS = 8  # of a step
+
 # The fused permutation is Triton's, slow in the interpreter: test_permutation.py.
 UNFUSED: Options = {"split": {"moe_permute_fusion": False}}
 GROUPED: Options = {"split": {"moe_permute_fusion": False, "moe_grouped_gemm": True}}
@@ -93,11 +95,15 @@ def found(
             twin = {key: value for key, value in options.items() if key in steps.TWIN_OPTIONS}
             truth = "_".join([model, stage, *twin])
             made[name] = steps.make_case(
-                name, model, stage, options, data=data, models=folder, truth=truth
+                name, (model, stage, options, PACKS), data=data, models=folder, truth=truth
             )
             if not (folder / truth).exists():
                 own = steps.make_case(
-                    "own layers", model, stage, twin, data=data, models=folder, truth=truth
+                    "own layers",
+                    (model, stage, twin, PACKS),
+                    data=data,
+                    models=folder,
+                    truth=truth,
                 )
                 write_truth(_with_own_layers(own), groups, folder / truth)
         compiled.calls.clear()

@@ -128,9 +128,7 @@ def export_hf(
 
     Args:
         out_dir: where to, and what is returned; must not exist, or be empty.
-        encoder: outside of DDP.
-        language_model: outside of DDP.
-        model: their size.
+        encoder: outside of DDP, as the language model.
         layout: which names and config fields; `internvl` and `hf` leave connector_16x and ViR out.
         tokenizer: written beside the weights.
         options: what the config files say; unset, the defaults.

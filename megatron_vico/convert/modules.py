@@ -34,7 +34,6 @@ def module_source(modules: Mapping[str, MegatronModule], *, model: ModelConfig) 
 
     Args:
         modules: by name, `encoder` and `language_model`, outside of DDP.
-        model: their size.
 
     Raises:
         CheckpointError: if a tensor is not in the table, or one of the table is missing or of
@@ -60,11 +59,6 @@ def load_source(source: Source, *, encoder: VisionEncoder, language_model: Langu
     """Read a source into modules on one tensor-parallel rank.
 
     What it does not hold (connector_16x and ViR, outside of flash) keeps the modules' values.
-
-    Args:
-        source: from `open_source`.
-        encoder: of the same size.
-        language_model: of the same size.
 
     Raises:
         CheckpointError: if a module's tensors have other names or shapes than the table says.

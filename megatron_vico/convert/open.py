@@ -149,9 +149,7 @@ def files_source(
     """Tensors of known size and layout as a source; needs no config.json.
 
     Args:
-        folder: of the tensors.
-        model: their size.
-        layout: whose names they have.
+        layout: whose names the tensors have.
         without: beginnings of the table's names that the folder lacks beyond what the layout lacks,
             such as `initial.CONNECTOR_4X` where a vision tower and a language model come apart.
     """

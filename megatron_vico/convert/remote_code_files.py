@@ -13,16 +13,8 @@ AUTO_MAP = {
 _SOURCE = Path(__file__).with_name("remote_code")
 
 
-def write_remote_code(folder: Path) -> list[str]:
-    """Copy the model code, verbatim.
-
-    Args:
-        folder: an export in the internvl or flash layout.
-
-    Returns:
-        Names of the files.
-    """
-    sources = sorted(path for path in _SOURCE.glob("*.py") if path.name != "__init__.py")
-    for path in sources:
-        shutil.copyfile(path, folder / path.name)
-    return [path.name for path in sources]
+def write_remote_code(folder: Path) -> None:
+    """Copy the model code, verbatim, into an export in the internvl or flash layout."""
+    for path in _SOURCE.glob("*.py"):
+        if path.name != "__init__.py":
+            shutil.copyfile(path, folder / path.name)

@@ -88,9 +88,7 @@ def write_weights(
     Args:
         folder: an existing folder.
         source: what the shards were planned for.
-        layout: of the files.
         shards: all of them.
-        ranks: they share the files.
         written: called with the bytes that this rank has written, tensor by tensor.
 
     Returns:

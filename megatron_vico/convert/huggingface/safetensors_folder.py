@@ -177,7 +177,6 @@ def write_shard(
 
     Args:
         folder: an existing folder.
-        shard: from `plan_shards`.
         make: called group by group, gives the tensors in the group's order.
         written: called with the bytes of each group when they are written.
 

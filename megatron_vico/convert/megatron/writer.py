@@ -64,7 +64,6 @@ def write_dcp(
         folder: an existing, empty folder.
         source: of every tensor of the table.
         padded_vocab_size: rows of embedding and head.
-        ranks: the processes.
         written: called with the bytes of each tensor that this rank has written.
         max_file_bytes: size at which a rank begins a new file.
 

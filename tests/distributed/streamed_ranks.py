@@ -7,6 +7,7 @@ from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.config.registry import MODELS, ModelConfig, get_model_config
 from megatron_vico.convert.convert import convert
 from megatron_vico.convert.options import ConversionOptions
+from megatron_vico.errors import CheckpointError
 from tests.checkpoint_runs import make_training
 from tests.distributed.cached_layouts import CachedLayouts
 from tests.distributed.layouts_checkpoint import LAYOUTS
@@ -86,3 +87,12 @@ def load_and_save(folder: Path) -> None:
                 folder / f"{size}-{name}", 1, modules=modules, metadata=metadata
             )
     convert(folder / "base", output=folder / "start", layout="megatron")
+
+
+def told_of_a_conversion(source: Path, output: Path) -> str:
+    """The error with which a conversion ends on this rank."""
+    try:
+        convert(source, output=output, layout="megatron")
+    except CheckpointError as error:
+        return str(error)
+    return ""

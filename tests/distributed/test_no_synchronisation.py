@@ -56,7 +56,10 @@ def records(
     make = _config_maker(toy_data, folder / "models")
     cases = {name: (make(options), "none", 60.0) for name, options in LAYOUTS.items()}
     cases["barrier"] = (make(PP4), "barrier", 5.0)
-    cases["shapes"] = (make(PP4), "shape exchange", 60.0)
+    cases |= {
+        f"{name}, shapes": (make(options), "shape exchange", 60.0)
+        for name, options in LAYOUTS.items()
+    }
     ranks = on_ranks(records_of, cases, folder, num_ranks=WORLD)
     return {name: [rank[name] for rank in ranks] for name in cases}
 
@@ -144,9 +147,10 @@ def test_only_hidden_states_and_their_gradients_are_sent(name: str, records: Rec
         assert rank.shape_exchanges == 0
 
 
-def test_megatrons_own_communicator_would_send_shapes(records: Records) -> None:
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_megatrons_own_communicator_would_send_shapes(name: str, records: Records) -> None:
     """The control of the one before: the recorder sees shapes where they are sent."""
-    for rank, known in zip(records["shapes"], records["pp4"], strict=True):
+    for rank, known in zip(records[f"{name}, shapes"], records[name], strict=True):
         shapes = [
             event
             for event in _events(rank, "p2p")

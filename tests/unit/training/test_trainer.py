@@ -173,15 +173,15 @@ def test_an_error_leaves_a_checkpoint_of_the_last_whole_step(
     saved: int | None,
     toy_data: ToyData,
     stage_config: Callable[..., RunConfig],
+    plain_run: Callable[[str], tuple[Path, dict[str, Any]]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The run goes on from it bit for bit."""
-    options: dict[str, Any] = {"valid_data_path": (str(toy_data.shards),), "eval_iters": 1}
-    options |= {"train_iters": 4, "eval_interval": 2}
-    train(stage_config("router", save=str(tmp_path / "whole"), **options))
-    options |= dict.fromkeys(("save", "load"), str(tmp_path / "cut"))
+    whole, options = plain_run("router")  # validation does not change it
+    options = options | {"valid_data_path": (str(toy_data.shards),), "eval_iters": 1}
+    options |= {"eval_interval": 2, **dict.fromkeys(("save", "load"), str(tmp_path / "cut"))}
     with monkeypatch.context() as patch:
         patch.setattr(trainer, where, raises_at(call, getattr(trainer, where)))
         with pytest.raises(ArithmeticError, match="the cause"):
@@ -191,8 +191,8 @@ def test_an_error_leaves_a_checkpoint_of_the_last_whole_step(
     assert not (tmp_path / "cut" / LOCK).exists()
     train(stage_config("router", **options))
     found, expected = (
-        [untimed(row) for row in read_metrics(tmp_path / name) if "valid_loss" not in row]
-        for name in ("cut", "whole")
+        [untimed(row) for row in read_metrics(folder) if "valid_loss" not in row]
+        for folder in (tmp_path / "cut", whole)
     )
     assert found == expected
 

@@ -29,8 +29,16 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is broken, incomplete or of another model; names the file or tensor."""
 
 
-USER_ERRORS = (ConfigError, SampleError, WorkerError, CheckpointError)
-"""The four errors that are printed as one line, without a traceback."""
+class TrainingError(RuntimeError):
+    """A run that must not go on: it diverges, or nothing is learned; says what to look at."""
+
+
+class ReadingStopped(Exception):
+    """A loader that was told to stop while it waited for its workers."""
+
+
+USER_ERRORS = (ConfigError, SampleError, WorkerError, CheckpointError, TrainingError)
+"""The errors that are printed as one line, without a traceback."""
 
 
 def cause_of(error: BaseException) -> str:

@@ -59,13 +59,28 @@ def base_checkpoint(
 
 
 @pytest.fixture(scope="session")
-def stage_config(toy_data: ToyData, base_checkpoint: Path) -> Callable[..., RunConfig]:
+def other_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, toy_data: ToyData, single_process_groups: None
+) -> Path:
+    """Another one: the router stage's reference must not be its policy."""
+    from megatron_vico.training.trainer import train
+
+    folder = tmp_path_factory.mktemp("other")
+    train(toy_config(toy_data, "pretrain", train_iters=2, save=str(folder), lr=3e-3))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stage_config(
+    toy_data: ToyData, base_checkpoint: Path, other_checkpoint: Path
+) -> Callable[..., RunConfig]:
     """stage_config(stage, **options): a toy run that starts from `base_checkpoint`, if it must."""
 
     def make(stage, **options):
+        reference = other_checkpoint if stage == "router" else base_checkpoint
         start = {
             "pretrained_checkpoint": str(base_checkpoint),
-            "reference_load": str(base_checkpoint),
+            "reference_load": str(reference),
         }
         return toy_config(toy_data, stage, **({} if stage == "pretrain" else start) | options)
 

@@ -225,12 +225,23 @@ def _named(root: Path, steps: Sequence[int]) -> str:
     return ", ".join(iteration_folder(root, step).name for step in steps) or "none"
 
 
+def refuse_hugging_face(folder: Path) -> None:
+    """Raise CheckpointError for a Hugging Face folder where a run's is wanted."""
+    is_one = (folder / "config.json").exists() or any(folder.glob("*.safetensors*"))
+    if is_one and not (folder / LATEST_FILE).exists():
+        raise CheckpointError(
+            f"{folder} is a Hugging Face folder, not a run's; convert it first: vico convert --from"
+            f" hf --to megatron --input {folder} --output FOLDER."
+        )
+
+
 def find_iteration(directory: str | Path, iteration: int | None = None) -> Path:
     """The folder of a step, or of the latest; CheckpointError where there is none."""
     root = Path(directory)
     if not root.is_dir():
         raise CheckpointError(f"{root}: no such folder; give the folder of --save of a former run.")
     refuse_incomplete(root)
+    refuse_hugging_face(root)
     step = latest_iteration(root) if iteration is None else iteration
     if step is None:
         raise CheckpointError(f"{root} is not a checkpoint folder: it has no {LATEST_FILE}.")

@@ -30,8 +30,11 @@ _CUDA_SETTINGS = {
 """Set before torch is imported, unless the environment says otherwise."""
 
 STOPPED = 75
-"""Exit status of a run that a signal ended before its last step, with a checkpoint: start it again
-(sysexits.h calls it EX_TEMPFAIL). 0 would let a chain of stages go on with half a model."""
+"""Exit status of a run that a scheduler's signal ended before its last step, with a checkpoint:
+start it again (sysexits.h calls it EX_TEMPFAIL). 0 would let a chain go on with half a model."""
+
+INTERRUPTED = 130
+"""Of one that its user ended (Ctrl-C), with a checkpoint too, but nobody is to start it again."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -41,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
         arguments: the words after `train`.
 
     Returns:
-        0; STOPPED where a signal ended the run.
+        0; STOPPED or INTERRUPTED where a signal ended the run.
 
     Raises:
         ConfigError: if the run cannot work.
@@ -78,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
     cpu_stand_in.install()
     from megatron_vico.training.trainer import train
 
-    return STOPPED if train(cfg) == "stopped" else 0
+    return {"ended": 0, "stopped": STOPPED, "interrupted": INTERRUPTED}[train(cfg)]
 
 
 def summary(cfg: RunConfig, model: ModelConfig, world_size: int) -> str:

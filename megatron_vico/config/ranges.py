@@ -13,9 +13,10 @@ _RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
         lambda value: value >= 0,
         "save_interval num_workers data_retries data_cache_gb seed profile_step_start ckpt_step"
         " lr_warmup_iters min_lr weight_decay clip_grad moe_aux_loss_coeff router_eps"
-        " num_layers_at_start_in_bf16 num_layers_at_end_in_bf16 min_offloaded_tensor_size",
+        " num_layers_at_start_in_bf16 num_layers_at_end_in_bf16 min_offloaded_tensor_size"
+        " bad_step_factor",
     ),
-    "more than 0": (lambda value: value > 0, "lr adam_eps gpu_peak_tflops"),
+    "more than 0": (lambda value: value > 0, "lr adam_eps gpu_peak_tflops data_timeout_s"),
     "a number in [0, 1)": (
         lambda value: 0 <= value < 1,
         "drop_path_rate adam_beta1 adam_beta2",

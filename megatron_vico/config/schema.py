@@ -136,6 +136,10 @@ class DataOptions(TilingOptions):
     """Most gigabytes (1e9 bytes) of it; the shards used longest ago make room. With room for two
     blocks of --shuffle-shards shards, each shard is fetched about once an epoch."""
 
+    data_timeout_s: float = 300.0
+    """Seconds after which a run ends whose loader's workers give nothing; a read from a URL that
+    takes a fifth of it is tried again."""
+
     data_retries: int = 5
     """How often a read from a URL is tried again, each time after twice the wait; 5: a minute."""
 
@@ -193,6 +197,15 @@ class TrainingOptions:
 
     bf16: bool = False
     """Train in bfloat16 with fp32 master weights; otherwise fp32."""
+
+    on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
+    """What is done where a step's loss or gradient is no number or explodes, before it reaches the
+    weights: end the run (stop); go on with the next batch (skip); or do so from the last checkpoint
+    of --save (rollback). The keys of its samples are told."""
+
+    bad_step_factor: float = 1000.0
+    """A step is bad if its loss or gradient norm is more than so many times the median of the last
+    100 good steps (once there are 20); 0: only if it is no finite number."""
 
     log_interval: int = 1
     """Steps between two log lines."""

@@ -367,6 +367,8 @@ def _checkpoints(cfg: RunConfig) -> Problems:
     for name, value in ({"save_interval": cfg.training.save_interval} | of_files).items():
         if value is not None and files.save is None:
             yield f"{flag_of(name)} {value} needs --save; set it to a folder."
+    if cfg.training.on_bad_step == "rollback" and files.save is None:
+        yield "--on-bad-step rollback needs checkpoints to go back to; set --save."
 
 
 def _profile(run: _Run) -> Problems:

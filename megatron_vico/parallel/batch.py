@@ -12,11 +12,11 @@ from torch import Tensor
 
 from megatron_vico.data.load.packed_bytes import PackedBytes, unwrap
 from megatron_vico.data.samples import PackedBatch
-from megatron_vico.errors import ConfigError, SampleError, WorkerError
+from megatron_vico.errors import ConfigError, ReadingStopped, SampleError, WorkerError
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.parallel.tile_parallel import TileSplit, split_tiles
 
-LoaderError = SampleError | ConfigError | WorkerError
+LoaderError = SampleError | ConfigError | WorkerError | ReadingStopped
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,7 +100,7 @@ def shared_batches(
         blocks: Sequence[PackedBytes] | LoaderError | None = None
         try:
             blocks = next(reading) if reading is not None else None
-        except (SampleError, ConfigError, WorkerError) as error:
+        except (SampleError, ConfigError, WorkerError, ReadingStopped) as error:
             blocks = error
         yield share_step(blocks, groups=groups, whole_images=whole_images)
 

@@ -22,6 +22,7 @@ from megatron_vico.planning import without_data
 from megatron_vico.planning.meter import Counted, Meter
 from megatron_vico.planning.synthetic_packs import PackShape, pack_without_pixels
 from megatron_vico.training import trainer
+from megatron_vico.training.bad_steps import StepWatch
 from megatron_vico.training.data_state import DataState
 from megatron_vico.training.profiler import phase
 from megatron_vico.training.setup import Modules, Run, build_policy, build_reference
@@ -123,6 +124,7 @@ def build(
         policy=policy,
         reference=reference,
         window=RatioWindow(size=cfg.stage.router_window, percentile=cfg.stage.router_percentile),
+        watch=StepWatch(cfg.training),
         clock=StepClock(groups.device),
         optimizer=optimizer,
         scheduler=scheduler,

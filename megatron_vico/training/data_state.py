@@ -7,6 +7,7 @@ import torch
 
 from megatron_vico.data.load.error_budget import ErrorBudget, SkipList
 from megatron_vico.data.load.loader import Loader
+from megatron_vico.data.pack.plan_state import PlanState
 from megatron_vico.training.metrics import StepFigures
 
 
@@ -26,6 +27,16 @@ class DataState:
         if restored is not None:
             budget.seen, budget.skipped = restored["seen"], len(restored["skipped"])
         return cls(loader=loader, budget=budget)
+
+    def place(self) -> tuple[PlanState, SkipList] | None:
+        """Where the reader is, to `go_back` to; None where this rank does not read."""
+        loader = self.loader
+        return None if loader is None else (loader.plan_state, SkipList(loader.skips))
+
+    def go_back(self, place: tuple[PlanState, SkipList] | None) -> None:
+        """Take back a batch that was read but is not used."""
+        if self.loader is not None and place is not None:
+            self.loader.plan_state, self.loader.skips = place
 
     def count(self, figures: StepFigures) -> None:
         """Count a step; called by every rank.

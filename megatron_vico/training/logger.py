@@ -76,8 +76,8 @@ class MetricsLogger:
             return
         save = Path(cfg.checkpoint.save)
         board = cfg.checkpoint.tensorboard_dir or str(save / "tensorboard")
-        lines = save / "metrics.jsonl"
-        self._open("metrics.jsonl", lambda: self._open_lines(lines, resume_at))
+        self._path = save / "metrics.jsonl"
+        self._open("metrics.jsonl", lambda: self._open_lines(self._path, resume_at))
         self._open("TensorBoard", lambda: _open_tensorboard(board, resume_at))
         if cfg.checkpoint.wandb_project is not None:
             self._open("wandb", lambda: _open_wandb(cfg, save))
@@ -111,6 +111,12 @@ class MetricsLogger:
             torn = ""  # else the next line would go on from half of this one
 
         return _Output(log=log, close=lambda: None)
+
+    def rewind(self, iteration: int) -> None:
+        """Drop the lines that were written after a step, to which the run goes back."""
+        self._window.clear()
+        if "metrics.jsonl" in self._outputs:
+            self._open("metrics.jsonl", lambda: self._open_lines(self._path, iteration))
 
     def _kept_rows(self, path: Path, resume_at: int) -> list[dict[str, Any]]:
         if not path.exists() or resume_at == 0:

@@ -378,17 +378,3 @@ class ValidationFigures:
     """Those with an answer; in the router stage, those with an image."""
 
     time_s: float
-
-
-def check_finite(figures: StepFigures) -> None:
-    """Stop a run whose loss or gradient is no number, before it is saved over a good checkpoint.
-
-    Raises:
-        FloatingPointError: naming the step and both values.
-    """
-    if not (math.isfinite(figures.loss) and math.isfinite(figures.grad_norm)):
-        raise FloatingPointError(
-            f"iteration {figures.iteration}: loss {figures.loss}, gradient norm"
-            f" {figures.grad_norm}; lower --lr or look at the samples of this step; the last"
-            " checkpoint is untouched"
-        )

@@ -13,7 +13,6 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -21,10 +20,11 @@ from megatron_vico.config.megatron_kwargs import megatron_kwargs
 from megatron_vico.config.schema import OptimizerOptions, RunConfig, TrainingOptions
 from megatron_vico.errors import ConfigError
 from megatron_vico.parallel.groups import Groups
+from megatron_vico.training.bad_steps import GuardedOptimizer
 from megatron_vico.training.policy import Policy
 
 
-def build_optimizer(policy: Policy, cfg: RunConfig, *, groups: Groups) -> MegatronOptimizer:
+def build_optimizer(policy: Policy, cfg: RunConfig, *, groups: Groups) -> GuardedOptimizer:
     """Megatron's optimizers of the two modules, chained: the gradient norm is that of both."""
     options, lr_factors, config = cfg.optimizer, cfg.stage.lr_factors, optimizer_config(cfg)
     parts: list[
@@ -48,7 +48,7 @@ def build_optimizer(policy: Policy, cfg: RunConfig, *, groups: Groups) -> Megatr
             pg_collection=module_groups,
         )
         chained += getattr(built, "chained_optimizers", [built])
-    return ChainedOptimizer(chained)
+    return GuardedOptimizer(chained)
 
 
 def optimizer_config(cfg: RunConfig) -> OptimizerConfig:

@@ -1,14 +1,27 @@
 """Checks before a run that open files or import megatron-core; see also config/validate.py."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 from megatron_vico.checkpoint.ownership import check_save_folder
-from megatron_vico.checkpoint.run_folder import has_checkpoint, resolve_model
+from megatron_vico.checkpoint.run_folder import (
+    has_checkpoint,
+    read_metadata,
+    refuse_hugging_face,
+    resolve_model,
+)
+from megatron_vico.config.config_json import differences
 from megatron_vico.config.megatron_kwargs import megatron_kwargs
+from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.validate import fp8_is_not_trained
+from megatron_vico.convert.open import megatron_source
+from megatron_vico.convert.source import check_whole
+from megatron_vico.data.encode.sample_encoder import EncodingSettings
+from megatron_vico.data.encode.tokenizer import load_tokenizer
 from megatron_vico.data.shards.mixture import read_mixture
+from megatron_vico.data.shards.reader import ShardFolder
 from megatron_vico.data.shards.storage import check_url, is_url
 from megatron_vico.errors import ConfigError
 
@@ -65,6 +78,8 @@ def check_files(cfg: RunConfig) -> None:
                     f"{flag} {path}: no such file or folder (looked from {Path.cwd()})."
                 )
     _check_run_folders(cfg)
+    if os.environ.get("RANK", "0") == "0":  # more than a look: not by all ranks at once
+        check_contents(cfg)
 
 
 def _check_run_folders(cfg: RunConfig) -> None:
@@ -80,6 +95,70 @@ def _check_run_folders(cfg: RunConfig) -> None:
         )
     if save is not None:
         check_save_folder(cfg, model_name=resolve_model(cfg).name)
+
+
+def check_contents(cfg: RunConfig) -> None:
+    """Raises if checkpoints, tokenizer and shards do not belong together, as far as headers say.
+
+    Raises:
+        ConfigError, CheckpointError: naming the flag or the folder.
+    """
+    files, model = cfg.checkpoint, resolve_model(cfg)
+    load = files.load if files.load is not None and Path(files.load).exists() else None
+    for flag, folder in (
+        ("--load", load),
+        ("--pretrained-checkpoint", files.pretrained_checkpoint),
+        ("--reference-load", cfg.stage.reference_load),
+    ):
+        if folder is not None:
+            _check_checkpoint(flag, Path(folder), model, cfg)
+    assert cfg.data.tokenizer_model is not None
+    tokenizer = load_tokenizer(cfg.data.tokenizer_model)
+    if tokenizer.image_token_id != model.image_token_id:
+        raise ConfigError(
+            f"--tokenizer-model {cfg.data.tokenizer_model}: <IMG_CONTEXT> is"
+            f" {tokenizer.image_token_id}, but {model.name} expects {model.image_token_id}; use the"
+            " tokenizer that belongs to the model."
+        )
+    if tokenizer.vocab_size > model.language.vocab_size:
+        raise ConfigError(
+            f"--tokenizer-model {cfg.data.tokenizer_model} has ids up to"
+            f" {tokenizer.vocab_size - 1}, {model.name} a vocabulary of"
+            f" {model.language.vocab_size}; use the tokenizer that belongs to the model."
+        )
+    settings = EncodingSettings.from_options(cfg.data, image_size=model.vision.image_size)
+    for paths in (cfg.data.data_path, cfg.data.valid_data_path):
+        for each in read_mixture(paths) if paths else ():
+            if not is_url(each.path):
+                shards = ShardFolder.open(each.path, options=cfg.data)
+                shards.check_encoding(tokenizer=tokenizer, settings=settings)
+
+
+def _check_checkpoint(flag: str, folder: Path, model: ModelConfig, cfg: RunConfig) -> None:
+    """One that is no run's, of another model or with other tensors; or a run that has ended."""
+    refuse_hugging_face(folder)
+    resumes = flag == "--load"
+    if resumes and not has_checkpoint(folder):
+        return  # nothing to resume yet
+    step = cfg.checkpoint.ckpt_step if resumes else None
+    found = read_metadata(folder, step)
+    if differing := differences(found.model, model):
+        raise ConfigError(
+            f"{flag} {folder} is of {found.model.name}, this run is of {model.name}:"
+            f" {'; '.join(differing)}; set --model-size, or give another checkpoint."
+        )
+    check_whole(megatron_source(folder, iteration=step))
+    if resumes and found.iteration >= cfg.training.train_iters:
+        raise ConfigError(
+            f"--load {folder} has done {found.iteration} steps and --train-iters is"
+            f" {cfg.training.train_iters}: nothing is left to train. Raise --train-iters to go on,"
+            " or begin the next stage with it as --pretrained-checkpoint."
+        )
+    if resumes and not found.has_optimizer:
+        raise ConfigError(
+            f"--load {folder} holds weights only, so that no run can be resumed from it; give it as"
+            " --pretrained-checkpoint."
+        )
 
 
 def check_environment(cfg: RunConfig) -> None:

@@ -37,6 +37,9 @@ class Reference:
     chunk_tiles: int
     """Tiles that go through its ViT at once."""
 
+    equals_policy: bool = False
+    """Whether this rank's part computes what the policy does with nothing compressed."""
+
     offload: HostOffload | None = None
     """Where its language model is between two passes, if not on the device."""
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vico.checkpoint import training_checkpoint
@@ -29,6 +28,7 @@ from megatron_vico.data.encode.tokenizer import load_tokenizer
 from megatron_vico.data.load.loader import Loader, open_plan
 from megatron_vico.data.pack.balance import Sharing
 from megatron_vico.data.pack.builder import PackBuilder
+from megatron_vico.data.pack.plan import PackPlan
 from megatron_vico.errors import CheckpointError, ConfigError
 from megatron_vico.models.build import (
     build_language_chunks,
@@ -40,6 +40,7 @@ from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel
 from megatron_vico.parallel.batch import StepBatch, shared_batches
 from megatron_vico.parallel.groups import Groups
+from megatron_vico.training.bad_steps import GuardedOptimizer, StepWatch
 from megatron_vico.training.data_state import DataState
 from megatron_vico.training.flops import pack_cost
 from megatron_vico.training.offload import HostOffload
@@ -59,8 +60,9 @@ class Run:
     model: ModelConfig
     policy: Policy
     reference: Reference | None
+    watch: StepWatch
     window: RatioWindow
-    optimizer: MegatronOptimizer
+    optimizer: GuardedOptimizer
     scheduler: OptimizerParamScheduler
     clock: StepClock
     data: DataState
@@ -85,11 +87,13 @@ class Run:
         """What a checkpoint holds, by name."""
         return named_modules(self.policy.encoder, self.policy.language_chunks)
 
-    def batches(self) -> Iterator[StepBatch]:
-        """The steps that are left, spread over the ranks of the replica; every rank iterates."""
-        return self.spread(
-            self.data.loader, num_steps=self.cfg.training.train_iters - self.iteration
-        )
+    def batches(self, iteration: int | None = None) -> Iterator[StepBatch]:
+        """The steps left after `iteration` (None: the start), on all ranks; every rank iterates."""
+        done = self.iteration if iteration is None else iteration
+        num_steps = self.cfg.training.train_iters - done
+        if self.data.loader is not None:
+            self.data.loader.num_steps = num_steps
+        return self.spread(self.data.loader, num_steps=num_steps)
 
     def spread(self, loader: Loader | None, *, num_steps: int) -> Iterator[StepBatch]:
         """What a loader reads on a replica's first rank, on all its ranks; every rank iterates."""
@@ -107,8 +111,10 @@ def named_modules(encoder: VisionEncoder, language_chunks: Sequence[LanguageMode
     return {"language_model": language_chunks, "encoder": encoder}
 
 
-def set_up(cfg: RunConfig, groups: Groups) -> Run:
+def set_up(cfg: RunConfig, groups: Groups, *, between: Callable[[], None] = lambda: None) -> Run:
     """Models, weights, optimizer and data of a run, resumed where --load has a checkpoint.
+
+    `between` is called by every rank where something slow is done.
 
     Raises:
         ConfigError: if the stage has nothing to start from.
@@ -130,9 +136,10 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
             training_checkpoint.load_weights(start_from, modules=modules, model_size=model.name)
 
     policy, optimizer, scheduler = build_policy(cfg, model, groups, load=start)
+    between()
     modules = named_modules(policy.encoder, policy.language_chunks)
     window = RatioWindow(size=cfg.stage.router_window, percentile=cfg.stage.router_percentile)
-    iteration, data_state = 0, None
+    iteration, data_state, recent = 0, None, []
     if resume is not None:
         restored = training_checkpoint.load_checkpoint(
             resume,
@@ -144,19 +151,24 @@ def set_up(cfg: RunConfig, groups: Groups) -> Run:
         )
         iteration, data_state = restored["iteration"], _state_of_data(restored, resume)
         window.load(restored["router_window"])
+        recent = restored.get("recent_steps", [])
+        between()
     loader = None
     if groups.replica.rank() == 0:
         loader = build_loader(
             cfg, model, groups, num_steps=cfg.training.train_iters - iteration, state=data_state
         )
+    reference = None
+    if cfg.stage.spec.needs_reference:
+        reference = _reference(cfg, model, policy, groups)
+        between()
     return Run(
         cfg=cfg,
         groups=groups,
         model=model,
         policy=policy,
-        reference=_reference(cfg, model, policy, groups)
-        if cfg.stage.spec.needs_reference
-        else None,
+        reference=reference,
+        watch=StepWatch(cfg.training, recent),
         window=window,
         clock=StepClock(groups.device),
         optimizer=optimizer,
@@ -184,7 +196,7 @@ def _trained_so_far(
 
 def build_policy(
     cfg: RunConfig, model: ModelConfig, groups: Groups, *, load: Callable[[Modules], None]
-) -> tuple[Policy, MegatronOptimizer, OptimizerParamScheduler]:
+) -> tuple[Policy, GuardedOptimizer, OptimizerParamScheduler]:
     """What is trained, and what trains it; `load` fills in the weights of a fresh run."""
     encoder, language_chunks = build_modules(cfg, model, groups)
     # Before the optimizer, whose masters are copies of them.
@@ -232,7 +244,19 @@ def _reference(cfg: RunConfig, model: ModelConfig, policy: Policy, groups: Group
             " stage began with"
         )
     load = functools.partial(training_checkpoint.load_weights, source, model_size=model.name)
-    return build_reference(cfg, model, policy, groups, load=lambda modules: load(modules=modules))
+    reference = build_reference(
+        cfg, model, policy, groups, load=lambda modules: load(modules=modules)
+    )
+    if cfg.stage.spec.reference == "named":
+        differ = torch.tensor(float(not reference.equals_policy), device=groups.device)
+        torch.distributed.all_reduce(differ)
+        if not differ:
+            raise ConfigError(
+                f"--reference-load {source}: its weights are the policy's own, so that no tile can"
+                " be told from another (Eq. 2 divides by the difference); give the checkpoint from"
+                " before consistency training."
+            )
+    return reference
 
 
 def build_reference(
@@ -285,13 +309,15 @@ def freeze_reference(
     for name in ("connector_16x", "vir"):  # nothing is compressed, nothing routed
         delattr(encoder, name)
     shared = share_equal_modules(encoder, policy.encoder, ("vit", "connector_4x"))
+    shared_chunks = 0
     if "language_model" not in policy.trained:
         for chunk, policy_chunk in zip(language_chunks, policy.language_chunks, strict=True):
-            share_equal_modules(chunk, policy_chunk, ("gpt",))
+            shared_chunks += len(share_equal_modules(chunk, policy_chunk, ("gpt",)))
     return Reference(
         encoder=encoder,
         language_chunks=language_chunks,
         shares_vit="vit" in shared,
+        equals_policy=len(shared) == 2 and shared_chunks == len(language_chunks),
         chunk_tiles=cfg.model.encoder_chunk_tiles,
         offload=(
             _offload(language_chunks, policy, groups)
@@ -352,6 +378,8 @@ def build_loader(
         cost=pack_cost(model, cfg.stage),
     )
     plan = open_plan(cfg.data, builder=builder, global_batch_size=cfg.training.global_batch_size)
+    if views == "training":
+        _refuse_useless_data(cfg, plan)
     return Loader(
         plan,
         encoder=SampleEncoder(tokenizer=tokenizer, settings=settings),
@@ -362,6 +390,29 @@ def build_loader(
         num_steps=num_steps,
         state=state,
     )
+
+
+def _refuse_useless_data(cfg: RunConfig, plan: PackPlan) -> None:
+    """ConfigError if nothing could be learned, or a step would have samples twice."""
+    paths = ", ".join(str(folder.path) for folder in plan.data.folders)
+    if not plan.num_tiles.any() and "language_model" not in _learns_from_text(cfg):
+        raise ConfigError(
+            f"--data-path: no sample of {paths} has an image, so that stage {cfg.stage.stage!r},"
+            f" which trains {', '.join(cfg.stage.trained)}, would learn nothing; give data with"
+            " images."
+        )
+    in_step = next(plan.steps()).num_samples
+    if in_step > plan.samples_per_epoch:
+        packs = sum(1 for _ in plan.epoch(0))
+        raise ConfigError(
+            f"--global-batch-size {cfg.training.global_batch_size}: a step has {in_step} samples,"
+            f" but an epoch of {paths} has {plan.samples_per_epoch:g} (in {packs} packs), so that"
+            f" samples would come more than once in a step; use at most {packs}, or more data."
+        )
+
+
+def _learns_from_text(cfg: RunConfig) -> tuple[Module, ...]:
+    return cfg.stage.trained if cfg.stage.spec.plans == "none" else ()
 
 
 def _sharing(cfg: RunConfig, model: ModelConfig) -> Sharing:

@@ -1,12 +1,9 @@
 """THE loop: packs in, one optimizer step after another, log lines and checkpoints out."""
 
 import dataclasses
-import signal
 import time
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Literal
 
 import torch
 
@@ -24,34 +21,43 @@ from megatron_vico.convert.huggingface.export import carry_companions
 from megatron_vico.convert.open import TOKENIZER_FOLDER
 from megatron_vico.data.encode.tokenizer import load_tokenizer
 from megatron_vico.data.load.loader import worker_death_explained
+from megatron_vico.errors import ReadingStopped
 from megatron_vico.parallel import groups as process_groups
 from megatron_vico.parallel.batch import StepBatch
+from megatron_vico.training.bad_steps import refuse_learning_nothing
 from megatron_vico.training.flops import step_flops
+from megatron_vico.training.going_on import after_bad_step
 from megatron_vico.training.logger import MetricsLogger, log_skipped
-from megatron_vico.training.metrics import Measured, StepFigures, StepSums, check_finite
+from megatron_vico.training.metrics import Measured, StepFigures, StepSums
 from megatron_vico.training.preflight import check_environment, check_files
 from megatron_vico.training.profiler import open_profiler, phase
 from megatron_vico.training.rescue import Progress, saved_on_error
 from megatron_vico.training.setup import Run, set_up
 from megatron_vico.training.steps import STEPS
-from megatron_vico.training.validation import open_validation, validation_figures
+from megatron_vico.training.stop import Outcome, StopSignal
+from megatron_vico.training.validation import (
+    ValidationSet,
+    open_validation,
+    validation_figures,
+)
 
 
 @worker_death_explained()
-def train(cfg: RunConfig) -> Literal["ended", "stopped"]:
+def train(cfg: RunConfig) -> Outcome:
     """Run one stage from its configuration to its last checkpoint.
 
     Returns:
-        "stopped" where a signal ended it before its last step; the checkpoint is of that step.
+        How it ended; where a signal ended it, its checkpoint is of the last step that was begun.
 
     Raises:
         ConfigError: before any process group exists, if the configuration cannot work.
         SampleError: if more samples are broken than --max-skipped-share, or shards are not what was
             indexed.
-        WorkerError: if a worker process of the loader dies.
+        WorkerError: if a worker process of the loader dies or gives nothing.
         CheckpointError: if a checkpoint cannot be read or written; the last good one still loads.
+        TrainingError: if a step is bad (--on-bad-step), or nothing is learned.
     """
-    stop = _StopSignal()  # first: a signal while the weights are loaded must not be lost
+    stop = StopSignal()  # first: a signal while the weights are loaded must not be lost
     validate(cfg, launched_world_size(), model=resolve_model(cfg))
     check_files(cfg)
     check_environment(cfg)
@@ -63,66 +69,110 @@ def train(cfg: RunConfig) -> Literal["ended", "stopped"]:
         ) as groups,
         owned(cfg.checkpoint.save),
     ):
-        return _loop(set_up(cfg, groups), stop)
+
+        def end_if_told() -> None:
+            if stop.agreed(groups) != "ended":
+                raise ReadingStopped
+
+        try:
+            end_if_told()
+            run = set_up(cfg, groups, between=end_if_told)
+            end_if_told()
+            return _loop(run, stop)
+        except ReadingStopped:
+            if groups.is_main:
+                print("told to stop before the first step: nothing is new to save", flush=True)
+            return stop.agreed(groups)
 
 
-def _loop(run: Run, stop: "_StopSignal") -> Literal["ended", "stopped"]:
+def _loop(run: Run, stop: StopSignal) -> Outcome:
     cfg, groups = run.cfg, run.groups
     logger = MetricsLogger(
         cfg, resume_at=run.iteration, budget=run.data.budget, is_main=groups.is_main
     )
     _announce(run, logger)
     validation = open_validation(run)
+    for loader in (run.data.loader, None if validation is None else validation.loader):
+        if loader is not None:
+            loader.should_stop = stop.is_received
     run.policy.train_mode()
-    iteration, stopped = run.iteration, False
-    progress = Progress.of(run)
-    save = partial(_save, progress)
+    run.optimizer.watch = run.watch
+    iteration, progress = run.iteration, Progress.of(run)
+    save, batches = partial(_save, progress), run.batches()
     with open_profiler(cfg, resume_at=iteration) as profiler, saved_on_error(progress, save):
         started = time.perf_counter()
-        for batch in run.batches():
+        while True:
+            place = run.data.place()
+            batch = stop.next_batch(batches, groups)
+            if batch is None:
+                run.data.go_back(place)
+                break
             # Dropped paths depend on seed, step and rank alone: a resumed run drops the same ones.
             rank = torch.distributed.get_rank()
             torch.manual_seed(cfg.training.seed + 1_000_003 * iteration + rank)
             iteration += 1
-            sums = compute_gradients(run, batch)
-            learning_rate = run.scheduler.get_lr({})  # that of --lr; modules may have a multiple
-            run.clock.begin("optimizer")
-            progress.is_sound = False
-            with phase("optimizer"):
-                grad_norm = update_weights(run)
-            now = time.perf_counter()
-            figures = StepFigures.reduce(
-                sums,
-                measured(run, batch),
-                iteration=iteration,
-                grad_norm=grad_norm,
-                learning_rate=learning_rate,
-                step_time_s=now - started,
-            )
-            started = now
-            check_finite(figures)
-            progress.step_done(iteration)
+            figures = _step(progress, batch, iteration=iteration, started=started)
+            started = time.perf_counter()
             if run.data.loader is not None:
                 log_skipped(batch.packs)
-            logger.log(figures)
             run.data.count(figures)
+            if run.watch.problem is not None:
+                back = after_bad_step(progress, batch, logger, iteration=iteration)
+                if back is not None:
+                    iteration, batches = back, run.batches(back)
+                continue
+            progress.step_done(iteration)
+            logger.log(figures)
             if profiler is not None:
                 profiler.step()
                 started = time.perf_counter()  # the writing of a trace is no part of a step
             last = iteration == cfg.training.train_iters
-            stopped = stop.agreed(groups) and not last
-            ending = stopped or last or _due(iteration, cfg.training.exit_interval)
-            if ending or _due(iteration, cfg.training.save_interval):
+            leaves = last or _due(iteration, cfg.training.exit_interval)
+            if leaves or _due(iteration, cfg.training.save_interval):
                 save()
+                run.watch.rollbacks = 0
                 started = time.perf_counter()
+            refuse_learning_nothing(run.watch, steps=iteration - run.iteration, last=last)
             # After the checkpoint, which a broken validation set must not cost.
             if validation is not None and (last or _due(iteration, cfg.training.eval_interval)):
-                logger.log(validation_figures(run, validation, iteration=iteration))
+                _validate(run, validation, stop, logger, iteration=iteration)
                 started = time.perf_counter()
-            if ending:
+            if leaves:
                 break
+        if iteration > progress.tried:
+            save()
     logger.close()
-    return "stopped" if stopped else "ended"
+    return stop.outcome if iteration < cfg.training.train_iters else "ended"
+
+
+def _step(progress: Progress, batch: StepBatch, *, iteration: int, started: float) -> StepFigures:
+    """One optimizer step, or what would have been one: `run.watch` says whether it was taken."""
+    run = progress.run
+    sums = compute_gradients(run, batch)
+    run.watch.begin(sums)
+    learning_rate = run.scheduler.get_lr({})  # that of --lr; modules may have a multiple
+    run.clock.begin("optimizer")
+    progress.is_sound = False
+    with phase("optimizer"):
+        grad_norm = update_weights(run)
+    return StepFigures.reduce(
+        sums,
+        measured(run, batch),
+        iteration=iteration,
+        grad_norm=grad_norm,
+        learning_rate=learning_rate,
+        step_time_s=time.perf_counter() - started,
+    )
+
+
+def _validate(
+    run: Run, validation: ValidationSet, stop: StopSignal, logger: MetricsLogger, *, iteration: int
+) -> None:
+    figures = validation_figures(run, validation, stop, iteration=iteration)
+    if figures is None:
+        logger.note(f"told to stop: validation at step {iteration} is left out")
+    else:
+        logger.log(figures)
 
 
 def _announce(run: Run, logger: MetricsLogger) -> None:
@@ -216,6 +266,7 @@ def _save(progress: Progress) -> None:
             "iteration": iteration,
             "router_window": run.window.state(),
             "data": run.data.to_state(),
+            "recent_steps": run.watch.state(),
         },
         config_yaml=to_yaml(run.cfg),
         metadata=metadata_of(run.model, stage=run.cfg.stage.stage, trained=run.trained_so_far),
@@ -231,20 +282,3 @@ def _save(progress: Progress) -> None:
             )
         except OSError as error:
             print(f"warning: superseded checkpoints cannot be removed: {error}", flush=True)
-
-
-class _StopSignal:
-    """SIGTERM (a scheduler taking the machines back) ends the run with a checkpoint."""
-
-    def __init__(self) -> None:
-        self._received = False
-        signal.signal(signal.SIGTERM, self._receive)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
-
-    def agreed(self, groups: process_groups.Groups) -> bool:
-        """Whether any rank was told to stop; all ask, and so stop after the same step."""
-        flag = torch.tensor(float(self._received), device=groups.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag)

@@ -24,6 +24,7 @@ from megatron_vico.training.logger import log_skipped
 from megatron_vico.training.metrics import ValidationFigures
 from megatron_vico.training.setup import Run, build_loader
 from megatron_vico.training.steps import STEPS
+from megatron_vico.training.stop import StopSignal
 
 SEED = 0
 """Of the order of packs and of what is drawn for a sample."""
@@ -88,10 +89,13 @@ def _own_config(cfg: RunConfig) -> RunConfig:
 
 
 @torch.no_grad()
-def validation_figures(run: Run, validation: ValidationSet, *, iteration: int) -> ValidationFigures:
+def validation_figures(
+    run: Run, validation: ValidationSet, stop: StopSignal | None = None, *, iteration: int
+) -> ValidationFigures | None:
     """The stage's figures over the validation set, the same on every rank, which all call it.
 
-    Weights, gradients, optimizer, random state and router window are left as they are.
+    None where `stop` told any rank to stop. Weights, gradients, optimizer, random state and router
+    window are left as they are.
 
     Raises:
         SampleError: on every rank of a replica whose reader met a sample that cannot be read.
@@ -107,9 +111,10 @@ def validation_figures(run: Run, validation: ValidationSet, *, iteration: int) -
     on_gpu = run.groups.device.type == "cuda"
     # Nothing draws in evaluation but torch's DataLoader, a seed for its workers.
     with torch.random.fork_rng(devices=[run.groups.device] if on_gpu else []):
-        for number, batch in enumerate(
-            run.spread(validation.loader, num_steps=validation.num_batches)
-        ):
+        batches = run.spread(validation.loader, num_steps=validation.num_batches)
+        if stop is not None:
+            batches = stop.batches(batches, run.groups)
+        for number, batch in enumerate(batches):
             if run.groups.replica.rank() == 0:
                 log_skipped(batch.packs)
             left = validation.num_packs - number * run.cfg.training.global_batch_size
@@ -117,6 +122,8 @@ def validation_figures(run: Run, validation: ValidationSet, *, iteration: int) -
             sums += torch.stack([value.to(sums.device, torch.float64) for value in counted])
     run.policy.train_mode()
     run.clock.drop_step()
+    if stop is not None and stop.outcome != "ended":
+        return None
     torch.distributed.all_reduce(sums)
     samples, *totals = sums.tolist()
     means = {

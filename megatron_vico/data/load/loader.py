@@ -9,8 +9,9 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +31,14 @@ from megatron_vico.data.pack.plan_state import PlanState
 from megatron_vico.data.samples import EncodedSample, Gap, Skipped
 from megatron_vico.data.shards.mixture import read_mixture
 from megatron_vico.data.shards.reader import ShardFolder
-from megatron_vico.errors import ConfigError, SampleError, WorkerError
+from megatron_vico.errors import ConfigError, ReadingStopped, SampleError, WorkerError
 from megatron_vico.vico import compression_plan
 
 GAP_TOKEN_ID = 0
 """The one token of a gap: a text token of every tokenizer, the one that streams are padded with."""
+
+POLL_S = 1.0
+"""How often a waiting loader looks whether it is to stop."""
 
 MAX_PIECES = 32
 """Pieces that a rank's packs of a step are prepared in: each takes one of the 1,024 files a process
@@ -111,6 +115,9 @@ class Loader:
             self.plan_state = PlanState.from_dict(state["plan"])
             self.skips = _still_here(SkipList.from_state(state["skipped"]), plan.data)
         self.num_steps = num_steps
+        self.should_stop: Callable[[], bool] = lambda: False
+        """Asked while it waits for workers; True ends that with ReadingStopped."""
+
         self._dp_rank, self._dp_size, self._sharing = dp_rank, dp_size, sharing or Sharing()
         self._begun: deque[_Begun] = deque()
         self._dataset = _PieceDataset(plan.data, encoder=encoder, builder=builder)
@@ -158,8 +165,32 @@ class Loader:
             num_workers=options.num_workers,
             prefetch_factor=math.ceil(ahead / options.num_workers),
             worker_init_fn=live_as_long_as_parent,
+            timeout=POLL_S,
         )
-        return (_unless_error(block) for block in prepared)
+        return (_unless_error(block) for block in self._patiently(iter(prepared)))
+
+    def _patiently(self, prepared: Iterator[PackedBytes]) -> Iterator[PackedBytes]:
+        """What workers prepare; they may take --data-timeout-s, and a signal ends the waiting."""
+        limit_s, waited_since = self.plan.options.data_timeout_s, time.monotonic()
+        while True:
+            try:
+                block = next(prepared, None)
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+                if self.should_stop():
+                    raise ReadingStopped from None
+                if time.monotonic() - waited_since > limit_s:
+                    raise WorkerError(
+                        f"the loader's workers have given nothing for {limit_s:g} s"
+                        " (--data-timeout-s): a file system or server that does not answer, or"
+                        " samples that take so long; `vico shards verify` reads them all."
+                    ) from None
+                continue
+            if block is None:
+                return
+            yield block
+            waited_since = time.monotonic()
 
     def _pieces(self) -> Iterator["_Piece"]:
         """What there is to prepare; workers get it from the training process, which alone packs."""

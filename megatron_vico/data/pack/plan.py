@@ -119,12 +119,12 @@ class PackPlan:
             shuffle_shards=options.shuffle_shards,
             tokens_per_tile=tokens_kept,
         )
-        per_epoch = sum(
+        self.samples_per_epoch = sum(
             len(folder) * r for folder, r in zip(folders, self.inputs.repeats, strict=True)
         )
-        if per_epoch < 1:
+        if self.samples_per_epoch < 1:
             raise ConfigError(
-                f"no samples ({per_epoch:g} an epoch) in"
+                f"no samples ({self.samples_per_epoch:g} an epoch) in"
                 f" {', '.join(str(folder.path) for folder in folders)}; give at least one folder of"
                 " shards, and larger repeats if they are fractions."
             )

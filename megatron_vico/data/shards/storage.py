@@ -9,8 +9,11 @@ import errno
 import logging
 import os
 import random
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -172,13 +175,32 @@ class RemoteStorage:
 
     def _cat(self, name: str, **span: int) -> bytes:
         files, folder = _file_system(self._url)
-        content: bytes = files.cat_file(f"{folder}/{name}", **span)
+        content: bytes = self._in_time(lambda: files.cat_file(f"{folder}/{name}", **span))
         return content
 
     def _size(self, name: str) -> int | None:
         files, folder = _file_system(self._url)
-        size: int | None = files.info(f"{folder}/{name}")["size"]
+        size: int | None = self._in_time(lambda: files.info(f"{folder}/{name}")["size"])
         return size
+
+    def _in_time(self, call: Callable[[], Any]) -> Any:
+        """What a driver gives; TimeoutError if it takes too long, whatever its own limit is."""
+        limit_s, answers = self._options.data_timeout_s / 5, deque[Callable[[], Any]]()
+
+        def ask() -> None:
+            try:
+                found = call()
+                answers.append(lambda: found)
+            except BaseException as error:
+                answers.append(partial(_raise, error))
+
+        # Not of a pool, which would wait for it at the end of the process.
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(limit_s)
+        if not answers:
+            raise TimeoutError(f"no answer within {limit_s:g} s (a fifth of --data-timeout-s)")
+        return answers.pop()()
 
     def _retrying[T](self, call: Callable[[], T], name: str) -> T:
         def log(state: RetryCallState) -> None:
@@ -212,6 +234,10 @@ class RemoteStorage:
                 " network and the right to read, or raise --data-retries.",
                 cause="unreadable shard",
             ) from error
+
+
+def _raise(error: BaseException) -> Any:
+    raise error
 
 
 type Storage = LocalStorage | RemoteStorage

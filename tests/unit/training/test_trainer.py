@@ -1,8 +1,5 @@
-"""Whole runs of the real trainer: resume, freezing, bfloat16, stopping, and what it refuses to
-start."""
+"""Whole runs of the real trainer: resume, freezing, bfloat16, and what it refuses to start."""
 
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +15,8 @@ from megatron_vico.errors import CheckpointError, ConfigError
 from megatron_vico.models.language_model import LanguageModel
 from megatron_vico.training import trainer
 from megatron_vico.training.trainer import train
-from tests.toy_data import write_conversations
 from tests.training_runs import (
     ToyData,
-    make_toy_shards,
     read_metrics,
     toy_config,
     untimed,
@@ -106,41 +101,6 @@ def test_every_stage_learns(stage_config: Callable[..., RunConfig], tmp_path: Pa
         train(stage_config(stage, train_iters=12, save=str(tmp_path / stage), lr=lr))
         losses = [row["loss"] for row in read_metrics(tmp_path / stage)]
         assert sum(losses[-3:]) < 0.9 * sum(losses[:3]), (stage, losses)
-
-
-def test_router_steps_without_an_image_teach_nothing(
-    toy_data: ToyData, stage_config: Callable[..., RunConfig], tmp_path: Path
-) -> None:
-    """From the first step on, when there is no ratio for a threshold yet."""
-    texts = write_conversations(tmp_path / "texts", num_samples=12, images_per_sample=(0,))
-    data = make_toy_shards(tmp_path / "texts", texts, toy_data.tokenizer)
-    run = tmp_path / "run"
-    train(stage_config("router", data_path=(str(data.shards),), train_iters=2, save=str(run)))
-    assert [(row["loss"], row["grad_norm"]) for row in read_metrics(run)] == [(0, 0)] * 2
-
-
-@pytest.mark.parametrize(
-    "during", ["set_up", "compute_gradients"]
-)  # while the weights are loaded, and in the first step
-def test_sigterm_ends_the_run_with_a_checkpoint(
-    during: str,
-    stage_config: Callable[..., RunConfig],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    function = getattr(trainer, during)
-
-    def with_signal(*args: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return function(*args)
-
-    monkeypatch.setattr(trainer, during, with_signal)
-    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as under a launcher that ignores it
-    try:
-        train(stage_config("warmup", train_iters=9, save=str(tmp_path)))
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    assert training_checkpoint.latest_iteration(tmp_path) == 1
 
 
 def raises_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -232,15 +192,3 @@ def test_a_stage_with_nothing_to_start_from_is_refused(toy_data: ToyData, tmp_pa
 def test_a_checkpoint_of_another_size_is_refused(stage_config: Callable[..., RunConfig]) -> None:
     with pytest.raises(CheckpointError, match=r"is of toy, this run is of toy-6b"):
         train(stage_config("warmup", model_size="toy-6b"))
-
-
-def test_a_loss_that_is_no_number_leaves_the_last_checkpoint(
-    stage_config: Callable[..., RunConfig], tmp_path: Path
-) -> None:
-    rates = {"lr": 1e30, "min_lr": 1e30}
-    cfg = stage_config("pretrain", train_iters=20, save=str(tmp_path), save_interval=1, **rates)
-    with pytest.raises(FloatingPointError, match="last checkpoint is untouched"):
-        train(cfg)
-    last = training_checkpoint.latest_iteration(tmp_path)
-    assert last is not None
-    assert len(read_metrics(tmp_path)) == last

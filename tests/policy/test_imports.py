@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parents[2] / "megatron_vico"
 # Each folder, lowest first: it may import those before it. Folders of one line do not know each
 # other.
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("errors", "vico", "cpu_stand_in"),
-    ("files",),
+    ("errors", "vico"),
+    ("files", "cpu_stand_in"),
     ("config",),
     ("models", "data"),
     ("parallel",),

@@ -168,11 +168,11 @@ def step_bytes(
         of_pack = text_and_tokens - (1 - VISUAL) * cfg.data.seq_length
         return packs * of_pack * h * size / split if stage == 0 else 0.0
 
-    encoder = {}
+    encoder, head = dict[str, float](), dict[str, float]()
     if "vit" not in cfg.stage.trained:
         features = tiles * vision.num_patches * vision.hidden_size * size
         encoder["encoder activations"] = packs * features / (stages * tensor * context)
-    head, rows = {}, packs * ANSWERED * cfg.data.seq_length / context * h * size
+    rows = packs * ANSWERED * cfg.data.seq_length / context * h * size
     if stage == stages - 1:
         logits = LOGITS * cfg.stage.kl_chunk_rows + size * WIDE_ROWS  # and their gradient
         head["head"] = rows + logits * language.vocab_size / tensor

@@ -60,13 +60,15 @@ def base_checkpoint(
 
 @pytest.fixture(scope="session")
 def other_checkpoint(
-    tmp_path_factory: pytest.TempPathFactory, toy_data: ToyData, single_process_groups: None
+    tmp_path_factory: pytest.TempPathFactory, toy_data: ToyData, base_checkpoint: Path
 ) -> Path:
-    """Another one: the router stage's reference must not be its policy."""
+    """Another one with the same ViT: the router stage's reference must not be its policy."""
     from megatron_vico.training.trainer import train
 
     folder = tmp_path_factory.mktemp("other")
-    train(toy_config(toy_data, "pretrain", train_iters=2, save=str(folder), lr=3e-3))
+    start = {"pretrained_checkpoint": str(base_checkpoint), "save": str(folder)}
+    trained = ("connector_4x", "language_model")
+    train(toy_config(toy_data, "pretrain", train_iters=1, train_modules=trained, **start))
     return folder
 
 

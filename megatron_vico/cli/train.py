@@ -63,10 +63,15 @@ def main(arguments: Sequence[str]) -> int:
         model = resolve_model(cfg)
         validate(cfg, world_size, model=model)
         if given.check == "files":
-            from megatron_vico.training.preflight import check_environment, check_files
+            from megatron_vico.training.preflight import (
+                check_contents,
+                check_environment,
+                check_files,
+            )
 
             check_files(cfg)
             check_environment(cfg)
+            check_contents(cfg)
         print(summary(cfg, model, world_size))
     if given.check or given.print_config:
         return 0

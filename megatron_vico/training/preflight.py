@@ -1,7 +1,6 @@
 """Checks before a run that open files or import megatron-core; see also config/validate.py."""
 
 import importlib.util
-import os
 from pathlib import Path
 
 from megatron_vico.checkpoint.ownership import check_save_folder
@@ -78,8 +77,6 @@ def check_files(cfg: RunConfig) -> None:
                     f"{flag} {path}: no such file or folder (looked from {Path.cwd()})."
                 )
     _check_run_folders(cfg)
-    if os.environ.get("RANK", "0") == "0":  # more than a look: not by all ranks at once
-        check_contents(cfg)
 
 
 def _check_run_folders(cfg: RunConfig) -> None:

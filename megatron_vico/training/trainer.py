@@ -1,6 +1,7 @@
 """THE loop: packs in, one optimizer step after another, log lines and checkpoints out."""
 
 import dataclasses
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from megatron_vico.training.flops import step_flops
 from megatron_vico.training.going_on import after_bad_step
 from megatron_vico.training.logger import MetricsLogger, log_skipped
 from megatron_vico.training.metrics import Measured, StepFigures, StepSums
-from megatron_vico.training.preflight import check_environment, check_files
+from megatron_vico.training.preflight import check_contents, check_environment, check_files
 from megatron_vico.training.profiler import open_profiler, phase
 from megatron_vico.training.rescue import Progress, saved_on_error
 from megatron_vico.training.setup import Run, set_up
@@ -61,6 +62,8 @@ def train(cfg: RunConfig) -> Outcome:
     validate(cfg, launched_world_size(), model=resolve_model(cfg))
     check_files(cfg)
     check_environment(cfg)
+    if os.environ.get("RANK", "0") == "0":  # it reads: not all ranks at once
+        check_contents(cfg)
     with (
         process_groups.started(
             cfg.parallel,

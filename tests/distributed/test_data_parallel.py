@@ -51,8 +51,11 @@ class Runs:
         return [read_metrics(self.folder / name) for name in names]
 
 
-def stage_config(data: ToyData, base: Path, stage: str, save: Path, **options: Any) -> RunConfig:
-    source = {"pretrained_checkpoint": str(base), "reference_load": str(base)}
+def stage_config(
+    data: ToyData, bases: tuple[Path, Path], stage: str, save: Path, **options: Any
+) -> RunConfig:
+    reference = bases[stage == "router"]  # there it must not be the policy
+    source = {"pretrained_checkpoint": str(bases[0]), "reference_load": str(reference)}
     options |= {} if stage == "pretrain" else source
     return toy_config(
         data, stage, train_iters=STEPS, global_batch_size=4, save=str(save), **options
@@ -61,24 +64,25 @@ def stage_config(data: ToyData, base: Path, stage: str, save: Path, **options: A
 
 @pytest.fixture(scope="module")
 def runs(
-    toy_data: ToyData, base_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+    toy_data: ToyData,
+    base_checkpoint: Path,
+    other_checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Runs:
     """Every stage in one process and in two; a run that one begins and two end; and with one broken
     sample: one process, two, two that resume from a mended disk, and two without budget."""
-    folder = tmp_path_factory.mktemp("runs")
+    folder, bases = tmp_path_factory.mktemp("runs"), (base_checkpoint, other_checkpoint)
     configs: dict[str, RunConfig] = {}
     for stage, sharded in SHARDED.items():
-        train(stage_config(toy_data, base_checkpoint, stage, folder / f"one_{stage}"))
+        train(stage_config(toy_data, bases, stage, folder / f"one_{stage}"))
         configs[f"two_{stage}"] = stage_config(
             toy_data,
-            base_checkpoint,
+            bases,
             stage,
             folder / f"two_{stage}",
             use_distributed_optimizer=sharded,
         )
-    moved = stage_config(
-        toy_data, base_checkpoint, "router", folder / "moved", load=str(folder / "moved")
-    )
+    moved = stage_config(toy_data, bases, "router", folder / "moved", load=str(folder / "moved"))
     train(dataclasses.replace(moved, training=dataclasses.replace(moved.training, exit_interval=2)))
     configs["moved"] = moved
 
@@ -150,7 +154,7 @@ def test_two_ranks_equal_one_process(
         if stage == "router":
             threshold = expected["router_threshold"]
             assert found["router_threshold"] == pytest.approx(threshold, rel=1e-5)
-    cfg = stage_config(toy_data, base_checkpoint, stage, runs.folder)
+    cfg = stage_config(toy_data, (base_checkpoint,) * 2, stage, runs.folder)
     two_modules, one_modules = (
         weights_of(cfg, runs.folder / f"{name}_{stage}") for name in ("two", "one")
     )

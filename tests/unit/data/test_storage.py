@@ -1,6 +1,7 @@
 """Shards at a URL read as local ones; errors that pass are tried again, others not; the cache keeps
 to its limit."""
 
+import asyncio
 import errno
 import logging
 import multiprocessing
@@ -282,3 +283,20 @@ def test_reads_go_on_in_a_forked_process(remote, flaky, copy):
     # The trap this avoids: a file system made before the fork.
     held, _ = fsspec.url_to_fs(f"flaky://{copy}")
     assert isinstance(in_processes(held.cat_file, [f"{copy}/{TAR}"])[0], RuntimeError)
+
+
+def test_a_server_that_accepts_and_never_answers(remote, flaky, sleeps, monkeypatch):
+    """Whatever limit its driver has; the read is tried again, and the process can end."""
+    folder = remote(data_timeout_s=0.5, data_retries=1)
+
+    async def never(self, path, start=None, end=None, **_):
+        with self.log.open("a") as log:
+            log.write(f"{TAR}\n")
+        await asyncio.sleep(3600)
+
+    before = requests(flaky)
+    monkeypatch.setattr(flaky, "_cat_file", never)
+    flaky.clear_instance_cache()
+    with pytest.raises(SampleError, match=r"tries: 2, last cause: TimeoutError: no answer within"):
+        folder.read(IN_TAR)
+    assert (requests(flaky) - before, len(sleeps)) == (2, 1)

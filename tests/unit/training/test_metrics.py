@@ -45,6 +45,7 @@ def logger_for(
     save: Path | None,
     *,
     resume_at: int = 0,
+    consumed_samples: int = 0,
     is_main: bool = True,
     log_interval: int = 1,
     wandb_project: str | None = None,
@@ -207,7 +208,7 @@ def test_validation_has_lines_of_its_own(
         "validation at step 1: valid loss: 0.25 | valid loss all compressed: 0.5 |"
         " valid samples: 7 | valid time s: 2" in capsys.readouterr().out
     )
-    resumed = logger_for(tmp_path, resume_at=1)
+    resumed = logger_for(tmp_path, resume_at=1, consumed_samples=32)
     resumed.log(figures_of(2))
     resumed.close()
     # Those of validation are not consumed.

@@ -11,7 +11,7 @@ from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.checkpoint.ownership import LOCK
 from megatron_vico.checkpoint.run_folder import finished_steps
 from megatron_vico.config.schema import RunConfig
-from megatron_vico.errors import CheckpointError, ConfigError
+from megatron_vico.errors import ConfigError
 from megatron_vico.models.language_model import LanguageModel
 from megatron_vico.training import trainer
 from megatron_vico.training.trainer import train
@@ -190,5 +190,5 @@ def test_a_stage_with_nothing_to_start_from_is_refused(toy_data: ToyData, tmp_pa
 
 
 def test_a_checkpoint_of_another_size_is_refused(stage_config: Callable[..., RunConfig]) -> None:
-    with pytest.raises(CheckpointError, match=r"is of toy, this run is of toy-6b"):
+    with pytest.raises(ConfigError, match=r"is of toy, this run is of toy-6b"):
         train(stage_config("warmup", model_size="toy-6b"))

@@ -11,6 +11,7 @@ from megatron_vico.parallel.batch import StepBatch, share_step
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.planning.synthetic_packs import PackShape, synthetic_pack
 from megatron_vico.training import setup
+from megatron_vico.training.bad_steps import StepWatch
 from megatron_vico.training.data_state import DataState
 from megatron_vico.training.optimizer import build_optimizer, build_scheduler
 from megatron_vico.training.policy import wrap
@@ -72,12 +73,14 @@ def build_run(cfg: RunConfig, model: ModelConfig, groups: Groups) -> setup.Run:
         model=model,
         policy=policy,
         reference=reference,
+        watch=StepWatch(cfg.training),
         window=RatioWindow(size=1, percentile=50.0),
         clock=StepClock(groups.device),
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, cfg.optimizer, cfg.training),
         data=DataState.of(None, max_skipped_share=0.0, restored=None),
         iteration=0,
+        trained_so_far=None,
     )
 
 

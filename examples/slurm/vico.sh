@@ -170,8 +170,8 @@ ranks() { # STEP NODES TASKS_A_NODE WORD...: vico on every rank
     # The status of srun is 143 also where SLURM ended the other ranks after one had failed.
     if ((status == 0)) || ! compgen -G "$log-*.status" >/dev/null; then
         return "$status"
-    elif grep -qxh 2 "$log"-*.status; then
-        return 2 # the user's to mend
+    elif grep -qxh -e 2 -e 130 "$log"-*.status; then
+        return 2 # the user's to mend, or ended by the user
     elif grep -qxhv -e 75 -e 143 "$log"-*.status; then
         return 1
     fi

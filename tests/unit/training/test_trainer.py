@@ -11,7 +11,7 @@ from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.checkpoint.ownership import LOCK
 from megatron_vico.checkpoint.run_folder import finished_steps
 from megatron_vico.config.schema import RunConfig
-from megatron_vico.errors import ConfigError
+from megatron_vico.errors import CheckpointError, ConfigError
 from megatron_vico.models.language_model import LanguageModel
 from megatron_vico.training import trainer
 from megatron_vico.training.trainer import train

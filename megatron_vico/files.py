@@ -1,7 +1,9 @@
 """Files that are whole or not there: JSON, and the name of what is not finished yet."""
 
+import errno
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,10 @@ from megatron_vico.errors import CheckpointError
 
 INCOMPLETE_SUFFIX = ".incomplete"
 """Of a file or folder that is being written, or whose writer was killed; readers refuse it."""
+
+
+MAX_FILE_BYTES = 1 << 30
+"""Of a file of a sample: an image, or its text; what is larger is not read."""
 
 
 def unfinished_path(target: Path) -> Path:
@@ -26,6 +32,22 @@ def refuse_incomplete(folder: Path) -> None:
         raise CheckpointError(f"{folder} was never finished; write it again.")
 
 
+def read_plain(path: Path) -> bytes:
+    """A plain file's content; a pipe or a device, which may have no end, is not waited for.
+
+    Raises:
+        OSError: if it is none, cannot be read, or is larger than MAX_FILE_BYTES.
+    """
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "not a plain file but a device or a pipe", str(path))
+    with path.open("rb") as file:
+        content = file.read(MAX_FILE_BYTES + 1) or b""
+        if len(content) > MAX_FILE_BYTES:
+            raise OSError(errno.EFBIG, f"more than {MAX_FILE_BYTES} bytes", str(path))
+        return content
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file's contents; CheckpointError if it is absent or broken."""
     try:
@@ -34,7 +56,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such file.") from error
     except OSError as error:
         raise CheckpointError(f"could not read {path}: {error}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(contents, dict):
         raise CheckpointError(f"{path} holds {type(contents).__name__}, expected a JSON object.")
@@ -51,7 +73,7 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     for number, line in enumerate(text.split("\n"), start=1):
         try:
             row = json.loads(line) if line.strip() else {}
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             damaged.append(number)

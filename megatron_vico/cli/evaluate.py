@@ -19,6 +19,9 @@ class Flags(AnswerFlags):
     image_root: Path | None = None
     """Folder that image paths start from; unset, the JSONL's own."""
 
+    allow_outside_root: bool = False
+    """Read images also where paths or links lead out of --image-root."""
+
     limit: int | None = None
     """Use only so many conversations."""
 
@@ -38,7 +41,10 @@ def main(arguments: Sequence[str]) -> None:
     from megatron_vico.files import write_json
 
     samples = read_evaluation_set(
-        options.jsonl, image_root=options.image_root or options.jsonl.parent, limit=options.limit
+        options.jsonl,
+        image_root=options.image_root or options.jsonl.parent,
+        limit=options.limit,
+        allow_outside_root=options.allow_outside_root,
     )
     plan = options.plan_source()
     with options.engine() as engine:

@@ -10,6 +10,7 @@ from tyro.conf import UseAppendAction, create_mutex_group
 from megatron_vico.cli.command_line import read
 from megatron_vico.cli.engine_flags import AnswerFlags
 from megatron_vico.errors import ConfigError, SampleError
+from megatron_vico.files import read_plain
 
 if TYPE_CHECKING:
     from megatron_vico.data.samples import ConversationSample
@@ -75,7 +76,7 @@ def _sample(options: Flags) -> "ConversationSample":
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_plain(path)
     except OSError as error:
         message = f"{path}: {error.strerror}; give an image file that can be read."
         raise SampleError(message) from error

@@ -45,9 +45,10 @@ class _Encoding(TilingOptions):
         from megatron_vico.data.encode.sample_encoder import EncodingSettings
         from megatron_vico.data.encode.tokenizer import load_tokenizer
 
+        model = model_named(self.model_size)
         tokenizer = load_tokenizer(self.tokenizer_model)
-        image_size = model_named(self.model_size).vision.image_size
-        settings = EncodingSettings.from_options(self, image_size=image_size)
+        tokenizer.check_fits(model.language.vocab_size, model=model.name)
+        settings = EncodingSettings.from_options(self, image_size=model.vision.image_size)
         return {"tokenizer": tokenizer, "settings": settings}
 
 
@@ -89,7 +90,8 @@ class Make(_Encoding):
         from megatron_vico.data.shards.mixture import MIXTURE_NAME
         from megatron_vico.shard_tools.writer import make_mixture, make_shards
 
-        options = replace(self.writing, num_workers=self.workers)
+        tokens_kept = model_named(self.model_size).visual_tokens_per_tile
+        options = replace(self.writing, num_workers=self.workers, tokens_kept=tokens_kept)
         how = {**self.encoding(), "options": options, "out_dir": self.out}
         if self.jsonl is not None:
             root = self.image_root or self.jsonl.parent

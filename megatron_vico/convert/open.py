@@ -45,6 +45,12 @@ TOKENIZER_FOLDER = "tokenizer"
 OPTIMIZER = "optimizer"
 """First part of the names of an optimizer's state and of its copies of the weights."""
 
+_MODULE_NAMES = (
+    (re.compile(r"^lm_head\."), "language_model.lm_head."),
+    (re.compile(r"^model\.language_model\."), "language_model.model."),
+    (re.compile(r"^model\.(?=vision_tower\.|multi_modal_projector\.)"), ""),
+)
+
 _FORMATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -107,7 +113,7 @@ def hf_source(
     path: str | Path, *, model_size: str | None = None, layout: Layout | None = None
 ) -> Source:
     """A Hugging Face folder, its layout and size found from config.json; see `open_checkpoint`."""
-    folder = _known_names(open_folder(path))
+    folder = _with_saved_names(open_folder(path))
     config_path = folder.path / "config.json"
     config = files.read_json(config_path)
     found = layout_of(config, path=str(config_path), tensors=folder.tensors.keys())
@@ -123,24 +129,20 @@ def hf_source(
     return replace(source, trained=tuple(name for name in source.trained if name not in drawn))
 
 
-def _known_names(folder: SafetensorsFolder) -> SafetensorsFolder:
-    """A folder whose tensors have the names that transformers' own layout is released with.
+def _with_saved_names(folder: SafetensorsFolder) -> SafetensorsFolder:
+    """The `hf` layout's names as transformers saves them, where they are those of its modules.
 
-    Newer releases of transformers keep all but the head below `model.`, and gathered shards of a
-    training keep those names when they are saved.
+    transformers 4.52 wrote those, and gathers of FSDP and ZeRO still do, with `module.` before all
+    of them or what torch.compile adds.
     """
-    if not any(name.startswith("model.vision_tower.") for name in folder.tensors):
-        return folder
-
-    def known(name: str) -> str:
-        if name == "lm_head.weight":
-            return f"language_model.{name}"
-        language = "model.language_model."
-        if name.startswith(language):
-            return f"language_model.model.{name.removeprefix(language)}"
-        return name.removeprefix("model.")
-
-    return replace(folder, tensors={known(name): each for name, each in folder.tensors.items()})
+    tensors = dict(folder.tensors)
+    for wrapper in ("module.", "_orig_mod."):
+        if tensors and all(name.startswith(wrapper) for name in tensors):
+            tensors = {name.removeprefix(wrapper): each for name, each in tensors.items()}
+    if any(name.startswith("model.language_model.") for name in tensors):
+        for pattern, saved in _MODULE_NAMES:
+            tensors = {pattern.sub(saved, name): each for name, each in tensors.items()}
+    return replace(folder, tensors=tensors)
 
 
 def files_source(

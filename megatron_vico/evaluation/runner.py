@@ -3,16 +3,20 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from megatron_vico.data.samples import ConversationSample, Turn
+from megatron_vico.data.records import bounded_lines, check_lines, media_of, path_below
+from megatron_vico.data.samples import ConversationSample
+from megatron_vico.data.shards.reader import parse_sample
 from megatron_vico.errors import SampleError, nearest
 from megatron_vico.evaluation.scorers import SCORERS
+from megatron_vico.files import read_plain
 from megatron_vico.inference.engine import Answers, Engine, PlanSource, Prompt
 
 
@@ -79,67 +83,86 @@ class Evaluation:
 
 
 def read_evaluation_set(
-    jsonl: str | Path, *, image_root: str | Path, limit: int | None = None
+    jsonl: str | Path,
+    *,
+    image_root: str | Path,
+    limit: int | None = None,
+    allow_outside_root: bool = False,
 ) -> list[EvaluationSample]:
     """Read questions with their scoring: the official chat format, one conversation a line.
 
     Beside it stand `metrics`, the name of a scorer for each question; `kinds`, a group for each
-    (unset, its metric); and `answers`, the accepted ones of each (unset, the `gpt` turn after it).
-    Image paths start from `image_root`; at most `limit` conversations are read.
+    (unset, its metric); and `answers`, the accepted ones of each, a text or a list (unset, the
+    `gpt` turn after it). Image paths start from `image_root`, and do not leave it unless
+    `allow_outside_root`; at most `limit` conversations are read.
 
     Raises:
+        ConfigError: if the file is not there or no JSONL.
         SampleError: if a line is broken, an image is missing, or a list has another length than the
             questions.
     """
-    samples: list[EvaluationSample] = []
-    with Path(jsonl).open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
+    path, samples = Path(jsonl), list[EvaluationSample]()
+    check_lines(path, flag="--jsonl")
+    with path.open("rb") as file:
+        for number, (_, line) in enumerate(bounded_lines(file), start=1):
             if limit is not None and len(samples) >= limit:
                 break
             if line.strip():
                 where = f"{jsonl}:{number}"
-                samples.append(_read_line(line, where=where, image_root=Path(image_root)))
+                below = partial(
+                    path_below, Path(image_root), where=where, allow_outside=allow_outside_root
+                )
+                samples.append(_read_line(line, where=where, below=below))
     if not samples:
         raise SampleError(f"{jsonl}: no conversation in it; expected one JSON object a line.")
     return samples
 
 
-def _read_line(line: str, *, where: str, image_root: Path) -> EvaluationSample:
+def _read_line(line: bytes, *, where: str, below: Callable[[str], Path]) -> EvaluationSample:
+    sample = parse_sample(line, key=where.rpartition(":")[2], images=(), where=where)
+    record: dict[str, Any] = json.loads(line)
+    media = media_of(record, where=where)
+    if media.video is not None:
+        raise SampleError(f"{where}: a video; only images are evaluated.")
     try:
-        record: dict[str, Any] = json.loads(line)
-        turns = tuple(Turn(turn["from"], turn["value"]) for turn in record["conversations"])
-        metrics = list(record["metrics"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise SampleError(
-            f"{where}: broken line ({error!r}); expected 'conversations' and 'metrics'."
-        ) from error
-    names = record.get("image") or []
-    names = [names] if isinstance(names, str) else names
-    try:
-        images = tuple((image_root / name).read_bytes() for name in names)
+        images = tuple(read_plain(below(name)) for name in media.images)
     except OSError as error:
         raise SampleError(
             f"{where}: {error.filename}: {error.strerror}; restore the image or remove the line."
         ) from error
-    num_questions = sum(turn.role == "human" for turn in turns)
-    answers = record.get("answers") or [[turn.text] for turn in turns if turn.role == "gpt"]
+    num_questions = sum(turn.role == "human" for turn in sample.turns)
+    if not num_questions:
+        raise SampleError(f"{where}: no question; expected a turn from 'human'.")
+    metrics = record.get("metrics")
+    answers = record.get("answers") or [turn.text for turn in sample.turns if turn.role == "gpt"]
     kinds = record.get("kinds") or metrics
     for name, values in (("metrics", metrics), ("kinds", kinds), ("answers", answers)):
-        if len(values) != num_questions:
+        if not isinstance(values, list) or len(values) != num_questions:
+            found = len(values) if isinstance(values, list) else repr(values)
             raise SampleError(
-                f"{where}: {len(values)} {name} for {num_questions} questions; give one for each."
+                f"{where}: {found} {name} for {num_questions} questions; give a list with one for"
+                " each."
             )
-    for metric in metrics:
-        if metric not in SCORERS:
-            raise SampleError(f"{where}: unknown metric {metric!r}{nearest(metric, SCORERS)}.")
     questions = tuple(
-        Question(answers=tuple(accepted), metric=metric, kind=kind)
-        for accepted, metric, kind in zip(answers, metrics, kinds, strict=True)
+        _question(accepted, metric, kind, where=where)
+        for accepted, metric, kind in zip(answers, metrics or (), kinds or (), strict=True)
     )
     key = str(record.get("id", where))
     return EvaluationSample(
-        conversation=ConversationSample(key=key, turns=turns, images=images), questions=questions
+        conversation=replace(sample, key=key, images=images), questions=questions
     )
+
+
+def _question(accepted: Any, metric: Any, kind: Any, *, where: str) -> Question:
+    # One string is one answer, not an answer a letter.
+    listed = [accepted] if isinstance(accepted, str) else accepted
+    if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
+        raise SampleError(
+            f"{where}: accepted answers {accepted!r}; expected a text, or a list of texts."
+        )
+    if not isinstance(metric, str) or metric not in SCORERS:
+        raise SampleError(f"{where}: unknown metric {metric!r}{nearest(str(metric), SCORERS)}.")
+    return Question(answers=tuple(listed), metric=metric, kind=str(kind))
 
 
 def run_evaluation(

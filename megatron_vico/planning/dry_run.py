@@ -123,7 +123,6 @@ def build(
         model=model,
         policy=policy,
         reference=reference,
-        watch=StepWatch(cfg.training),
         window=RatioWindow(size=cfg.stage.router_window, percentile=cfg.stage.router_percentile),
         watch=StepWatch(cfg.training),
         clock=StepClock(groups.device),

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_vico.data.records import bounded_lines
+
 
 @dataclass(kw_only=True)
 class LineRun:
@@ -48,11 +50,11 @@ def cut_lines(path: Path, *, samples_per_run: int) -> LinePlan:
     """
     digest, runs, end = hashlib.sha256(), list[LineRun](), 0
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, (num_bytes, line) in enumerate(bounded_lines(file), start=1):
             if not runs or runs[-1].num_samples == samples_per_run:
                 runs.append(LineRun(number=len(runs), start=end, end=end, first_line=number))
             digest.update(line)
-            end += len(line)
+            end += num_bytes
             runs[-1].end = end
             runs[-1].num_samples += bool(line.strip())
     whole = [run for run in runs if run.num_samples]  # not one of blank lines at the end
@@ -63,9 +65,6 @@ def read_lines(path: Path, run: LineRun) -> Iterator[tuple[int, bytes]]:
     """(number from 1, content) of each line of a run that is not blank."""
     with path.open("rb") as file:
         file.seek(run.start)
-        number = run.first_line
-        while file.tell() < run.end:
-            line = file.readline()
+        for number, (_, line) in enumerate(bounded_lines(file, end=run.end), run.first_line):
             if line.strip():
                 yield number, line
-            number += 1

@@ -79,6 +79,10 @@ class MadeFolder:
             **asdict(encoder.settings),
             "--samples-per-shard": options.samples_per_shard,
             "--max-shard-bytes": options.max_shard_bytes,
+            # Absent where they have no effect, as in folders from before they were there.
+            "--seq-length": options.seq_length,
+            "--max-tiles-per-pack": options.max_tiles_per_pack,
+            "--allow-outside-root": options.allow_outside_root or None,
             "frames": {each.name: getattr(options, each.name) for each in fields(FrameOptions)},
         }
         self._finished: dict[int, FinishedRun] = {}

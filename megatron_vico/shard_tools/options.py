@@ -44,6 +44,19 @@ class WriterOptions(FrameOptions):
     max_skipped_share: float = 0.0
     """The same as a share of all samples, such as 0.01; the larger limit holds."""
 
+    seq_length: int | None = None
+    """Leave out samples with more tokens, uncompressed, as broken ones; unset, none: training
+    refuses shards that hold any."""
+
+    max_tiles_per_pack: int | None = None
+    """Leave out samples with more tiles, as broken ones; unset, none."""
+
+    allow_outside_root: bool = False
+    """Read media also where paths or links lead out of the data's root."""
+
+    tokens_kept: Suppress[int] = 256
+    """Visual tokens of a tile that is not compressed, for --seq-length."""
+
     num_workers: Suppress[int] = 1
     show_progress: Suppress[bool] = True
 
@@ -56,8 +69,10 @@ class WriterOptions(FrameOptions):
             ("--workers", self.num_workers, 1),
             ("--min-num-frame", self.min_num_frame, 1),
             ("--max-num-frame", self.max_num_frame, self.min_num_frame),
+            ("--seq-length", self.seq_length, 1),
+            ("--max-tiles-per-pack", self.max_tiles_per_pack, 1),
         ):
-            if value < minimum:
+            if value is not None and value < minimum:
                 raise ConfigError(f"{name} {value}: expected at least {minimum}.")
         if not 0 <= self.max_skipped_share <= 1:
             raise ConfigError(

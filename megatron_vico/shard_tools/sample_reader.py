@@ -5,11 +5,10 @@ causes can be counted.
 """
 
 import json
-import os
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,15 @@ import torch
 from megatron_vico.data.encode.sample_encoder import SampleEncoder
 from megatron_vico.data.encode.tiling import decode_image
 from megatron_vico.data.encode.video import video_frames, with_frames
+from megatron_vico.data.records import media_of, path_below
 from megatron_vico.data.samples import ConversationSample, EncodedSample
 from megatron_vico.data.shards.reader import parse_sample
 from megatron_vico.data.shards.storage import OpenFiles
 from megatron_vico.errors import ConfigError, SampleError
-from megatron_vico.shard_tools.options import FrameOptions
+from megatron_vico.files import MAX_FILE_BYTES, read_plain
+from megatron_vico.shard_tools.options import WriterOptions
 from megatron_vico.shard_tools.sources import Source
+from megatron_vico.shard_tools.tar_listing import TarListing, list_tar, plain_name
 from megatron_vico.vico.compression_plan import generator
 
 FRAME_TILES = 1
@@ -48,9 +50,9 @@ class SourceSample:
 class SampleReader:
     """Turns lines of JSONL files into samples with their media."""
 
-    def __init__(self, *, encoder: SampleEncoder, frames: FrameOptions) -> None:
+    def __init__(self, *, encoder: SampleEncoder, options: WriterOptions) -> None:
         """Take an encoder, which every sample goes through, so that a broken one is found here."""
-        self._encoder, self._frames, self._tars = encoder, frames, TarMembers()
+        self._encoder, self._options, self._tars = encoder, options, TarMembers()
 
     def read(self, line: bytes, *, source: Source, number: int) -> SourceSample:
         """The sample of a line, which has this number, from 1, in the source's file.
@@ -62,26 +64,30 @@ class SampleReader:
         sample_where = f"{where}: sample {key!r}"
         with _prefixed("broken line"):
             sample = parse_sample(line, key=key, images=(), where=where)
-            record = json.loads(line)
-            names, video = _names_of_images(record, where=sample_where), record.get("video")
-            if video and (names or not isinstance(video, str)):
-                raise SampleError(
-                    f"{sample_where}: 'video' is {video!r} and 'image' {record.get('image')!r};"
-                    " expected the path of one video, or images."
-                )
+            media = media_of(json.loads(line), where=sample_where)
+        below = partial(
+            path_below,
+            source.root,
+            where=sample_where,
+            allow_outside=self._options.allow_outside_root,
+        )
         turns, max_tiles = sample.turns, source.max_dynamic_patch or sample.max_dynamic_patch
-        if video:
+        if media.video:
+            with _prefixed("broken path"):
+                path = below(media.video)
             with _prefixed(f"broken video: {sample_where}"):
-                random = generator(self._frames.seed, 0, number, f"frames of {source.stem}")
-                path = source.root / video
-                images = self._read_video(path, clip=record.get("clip"), random=random)
+                random = generator(self._options.seed, 0, number, f"frames of {source.stem}")
+                images = self._read_video(path, clip=media.clip, random=random, below=below)
             with _prefixed(f"wrong conversation: {where}"):
                 turns, max_tiles = with_frames(turns, len(images), key=key), FRAME_TILES
             suffixes = tuple("png" if image.startswith(PNG_START) else "jpg" for image in images)
         else:
+            with _prefixed("broken path"):
+                paths = [below(name) for name in media.images]
             with _prefixed("missing file"):
-                images = [self._read_image(source.root, name, sample_where) for name in names]
-            suffixes = tuple(Path(name).suffix.lower().lstrip(".") or "img" for name in names)
+                named = zip(paths, media.images, strict=True)
+                images = [self._read_image(path, name, sample_where) for path, name in named]
+            suffixes = tuple(path.suffix.lower().lstrip(".") or "img" for path in paths)
         sample = replace(
             sample,
             turns=turns,
@@ -90,25 +96,35 @@ class SampleReader:
             data_augment=source.data_augment or sample.data_augment,
         )
         encoded = self._encode(sample, where=where)
+        self._check_size(encoded, where=sample_where)
         return SourceSample(sample=sample, suffixes=suffixes, encoded=encoded)
 
-    def _read_image(self, root: Path, name: str, where: str) -> bytes:
+    def _read_image(self, path: Path, name: str, where: str) -> bytes:
         try:
-            tar, member = split_at_tar(root / name)
-            return tar.read_bytes() if member is None else self._tars.read(tar, member)
-        except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+            tar, member = split_at_tar(path)
+            return read_plain(tar) if member is None else self._tars.read(tar, member)
+        except OSError as error:
             raise SampleError(
-                f"{where}: image {name!r} cannot be read under {root}"
-                f" ({getattr(error, 'strerror', error)}); restore the file or remove the sample."
+                f"{where}: image {name!r} cannot be read at {path} ({error.strerror}); restore the"
+                " file or remove the sample."
             ) from error
 
-    def _read_video(self, path: Path, *, clip: Any, random: torch.Generator) -> list[bytes]:
+    def _read_video(
+        self, path: Path, *, clip: Any, random: torch.Generator, below: Callable[[str], Path]
+    ) -> list[bytes]:
         is_span = isinstance(clip, list) and all(type(part) in (int, float) for part in clip)
         if clip is not None and not is_span:
             raise SampleError(f"'clip' is {clip!r}; expected [start, end] in seconds.")
-        fewest, most = self._frames.min_num_frame, self._frames.max_num_frame
+        fewest, most = self._options.min_num_frame, self._options.max_num_frame
         try:
-            return video_frames(path, random=random, min_frames=fewest, max_frames=most, clip=clip)
+            return video_frames(
+                path,
+                random=random,
+                min_frames=fewest,
+                max_frames=most,
+                clip=clip,
+                read=lambda frame: read_plain(below(str(frame.absolute()))),
+            )
         except (SampleError, ConfigError):
             raise
         except (OSError, ValueError) as error:
@@ -126,12 +142,22 @@ class SampleReader:
                     decode_image(image, key=sample.key, number=number)
             raise SampleError(f"wrong conversation: {where}: {error}") from error
 
+    def _check_size(self, encoded: EncodedSample, *, where: str) -> None:
+        most, tiles = self._options.seq_length, encoded.num_tiles
+        most_tiles = self._options.max_tiles_per_pack
+        length = encoded.token_ids.size + (self._options.tokens_kept - 1) * tiles
+        if (most and length > most) or (most_tiles and tiles > most_tiles):
+            raise SampleError(
+                f"too large for a pack: {where}: {length} tokens (uncompressed) and {tiles} tiles;"
+                f" expected at most --seq-length {most} and --max-tiles-per-pack {most_tiles}."
+            )
+
 
 class TarMembers:
     """Files inside tar files: each tar is indexed once, and a file is then one read."""
 
     def __init__(self) -> None:
-        self._members: dict[Path, dict[str, tuple[int, int]] | str] = {}
+        self._listings: dict[Path, TarListing] = {}
         self._files = OpenFiles()
 
     def read(self, tar: Path, member: str) -> bytes:
@@ -140,14 +166,17 @@ class TarMembers:
         Raises:
             OSError: if there is none, or the tar is broken; `strerror` names both.
         """
-        if tar not in self._members:
-            self._members[tar] = _index_tar(tar)
-        members = self._members[tar]
-        if isinstance(members, str):
-            raise OSError(0, members)
-        if member not in members:
-            raise OSError(0, f"{tar} has no member {member!r}")
-        offset, size = members[member]
+        if tar not in self._listings:
+            self._listings[tar] = list_tar(tar)
+        listing = self._listings[tar]
+        if listing.error:
+            raise OSError(0, f"{tar} is no complete tar file: {listing.error}")
+        place = listing.members.get(plain_name(member), "not there")
+        if isinstance(place, str):
+            raise OSError(0, f"{tar} has no member {member!r}: it is {place}")
+        offset, size = place
+        if size > MAX_FILE_BYTES:
+            raise OSError(0, f"member {member!r} of {tar} has more than {MAX_FILE_BYTES} bytes")
         content = self._files.read(tar, offset, size)
         if len(content) != size:
             raise OSError(0, f"{tar} ends inside member {member!r}: {len(content)} of {size} bytes")
@@ -161,29 +190,6 @@ def split_at_tar(path: Path) -> tuple[Path, str | None]:
         if part.endswith(".tar") and tar.is_file():
             return tar, "/".join(path.parts[number + 1 :])
     return path, None
-
-
-def _index_tar(path: Path) -> dict[str, tuple[int, int]] | str:
-    """(offset, size) of each plain file by name; or what is wrong with the tar."""
-    found = {}
-    try:
-        with tarfile.open(path, mode="r:", encoding="utf-8") as tar:
-            while (member := tar.next()) is not None:
-                if member.isreg() and not member.issparse():
-                    found[os.path.normpath(member.name)] = (member.offset_data, member.size)
-                # A kilobyte each, and there may be millions.
-                tar.members.clear()  # type: ignore[attr-defined]
-    except (tarfile.TarError, OSError) as error:
-        return f"{path} is no complete tar file: {error}"
-    return found
-
-
-def _names_of_images(record: dict[str, Any], *, where: str) -> list[str]:
-    listed = record.get("image") or []
-    names = [listed] if isinstance(listed, str) else listed
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise SampleError(f"{where}: 'image' is {listed!r}; expected a path or a list of paths.")
-    return names
 
 
 @contextmanager

@@ -1,12 +1,10 @@
 """A sample as a person sees it: how its images are cut, its text with what is trained marked."""
 
-import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image
-
+from megatron_vico.data.encode.image_file import open_image
 from megatron_vico.data.encode.sample_encoder import EncodingSettings, SampleEncoder
 from megatron_vico.data.encode.tiling import grids
 from megatron_vico.data.encode.tokenizer import IMAGE_CONTEXT
@@ -56,9 +54,9 @@ class ViewedImage:
 def view_image(content: bytes, num_tiles: int, settings: EncodingSettings) -> ViewedImage:
     """Look at an image, of which only the header is read; tiles and settings as the index has."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with open_image(content) as image:
             (width, height), image_format = image.size, image.format or "?"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except Exception:  # broken bytes end in anything
         return ViewedImage(content=content, num_tiles=num_tiles)
     area = num_tiles - (settings.use_thumbnail and num_tiles > 1)
     # Among grids of one area the closest shape is the one that was chosen, whatever the sample's

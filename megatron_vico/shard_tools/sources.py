@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_vico.data.records import check_lines
+from megatron_vico.data.shards.reader import MAX_TILES
 from megatron_vico.errors import ConfigError, nearest
 from megatron_vico.files import INCOMPLETE_SUFFIX
 
@@ -41,11 +43,7 @@ class Source:
 
     def check(self) -> None:
         """Raise ConfigError unless annotation and root are there."""
-        if not self.annotation.is_file():
-            raise ConfigError(
-                f"{self.annotation}: no such file; expected a JSONL file in the official chat"
-                " format."
-            )
+        check_lines(self.annotation, flag="annotation")
         if not (self.root.is_dir() or (self.root.is_file() and self.root.suffix == ".tar")):
             raise ConfigError(
                 f"{self.root}: neither a folder nor a .tar file, though paths in {self.annotation}"
@@ -81,7 +79,7 @@ def read_meta(path: str | Path) -> tuple[Source, ...]:
     meta = Path(path)
     try:
         content = json.loads(meta.read_bytes(), object_pairs_hook=_unique)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"--meta {meta}: cannot be read ({error}); expected the official meta JSON."
         ) from error
@@ -134,8 +132,8 @@ def _source(name: str, fields: Any, *, where: str) -> Source:
         raise ConfigError(
             f"{where}: repeat_time is {repeat}; expected a number above 0, or remove the data set."
         )
-    if max_tiles is not None and max_tiles < 1:
-        raise ConfigError(f"{where}: max_dynamic_patch is {max_tiles}; expected at least 1.")
+    if max_tiles is not None and not 1 <= max_tiles <= MAX_TILES:
+        raise ConfigError(f"{where}: max_dynamic_patch is {max_tiles}; expected 1 to {MAX_TILES}.")
     annotation = Path(fields["annotation"])
     return Source(
         name=name,

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import webdataset
 
+from megatron_vico.data.records import MAX_IMAGES
 from megatron_vico.data.samples import EncodedSample
 from megatron_vico.data.shards.index import IndexedSample, ShardFiles, ShardIndex, hash_of_file
 from megatron_vico.data.shards.reader import sample_json
 from megatron_vico.errors import SampleError
 from megatron_vico.shard_tools.sample_reader import SourceSample
+from megatron_vico.shard_tools.tar_listing import list_tar
 
 
 class ShardWriter:
@@ -77,26 +79,47 @@ class TarHeaders:
     error: str = ""
     """Why they cannot be read any more."""
 
+    foreign: str = ""
+    """A member that is no part of a sample, and what it is, if there is one."""
+
 
 FOREIGN = 1 << 30
+
+IMAGE_SUFFIXES = {
+    *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "pgm"),
+    *("tga", "ico", "img"),
+}
+"""Of the only image of a sample, in WebDataset's own way: KEY.jpg beside KEY.json."""
 
 
 def read_headers(path: Path) -> TarHeaders:
     """The headers of a tar file, which may be damaged."""
     found: dict[str, dict[int, tuple[int, int]]] = {}
-    end, error = 0, ""
-    try:
-        with tarfile.open(path, "r:", encoding="utf-8") as tar:
-            for member in tar:
-                key, _, suffix = member.name.partition(".")
-                parts, number = found.setdefault(key, {}), suffix.partition(".")[0]
-                position = int(number) if number.isdecimal() else FOREIGN + len(parts)
-                place = (member.offset_data, member.size)
-                parts[-1 if suffix == "json" else position] = place
-                end = tar.offset
-    except tarfile.TarError as problem:
-        error = str(problem)
-    return TarHeaders(members=found, end=end, error=error)
+    foreign = ""
+    listing = list_tar(path)
+    for name, place in listing.members.items():
+        folder, _, file = name.rpartition("/")
+        stem, _, suffix = file.partition(".")
+        parts = found.setdefault(f"{folder}/{stem}" if folder else stem, {})
+        position = _position(suffix)
+        if isinstance(place, str):
+            foreign = foreign or f"{name!r} ({place})"
+            position, place = None, (0, 0)
+        elif position is None or position in parts:
+            foreign = foreign or repr(name)
+            position = None
+        parts[FOREIGN + len(parts) if position is None else position] = place
+    return TarHeaders(members=found, end=listing.end, error=listing.error, foreign=foreign)
+
+
+def _position(suffix: str) -> int | None:
+    """Of a member in its sample: -1 the JSON, from 0 the images; None, no part of one."""
+    number = suffix.partition(".")[0]
+    if suffix == "json":
+        return -1
+    if number.isdecimal() and len(number) <= len(str(MAX_IMAGES)) and int(number) < MAX_IMAGES:
+        return int(number)
+    return 0 if suffix.lower() in IMAGE_SUFFIXES else None
 
 
 def members_of(path: Path) -> dict[str, tuple[tuple[int, int], ...]]:
@@ -115,6 +138,11 @@ def members_of(path: Path) -> dict[str, tuple[tuple[int, int], ...]]:
             error = error or "unexpected end of data"
     if error:
         raise SampleError(f"{path}: not a complete tar file of samples ({error}); copy it again.")
+    if headers.foreign:
+        raise SampleError(
+            f"{path}: {headers.foreign} is no part of a sample; expected KEY.json and its images,"
+            f" KEY.jpg or KEY.0.jpg to KEY.{MAX_IMAGES - 1}.jpg; remove it from the tar file."
+        )
     for key, parts in headers.members.items():
         if sorted(parts) != list(range(-1, len(parts) - 1)):
             raise SampleError(

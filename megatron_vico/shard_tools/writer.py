@@ -112,7 +112,7 @@ def _make_folders(
             for run in folder.missing_runs()
         ]
         _check_budget(folders, (), skip_limit=skip_limit)
-        reader = SampleReader(encoder=encoder, frames=options)
+        reader = SampleReader(encoder=encoder, options=options)
         write = partial(
             _write_run, reader, max_shard_bytes=options.max_shard_bytes, skip_limit=skip_limit
         )

@@ -117,12 +117,7 @@ def check_contents(cfg: RunConfig) -> None:
             f" {tokenizer.image_token_id}, but {model.name} expects {model.image_token_id}; use the"
             " tokenizer that belongs to the model."
         )
-    if tokenizer.vocab_size > model.language.vocab_size:
-        raise ConfigError(
-            f"--tokenizer-model {cfg.data.tokenizer_model} has ids up to"
-            f" {tokenizer.vocab_size - 1}, {model.name} a vocabulary of"
-            f" {model.language.vocab_size}; use the tokenizer that belongs to the model."
-        )
+    tokenizer.check_fits(model.language.vocab_size, model=model.name)
     settings = EncodingSettings.from_options(cfg.data, image_size=model.vision.image_size)
     for paths in (cfg.data.data_path, cfg.data.valid_data_path):
         for each in read_mixture(paths) if paths else ():

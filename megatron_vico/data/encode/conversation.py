@@ -165,15 +165,15 @@ def _place_images(
 ) -> list[Turn]:
     """Turns with each `<image>` tag replaced; without a tag, images precede the first question.
 
-    Only questions and `pretrain` texts are searched. The official code puts tags before the first
-    question also when a later one has them, and then leaves the later tags as plain text; here tags
-    stay where the data has them.
+    Where there is no image, the tag is text, as in the official code. Only questions and `pretrain`
+    texts are searched. The official code puts tags before the first question also when a later one
+    has them, and then leaves the later tags as plain text; here tags stay where the data has them.
     """
     placed = list(turns)
+    if not tiles_per_image:
+        return placed
     holders = [number for number, turn in enumerate(turns) if turn.role in ("human", "pretrain")]
     num_tags = sum(turns[number].text.count(IMAGE_TAG) for number in holders)
-    if not tiles_per_image and not num_tags:
-        return placed
     if num_tags == 0 and holders:
         first = turns[holders[0]]
         placed[holders[0]] = Turn(first.role, f"{IMAGE_TAG}\n" * len(tiles_per_image) + first.text)

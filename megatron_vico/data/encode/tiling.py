@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from megatron_vico.data.encode.image_file import open_image, to_rgb
 from megatron_vico.data.samples import ByteArray
 from megatron_vico.errors import SampleError
 
@@ -94,15 +95,15 @@ def blank_tiles(
 
 
 def decode_image(encoded: bytes, *, key: str, number: int) -> Image.Image:
-    """Decode image `number` of sample `key` to RGB; transparency and EXIF rotation are dropped.
+    """Decode image `number` of sample `key` to 8-bit RGB; alpha and EXIF rotation are dropped.
 
     Raises:
         SampleError: if the file is truncated, broken, no image, or far too large (Pillow's limit of
             179 megapixels).
     """
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            return image.convert("RGB")
+        with open_image(encoded) as image:
+            return to_rgb(image)
     # Broken bytes end in whatever their decoder meets (AVIF: RuntimeError).
     except Exception as error:
         raise SampleError(

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
 import tokenizers
@@ -120,6 +119,14 @@ class Tokenizer:
         """Id of `<|endoftext|>`."""
         return self.token_id(PAD)
 
+    def check_fits(self, num_rows: int, *, model: str) -> None:
+        """Raise ConfigError if a model of `num_rows` rows has none for the highest id."""
+        if self.vocab_size > num_rows:
+            raise ConfigError(
+                f"--tokenizer-model {self.source}: highest id {self.vocab_size - 1}, but the"
+                f" vocabulary of {model} has {num_rows} rows; use the model's own tokenizer."
+            )
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of all tokens and how they are applied; the same after `save_to` and loading."""
@@ -154,7 +161,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if found.is_dir():
         backend = _load_folder(found)
     elif found.suffix == ".model" and found.is_file():
-        backend = fast_tokenizer(found.read_bytes())
+        try:
+            backend = fast_tokenizer(found.read_bytes())
+        except Exception as error:  # of sentencepiece, whatever it meets
+            raise ConfigError(
+                f"--tokenizer-model {found}: no SentencePiece model: {error}."
+            ) from error
     else:
         raise ConfigError(
             f"--tokenizer-model {found}: found neither a folder nor a SentencePiece .model file; "
@@ -170,18 +182,33 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _load_folder(folder: Path) -> tokenizers.Tokenizer:
-    if (folder / "tokenizer.json").exists():
-        return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    from transformers import AutoTokenizer  # slow to import, and needed for old files only
-
     try:
-        loaded: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+        if (folder / "tokenizer.json").is_file():
+            backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        else:
+            from transformers import AutoTokenizer  # slow to import, needed for old files only
+
+            backend = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            ).backend_tokenizer
+    # `tokenizers` raises bare Exceptions; transformers meets anything in a stranger's files.
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"--tokenizer-model {folder}: needs code of its own, which is never run; save it as"
+                " tokenizer.json with transformers, if you trust it, and give that folder."
+            ) from error
+        cause = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
-            f"--tokenizer-model {folder}: no tokenizer.json, and transformers cannot load it:"
-            f" {error}"
+            f"--tokenizer-model {folder}: tokenizer.json cannot be read, or made of the other files"
+            f" ({cause}); copy the folder again. A Git LFS pointer becomes its file by `git lfs"
+            " pull`; a newer form needs a newer `tokenizers`."
         ) from error
-    backend: tokenizers.Tokenizer = loaded.backend_tokenizer
+    # Settings of the program that saved it: texts would be cut, filled up or split at random.
+    backend.no_truncation()
+    backend.no_padding()
+    if getattr(backend.model, "dropout", None) is not None:
+        backend.model.dropout = None
     return backend
 
 

@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from megatron_vico.data.encode.conversation import IMAGE_TAG
 from megatron_vico.data.samples import Turn
 from megatron_vico.errors import ConfigError, SampleError
+from megatron_vico.files import read_plain
 
 VIDEO_TAG = "<video>"
 # The released models were trained with one text and are asked with another; both are official.
@@ -27,7 +29,21 @@ INFERENCE_TEXT = f"Frame{{number}}: {IMAGE_TAG}\n"
 FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 JPEG_QUALITY = 95
 MICROSECONDS = 1_000_000
-SLACK_S = 0.5  # durations in headers may be rounded
+SLACK_S = 0.5  # durations and frame counts in headers may be rounded
+EXACT = "mov"  # but not in MP4 and its kin, whose tables list every frame's place
+MAX_FRAMES = 1 << 22
+"""Of a file: 19 hours at 60 a second."""
+
+_LIMITS = {
+    # Before memory is taken for a frame; as many as of an image.
+    "max_pixels": str(2 * (Image.MAX_IMAGE_PIXELS or 0)),
+    # A playlist would have other files read, or URLs.
+    "protocol_whitelist": "file",
+    "format_whitelist": (
+        "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,apng,flv,live_flv,mpeg,mpegts,mpegvideo,ogg,"
+        "asf,h264,hevc,av1,ivf,m4v,mjpeg,dv,nut,mxf,rm,wtv,vob"
+    ),
+}
 
 
 def video_frames(
@@ -37,6 +53,7 @@ def video_frames(
     min_frames: int = 8,
     max_frames: int = 32,
     clip: Sequence[float] | None = None,
+    read: Callable[[Path], bytes] = read_plain,
 ) -> list[bytes]:
     """Frames of a video by the official training rule: JPEG files; of a folder, its own files.
 
@@ -47,11 +64,12 @@ def video_frames(
     Args:
         source: a video file, or a folder of frame images in the natural order of their names.
         clip: (start, end) in seconds of the part to show; what lies after the file's end is not.
+        read: gives the content of a folder's frame.
 
     Raises:
         ConfigError: if PyAV is not installed.
-        SampleError: if the video is broken, cut short or empty, or `clip` is not in it; names the
-            file.
+        SampleError: if the video is broken, cut short, empty or too large, or `clip` is not in it;
+            names the file.
     """
     path = Path(source)
     num_frames = int(torch.randint(min_frames, max_frames + 1, (), generator=random))
@@ -64,7 +82,7 @@ def video_frames(
         files = frame_files(path)
         drawn = draw_frames(len(files), num_frames=min(num_frames, len(files)), random=random)
         try:
-            return [files[number].read_bytes() for number in drawn]
+            return [read(files[number]) for number in drawn]
         except OSError as error:
             raise SampleError(
                 f"{error.filename}: {error.strerror}; restore the frame or remove the sample."
@@ -102,23 +120,28 @@ def with_frames(
     """Turns with frames' `<image>` tags for `<video>`; without it, before the first question.
 
     The official code fails on a tag without a newline after it, and on a system turn before a
-    question without the tag; both are taken here as they are meant. `frame_text` stands for one
-    frame; `{number}` in it counts from 1.
+    question without the tag; both are taken here as they are meant. So is a single `<image>`, as
+    LLaVA-Video writes. `frame_text` stands for one frame; `{number}` in it counts from 1.
 
     Raises:
         SampleError: if there are several tags, or no question.
     """
     holders = [number for number, turn in enumerate(turns) if turn.role in ("human", "pretrain")]
-    tagged = [number for number in holders for _ in range(turns[number].text.count(VIDEO_TAG))]
-    if len(tagged) > 1 or not holders:
+    tagged = {
+        tag: [number for number in holders for _ in range(turns[number].text.count(tag))]
+        for tag in (VIDEO_TAG, IMAGE_TAG)
+    }
+    found = [*tagged[VIDEO_TAG], *tagged[IMAGE_TAG]]
+    if len(found) > 1 or not holders:
+        images = f" and {len(tagged[IMAGE_TAG])} {IMAGE_TAG}" if tagged[IMAGE_TAG] else ""
         raise SampleError(
-            f"sample {key!r}: {len(tagged)} {VIDEO_TAG} tags in {len(holders)} questions; expected"
-            " a question, and one tag for its video or none."
+            f"sample {key!r}: {len(tagged[VIDEO_TAG])} {VIDEO_TAG}{images} tags in {len(holders)}"
+            f" questions; expected a question, and one {VIDEO_TAG} for its video or none."
         )
-    holder = (tagged or holders)[0]
-    before, _, after = turns[holder].text.rpartition(VIDEO_TAG)
+    holder, tag = (found or holders)[0], IMAGE_TAG if tagged[IMAGE_TAG] else VIDEO_TAG
+    before, _, after = turns[holder].text.rpartition(tag)
     frames = "".join(frame_text.format(number=number) for number in range(1, num_frames + 1))
-    text = before + frames + (after.removeprefix("\n") if tagged else after)
+    text = before + frames + (after.removeprefix("\n") if found else after)
     return (*turns[:holder], Turn(turns[holder].role, text), *turns[holder + 1 :])
 
 
@@ -188,6 +211,8 @@ def _read_frames(path: Path, choose: Callable[[int, Fraction | None], list[int]]
         raise ConfigError(
             f"{path}: videos are read by PyAV; pip install 'megatron_vico[video]'."
         ) from error
+    if path.exists() and not path.is_file():
+        raise SampleError(f"{path}: not a plain file but a device or a pipe; remove the sample.")
     try:
         length, rate = _measure(path)
         # Where the codec has hidden frames, fewer come out than packets: choose again among those.
@@ -198,7 +223,8 @@ def _read_frames(path: Path, choose: Callable[[int, Fraction | None], list[int]]
                 return [frames[number] for number in chosen]
     except (av.FFmpegError, av.codec.codec.UnknownCodecError) as error:
         raise SampleError(
-            f"{path}: not a readable video ({error}); replace the file or remove the sample."
+            f"{path}: not a readable video of at most {_LIMITS['max_pixels']} px a frame ({error});"
+            " replace the file or remove the sample."
         ) from error
     raise SampleError(f"{path}: no frame can be decoded; replace the file or remove the sample.")
 
@@ -220,9 +246,15 @@ def _measure(path: Path) -> tuple[int, Fraction | None]:
             if packet.stream_index == stream.index:
                 num_packets += 1
                 num_frames += packet.size > 0
+            if num_packets > MAX_FRAMES:
+                raise SampleError(
+                    f"{path}: more than {MAX_FRAMES} frames; cut it, or remove the sample."
+                )
         # Containers say how many frames or, Matroska, how many seconds there should be.
         seconds = 0.0 if stream.frames else (container.duration or 0) / MICROSECONDS
-        if corrupt or num_packets < stream.frames or end < seconds - SLACK_S:
+        rate = 0 if EXACT in container.format.name else stream.average_rate or 0
+        fewest = stream.frames - int(SLACK_S * rate)
+        if corrupt or num_packets < fewest or end < seconds - SLACK_S:
             raise SampleError(
                 f"{path}: damaged or cut short: {num_packets} of {stream.frames or 'unknown'}"
                 f" frames, {end:.1f} of {(container.duration or 0) / MICROSECONDS:.1f} s; copy it"
@@ -236,6 +268,7 @@ def _decode(path: Path, wanted: set[int]) -> tuple[dict[int, bytes], int]:
     frames: dict[int, bytes] = {}
     num_decoded = 0
     with _open(path) as container:
+        container.streams.video[0].codec_context.options = {"max_pixels": _LIMITS["max_pixels"]}
         for frame in container.decode(video=0):
             if num_decoded in wanted:
                 file = io.BytesIO()
@@ -254,4 +287,5 @@ def _decode(path: Path, wanted: set[int]) -> tuple[dict[int, bytes], int]:
 def _open(path: Path) -> Any:
     import av
 
-    return av.open(f"file:{path}")  # a name with a colon would be taken for a protocol
+    # A name with a colon would be taken for a protocol.
+    return av.open(f"file:{path}", options=_LIMITS)

@@ -232,5 +232,6 @@ class PackPlan:
                 f" tokens (uncompressed) and {self.num_tiles[worst]} tiles, but a pack holds"
                 f" {self.limits.capacity} and {self.limits.max_tiles} ({int(too_large.sum())} such"
                 " samples); raise --seq-length or --max-tiles-per-pack, lower --max-dynamic-patch,"
-                " or remove them."
+                " or leave them out: `vico shards make` takes both limits too, and counts what it"
+                " leaves out under --max-skipped-share."
             )

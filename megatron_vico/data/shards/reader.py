@@ -1,7 +1,7 @@
 """WebDataset tar shards with an index: any sample by its number, everything checked beforehand.
 
-A folder holds `shard-000000.tar`, ... (members KEY.json, KEY.0.jpg, KEY.1.png, ..., as any
-WebDataset reader expects) and their indexes (index.py). Writing is in shard_tools/writer.py.
+A folder holds `shard-000000.tar`, ... (members KEY.json, KEY.0.jpg, KEY.1.png, ..., or KEY.jpg, as
+any WebDataset reader expects) and their indexes (index.py). Writing is in shard_tools/writer.py.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from megatron_vico.config.schema import DataOptions
 from megatron_vico.data.encode.sample_encoder import EncodingSettings
 from megatron_vico.data.encode.tokenizer import Tokenizer
+from megatron_vico.data.records import MAX_LINE_BYTES
 from megatron_vico.data.samples import ROLES, ConversationSample, IntArray, Turn
 from megatron_vico.data.shards.index import (
     INDEX_NAME,
@@ -36,6 +37,12 @@ from megatron_vico.errors import ConfigError, SampleError, nearest
 
 TAR_BLOCK_BYTES = tarfile.BLOCKSIZE
 """Of the header before each member."""
+
+MAX_TILES = 256
+"""Of an image, as a sample may say; the grids that are looked through grow with its square."""
+
+MAX_SAMPLE_BYTES = 1 << 30
+"""From a sample's first member to its last, which are read at once."""
 
 INDEX_THREADS = 16
 PROGRESS_AFTER_S = 5.0
@@ -139,6 +146,11 @@ class ShardFolder:
         where = self._storage.where(files.name)
         start = min(offset for offset, _ in sample.members) - TAR_BLOCK_BYTES
         end = max(offset + size for offset, size in sample.members)
+        if end - start > MAX_SAMPLE_BYTES:
+            raise SampleError(
+                f"sample {sample.key!r}: its members lie over {end - start} bytes of {where},"
+                f" expected at most {MAX_SAMPLE_BYTES}; write the tar file sample by sample."
+            )
         try:
             content = self._storage.read_range(files, start, end)
             if len(content) != end - start:
@@ -195,10 +207,11 @@ def _check_header(content: bytes, sample: IndexedSample, *, start: int, where: s
     header = content[offset - start - TAR_BLOCK_BYTES : offset - start]
     name = f"{sample.key}.json".encode()
     # Longer names and others than ASCII are cut or replaced here and stand in a header before it.
-    is_plain = name.isascii() and len(name) <= tarfile.LENGTH_NAME
+    is_plain = name.isascii() and len(name) <= tarfile.LENGTH_NAME - len("./")
     try:
         found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        is_named = found.name.encode(errors="surrogateescape") == name or not is_plain
+        own = found.name.removeprefix("./").encode(errors="surrogateescape")
+        is_named = own == name or not is_plain
         is_same = found.size == size and is_named
     except tarfile.HeaderError:
         is_same = False
@@ -224,12 +237,14 @@ def parse_sample(
         where: file (and line) for errors.
 
     Raises:
-        SampleError: if the JSON is broken or not a conversation.
+        SampleError: if the JSON is too long, broken or not a conversation.
     """
 
     def wrong(what: str) -> SampleError:
         return SampleError(f"{where}: sample {key!r}: {what}")
 
+    if len(content) > MAX_LINE_BYTES:
+        raise wrong(f"more than {MAX_LINE_BYTES} bytes of JSON; shorten or remove the line.")
     try:
         record = json.loads(content)
         # Escapes may stand for half a character, which neither a tokenizer nor a file takes.
@@ -250,8 +265,10 @@ def parse_sample(
             raise wrong(f"turn {number} has no text 'value'.")
         parsed.append(Turn(role, text))
     max_tiles, augment = record.get("max_dynamic_patch"), record.get("data_augment", False)
-    if max_tiles is not None and (type(max_tiles) is not int or max_tiles < 1):
-        raise wrong(f"'max_dynamic_patch' is {max_tiles!r}; expected a whole number from 1.")
+    if max_tiles is not None and (type(max_tiles) is not int or not 1 <= max_tiles <= MAX_TILES):
+        raise wrong(
+            f"'max_dynamic_patch' is {max_tiles!r}; expected a whole number from 1 to {MAX_TILES}."
+        )
     if not isinstance(augment, bool):
         raise wrong(f"'data_augment' is {augment!r}; expected true or false.")
     return ConversationSample(

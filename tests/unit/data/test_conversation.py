@@ -86,7 +86,6 @@ def test_prompt_and_follow_up_join_into_the_trained_ids(tokenizer):
 @pytest.mark.parametrize(
     ("turns", "tiles_per_image", "message"),
     [
-        ([ASK, ANSWER], (), "'k': 1 <image> tags but 0 images"),
         ([Turn("human", "<image><image>"), ANSWER], (1,), "'k': 2 <image> tags but 1 images"),
         ([ASK, ANSWER], (1, 1), "'k': 1 <image> tags but 2 images"),
         ([ASK, Turn("gpt", " \n")], (1,), "'k': turn 2 is an empty answer"),

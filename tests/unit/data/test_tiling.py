@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image, PngImagePlugin, features
 
 from megatron_vico.data.encode.tiling import (
     blank_tiles,
@@ -74,6 +74,26 @@ def test_images_of_any_mode_become_rgb():
         assert found.mode == "RGB"
         # Of an animation the first picture.
         assert np.abs(np.asarray(found).astype(int) - (255, 0, 0)).max() < 4
+
+
+def test_more_than_8_bits_are_scaled_or_refused_by_name():
+    grey = (np.arange(64 * 8, dtype=np.uint16) * 128).reshape(8, 64)
+    for kind in ("PNG", "TIFF", "PPM", "JPEG2000"):
+        if kind == "JPEG2000" and not features.check("jpg_2000"):
+            continue
+        pixels = np.asarray(decoded(encoded(Image.fromarray(grey), kind)))
+        np.testing.assert_array_equal(pixels, np.repeat((grey >> 8)[..., None], 3, -1))
+    for image in (Image.new("F", (8, 8), 0.5), Image.new("I", (8, 8), 1 << 20)):
+        with pytest.raises(SampleError, match=f"TIFF of mode {image.mode}, whose numbers have no"):
+            decoded(encoded(image, "TIFF"))
+
+
+def test_a_png_with_large_text_is_read_and_a_program_is_not_run():
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", "y" * 3_000_000, zip=True)
+    assert decoded(encoded(Image.new("RGB", (8, 8)), "PNG", pnginfo=text)).size == (8, 8)
+    with pytest.raises(SampleError, match="cannot identify image file"):
+        decoded(encoded(Image.new("RGB", (8, 8)), "EPS"))  # Ghostscript would run it
 
 
 def test_transparency_is_dropped_and_exif_rotation_ignored():

@@ -94,6 +94,69 @@ def test_tokenizer_without_image_token_is_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
+@pytest.fixture
+def saved(tokenizer, tmp_path):
+    """saved(change): a copy of the tokenizer whose tokenizer.json has been changed."""
+
+    def make(change):
+        tokenizer.save_to(tmp_path)
+        content = json.loads((tmp_path / "tokenizer.json").read_text())
+        change(content)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        return tmp_path
+
+    return make
+
+
+def test_runtime_settings_of_the_file_have_no_effect(tokenizer, saved):
+    truncation = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    padding = {"strategy": {"Fixed": 99}, "direction": "Right", "pad_to_multiple_of": None}
+    padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+
+    def change(content):
+        content |= {"truncation": truncation, "padding": padding}
+        content["model"]["dropout"] = 0.9
+
+    loaded = load_tokenizer(saved(change))
+    text = "Answer in few words. What colour? red and green"
+    assert {tuple(loaded.encode(text)) for _ in range(9)} == {tuple(tokenizer.encode(text))}
+    assert len(tokenizer.encode(text)) > 4
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer.json": "version https://git-lfs"}, r"cannot be read.*git lfs pull"),
+        ({"tokenizer.json": "[]"}, "tokenizer.json cannot be read"),
+        ({"tokenizer_config.json": "["}, "cannot be read"),
+        ({"tokenizer_config.json": '"x"'}, "cannot be read"),
+        (
+            {
+                "tokenizer_config.json": json.dumps(
+                    {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+                ),
+                "own.py": "open('ran', 'w')\nclass Own: pass",
+            },
+            "needs code of its own, which is never run; save it as tokenizer.json",
+        ),
+    ],
+)
+def test_unreadable_files_and_code_are_refused(files, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_tokenizer(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_id_beyond_the_models_rows_is_named(tokenizer):
+    tokenizer.check_fits(tokenizer.vocab_size, model="toy")
+    with pytest.raises(ConfigError, match=r"highest id \d+, but the vocabulary of toy has 9 rows"):
+        tokenizer.check_fits(9, model="toy")
+
+
 @pytest.mark.parametrize("vocab_size", [100, 4097])
 def test_vocabulary_sizes_out_of_range(vocab_size, tmp_path):
     with pytest.raises(ConfigError, match="vocab_size"):

@@ -2,6 +2,7 @@
 before frames."""
 
 import io
+import os
 import re
 import struct
 import sys
@@ -213,6 +214,12 @@ def test_a_cut_video_with_its_index_in_front_is_refused(movie, tmp_path):
         (lambda path: path.write_text("no video"), "not a readable video"),
         (lambda path: None, "not a readable video"),
         (lambda path: path.mkdir(), "no frame in it"),
+        (os.mkfifo, "not a plain file but a device or a pipe"),
+        (lambda path: path.write_text("#EXTM3U\n#EXTINF:2,\nhttp://x/\n"), "not a readable video"),
+        (
+            lambda path: path.write_text("ffconcat version 1.0\nfile a\n"),
+            "not a readable video",
+        ),
     ],
 )
 def test_what_is_no_video_is_refused_by_name(tmp_path, prepare, message):
@@ -220,6 +227,30 @@ def test_what_is_no_video_is_refused_by_name(tmp_path, prepare, message):
     prepare(path)
     with pytest.raises(SampleError, match=f"{re.escape(str(path))}: {message}"):
         video_frames(path, random=stream())
+
+
+def test_an_avi_whose_header_counts_a_frame_too_many_is_read(tmp_path):
+    movie = write_video(tmp_path / "movie.avi", 50)
+    content = bytearray(movie.read_bytes())
+    counted = content.index(b"strh") + 8 + 32
+    for more, is_read in ((1, True), (20, False)):
+        struct.pack_into("<I", content, counted, 50 + more)
+        movie.write_bytes(content)
+        if is_read:
+            assert len(middle_frames(movie, num_frames=3)) == 3
+        else:
+            with pytest.raises(SampleError, match="50 of 70 frames"):
+                middle_frames(movie, num_frames=3)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "gif", "mkv"])
+def test_frames_with_too_many_pixels_are_refused_before_they_are_decoded(
+    tmp_path, suffix, monkeypatch
+):
+    movie = write_video(tmp_path / f"m.{suffix}", 9, codec="gif" if suffix == "gif" else "mpeg4")
+    monkeypatch.setitem(video._LIMITS, "max_pixels", str(64 * 48 - 1))
+    with pytest.raises(SampleError, match="not a readable video of at most 3071 px a frame"):
+        middle_frames(movie, num_frames=3)
 
 
 def test_a_turned_phone(movie, tmp_path):

@@ -2,13 +2,14 @@
 answers."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_vico.data.samples import ConversationSample, Turn
-from megatron_vico.errors import SampleError
+from megatron_vico.errors import ConfigError, SampleError
 from megatron_vico.evaluation.ablations import (
     ROWS,
     details,
@@ -46,6 +47,8 @@ QUESTIONS = (
 
 def write(tmp_path, *lines):
     (tmp_path / "a.png").write_bytes(b"png")
+    if not (tmp_path / "pipe").exists():
+        os.mkfifo(tmp_path / "pipe")
     path = tmp_path / "set.jsonl"
     texts = [line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines]
     path.write_text("".join(texts))
@@ -53,22 +56,30 @@ def write(tmp_path, *lines):
 
 
 def test_questions_are_read_with_their_scoring(tmp_path):
-    other = {**LINE, "answers": [["1", "one"], ["dog"]], "kinds": None}
+    other = {**LINE, "answers": [["1", "one"], "dog"], "kinds": None}
     samples = read_evaluation_set(write(tmp_path, LINE, "\n", other), image_root=tmp_path)
     assert [sample.conversation.images for sample in samples] == [(b"png",)] * 2
     assert samples[0].questions == QUESTIONS
     assert samples[1].questions[0] == Question(answers=("1", "one"), metric="anls", kind="anls")
+    assert samples[1].questions[1].answers == ("dog",), "a text is one answer"
     assert len(read_evaluation_set(tmp_path / "set.jsonl", image_root=tmp_path, limit=1)) == 1
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"conversations": [', r"set.jsonl:2: broken line"),
+        ('{"conversations": [', r"set.jsonl:2: .*broken JSON"),
         ({**LINE, "metrics": ["anls"]}, r"set.jsonl:2: 1 metrics for 2 questions"),
         ({**LINE, "metrics": ["anls", "exakt"]}, r"unknown metric 'exakt'; did you mean 'exact'"),
         ({**LINE, "image": "b.png"}, r"set.jsonl:2: .*b.png: No such file"),
-        ({"conversations": LINE["conversations"]}, r"set.jsonl:2: broken line.*'metrics'"),
+        ({"conversations": LINE["conversations"]}, r"set.jsonl:2: None metrics for 2"),
+        ({**LINE, "metrics": "exact"}, "'exact' metrics for 2 questions; give a list"),
+        ({**LINE, "metrics": [["exact"], 1]}, r"unknown metric \['exact'\]"),
+        ({**LINE, "answers": [["a"], [1]]}, r"accepted answers \[1\]; expected a text, or a list"),
+        ({**LINE, "images": ["a.png"]}, r"set.jsonl:2: media under 'images'"),
+        ({**LINE, "image": "../a.png"}, r"'../a.png' leads out of .*--allow-outside-root"),
+        ({**LINE, "image": "pipe"}, "pipe: not a plain file"),
+        ({"conversations": LINE["conversations"][1:2], "metrics": []}, "no question"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, message):
@@ -76,6 +87,24 @@ def test_bad_lines_are_named(tmp_path, line, message):
         read_evaluation_set(write(tmp_path, LINE, line), image_root=tmp_path)
     with pytest.raises(SampleError, match="no conversation"):
         read_evaluation_set(write(tmp_path, "\n"), image_root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "--jsonl .*set.jsonl: no such file"),
+        ("[]", "one JSON document"),
+        ('{\n "a": 1\n}', "one JSON document over several lines"),
+    ],
+)
+def test_what_is_no_jsonl_is_refused(tmp_path, text, message):
+    path = tmp_path / "set.jsonl"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_evaluation_set(path, image_root=tmp_path)
+    with pytest.raises(ConfigError, match=f"--jsonl {tmp_path}: a folder"):
+        read_evaluation_set(tmp_path, image_root=tmp_path)
 
 
 class PlayedEngine:

@@ -2,17 +2,22 @@
 
 import io
 import json
+import os
+import shutil
 import tarfile
 
 import pytest
 from PIL import Image
 
+from megatron_vico.data import records
 from megatron_vico.data.encode.sample_encoder import SampleEncoder
+from megatron_vico.data.records import MAX_LINE_BYTES
 from megatron_vico.errors import ConfigError, SampleError
 from megatron_vico.shard_tools.lines import cut_lines, read_lines
-from megatron_vico.shard_tools.options import FrameOptions
+from megatron_vico.shard_tools.options import WriterOptions
 from megatron_vico.shard_tools.sample_reader import SampleReader, TarMembers
 from megatron_vico.shard_tools.sources import Source, read_meta
+from megatron_vico.shard_tools.tar import members_of
 from tests.unit.conftest import SETTINGS
 
 
@@ -35,9 +40,9 @@ def write_tar(path, members):
             tar.addfile(info, io.BytesIO(content))
 
 
-def new_reader(tokenizer):
+def new_reader(tokenizer, **options):
     encoder = SampleEncoder(tokenizer=tokenizer, settings=SETTINGS)
-    return SampleReader(encoder=encoder, frames=FrameOptions())
+    return SampleReader(encoder=encoder, options=WriterOptions(**options))
 
 
 @pytest.fixture
@@ -129,14 +134,26 @@ def test_a_video_is_its_frames_one_tile_each(tmp_path, reader, tokenizer):
         ),
         (row("<video><video>", video="clip"), r"^wrong conversation: .*2 <video> tags"),
         (row(image="x.png"), r"^missing file: .*image 'x.png' cannot be read"),
-        (row(image="\0"), r"^missing file: .*null byte"),
+        (row(image="\0"), r"^broken path: .*null byte"),
+        (row(image="/etc/passwd"), r"^broken path: .*leads out of .*--allow-outside-root"),
+        (row(image="clip/../../x.png"), r"^broken path: .*leads out of"),
+        (row(image="link.png"), r"^broken path: .*'link.png' leads out of"),
+        (row(video="../clip"), r"^broken path: .*leads out of"),
+        (row(image="pipe"), r"^missing file: .*not a plain file but a device or a pipe"),
+        (row(video="pipe"), r"^broken video: .*not a plain file but a device or a pipe"),
+        (row(images=["a.png"]), r"^broken line: .*media under 'images'.*rename the key 'image'"),
+        (row(img_path="a.png"), r"^broken line: .*media under 'img_path'"),
+        (row(image=["a.png"] * 1025), r"^broken line: .*1025 images; expected at most 1024"),
+        (row(max_dynamic_patch=10**9), r"^broken line: .*whole number from 1 to 256"),
+        (b"[" * 100_000, r"^broken line: .*broken JSON"),
+        (b" " * (MAX_LINE_BYTES + 1), r"^broken line: .*more than \d+ bytes of JSON"),
+        (row("<video> <image>", video="clip"), r"^wrong conv.*1 <video> and 1 <image> tags in 1"),
         (row(image="clip"), r"^missing file: .*Is a directory"),
         (row(image="bad.png"), r"^broken image: .*a.jsonl:2: .*cannot be decoded"),
         (
             row("<image><image>", image="a.png"),
             r"^wrong conversation: .*2 <image> tags but 1 images",
         ),
-        (row("<image>"), r"^wrong conversation: .*1 <image> tags but 0 images"),
         (row("<image>", image=["a.png"] * 2), r"^wrong conv.*1 <image> tags but 2 images"),
         (row(answer=""), r"^wrong conversation: .*turn 2 is an empty answer"),
         (row(image={"path": "a.png"}), r"^broken line: .*expected a path or a list of paths"),
@@ -147,8 +164,83 @@ def test_a_broken_sample_is_named_by_cause(tmp_path, reader, line, message):
     frames_of(tmp_path, number=2)
     (tmp_path / "a.png").write_bytes(picture())
     (tmp_path / "bad.png").write_bytes(picture()[:40])
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.png").symlink_to("/etc/passwd")
     with pytest.raises(SampleError, match=message):
         reader.read(line, source=source(tmp_path), number=2)
+
+
+def test_paths_may_lead_out_where_the_user_says_so(tmp_path, tokenizer):
+    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "root").mkdir()
+    reader = new_reader(tokenizer, allow_outside_root=True)
+    for name in ("../a.png", str(tmp_path / "a.png")):
+        read = reader.read(row(image=name), source=source(tmp_path, tmp_path / "root"), number=1)
+        assert read.sample.images == (picture(),)
+
+
+def test_a_tag_without_an_image_is_text_and_one_image_tag_marks_the_video(tmp_path, reader):
+    question = "How is the SVG <image> element used?"
+    read = reader.read(row(question), source=source(tmp_path), number=1)
+    assert (read.sample.turns[0].text, read.encoded.num_tiles) == (question, 0)
+    frames_of(tmp_path)
+    line = row("See <image>\nWhat?", video="clip")
+    read = reader.read(line, source=source(tmp_path), number=1)
+    assert read.sample.turns[0].text.startswith("See Frame-1: <image>\nFrame-2: ")
+
+
+def test_a_sample_larger_than_a_pack_is_left_out(tmp_path, tokenizer):
+    reader = new_reader(tokenizer, seq_length=300, max_tiles_per_pack=2, tokens_kept=256)
+    (tmp_path / "a.png").write_bytes(picture())
+    reader.read(row(), source=source(tmp_path), number=1)
+    for line in (row(image="a.png"), row(image=["a.png"] * 3), row(answer="red " * 300)):
+        with pytest.raises(SampleError, match=r"^too large for a pack: .*a.jsonl:1: .* tiles; exp"):
+            reader.read(line, source=source(tmp_path), number=1)
+
+
+def add(tar, name, content=b"", **fields):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    for field, value in fields.items():
+        setattr(member, field, value)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def test_links_and_other_names_of_tar_members(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "./", type=tarfile.DIRTYPE)
+        add(tar, "in/hard.jpg", type=tarfile.LNKTYPE, linkname="/data/a.jpg")
+        add(tar, "in/soft.jpg", type=tarfile.SYMTYPE, linkname="../data/b.jpg")
+        add(tar, "data/b.jpg", type=tarfile.SYMTYPE, linkname="a.jpg")
+        add(tar, "/data/a.jpg", b"content")
+        add(tar, "round.jpg", type=tarfile.SYMTYPE, linkname="./round.jpg")
+        add(tar, "pipe.jpg", type=tarfile.FIFOTYPE)
+    tars = TarMembers()
+    for name in ("in/hard.jpg", "in/soft.jpg", "data/b.jpg", "data/a.jpg", "./data//a.jpg"):
+        assert tars.read(tmp_path / "a.tar", name) == b"content"
+    for name, what in (("round.jpg", "a link to 'round.jpg'"), ("pipe.jpg", "no plain file")):
+        with pytest.raises(OSError, match=f"has no member '{name}': it is {what}"):
+            tars.read(tmp_path / "a.tar", name)
+
+
+def test_tars_that_others_made_are_indexed(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "./", type=tarfile.DIRTYPE)
+        for key in ("a.b/s0", "./s1"):
+            add(tar, f"{key}.jpg", b"image")
+            add(tar, f"{key}.json", b"{}")
+        add(tar, "s2.json", b"{}")
+        add(tar, "s2.0.jpg", type=tarfile.LNKTYPE, linkname="./s1.jpg")
+    found = members_of(tmp_path / "a.tar")
+    assert list(found) == ["a.b/s0", "s1", "s2"]
+    assert found["s2"][1] == found["s1"][1]
+    assert [size for _, size in found["a.b/s0"]] == [2, 5]
+    for name in ("s3.cls", "s2.png", "s2.00000000000.png", f"s2.{'9' * 5000}.png", "s2.5000.png"):
+        with tarfile.open(tmp_path / "a.tar", "a") as tar:
+            add(tar, name, b"x")
+        shutil.copy(tmp_path / "a.tar", tmp_path / "b.tar")
+        with pytest.raises(SampleError, match=r"b.tar: 's\d\..* is no part of a sample; expected"):
+            members_of(tmp_path / "b.tar")
 
 
 @pytest.mark.parametrize("samples_per_run", [1, 2, 3, 10])
@@ -166,6 +258,15 @@ def test_lines_are_cut_without_loss(tmp_path, samples_per_run, end):
         assert read == [(number, line) for number, line in numbered if line.strip()]
         assert {run.num_samples for run in plan.runs[:-1]} <= {samples_per_run}
         assert plan.num_samples == 5
+
+
+def test_a_line_without_end_is_one_broken_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 8)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"{1}\n" + b"x" * 1000 + b"\n{3}\n")
+    plan = cut_lines(path, samples_per_run=2)
+    read = [each for run in plan.runs for each in read_lines(path, run)]
+    assert read == [(1, b"{1}\n"), (2, b"x" * 9), (3, b"{3}\n")]
 
 
 def meta(tmp_path, text):
@@ -211,6 +312,7 @@ def test_a_meta_that_is_none_is_refused(tmp_path):
     entry = {"root": str(tmp_path), "annotation": str(tmp_path / "a.jsonl")}
     for content, message in (
         ("{", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
         ("[]", "expected {name"),
         ({"n": 3}, "data set 'n': 3; expected an object"),
         ({"n": {}}, "data set 'n': no annotation"),

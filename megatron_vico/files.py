@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,10 @@ INCOMPLETE_SUFFIX = ".incomplete"
 
 MAX_FILE_BYTES = 1 << 30
 """Of a file of a sample: an image, or its text; what is larger is not read."""
+
+
+CODE_FIELDS = {"auto_map", "custom_pipelines", "trust_remote_code"}
+"""Of configs: they name Python files beside them that transformers would run."""
 
 
 def unfinished_path(target: Path) -> Path:
@@ -61,6 +66,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(contents, dict):
         raise CheckpointError(f"{path} holds {type(contents).__name__}, expected a JSON object.")
     return contents
+
+
+def copy_without_code(source: Path, target: Path) -> None:
+    """Copy a small file; of JSON the names of code to run (`auto_map`) stay behind.
+
+    Raises:
+        CheckpointError: if JSON is broken.
+    """
+    if source.suffix == ".json":
+        contents = read_json(source)
+        kept = {name: value for name, value in contents.items() if name not in CODE_FIELDS}
+        if kept != contents:
+            write_json(target, kept, sort_keys=False)
+            return
+    shutil.copyfile(source, target)
 
 
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:

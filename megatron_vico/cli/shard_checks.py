@@ -44,7 +44,10 @@ class _Folders:
     """Most tokens in a pack."""
 
     max_tiles_per_pack: int = DataOptions.max_tiles_per_pack
+    """Most tiles in a pack."""
+
     max_samples_per_pack: int | None = DataOptions.max_samples_per_pack
+    """Most samples in a pack; unset, as many as fit."""
 
     def limits(self) -> "PackLimits":
         """Of a pack."""
@@ -80,6 +83,12 @@ class Inspect(_Folders):
     """Write the statistics."""
 
     packing_window: int = DataOptions.packing_window
+    """Samples of the global order that are packed together."""
+
+    data_url_schemes: tuple[str, ...] = ()
+    """Schemes of URLs that a mixture file may name besides those of common storage (s3, gs, https
+    and others)."""
+
     seed: int = TrainingOptions.seed
     """Of the order that is packed."""
 
@@ -96,8 +105,9 @@ class Inspect(_Folders):
         from megatron_vico.files import write_json
         from megatron_vico.shard_tools.report import PackingOptions, ShardStatistics
 
-        mixture = read_mixture([self.folder])
-        folders = [ShardFolder.open(each.path) for each in mixture]
+        options = DataOptions(data_url_schemes=self.data_url_schemes)
+        mixture = read_mixture([self.folder], options=options)
+        folders = [ShardFolder.open(each.path, options=options) for each in mixture]
         repeats = [each.repeat for each in mixture]
         for folder, repeat in zip(folders, repeats, strict=True):
             counts = f"{len(folder):,} samples in {len(folder.index.shards)} shards"

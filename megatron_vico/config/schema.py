@@ -166,6 +166,10 @@ class DataOptions(TilingOptions):
     shuffle_shards: int = 64
     """Shards whose samples are shuffled together; about as many files are read at a time."""
 
+    data_url_schemes: tuple[str, ...] = ()
+    """Schemes of URLs that a mixture file may name besides those of common storage (s3, gs, https
+    and others)."""
+
     override_data_state: bool = False
     """Resume though shards, repeats, seed or packing options changed; otherwise that is refused."""
 

@@ -28,6 +28,7 @@ from megatron_vico.config.registry import ModelConfig
 from megatron_vico.convert.huggingface.config import ExportOptions
 from megatron_vico.convert.huggingface.export import (
     carry_companions,
+    check_companions,
     shards_of,
     write_companions,
     write_weights,
@@ -194,6 +195,8 @@ def _opened(
             iteration=options.ckpt_step,
         )
     source = check_whole(source)
+    if source.companions is not None:
+        check_companions(source.companions)
     if layout == "megatron":
         source = completed(source, seed=options.seed)
     elif layout == "flash" and not any(

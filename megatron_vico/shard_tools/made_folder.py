@@ -18,7 +18,7 @@ from typing import Any
 from megatron_vico.data.encode.sample_encoder import SampleEncoder
 from megatron_vico.data.shards.index import INDEX_NAME, FolderIndex, ShardFiles, hash_of_file
 from megatron_vico.errors import ConfigError, SampleError
-from megatron_vico.files import unfinished_path, write_text
+from megatron_vico.files import read_json, unfinished_path, write_text
 from megatron_vico.shard_tools.lines import LineRun, cut_lines
 from megatron_vico.shard_tools.options import FrameOptions, WriterOptions
 from megatron_vico.shard_tools.sources import Source
@@ -44,11 +44,14 @@ class FinishedRun:
     """One message for each sample left out."""
 
     @classmethod
-    def read(cls, path: Path) -> "FinishedRun":
-        """As `MadeFolder.add` wrote it."""
-        fields = json.loads(path.read_bytes())
-        shards = tuple(ShardFiles(**shard) for shard in fields["shards"])
-        return cls(**fields | {"shards": shards, "skipped": tuple(fields["skipped"])})
+    def read(cls, path: Path) -> "FinishedRun | None":
+        """As `MadeFolder.add` wrote it; None if it is damaged, and the run is made again."""
+        try:
+            fields = json.loads(path.read_bytes())
+            shards = tuple(ShardFiles(**shard) for shard in fields["shards"])
+            return cls(**fields | {"shards": shards, "skipped": tuple(fields["skipped"])})
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return None
 
 
 class MadeFolder:
@@ -175,7 +178,7 @@ class MadeFolder:
         return index
 
     def _check_made(self, folder: Path, counted: Mapping[str, Any]) -> None:
-        before, now = json.loads((folder / MADE_NAME).read_bytes()) | counted, self._made
+        before, now = read_json(folder / MADE_NAME) | dict(counted), self._made
         names = [name for name in {**now, **before} if before.get(name) != now.get(name)]
         if names:
             differences = "; ".join(
@@ -196,7 +199,7 @@ class MadeFolder:
         except OSError:
             pass  # a file system without locks
         runs = map(FinishedRun.read, self._runs.glob("*.json"))
-        self._finished = {run.number: run for run in runs if self._is_whole(run)}
+        self._finished = {run.number: run for run in runs if run and self._is_whole(run)}
         if self._finished:
             self._check_made(self.unfinished, {})
         else:

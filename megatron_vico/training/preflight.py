@@ -60,10 +60,14 @@ def check_files(cfg: RunConfig) -> None:
         )
     paths = {
         "--tokenizer-model": (cfg.data.tokenizer_model,),
-        "--data-path": tuple(folder.path for folder in read_mixture(cfg.data.data_path)),
+        "--data-path": tuple(
+            folder.path for folder in read_mixture(cfg.data.data_path, options=cfg.data)
+        ),
         "--valid-data-path": tuple(
             folder.path
-            for folder in read_mixture(cfg.data.valid_data_path, flag="--valid-data-path")
+            for folder in read_mixture(
+                cfg.data.valid_data_path, flag="--valid-data-path", options=cfg.data
+            )
         ),
         "--pretrained-checkpoint": (cfg.checkpoint.pretrained_checkpoint,),
         "--reference-load": (cfg.stage.reference_load,),

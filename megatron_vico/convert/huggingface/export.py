@@ -1,6 +1,5 @@
 """Writes a Hugging Face folder: the weights file by file, and what belongs beside them."""
 
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -195,6 +194,13 @@ def carry_companions(source: Path, folder: Path, *, tokenizer: Tokenizer | None 
             files.write_json(folder / _CARRIED_CONFIG, config)
 
 
+def check_companions(folder: Path) -> None:
+    """Raise CheckpointError for a small JSON file that is broken, before hours of writing."""
+    for name in (*TOKENIZER_FILES, GENERATION, *PREPROCESSORS):
+        if name.endswith(".json") and (folder / name).exists():
+            files.read_json(folder / name)
+
+
 def carried_config(folder: Path | None) -> Json | None:
     """config.json of a Hugging Face folder, or the one kept by `carry_companions`; None without."""
     for name in ("config.json", _CARRIED_CONFIG):
@@ -248,4 +254,4 @@ def _copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
     """Copy those of the files that are there; a file that the target has already is kept."""
     for name in names:
         if (source / name).is_file() and not (target / name).exists():
-            shutil.copyfile(source / name, target / name)
+            files.copy_without_code(source / name, target / name)

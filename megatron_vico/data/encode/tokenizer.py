@@ -19,6 +19,7 @@ from tokenizers import AddedToken, decoders, normalizers
 from tokenizers.models import BPE
 
 from megatron_vico.errors import ConfigError
+from megatron_vico.files import copy_without_code
 
 PAD = "<|endoftext|>"
 TURN_START = "<|im_start|>"
@@ -144,7 +145,7 @@ class Tokenizer:
             shutil.copyfile(source, target / "sentencepiece.model")
         for path in (source / name for name in _HF_FILES):
             if path.exists() and path.resolve() != (target / path.name).resolve():
-                shutil.copyfile(path, target / path.name)
+                copy_without_code(path, target / path.name)
         if source.is_file() or not (target / "tokenizer.json").exists():
             self._backend.save(str(target / "tokenizer.json"))
         if source.is_file() or not (target / "tokenizer_config.json").exists():

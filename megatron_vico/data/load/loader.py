@@ -55,7 +55,7 @@ def open_plan(options: DataOptions, *, builder: PackBuilder, global_batch_size: 
         ConfigError: if there is no sample, or an option does not fit the shards.
         SampleError: if a shard is broken or a sample is larger than a pack.
     """
-    mixture = read_mixture(options.data_path)
+    mixture = read_mixture(options.data_path, options=options)
     return PackPlan(
         [ShardFolder.open(each.path, options=options) for each in mixture],
         repeats=[each.repeat for each in mixture],

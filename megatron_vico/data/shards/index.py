@@ -8,6 +8,8 @@ settings that the numbers hold for.
 import hashlib
 import io
 import json
+import re
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +25,10 @@ from megatron_vico.files import replacing, write_text
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 2
+MAX_NUMBER = 1 << 48
+"""Above every size, offset and count of an index."""
+
+_SHARD_NAME, _SHA256 = re.compile(r"[^\x00-\x1f/]*\.tar"), re.compile(r"[0-9a-f]{64}")
 _REBUILD = "rebuild it with `vico shards index`."
 
 
@@ -112,6 +118,15 @@ class ShardIndex:
 
     def _check_columns(self) -> None:
         num_samples, num_members = len(self), len(self.members)
+        for name in self.__dataclass_fields__.keys() - {"keys"}:
+            column = getattr(self, name)
+            if column.dtype != np.int64 or column.ndim != (2 if name == "members" else 1):
+                raise TypeError(f"{name} is {column.dtype} of {column.ndim} dimensions")
+            if column.size and not 0 <= column.min() <= column.max() < MAX_NUMBER:
+                raise ValueError(f"{name} has numbers out of range")
+        if self.keys.dtype.kind != "S" or self.members.shape[1:] != (2,):
+            raise TypeError("its keys are no bytes, or its members no pairs")
+        b"\n".join(self.keys.tolist()).decode()
         columns = (self.keys, self.num_responses, self.member_starts, self.tiles_per_image)
         expected = [num_samples, num_samples, num_samples + 1, num_members - num_samples]
         ends = self.member_starts[[0, -1]].tolist()
@@ -140,6 +155,10 @@ class ShardIndex:
     def parse(cls, content: bytes, *, where: str) -> "ShardIndex":
         """The content of such a file; `where` is its path or URL, for errors."""
         try:
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                # Ours are not compressed: a few bytes cannot become many.
+                if sum(info.file_size for info in archive.infolist()) > len(content):
+                    raise ValueError("compressed")
             with np.load(io.BytesIO(content), allow_pickle=False) as columns:
                 index = cls(**{name: columns[name] for name in cls.__dataclass_fields__})
             index._check_columns()
@@ -162,6 +181,24 @@ class ShardFiles:
 
     index_sha256: str
     """Of the index beside it."""
+
+    def __post_init__(self) -> None:
+        """What a stranger's index.json says becomes names of files, here and in a cache.
+
+        Raises:
+            TypeError: if a field is of another type.
+            ValueError: if the name is no plain file name, a hash none, or a number below 0.
+        """
+        for name, expected in get_type_hints(ShardFiles).items():
+            if type(getattr(self, name)) is not expected:
+                raise TypeError(f"{name!r} of a shard is not of type {expected.__name__}")
+        if Path(self.name).name != self.name or not _SHARD_NAME.fullmatch(self.name):
+            raise ValueError(f"{self.name!r} is no plain file name")
+        for sha256 in (self.sha256, self.index_sha256):
+            if not _SHA256.fullmatch(sha256):
+                raise ValueError(f"{sha256[:80]!r} is no hash of 64 hexadecimal digits")
+        if min(self.num_bytes, self.num_samples) < 0:
+            raise ValueError(f"{self.num_bytes} bytes, {self.num_samples} samples")
 
     @property
     def index_name(self) -> str:
@@ -223,14 +260,13 @@ class FolderIndex:
                 )
             fields["settings"] = EncodingSettings(**fields["settings"])
             fields["shards"] = tuple(ShardFiles(**shard) for shard in fields["shards"])
-            fields["skipped"] = tuple(fields["skipped"])
+            fields["skipped"] = tuple(map(str, fields["skipped"]))
             if not fields["shards"]:
                 raise KeyError("no shard")
-            for name, expected in get_type_hints(ShardFiles).items():
-                if not all(type(getattr(shard, name)) is expected for shard in fields["shards"]):
-                    raise TypeError(f"{name!r} of a shard is not of type {expected.__name__}")
             return cls(**fields)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except ConfigError:
+            raise
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             where = f"{where}/{INDEX_NAME}"
             raise SampleError(f"{where}: broken index ({error!r}); {_REBUILD}") from error
 

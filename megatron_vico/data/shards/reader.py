@@ -198,6 +198,10 @@ def _open_shard(files: Storage, shard: ShardFiles) -> ShardIndex:
         raise SampleError(
             f"{where}: {len(index)} samples, but {INDEX_NAME} says {shard.num_samples}; {again}"
         )
+    if len(index) and index.members.sum(axis=1).max() > shard.num_bytes:
+        raise SampleError(
+            f"{where}: members beyond the {shard.num_bytes} bytes of {shard.name}; {again}"
+        )
     return index
 
 

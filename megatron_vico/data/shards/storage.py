@@ -28,6 +28,13 @@ from megatron_vico.errors import ConfigError, SampleError
 
 logger = logging.getLogger(__name__)
 
+SCHEMES = (
+    *("file", "memory", "http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf"),
+    *("oss", "oci", "r2"),
+)
+"""Of URLs that files of strangers may name, unless --data-url-schemes adds others: storage, nothing
+that logs in elsewhere (ssh), reads other files' tables (reference) or unpacks (zip)."""
+
 MAX_OPEN_FILES = 64
 CHUNK_BYTES = 32 << 20
 FIRST_WAIT_S = 2.0

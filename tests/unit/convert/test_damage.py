@@ -1,36 +1,26 @@
 """Damaged folders: every command names the file or the tensor, and writes nothing."""
 
 import json
-import os
-import pickle
 import re
-import shutil
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.cli.main import main
-from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.schema import ParallelOptions
 from megatron_vico.convert.combine import open_parts
 from megatron_vico.convert.convert import convert
-from megatron_vico.convert.open import open_checkpoint
+from megatron_vico.convert.open import open_checkpoint, open_source
 from megatron_vico.convert.options import ConversionOptions
 from megatron_vico.data.encode.sample_encoder import EncodingSettings
 from megatron_vico.data.encode.tokenizer import Tokenizer
 from megatron_vico.errors import CheckpointError
 from megatron_vico.inference.loading import build_engine, load_weights, model_of
 from megatron_vico.parallel.groups import started
-from tests.toy_models import make_encoder, make_language_model
 from tests.unit.convert.folders import MakeFolder, Tensors, changed_copy
 
 SMALL = ConversionOptions(max_shard_bytes=100_000)
@@ -198,6 +188,28 @@ def test_damaged_tensors(damage: str, folder_of: MakeFolder, tmp_path: Path) -> 
     assert re.search(message, found), found
 
 
+def as_modules(name: str, wrapper: str = "") -> str:
+    if name.startswith("language_model.lm_head."):
+        return wrapper + name.removeprefix("language_model.")
+    return f"{wrapper}model." + name.replace("language_model.model.", "language_model.", 1)
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "module._orig_mod."])
+def test_names_of_transformers_modules_are_read(
+    wrapper: str, folder_of: MakeFolder, tmp_path: Path
+) -> None:
+    def edit(tensors: Tensors) -> None:
+        for name in list(tensors):
+            tensors[as_modules(name, wrapper)] = tensors.pop(name)
+
+    native = folder_of("toy-6b", "hf")
+    source = changed_copy(native, tmp_path / "source", tensors=edit)
+    expected, found = open_source(native), open_source(source)
+    assert list(found.tensors) == list(expected.tensors)
+    for name in list(found.tensors)[::7]:
+        assert torch.equal(found.read_tensor(name), expected.read_tensor(name))
+
+
 def test_layouts_that_are_taken_for_one_another(folder_of: MakeFolder, tmp_path: Path) -> None:
     """By the command line, by the config.json beside the weights, and by a field in their own."""
     native, flash = folder_of("toy-6b", "hf"), folder_of("toy-6b")
@@ -289,136 +301,6 @@ def test_flipped_bits(
     assert main(["checkpoint", "verify", str(source)]) == 2
     assert "whether the files are as they were written cannot be known" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["run"], "nothing was begun"
-
-
-class Payload:
-    """What a stranger's pickle runs: it leaves a folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
-
-
-def with_metadata(change: Callable[[Any], object]) -> Callable[[Path], object]:
-    def act(step: Path) -> None:
-        metadata = pickle.loads((step / ".metadata").read_bytes())
-        change(metadata)
-        (step / ".metadata").write_bytes(pickle.dumps(metadata))
-
-    return act
-
-
-def into_metadata(step: Path) -> None:
-    with_metadata(lambda own: setattr(own, "planner_data", Payload(step / "ran")))(step)
-
-
-def into_an_object(step: Path, *, key: str = "x_extra_state", nested: bool = False) -> None:
-    content: Any = Payload(step / "ran")
-    if nested:  # TransformerEngine's form
-        content = torch.frombuffer(bytearray(pickle.dumps(content)), dtype=torch.uint8)
-    torch.save([content], step / "object.distcp")
-
-    def add(metadata: Any) -> None:
-        metadata.state_dict_metadata[key] = BytesStorageMetadata()
-        size = (step / "object.distcp").stat().st_size
-        metadata.storage_data[MetadataIndex(key)] = _StorageInfo("object.distcp", 0, size)
-
-    with_metadata(add)(step)
-
-
-def move_first(path: Any) -> Callable[[Path], object]:
-    def change(metadata: Any) -> None:
-        index, place = next(iter(metadata.storage_data.items()))
-        metadata.storage_data[index] = replace(place, relative_path=path)
-
-    return with_metadata(change)
-
-
-def load_to_train(source: Path, out: Path) -> None:
-    model = get_model_config("toy-6b")
-    modules = {"encoder": make_encoder(model), "language_model": make_language_model(model)}
-    training_checkpoint.load_weights(source, modules=modules, model_size="toy-6b")
-
-
-READERS = {
-    "convert": COMMANDS["convert to internvl"],
-    "inspect": COMMANDS["inspect"],
-    "train": load_to_train,
-}
-MEGATRON: dict[str, tuple[Callable[[Path], object], str, tuple[str, ...]]] = {
-    "no pickle": (
-        lambda step: (step / ".metadata").write_bytes(b"no pickle"),
-        r"\.metadata, not a readable checkpoint",
-        tuple(READERS),
-    ),
-    "no metadata": (
-        lambda step: (step / ".metadata").unlink(),
-        r"\.metadata, not a readable checkpoint: .*No such file",
-        tuple(READERS),
-    ),
-    "another object": (
-        lambda step: (step / ".metadata").write_bytes(pickle.dumps({"a": 1})),
-        "it holds dict",
-        tuple(READERS),
-    ),
-    "code in .metadata": (into_metadata, r"names posix\.mkdir, which does not", tuple(READERS)),
-    "file elsewhere": (
-        move_first("../iter_0000000/__0_0.distcp"),
-        "is no file of the folder",
-        tuple(READERS),
-    ),
-    "no file name": (move_first(7), "7 is no file of the folder", tuple(READERS)),
-    "code in an object": (into_an_object, r"object 'x_extra_state'.*posix\.mkdir", ("train",)),
-    "code in extra state": (
-        partial(into_an_object, nested=True),
-        r"object 'x_extra_state'.*posix\.mkdir",
-        ("train",),
-    ),
-    "code in common.pt": (
-        lambda step: torch.save(Payload(step / "ran"), step / "common.pt"),
-        r"common\.pt.*names posix\.mkdir",
-        ("train",),
-    ),
-    "metadata.json": (
-        lambda step: (step / "metadata.json").write_text("[]"),
-        r"metadata\.json holds list",
-        ("train",),
-    ),
-    "metadata.json without": (
-        lambda step: (step / "metadata.json").write_text("{}"),
-        r"metadata\.json names no sharded_backend",
-        ("train",),
-    ),
-    "checkpoint.json": (
-        lambda step: (step / "checkpoint.json").write_text('{"format_version": 1}'),
-        r"checkpoint\.json is not a checkpoint's metadata",
-        tuple(READERS),
-    ),
-}
-"""What is done to a step's folder, what is said of it, and by whom: others read tensors only."""
-
-
-@pytest.mark.parametrize(
-    ("damage", "reader"), [(name, each) for name in MEGATRON for each in MEGATRON[name][2]]
-)
-def test_nothing_of_a_strangers_checkpoint_runs(
-    damage: str, reader: str, folder_of: MakeFolder, tmp_path: Path
-) -> None:
-    run = shutil.copytree(folder_of("toy-6b", "megatron"), tmp_path / "run")
-    act, message, _ = MEGATRON[damage]
-    (run / "iter_0000000" / "checksums.json").unlink()
-    act(run / "iter_0000000")
-    before = sorted(run.rglob("*"))
-    with pytest.raises(CheckpointError, match=message):
-        READERS[reader](run, tmp_path / "out")
-    assert sorted(run.rglob("*")) == before, "it ran"
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-def test_an_undamaged_checkpoint_is_loaded_to_train(folder_of: MakeFolder, tmp_path: Path) -> None:
-    load_to_train(folder_of("toy-6b", "megatron"), tmp_path)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -5,6 +5,7 @@ import json
 import fsspec
 import pytest
 
+from megatron_vico.config.schema import DataOptions
 from megatron_vico.data.shards.mixture import MixedFolder, read_mixture
 from megatron_vico.errors import ConfigError
 
@@ -37,11 +38,15 @@ def test_folders_with_and_without_a_repeat():
 def test_a_mixture_file_is_relative_to_itself_and_multiplied(write, tmp_path):
     listed = [
         {"path": "docs", "repeat": 0.5},
-        {"path": "/else/charts"},
+        {"path": "charts"},
         {"path": "s3://bucket/video", "repeat": 3},
     ]
     path = write({"version": 1, "folders": listed})
-    expected = [(str(tmp_path / "docs"), 0.5), ("/else/charts", 1.0), ("s3://bucket/video", 3.0)]
+    expected = [
+        (str(tmp_path / "docs"), 0.5),
+        (str(tmp_path / "charts"), 1.0),
+        ("s3://bucket/video", 3.0),
+    ]
     assert folders(path) == expected
     assert folders("2", path, "/more") == [
         *((name, 2 * repeat) for name, repeat in expected),
@@ -97,12 +102,28 @@ def test_what_makes_no_sense_is_refused(words, message):
         ),
         ({"version": 1, "folders": [{"path": "a", "repeat": "2"}]}, "folder 'a' has repeat '2'"),
         ({"version": 1, "folders": [{"path": "a", "repeat": True}]}, "folder 'a' has repeat True"),
-        ({"version": 1, "folders": [{"path": "a"}, {"path": "./a"}]}, "is the same folder as"),
+        ({"version": 1, "folders": [{"path": "a"}, {"path": "a"}]}, "is the same folder as"),
     ],
 )
 def test_a_mixture_file_that_makes_no_sense_is_refused(write, content, message):
     with pytest.raises(ConfigError, match=message):
         read_mixture([write(content)])
+
+
+@pytest.mark.parametrize("name", ["../a", "/a", "a/b", "", "..", "a\x1b[2J", 3, None])
+def test_a_mixture_file_names_no_folder_elsewhere(write, name):
+    with pytest.raises(ConfigError, match="expected the name of a folder beside the file, or a U"):
+        read_mixture([write({"version": 1, "folders": [{"path": name}]})])
+
+
+@pytest.mark.parametrize("url", ["other://a/b", "zip://b::s3://a", "s3://a::other://b"])
+def test_other_schemes_are_read_where_the_user_says_so(write, url):
+    path = write({"version": 1, "folders": [{"path": url}]})
+    with pytest.raises(ConfigError, match=r"is not among .*--data-url-schemes (other|zip)"):
+        read_mixture([path])
+    options = DataOptions(data_url_schemes=("other", "zip"))
+    assert read_mixture([path], options=options)[0].path == url
+    assert folders(url) == [(url, 1.0)], "the user's own word"
 
 
 def test_the_folder_that_holds_a_mixture_is_not_taken_for_shards(write, tmp_path):

@@ -11,8 +11,10 @@ from operator import getitem
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 
+from megatron_vico.config.schema import DataOptions
 from megatron_vico.data.samples import ConversationSample
 from megatron_vico.data.shards.index import FolderIndex, ShardIndex
 from megatron_vico.data.shards.reader import ShardFolder
@@ -22,7 +24,7 @@ from megatron_vico.shard_tools.reindex import index_shards
 from megatron_vico.shard_tools.tar import members_of
 from tests.toy_data import write_conversations
 from tests.unit.conftest import SETTINGS
-from tests.unit.shard_tools.damage import KEYS, NPZ, TABLE, TAR, facts, problems_of
+from tests.unit.shard_tools.damage import KEYS, NPZ, TABLE, TAR, facts, problems_of, relist
 
 USER_ERRORS = (SampleError, ConfigError)
 ROOT = Path(__file__).parents[3]
@@ -161,6 +163,53 @@ def test_the_index_of_the_folder_cut_anywhere(copy):
             FolderIndex.parse(wrong, where="x")
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("name", name) for name in ("../x.tar", "/x.tar", "a/x.tar", "x\0.tar", "..", "x")),
+        *(("sha256", each) for each in ("../../victim", "", "0" * 63, "G" * 64, "0" * 64 + "\n")),
+        *(("index_sha256", "../x"), ("num_bytes", -1), ("num_samples", -1)),
+    ],
+)
+def test_an_index_names_no_file_elsewhere(copy, tmp_path, field, value):
+    fields = json.loads((copy / "index.json").read_text())
+    fields["shards"][1][field] = value
+    (copy / "index.json").write_text(json.dumps(fields))
+    (tmp_path / "victim.tar").write_text("mine")
+    options = DataOptions(data_cache_dir=str(tmp_path / "cache" / "c"), data_cache_gb=1)
+    for url in (copy, f"file://{copy}"):
+        with pytest.raises(SampleError, match=r"index.json: broken index"):
+            ShardFolder.open(url, options=options).read(16)
+    assert (tmp_path / "victim.tar").read_text() == "mine"
+
+
+ODD_COLUMNS = {
+    "objects": lambda columns: columns.update(num_tokens=np.array([{}] * 16, dtype=object)),
+    "floats": lambda columns: columns.update(num_tokens=columns["num_tokens"] * 1.0),
+    "a column less": lambda columns: columns.pop("num_tokens"),
+    "negative": lambda columns: columns.update(members=-columns["members"]),
+    "huge": lambda columns: columns.update(tiles_per_image=columns["tiles_per_image"] + 2**60),
+    "beyond the tar": lambda columns: columns.update(members=columns["members"] + 2**40),
+    "flat": lambda columns: columns.update(members=columns["members"].ravel()),
+    "text for keys": lambda columns: columns.update(keys=columns["keys"].astype(str)),
+    "keys that are no text": lambda columns: columns.update(keys=np.array([b"\xff"] * 16)),
+    "compressed": lambda columns: None,
+}
+
+
+@pytest.mark.parametrize("what", ODD_COLUMNS)
+def test_odd_columns_of_an_index_whose_hash_is_right(copy, what):
+    with np.load(copy / NPZ) as found:
+        columns = dict(found)
+    ODD_COLUMNS[what](columns)
+    save = np.savez_compressed if what == "compressed" else np.savez
+    with (copy / NPZ).open("wb") as file:
+        save(file, **columns)
+    relist(copy)
+    with pytest.raises(SampleError, match=rf"{NPZ}: (broken index|members beyond)"):
+        ShardFolder.open(copy)
+
+
 def changed(fields):
     """The content of index.json with one field missing, too many or of another type."""
     for path in ((), ("settings",), ("shards", 0)):
@@ -189,8 +238,8 @@ def test_a_field_of_the_folder_index_missing_too_many_or_of_another_type(copy, t
             continue
         assert read_all(folder) == right, what
         passed.add(what[-2])
-    # Messages, a hash that only `verify` looks at, and two whose default is right here.
-    assert passed == {"skipped", "sha256", "use_thumbnail", "tile_tags"}
+    # Messages, and two whose default is right here.
+    assert passed == {"skipped", "use_thumbnail", "tile_tags"}
 
 
 MAKE = """

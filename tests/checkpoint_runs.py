@@ -16,6 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_vico.checkpoint import training_checkpoint
+from megatron_vico.checkpoint.run_folder import iteration_folder
 from megatron_vico.config.registry import ModelConfig, get_model_config
 from megatron_vico.config.schema import ParallelOptions, RunConfig, TrainingOptions
 from megatron_vico.convert.modules import canonical_state
@@ -65,8 +66,7 @@ class Training:
     ) -> Path:
         """Write a checkpoint with everything in it."""
         return training_checkpoint.save_checkpoint(
-            folder,
-            iteration,
+            iteration_folder(folder, iteration),
             modules=self.modules,
             optimizer=self.optimizer,
             scheduler=self.scheduler,

@@ -174,6 +174,11 @@ def iteration_folder(directory: str | Path, iteration: int) -> Path:
     return Path(directory) / f"iter_{iteration:07d}"
 
 
+def iteration_of(folder: Path) -> int:
+    """The step of an `iteration_folder`."""
+    return int(folder.name.removeprefix("iter_"))
+
+
 def point_to(directory: Path, iteration: int) -> None:
     """Make a finished step the latest of a run."""
     write_text(directory / LATEST_FILE, f"{iteration}\n")

@@ -41,6 +41,7 @@ from megatron_vico.checkpoint.run_folder import (
     CheckpointMetadata,
     find_iteration,
     iteration_folder,
+    iteration_of,
     latest_iteration,
     point_to,
     read_metadata,
@@ -59,8 +60,7 @@ _SHARDING = {"singleton_local_shards": False}
 
 
 def save_checkpoint(
-    directory: str | Path,
-    iteration: int,
+    target: Path,
     *,
     modules: Modules,
     metadata: CheckpointMetadata,
@@ -73,8 +73,7 @@ def save_checkpoint(
     """Write a checkpoint and make it the latest; called by every rank.
 
     Args:
-        directory: of the run.
-        iteration: optimizer steps done; they get a folder, which is returned.
+        target: `iteration_folder` of the optimizer steps done; it is returned.
         modules: what is saved; a module's name is the prefix of its tensors.
         metadata: from `metadata_of`.
         optimizer: of these modules, after at least one step (before it there is no state); unset,
@@ -88,8 +87,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: if the disk is full or cannot be written; names the last good checkpoint.
     """
-    root = Path(directory)
-    target = iteration_folder(root, iteration)
+    root, iteration = target.parent, iteration_of(target)
     unfinished = unfinished_path(target)
     facts = replace(
         metadata,
@@ -221,7 +219,7 @@ def _write(state: dict[str, Any], folder: Path) -> None:
 
 
 def _checked_metadata(folder: Path, model_size: str) -> CheckpointMetadata:
-    metadata = read_metadata(folder.parent, int(folder.name.removeprefix("iter_")))
+    metadata = read_metadata(folder.parent, iteration_of(folder))
     if metadata.model_size != model_size:
         raise CheckpointError(
             f"{folder} is of {metadata.model_size}, this run is of {model_size}; set --model-size."

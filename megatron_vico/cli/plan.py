@@ -47,10 +47,10 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     _check(given)
     cfg, world_size = parse(rest), given.world_size
-    model = resolve_model(cfg)
     from megatron_vico.planning.closed_forms import estimate
     from megatron_vico.planning.search import machine_of
 
+    model = resolve_model(cfg)
     machine = machine_of(model, given.efficiency)
     if given.search:
         _search(cfg, model, given, machine)
@@ -61,9 +61,8 @@ def main(arguments: Sequence[str]) -> int:
     _prepare()
     from megatron_vico.planning import plan, report
 
-    ranks = plan.ranks_that_differ(cfg, world_size)
-    if given.rank is not None:
-        ranks = {"chosen": given.rank}
+    chosen = None if given.rank is None else {"chosen": given.rank}
+    ranks = chosen or plan.ranks_that_differ(cfg, world_size)
     packs = 0 if given.quick else given.packs
     played = plan.plan_ranks(
         cfg, model, world_size=world_size, ranks=list(ranks.values()), packs=packs

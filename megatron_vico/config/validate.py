@@ -376,9 +376,7 @@ def _profile(run: _Run) -> Problems:
     if not training.profile:
         for name in ("profile_step_start", "profile_step_end", "profile_ranks"):
             if _is_set(run.cfg, name):
-                yield (
-                    f"{flag_of(name)} has no effect without --profile; add it, or leave both out."
-                )
+                yield f"{flag_of(name)} has no effect without --profile; add it, or leave both."
         return
     if run.cfg.checkpoint.save is None:
         yield "--profile writes to <save>/trace, but --save is not set; set it."

@@ -5,9 +5,12 @@ from typing import Any
 
 import torch
 
+from megatron_vico.config.schema import RunConfig
 from megatron_vico.data.load.error_budget import ErrorBudget, SkipList
 from megatron_vico.data.load.loader import Loader
+from megatron_vico.data.pack.plan import PackPlan
 from megatron_vico.data.pack.plan_state import PlanState
+from megatron_vico.errors import ConfigError
 from megatron_vico.training.metrics import StepFigures
 
 
@@ -85,3 +88,23 @@ class _Reader:
     skips: SkipList
     begun: int
     """Packs of the run that its workers have begun."""
+
+
+def refuse_useless_data(cfg: RunConfig, plan: PackPlan) -> None:
+    """ConfigError if nothing could be learned, or a step would have samples twice."""
+    paths = ", ".join(str(folder.path) for folder in plan.data.folders)
+    learns_from_text = "language_model" in cfg.stage.trained and cfg.stage.spec.plans == "none"
+    if not plan.num_tiles.any() and not learns_from_text:
+        raise ConfigError(
+            f"--data-path: no sample of {paths} has an image, so that stage {cfg.stage.stage!r},"
+            f" which trains {', '.join(cfg.stage.trained)}, would learn nothing; give data with"
+            " images."
+        )
+    in_step = next(plan.steps()).num_samples
+    if in_step > plan.samples_per_epoch:
+        packs = sum(1 for _ in plan.epoch(0))
+        raise ConfigError(
+            f"--global-batch-size {cfg.training.global_batch_size}: a step has {in_step} samples,"
+            f" but an epoch of {paths} has {plan.samples_per_epoch:g} (in {packs} packs), so that"
+            f" samples would come more than once in a step; use at most {packs}, or more data."
+        )

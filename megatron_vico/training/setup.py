@@ -28,7 +28,6 @@ from megatron_vico.data.encode.tokenizer import load_tokenizer
 from megatron_vico.data.load.loader import Loader, open_plan
 from megatron_vico.data.pack.balance import Sharing
 from megatron_vico.data.pack.builder import PackBuilder
-from megatron_vico.data.pack.plan import PackPlan
 from megatron_vico.errors import CheckpointError, ConfigError
 from megatron_vico.models.build import (
     build_language_chunks,
@@ -41,7 +40,7 @@ from megatron_vico.models.language_model import LanguageModel
 from megatron_vico.parallel.batch import StepBatch, shared_batches
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.training.bad_steps import GuardedOptimizer, StepWatch
-from megatron_vico.training.data_state import DataState
+from megatron_vico.training.data_state import DataState, refuse_useless_data
 from megatron_vico.training.flops import pack_cost
 from megatron_vico.training.offload import HostOffload
 from megatron_vico.training.optimizer import build_optimizer, build_scheduler
@@ -380,7 +379,7 @@ def build_loader(
     )
     plan = open_plan(cfg.data, builder=builder, global_batch_size=cfg.training.global_batch_size)
     if views == "training":
-        _refuse_useless_data(cfg, plan)
+        refuse_useless_data(cfg, plan)
     return Loader(
         plan,
         encoder=SampleEncoder(tokenizer=tokenizer, settings=settings),
@@ -391,29 +390,6 @@ def build_loader(
         num_steps=num_steps,
         state=state,
     )
-
-
-def _refuse_useless_data(cfg: RunConfig, plan: PackPlan) -> None:
-    """ConfigError if nothing could be learned, or a step would have samples twice."""
-    paths = ", ".join(str(folder.path) for folder in plan.data.folders)
-    if not plan.num_tiles.any() and "language_model" not in _learns_from_text(cfg):
-        raise ConfigError(
-            f"--data-path: no sample of {paths} has an image, so that stage {cfg.stage.stage!r},"
-            f" which trains {', '.join(cfg.stage.trained)}, would learn nothing; give data with"
-            " images."
-        )
-    in_step = next(plan.steps()).num_samples
-    if in_step > plan.samples_per_epoch:
-        packs = sum(1 for _ in plan.epoch(0))
-        raise ConfigError(
-            f"--global-batch-size {cfg.training.global_batch_size}: a step has {in_step} samples,"
-            f" but an epoch of {paths} has {plan.samples_per_epoch:g} (in {packs} packs), so that"
-            f" samples would come more than once in a step; use at most {packs}, or more data."
-        )
-
-
-def _learns_from_text(cfg: RunConfig) -> tuple[Module, ...]:
-    return cfg.stage.trained if cfg.stage.spec.plans == "none" else ()
 
 
 def _sharing(cfg: RunConfig, model: ModelConfig) -> Sharing:

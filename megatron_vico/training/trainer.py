@@ -11,7 +11,12 @@ import torch
 from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.checkpoint.ownership import owned
 from megatron_vico.checkpoint.retention import remove_superseded
-from megatron_vico.checkpoint.run_folder import has_checkpoint, metadata_of, resolve_model
+from megatron_vico.checkpoint.run_folder import (
+    has_checkpoint,
+    iteration_folder,
+    metadata_of,
+    resolve_model,
+)
 from megatron_vico.config.flags import to_yaml
 from megatron_vico.config.gpus import peak_tflops
 from megatron_vico.config.layout import launched_world_size
@@ -110,9 +115,6 @@ def _loop(run: Run, stop: StopSignal) -> Outcome:
             if batch is None:
                 run.data.go_back(place)
                 break
-            # Dropped paths depend on seed, step and rank alone: a resumed run drops the same ones.
-            rank = torch.distributed.get_rank()
-            torch.manual_seed(cfg.training.seed + 1_000_003 * iteration + rank)
             iteration += 1
             figures = _step(progress, batch, iteration=iteration, started=started)
             started = time.perf_counter()
@@ -151,6 +153,9 @@ def _loop(run: Run, stop: StopSignal) -> Outcome:
 def _step(progress: Progress, batch: StepBatch, *, iteration: int, started: float) -> StepFigures:
     """One optimizer step, or what would have been one: `run.watch` says whether it was taken."""
     run = progress.run
+    # Dropped paths depend on seed, step and rank alone: a resumed run drops the same ones.
+    steps_done, rank = iteration - 1, torch.distributed.get_rank()
+    torch.manual_seed(run.cfg.training.seed + 1_000_003 * steps_done + rank)
     sums = compute_gradients(run, batch)
     run.watch.begin(sums)
     learning_rate = run.scheduler.get_lr({})  # that of --lr; modules may have a multiple
@@ -260,8 +265,7 @@ def _save(progress: Progress) -> None:
     progress.tried = iteration
     run.policy.finish_param_sync()
     progress.saved = training_checkpoint.save_checkpoint(
-        files.save,
-        iteration,
+        iteration_folder(files.save, iteration),
         modules=run.modules,
         optimizer=run.optimizer,
         scheduler=run.scheduler,

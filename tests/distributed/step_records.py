@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megatron_vico.checkpoint import training_checkpoint
+from megatron_vico.checkpoint.run_folder import iteration_folder
 from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.data.load.packed_bytes import PackedBytes
@@ -99,8 +100,7 @@ def save_models(folder: Path, model_size: str, cfg: RunConfig, groups: Groups) -
         randomise(module, seed=index)
     for name in ("reference", "policy"):
         training_checkpoint.save_checkpoint(
-            folder / name,
-            0,
+            iteration_folder(folder / name, 0),
             modules=named_modules(encoder, chunks),
             metadata=training_checkpoint.CheckpointMetadata(
                 model_size=model_size, stage="pretrain"

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_vico.checkpoint import training_checkpoint
+from megatron_vico.checkpoint.run_folder import iteration_folder
 from megatron_vico.config.registry import MODELS, ModelConfig, get_model_config
 from megatron_vico.convert.convert import convert
 from megatron_vico.convert.options import ConversionOptions
@@ -84,7 +85,7 @@ def load_and_save(folder: Path) -> None:
             training_checkpoint.load_weights(megatron, modules=modules, model_size=size)
             metadata = training_checkpoint.CheckpointMetadata(model_size=size, stage="pretrain")
             training_checkpoint.save_checkpoint(
-                folder / f"{size}-{name}", 1, modules=modules, metadata=metadata
+                iteration_folder(folder / f"{size}-{name}", 1), modules=modules, metadata=metadata
             )
     convert(folder / "base", output=folder / "start", layout="megatron")
 

@@ -9,6 +9,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_vico.checkpoint import training_checkpoint
+from megatron_vico.checkpoint.run_folder import iteration_folder
 from megatron_vico.config.registry import get_model_config
 from megatron_vico.models.build import build_language_model, language_transformer_config
 from megatron_vico.models.language_model import LanguageModel
@@ -35,7 +36,7 @@ def keys_of(state: dict[str, Any]) -> set[str]:
 def save(module: LanguageModel, folder: Path, size: str) -> None:
     metadata = training_checkpoint.CheckpointMetadata(model_size=size, stage="pretrain")
     training_checkpoint.save_checkpoint(
-        folder, 0, modules={"language_model": module}, metadata=metadata
+        iteration_folder(folder, 0), modules={"language_model": module}, metadata=metadata
     )
 
 

@@ -15,6 +15,7 @@ from megatron_vico.checkpoint.integrity import CHECKSUMS
 from megatron_vico.checkpoint.run_folder import (
     CheckpointMetadata,
     has_checkpoint,
+    iteration_folder,
     latest_iteration,
     read_metadata,
 )
@@ -160,7 +161,7 @@ def test_a_step_can_be_chosen_and_written_again(groups: Groups, tmp_path: Path) 
 def test_another_optimizer_cannot_resume(groups: Groups, tmp_path: Path) -> None:
     one = make_training("toy-6b", groups=groups, seed=1)
     weights = CheckpointMetadata(model_size="toy-6b", stage="converted")
-    save_checkpoint(tmp_path, 0, modules=one.modules, metadata=weights)
+    save_checkpoint(iteration_folder(tmp_path, 0), modules=one.modules, metadata=weights)
     with pytest.raises(CheckpointError, match="holds weights only"):
         one.load(tmp_path)
     sharded = "of a distributed optimizer, this run's is replicated"

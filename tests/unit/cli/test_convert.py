@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vico.checkpoint.run_folder import iteration_folder
 from megatron_vico.checkpoint.training_checkpoint import (
     CheckpointMetadata,
     find_iteration,
@@ -144,7 +145,9 @@ def test_the_step_of_a_run_that_is_asked_for(
         "language_model": make_language_model(model, seed=5),
     }
     save_checkpoint(
-        run, 5, modules=modules, metadata=CheckpointMetadata(model_size="toy-6b", stage="pretrain")
+        iteration_folder(run, 5),
+        modules=modules,
+        metadata=CheckpointMetadata(model_size="toy-6b", stage="pretrain"),
     )
     words = f"--from megatron {TO_FLASH}"
     assert convert_to(tmp_path / "first", f"{words} --ckpt-step 0", run) == 0

@@ -158,16 +158,16 @@ def test_an_undamaged_checkpoint_is_loaded_to_train(folder_of: MakeFolder, tmp_p
 def test_companions_of_a_stranger(folder_of: MakeFolder, tmp_path: Path) -> None:
     """Broken JSON is refused before anything is written; names of code stay behind."""
     source = shutil.copytree(folder_of("toy-6b"), tmp_path / "source")
-    code = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "custom_pipelines": {}}
+    code = {"auto_map": {"AutoTokenizer": ["tokenizer.Own", None]}, "custom_pipelines": {}}
     names = ("tokenizer_config.json", "generation_config.json", "preprocessor_config.json")
     for name in names:
         change_json(name, **code)(source)
-    (source / "own.py").write_text("raise SystemExit")
+    (source / "tokenizer.py").write_text("raise SystemExit")
     out = convert(source, output=tmp_path / "run", layout="megatron")
     for folder in (out / "tokenizer", convert(out, output=tmp_path / "flash", layout="flash")):
         for name in names:
             assert not code.keys() & json.loads((folder / name).read_text()).keys()
-        assert not (folder / "own.py").exists()
+        assert not (folder / "tokenizer.py").exists()
     assert load_tokenizer(tmp_path / "flash").fingerprint == load_tokenizer(source).fingerprint
     for name in names:
         text = (source / name).read_text()

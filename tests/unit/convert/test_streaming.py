@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_vico.checkpoint import run_folder, training_checkpoint
 from megatron_vico.checkpoint.ranks import Ranks, launched
+from megatron_vico.checkpoint.run_folder import iteration_folder
 from megatron_vico.config.registry import get_model_config
 from megatron_vico.convert import convert as conversion
 from megatron_vico.convert.convert import convert, export_hf
@@ -55,8 +56,7 @@ def test_the_same_as_training_saves(
         "language_model": make_language_model(model).to(dtype),
     }
     saved = training_checkpoint.save_checkpoint(
-        tmp_path / "saved",
-        0,
+        iteration_folder(tmp_path / "saved", 0),
         modules=modules,
         metadata=run_folder.metadata_of(model, stage="pretrain"),
     )

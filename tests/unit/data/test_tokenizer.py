@@ -133,9 +133,12 @@ def test_runtime_settings_of_the_file_have_no_effect(tokenizer, saved):
         (
             {
                 "tokenizer_config.json": json.dumps(
-                    {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+                    {
+                        "tokenizer_class": "Own",
+                        "auto_map": {"AutoTokenizer": ["tokenizer.A", None]},
+                    }
                 ),
-                "own.py": "open('ran', 'w')\nclass Own: pass",
+                "tokenizer.py": "open('ran', 'w')\nclass A: pass",
             },
             "needs code of its own, which is never run; save it as tokenizer.json",
         ),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_vico.checkpoint.run_folder import metadata_of
+from megatron_vico.checkpoint.run_folder import iteration_folder, metadata_of
 from megatron_vico.checkpoint.training_checkpoint import save_checkpoint
 from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.schema import ParallelOptions
@@ -42,7 +42,7 @@ def modules_of(engine):
 
 def save(engine, folder):
     metadata = metadata_of(engine.model, stage="router")
-    save_checkpoint(folder, 7, modules=modules_of(engine), metadata=metadata)
+    save_checkpoint(iteration_folder(folder, 7), modules=modules_of(engine), metadata=metadata)
 
 
 def export(engine, folder):

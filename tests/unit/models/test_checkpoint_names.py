@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.checkpoint.extra_state import load_state
+from megatron_vico.checkpoint.run_folder import iteration_folder
 from megatron_vico.config.registry import get_model_config
 from megatron_vico.convert.convert import convert, export_hf
 from tests.toy_models import make_encoder, make_language_model
@@ -45,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, single_process_groups: None
         module = make_language_model(get_model_config(size))
         metadata = training_checkpoint.CheckpointMetadata(model_size=size, stage="pretrain")
         training_checkpoint.save_checkpoint(
-            root / size, 0, modules={"language_model": module}, metadata=metadata
+            iteration_folder(root / size, 0), modules={"language_model": module}, metadata=metadata
         )
     return root
 

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 _PACKAGES = ("megatron_vico/", "megatron/core/")
 BLOCK = 512  # CUDA's allocator rounds to it
-_NOTED_STEP = 2**26  # the list of tensors at the peak is of a total at most this much lower
+_NOTED = 1.01  # the list of tensors at a peak is of a total at most so many times lower
 
 PARTS = {
     "encode": "visual tokens",
@@ -212,7 +212,7 @@ class Meter(TorchDispatchMode):
         if self.total > counted.peak[phase]:
             counted.peak[phase] = self.total
             counted.parts[phase] = dict(self.now)
-            if self.total > self._noted[phase] + _NOTED_STEP:
+            if self.total > _NOTED * self._noted[phase]:
                 self._note(phase)
 
     def _free(self, key: int) -> None:

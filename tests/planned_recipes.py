@@ -1,6 +1,6 @@
 """Each shipped recipe fits on the GPUs that its first line names: its real step, in plans of few
-packs of the first, a middle and the last pipeline stage. `make test-plan`, some 20 minutes of a
-core; the smallest is in `make test` (tests/unit/planning)."""
+packs of the first, a middle and the last pipeline stage. `make test-plan`; the smallest is in `make
+test` too (tests/unit/planning)."""
 
 import json
 import os

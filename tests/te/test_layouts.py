@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vico.config.schema import ParallelOptions
+from megatron_vico.config.schema import ParallelOptions, TransformerOptions
 from megatron_vico.parallel.groups import started
 from tests.distributed import test_steps as steps
 from tests.distributed.launch import on_ranks
@@ -43,6 +43,7 @@ PACKS = 8  # of a step
 # The fused permutation is Triton's, slow in the interpreter: test_permutation.py.
 UNFUSED: Options = {"split": {"moe_permute_fusion": False}}
 GROUPED: Options = {"split": {"moe_permute_fusion": False, "moe_grouped_gemm": True}}
+FUSED: Options = {"split": {"gradient_accumulation_fusion": True}}
 
 ONE: Cases = {
     f"{model}, {stage}": (model, stage, UNFUSED if model == MOE else {})
@@ -51,11 +52,7 @@ ONE: Cases = {
 } | {
     "vit trained, full recompute, distributed optimizer": (DENSE, "consistency", ALL | FULL | DIST),
     "frozen language model, full recompute": (DENSE, "warmup", FULL),
-    "fused weight gradients": (
-        DENSE,
-        "consistency",
-        {"split": {"gradient_accumulation_fusion": True}},
-    ),
+    "fused weight gradients": (DENSE, "consistency", FUSED),
     "grouped experts, balancing loss": (MOE, "consistency", GROUPED | BALANCE),
 }
 HALF: Cases = {
@@ -67,7 +64,12 @@ FOUR: Cases = {
     "tp2 sp cp2": (DENSE, "consistency", TP2 | SP | CP2),
     "cp2 dp2 overlap": (DENSE, "consistency", CP2 | OVERLAP),
     "tp2 pp2": (DENSE, "pretrain", TP2 | PP2),
-    "pp2 vpp2 dp2 overlap, full recompute": (DENSE, "consistency", PP2 | VPP2 | OVERLAP | FULL),
+    # Weight gradients are in the buckets when their hooks are called.
+    "pp2 vpp2 dp2 overlap, full recompute, fused weight gradients": (
+        DENSE,
+        "consistency",
+        PP2 | VPP2 | OVERLAP | FULL | FUSED,
+    ),
     "moe ep2 cp2, grouped": (MOE, "consistency", EP2 | CP2 | GROUPED),
     "moe tp2 sp ep2 etp1 pp2 vpp2, full recompute": (
         MOE,
@@ -116,7 +118,10 @@ def found(
 
 def _with_own_layers(case: Case) -> Case:
     model = dataclasses.replace(case.cfg.model, attention="sdpa")
-    return dataclasses.replace(case, cfg=dataclasses.replace(case.cfg, model=model))
+    cfg = dataclasses.replace(
+        case.cfg, model=model, transformer=TransformerOptions(moe_permute_fusion=False)
+    )
+    return dataclasses.replace(case, cfg=cfg)
 
 
 @pytest.mark.parametrize("name", [*ONE, *FOUR])

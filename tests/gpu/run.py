@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any
 
 LIMITS_S = {
-    "versions": 60,
-    "groups": 60,
-    "wide_product": 60,
+    "versions": 90,
+    "groups": 90,
+    "wide_product": 90,
     "layers": 120,
     "stages": 240,
     "kl_head": 150,
     "width": 120,
     "vision": 90,
     "fp8": 90,
-    "offload": 60,
+    "offload": 90,
 }
 """The checks, most telling first, and how long each may take; after that it counts as hanging."""
 

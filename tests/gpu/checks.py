@@ -66,8 +66,12 @@ def groups(machine: Machine) -> Figures:
 
 
 def wide_product(machine: Machine) -> Figures:
-    """bf16 matrices into float32 logits, as the vocabulary heads take them."""
-    from megatron_vico.models.heads.vocabulary import logits_of
+    """bf16 matrices into float32 logits and onto a float32 gradient, as vocabulary heads do."""
+    from megatron_vico.models.heads.vocabulary import (
+        _add_weight_gradient,
+        _rows_gradient,
+        logits_of,
+    )
 
     rows, weight = machine.normal(64, 96, seed=1), machine.normal(160, 96, seed=2)
     logits = logits_of(rows, weight)
@@ -75,7 +79,14 @@ def wide_product(machine: Machine) -> Figures:
     assert logits.dtype == torch.float32
     assert error < 1e-3, error
     assert logits_of(rows[:0], weight).shape == (0, 160)
-    return {"largest error": error}
+    grad = machine.normal(64, 160, seed=3)
+    grad = grad if machine.on_gpu else grad.float()  # whose products then are float32 too
+    total = torch.ones(160, 96, device=machine.device)
+    _add_weight_gradient(total, grad, rows)
+    added = float((total.double() - 1 - grad.double().T @ rows.double()).abs().max())
+    assert added < 1e-3, added
+    assert not _rows_gradient(grad[:, :0], weight[:0]).any(), "a rank with nothing but padding"
+    return {"largest error": error, "largest error of what is added": added}
 
 
 def layers(machine: Machine) -> Figures:

@@ -96,11 +96,11 @@ def test_bfloat16_follows_fp32(
 
 
 @pytest.mark.slow
-def test_every_stage_learns(stage_config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    for stage, lr in (("pretrain", 3e-3), ("warmup", 3e-3), ("consistency", 1e-3)):
-        train(stage_config(stage, train_iters=12, save=str(tmp_path / stage), lr=lr))
-        losses = [row["loss"] for row in read_metrics(tmp_path / stage)]
-        assert sum(losses[-3:]) < 0.9 * sum(losses[:3]), (stage, losses)
+def test_the_warmup_learns(stage_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Of pretrain and consistency, tests/test_demo_quick.py sees it."""
+    train(stage_config("warmup", train_iters=12, save=str(tmp_path), lr=3e-3))
+    losses = [row["loss"] for row in read_metrics(tmp_path)]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3]), losses
 
 
 def raises_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:

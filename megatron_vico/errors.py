@@ -1,6 +1,7 @@
 """The errors a user can meet; each message says what was found, what was expected and the fix."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Literal
 
@@ -8,11 +9,25 @@ Cause = Literal["unreadable shard", "broken image", "bad text"]
 """What can be wrong with a sample, for the table of an exceeded error budget."""
 
 
-class ConfigError(ValueError):
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Text of strangers without what moves a terminal's cursor or turns its lines around."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class _Printable(Exception):
+    def __str__(self) -> str:
+        """The message, which may hold names and keys that strangers gave."""
+        return printable(super().__str__())
+
+
+class ConfigError(_Printable, ValueError):
     """A flag, recipe or layout that cannot work; raised before a run takes memory or groups."""
 
 
-class SampleError(ValueError):
+class SampleError(_Printable, ValueError):
     """A training or evaluation sample that cannot be used; names the sample's key."""
 
     def __init__(self, message: str, *, cause: Cause = "bad text") -> None:
@@ -21,11 +36,11 @@ class SampleError(ValueError):
         self.cause: Cause = cause
 
 
-class WorkerError(RuntimeError):
+class WorkerError(_Printable, RuntimeError):
     """A worker process of the loader that died; says how to make the workers smaller."""
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(_Printable, RuntimeError):
     """A checkpoint that is broken, incomplete or of another model; names the file or tensor."""
 
 

@@ -90,6 +90,9 @@ def main(arguments: Sequence[str]) -> int:
         return checkpoint_verify.main(arguments[1:])
     words = arguments[1:] if arguments[:1] == ["inspect"] else arguments
     options = read(Flags, words, prog="vico checkpoint inspect")
+    from megatron_vico import cpu_stand_in
+
+    cpu_stand_in.install()
     from megatron_vico.convert.open import open_checkpoint
 
     first = open_checkpoint(

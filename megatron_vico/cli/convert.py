@@ -36,11 +36,22 @@ class Exported:
     """What an exported config says; unset, what the input's says."""
 
     flash_relative_threshold: float | None = None
+    """Quantile of the flash rule."""
+
     flash_absolute_threshold: float | None = None
+    """Least p of the flash rule."""
+
     flash_decision_rule: Literal["paper", "flash"] | None = None
+    """paper: p > 0.5; flash: the released models' quantile and threshold."""
+
     max_dynamic_patch: int | None = None
+    """Most tiles of one image, thumbnail not counted."""
+
     use_thumbnail: bool | None = None
+    """Whether the whole image follows its tiles as one more."""
+
     tile_tags: Literal["none", "numbered"] | None = None
+    """Whether tags with numbers stand before the tiles of an image."""
 
     def __post_init__(self) -> None:
         """Raises: ConfigError: if the model code could not use a number."""
@@ -147,6 +158,9 @@ def main(arguments: Sequence[str]) -> None:
             layout.
     """
     given = read(Flags, arguments, prog="vico convert")
+    from megatron_vico import cpu_stand_in
+
+    cpu_stand_in.install()
     from megatron_vico.convert.combine import open_parts
     from megatron_vico.convert.convert import convert
 

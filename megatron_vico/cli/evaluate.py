@@ -37,6 +37,9 @@ def main(arguments: Sequence[str]) -> None:
         CheckpointError: if --load is no checkpoint.
     """
     options = read(Flags, arguments, prog="vico evaluate")
+    from megatron_vico import cpu_stand_in
+
+    cpu_stand_in.install()
     from megatron_vico.evaluation.runner import read_evaluation_set, run_evaluation
     from megatron_vico.files import write_json
 

@@ -48,6 +48,9 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError("--prompt is not given; ask something.")
     if options.num_frames is not None and (options.video is None or options.num_frames < 1):
         raise ConfigError(f"--num-frames {options.num_frames}: expected 1 or more, and a --video.")
+    from megatron_vico import cpu_stand_in
+
+    cpu_stand_in.install()
     sample = _sample(options)
     with options.engine() as engine:
         prompts, plan = [engine.prompt(sample)], options.plan_source()

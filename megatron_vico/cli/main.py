@@ -4,14 +4,18 @@ Nothing heavy is imported here: megatron takes four seconds, and `vico --help` o
 not wait for it.
 """
 
+import contextlib
 import importlib
+import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any, TextIO, cast
 
-from megatron_vico.cli.rank_failure import end_rank, is_one_of_many
-from megatron_vico.errors import USER_ERRORS, nearest
+from megatron_vico.cli.rank_failure import end_rank, is_one_of_many, one_line
+from megatron_vico.errors import USER_ERRORS, nearest, printable
 
 USER_ERROR = 2
 """Exit status after an error that the user can mend; argparse uses the same."""
@@ -35,9 +39,17 @@ COMMANDS = {
 }
 """Each command with its summary; the module of its name in this package has `main(arguments)`."""
 
-USES_MEGATRON = {"generate", "evaluate", "convert", "checkpoint"}
-"""Commands that need megatron for all but their --help: the CPU stand-in goes first. `train` needs
-it only to train (cli/train.py)."""
+ONE_LINE = (*USER_ERRORS, OSError, MemoryError)
+"""Errors without a traceback: the user's, and what disk and memory say."""
+
+_NOTES = (
+    "Apex is not installed",
+    "Transformer Engine and Apex are not installed",
+    "MimoModelConfig is experimental",
+    "Can't initialize NVML",
+    "CUDA initialization",
+)
+"""Beginnings of warnings that libraries give on each start; `vico doctor` says what they say."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,17 +73,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return USER_ERROR
     _leave_warnings_to_rank_0()
+    _leave_out_notes()
     try:
-        if name in USES_MEGATRON and not {"-h", "--help"} & set(rest):
-            from megatron_vico import cpu_stand_in
-
-            cpu_stand_in.install()
-        status = importlib.import_module(f"megatron_vico.cli.{name}").main(rest)
-    except USER_ERRORS as error:
+        with (
+            contextlib.redirect_stdout(cast(TextIO, PrintableStream(sys.stdout))),
+            contextlib.redirect_stderr(cast(TextIO, PrintableStream(sys.stderr, spared="\r"))),
+        ):
+            status = importlib.import_module(f"megatron_vico.cli.{name}").main(rest)
+    except BrokenPipeError:  # of `vico ... | head`; closing stdout would say so again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except ONE_LINE as error:
+        status = USER_ERROR if isinstance(error, USER_ERRORS) else FAILURE
         if is_one_of_many():
-            end_rank(error, status=USER_ERROR)
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return USER_ERROR
+            end_rank(error, status=status)
+        print(one_line(error), file=sys.stderr)
+        return status
     except Exception as error:
         if is_one_of_many():
             end_rank(error, status=FAILURE)
@@ -86,6 +103,32 @@ def _leave_warnings_to_rank_0() -> None:
     """
     if is_one_of_many() and os.environ.get("RANK") != "0" and not sys.warnoptions:
         warnings.simplefilter("ignore")
+
+
+def _leave_out_notes() -> None:
+    if not sys.warnoptions:
+        for note in _NOTES:
+            warnings.filterwarnings("ignore", re.escape(note))
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA runtime
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # deprecated
+
+
+class PrintableStream:
+    """A stream for text that strangers may have written; see `errors.printable`."""
+
+    def __init__(self, stream: TextIO, *, spared: str = "") -> None:
+        """Args: spared: characters to let through: progress bars go back to the line's start."""
+        self._stream, self._spared = stream, spared
+
+    def write(self, text: str) -> int:
+        """Write `text`; returns how much of it."""
+        if self._spared:
+            parts = [printable(part) for part in text.split(self._spared)]
+            return self._stream.write(self._spared.join(parts))
+        return self._stream.write(printable(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _help() -> str:

@@ -70,7 +70,10 @@ class Table:
     """Print a results.json."""
 
     results: Positional[Path]
+    """What an evaluation wrote."""
+
     format: Literal["text", "markdown"] = "text"
+    """For a terminal, or for a page."""
 
     def run(self) -> None:
         """Print the table."""

@@ -231,7 +231,7 @@ def _show(data: "FolderList", options: Inspect) -> list["ViewedSample"]:
         images = [sample_view.view_image(image, count, settings) for image, count in pairs]
         shown.append((sample, images))
         counts = f"{known.num_tokens} tokens, {known.num_responses} trained, {sum(tiles)} tiles"
-        print(f"\n{number}: {sample.key} ({counts})")
+        print(f"\n{number}: {repr(sample.key)[1:-1]} ({counts})")
         for line in sample_view.image_lines(images):
             print(f"  {line}")
         if tokenizer is None:

@@ -57,6 +57,7 @@ class Index(_Encoding):
     """Count tokens and tiles again; the tar files stay as they are."""
 
     folder: Positional[Path]
+    """A folder of tar files, made here or by any WebDataset writer."""
 
     def run(self) -> None:
         """Write the index and say what is in it."""

@@ -1,7 +1,10 @@
 """The dispatch: which command is found, what an error looks like, how light help is."""
 
+import contextlib
 import importlib
+import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vico.cli.main import COMMANDS, main
+from megatron_vico.errors import CheckpointError, ConfigError, SampleError, WorkerError
 
 ROOT = Path(__file__).parents[3]
 
@@ -63,6 +67,55 @@ def test_a_users_error_is_one_line_and_status_2(
         assert error.count("\n") == 1
 
 
+def test_errors_of_disk_and_memory_are_one_line_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(words: list[str]) -> None:
+        raise OSError(28, "No space left on device", "a\x1b[2Jb")
+
+    monkeypatch.setattr("megatron_vico.cli.doctor.main", fail)
+    assert main(["doctor"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("OSError: [Errno 28] No space left on device: 'a\\x1b[2Jb' (from /")
+    assert error.count("\n") == 1
+
+
+def test_what_strangers_wrote_moves_no_cursor(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "\x1b[2J\x07\u202etxt\u2066\x9b\ttab\nnext"
+    safe = "\\x1b[2J\\x07\\u202etxt\\u2066\\x9b\ttab\nnext"
+
+    def say(words: list[str]) -> None:
+        print(text)
+        print(f"\r{text}", file=sys.stderr)
+        raise SampleError(text)
+
+    monkeypatch.setattr("megatron_vico.cli.doctor.main", say)
+    assert main(["doctor"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == f"{safe}\n"
+    assert shown.err == f"\r{safe}\nSampleError: {safe}\n"
+    for error in (ConfigError, SampleError, WorkerError, CheckpointError):
+        assert str(error(text)) == safe
+
+
+def test_torchrun_is_told_the_line_and_no_traceback(tmp_path: Path) -> None:
+    told = tmp_path / "error.json"
+    environment = {"WORLD_SIZE": "2", "RANK": "1", "TORCHELASTIC_ERROR_FILE": str(told)}
+    done = run_python(
+        "import sys; from megatron_vico.cli.main import main\n"
+        "sys.exit(main(['train', '--lrr', '3']))",
+        status=2,
+        **environment,
+    )
+    line = "ConfigError: command line: unknown option --lrr; did you mean '--lr'?"
+    assert done.stderr == f"rank 1: {line}\n"
+    message = json.loads(told.read_text())["message"]
+    # torchrun prints the latter, under its own traceback.
+    assert [message["message"], message["extraInfo"]["py_callstack"]] == [line, line]
+
+
 @pytest.mark.parametrize(
     ("rank", "options", "heard"),
     [("0", [], True), ("1", [], False), ("1", ["default"], True), (None, [], True)],
@@ -81,12 +134,12 @@ def test_libraries_warn_on_one_rank(
     assert ("from a library" in [str(each.message) for each in caught]) == heard
 
 
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, *, status: int = 0, **environ: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter, which has imported nothing."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environ
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     return done
 
 
@@ -100,14 +153,42 @@ def test_module_form_and_light_help() -> None:
     assert "usage: vico COMMAND" in done.stdout
 
 
-def test_help_of_every_command_is_light() -> None:
-    run_python(
+def test_help_of_every_command_and_a_wrong_flag_are_light() -> None:
+    done = run_python(
         "import sys; from megatron_vico.cli.main import COMMANDS, main\n"
-        "for name in COMMANDS:\n"
-        "    try: main([name, '--help'])\n"
-        "    except SystemExit as stop: assert not stop.code\n"
-        "    assert 'torch' not in sys.modules and 'megatron' not in sys.modules, name"
+        "for word in ('--help', '--no-such-flag'):\n"
+        "    for name in COMMANDS:\n"
+        "        if (name, word) == ('doctor', '--no-such-flag'): continue\n"
+        "        try: main([name, word])\n"
+        "        except SystemExit as stop: assert not stop.code or word != '--help'\n"
+        "        assert 'torch' not in sys.modules and 'megatron' not in sys.modules, name"
     )
+    assert "Warning" not in done.stderr
+
+
+ACTIONS = {
+    "shards": ("make", "index", "inspect", "verify"),
+    "plot": ("loss", "trace", "table"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_has_a_text_and_a_default(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for action in ACTIONS.get(command, ("",)):
+        with contextlib.suppress(SystemExit):
+            main([command, *action.split(), "--help"])
+        text = capsys.readouterr().out
+        # A flag, and what follows until the next one or the next title.
+        flags = re.findall(r"(?m)^ {2,4}(--?[a-z].*(?:\n {6,}\S.*)*)", text)
+        assert flags or command == "doctor"
+        for flag in flags:
+            words = " ".join(flag.split())
+            if words.endswith(","):
+                continue  # its other name, and their text, are in the next line
+            said = re.sub(r"--?[\w-]+,?|\{.*?\}|\[.*?\]|[A-Z_.]{3,}|\(.*?\)|\b[A-Z]\b", "", words)
+            assert re.search("[a-z]{3}", said), f"{command} {action}: {words}"
 
 
 def test_doctor_needs_no_megatron() -> None:

@@ -7,14 +7,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_vico.config import layout
 from megatron_vico.config.config_json import model_named
 from megatron_vico.config.flags import options
-from megatron_vico.config.layout import (
-    Problems,
-    data_parallel_size,
-    layout_problems,
-    num_microbatches,
-)
+from megatron_vico.config.layout import Problems, data_parallel_size, num_microbatches
 from megatron_vico.config.pipeline_split import layers_of_a_stage, virtual_stages
 from megatron_vico.config.ranges import range_problems
 from megatron_vico.config.registry import ModelConfig
@@ -22,6 +18,7 @@ from megatron_vico.config.schema import DataOptions, ParallelOptions, RunConfig,
 from megatron_vico.config.stages import MODULES, STAGES
 from megatron_vico.errors import ConfigError, nearest
 
+TEXT_TOKENS = 512  # of a short conversation and its template, in advice
 RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mlp", "moe")
 
 
@@ -66,7 +63,7 @@ def _problems(run: _Run) -> Problems:
     yield from _lr_mult(run)
     yield from _data(run)
     yield from _reading(run.cfg.data)
-    yield from layout_problems(run.cfg, run.model, run.world_size)
+    yield from layout.layout_problems(run.cfg, run.model, run.world_size)
     yield from _recompute(run)
     yield from _optimizer(run.cfg)
     yield from _fp8(run.cfg)
@@ -219,11 +216,12 @@ def _data(run: _Run) -> Problems:
             f" large image (--max-dynamic-patch {data.max_dynamic_patch} and {thumbnail}"
             f" thumbnail); use {tiles} or more."
         )
-    if tiles * per_tile > data.seq_length:
+    if (visual := tiles * per_tile) > data.seq_length:
+        fitting = (data.seq_length - TEXT_TOKENS) // per_tile - thumbnail
+        fewer = f", or --max-dynamic-patch {fitting}" if fitting > 0 else ""
         yield (
-            f"--seq-length {data.seq_length} is less than the {tiles * per_tile} visual tokens of"
-            f" one large image ({tiles} tiles of {per_tile}); use more, or --max-dynamic-patch"
-            f" {max(1, data.seq_length // per_tile - 1)}."
+            f"--seq-length {data.seq_length} is less than the {visual} visual tokens of one large"
+            f" image ({tiles} tiles of {per_tile}); use {visual + TEXT_TOKENS} or more{fewer}."
         )
     for name in ("eval_interval", "eval_iters"):
         value = getattr(run.cfg.training, name)

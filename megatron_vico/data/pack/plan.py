@@ -227,11 +227,20 @@ class PackPlan:
         if too_large.any():
             worst = int(np.flatnonzero(too_large)[0])
             folder, number = self.data.locate(worst)
+            raised = [
+                f"{flag} to {found}"
+                for flag, found, most in (
+                    ("--seq-length", self.lengths[worst], self.limits.capacity),
+                    ("--max-tiles-per-pack", self.num_tiles[worst], self.limits.max_tiles),
+                )
+                if found > most
+            ]
+            fewer = ", lower --max-dynamic-patch" if self.num_tiles[worst] else ""
             raise SampleError(
                 f"sample {folder.describe(number).key!r} of {folder.path}: {self.lengths[worst]}"
                 f" tokens (uncompressed) and {self.num_tiles[worst]} tiles, but a pack holds"
                 f" {self.limits.capacity} and {self.limits.max_tiles} ({int(too_large.sum())} such"
-                " samples); raise --seq-length or --max-tiles-per-pack, lower --max-dynamic-patch,"
-                " or leave them out: `vico shards make` takes both limits too, and counts what it"
-                " leaves out under --max-skipped-share."
+                f" samples); raise {' and '.join(raised)} or more{fewer}, or leave them out:"
+                " `vico shards make` takes --seq-length and --max-tiles-per-pack too, and counts"
+                " what it leaves out under --max-skipped-share."
             )

@@ -104,7 +104,7 @@ TP=0 => TP is 0, expected 1 or more.
 --lr-mult connector_16x=2 connector_16x=3 => names connector_16x twice
 
 --max-tiles-per-pack 12 => less than the 13 tiles of one large image
-8b --seq-length 2048 => 3328 visual tokens of one large image (13 tiles of 256); use 3840 or more, or --max-dynamic-patch 5.
+8b --seq-length 2048 => (13 tiles of 256); use 3840 or more, or --max-dynamic-patch 5.
 --eval-interval 5 => --eval-interval 5 has no effect without --valid-data-path
 --eval-iters 5 => --eval-iters 5 has no effect without --valid-data-path
 --num-workers 0 --prefetch-steps 4 => --prefetch-steps 4 has no effect without workers

@@ -51,7 +51,7 @@ class Exported:
     """Whether the whole image follows its tiles as one more."""
 
     tile_tags: Literal["none", "numbered"] | None = None
-    """Whether tags with numbers stand before the tiles of an image."""
+    """Text before each tile: none, or <tile_1>, ... (numbered)."""
 
     def __post_init__(self) -> None:
         """Raises: ConfigError: if the model code could not use a number."""

@@ -41,3 +41,7 @@ def load_state(module: nn.Module, state: dict[str, Any]) -> None:
     assert not unfit, (
         f"a checkpoint's names are compared before it is read, but these do not fit: {unfit}"
     )
+    for name, param in module.named_parameters():
+        # An optimizer that is built next begins its masters from these, not from the FP8 weights.
+        if hasattr(param, "get_high_precision_init_val"):
+            param.get_high_precision_init_val().copy_(state[name])

@@ -28,6 +28,7 @@ FIELDS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "overlap_grad_reduce": ((DDP, "overlap_grad_reduce"),),
     "overlap_param_gather": ((DDP, "overlap_param_gather"),),
     "fp8_format": ((TRANSFORMER, "fp8"),),
+    "fp8_recipe": ((TRANSFORMER, "fp8_recipe"), (OPTIMIZER, "fp8_recipe")),
     "fp8_param_gather": ((TRANSFORMER, "fp8_param"), (DDP, "fp8_param_gather")),
     "decoder_first_pipeline_num_layers": ((TRANSFORMER, "num_layers_in_first_pipeline_stage"),),
     "decoder_last_pipeline_num_layers": ((TRANSFORMER, "num_layers_in_last_pipeline_stage"),),
@@ -80,7 +81,7 @@ def megatron_kwargs(cfg: RunConfig, config_class: type) -> dict[str, Any]:
             for class_name, field in fields_of(section, option):
                 if class_name == config_class.__name__ and value not in (None, ()):
                     kwargs[field] = _megatron_value(value, types[field], field)
-    if "fp8" not in kwargs:
+    if cfg.parallel.fp8_format is None:
         kwargs.pop("fp8_recipe", None)
     return kwargs
 

@@ -16,7 +16,10 @@ _RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
         " num_layers_at_start_in_bf16 num_layers_at_end_in_bf16 min_offloaded_tensor_size"
         " bad_step_factor",
     ),
-    "more than 0": (lambda value: value > 0, "lr adam_eps gpu_peak_tflops data_timeout_s"),
+    "more than 0": (
+        lambda value: value > 0,
+        "lr adam_eps gpu_peak_tflops data_timeout_s fp8_max_reference_kl",
+    ),
     "a number in [0, 1)": (
         lambda value: 0 <= value < 1,
         "drop_path_rate adam_beta1 adam_beta2",

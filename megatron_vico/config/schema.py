@@ -63,6 +63,11 @@ class StageOptions:
     """What of the frozen reference is kept in host memory while the policy runs: nothing, its
     vision tower, or that and its language model; what it shares with the policy stays."""
 
+    fp8_max_reference_kl: float | None = None
+    """With --fp8-format, most nats by which the reference's answers may differ from its own in
+    bf16 (KL over the first step's packs), or the run stops; unset, a tenth of the policy's KL to it
+    on the same packs."""
+
     freeze_moe_router: bool = False
     """Keep the expert router's weights while the rest of the language model is trained."""
 

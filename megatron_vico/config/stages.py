@@ -50,7 +50,7 @@ class StageSpec:
         return self.reference != "none"
 
 
-_REFERENCE = ("reference_load", "reference_offload")
+_REFERENCE = ("reference_load", "reference_offload", "fp8_max_reference_kl")
 _RECOMPUTE = ("recompute_granularity",)
 _ROUTER = ("router_granularity", "router_window", "router_percentile", "router_eps")
 

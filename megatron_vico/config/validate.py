@@ -14,7 +14,7 @@ from megatron_vico.config.layout import Problems, data_parallel_size, num_microb
 from megatron_vico.config.pipeline_split import layers_of_a_stage, virtual_stages
 from megatron_vico.config.ranges import range_problems
 from megatron_vico.config.registry import ModelConfig
-from megatron_vico.config.schema import DataOptions, ParallelOptions, RunConfig, flag_of
+from megatron_vico.config.schema import DataOptions, RunConfig, flag_of
 from megatron_vico.config.stages import MODULES, STAGES
 from megatron_vico.errors import ConfigError, nearest
 
@@ -110,19 +110,8 @@ def _remarks(cfg: RunConfig, world_size: int) -> Iterator[str]:
             f"{microbatches} microbatches on {pipeline} pipeline stages leave much of the pipeline"
             f" empty; {2 * pipeline} or more are better."
         )
-    if parallel.fp8_format is not None:
-        yield fp8_is_not_trained(parallel)
     if cfg.checkpoint.save is None:
         yield "--save is not set: no checkpoint, metrics or TensorBoard file will be written."
-
-
-def fp8_is_not_trained(parallel: ParallelOptions) -> str:
-    """Why a run with --fp8-format is checked, but not started."""
-    return (
-        f"--fp8-format {parallel.fp8_format}: checked by `vico train --check`, but not trained with"
-        " until the KL between an FP8 and a bf16 reference has been measured on a GPU; leave it"
-        " out."
-    )
 
 
 def _stage(run: _Run) -> Problems:
@@ -327,7 +316,7 @@ def _optimizer(cfg: RunConfig) -> Problems:
 def _fp8(cfg: RunConfig) -> Problems:
     fp8 = cfg.parallel.fp8_format
     if fp8 is None:
-        for name, value in vars(cfg.transformer).items():
+        for name, value in (vars(cfg.transformer) | vars(cfg.stage)).items():
             if "fp8" in name and value:
                 yield (
                     f"{flag_of(name)} has no effect without --fp8-format; add it, or leave this"
@@ -341,6 +330,8 @@ def _fp8(cfg: RunConfig) -> Problems:
             f"--fp8-format {fp8} needs TransformerEngine's layers, which --attention sdpa leaves"
             " out; use --attention auto."
         )
+    if cfg.transformer.fp8_param_gather and not cfg.optimizer.use_distributed_optimizer:
+        yield "--fp8-param-gather needs --use-distributed-optimizer; add it."
 
 
 def _passed_on(run: _Run) -> Problems:

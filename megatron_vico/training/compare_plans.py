@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_vico.models.language_model import LanguageModel
 from megatron_vico.parallel.batch import StepBatch
+from megatron_vico.parallel.groups import Groups
 from megatron_vico.parallel.streams import language_inputs, row_slice
 from megatron_vico.training.pipeline_schedule import LanguagePass, forward_pass
 from megatron_vico.training.setup import Run
@@ -23,6 +25,9 @@ class ComparedPlans:
 
     features_NPD: Tensor
     """[N, P, D], the policy's ViT outputs of this rank's tiles."""
+
+    reference_rows: Sequence[Tensor | None]
+    """Hidden states [R, H] of the reference, a tensor a pack, on the last pipeline stage."""
 
     kl_R: tuple[Tensor, ...]
     """A tensor a plan: [R] float32, KL(reference || policy) of every response row of all packs, in
@@ -84,27 +89,45 @@ def compare_plans(run: Run, batch: StepBatch, *, plans: Sequence[str]) -> Compar
     kl_R: tuple[Tensor, ...] = ()
     if groups.is_last_stage:
         lens = [len(pack.labels) for pack in packs]
-        kl_R = tuple(_kl_of_packs(run, lens, reference_rows, rows) for rows in policy_rows)
-    return ComparedPlans(features_NPD=features_NPD, kl_R=kl_R)
+        kl_R = tuple(
+            kl_of_packs(
+                lens,
+                reference=reference.head,
+                reference_rows=reference_rows,
+                policy=policy.head,
+                policy_rows=rows,
+                groups=groups,
+            )
+            for rows in policy_rows
+        )
+    return ComparedPlans(features_NPD=features_NPD, reference_rows=reference_rows, kl_R=kl_R)
 
 
-def _kl_of_packs(
-    run: Run,
+@torch.no_grad()
+def kl_of_packs(
     lens: Sequence[int],
+    *,
+    reference: LanguageModel,
     reference_rows: Sequence[Tensor | None],
-    policy_rows: Sequence[Tensor],
+    policy: LanguageModel,
+    policy_rows: Sequence[Tensor | None],
+    groups: Groups,
 ) -> Tensor:
-    """KL of every response row of all packs, [R] in pack order; rows are [R, H] a pack."""
-    assert run.reference is not None
-    context = run.groups.language.cp
-    kl_R = torch.zeros(sum(lens), device=run.groups.device)
+    """KL(reference || policy) of every response row of all packs, [R] in pack order.
+
+    Called by every rank of the last pipeline stage, with the chunks that have the heads; rows are
+    [R, H] a pack, `lens` how many each pack has.
+    """
+    context = groups.language.cp
+    kl_R = torch.zeros(sum(lens), device=groups.device)
     for pack_R, reference_RH, policy_RH in zip(
         kl_R.split(list(lens)), reference_rows, policy_rows, strict=True
     ):
         assert reference_RH is not None
+        assert policy_RH is not None
         own = row_slice(len(pack_R), size=context.size(), rank=context.rank())
-        pack_R[own] = run.policy.head.consistency_rows(
-            policy_RH, reference=run.reference.head, reference_rows_RH=reference_RH
+        pack_R[own] = policy.consistency_rows(
+            policy_RH, reference=reference, reference_rows_RH=reference_RH
         )
     if context.size() > 1:
         # Each context rank has filled in its rows of every pack; the others are zero.

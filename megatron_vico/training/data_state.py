@@ -1,16 +1,25 @@
 """What every rank knows of a run's data: its place in the order, and the broken samples."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from megatron_vico.config.layout import replicas_in_step
+from megatron_vico.config.pipeline_split import virtual_stages
+from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import RunConfig
+from megatron_vico.data.encode.sample_encoder import EncodingSettings, SampleEncoder
+from megatron_vico.data.encode.tokenizer import load_tokenizer
 from megatron_vico.data.load.error_budget import ErrorBudget, SkipList
-from megatron_vico.data.load.loader import Loader
+from megatron_vico.data.load.loader import Loader, open_plan
+from megatron_vico.data.pack.balance import Sharing
+from megatron_vico.data.pack.builder import PackBuilder
 from megatron_vico.data.pack.plan import PackPlan
 from megatron_vico.data.pack.plan_state import PlanState
 from megatron_vico.errors import ConfigError
+from megatron_vico.parallel.groups import Groups
+from megatron_vico.training.flops import pack_cost
 from megatron_vico.training.metrics import StepFigures
 
 
@@ -108,3 +117,59 @@ def refuse_useless_data(cfg: RunConfig, plan: PackPlan) -> None:
             f" but an epoch of {paths} has {plan.samples_per_epoch:g} (in {packs} packs), so that"
             f" samples would come more than once in a step; use at most {packs}, or more data."
         )
+
+
+def build_loader(
+    cfg: RunConfig,
+    model: ModelConfig,
+    groups: Groups,
+    *,
+    num_steps: int | None = None,
+    state: dict[str, Any] | None = None,
+    views: Literal["training", "validation"] = "training",
+) -> Loader:
+    """The loader of a replica's packs, for its first rank; `views` as in `PackBuilder`."""
+    assert cfg.data.tokenizer_model is not None, "config/validate.py asks for it"
+    tokenizer = load_tokenizer(cfg.data.tokenizer_model)
+    tokenizer.check_fits(model.language.vocab_size, model=model.name)
+    settings = EncodingSettings.from_options(cfg.data, image_size=model.vision.image_size)
+    builder = PackBuilder(
+        stage=cfg.stage.stage,
+        seed=cfg.training.seed,
+        tokens_kept=model.visual_tokens_per_tile,
+        tokens_compressed=model.compressed_tokens_per_tile,
+        image_token_id=model.image_token_id,
+        xi_sampler=cfg.stage.xi_sampler,
+        router_granularity=cfg.stage.router_granularity,
+        views=views,
+        cost=pack_cost(model, cfg.stage),
+    )
+    plan = open_plan(cfg.data, builder=builder, global_batch_size=cfg.training.global_batch_size)
+    if views == "training":
+        refuse_useless_data(cfg, plan)
+    return Loader(
+        plan,
+        encoder=SampleEncoder(tokenizer=tokenizer, settings=settings),
+        builder=builder,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+        sharing=_sharing(cfg, model),
+        num_steps=num_steps,
+        state=state,
+    )
+
+
+def _sharing(cfg: RunConfig, model: ModelConfig) -> Sharing:
+    """How replicas must share packs.
+
+    Within a pass nothing goes over replicas but tokens to experts, and what is balanced over all
+    tokens. Gradients are reduced once, in or after a replica's last microbatch.
+    """
+    # The interleaved schedule runs whole groups of microbatches, as many on every replica.
+    equal = (
+        virtual_stages(cfg, model.language) is not None
+        or cfg.transformer.moe_router_load_balancing_type == "global_aux_loss"
+    )
+    return Sharing(
+        in_step=replicas_in_step(cfg.parallel, model), counts="equal" if equal else "any"
+    )

@@ -17,7 +17,7 @@ def after_bad_step(
     """Do what --on-bad-step says; called by every rank.
 
     Args:
-        progress: of the run; brought to where it is now.
+        progress: of the run.
         batch: of the bad step.
         logger: of the run.
         iteration: the bad step.
@@ -38,6 +38,9 @@ def after_bad_step(
             Path(save), iteration=iteration, problem=watch.problem, action=action, keys=keys
         )
     if action == "stop":
+        # Nothing of the step is left, and what is there may be saved.
+        run.scheduler.step(increment=-1)
+        progress.is_sound = True
         raise TrainingError(
             f"{clause}. The weights were not changed and the last checkpoint is untouched: look at"
             " these samples, lower --lr, or go on with --on-bad-step skip or rollback."
@@ -45,7 +48,6 @@ def after_bad_step(
     refuse_hopeless(watch)
     if action == "skip":
         logger.note(f"{clause}: its update is left out")
-        progress.step_done(iteration)
         return None
     assert save is not None, "config/validate.py asks for it"
     if not has_checkpoint(save):
@@ -67,6 +69,5 @@ def after_bad_step(
     )
     back = int(restored["iteration"])
     logger.rewind(back)
-    progress.step_done(back)
     progress.tried = back
     return back

@@ -23,28 +23,39 @@ class HostOffload:
         assert not any(param.requires_grad for param in params), (
             "only frozen weights: a trained one would change on the device"
         )
-        copies = _host_copies(params, pinned=device.type == "cuda")
-        self._host: list[tuple[nn.Parameter, Tensor]] = list(zip(params, copies, strict=True))
+        holders = [(param, _holder(param)) for param in params]
+        copies = _host_copies(
+            [getattr(*holder).detach() for holder in holders], pinned=device.type == "cuda"
+        )
+        self._host = list(zip(holders, copies, strict=True))
         self.release()
 
     def fetch(self) -> None:
         """Bring the weights to the device; they may be used by what is queued there afterwards."""
-        for param, host in self._host:
-            param.data = host.to(self._device, non_blocking=True)
+        for holder, host in self._host:
+            setattr(*holder, host.to(self._device, non_blocking=True))
 
     def release(self) -> None:
         """Free the weights' memory on the device."""
-        for param, host in self._host:
-            param.data = host
+        for holder, host in self._host:
+            setattr(*holder, host)
 
 
-def _host_copies(params: Sequence[nn.Parameter], *, pinned: bool) -> list[Tensor]:
-    sizes, places = blocks_for([param.nbytes for param in params])
+def _holder(param: nn.Parameter) -> str:
+    """The attribute that has a weight's numbers: in TransformerEngine's FP8 tensors not `data`."""
+    for name in ("_rowwise_data", "_data"):
+        if isinstance(getattr(param, name, None), Tensor):
+            return name
+    return "data"
+
+
+def _host_copies(tensors: Sequence[Tensor], *, pinned: bool) -> list[Tensor]:
+    sizes, places = blocks_for([tensor.nbytes for tensor in tensors])
     blocks = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes]
     copies = []
-    for param, (block, start) in zip(params, places, strict=True):
-        host = blocks[block][start : start + param.nbytes].view(param.dtype).view(param.shape)
-        copies.append(host.copy_(param.detach()))
+    for tensor, (block, start) in zip(tensors, places, strict=True):
+        host = blocks[block][start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        copies.append(host.copy_(tensor))
     return copies
 
 

@@ -14,7 +14,6 @@ from megatron_vico.config.config_json import differences
 from megatron_vico.config.megatron_kwargs import megatron_kwargs
 from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import RunConfig
-from megatron_vico.config.validate import fp8_is_not_trained
 from megatron_vico.convert.open import megatron_source
 from megatron_vico.convert.source import check_whole
 from megatron_vico.data.encode.sample_encoder import EncodingSettings
@@ -171,13 +170,16 @@ def check_environment(cfg: RunConfig) -> None:
             f"--wandb-project {cfg.checkpoint.wandb_project}: wandb is not installed; `pip install"
             " wandb`, or leave the flag out."
         )
-    if cfg.parallel.fp8_format is not None:
-        raise ConfigError(fp8_is_not_trained(cfg.parallel))
     from megatron.core.distributed import DistributedDataParallelConfig
 
-    from megatron_vico.models.build import language_transformer_config
+    from megatron_vico.models.build import language_transformer_config, transformer_engine_usable
     from megatron_vico.training.optimizer import optimizer_config
 
+    if cfg.parallel.fp8_format is not None and not transformer_engine_usable():
+        raise ConfigError(
+            f"--fp8-format {cfg.parallel.fp8_format} needs TransformerEngine and a GPU: `vico"
+            " doctor` says what is missing; leave it out to train in bf16."
+        )
     try:
         language_transformer_config(resolve_model(cfg), cfg)
         optimizer_config(cfg)

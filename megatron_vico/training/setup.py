@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -18,16 +18,10 @@ from megatron_vico.checkpoint.run_folder import (
     resolve_model,
 )
 from megatron_vico.checkpoint.training_checkpoint import Modules
-from megatron_vico.config.layout import replicas_in_step
-from megatron_vico.config.pipeline_split import virtual_stages
 from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.stages import MODULES, Module
-from megatron_vico.data.encode.sample_encoder import EncodingSettings, SampleEncoder
-from megatron_vico.data.encode.tokenizer import load_tokenizer
-from megatron_vico.data.load.loader import Loader, open_plan
-from megatron_vico.data.pack.balance import Sharing
-from megatron_vico.data.pack.builder import PackBuilder
+from megatron_vico.data.load.loader import Loader
 from megatron_vico.errors import CheckpointError, ConfigError
 from megatron_vico.models.build import (
     build_language_chunks,
@@ -40,8 +34,7 @@ from megatron_vico.models.language_model import LanguageModel
 from megatron_vico.parallel.batch import StepBatch, shared_batches
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.training.bad_steps import GuardedOptimizer, StepWatch
-from megatron_vico.training.data_state import DataState, refuse_useless_data
-from megatron_vico.training.flops import pack_cost
+from megatron_vico.training.data_state import DataState, build_loader
 from megatron_vico.training.offload import HostOffload
 from megatron_vico.training.optimizer import build_optimizer, build_scheduler
 from megatron_vico.training.policy import Policy, wrap
@@ -159,7 +152,7 @@ def set_up(cfg: RunConfig, groups: Groups, *, between: Callable[[], None] = lamb
         )
     reference = None
     if cfg.stage.spec.needs_reference:
-        reference = _reference(cfg, model, policy, groups)
+        reference = load_reference(cfg, model, policy, groups)
         between()
     return Run(
         cfg=cfg,
@@ -234,7 +227,13 @@ def build_modules(
     )
 
 
-def _reference(cfg: RunConfig, model: ModelConfig, policy: Policy, groups: Groups) -> Reference:
+def load_reference(cfg: RunConfig, model: ModelConfig, policy: Policy, groups: Groups) -> Reference:
+    """The reference of a policy that has its weights, from where the run says.
+
+    Raises:
+        ConfigError: if it does not say.
+        CheckpointError: if that is broken or of another model.
+    """
     source = cfg.stage.reference_load or cfg.checkpoint.pretrained_checkpoint
     if source is None:
         raise ConfigError(
@@ -267,13 +266,21 @@ def build_reference(
     load: Callable[[Modules], None],
 ) -> Reference:
     """The reference of a policy that has its weights; `load` fills in its own."""
-    encoder, language_chunks = build_modules(reference_config(cfg), model, groups)
+    with torch.no_grad():  # else TransformerEngine keeps a transposed copy of each FP8 weight
+        encoder, language_chunks = build_modules(reference_config(cfg), model, groups)
     load(named_modules(encoder, language_chunks))
     return freeze_reference(encoder, language_chunks, policy, cfg=cfg, groups=groups)
 
 
 def reference_config(cfg: RunConfig) -> RunConfig:
-    """A run's configuration as its reference is built from: nothing in it has a backward pass."""
+    """A run's configuration as its reference is built from: nothing in it has a backward pass.
+
+    With FP8 its weights are kept in no other format, but where they can be shared with the policy.
+    """
+    shares = cfg.stage.spec.reference == "start" and "language_model" not in cfg.stage.trained
+    transformer = cfg.transformer
+    if cfg.parallel.fp8_format is not None and not shares:
+        transformer = dataclasses.replace(transformer, fp8_param_gather=True)
     return dataclasses.replace(
         cfg,
         parallel=dataclasses.replace(
@@ -284,6 +291,7 @@ def reference_config(cfg: RunConfig) -> RunConfig:
             recompute_modules=(),
             moe_aux_loss_coeff=0.0,
         ),
+        transformer=transformer,
         model=dataclasses.replace(cfg.model, drop_path_rate=0.0, encoder_recompute="chunk"),
     )
 
@@ -311,7 +319,8 @@ def freeze_reference(
     shared_chunks = 0
     if "language_model" not in policy.trained:
         for chunk, policy_chunk in zip(language_chunks, policy.language_chunks, strict=True):
-            shared_chunks += len(share_equal_modules(chunk, policy_chunk, ("gpt",)))
+            if chunk.config.fp8 == policy_chunk.config.fp8:
+                shared_chunks += len(share_equal_modules(chunk, policy_chunk, ("gpt",)))
     return Reference(
         encoder=encoder,
         language_chunks=language_chunks,
@@ -350,59 +359,3 @@ def _state_of_data(restored: dict[str, Any], source: str) -> dict[str, Any]:
         )
     state_of_data: dict[str, Any] = restored["data"]
     return state_of_data
-
-
-def build_loader(
-    cfg: RunConfig,
-    model: ModelConfig,
-    groups: Groups,
-    *,
-    num_steps: int | None = None,
-    state: dict[str, Any] | None = None,
-    views: Literal["training", "validation"] = "training",
-) -> Loader:
-    """The loader of a replica's packs, for its first rank; `views` as in `PackBuilder`."""
-    assert cfg.data.tokenizer_model is not None, "config/validate.py asks for it"
-    tokenizer = load_tokenizer(cfg.data.tokenizer_model)
-    tokenizer.check_fits(model.language.vocab_size, model=model.name)
-    settings = EncodingSettings.from_options(cfg.data, image_size=model.vision.image_size)
-    builder = PackBuilder(
-        stage=cfg.stage.stage,
-        seed=cfg.training.seed,
-        tokens_kept=model.visual_tokens_per_tile,
-        tokens_compressed=model.compressed_tokens_per_tile,
-        image_token_id=model.image_token_id,
-        xi_sampler=cfg.stage.xi_sampler,
-        router_granularity=cfg.stage.router_granularity,
-        views=views,
-        cost=pack_cost(model, cfg.stage),
-    )
-    plan = open_plan(cfg.data, builder=builder, global_batch_size=cfg.training.global_batch_size)
-    if views == "training":
-        refuse_useless_data(cfg, plan)
-    return Loader(
-        plan,
-        encoder=SampleEncoder(tokenizer=tokenizer, settings=settings),
-        builder=builder,
-        dp_rank=groups.dp_rank,
-        dp_size=groups.dp_size,
-        sharing=_sharing(cfg, model),
-        num_steps=num_steps,
-        state=state,
-    )
-
-
-def _sharing(cfg: RunConfig, model: ModelConfig) -> Sharing:
-    """How replicas must share packs.
-
-    Within a pass nothing goes over replicas but tokens to experts, and what is balanced over all
-    tokens. Gradients are reduced once, in or after a replica's last microbatch.
-    """
-    # The interleaved schedule runs whole groups of microbatches, as many on every replica.
-    equal = (
-        virtual_stages(cfg, model.language) is not None
-        or cfg.transformer.moe_router_load_balancing_type == "global_aux_loss"
-    )
-    return Sharing(
-        in_step=replicas_in_step(cfg.parallel, model), counts="equal" if equal else "any"
-    )

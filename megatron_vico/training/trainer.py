@@ -32,6 +32,7 @@ from megatron_vico.parallel import groups as process_groups
 from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.training.bad_steps import refuse_learning_nothing
 from megatron_vico.training.flops import step_flops
+from megatron_vico.training.fp8_reference import check_fp8_reference
 from megatron_vico.training.going_on import after_bad_step
 from megatron_vico.training.logger import MetricsLogger, log_skipped
 from megatron_vico.training.metrics import Measured, StepFigures, StepSums
@@ -99,6 +100,8 @@ def _loop(run: Run, stop: StopSignal) -> Outcome:
         cfg, resume_at=run.iteration, budget=run.data.budget, is_main=groups.is_main
     )
     _announce(run, logger)
+    if run.reference is not None and cfg.parallel.fp8_format is not None:
+        logger.note(check_fp8_reference(run))
     validation = open_validation(run)
     for loader in (run.data.loader, None if validation is None else validation.loader):
         if loader is not None:
@@ -118,15 +121,17 @@ def _loop(run: Run, stop: StopSignal) -> Outcome:
             iteration += 1
             figures = _step(progress, batch, iteration=iteration, started=started)
             started = time.perf_counter()
-            if run.data.loader is not None:
-                log_skipped(batch.packs)
-            run.data.count(figures)
-            if run.watch.problem is not None:
+            is_bad = run.watch.problem is not None
+            if is_bad:
                 back = after_bad_step(progress, batch, logger, iteration=iteration)
                 if back is not None:
                     iteration, batches = back, run.batches(back)
-                continue
             progress.step_done(iteration)
+            if run.data.loader is not None:
+                log_skipped(batch.packs)
+            run.data.count(figures)
+            if is_bad:
+                continue
             logger.log(figures)
             if profiler is not None:
                 profiler.step()

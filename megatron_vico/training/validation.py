@@ -20,9 +20,10 @@ from megatron_vico.data.load.loader import Loader
 from megatron_vico.data.samples import PackedBatch
 from megatron_vico.errors import ConfigError
 from megatron_vico.parallel.batch import StepBatch
+from megatron_vico.training.data_state import build_loader
 from megatron_vico.training.logger import log_skipped
 from megatron_vico.training.metrics import ValidationFigures
-from megatron_vico.training.setup import Run, build_loader
+from megatron_vico.training.setup import Run
 from megatron_vico.training.steps import STEPS
 from megatron_vico.training.stop import StopSignal
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.te import compiled_attention
+from tests.te import compiled_attention, compiled_fp8
 
 calls: Counter[str] = Counter()
 """How often each function was called."""
@@ -62,14 +62,14 @@ def generic_gemm(
     assert quantizer is None
     assert not gelu
     assert more["comm_overlap"] is None
-    product = _product(a, transpose_a, b, transpose_b)
+    product = compiled_fp8.product(a, transpose_a, b, transpose_b)
     bias_grad = None
     if grad and bias is not None:
         bias_grad = b.reshape(-1, b.shape[-1]).float().sum(0).to(bias.dtype)
     elif bias is not None:
         product = product + bias.float()
-    if not transpose_b and b.dim() > 2:
-        product = product.view(*b.shape[:-1], product.shape[-1])
+    if not transpose_b:
+        product = product.view(*b.size()[:-1], product.shape[-1])
     if out is None:
         dtype = a.dtype if out_dtype is None else TORCH_DTYPES[DType(out_dtype)]
         return product.to(dtype), bias_grad, gelu_in, more["extra_output"]
@@ -94,19 +94,9 @@ def te_general_grouped_gemm(
     accumulate = more[4]
     targets = out[0].split(list(splits)) if is_single_output else out
     for left, right, target in zip(a, b, targets, strict=True):
-        _put(target, _product(left, transpose_a, right, transpose_b), accumulate=accumulate)
+        product = compiled_fp8.product(left, transpose_a, right, transpose_b)
+        _put(target, product, accumulate=accumulate)
     return bias
-
-
-def split_quantize(tensor: Tensor, splits: Sequence[int], quantizers: Sequence[Any]) -> Any:
-    """Only without FP8: parts of a tensor."""
-    assert all(each is None for each in quantizers)
-    return tensor.split(list(splits))
-
-
-def _product(a: Tensor, transpose_a: bool, b: Tensor, transpose_b: bool) -> Tensor:
-    a, b = (each.reshape(-1, each.shape[-1]).float() for each in (a, b))
-    return (b.T if transpose_b else b) @ (a.T if transpose_a else a)
 
 
 def _put(target: Tensor, value: Tensor, *, accumulate: bool) -> None:
@@ -127,11 +117,12 @@ def rmsnorm_fwd(
     zero_centered: bool,
 ) -> tuple[Tensor, None, Tensor]:
     """Normalised x and one over its root mean square."""
-    assert quantizer is None
     assert not zero_centered
     dtype = out_dtype if isinstance(out_dtype, torch.dtype) else TORCH_DTYPES[DType(out_dtype)]
     scale = (x.float().square().mean(-1) + eps).rsqrt()
     value = (x.float() * scale[..., None] * weight.float()).to(dtype)
+    if quantizer is not None:
+        return compiled_fp8.quantize(value, quantizer, out), None, scale
     if out is None:
         return value, None, scale
     out.copy_(value)
@@ -336,12 +327,12 @@ def module() -> types.ModuleType:
     formats = enum.IntEnum("NVTERoutingMapFormat", ["BYTEMAP", "BITMAP_U8"], start=0)
     made.NVTERoutingMapFormat = formats  # type: ignore[attr-defined]
     made.NVTE_Fused_Attn_Backend = compiled_attention.Backend  # type: ignore[attr-defined]
-    for source in (globals(), vars(compiled_attention)):
+    for source in (globals(), vars(compiled_attention), vars(compiled_fp8)):
         for name, value in source.items():
             if (
                 isinstance(value, types.FunctionType)
                 and name[0] != "_"
-                and name not in ("module", "absent")
+                and name not in ("module", "absent", "product")
             ):
                 setattr(made, name, _counted(value))
     made.__getattr__ = absent  # type: ignore[method-assign]

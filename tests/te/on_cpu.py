@@ -36,9 +36,12 @@ def install() -> None:
         common.load_framework_extension = lambda framework: None
         import transformer_engine.pytorch
     transformer_engine.pytorch.cpp_extensions.__getattr__ = compiled.absent
+    # It asks for CUDA 12.9, which this torch was not built with.
+    transformer_engine.pytorch.quantization._FP8_BLOCK_SCALING_SUPPORT = (True, "")
     cpu_stand_in.install()  # imports megatron-core
     _pretend_to_be_a_gpu()
     _let_requests_be_awaited_twice()
+    _gather_one_by_one()
     _let_fused_attention_take_fp32()
 
 
@@ -79,6 +82,16 @@ def _let_requests_be_awaited_twice() -> None:
             self.work = None
 
     torch.distributed.batch_isend_irecv = lambda ops: [Once(each) for each in send_and_receive(ops)]
+
+
+def _gather_one_by_one() -> None:
+    # gloo takes what is gathered together for tensors of one format: FP8's bytes and bf16 are not.
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    def gather(out: Any, part: Any, group: Any, async_op: bool) -> None:
+        group._allgather_base(out, part).wait()
+
+    buffers.dist_all_gather_func = gather
 
 
 def _let_fused_attention_take_fp32() -> None:

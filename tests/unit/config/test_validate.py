@@ -33,7 +33,8 @@ SELECTIVE core_attn mlp
 FULL=1
 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather @2
 --overlap-grad-reduce @2
---bf16 --fp8-format hybrid --fp8-param-gather
+--bf16 --fp8-format hybrid --fp8-param-gather --use-distributed-optimizer
+--bf16 --fp8-format e4m3 --fp8-recipe blockwise --fp8-max-reference-kl 1e-4
 --use-distributed-optimizer --use-precision-aware-optimizer --exp-avg-dtype bf16 @2
 --optimizer-cpu-offload --optimizer-offload-fraction 1.0
 --fine-grained-activation-offloading --offload-modules core_attn
@@ -175,6 +176,10 @@ SELECTIVE core_atn => did you mean 'core_attn'?
 --fp8-format hybrid => --fp8-format hybrid needs --bf16
 --fp8-format hybrid --bf16 --attention sdpa => use --attention auto
 --fp8-param-gather => --fp8-param-gather has no effect without --fp8-format
+--fp8-max-reference-kl 0.1 => --fp8-max-reference-kl has no effect without --fp8-format
+--bf16 --fp8-format e4m3 --fp8-max-reference-kl 0 => expected more than 0
+--bf16 --fp8-format e4m3 --fp8-param-gather => needs --use-distributed-optimizer
+--stage pretrain --bf16 --fp8-format e4m3 --fp8-max-reference-kl 1 => no effect in stage 'pretrain'
 --offload-modules core_attn => belong together
 --ckpt-step 3 => chooses a step of --load
 --override-data-state => is about a run that goes on, but --load is not set
@@ -233,7 +238,7 @@ def test_what_the_trainer_or_megatron_core_would_refuse_is_refused_before_it_run
         "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather FULL=1",
     ):
         check_environment(run(words))
-    with pytest.raises(ConfigError, match="not trained with until the KL between an FP8 and a"):
+    with pytest.raises(ConfigError, match="e4m3 needs TransformerEngine and a GPU"):
         check_environment(run("--bf16 --fp8-format e4m3"))
     with pytest.raises(ConfigError, match=r"refuses these flags: .*requires FusedAdam from Transf"):
         check_environment(run("--use-distributed-optimizer --use-precision-aware-optimizer @2"))
@@ -252,7 +257,6 @@ REMARKS = """
 8b CP=4 @4 => padded to a multiple of 8 tokens
 30b --freeze-moe-router --moe-aux-loss-coeff 0.1 @2 => each router
 PP=8 BATCH=8 @8 => 8 microbatches on 8 pipeline stages
---bf16 --fp8-format e4m3 => not trained with until the KL
 --save none => no checkpoint
 """
 

@@ -134,19 +134,30 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, *steps: int, value: float = float(
     monkeypatch.setattr(trainer, "compute_gradients", compute)
 
 
+@pytest.mark.parametrize("save_interval", [1, None])
 def test_a_bad_step_stops_the_run_before_its_weights_change(
-    stage_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    save_interval: int | None,
+    stage_config: MakeConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    poisoned(monkeypatch, 3)
-    cfg = stage_config("pretrain", train_iters=5, save=str(tmp_path), save_interval=1)
-    with pytest.raises(TrainingError, match=r"iteration 3: .*, gradient norm nan; its samples"):
-        train(cfg)
-    assert latest_iteration(tmp_path) == 2
-    assert len(read_metrics(tmp_path)) == 2
-    (row,), _ = read_json_lines(tmp_path / "bad_steps.jsonl")
+    """What was reached is saved, and the run goes on from it as if nothing had happened."""
+    options = {"train_iters": 4, "save_interval": save_interval}
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    with monkeypatch.context() as patch:
+        poisoned(patch, 3)
+        with pytest.raises(TrainingError, match=r"iteration 3: .*, gradient norm nan; its samples"):
+            train(stage_config("pretrain", save=str(cut), **options))
+    assert latest_iteration(cut) == 2
+    assert len(read_metrics(cut)) == 2
+    (row,), _ = read_json_lines(cut / "bad_steps.jsonl")
     assert (row["iteration"], row["action"]) == (3, "stop")
     assert len(row["keys"]) == 8
     assert row["keys"][0].startswith("conversations-")
+    train(stage_config("pretrain", save=str(cut), load=str(cut), **options))
+    train(stage_config("pretrain", save=str(whole), **options))
+    found, expected = (list(map(untimed, read_metrics(each))) for each in (cut, whole))
+    assert found == expected
 
 
 def test_a_bad_step_is_left_out(

@@ -241,7 +241,7 @@ def test_what_the_trainer_or_megatron_core_would_refuse_is_refused_before_it_run
     with pytest.raises(ConfigError, match="e4m3 needs TransformerEngine and a GPU"):
         check_environment(run("--bf16 --fp8-format e4m3"))
     with pytest.raises(ConfigError, match=r"refuses these flags: .*requires FusedAdam from Transf"):
-        check_environment(run("--use-distributed-optimizer --use-precision-aware-optimizer @2"))
+        check_environment(run("--use-distributed-optimizer --use-precision-aware-optimizer"))
     cfg = run("8b TP=2 SP FULL=1 --distribute-saved-activations")
     validate(cfg, 2)
     with pytest.raises(ConfigError, match="core refuses these flags: distribute_saved_activations"):
@@ -307,8 +307,8 @@ def test_on_a_gpu_the_distributed_optimizer_needs_an_adam_that_can_be_resumed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", True)
-    check_environment(run("--use-distributed-optimizer @2"))  # a CPU has the stand-in's
+    check_environment(run("--use-distributed-optimizer"))  # a CPU has the stand-in's
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     check_environment(run(""))
     with pytest.raises(ConfigError, match=r"--use-distributed-optimizer: .*install TransformerEng"):
-        check_environment(run("--use-distributed-optimizer @2"))
+        check_environment(run("--use-distributed-optimizer"))

@@ -113,14 +113,14 @@ def set_up(cfg: RunConfig, groups: Groups, *, between: Callable[[], None] = lamb
         CheckpointError: if a checkpoint is broken or of another model.
     """
     model = resolve_model(cfg)
-    resume = (
-        cfg.checkpoint.load if cfg.checkpoint.load and has_checkpoint(cfg.checkpoint.load) else None
-    )
+    load = cfg.checkpoint.load
+    resume = load if load and has_checkpoint(load) else None
+    step = cfg.checkpoint.ckpt_step if resume else None
     start_from = resume or cfg.checkpoint.pretrained_checkpoint
     if start_from is None and cfg.stage.spec.needs_reference:
         raise ConfigError(
             f"stage {cfg.stage.stage!r} has nothing to start from: give --pretrained-checkpoint, "
-            f"or --load with a checkpoint in it (found --load {cfg.checkpoint.load})"
+            f"or --load with a checkpoint in it (found --load {load})"
         )
 
     def start(modules: Modules) -> None:
@@ -139,7 +139,7 @@ def set_up(cfg: RunConfig, groups: Groups, *, between: Callable[[], None] = lamb
             optimizer=optimizer,
             scheduler=scheduler,
             model_size=model.name,
-            iteration=cfg.checkpoint.ckpt_step,
+            iteration=step,
         )
         iteration, data_state = restored["iteration"], _state_of_data(restored, resume)
         window.load(restored["router_window"])
@@ -169,9 +169,7 @@ def set_up(cfg: RunConfig, groups: Groups, *, between: Callable[[], None] = lamb
             loader, max_skipped_share=cfg.data.max_skipped_share, restored=data_state
         ),
         iteration=iteration,
-        trained_so_far=_trained_so_far(
-            cfg, start_from, cfg.checkpoint.ckpt_step if resume else None
-        ),
+        trained_so_far=_trained_so_far(cfg, start_from, step),
     )
 
 

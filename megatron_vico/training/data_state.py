@@ -15,7 +15,6 @@ from megatron_vico.data.load.error_budget import ErrorBudget, SkipList
 from megatron_vico.data.load.loader import Loader, open_plan
 from megatron_vico.data.pack.balance import Sharing
 from megatron_vico.data.pack.builder import PackBuilder
-from megatron_vico.data.pack.plan import PackPlan
 from megatron_vico.data.pack.plan_state import PlanState
 from megatron_vico.errors import ConfigError
 from megatron_vico.parallel.groups import Groups
@@ -99,8 +98,11 @@ class _Reader:
     """Packs of the run that its workers have begun."""
 
 
-def refuse_useless_data(cfg: RunConfig, plan: PackPlan) -> None:
-    """ConfigError if nothing could be learned, or a step would have samples twice."""
+def refuse_useless_data(cfg: RunConfig, data: DataState) -> None:
+    """ConfigError, on a rank that reads, if nothing could be learned or samples come twice."""
+    if data.loader is None:
+        return
+    plan = data.loader.plan
     paths = ", ".join(str(folder.path) for folder in plan.data.folders)
     learns_from_text = "language_model" in cfg.stage.trained and cfg.stage.spec.plans == "none"
     if not plan.num_tiles.any() and not learns_from_text:
@@ -145,8 +147,6 @@ def build_loader(
         cost=pack_cost(model, cfg.stage),
     )
     plan = open_plan(cfg.data, builder=builder, global_batch_size=cfg.training.global_batch_size)
-    if views == "training":
-        refuse_useless_data(cfg, plan)
     return Loader(
         plan,
         encoder=SampleEncoder(tokenizer=tokenizer, settings=settings),

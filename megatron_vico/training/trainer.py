@@ -31,6 +31,7 @@ from megatron_vico.errors import ReadingStopped
 from megatron_vico.parallel import groups as process_groups
 from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.training.bad_steps import refuse_learning_nothing
+from megatron_vico.training.data_state import refuse_useless_data
 from megatron_vico.training.flops import step_flops
 from megatron_vico.training.fp8_reference import check_fp8_reference
 from megatron_vico.training.going_on import after_bad_step
@@ -86,6 +87,7 @@ def train(cfg: RunConfig) -> Outcome:
         try:
             end_if_told()
             run = set_up(cfg, groups, between=end_if_told)
+            refuse_useless_data(cfg, run.data)
             end_if_told()
             return _loop(run, stop)
         except ReadingStopped:
@@ -129,10 +131,11 @@ def _loop(run: Run, stop: StopSignal) -> Outcome:
             progress.step_done(iteration)
             if run.data.loader is not None:
                 log_skipped(batch.packs)
+            if not is_bad:
+                logger.log(figures)
             run.data.count(figures)
             if is_bad:
                 continue
-            logger.log(figures)
             if profiler is not None:
                 profiler.step()
                 started = time.perf_counter()  # the writing of a trace is no part of a step

@@ -122,7 +122,12 @@ def test_a_model_of_no_preset_comes_in_trains_and_goes_out(
     assert resolve_model(consistency) == metadata.model
     run = tmp_path / "run"
     assert read_metadata(run) == replace(
-        metadata, stage="consistency", iteration=1, has_optimizer=True, optimizer="replicated"
+        metadata,
+        stage="consistency",
+        iteration=1,
+        has_optimizer=True,
+        optimizer="replicated",
+        trained=("vit", "connector_4x", "connector_16x", "language_model"),
     )
     encoder, language_model = weights_of(consistency, run)
     exported = {layout: tmp_path / layout for layout in LAYOUTS}

@@ -87,6 +87,8 @@ def _check_run_folders(cfg: RunConfig) -> None:
         None if path is None else Path(path).resolve()
         for path in (cfg.checkpoint.load, cfg.checkpoint.save)
     )
+    if load is not None:
+        refuse_hugging_face(load)
     # The folder of --save is empty when a run that is to be resumed begins.
     if load is not None and load != save and not has_checkpoint(load):
         raise ConfigError(

@@ -35,7 +35,11 @@ def folder(name, *, shards, seed):
     ]
     files = [
         ShardFiles(
-            name=f"{s}.tar", num_bytes=0, sha256=f"{seed}", num_samples=size, index_sha256=""
+            name=f"{s}.tar",
+            num_bytes=0,
+            sha256=f"{seed:064x}",
+            num_samples=size,
+            index_sha256="0" * 64,
         )
         for s, size in enumerate(shards)
     ]

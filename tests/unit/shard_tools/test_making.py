@@ -5,7 +5,6 @@ import fcntl
 import functools
 import json
 import multiprocessing
-import os
 import re
 import resource
 import signal
@@ -15,6 +14,7 @@ import psutil
 import pytest
 
 from megatron_vico.cli.shards import main
+from megatron_vico.data.encode import tiling
 from megatron_vico.data.shards.reader import ShardFolder
 from megatron_vico.errors import ConfigError, SampleError
 from megatron_vico.shard_tools.made_folder import JOURNAL_NAME, MADE_NAME
@@ -146,18 +146,24 @@ def wait_until(condition, what):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", ["workers", "all"])
-def test_making_goes_on_after_a_kill(tmp_path, make, killed):
+def test_making_goes_on_after_a_kill(tmp_path, make, killed, monkeypatch):
     jsonl = write_conversations(tmp_path / "raw", num_samples=12)
     make(jsonl, tmp_path / "whole", samples_per_shard=4)
-    # The second run of lines waits for ever for an image, a pipe that nobody writes to.
-    image, out = jsonl.parent / "004_0.png", tmp_path / "out"
-    image.rename(jsonl.parent / "kept")
-    os.mkfifo(image)
+    out, held = tmp_path / "out", (jsonl.parent / "004_0.png").read_bytes()
+    open_image = tiling.open_image
+
+    def open_or_wait(content):
+        if content == held:  # of the second run of lines
+            signal.pause()
+        return open_image(content)
+
     maker = multiprocessing.get_context("fork").Process(
         target=expect_a_killed_worker,
         args=(lambda: make(jsonl, out, samples_per_shard=4, num_workers=2),),
     )
-    maker.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(tiling, "open_image", open_or_wait)
+        maker.start()
     half = tmp_path / "out.incomplete"
     wait_until(lambda: len([*half.glob("journal/*.json")]) == 2, "two finished runs")
     workers = psutil.Process(maker.pid).children(recursive=True)
@@ -171,8 +177,6 @@ def test_making_goes_on_after_a_kill(tmp_path, make, killed):
     (half / "shard-000001.npz").write_bytes(b"half")  # of an unfinished run
     finished = {path.name: path.stat() for path in half.glob("shard-00000[02].*")}
     assert len(finished) == 4
-    image.unlink()
-    (jsonl.parent / "kept").rename(image)
     with pytest.raises(ConfigError, match=r"out.incomplete: .*--samples-per-shard was 4, now 5"):
         make(jsonl, out, samples_per_shard=5)
     make(jsonl, out, samples_per_shard=4)

@@ -68,7 +68,7 @@ def other_checkpoint(
     folder = tmp_path_factory.mktemp("other")
     start = {"pretrained_checkpoint": str(base_checkpoint), "save": str(folder)}
     trained = ("connector_4x", "language_model")
-    train(toy_config(toy_data, "pretrain", train_iters=3, train_modules=trained, **start))
+    train(toy_config(toy_data, "pretrain", train_iters=1, train_modules=trained, **start))
     return folder
 
 

@@ -109,7 +109,13 @@ def mixture_folder(
         )
     ]
     files = [
-        ShardFiles(name="", num_bytes=0, sha256="", num_samples=len(each), index_sha256="")
+        ShardFiles(
+            name="all.tar",
+            num_bytes=0,
+            sha256="0" * 64,
+            num_samples=len(each),
+            index_sha256="0" * 64,
+        )
         for each in shards
     ]
     settings = EncodingSettings(image_size=448, max_dynamic_patch=12, use_thumbnail=True)

@@ -56,11 +56,15 @@ def told_during(monkeypatch: pytest.MonkeyPatch, where: str, number: int) -> lis
 
 
 @pytest.mark.parametrize(
-    ("number", "outcome"),
-    [(signal.SIGTERM, "stopped"), (signal.SIGUSR1, "stopped"), (signal.SIGINT, "interrupted")],
-)
-@pytest.mark.parametrize(
-    ("where", "saved"), [("set_up", None), ("step", 1), ("save", 2), ("validation", 2)]
+    ("where", "saved", "number", "outcome"),
+    [
+        ("set_up", None, signal.SIGTERM, "stopped"),
+        ("step", 1, signal.SIGTERM, "stopped"),
+        ("save", 2, signal.SIGTERM, "stopped"),
+        ("validation", 2, signal.SIGTERM, "stopped"),
+        ("step", 1, signal.SIGUSR1, "stopped"),
+        ("step", 1, signal.SIGINT, "interrupted"),
+    ],
 )
 def test_a_signal_ends_a_run_within_a_batch_with_a_checkpoint(
     where: str,
@@ -72,8 +76,6 @@ def test_a_signal_ends_a_run_within_a_batch_with_a_checkpoint(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if number != signal.SIGTERM and where != "step":
-        pytest.skip("signals differ in their number only")
     times = told_during(monkeypatch, where, number)
     options = {"valid_data_path": (str(toy_data.shards),), "eval_interval": 2, "save_interval": 2}
     cfg = stage_config("pretrain", train_iters=9, save=str(tmp_path), **options)

@@ -1,14 +1,31 @@
 """Packaging; the versions that are tested together are in constraints.txt."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+# Read, not imported: the version is there before anything is installed.
+version = re.search(r'__version__ = "(.+)"', (ROOT / "megatron_vico/__init__.py").read_text())
+assert version is not None, "megatron_vico/__init__.py states __version__"
 
 setup(
     name="megatron_vico",
-    version="0.1.0",
+    version=version[1],
     description="ViCO (Visual Consistency Learning) training for InternVL3.5 on megatron-core",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.12",
-    package_data={"megatron_vico.evaluation": ["*.html"]},
+    package_data={"megatron_vico": ["py.typed"], "megatron_vico.evaluation": ["*.html"]},
     packages=find_packages(include=["megatron_vico", "megatron_vico.*"]),
     install_requires=[
         "megatron-core>=0.19.2,<0.20",
@@ -36,6 +53,7 @@ setup(
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.14"],
         "video": ["av>=14"],
         "wandb": ["wandb>=0.20"],
+        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1"],
         "demo": ["scikit-image>=0.25", "scikit-learn>=1.6"],
         "test": [
             "triton>=3.4; platform_system == 'Linux'",  # torch's wheels bring it

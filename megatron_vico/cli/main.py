@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, TextIO, cast
 
+from megatron_vico import __version__
 from megatron_vico.cli.rank_failure import end_rank, is_one_of_many, one_line
 from megatron_vico.errors import USER_ERRORS, nearest, printable
 
@@ -66,6 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())
         return 0 if words else USER_ERROR
+    if words == ["--version"]:
+        print(f"megatron_vico {__version__}")
+        return 0
     name, *rest = words
     if name not in COMMANDS:
         print(
@@ -135,5 +139,11 @@ def _help() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {summary}" for name, summary in COMMANDS.items()]
     return "\n".join(
-        ["usage: vico COMMAND ...", "", *lines, "", "`vico COMMAND --help` shows its flags."]
+        [
+            "usage: vico COMMAND ...",
+            "",
+            *lines,
+            "",
+            "`vico COMMAND --help` shows its flags; `vico --version` what is installed.",
+        ]
     )

@@ -3,12 +3,18 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
 from megatron_vico.config.registry import ModelConfig, get_model_config
+from megatron_vico.data.encode.sample_encoder import EncodingSettings
+from megatron_vico.data.encode.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_vico.data.samples import PackedStream
+from megatron_vico.inference.engine import Engine
 from megatron_vico.models.build import (
     build_language_model,
     build_vision_encoder,
@@ -43,6 +49,40 @@ def make_language_model(model: ModelConfig, *, seed: int = 1) -> LanguageModel:
     """A language model whose every parameter is random."""
     return randomise(
         build_language_model(model, language_transformer_config(model), attention="sdpa"), seed=seed
+    )
+
+
+def make_engine(folder: Path, *, size: str = "toy", **fields: Any) -> Engine:
+    """A toy that reacts to its images and ends some of its answers; `fields` are of `Engine`."""
+    # Weights come from megatron-core's own random state, which other tests move.
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    torch.manual_seed(0)
+    text = ["What is it? And now? Yes, no, two tiles. user assistant system"] * 50
+    path = train_sentencepiece(text, model_prefix=folder / "toy", vocab_size=320)
+    tokenizer = load_tokenizer(path)
+    model = get_model_config(size)
+    language_model = build_language_model(
+        model, language_transformer_config(model), attention="sdpa"
+    )
+    encoder = build_vision_encoder(model, vision_transformer_config(model))
+    with torch.no_grad():
+        # Fresh weights hardly react to the image, nor ever stop: make visual tokens loud and the
+        # end mark likely.
+        encoder.connector_4x.linear_2.weight.mul_(30)
+        encoder.connector_16x.linear_3.weight.mul_(30)
+        language_model.gpt.output_layer.weight[tokenizer.eos_id].mul_(2.5)
+        # Likewise the router: its head decides by what it sees, and not by its bias alone.
+        encoder.vir.gating.gate[1].weight.mul_(20)
+    settings = EncodingSettings(
+        image_size=32, max_dynamic_patch=4, use_thumbnail=True, tile_tags="numbered"
+    )
+    return Engine(
+        encoder=encoder,
+        language_model=language_model,
+        tokenizer=tokenizer,
+        model=model,
+        settings=settings,
+        **fields,
     )
 
 

@@ -89,7 +89,7 @@ def evaluate(run: Path, *, groups: "Groups", split: str, seed: int) -> None:
     # The first images of the set, whatever they show.
     pictured = [
         plots.RoutedImage(
-            tiles=engine.prompt(sample.conversation).first.tiles,
+            tiles=engine.prompt(sample.conversation).parts[0].tiles,
             columns=2,
             compressed=answer.compressed_N.tolist(),
             probability=[] if answer.probability_N is None else answer.probability_N.tolist(),

@@ -13,7 +13,8 @@ from megatron_vico.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_vico.convert.huggingface.config import ExportOptions
-    from megatron_vico.inference.engine import Engine, PlanSource, Routing
+    from megatron_vico.inference.engine import Engine
+    from megatron_vico.inference.plans import PlanSource, Routing
 
 Overrides = dict[str, str]
 
@@ -83,10 +84,13 @@ class ModelFlags:
     def engine(self) -> Iterator["Engine"]:
         """An engine with the weights of --load; its process groups end with the context.
 
+        The ranks of a launcher share each layer; only the first prints.
+
         Raises:
             CheckpointError: if --load is no checkpoint.
-            ConfigError: if there is no tokenizer.
+            ConfigError: if there is no tokenizer, or the model is not to be shared by so many.
         """
+        from megatron_vico.config.layout import launched_world_size
         from megatron_vico.config.schema import ParallelOptions
         from megatron_vico.convert.open import TOKENIZER_FOLDER, is_megatron
         from megatron_vico.data.encode.sample_encoder import EncodingSettings
@@ -104,7 +108,14 @@ class ModelFlags:
             tile_tags=use.tile_tags,
         )
         settings = EncodingSettings.from_options(tiling, image_size=model.vision.image_size)
-        with process_groups.started(ParallelOptions(), seed=0, timeout_minutes=10) as groups:
+        num_ranks, num_groups = launched_world_size(), model.language.num_query_groups
+        if num_groups % num_ranks:
+            raise ConfigError(
+                f"{num_ranks} ranks do not divide num_query_groups {num_groups} of {model.name};"
+                " start a number that does."
+            )
+        parallel = ParallelOptions(tensor_model_parallel_size=num_ranks)
+        with process_groups.started(parallel, seed=0, timeout_minutes=10) as groups:
             engine = build_engine(
                 model,
                 groups=groups,
@@ -155,7 +166,7 @@ class RoutingFlags(ModelFlags):
 
     def routing(self) -> "Routing":
         """The router's rule; ConfigError if there is no trained router to ask."""
-        from megatron_vico.inference.engine import Routing
+        from megatron_vico.inference.plans import Routing
 
         if self.drawn:
             raise ConfigError(
@@ -171,18 +182,39 @@ class RoutingFlags(ModelFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerFlags(RoutingFlags):
+class PlanFlags(RoutingFlags):
+    """Where compression plans come from."""
+
+    replay: Path | None = None
+    """JSONL file of decisions that the plan `replay` takes: a request log of `vico serve`, or what
+    `vico evaluate --write-plans` wrote."""
+
+    def read_plan(self, name: str) -> "PlanSource":
+        """The plan of a name; ConfigError if it needs what was never trained, or there is none."""
+        from megatron_vico.inference import plans
+
+        kind = name.partition("=")[0]
+        if kind not in ("none", "vir", "image") and "connector_16x" in self.drawn:
+            raise ConfigError(f"plan {name}: {self.lacks(['connector_16x'])}; take the plan none.")
+        replay = None if self.replay is None else plans.read_replay(self.replay)
+        routing = self.routing() if kind in ("vir", "image") else None
+        return plans.read_plan(name, routing=routing, replay=replay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerFlags(PlanFlags):
     """How the model answers, and from how many visual tokens."""
 
     max_new_tokens: int = 64
     """Longest answer."""
 
-    plan: Literal["vir", "none", "all"] | None = None
-    """Which tiles get the 16x connector; unset, those of the router's where --load has a trained
-    one, else none."""
+    plan: str | None = None
+    """Which tiles get the 16x connector: none, all, vir (the router), image (the router, image by
+    image), random=R (a share R of them) or replay; unset, vir where --load has a trained router,
+    else none."""
 
     @cached_property
-    def chosen_plan(self) -> Literal["vir", "none", "all"]:
+    def chosen_plan(self) -> str:
         """--plan, or what the checkpoint can do."""
         if self.plan is None and self.drawn:
             print(f"note: {self.lacks(self.drawn)}: nothing is compressed.", file=sys.stderr)
@@ -190,9 +222,5 @@ class AnswerFlags(RoutingFlags):
         return self.plan or "vir"
 
     def plan_source(self) -> "PlanSource":
-        """What the engine takes as `plan`; ConfigError if it needs what was never trained."""
-        if self.chosen_plan == "vir":
-            return self.routing()
-        if self.chosen_plan == "all" and "connector_16x" in self.drawn:
-            raise ConfigError(f"--plan all: {self.lacks(['connector_16x'])}; give --plan none.")
-        return self.chosen_plan
+        """What the engine takes as `plan`; ConfigError as in `read_plan`."""
+        return self.read_plan(self.chosen_plan)

@@ -1,6 +1,7 @@
 """`vico evaluate`: score a model on a JSONL file of questions under one plan."""
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,9 @@ class Flags(AnswerFlags):
     output: Path | None = None
     """JSON file for the figures."""
 
+    write_plans: Path | None = None
+    """JSONL file for what was decided for each image; `--plan replay` takes it."""
+
 
 def main(arguments: Sequence[str]) -> None:
     """Print the figures, and write them where --output says.
@@ -41,7 +45,8 @@ def main(arguments: Sequence[str]) -> None:
 
     cpu_stand_in.install()
     from megatron_vico.evaluation.runner import read_evaluation_set, run_evaluation
-    from megatron_vico.files import write_json
+    from megatron_vico.files import write_json, write_text
+    from megatron_vico.inference.plans import decisions
 
     samples = read_evaluation_set(
         options.jsonl,
@@ -51,13 +56,24 @@ def main(arguments: Sequence[str]) -> None:
     )
     plan = options.plan_source()
     with options.engine() as engine:
-        result = run_evaluation(
+        prompts = [engine.prompt(sample.conversation) for sample in samples]
+        evaluation = run_evaluation(
             engine,
             samples,
             row=options.chosen_plan,
             plan=plan,
+            prompts=prompts,
             max_new_tokens=options.max_new_tokens,
-        ).result
+        )
+        if not engine.is_main:
+            return
+    result = evaluation.result
+    if options.write_plans is not None:
+        lines = [
+            json.dumps({"id": prompt.key, "images": decisions(prompt, answer.compressed_N)})
+            for prompt, answer in zip(prompts, evaluation.answers, strict=True)
+        ]
+        write_text(options.write_plans, "\n".join(lines) + "\n")
     print(f"{len(samples)} conversations: score {result.score:.2%} +- {result.standard_error:.2%}")
     for kind, score in result.score_by_kind.items():
         print(f"  {kind}: {score:.2%} of {result.num_questions_by_kind[kind]} questions")

@@ -32,7 +32,26 @@ class Flags(AnswerFlags):
     """Frames of the video; unset, 8."""
 
     prompt: UseAppendAction[tuple[str, ...]]
-    """A question; may be repeated, each sees the answers before it."""
+    """A question; may be repeated, each sees the answers before it. `<image>` says where an image
+    goes, in any of them; without it, all come first."""
+
+    system: str | None = None
+    """System message; unset, the official one, or with --thinking its own."""
+
+    thinking: bool = False
+    """Ask for reasoning between <think> and </think>, by the official system message for it."""
+
+    temperature: float = 0.0
+    """0 is greedy; the official value for thinking is 0.6."""
+
+    top_p: float = 1.0
+    """Least sum of the probabilities that are drawn from."""
+
+    seed: int = 0
+    """Of what is drawn."""
+
+    stop: UseAppendAction[tuple[str, ...]] = ()
+    """A text that ends an answer; may be repeated."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -51,10 +70,22 @@ def main(arguments: Sequence[str]) -> None:
     from megatron_vico import cpu_stand_in
 
     cpu_stand_in.install()
+    from megatron_vico.inference.sampling import Sampling
+
     sample = _sample(options)
     with options.engine() as engine:
         prompts, plan = [engine.prompt(sample)], options.plan_source()
-        (answers,) = engine.answer(prompts, plan=plan, max_new_tokens=options.max_new_tokens)
+        sampling = Sampling(
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+            stop=options.stop,
+        )
+        (answers,) = engine.answer(
+            prompts, plan=plan, max_new_tokens=options.max_new_tokens, sampling=sampling
+        )
+        if not engine.is_main:
+            return
     for question, text in zip(options.prompt, answers.texts, strict=True):
         print(f"> {question}\n{text}\n")
     num_tiles = len(answers.compressed_N)
@@ -65,10 +96,14 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _sample(options: Flags) -> "ConversationSample":
+    from megatron_vico.data.encode.conversation import THINKING_SYSTEM_MESSAGE
     from megatron_vico.data.encode.video import INFERENCE_TEXT, middle_frames, with_frames
     from megatron_vico.data.samples import ConversationSample, Turn
 
     turns = tuple(Turn("human", text) for text in options.prompt)
+    system = options.system or (THINKING_SYSTEM_MESSAGE if options.thinking else None)
+    if system is not None:
+        turns = (Turn("system", system), *turns)
     if options.video is None:
         images = tuple(_read(path) for path in options.image)
         return ConversationSample(key="prompt", turns=turns, images=images)

@@ -54,6 +54,9 @@ class ConversationSample:
     """Most tiles of an image, where the sample's data set says so (1 for the frames of a video);
     None, the run's."""
 
+    image_tag: str = "<image>"
+    """What stands for an image in the turns; another where their texts may say `<image>`."""
+
     data_augment: bool = False
     """Whether its tiles go through JPEG compression of a random quality when it is trained."""
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from megatron_vico.evaluation.runner import Evaluation, EvaluationSample, run_evaluation
 from megatron_vico.evaluation.tables import TableRow
-from megatron_vico.inference.engine import Engine, Routing
+from megatron_vico.inference.engine import Engine
+from megatron_vico.inference.plans import Routing
 from megatron_vico.vico.compression_plan import generator, plan_random_exact
 
 Weights = Literal["vanilla", "warmed", "vico", "image_level"]

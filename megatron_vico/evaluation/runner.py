@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from megatron_vico.data.records import bounded_lines, check_lines, media_of, path_below
@@ -17,7 +18,8 @@ from megatron_vico.data.shards.reader import parse_sample
 from megatron_vico.errors import SampleError, nearest
 from megatron_vico.evaluation.scorers import SCORERS
 from megatron_vico.files import read_plain
-from megatron_vico.inference.engine import Answers, Engine, PlanSource, Prompt
+from megatron_vico.inference.engine import Answers, Engine
+from megatron_vico.inference.plans import PlanSource, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +172,7 @@ def run_evaluation(
     samples: Sequence[EvaluationSample],
     *,
     row: str,
-    plan: PlanSource,
+    plan: PlanSource | Sequence[Tensor],
     prompts: Sequence[Prompt] | None = None,
     max_new_tokens: int = 64,
 ) -> Evaluation:

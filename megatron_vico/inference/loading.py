@@ -8,12 +8,13 @@ from megatron_vico.checkpoint.integrity import WEIGHTS, require_intact
 from megatron_vico.checkpoint.run_folder import has_checkpoint, model_of_run
 from megatron_vico.config.config_json import read_model
 from megatron_vico.config.registry import MODELS, ModelConfig
-from megatron_vico.config.schema import RunConfig, TrainingOptions
+from megatron_vico.config.schema import ParallelOptions, RunConfig, TrainingOptions
 from megatron_vico.convert.huggingface.config import layout_of
 from megatron_vico.convert.modules import load_source
 from megatron_vico.convert.open import open_source
 from megatron_vico.data.encode.sample_encoder import EncodingSettings
 from megatron_vico.data.encode.tokenizer import Tokenizer
+from megatron_vico.errors import CheckpointError
 from megatron_vico.files import read_json
 from megatron_vico.inference.engine import Engine
 from megatron_vico.models.build import (
@@ -37,15 +38,18 @@ def build_engine(
 ) -> Engine:
     """An engine with fresh weights, which `load_weights` fills, on the device of the groups.
 
-    The groups are of one rank; what is not named here is as in `Engine`.
+    The language model is spread over the groups' tensor-parallel ranks; what is not named here is
+    as in `Engine`.
     """
+    parallel = ParallelOptions(tensor_model_parallel_size=groups.language.tp.size())
+    cfg = RunConfig(training=TrainingOptions(bf16=bf16), parallel=parallel)
     encoder = build_vision_encoder(
         model, vision_transformer_config(model, bf16=bf16), pg_collection=groups.encoder
     ).requires_grad_(False)
     # mcore's local layers with torch's attention, on a GPU too: they know the KV cache.
     language_model = build_language_model(
         model,
-        language_transformer_config(model, RunConfig(training=TrainingOptions(bf16=bf16))),
+        language_transformer_config(model, cfg),
         pg_collection=groups.language,
         attention="sdpa",
     ).requires_grad_(False)
@@ -74,6 +78,11 @@ def load_weights(engine: Engine, source: str | Path) -> None:
         training_checkpoint.load_weights(source, modules=modules, model_size=engine.model.name)
         return
     name = engine.model.name
+    if engine.language_model.tp_group.size() > 1:
+        raise CheckpointError(
+            f"{source}: a Hugging Face folder loads on one rank; for tensor-parallel ranks make"
+            " Megatron's form of it: vico convert --from hf --to megatron."
+        )
     opened = open_source(source, model_size=name if name in MODELS else None)
     require_intact(Path(source), files=WEIGHTS)
     load_source(opened, encoder=engine.encoder, language_model=engine.language_model)

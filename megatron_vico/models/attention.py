@@ -150,19 +150,34 @@ class SDPACoreAttention(MegatronModule):
 
     def _batch(self, query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout) -> Tensor:
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
-        cache, slots_BS = layout.cache, layout.slots_BS
+        cache, slots_BS, rows = layout.cache, layout.slots_BS, layout.rows
         if cache is None or slots_BS is None:
             return self._attend(q, k, v).transpose(0, 1).flatten(2)
         keys, values = cache.keys[self.layer], cache.values[self.layer]
-        samples_B1 = torch.arange(slots_BS.size(0), device=slots_BS.device)[:, None]
-        keys[samples_B1, slots_BS] = k.to(keys.dtype)
-        values[samples_B1, slots_BS] = v.to(values.dtype)
+        keys[layout.rows_B1, slots_BS] = k.to(keys.dtype)
+        values[layout.rows_B1, slots_BS] = v.to(values.dtype)
         if layout.num_slots == slots_BS.size(1):  # the first tokens of every sample
             return self._attend(q, k, v).transpose(0, 1).flatten(2)
         # Slots beyond a sample's own length hold padding or nothing; no query looks that far.
         seen_BSK = torch.arange(layout.num_slots, device=slots_BS.device) <= slots_BS[:, :, None]
-        keys, values = keys[:, : layout.num_slots], values[:, : layout.num_slots]
-        return self._attend(q, keys, values, mask=seen_BSK[:, None]).transpose(0, 1).flatten(2)
+        keys, values = keys[rows, : layout.num_slots], values[rows, : layout.num_slots]
+        return self._attend_masked(q, keys, values, seen_BSK).transpose(0, 1).flatten(2)
+
+    def _attend_masked(self, q: Tensor, k: Tensor, v: Tensor, seen_BSK: Tensor) -> Tensor:
+        """[B, S, A, E] as `_attend`; heads that share a key are more queries of one head.
+
+        torch's kernels that take a mask know no groups of heads, and without it would fall back to
+        the one that keeps all scores.
+        """
+        batch, num_queries, heads, channels = q.shape
+        groups, share = k.size(2), heads // k.size(2)
+        q = q.view(batch, num_queries, groups, share, channels)
+        mask = seen_BSK[:, None].expand(-1, share, -1, -1).flatten(1, 2)
+        out = self._attend(
+            q.permute(0, 3, 1, 2, 4).flatten(1, 2), k, v, mask=mask[:, None]
+        )  # [B, share * S, G, E]
+        out = out.view(batch, share, num_queries, groups, channels)
+        return out.permute(0, 2, 3, 1, 4).reshape(batch, num_queries, heads, channels)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """[B, S, A, E] from [B, S, A, E] and [B, K, G, E], causal where there is no mask."""

@@ -17,13 +17,14 @@ from megatron_vico.models.zigzag import zigzag_positions
 
 
 class KVCache:
-    """Keys and values of the tokens that a batch of samples has seen, for generation.
+    """Keys and values of the tokens that samples have seen, for generation; a sample has a row.
 
-    Sample b's next token goes to slot `lengths[b]`; samples may differ in length.
+    The next token of the sample in row b goes to slot `lengths[b]`; samples may differ in length.
+    It takes memory as they grow longer. megatron-core's contexts do not serve here: the static one
+    has one length for its whole batch, so that none can join; the dynamic one needs CUDA.
 
     Attributes:
-        lengths: [B] int64 on the host, tokens of each sample that are in the cache. The engine may
-            overwrite it.
+        lengths: [B] int64 on the host, tokens of each row; 0 frees it.
     """
 
     def __init__(
@@ -37,18 +38,36 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (num_layers, batch, max_len, num_query_groups, head_dim)
+        shape = (num_layers, batch, 0, num_query_groups, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64)
         self.max_len = max_len
 
-    def slots(self, num_tokens: int) -> Tensor:
-        """The slots [B, S], on the host, that the next `num_tokens` of each sample go to."""
-        slots_BS: Tensor = self.lengths[:, None] + torch.arange(num_tokens)
-        needed = int(slots_BS.max()) + 1
+    def slots(self, rows_B: Tensor, num_new_B: Tensor, num_tokens: int) -> Tensor:
+        """The slots [B, S], on the host, that the next `num_tokens` of each row go to.
+
+        Of these the first `num_new_B` are real, the rest padding.
+        """
+        lengths_B = self.lengths[rows_B]
+        needed = int((lengths_B + num_new_B).max())
         assert needed <= self.max_len, f"{needed} tokens in a cache for {self.max_len}"
+        slots_BS: Tensor = lengths_B[:, None] + torch.arange(num_tokens)
+        needed, there = int(slots_BS.max()) + 1, self.keys.size(2)
+        if needed > there:  # at least twice as many, so that copies are few
+            grown = max(needed, min(2 * there, self.max_len))
+            self.keys, self.values = (
+                torch.cat((x, x.new_zeros(*x.shape[:2], grown - there, *x.shape[3:])), dim=2)
+                for x in (self.keys, self.values)
+            )
         return slots_BS
+
+    def move(self, source: int, target: int) -> None:
+        """Give the sample of row `source` the row `target`; `source` is free then."""
+        num_tokens = int(self.lengths[source])
+        for each in (self.keys, self.values):
+            each[:, target, :num_tokens] = each[:, source, :num_tokens]
+        self.lengths[target], self.lengths[source] = num_tokens, 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +118,11 @@ class AttentionLayout(PackedSeqParams):
     """This rank's part of the pack; None where it holds all of it."""
 
     cache: KVCache | None = None
+    rows: slice | Tensor = slice(None)
+    """Rows of the cache that the samples have: a slice where they are the first ones, in order, for
+    then attention reads the cache where it is."""
+
+    rows_B1: Tensor | None = None
     slots_BS: Tensor | None = None
     num_slots: int = 0
     """Slots of the cache in use after this call."""
@@ -197,16 +221,25 @@ def context_share(
 
 
 def batch_layout(
-    positions_BS: Tensor, *, cache: KVCache | None, rotary: Rotary, dtype: torch.dtype
+    positions_BS: Tensor,
+    *,
+    cache: KVCache | None,
+    rows_B: Tensor,
+    num_new_B: Tensor,
+    rotary: Rotary,
+    dtype: torch.dtype,
 ) -> AttentionLayout:
     """The layout of a batch of samples, right-padded or all of one length, for generation.
 
-    `positions_BS` are the tokens' in their samples; they are added to the cache.
+    `positions_BS` are the tokens' in their samples; they are added to the cache, in `rows_B`.
     """
     cos, sin = rotary(positions_BS.transpose(0, 1), dtype)
     layout = AttentionLayout(qkv_format="sbhd", cos=cos, sin=sin, cache=cache)
     if cache is not None:
-        slots_BS = cache.slots(positions_BS.size(1))
+        slots_BS = cache.slots(rows_B, num_new_B, positions_BS.size(1))
         layout.num_slots = int(slots_BS.max()) + 1
         layout.slots_BS = slots_BS.to(positions_BS.device)
+        in_order = torch.equal(rows_B, torch.arange(len(rows_B)))
+        layout.rows = slice(len(rows_B)) if in_order else rows_B.to(positions_BS.device)
+        layout.rows_B1 = rows_B[:, None].to(positions_BS.device)
     return layout

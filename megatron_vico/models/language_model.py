@@ -221,6 +221,7 @@ class LanguageModel(MegatronModule):
         cache: KVCache | None = None,
         *,
         num_new_B: Tensor | None = None,
+        rows_B: Tensor | None = None,
     ) -> Tensor:
         """Run the whole model over a batch, for generation: prefill, then decode with S = 1.
 
@@ -231,6 +232,7 @@ class LanguageModel(MegatronModule):
             visual_index: [V] int64, where each goes in the flattened [B * S].
             cache: what the samples have seen before; the new tokens are added.
             num_new_B: [B] int64 on the host, tokens of each sample that are real; None: all S.
+            rows_B: [B] int64 on the host, the samples' rows of the cache; None: the first B.
 
         Returns:
             Hidden states [B, S, H] after the final norm; meaningless at padding.
@@ -245,12 +247,21 @@ class LanguageModel(MegatronModule):
             rows_V = visual_index % length * batch + visual_index // length
             flat = hidden.flatten(0, 1).index_copy(0, rows_V, visual_tokens_VH.to(hidden.dtype))
             hidden = flat.view(hidden.shape)
-        layout = batch_layout(position_ids_BS, cache=cache, rotary=self.rotary, dtype=hidden.dtype)
+        rows_B = torch.arange(batch) if rows_B is None else rows_B
+        num_new_B = torch.full((batch,), length) if num_new_B is None else num_new_B
+        layout = batch_layout(
+            position_ids_BS,
+            cache=cache,
+            rows_B=rows_B,
+            num_new_B=num_new_B,
+            rotary=self.rotary,
+            dtype=hidden.dtype,
+        )
         output: Tensor = self.gpt.decoder(
             hidden_states=hidden, attention_mask=None, packed_seq_params=layout
         )
         if cache is not None:
-            cache.lengths = cache.lengths + (length if num_new_B is None else num_new_B)
+            cache.lengths[rows_B] += num_new_B
         return output.transpose(0, 1)
 
     def _kl_to(self, reference: "LanguageModel", reference_rows_RH: Tensor) -> KLToReference:

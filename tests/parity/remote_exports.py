@@ -1,7 +1,7 @@
 """Exports with their model code, and how transformers loads and asks them."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from megatron_vico.data.encode.expand import expand
 from megatron_vico.data.encode.sample_encoder import EncodingSettings
 from megatron_vico.data.encode.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from megatron_vico.data.samples import ConversationSample, Turn
-from megatron_vico.inference.engine import Engine, Prompt, Routing
+from megatron_vico.inference.engine import Engine
+from megatron_vico.inference.plans import Prompt, Routing
 from tests.toy_models import KINDS, combine, make_encoder, make_language_model
 
 OPTIONS = ExportOptions(
@@ -137,10 +138,19 @@ def conversation(index: int, *, num_questions: int = 2) -> ConversationSample:
     return ConversationSample(key=f"c{index}", turns=tuple(turns), images=images)
 
 
-def uncompressed_ids(exported: Exported, prompt: Prompt) -> list[int]:
+def with_later_image(sample: ConversationSample) -> ConversationSample:
+    *turns, last = sample.turns
+    image = png(64, 32, seed=99)
+    later = Turn("human", f"{last.text} <image>")
+    return replace(sample, turns=(*turns, later), images=(*sample.images, image))
+
+
+def uncompressed_ids(exported: Exported, prompt: Prompt, *, part: int = 0) -> list[int]:
     """What a user of the remote code writes: every tile with all its image tokens."""
-    kept = torch.zeros(prompt.first.num_tiles, dtype=torch.bool)
-    stream = expand([prompt.first], plan=kept, tokens_kept=4, tokens_compressed=1, image_token_id=5)
+    kept = torch.zeros(prompt.num_tiles, dtype=torch.bool)
+    stream = expand(
+        prompt.parts[:1], plan=kept, tokens_kept=4, tokens_compressed=1, image_token_id=5
+    )
     return stream.token_ids.tolist()
 
 

@@ -24,6 +24,7 @@ from tests.parity.remote_exports import (
     load_tokenizer_of,
     png,
     uncompressed_ids,
+    with_later_image,
 )
 from tests.toy_models import make_encoder, random_tiles
 
@@ -39,11 +40,11 @@ def test_generated_tokens_are_the_engines(exported: Exported, rule: str) -> None
     )
     lens = []
     for prompt, expected in zip(prompts, answers, strict=True):
-        pixels = exported.engine.encoder.normalise(torch.from_numpy(prompt.first.tiles))
+        pixels = exported.engine.encoder.normalise(torch.from_numpy(prompt.parts[0].tiles))
         ids = uncompressed_ids(exported, prompt)
         for turn, text in enumerate(expected.texts):
             if turn:
-                ids += [exported.tokenizer.eos_id, *prompt.follow_ups[turn - 1].tolist()]
+                ids += [exported.tokenizer.eos_id, *prompt.parts[turn].token_ids.tolist()]
             (said,) = remote.generate(pixels, torch.tensor([ids]), **generation(exported)).tolist()
             if said[-1] == exported.tokenizer.eos_id:
                 said.pop()
@@ -60,6 +61,26 @@ def test_generated_tokens_are_the_engines(exported: Exported, rule: str) -> None
     assert 0 < int(everything.sum()) < len(everything)
 
 
+def test_an_image_may_come_with_a_later_question(exported: Exported) -> None:
+    """Several conversations in a batch, one after the other in transformers."""
+    remote = load(exported.flash, flash_decision_rule="paper")
+    samples = [with_later_image(conversation(index)) for index in range(len(IMAGES))]
+    prompts = [exported.engine.prompt(sample) for sample in samples]
+    answers = exported.engine.answer(prompts, plan=ROUTINGS["paper"], max_new_tokens=MAX_NEW_TOKENS)
+    for prompt, expected in zip(prompts, answers, strict=True):
+        tiles = torch.cat([torch.from_numpy(part.tiles) for part in prompt.parts])
+        said = expected.token_ids[0]
+        ids = [*uncompressed_ids(exported, prompt), *said, exported.tokenizer.eos_id]
+        ids += uncompressed_ids(exported, prompt, part=1)
+        pixels = exported.engine.encoder.normalise(tiles)
+        (found,) = remote.generate(pixels, torch.tensor([ids]), **generation(exported)).tolist()
+        assert (
+            tuple(each for each in found if each != exported.tokenizer.eos_id)
+            == (expected.token_ids[1])
+        )
+        assert torch.equal(remote.compressed_tiles, expected.compressed_N)
+
+
 def test_switched_off_nothing_is_compressed_and_nothing_is_lost(
     exported: Exported, tmp_path: Path
 ) -> None:
@@ -69,7 +90,7 @@ def test_switched_off_nothing_is_compressed_and_nothing_is_lost(
     ]
     answers = exported.engine.answer(prompts, plan="none", max_new_tokens=MAX_NEW_TOKENS)
     for prompt, expected in zip(prompts, answers, strict=True):
-        pixels = exported.engine.encoder.normalise(torch.from_numpy(prompt.first.tiles))
+        pixels = exported.engine.encoder.normalise(torch.from_numpy(prompt.parts[0].tiles))
         ids = torch.tensor([uncompressed_ids(exported, prompt)])
         (said,) = remote.generate(pixels, ids, **generation(exported)).tolist()
         if said[-1] == exported.tokenizer.eos_id:
@@ -121,7 +142,7 @@ def test_chat_tiles_asks_and_remembers(exported: Exported, tmp_path: Path) -> No
         for file, content in zip(files, sample.images, strict=True):
             file.write_bytes(content)
         pixels, counts = remote.load_images(files) if files else (None, [])
-        assert counts == list(prompt.first.tiles_per_image)
+        assert counts == prompt.tiles_per_image
         answer, history = remote.chat(
             tokenizer, pixels, "What is it?", settings, return_history=True, num_patches_list=counts
         )

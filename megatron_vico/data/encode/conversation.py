@@ -34,6 +34,19 @@ DEFAULT_SYSTEM_MESSAGE = (
     "\u591a\u5bb6\u5408\u4f5c\u5355\u4f4d\u8054\u5408\u5f00\u53d1\u7684"
     "\u591a\u6a21\u6001\u5927\u8bed\u8a00\u6a21\u578b\u3002"
 )
+# Of the official model cards: R1_SYSTEM_PROMPT.
+THINKING_SYSTEM_MESSAGE = """\
+You are an AI assistant that rigorously follows this response protocol:
+
+1. First, conduct a detailed analysis of the question. Consider different angles, potential \
+solutions, and reason through the problem step-by-step. Enclose this entire thinking process \
+within <think> and </think> tags.
+
+2. After the thinking section, provide a clear, concise, and direct answer to the user's question. \
+Separate the answer from the think section with a newline.
+
+Ensure that the thinking process is thorough but remains focused on the query. The final answer \
+should be standalone and not reference the thinking section."""
 
 
 def encode_conversation(
@@ -60,7 +73,13 @@ def encode_conversation(
             or an empty one.
     """
     _check_turns(turns, key)
-    placed = _place_images(turns, tiles_per_image, tile_tags, key)
+    for number, turn in enumerate(turns):
+        if IMAGE_CONTEXT in turn.text:
+            raise SampleError(
+                f"sample {key!r}: turn {number + 1} contains {IMAGE_CONTEXT}; use {IMAGE_TAG} tags."
+            )
+    pieces = _split_at_images(turns, tiles_per_image, tile_tags, IMAGE_TAG, key)
+    placed = [Turn(turn.role, "".join(texts)) for turn, texts in zip(turns, pieces, strict=True)]
     if placed[0].role == "pretrain":
         return _encode_pretrain(placed[0].text, tile_tags, tokenizer)
     if not any(turn.role == "gpt" for turn in turns):
@@ -91,11 +110,18 @@ def encode_prompt(
     tiles_per_image: Sequence[int],
     tokenizer: Tokenizer,
     tile_tags: TileTags = "none",
+    image_tag: str = IMAGE_TAG,
     key: str = "",
-) -> tuple[IntArray, BoolArray]:
-    """As `encode_conversation`, for a conversation that ends with a question.
+) -> list[IntArray]:
+    """Ids that the model reads before each of its answers.
 
-    The ids end with `<|im_start|>assistant\\n`, for the model to go on; nothing is a response.
+    It answers the last turn, and wherever the next turn is a question too; `gpt` turns are answers
+    that were given before. Each part ends with `<|im_start|>assistant\\n`; all but the first begin
+    behind an answer's `<|im_end|>`. Special strings are text: only `image_tag` stands for an image.
+
+    Args:
+        turns, tiles_per_image, tokenizer, tile_tags: as in `encode_conversation`.
+        image_tag: what stands for an image.
 
     Raises:
         SampleError: if tags and images do not match, or the last turn is not a question.
@@ -105,17 +131,23 @@ def encode_prompt(
         raise SampleError(
             f"sample {key!r}: a prompt ends with role {turns[-1].role!r}; expected 'human'."
         )
-    token_ids: list[int] = []
-    for turn in _with_system_turn(_place_images(turns, tiles_per_image, tile_tags, key)):
-        token_ids += _encode_turn(turn, tokenizer)
-    token_ids += tokenizer.encode_fixed(ASSISTANT_PREFIX)
-    return np.array(token_ids, dtype=np.int64), np.zeros(len(token_ids), np.bool_)
-
-
-def encode_follow_up(question: str, *, tokenizer: Tokenizer) -> IntArray:
-    """Ids [L] from an answer's `<|im_end|>` (excluded) to the next answer, for a later question."""
-    ids = [*tokenizer.encode_fixed("\n"), *_encode_turn(Turn("human", question), tokenizer)]
-    return np.array([*ids, *tokenizer.encode_fixed(ASSISTANT_PREFIX)], dtype=np.int64)
+    prefix, newline = tokenizer.encode_fixed(ASSISTANT_PREFIX), tokenizer.encode_fixed("\n")
+    parts = list[IntArray]()
+    token_ids, last_role = list[int](), ""
+    system = [] if turns[0].role == "system" else [("system", [DEFAULT_SYSTEM_MESSAGE])]
+    pieces = _split_at_images(turns, tiles_per_image, tile_tags, image_tag, key)
+    roles = [turn.role for turn in turns]
+    for role, texts in [*system, *zip(roles, pieces, strict=True)]:
+        if role == last_role == "human":
+            parts.append(np.array([*token_ids, *prefix], dtype=np.int64))
+            token_ids = [*newline]
+        speaker = {"human": "user", "gpt": "assistant"}.get(role, role)
+        token_ids += tokenizer.encode_fixed(TURN_START)
+        for index, text in enumerate((f"{speaker}\n{texts[0]}", *texts[1:])):
+            token_ids += tokenizer.encode(text) if index % 2 else tokenizer.encode_literal(text)
+        token_ids += [tokenizer.eos_id, *newline]
+        last_role = role
+    return [*parts, np.array([*token_ids, *prefix], dtype=np.int64)]
 
 
 def _encode_turn(turn: Turn, tokenizer: Tokenizer) -> Sequence[int]:
@@ -153,42 +185,41 @@ def _check_turns(turns: Sequence[Turn], key: str) -> None:
             f"sample {key!r}: turn {roles.index('system', 1) + 1} is from 'system'; it must be the"
             " first."
         )
-    for number, turn in enumerate(turns):
-        if IMAGE_CONTEXT in turn.text:
-            raise SampleError(
-                f"sample {key!r}: turn {number + 1} contains {IMAGE_CONTEXT}; use {IMAGE_TAG} tags."
-            )
 
 
-def _place_images(
-    turns: Sequence[Turn], tiles_per_image: Sequence[int], tile_tags: str, key: str
-) -> list[Turn]:
-    """Turns with each `<image>` tag replaced; without a tag, images precede the first question.
+def _split_at_images(
+    turns: Sequence[Turn],
+    tiles_per_image: Sequence[int],
+    tile_tags: str,
+    image_tag: str,
+    key: str,
+) -> list[list[str]]:
+    """The texts of each turn and between them its images: text, image, text, ..., text.
 
-    Where there is no image, the tag is text, as in the official code. Only questions and `pretrain`
-    texts are searched. The official code puts tags before the first question also when a later one
-    has them, and then leaves the later tags as plain text; here tags stay where the data has them.
+    Without a tag, images precede the first question; where there is no image, the tag is text, as
+    in the official code. Only questions and `pretrain` texts are searched. The official code puts
+    tags before the first question also when a later one has them, and then leaves the later tags as
+    plain text; here tags stay where the data has them.
     """
-    placed = list(turns)
+    texts = [turn.text for turn in turns]
     if not tiles_per_image:
-        return placed
+        return [[text] for text in texts]
     holders = [number for number, turn in enumerate(turns) if turn.role in ("human", "pretrain")]
-    num_tags = sum(turns[number].text.count(IMAGE_TAG) for number in holders)
+    num_tags = sum(texts[number].count(image_tag) for number in holders)
     if num_tags == 0 and holders:
-        first = turns[holders[0]]
-        placed[holders[0]] = Turn(first.role, f"{IMAGE_TAG}\n" * len(tiles_per_image) + first.text)
         num_tags = len(tiles_per_image)
+        texts[holders[0]] = f"{image_tag}\n" * num_tags + texts[holders[0]]
     if num_tags != len(tiles_per_image):
         raise SampleError(
-            f"sample {key!r}: {num_tags} {IMAGE_TAG} tags but {len(tiles_per_image)} images; "
+            f"sample {key!r}: {num_tags} {image_tag} tags but {len(tiles_per_image)} images; "
             "give one tag for each image, in order, or no tag at all."
         )
     images = (_image_text(num_tiles, tile_tags) for num_tiles in tiles_per_image)
-    for number in holders:
-        first_piece, *pieces = placed[number].text.split(IMAGE_TAG)
-        text = first_piece + "".join(next(images) + piece for piece in pieces)
-        placed[number] = Turn(placed[number].role, text)
-    return placed
+    split = list[list[str]]()
+    for number, text in enumerate(texts):
+        first, *rest = text.split(image_tag) if number in holders else [text]
+        split.append([first, *(part for piece in rest for part in (next(images), piece))])
+    return split
 
 
 def _image_text(num_tiles: int, tile_tags: str) -> str:

@@ -1,6 +1,6 @@
 """A sample to ids and tiles: tiling and template together, with the settings of both."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from megatron_vico.config.schema import TilingOptions
 from megatron_vico.data.encode import conversation, tiling
 from megatron_vico.data.encode.conversation import TileTags
-from megatron_vico.data.encode.tokenizer import Tokenizer
+from megatron_vico.data.encode.tokenizer import IMAGE_START, Tokenizer
 from megatron_vico.data.samples import (
     BoolArray,
     ByteArray,
@@ -67,57 +67,89 @@ class SampleEncoder:
             random: the stream that augmentation draws from, where the sample has `data_augment`;
                 None, for indexing and evaluation, leaves the tiles as they are.
         """
-        encoded = self._encode(sample, conversation.encode_conversation)
+        encoded = self._encode(sample, tiling.tile)
         if random is None or not sample.data_augment:
             return encoded
         return replace(encoded, tiles=tiling.jpeg_degrade(encoded.tiles, random=random))
 
     def encode_blank(self, sample: ConversationSample) -> EncodedSample:
         """As `encode`, but with blank tiles: all counts and every error, far sooner."""
-        return self._encode(sample, conversation.encode_conversation, cut=tiling.blank_tiles)
+        return self._encode(sample, tiling.blank_tiles)
 
-    def encode_prompt(self, sample: ConversationSample) -> EncodedSample:
-        """Ids and tiles of a sample that ends with a question; nothing is a response."""
-        return self._encode(sample, conversation.encode_prompt)
+    def encode_prompt(
+        self, sample: ConversationSample, *, tiles_of_image: Sequence[int] | None = None
+    ) -> list[EncodedSample]:
+        """The parts of a conversation that ends with a question, each with its own tiles.
 
-    def _encode(
-        self,
-        sample: ConversationSample,
-        encode_text: Callable[..., tuple[IntArray, BoolArray]],
-        *,
-        cut: Callable[..., ByteArray] = tiling.tile,
-    ) -> EncodedSample:
-        settings = self.settings
-        limit = sample.max_dynamic_patch or settings.max_dynamic_patch
-        tiles_of_images = [
-            cut(
-                tiling.decode_image(encoded, key=sample.key, number=number),
-                image_size=settings.image_size,
-                # The official rule: a sample's images share the limit, thumbnails not counted.
-                max_dynamic_patch=max(1, limit // len(sample.images)),
-                use_thumbnail=settings.use_thumbnail,
-            )
-            for number, encoded in enumerate(sample.images)
-        ]
-        tiles_per_image = tuple(len(tiles) for tiles in tiles_of_images)
-        token_ids, is_response = encode_text(
+        Args:
+            sample: what `conversation.encode_prompt` takes; nothing of it is a response.
+            tiles_of_image: most tiles of each image; None, its images share the usual limit.
+        """
+        images = self._tiles(sample, tiling.tile, tiles_of_image)
+        parts = conversation.encode_prompt(
             sample.turns,
-            tiles_per_image=tiles_per_image,
+            tiles_per_image=[len(tiles) for tiles in images],
             tokenizer=self.tokenizer,
-            tile_tags=settings.tile_tags,
+            tile_tags=self.settings.tile_tags,
+            image_tag=sample.image_tag,
             key=sample.key,
         )
-        if len(tiles_of_images) == 1:
-            (tiles,) = tiles_of_images
-        else:
-            shape = (0, 3, settings.image_size, settings.image_size)
-            tiles = np.concatenate([np.empty(shape, dtype=np.uint8), *tiles_of_images])
-        encoded = EncodedSample(
+        encoded = list[EncodedSample]()
+        for token_ids in parts:
+            num_images = int(np.count_nonzero(token_ids == self.tokenizer.token_id(IMAGE_START)))
+            of_part, images = images[:num_images], images[num_images:]
+            nothing = np.zeros(token_ids.size, np.bool_)
+            encoded.append(self._encoded(sample.key, token_ids, nothing, of_part))
+        return encoded
+
+    def _encode(self, sample: ConversationSample, cut: Callable[..., ByteArray]) -> EncodedSample:
+        images = self._tiles(sample, cut, None)
+        token_ids, is_response = conversation.encode_conversation(
+            sample.turns,
+            tiles_per_image=[len(tiles) for tiles in images],
+            tokenizer=self.tokenizer,
+            tile_tags=self.settings.tile_tags,
             key=sample.key,
+        )
+        return self._encoded(sample.key, token_ids, is_response, images)
+
+    def _tiles(
+        self,
+        sample: ConversationSample,
+        cut: Callable[..., ByteArray],
+        tiles_of_image: Sequence[int] | None,
+    ) -> list[ByteArray]:
+        if tiles_of_image is None:
+            # The official rule: a sample's images share the limit, thumbnails not counted.
+            limit = sample.max_dynamic_patch or self.settings.max_dynamic_patch
+            share = max(1, limit // max(len(sample.images), 1))
+            tiles_of_image = [share] * len(sample.images)
+        return [
+            cut(
+                tiling.decode_image(encoded, key=sample.key, number=number),
+                image_size=self.settings.image_size,
+                max_dynamic_patch=most,
+                use_thumbnail=self.settings.use_thumbnail,
+            )
+            for number, (encoded, most) in enumerate(
+                zip(sample.images, tiles_of_image, strict=True)
+            )
+        ]
+
+    def _encoded(
+        self, key: str, token_ids: IntArray, is_response: BoolArray, images: Sequence[ByteArray]
+    ) -> EncodedSample:
+        if len(images) == 1:
+            (tiles,) = images
+        else:
+            shape = (0, 3, self.settings.image_size, self.settings.image_size)
+            tiles = np.concatenate([np.empty(shape, dtype=np.uint8), *images])
+        encoded = EncodedSample(
+            key=key,
             token_ids=token_ids,
             is_response=is_response,
             tiles=tiles,
-            tiles_per_image=tiles_per_image,
+            tiles_per_image=tuple(len(each) for each in images),
         )
         check_image_tokens(encoded, image_token_id=self.tokenizer.image_token_id)
         return encoded

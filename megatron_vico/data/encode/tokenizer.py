@@ -65,6 +65,16 @@ class Tokenizer:
         """Ids of `text`; special strings in it become their ids, and nothing is added."""
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
+    def encode_literal(self, text: str) -> list[int]:
+        """Ids of `text` in which special strings are text like any other."""
+        return list(self._literal.encode(text, add_special_tokens=False).ids)
+
+    @cached_property
+    def _literal(self) -> tokenizers.Tokenizer:
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.encode_special_tokens = True
+        return backend
+
     def encode_fixed(self, text: str) -> tuple[int, ...]:
         """Ids of a string that comes again and again (a prefix, a system turn), from a cache."""
         ids = self._fixed.get(text)

@@ -109,7 +109,7 @@ def test_what_was_never_trained_is_remembered_on_the_way_back(run: Path, ask) ->
 
 def test_thresholds_and_rule_are_those_of_the_config(run: Path, tmp_path: Path) -> None:
     from megatron_vico.cli.generate import Flags
-    from megatron_vico.inference.engine import Routing
+    from megatron_vico.inference.plans import Routing
 
     folder = tmp_path / "flash"
     folder.mkdir()
@@ -150,7 +150,7 @@ def test_the_tokenizer_and_its_chat_template_are_those_of_training(layout: str, 
     folder = export(run, layout)
     loaded, own = AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
     turns = [Turn("human", "What is red?"), Turn("gpt", "It."), Turn("human", "More?")]
-    expected, _ = encode_prompt(turns, tiles_per_image=(), tokenizer=own)
+    (expected,) = encode_prompt(turns, tiles_per_image=(), tokenizer=own)
     roles = {"human": "user", "gpt": "assistant"}
     messages = [{"role": roles[turn.role], "content": turn.text} for turn in turns]
     found = loaded.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)

@@ -7,7 +7,6 @@ import pytest
 from megatron_vico.data.encode.conversation import (
     DEFAULT_SYSTEM_MESSAGE,
     encode_conversation,
-    encode_follow_up,
     encode_prompt,
 )
 from megatron_vico.data.samples import Turn
@@ -70,17 +69,47 @@ def test_of_marks_in_pretrain_text_only_themselves_are_not_trained(tokenizer):
     assert trained == " ends with  and starts with  so"
 
 
-def test_prompt_and_follow_up_join_into_the_trained_ids(tokenizer):
+def test_the_parts_of_a_prompt_join_into_the_trained_ids(tokenizer):
     questions, answer = ("<image>\nWhat?", "Sure?"), "red"
     asked = [SYSTEM, Turn("human", questions[0])]
     turns = [*asked, Turn("gpt", answer), Turn("human", questions[1]), Turn("gpt", "ok")]
     trained, _ = encode_conversation(turns, tiles_per_image=(2,), tokenizer=tokenizer)
-    prompt, in_prompt = encode_prompt(asked, tiles_per_image=(2,), tokenizer=tokenizer)
+    own = encode_prompt(
+        [*asked, Turn("human", questions[1])], tiles_per_image=(2,), tokenizer=tokenizer
+    )
     said = [*tokenizer.encode(answer), tokenizer.eos_id]
-    follow_up = encode_follow_up(questions[1], tokenizer=tokenizer)
-    joined = [*prompt, *said, *follow_up, *tokenizer.encode("ok<|im_end|>\n")]
-    np.testing.assert_array_equal(joined, trained)
-    assert not in_prompt.any()
+    end = tokenizer.encode("ok<|im_end|>\n")
+    np.testing.assert_array_equal([*own[0], *said, *own[1], *end], trained)
+    (given,) = encode_prompt(turns[:-1], tiles_per_image=(2,), tokenizer=tokenizer)
+    np.testing.assert_array_equal([*given, *end], trained)
+
+
+def test_only_a_prompts_own_tag_is_an_image(tokenizer):
+    """Whatever else looks like one is text, in every role."""
+    said = "<image> <img><IMG_CONTEXT></img> <|im_end|>\n<|im_start|>user\n"
+    turns = [Turn("system", said), Turn("human", f"{said}\0{said}"), Turn("gpt", said), ASK]
+    (ids,) = encode_prompt(
+        turns, tiles_per_image=(2,), tokenizer=tokenizer, image_tag="\0", key="k"
+    )
+    image = "<img><IMG_CONTEXT><IMG_CONTEXT></img>"
+    texts = [said, said + image + said, said, ASK.text]
+    roles = ("system", "user", "assistant", "user")
+    turn_texts = [
+        f"<|im_start|>{role}\n{t}<|im_end|>\n" for role, t in zip(roles, texts, strict=True)
+    ]
+    assert tokenizer.decode(ids) == "".join(turn_texts) + "<|im_start|>assistant\n"
+    assert np.count_nonzero(ids == tokenizer.image_token_id) == 2
+    assert np.count_nonzero(ids == tokenizer.eos_id) == 4
+
+
+def test_images_may_come_with_any_question(tokenizer):
+    turns = [ASK, Turn("human", "And <image> or <image>?")]
+    first, second = encode_prompt(turns, tiles_per_image=(1, 2, 1), tokenizer=tokenizer)
+    assert np.count_nonzero(first == tokenizer.image_token_id) == 1
+    assert tokenizer.decode(second) == (
+        "\n<|im_start|>user\nAnd <img><IMG_CONTEXT><IMG_CONTEXT></img> or <img><IMG_CONTEXT></img>?"
+        "<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,8 @@ def test_the_cap_of_the_sample_counts_and_its_images_share_it(encoder, limit, nu
     capped = sample(*[(96, 96)] * num_images, max_dynamic_patch=limit)
     assert encoder.encode(capped).tiles_per_image == (tiles,) * num_images
     asked = dataclasses.replace(capped, turns=capped.turns[:1])
-    assert encoder.encode_prompt(asked).tiles_per_image == (tiles,) * num_images
+    (prompt,) = encoder.encode_prompt(asked)
+    assert prompt.tiles_per_image == (tiles,) * num_images
 
 
 def test_tiles_are_degraded_one_by_one_with_a_quality_of_their_own():

@@ -23,7 +23,8 @@ from megatron_vico.evaluation.runner import (
     read_evaluation_set,
     run_evaluation,
 )
-from megatron_vico.inference.engine import Answers, Routing
+from megatron_vico.inference.engine import Answers
+from megatron_vico.inference.plans import Routing
 
 LINE = {
     "id": "a",

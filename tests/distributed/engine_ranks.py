@@ -1,0 +1,64 @@
+"""Answers of an engine whose language model two ranks share, and of its twin on one."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_vico.checkpoint.run_folder import iteration_folder, metadata_of
+from megatron_vico.checkpoint.training_checkpoint import save_checkpoint
+from megatron_vico.config.registry import get_model_config
+from megatron_vico.config.schema import ParallelOptions
+from megatron_vico.data.encode.sample_encoder import EncodingSettings
+from megatron_vico.data.encode.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_vico.inference.engine import Engine
+from megatron_vico.inference.loading import build_engine, load_weights
+from megatron_vico.inference.plans import Routing
+from megatron_vico.inference.sampling import Sampling
+from tests.distributed.cached_layouts import CachedLayouts
+from tests.toy_models import randomise
+from tests.unit.inference.test_engine import conversation
+
+SAMPLING = {"greedy": Sampling(), "drawn": Sampling(temperature=0.7, top_p=0.9, seed=3)}
+
+
+def found_answers(folder: str) -> dict[str, Any]:
+    """Texts, by the number of ranks and the way they are chosen; the same on every rank."""
+    layouts, found = CachedLayouts(), dict[str, Any]()
+    for size in ("toy", "toy-moe"):
+        for num_ranks in (1, 2):
+            groups = layouts.switch_to(ParallelOptions(tensor_model_parallel_size=num_ranks))
+            engine = _engine(size, groups, Path(folder))
+            checkpoint = Path(folder) / size
+            if num_ranks == 1:
+                randomise(engine.encoder, seed=0)
+                randomise(engine.language_model, seed=1)
+                modules = {"encoder": engine.encoder, "language_model": engine.language_model}
+                metadata = metadata_of(engine.model, stage="router")
+                save_checkpoint(iteration_folder(checkpoint, 1), modules=modules, metadata=metadata)
+            else:
+                load_weights(engine, checkpoint)
+            prompts = [engine.prompt(conversation(index)) for index in range(8)]
+            for name, sampling in SAMPLING.items():
+                answers = engine.answer(
+                    prompts, plan=Routing(), max_new_tokens=12, sampling=sampling
+                )
+                found[f"{size} {name} {num_ranks}"] = [each.token_ids for each in answers]
+    return found
+
+
+def _engine(size: str, groups: Any, folder: Path) -> Engine:
+    with tempfile.TemporaryDirectory() as own:
+        path = train_sentencepiece(
+            ["What is it? And now? Yes, no."] * 50, model_prefix=Path(own) / "t", vocab_size=320
+        )
+        tokenizer = load_tokenizer(path)
+    torch.manual_seed(0)
+    return build_engine(
+        get_model_config(size),
+        groups=groups,
+        tokenizer=tokenizer,
+        settings=EncodingSettings(image_size=32, max_dynamic_patch=4),
+        batch_size=3,
+    )

@@ -89,7 +89,7 @@ def draw(options: Flags) -> None:
         print(f"{path}: {int(compressed_N.sum())} of {len(compressed_N)} tiles compressed")
         pictures.append(
             RoutedImage(
-                tiles=prompt.first.tiles[:shown],
+                tiles=prompt.parts[0].tiles[:shown],
                 columns=columns,
                 compressed=compressed_N[:shown].tolist(),
                 probability=probability_N[:shown].tolist(),

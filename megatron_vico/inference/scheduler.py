@@ -192,8 +192,8 @@ class Scheduler:
         parts = [request.unread for request in group if request.unread is not None]
         longest = max(len(part.token_ids) for part in parts)
         ids = np.full((len(parts), longest), engine.tokenizer.pad_id, dtype=np.int64)
-        for row, part in zip(ids, parts, strict=True):
-            row[: len(part.token_ids)] = part.token_ids
+        for number, part in enumerate(parts):
+            ids[number, : len(part.token_ids)] = part.token_ids
         positions = [row * longest + part.visual_positions for row, part in enumerate(parts)]
         visual_index = torch.from_numpy(np.concatenate(positions))
         visual = None

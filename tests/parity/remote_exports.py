@@ -147,9 +147,9 @@ def with_later_image(sample: ConversationSample) -> ConversationSample:
 
 def uncompressed_ids(exported: Exported, prompt: Prompt, *, part: int = 0) -> list[int]:
     """What a user of the remote code writes: every tile with all its image tokens."""
-    kept = torch.zeros(prompt.num_tiles, dtype=torch.bool)
+    kept = torch.zeros(prompt.parts[part].num_tiles, dtype=torch.bool)
     stream = expand(
-        prompt.parts[:1], plan=kept, tokens_kept=4, tokens_compressed=1, image_token_id=5
+        [prompt.parts[part]], plan=kept, tokens_kept=4, tokens_compressed=1, image_token_id=5
     )
     return stream.token_ids.tolist()
 

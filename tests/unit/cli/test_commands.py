@@ -130,6 +130,31 @@ def test_evaluate_writes_what_it_prints(
     written = json.loads(output.read_text())
     shares = written["compressed_tiles"], written["visual_token_reduction"]
     assert (written["row"], shares) == ("all", (1.0, 0.75))
+    # What was decided once is decided again.
+    kept = tmp_path / "plans.jsonl"
+    again = f"evaluate --load {exported} --jsonl {jsonl} --max-new-tokens 2"
+    assert vico(f"{again} --plan random=0.5 --write-plans {kept}") == 0
+    (image,) = json.loads(kept.read_text())["images"]
+    shown = capsys.readouterr().out.splitlines()[-1]
+    assert vico(f"{again} --plan replay --replay {kept}") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == shown
+    assert (image["tiles"], image["compressed_tiles"]) == (3, image["plan"].count("1"))
+    assert image["compressed_tiles"] in (1, 2)
+
+
+def test_generate_draws_stops_and_thinks(
+    exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"--load {exported} --prompt what? --max-new-tokens 12 --plan none --temperature 1.5"
+    found = []
+    for more in ("--seed 1", "--seed 1", "--seed 2", "--seed 1 --thinking"):
+        assert vico(f"generate {words} {more}") == 0
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1]
+    assert len({*found}) == 3
+    stop = found[0].split("\n")[1][2:4]
+    assert main(["generate", *words.split(), "--seed", "1", "--stop", stop]) == 0
+    assert capsys.readouterr().out.split("\n")[1] == found[0].split("\n")[1].partition(stop)[0]
 
 
 def test_the_router_of_every_image_is_drawn(

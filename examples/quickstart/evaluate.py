@@ -82,9 +82,10 @@ def evaluate(run: Path, *, groups: "Groups", split: str, seed: int) -> None:
         f"{len(samples)} {split} images,"
         f" {sum(evaluations[0].result.num_questions_by_kind.values())} questions"
     )
-    text = f"{counts}\n\n{tables.as_text(rows)}\n"
+    grid = tables.ablation_grid(rows)
+    text = f"{counts}\n\n{tables.as_text(grid)}\n"
     (run / "table.txt").write_text(text, encoding="utf-8")
-    (run / "table.md").write_text(tables.as_markdown(rows) + "\n", encoding="utf-8")
+    (run / "table.md").write_text(tables.as_markdown(grid) + "\n", encoding="utf-8")
     vico = next(each for each in evaluations if each.result.row == "vico")
     # The first images of the set, whatever they show.
     pictured = [

@@ -30,6 +30,7 @@ COMMANDS = {
     "status": "say how far a stage's run is",
     "generate": "ask a model about images",
     "evaluate": "score a model on a file of questions",
+    "table": "print the paper's tables from harness results and request logs",
     "plot": "draw loss curves, print the ablation table",
     "report": "write one HTML page about a run",
     "convert": "convert checkpoints: Megatron's form, and Hugging Face's layouts",

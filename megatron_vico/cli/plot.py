@@ -77,16 +77,17 @@ class Table:
 
     def run(self) -> None:
         """Print the table."""
-        from megatron_vico.evaluation.tables import as_markdown, as_text, read_results
+        from megatron_vico.evaluation import tables
 
         try:
-            rows = read_results(self.results)
+            rows = tables.read_results(self.results)
         except OSError as error:
             message = f"{self.results}: {error.strerror}; give the results.json of an evaluation."
             raise ConfigError(message) from error
         except (json.JSONDecodeError, TypeError) as error:
             raise ConfigError(f"{self.results}: not a results.json ({error}).") from error
-        print(as_markdown(rows) if self.format == "markdown" else as_text(rows))
+        write = tables.as_markdown if self.format == "markdown" else tables.as_text
+        print(write(tables.ablation_grid(rows)))
 
 
 def _metrics_file(word: str) -> tuple[str, Path]:

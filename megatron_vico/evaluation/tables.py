@@ -1,4 +1,4 @@
-"""The ablation table (Table 3 of the ViCO paper): as JSON, as text for a terminal, as Markdown."""
+"""Tables: as text for a terminal, as Markdown, as LaTeX; the ablation table of one own set."""
 
 import json
 from collections.abc import Sequence
@@ -6,6 +6,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_vico.files import write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Cells of text; the first column is the widest and names the line."""
+
+    headings: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+    """Lines below the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +45,7 @@ TITLES = {
     "vico": "ViCO",
 }
 _HEADINGS = ("", "score", "retention", "compressed tiles", "visual tokens saved")
+_LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "+-": r"$\pm$"}
 
 
 def write_results(rows: Sequence[TableRow], path: Path) -> None:
@@ -48,21 +59,45 @@ def read_results(path: Path) -> list[TableRow]:
     return [TableRow(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
 
 
-def as_text(rows: Sequence[TableRow]) -> str:
-    """The table for a terminal, numbers in per cent."""
-    cells = [_HEADINGS, *(_cells(row) for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(_HEADINGS))]
+def ablation_grid(rows: Sequence[TableRow]) -> Grid:
+    """The table of an own set of questions, numbers in per cent."""
+    return Grid(headings=_HEADINGS, lines=tuple(_cells(row) for row in rows))
+
+
+def as_text(grid: Grid) -> str:
+    """The table for a terminal."""
+    cells = [grid.headings, *grid.lines]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for title, *numbers in cells:
         padded = (text.rjust(width) for text, width in zip(numbers, widths[1:], strict=True))
         lines.append("  ".join((title.ljust(widths[0]), *padded)))
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *grid.notes])
 
 
-def as_markdown(rows: Sequence[TableRow]) -> str:
-    """The table for a README, numbers in per cent."""
-    lines = [_HEADINGS, ("---", *["---:"] * (len(_HEADINGS) - 1)), *(_cells(row) for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def as_markdown(grid: Grid) -> str:
+    """The table for a page."""
+    rule = ("---", *["---:"] * (len(grid.headings) - 1))
+    lines = ["| " + " | ".join(line) + " |" for line in (grid.headings, rule, *grid.lines)]
+    return "\n".join([*lines, *(f"\n{note}" for note in grid.notes)])
+
+
+def as_latex(grid: Grid) -> str:
+    """The table for a paper; needs the package booktabs."""
+    head, *lines = (
+        " & ".join(map(_escaped, line)) + r" \\" for line in (grid.headings, *grid.lines)
+    )
+    columns = "l" + "r" * (len(grid.headings) - 1)
+    body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *lines]
+    return "\n".join(
+        [*body, r"\bottomrule", r"\end{tabular}", *(f"% {note}" for note in grid.notes)]
+    )
+
+
+def _escaped(text: str) -> str:
+    for plain, latex in _LATEX.items():
+        text = text.replace(plain, latex)
+    return text
 
 
 def _cells(row: TableRow) -> tuple[str, ...]:

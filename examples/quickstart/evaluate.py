@@ -77,12 +77,10 @@ def evaluate(run: Path, *, groups: "Groups", split: str, seed: int) -> None:
     samples = read_evaluation_set(run / "data" / f"{split}.jsonl", image_root=run / "data")
     evaluations = run_ablations(engine_with, samples, seed=seed, max_new_tokens=MAX_NEW_TOKENS)
     rows = table_rows(evaluations)
-    write_json(run / "details.json", details(evaluations), sort_keys=False)
-    counts = (
-        f"{len(samples)} {split} images,"
-        f" {sum(evaluations[0].result.num_questions_by_kind.values())} questions"
-    )
     grid = tables.ablation_grid(rows)
+    write_json(run / "details.json", details(evaluations), sort_keys=False)
+    num_questions = sum(evaluations[0].result.num_questions_by_kind.values())
+    counts = f"{len(samples)} {split} images, {num_questions} questions"
     text = f"{counts}\n\n{tables.as_text(grid)}\n"
     (run / "table.txt").write_text(text, encoding="utf-8")
     (run / "table.md").write_text(tables.as_markdown(grid) + "\n", encoding="utf-8")

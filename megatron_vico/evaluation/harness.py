@@ -148,8 +148,8 @@ def _read_lmms(path: Path, contents: dict[str, Any], metric: Metric, full: float
         if full_key is None:
             raise ConfigError(f"{path}: {metric.name} has no {key}, but {sorted(results)}.")
         values.append(float(results[full_key]) * metric.scale)
-        error = results.get(full_key.replace(key, f"{key}_stderr", 1))
-        errors.append(error * metric.scale if isinstance(error, int | float) else math.nan)
+        own = results.get(full_key.replace(key, f"{key}_stderr", 1))
+        errors.append(own * metric.scale if isinstance(own, int | float) else math.nan)
     tasks = _leaves(contents, metric.name)
     ids, tokens, failed = set(), [], 0
     date = path.name.removesuffix("_results.json")
@@ -172,13 +172,14 @@ def _read_lmms(path: Path, contents: dict[str, Any], metric: Metric, full: float
             f"{path}: {expected} samples of {metric.name}, but {len(ids)} in its samples files;"
             " run it again into a new folder."
         )
-    score = sum(values)
-    error = math.hypot(*errors)
+    score, standard_error = sum(values), math.hypot(*errors)
     return Result(
         source=path,
         model=_lmms_model(contents),
         score=score,
-        standard_error=_binomial(score, full, expected) if math.isnan(error) else error,
+        standard_error=(
+            _binomial(score, full, expected) if math.isnan(standard_error) else standard_error
+        ),
         num_samples=expected,
         num_failed=failed,
         tasks=tasks,

@@ -6,8 +6,8 @@
 
 `run.py --data MMIU` then reads it as a set of one's own (CustomMCQDataset of e8e78f0: index,
 image_path, question, a column an option, answer, category). Questions are those of
-huggingface.co/datasets/FanqingM/MMIU-Benchmark: task, question, options ("A: red\\nB: blue"), output
-(a letter) and input_image_path (a list) each, as one JSON list or as JSONL.
+huggingface.co/datasets/FanqingM/MMIU-Benchmark: task, question, options ("A: red\\nB: blue"),
+output (a letter) and input_image_path (a list) each, as one JSON list or as JSONL.
 """
 
 import csv

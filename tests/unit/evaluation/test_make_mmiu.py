@@ -1,4 +1,4 @@
-"""MMIU as VLMEvalKit reads it: a column an option, lists of paths, no question without its image."""
+"""MMIU as VLMEvalKit reads it: a column an option, lists of paths, no missing image."""
 
 import ast
 import csv

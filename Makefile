@@ -23,7 +23,7 @@ TE_BIN := .venv-te/bin
 TE_STAMP := .venv-te/.installed
 SITE_PACKAGES = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
-.PHONY: help venv test gpu test-quick test-large test-plan test-slurm test-te lint demo demo-quick clean
+.PHONY: help venv test gpu test-quick test-large test-plan test-slurm test-te lint docs demo demo-quick clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,11 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMP)  ## the site of docs/ in build/docs (mkdocs; a warning ends it)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python tools/options_page.py > docs/options.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 demo: $(STAMP)  ## the whole method at toy size on the CPU, with a table and pictures (at most 20 minutes on 2 cores)
 	$(BIN)/python examples/quickstart/run.py

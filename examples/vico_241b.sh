@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ViCO training of InternVL3.5-241B-A28B: slurm/vico.sh with this model's numbers, 16 nodes of 8
-# H200 for warm-up and consistency training, 2 for the router. slurm/README.md has the variables.
+# H200 for warm-up and consistency training, 2 for the router. docs/slurm.md has the variables.
 #
 #   CHECK=1 examples/vico_241b.sh                     are the layouts right? needs no SLURM, no GPU
 #   examples/vico_241b.sh --dry-run                   the jobs that would be submitted

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # ViCO on SLURM, for every size and step: convert -> warmup -> consistency -> router -> export ->
 # evaluate. Outside a job it submits one job a step, each after the one before; inside a job it
-# does the steps that it is given. README.md beside it lists the variables that it reads.
+# does the steps that it is given. docs/slurm.md lists the variables that it reads.
 #
 #   vico.sh [--dry-run] [STEP...] [-- FLAG...]     FLAGs are those of `vico train`, for every stage
 #
@@ -98,7 +98,7 @@ finished() { # STEP
 }
 
 needs() { # NAME STEP: a variable that a step cannot do without
-    [[ -n ${!1} ]] || { say "$2 needs $1: see examples/slurm/README.md" && exit 2; }
+    [[ -n ${!1} ]] || { say "$2 needs $1: see docs/slurm.md" && exit 2; }
 }
 
 for step in "${steps[@]}"; do

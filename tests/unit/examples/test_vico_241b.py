@@ -93,7 +93,7 @@ def test_unknown_stages_and_unset_variables_are_refused(tmp_path: Path) -> None:
     done = run("router", "--dry-run", PYTHON="true")
     assert (done.returncode, done.stderr) == (
         2,
-        "vico.sh: router needs DATA: see examples/slurm/README.md\n",
+        "vico.sh: router needs DATA: see docs/slurm.md\n",
     )
 
 

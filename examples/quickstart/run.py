@@ -113,8 +113,9 @@ def steps(run: Path, *, quick: bool, processes: int, seed: int) -> list[Step]:
 def _train(
     stage: Stage, run: Path, *, quick: bool, processes: int, seed: int, tokenizer: Path
 ) -> Step:
-    command = _command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes)
-    command += ["-m", "megatron_vico", "train", "--recipe", f"{HERE / 'recipes' / stage.name}.yaml"]
+    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes)
+    command = _command(*(ranks if processes > 1 else ()), "-m", "megatron_vico", "train")
+    command += ["--recipe", f"{HERE / 'recipes' / stage.name}.yaml"]
     command += [
         "--seed",
         f"{seed}",

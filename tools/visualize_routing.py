@@ -2,16 +2,18 @@
 """Draws which tiles of images a trained router compresses, as Figures 3-5 of the ViCO paper.
 
     python tools/visualize_routing.py --load runs/demo/flash --output routing.png a.png b.jpg
-    python tools/visualize_routing.py --load runs/demo/router --output routing.png \\
-        runs/demo/data/test/00000*.png
+    python tools/visualize_routing.py --load FLASH --layout 3x4 --output routing.png photo.jpg
 
-The thumbnail is routed too, but not drawn: it shows the whole image once more.
+The whole image is drawn in its own pixels. The thumbnail is routed too, but not drawn: it shows the
+whole image once more.
 """
 
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
 from tyro.conf import Positional
 
 from megatron_vico import cpu_stand_in
@@ -30,8 +32,12 @@ class Flags(RoutingFlags):
     output: Path
     """Picture to write."""
 
-    tile_px: int = 112
-    """Side of a tile in the picture."""
+    tile_px: int | None = None
+    """Longer side of a tile in the picture; unset, the pixels that it has, but 112 or more."""
+
+    layout: str | None = None
+    """Rows x columns of tiles, such as 3x3 or 3x4: the middle of each image that has this shape is
+    shown to the router. Unset, each image's own layout."""
 
     columns: int = 4
     """Images in a row of the picture."""
@@ -55,47 +61,76 @@ def main() -> int:
 
 def draw(options: Flags) -> None:
     """Do what `main` says."""
-    from megatron_vico.data.encode.tiling import choose_grid, decode_image
+    from megatron_vico.data.encode.tiling import choose_grid
     from megatron_vico.data.samples import ConversationSample, Turn
-    from megatron_vico.evaluation.plots import RoutedImage, routing_picture
+    from megatron_vico.evaluation.overlays import RoutedImage, routing_picture
 
-    prompts, grids, routing = [], [], options.routing()
+    prompts, shown, routing = [], [], options.routing()
     with options.engine() as engine:
+        size, limit = engine.model.vision.image_size, options.use.max_dynamic_patch
         for path in options.images:
-            try:
-                content = path.read_bytes()
-            except OSError as error:
-                raise SampleError(
-                    f"{path}: {error.strerror}; give image files that can be read."
-                ) from error
-            width, height = decode_image(content, key=str(path), number=0).size
-            grids.append(
-                choose_grid(
-                    width,
-                    height,
-                    image_size=engine.model.vision.image_size,
-                    max_dynamic_patch=options.use.max_dynamic_patch,
+            picture = seen = _read(path)
+            if options.layout is not None:
+                grid = _grid(options.layout)
+                picture = _middle(picture, grid)
+                seen = picture.resize((grid[0] * size, grid[1] * size), Image.Resampling.BICUBIC)
+            columns, rows = choose_grid(*seen.size, image_size=size, max_dynamic_patch=limit)
+            if options.layout is not None and (columns, rows) != grid:
+                raise ConfigError(
+                    f"--layout {options.layout}: {grid[0] * grid[1]} tiles, but the images are cut"
+                    f" into at most {limit}; give --max-dynamic-patch {grid[0] * grid[1]}."
                 )
-            )
+            content = io.BytesIO()
+            seen.save(content, "PNG")
             turns = (Turn("human", "<image>"),)  # the router does not see the text
-            sample = ConversationSample(key=str(path), turns=turns, images=(content,))
+            sample = ConversationSample(key=str(path), turns=turns, images=(content.getvalue(),))
             prompts.append(engine.prompt(sample))
+            shown.append((picture, columns, columns * rows))
         routed = engine.route(prompts, routing)
     pictures = []
-    for path, prompt, (columns, rows), (compressed_N, probability_N) in zip(
-        options.images, prompts, grids, routed, strict=True
+    for path, (picture, columns, count), (compressed_N, probability_N) in zip(
+        options.images, shown, routed, strict=True
     ):
-        shown = columns * rows
-        print(f"{path}: {int(compressed_N.sum())} of {len(compressed_N)} tiles compressed")
+        title = f"{path.name}: {int(compressed_N.sum())} of {len(compressed_N)} tiles compressed"
+        print(title)
         pictures.append(
             RoutedImage(
-                tiles=prompt.parts[0].tiles[:shown],
+                picture=picture,
                 columns=columns,
-                compressed=compressed_N[:shown].tolist(),
-                probability=probability_N[:shown].tolist(),
+                compressed=compressed_N[:count].tolist(),
+                probability=probability_N[:count].tolist(),
+                title=title if options.layout else "",
             )
         )
     routing_picture(pictures, tile_px=options.tile_px, columns=options.columns).save(options.output)
+
+
+def _read(path: Path) -> Image.Image:
+    from megatron_vico.data.encode.tiling import decode_image
+
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise SampleError(
+            f"{path}: {error.strerror}; give image files that can be read."
+        ) from error
+    return decode_image(content, key=str(path), number=0)
+
+
+def _grid(layout: str) -> tuple[int, int]:
+    """Columns and rows."""
+    rows, times, columns = layout.partition("x")
+    if not (times and rows.isdecimal() and columns.isdecimal() and int(rows) * int(columns)):
+        raise ConfigError(f"--layout {layout}: expected rows x columns, such as 3x4.")
+    return int(columns), int(rows)
+
+
+def _middle(picture: Image.Image, grid: tuple[int, int]) -> Image.Image:
+    """The largest part around the middle that has the grid's shape: its tiles are square."""
+    side = min(picture.width / grid[0], picture.height / grid[1])
+    width, height = round(side * grid[0]), round(side * grid[1])
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
 
 
 if __name__ == "__main__":

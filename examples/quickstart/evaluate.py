@@ -5,12 +5,17 @@ python examples/quickstart/evaluate.py --run runs/demo
 """
 
 import argparse
+import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from PIL import Image
 
 from megatron_vico import cpu_stand_in
 
 if TYPE_CHECKING:
+    from megatron_vico.evaluation.runner import Evaluation, EvaluationSample
     from megatron_vico.parallel.groups import Groups
 
 STAGE_TITLES = {
@@ -25,7 +30,7 @@ NUM_PICTURED = 12
 
 
 def main() -> None:
-    """Write results.json, details.json, table.txt, table.md, routing.png and loss.png."""
+    """Write results.json, details.json, table.txt, table.md and pictures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument(
         "--run", type=Path, default=Path("runs/demo"), help="folder of the demo's run"
@@ -46,7 +51,7 @@ def evaluate(run: Path, *, groups: "Groups", split: str, seed: int) -> None:
     from megatron_vico.config.registry import get_model_config
     from megatron_vico.data.encode.sample_encoder import EncodingSettings
     from megatron_vico.data.encode.tokenizer import load_tokenizer
-    from megatron_vico.evaluation import plots, tables
+    from megatron_vico.evaluation import tables
     from megatron_vico.evaluation.ablations import Weights, details, run_ablations, table_rows
     from megatron_vico.evaluation.runner import read_evaluation_set
     from megatron_vico.files import write_json
@@ -84,23 +89,31 @@ def evaluate(run: Path, *, groups: "Groups", split: str, seed: int) -> None:
     text = f"{counts}\n\n{tables.as_text(grid)}\n"
     (run / "table.txt").write_text(text, encoding="utf-8")
     (run / "table.md").write_text(tables.as_markdown(grid) + "\n", encoding="utf-8")
-    vico = next(each for each in evaluations if each.result.row == "vico")
+    draw(run, next(each for each in evaluations if each.result.row == "vico"), samples)
+    # Last: whoever finds the results finds all else too.
+    tables.write_results(rows, run / "results.json")
+    print(f"\n{text}")
+
+
+def draw(run: Path, vico: "Evaluation", samples: "Sequence[EvaluationSample]") -> None:
+    """The demo's pictures."""
+    from megatron_vico.evaluation import figures, overlays, plots
+
     # The first images of the set, whatever they show.
     pictured = [
-        plots.RoutedImage(
-            tiles=engine.prompt(sample.conversation).parts[0].tiles,
+        overlays.RoutedImage(
+            picture=Image.open(io.BytesIO(sample.conversation.images[0])),
             columns=2,
             compressed=answer.compressed_N.tolist(),
             probability=[] if answer.probability_N is None else answer.probability_N.tolist(),
         )
         for sample, answer in zip(samples[:NUM_PICTURED], vico.answers, strict=False)
     ]
-    plots.routing_picture(pictured).save(run / "routing.png")
+    overlays.routing_picture(pictured).save(run / "routing.png")
+    figures.compression_by_content(vico.result).savefig(run / "by_content.png", dpi=110)
     metrics = {title: run / stage / "metrics.jsonl" for stage, title in STAGE_TITLES.items()}
     plots.loss_curves(metrics).savefig(run / "loss.png", dpi=110)
-    # Last: whoever finds the results finds all else too.
-    tables.write_results(rows, run / "results.json")
-    print(f"\n{text}")
+    figures.ratio_window(run / "router" / "metrics.jsonl").savefig(run / "window.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import sklearn
+from tiles import PHOTO_FOLDER
+
 HERE = Path(__file__).resolve().parent
+PAGE_SCAN = PHOTO_FOLDER / "page.png"
+PHOTOGRAPH = Path(sklearn.__file__).parent / "datasets" / "images" / "china.jpg"
 ROOT = HERE.parents[1]
 
 TILING = ("--max-dynamic-patch", "4", "--no-use-thumbnail", "--tile-tags", "numbered")
@@ -96,7 +101,14 @@ def steps(run: Path, *, quick: bool, processes: int, seed: int) -> list[Step]:
     )
     export += ["--from", "megatron", "--to", "hf", "--layout", "flash"]
     evaluate = _command(HERE / "evaluate.py", "--run", run, "--seed", seed)
-    results = ("results.json", "details.json", "table.txt", "table.md", "routing.png", "loss.png")
+    results = ("results.json", "details.json", "table.txt", "table.md")
+    pictures = ("routing.png", "loss.png", "by_content.png", "window.png")
+    # 3x4 tiles, as in Figure 5 of the paper; all tiles are asked alone (paper's rule).
+    overlay = _command(
+        ROOT / "tools" / "visualize_routing.py", "--load", run / "flash", "--layout", "3x4"
+    )
+    overlay += ["--max-dynamic-patch", "12", "--router-rule", "paper", "--tile-px", "144"]
+    overlay += ["--output", f"{run / 'overlay.png'}", f"{PAGE_SCAN}", f"{PHOTOGRAPH}"]
     return [
         Step(name="data", command=make_data, outputs=("data",), shows="images;"),
         Step(name="tokenizer", command=make_tokenizer, outputs=("tokenizer",), shows="pieces"),
@@ -106,7 +118,8 @@ def steps(run: Path, *, quick: bool, processes: int, seed: int) -> list[Step]:
             for stage in STAGES
         ),
         Step(name="export", command=export, outputs=("flash",), shows="flash"),
-        Step(name="evaluation", command=evaluate, outputs=results, shows=" test images"),
+        Step(name="evaluation", command=evaluate, outputs=results + pictures, shows=" test images"),
+        Step(name="overlay", command=overlay, outputs=("overlay.png",), shows="compressed"),
     ]
 
 
@@ -262,7 +275,10 @@ def _report(run: Path) -> None:
         ("results.json", "the table, as fractions"),
         ("details.json", "scores and compression by kind of tile"),
         ("routing.png", "which tiles the router compresses"),
+        ("by_content.png", "compressed tiles by what they show"),
+        ("overlay.png", "decisions about a page scan and a photograph of 3x4 tiles"),
         ("loss.png", "losses of the five stages"),
+        ("window.png", "loss ratios and their threshold over router training"),
         ("flash", "the exported InternVL3.5-Flash checkpoint"),
     ):
         print(f"{run / name}  {what}")

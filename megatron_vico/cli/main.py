@@ -31,7 +31,7 @@ COMMANDS = {
     "generate": "ask a model about images",
     "evaluate": "score a model on a file of questions",
     "table": "print the paper's tables from harness results and request logs",
-    "plot": "draw loss curves, print the ablation table",
+    "plot": "draw loss curves and what a router does",
     "report": "write one HTML page about a run",
     "convert": "convert checkpoints: Megatron's form, and Hugging Face's layouts",
     "shards": "make, index, inspect and verify WebDataset shards",

@@ -1,10 +1,10 @@
-"""`vico plot loss | trace | table`: loss curves, a step's trace, the ablation table."""
+"""`vico plot`: loss curves, a step's trace, an own table, and figures about a trained model."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -14,7 +14,14 @@ from megatron_vico.errors import ConfigError
 
 def main(arguments: Sequence[str]) -> None:
     """Draw or print; ConfigError if a file is not there or not what it should be."""
-    actions = {"loss": Loss, "trace": Trace, "table": Table}
+    actions = {
+        "loss": Loss,
+        "trace": Trace,
+        "table": Table,
+        "window": Window,
+        "content": Content,
+        "bubble": Bubbles,
+    }
     read_action(actions, arguments, prog="vico plot", description=__doc__).run()
 
 
@@ -88,6 +95,71 @@ class Table:
             raise ConfigError(f"{self.results}: not a results.json ({error}).") from error
         write = tables.as_markdown if self.format == "markdown" else tables.as_text
         print(write(tables.ablation_grid(rows)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window(_Picture):
+    """Loss ratios in the window, and their threshold, over a router stage."""
+
+    run_folder: Positional[Path]
+    """The run's --save folder, or its metrics.jsonl."""
+
+    def run(self) -> None:
+        """Draw the curves."""
+        from megatron_vico.evaluation.figures import ratio_window
+
+        _, metrics = _metrics_file(str(self.run_folder))
+        ratio_window(metrics).savefig(self.output, dpi=110)
+        print(self.output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content(_Picture):
+    """Compressed tiles by kind of content."""
+
+    result: Positional[Path]
+    """What `vico evaluate --output` wrote."""
+
+    def run(self) -> None:
+        """Draw the bars."""
+        from megatron_vico.evaluation.figures import compression_by_content
+        from megatron_vico.evaluation.runner import RowResult
+
+        written = _json(self.result)
+        names = [field.name for field in fields(RowResult)]
+        try:
+            result = RowResult(**{name: written[name] for name in names})
+        except (KeyError, TypeError) as error:
+            message = f"{self.result}: no {error}; give what `vico evaluate --output` wrote."
+            raise ConfigError(message) from error
+        compression_by_content(result).savefig(self.output, dpi=110)
+        print(self.output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bubbles(_Picture):
+    """Score against first-token throughput (Figure 1b of the paper)."""
+
+    models: Positional[Path]
+    """A JSON list; of each: name, group, score, throughput, parameters_b."""
+
+    def run(self) -> None:
+        """Draw the chart."""
+        from megatron_vico.evaluation.figures import Bubble, bubble_chart
+
+        try:
+            bubbles = [Bubble(**each) for each in _json(self.models)]
+        except TypeError as error:
+            raise ConfigError(f"{self.models}: {error}; see `vico plot bubble --help`.") from error
+        bubble_chart(bubbles).savefig(self.output, dpi=110)
+        print(self.output)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}; expected JSON.") from error
 
 
 def _metrics_file(word: str) -> tuple[str, Path]:

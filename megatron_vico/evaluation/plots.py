@@ -1,4 +1,4 @@
-"""Pictures: tiles the router compresses (ViCO paper, Figures 3-5), losses, a step's trace."""
+"""Pictures: losses, a step's trace."""
 
 import json
 import math
@@ -12,83 +12,6 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
-
-_GREY = (128, 128, 128)
-_SHADE = 0.62
-_GAP_PX = 2
-_MARGIN_PX = 12
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class RoutedImage:
-    """An image's tiles and what the router decided about each."""
-
-    tiles: npt.NDArray[np.uint8]
-    """[N, 3, S, S] RGB, row by row, without the thumbnail."""
-
-    columns: int
-    """Tiles in a row of the image; divides N."""
-
-    compressed: Sequence[bool]
-    """[N], True where the tile is compressed."""
-
-    probability: Sequence[float]
-    """[N], p_compress in [0, 1], printed on the tile."""
-
-
-def routing_picture(
-    images: Sequence[RoutedImage], *, tile_px: int = 112, columns: int = 4
-) -> Image.Image:
-    """Images side by side, compressed tiles shaded grey, p_compress printed on each tile.
-
-    Pixels of tiles smaller than `tile_px` are repeated, not blurred.
-    """
-    drawn = [_draw_image(image, tile_px=tile_px) for image in images]
-    columns = min(columns, len(drawn))
-    cell_width = max(picture.width for picture in drawn) + _MARGIN_PX
-    cell_height = max(picture.height for picture in drawn) + _MARGIN_PX
-    rows = math.ceil(len(drawn) / columns)
-    font = ImageFont.load_default(max(14, tile_px // 8))
-    caption = "grey: compressed tile; number: the router's p_compress"
-    caption_height = int(font.getbbox(caption)[3]) + _MARGIN_PX
-    size = (columns * cell_width + _MARGIN_PX, rows * cell_height + _MARGIN_PX + caption_height)
-    canvas = Image.new("RGB", size, "white")
-    for index, picture in enumerate(drawn):
-        left, top = index % columns * cell_width, index // columns * cell_height
-        canvas.paste(picture, (_MARGIN_PX + left, _MARGIN_PX + top))
-    ImageDraw.Draw(canvas).text(
-        (_MARGIN_PX, rows * cell_height + _MARGIN_PX), caption, fill="black", font=font
-    )
-    return canvas
-
-
-def _draw_image(image: RoutedImage, *, tile_px: int) -> Image.Image:
-    rows = len(image.tiles) // image.columns
-    pitch = tile_px + _GAP_PX
-    canvas = Image.new("RGB", (image.columns * pitch - _GAP_PX, rows * pitch - _GAP_PX), "white")
-    pen = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(max(10, tile_px // 9))
-    for index, (tile, compressed, probability) in enumerate(
-        zip(image.tiles, image.compressed, image.probability, strict=True)
-    ):
-        left, top = index % image.columns * pitch, index // image.columns * pitch
-        pixels = Image.fromarray(np.ascontiguousarray(tile.transpose(1, 2, 0)))
-        how = Image.Resampling.NEAREST if pixels.width < tile_px else Image.Resampling.LANCZOS
-        pixels = pixels.resize((tile_px, tile_px), how)
-        if compressed:
-            pixels = Image.blend(pixels, Image.new("RGB", pixels.size, _GREY), _SHADE)
-        canvas.paste(pixels, (left, top))
-        text = f"{probability:.2f}"
-        # Half way down the left edge it hides least of a tile with something in its corners or its
-        # middle; it has a ground of its own since no colour of text can be read on every photo.
-        place = (left + 3, top + tile_px // 2)
-        box = pen.textbbox(place, text, font=font, anchor="lm")
-        pen.rectangle(
-            (left, box[1] - 2, box[2] + 2, box[3] + 2), fill="black" if compressed else "white"
-        )
-        pen.text(place, text, font=font, anchor="lm", fill="white" if compressed else "black")
-    return canvas
 
 
 def read_metrics(path: Path) -> dict[str, npt.NDArray[np.float64]]:

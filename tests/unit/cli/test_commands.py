@@ -180,9 +180,14 @@ def test_the_router_of_every_image_is_drawn(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" of ")[1] for line in lines] == ["4 tiles compressed", "5 tiles compressed"]
     assert Image.open(picture).width == 12 + 2 * (3 * 52 - 2 + 12)
+    assert draw(exported, "--layout 1x3 --max-dynamic-patch 3", *images) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" of ")[1] for line in lines] == ["4 tiles compressed"] * 2
     for load, image, message in (
         (exported, "gone.png", "gone.png: No such file"),
         (tmp_path, images[0], str(tmp_path)),
+        (exported, f"--layout 3x4 {images[0]}", "give --max-dynamic-patch 12"),
+        (exported, f"--layout 3 {images[0]}", "--layout 3: expected rows x columns"),
     ):
         assert draw(load, image) == 2
         assert message in capsys.readouterr().err

@@ -1,52 +1,10 @@
-"""Pictures: compressed tiles are shaded and no others, curves show what the files hold."""
+"""Curves show what the files hold."""
 
 import json
 
 import numpy as np
-import pytest
 
 from megatron_vico.evaluation import plots
-
-
-def make_routed(compressed, *, columns=2, scores=None):
-    tiles = np.zeros((len(compressed), 3, 4, 4), dtype=np.uint8)
-    tiles[:, 0] = 200  # red
-    scores = scores or [0.9 if each else 0.1 for each in compressed]
-    return plots.RoutedImage(
-        tiles=tiles, columns=columns, compressed=compressed, probability=scores
-    )
-
-
-def test_compressed_tiles_are_shaded_and_kept_tiles_untouched():
-    plan = [True, False, False, True]
-    pixels = np.asarray(plots.routing_picture([make_routed(plan)], tile_px=100, columns=1))
-    pitch, margin = 102, 12
-    for index, compressed in enumerate(plan):
-        # Clear of the label, which is half way down the left edge.
-        y, x = margin + index // 2 * pitch + 80, margin + index % 2 * pitch + 50
-        red, green, blue = (int(v) for v in pixels[y, x])
-        if compressed:
-            assert (red, green, blue) == pytest.approx((128 * 0.62 + 200 * 0.38, 79, 79), abs=1.5)
-        else:
-            assert (red, green, blue) == (200, 0, 0)
-
-
-def test_labels_differ_with_the_score():
-    def label(score):
-        image = make_routed([False], columns=1, scores=[score])
-        return np.asarray(plots.routing_picture([image], tile_px=100))[50:80, :60]
-
-    assert not np.array_equal(label(0.12), label(0.87))
-    with pytest.raises(ValueError, match="zip"):  # one score for two tiles
-        plots.routing_picture([make_routed([True, False], scores=[0.5])])
-
-
-def test_several_images_of_different_shapes_fit():
-    shapes = ((4, 2), (6, 3), (1, 1))
-    images = [make_routed([True] * count, columns=columns) for count, columns in shapes]
-    picture = plots.routing_picture(images, tile_px=50, columns=2)
-    assert picture.width == 12 + 2 * (3 * 52 - 2 + 12)
-    assert picture.height > 2 * (2 * 52 - 2 + 12)
 
 
 def write_lines(path, lines):

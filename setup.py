@@ -53,6 +53,7 @@ setup(
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.14"],
         "video": ["av>=14"],
         "wandb": ["wandb>=0.20"],
+        "serve": ["fastapi>=0.120", "uvicorn>=0.40", "prometheus_client>=0.22"],
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1"],
         "demo": ["scikit-image>=0.25", "scikit-learn>=1.6"],
         "test": [
@@ -67,6 +68,12 @@ setup(
             "tiktoken>=0.9",
             "av>=14",
             "wandb>=0.20",
+            "fastapi>=0.120",
+            "uvicorn>=0.40",
+            "prometheus_client>=0.22",
+            "httpx>=0.28",
+            "httpx2>=2",  # of starlette's TestClient
+            "openai>=3",
         ],
     },
     entry_points={"console_scripts": ["vico = megatron_vico.cli.main:main"]},

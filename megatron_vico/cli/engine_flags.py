@@ -14,7 +14,7 @@ from megatron_vico.errors import ConfigError
 if TYPE_CHECKING:
     from megatron_vico.convert.huggingface.config import ExportOptions
     from megatron_vico.inference.engine import Engine
-    from megatron_vico.inference.plans import PlanSource, Routing
+    from megatron_vico.inference.plans import PlanSource, Replay, Routing
 
 Overrides = dict[str, str]
 
@@ -189,6 +189,12 @@ class PlanFlags(RoutingFlags):
     """JSONL file of decisions that the plan `replay` takes: a request log of `vico serve`, or what
     `vico evaluate --write-plans` wrote."""
 
+    @cached_property
+    def _decided(self) -> "Replay | None":
+        from megatron_vico.inference.plans import read_replay
+
+        return None if self.replay is None else read_replay(self.replay)
+
     def read_plan(self, name: str) -> "PlanSource":
         """The plan of a name; ConfigError if it needs what was never trained, or there is none."""
         from megatron_vico.inference import plans
@@ -196,9 +202,8 @@ class PlanFlags(RoutingFlags):
         kind = name.partition("=")[0]
         if kind not in ("none", "vir", "image") and "connector_16x" in self.drawn:
             raise ConfigError(f"plan {name}: {self.lacks(['connector_16x'])}; take the plan none.")
-        replay = None if self.replay is None else plans.read_replay(self.replay)
         routing = self.routing() if kind in ("vir", "image") else None
-        return plans.read_plan(name, routing=routing, replay=replay)
+        return plans.read_plan(name, routing=routing, replay=self._decided)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ COMMANDS = {
     "status": "say how far a stage's run is",
     "generate": "ask a model about images",
     "evaluate": "score a model on a file of questions",
+    "serve": "answer clients of OpenAI's protocol, a compression plan a model name",
     "table": "print the paper's tables from harness results and request logs",
     "plot": "draw loss curves and what a router does",
     "report": "write one HTML page about a run",

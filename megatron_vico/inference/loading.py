@@ -1,7 +1,10 @@
 """Builds an engine and puts the weights of a checkpoint of either form into it."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.checkpoint.integrity import WEIGHTS, require_intact
@@ -100,3 +103,12 @@ def model_of(source: str | Path) -> ModelConfig:
     config = read_json(path)
     layout_of(config, path=str(path))  # refuses what is no InternVL
     return read_model(config, path=str(path))
+
+
+def fingerprint(engine: Engine) -> str:
+    """16 hexadecimal digits of all weights and their names; of this rank's, if ranks share them."""
+    digest = hashlib.sha256(engine.model.name.encode())
+    for prefix, module in (("encoder", engine.encoder), ("language_model", engine.language_model)):
+        for name, param in module.named_parameters():
+            digest.update(f"{prefix}.{name} {torch.hash_tensor(param.detach()).item()}".encode())
+    return digest.hexdigest()[:16]

@@ -14,7 +14,9 @@ from megatron_vico.data.encode.tokenizer import Tokenizer
 class Sampling:
     """How an answer is drawn, and where it ends; names are those of OpenAI and vLLM."""
 
-    max_new_tokens: int = 64
+    max_new_tokens: int | None = 64
+    """None: as many as the context has room for."""
+
     temperature: float = 0.0
     """0 is greedy."""
 

@@ -27,6 +27,16 @@ class TooLongError(SampleError):
     """A conversation that the model's context does not hold; in the words that clients parse."""
 
 
+def check_length(prompt: int, wanted: int, *, most: int) -> None:
+    """Raise TooLongError if a prompt and the answer that is wanted are longer than the context."""
+    if prompt + wanted > most:
+        raise TooLongError(
+            f"This model's maximum context length is {most} tokens. However, you requested"
+            f" {prompt + wanted} tokens ({prompt} in the messages, {wanted} in the completion)."
+            " Please reduce the length of the messages or completion."
+        )
+
+
 @dataclass(kw_only=True, eq=False)
 class Request:
     """A conversation on its way through the engine."""
@@ -146,10 +156,12 @@ class Scheduler:
             try:
                 routed = engine.routed(request.prompt, request.plan)
                 self._check_length(request, routed)
-            except SampleError as error:
+            except Exception as error:
                 request.error = error
                 request.end("error")
-                continue
+                if isinstance(error, SampleError):
+                    continue
+                raise
             if engine.device.type == "cuda":
                 torch.cuda.synchronize(engine.device)  # for the seconds; once a request
             request.took("encode")
@@ -159,15 +171,9 @@ class Scheduler:
             self._start_answer(request)
 
     def _check_length(self, request: Request, routed: RoutedPrompt) -> None:
-        most, prompt = self._engine.max_len, routed.num_tokens
-        wanted = request.sampling.max_new_tokens
         # Several answers are cut where the context ends; one that was asked for is not.
-        if prompt + (wanted if len(routed.parts) == 1 else 1) > most:
-            raise TooLongError(
-                f"This model's maximum context length is {most} tokens. However, you requested"
-                f" {prompt + wanted} tokens ({prompt} in the messages, {wanted} in the completion)."
-                " Please reduce the length of the messages or completion."
-            )
+        wanted = request.sampling.max_new_tokens if len(routed.parts) == 1 else 1
+        check_length(routed.num_tokens, wanted or 1, most=self._engine.max_len)
 
     def _start_answer(self, request: Request) -> None:
         assert request.unread is not None
@@ -232,7 +238,8 @@ class Scheduler:
             answer.add(token)
         row = self.running.index(request)
         full = int(self._cache.lengths[row]) + 1 >= self._engine.max_len
-        if ended or answer.stopped or len(answer.ids) >= sampling.max_new_tokens or full:
+        full = full or len(answer.ids) == sampling.max_new_tokens
+        if ended or answer.stopped or full:
             answer.end()
             self._next_part(request, [] if ended else [token])
         else:

@@ -1,0 +1,1 @@
+"""`vico serve`: the engine behind OpenAI's chat completions."""

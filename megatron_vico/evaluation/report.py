@@ -250,6 +250,9 @@ def _svg(panel: Panel, run: RunFigures) -> str:
 
 def _draw_lines(axes: Axes, panel: Panel, run: RunFigures) -> None:
     labels, positive = panel.labels or panel.names, True
+    num_lines = sum(
+        any(name in row for row in (*run.steps, *run.validation)) for name in panel.names
+    )
     for name, label in zip(panel.names, labels, strict=True):
         from_validation = name.startswith("valid_")
         rows = [row for row in (run.validation if from_validation else run.steps) if name in row]
@@ -260,12 +263,13 @@ def _draw_lines(axes: Axes, panel: Panel, run: RunFigures) -> None:
         )
         positive &= bool((values[np.isfinite(values)] > 0).all())
         style = "o--" if from_validation else "." if len(steps) == 1 else "-"
-        width = len(steps) // 20 if len(panel.names) == 1 else 0
+        width = len(steps) // 20 if num_lines == 1 else 0
         (line,) = axes.plot(steps, values, style, label=label, linewidth=1.2, markersize=4)
         if width > 1:  # noise in light, a running mean in dark
             line.set_alpha(0.3)
             smooth = np.convolve(values, np.full(width, 1 / width), mode="valid")
-            axes.plot(steps[width - 1 :], smooth, color=line.get_color(), linewidth=1.6)
+            middle = steps[(width - 1) // 2 :][: len(smooth)]
+            axes.plot(middle, smooth, color=line.get_color(), linewidth=1.6)
     if panel.scale == "log" and positive:
         axes.set_yscale("log")
 

@@ -10,9 +10,9 @@ round differently on different processors.
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import batched
+from itertools import accumulate, batched
 from typing import Literal
 
 
@@ -123,15 +123,20 @@ def share(
     Raises:
         ValueError: if the packs do not divide over the ranks.
     """
-    of_packs = [sum(each) for each in costs]
-    if sharing.in_step > 1:
-        assignment = _in_step(of_packs, num_ranks=num_ranks, size=sharing.in_step)
-    else:
-        assignment = assign(of_packs, num_ranks=num_ranks)
-    parts = [[Part(pack=i, first=0, stop=len(costs[i])) for i in packs] for packs in assignment]
-    if sharing.in_step == 1 and sharing.counts == "any":
-        _cut(parts, costs)
-    return tuple(map(tuple, parts))
+    of_packs, size = [sum(each) for each in costs], sharing.in_step
+    if num_ranks % size:
+        raise ValueError(f"{num_ranks} ranks are no whole number of groups of {size}")
+    rows: Sequence[tuple[int, ...]] = [(i,) for i in range(len(costs))]
+    if size > 1:
+        rows = list(batched(sorted(range(len(costs)), key=lambda i: -of_packs[i]), size))
+    of_groups = assign([of_packs[row[0]] for row in rows], num_ranks=num_ranks // size)
+    groups = [
+        [tuple(Part(pack=i, first=0, stop=len(costs[i])) for i in rows[row]) for row in of_group]
+        for of_group in of_groups
+    ]
+    if sharing.counts == "any":
+        _cut(groups, costs)
+    return tuple(tuple(row[place] for row in group) for group in groups for place in range(size))
 
 
 def assign(costs: Sequence[float], *, num_ranks: int) -> tuple[tuple[int, ...], ...]:
@@ -194,49 +199,57 @@ def _swap(members: list[list[int]], costs: Sequence[float]) -> None:
             loads[rank] = sum(costs[i] for i in members[rank])
 
 
-def _in_step(costs: Sequence[float], *, num_ranks: int, size: int) -> tuple[tuple[int, ...], ...]:
-    """`assign` for groups of `size` ranks that wait for each other in every microbatch.
-
-    Such a microbatch takes as long as its most expensive pack, so each is made of packs of like
-    cost, and these rows are assigned to the groups.
-    """
-    if num_ranks % size:
-        raise ValueError(f"{num_ranks} ranks are no whole number of groups of {size}")
-    rows = list(batched(sorted(range(len(costs)), key=lambda i: -costs[i]), size))
-    of_groups = assign([costs[row[0]] for row in rows], num_ranks=num_ranks // size)
-    return tuple(
-        tuple(rows[row][place] for row in of_group)
-        for of_group in of_groups
-        for place in range(size)
-    )
+Row = tuple[Part, ...]
+"""What the ranks of a group, which wait for each other, work on at the same time: parts of like
+cost, since it takes as long as the most expensive."""
 
 
-def _cut(parts: list[list[Part]], costs: Sequence[Sequence[float]]) -> None:
-    """Move the last samples of a part from the busiest rank to the idlest, while that helps.
+def _cut(groups: list[list[Row]], costs: Sequence[Sequence[float]]) -> None:
+    """Move the last samples of a row from the busiest group to the idlest, while that helps.
 
     Where samples are long, whole packs cannot be balanced: a pack of one text of 32,768 tokens
     costs twice as much as one of short samples, and every other pack costs at least 0.9 of the
     mean, so that of 4 packs a rank one too many or too few is always left (benchmarks/packing.py).
-    `parts`, those of each rank, is changed in place.
+    `groups`, the rows of each, is changed in place.
     """
-    loads = [sum(sum(costs[each.pack]) for each in of_rank) for of_rank in parts]
+    loads = [sum(_row_cost(row, costs) for row in group) for group in groups]
     mean = sum(loads) / len(loads)
     while (highest := max(loads)) > CUT * mean:
         a, b = loads.index(highest), loads.index(min(loads))
         wanted = min(highest - mean, CUT * mean - loads[b])
         found = []
-        for place, part in enumerate(parts[a]):
-            moved = 0.0
-            for first in range(part.stop - 1, part.first, -1):
-                moved += costs[part.pack][first]
-                found.append((abs(moved - wanted), place, first, moved))
+        for place, row in enumerate(groups[a]):
+            whole = _row_cost(row, costs)
+            for head, tail in _cuts(row, costs):
+                left, moved = highest - whole + _row_cost(head, costs), _row_cost(tail, costs)
+                if max(left, loads[b] + moved) < highest * (1 - ROUNDING):
+                    found.append((abs(moved - wanted), place, left, moved, head, tail))
         if not found:
             return
-        _, place, first, moved = min(found)
-        if max(highest - moved, loads[b] + moved) >= highest * (1 - ROUNDING):
-            return
-        part = parts[a][place]
-        parts[a][place] = replace(part, stop=first)
-        parts[b].append(replace(part, first=first))
-        loads[a] -= moved
+        _, place, loads[a], moved, groups[a][place], tail = min(found, key=lambda each: each[:4])
+        groups[b].append(tail)
         loads[b] += moved
+
+
+def _cuts(row: Row, costs: Sequence[Sequence[float]]) -> Iterator[tuple[Row, Row]]:
+    """Rows in two: wherever the first part can be cut, and the others where as much moves."""
+    tails = [  # of each part: what moves if it is cut before a sample, and that sample
+        list(
+            zip(accumulate(costs[part.pack][part.stop - 1 : part.first : -1]), places, strict=True)
+        )
+        for part in row
+        for places in [range(part.stop - 1, part.first, -1)]
+    ]
+    if not all(tails):  # a part of one sample
+        return
+    for wanted, _ in tails[0]:
+        firsts = [min(each, key=lambda tail: abs(tail[0] - wanted))[1] for each in tails]
+        pairs = list(zip(row, firsts, strict=True))
+        yield (
+            tuple(replace(part, stop=first) for part, first in pairs),
+            tuple(replace(part, first=first) for part, first in pairs),
+        )
+
+
+def _row_cost(row: Row, costs: Sequence[Sequence[float]]) -> float:
+    return max(sum(costs[part.pack][part.first : part.stop]) for part in row)

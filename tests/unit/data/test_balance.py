@@ -2,6 +2,8 @@
 differ, equal counts where ranks wait for each other."""
 
 import random
+from dataclasses import replace
+from itertools import batched
 
 import pytest
 from hypothesis import given, settings
@@ -99,6 +101,19 @@ def loads(costs: list[list[float]], parts: tuple[tuple[Part, ...], ...]) -> list
     ]
 
 
+def waits(
+    costs: list[list[float]], parts: tuple[tuple[Part, ...], ...], sharing: Sharing
+) -> list[float]:
+    """What each group works, which is as many microbatches on each of its ranks."""
+    return [
+        sum(
+            max(sum(costs[part.pack][part.first : part.stop]) for part in row)
+            for row in zip(*group, strict=True)
+        )
+        for group in batched(parts, sharing.in_step)
+    ]
+
+
 @st.composite
 def steps(draw: st.DrawFn) -> tuple[list[list[float]], int, Sharing]:
     size, groups, per_rank = (
@@ -129,13 +144,11 @@ def test_every_sample_is_in_one_part_and_ranks_that_wait_have_as_many(
     )
     assert samples == [(i, place) for i, pack in enumerate(costs) for place in range(len(pack))]
     assert all(part.first < part.stop for of_rank in parts for part in of_rank)
-    if sharing.in_step > 1 or sharing.counts == "equal":
+    if sharing.counts == "equal":
         assert [len(of_rank) for of_rank in parts] == [len(costs) // num_ranks] * num_ranks
-    else:
-        whole = assign([sum(pack) for pack in costs], num_ranks=num_ranks)
-        of_packs = [sum(pack) for pack in costs]
-        assert max(loads(costs, parts)) <= highest(of_packs, whole) * (1 + 1e-9)
-        assert all(of_rank for of_rank in parts)
+    whole = share(costs, num_ranks=num_ranks, sharing=replace(sharing, counts="equal"))
+    assert max(waits(costs, parts, sharing)) <= max(waits(costs, whole, sharing)) * (1 + 1e-9)
+    assert all(of_rank for of_rank in parts)
 
 
 def test_packs_of_long_texts_are_balanced_by_cutting() -> None:
@@ -148,6 +161,19 @@ def test_packs_of_long_texts_are_balanced_by_cutting() -> None:
     parts = share(costs, num_ranks=64, sharing=Sharing())
     assert max(loads(costs, parts)) / mean <= 1.03
     assert 256 < sum(map(len, parts)) < 256 * 1.2
+    assert {len(of_rank) for of_rank in parts} > {4}
+
+
+def test_rows_of_long_texts_are_balanced_by_cutting() -> None:
+    """The same packs on groups of 4 ranks that wait for each other: all four cut at the same time.
+    Measured: 1.111 whole, 1.000 with 288 parts."""
+    costs = [[2.0] if i % 8 == 0 else [0.125] * 8 for i in range(256)]
+    mean = sum(map(sum, costs)) / 64
+    sharing = Sharing(in_step=4, counts="equal")
+    whole = share(costs, num_ranks=64, sharing=sharing)
+    assert max(waits(costs, whole, sharing)) / mean > 1.1
+    parts = share(costs, num_ranks=64, sharing=Sharing(in_step=4))
+    assert max(waits(costs, parts, sharing)) / mean <= 1.03
     assert {len(of_rank) for of_rank in parts} > {4}
 
 

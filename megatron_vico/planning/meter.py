@@ -19,6 +19,8 @@ from torch._C._distributed_c10d import FakeWork
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from megatron_vico.planning.remembered import Remembered
+
 _PACKAGES = ("megatron_vico/", "megatron/core/")
 BLOCK = 512  # CUDA's allocator rounds to it
 _NOTED = 1.01  # the list of tensors at a peak is of a total at most so many times lower
@@ -114,6 +116,7 @@ class Meter(TorchDispatchMode):
         self._live: dict[int, _Storage] = {}
         self._spans: list[str] = []
         self._noted = Counter[str]()
+        self._call = Remembered()
 
     def begin(self) -> None:
         """Count from zero; what lives stays."""
@@ -172,7 +175,7 @@ class Meter(TorchDispatchMode):
             return func(*args, **kwargs)
         answered, out = self._answer(func, args, kwargs)
         if not answered:
-            out = func(*args, **kwargs)
+            out = self._call(func, args, kwargs)
         for each in (
             (out,) if isinstance(out, Tensor) else out if type(out) in (tuple, list) else ()
         ):
@@ -305,15 +308,18 @@ def _site() -> str:
     """The innermost two lines of this project or of megatron-core that are being run."""
     frame, found = sys._getframe(1), list[str]()
     while (frame := frame.f_back) is not None and len(found) < 2:  # type: ignore[assignment]
-        path = frame.f_code.co_filename
-        if "/planning/" in path or path.endswith("cpu_stand_in.py"):
-            continue
-        for package in _PACKAGES:
-            _, at, rest = path.rpartition(package)
-            if at:
-                found.append(f"{rest}:{frame.f_lineno}")
-                break
+        if (name := _own_name(frame.f_code.co_filename)) is not None:
+            found.append(f"{name}:{frame.f_lineno}")
     return " < ".join(found) or "?"
+
+
+@functools.cache
+def _own_name(path: str) -> str | None:
+    """A file of this project or of megatron-core, within the package."""
+    if "/planning/" in path or path.endswith("cpu_stand_in.py"):
+        return None
+    names = (path.rpartition(package) for package in _PACKAGES)
+    return next((name for _, at, name in names if at), None)
 
 
 def _tensors(value: Any) -> list[Tensor]:

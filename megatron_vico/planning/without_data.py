@@ -5,7 +5,7 @@ experts, where torch's own layers loop. Routing is balanced: each expert gets th
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -40,9 +40,6 @@ def install(
         tensor.new_empty(mask.size(1) * experts_per_token)
     )
     meter.answers[aten.equal.default] = lambda *tensors: shared
-    meter.answers |= {operator: functools.partial(_elementwise, operator) for operator in SHAPED}
-    meter.answers[aten.addmm.default] = _addmm
-    meter.answers[aten.native_layer_norm.default] = _layer_norm
     torch.cuda.synchronize = lambda *args: meter.add_wait("torch.cuda.synchronize")
     watch(meter, kernels=kernels)
     _balance_experts(meter)
@@ -54,42 +51,6 @@ def install(
         _group_experts(meter)
         _fuse_activations()
         cpu_stand_in.adamw = lambda *args, **kwargs: None  # in place
-
-
-SHAPED = (
-    *(getattr(aten, name).Tensor for name in ("add", "sub", "mul", "div")),
-    *(aten.add.Scalar, aten.mul.Scalar, aten.pow.Tensor_Scalar, aten.addcmul.default),
-    *(getattr(aten, name).default for name in ("neg", "rsqrt", "sigmoid", "exp", "gelu", "silu")),
-)
-"""Elementwise operators whose result torch works out in Python on "meta", as slowly as a tenth of a
-millisecond each."""
-
-
-def _elementwise(operator: Any, *args: Any, **named: Any) -> Tensor:
-    """What one of `SHAPED` gives: a tensor of the common shape and type."""
-    tensors = [each for each in args if isinstance(each, Tensor)]
-    first, *others = tensors
-    plain = all(
-        each.is_meta and each.is_floating_point() and each.is_contiguous() for each in tensors
-    )
-    if not plain or (len(others) > 1 and any(each.dtype != first.dtype for each in others)):
-        unknown: Tensor = operator(*args, **named)
-        return unknown
-    shape, dtype = first.shape, first.dtype
-    for each in others:
-        shape = shape if each.shape == shape else torch.broadcast_shapes(shape, each.shape)
-        dtype = dtype if each.dtype == dtype else torch.result_type(first, each)
-    return first.new_empty(shape, dtype=dtype)
-
-
-def _addmm(bias: Tensor, a: Tensor, b: Tensor, **_: Any) -> Tensor:
-    return a.new_empty(a.size(0), b.size(1))
-
-
-def _layer_norm(x: Tensor, shape: Sequence[int], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    each = (*x.shape[: -len(shape)], *(1 for _ in shape))
-    mean, scale = (x.new_empty(each, dtype=torch.float32) for _ in range(2))
-    return x.new_empty(x.shape), mean, scale
 
 
 def watch(meter: Meter, *, kernels: Kernels) -> None:
@@ -153,13 +114,13 @@ def _balance_experts(meter: Meter) -> None:
         MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize,
     )
     gather = token_dispatcher.gather_from_sequence_parallel_region
-    maps: dict[tuple[int, int], Tensor] = {}
+    routed: dict[tuple[int, int], _Balanced] = {}
 
     def balanced(self: Any, routing_map: Tensor) -> Tensor:
         shape = (routing_map.size(0), routing_map.size(1))
-        if shape not in maps:
-            maps[shape] = balanced_map(*shape, self.config.moe_router_topk)
-        counts: Tensor = preprocess(self, maps[shape])
+        if shape not in routed:
+            routed[shape] = _Balanced(balanced_map(*shape, self.config.moe_router_topk))
+        counts: Tensor = preprocess(self, routed[shape])
         return counts
 
     def gathered(tensor: Tensor, group: Any = None, **kwargs: Any) -> Tensor:
@@ -176,6 +137,20 @@ def _balance_experts(meter: Meter) -> None:
     MoEAlltoAllTokenDispatcher.preprocess = balanced
     MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = counted
     token_dispatcher.gather_from_sequence_parallel_region = gathered
+
+
+class _Balanced:
+    """What mcore asks of a map [T, E] of tokens to experts, which is summed once."""
+
+    def __init__(self, routing_map: Tensor) -> None:
+        self._shape, self._counts_E = routing_map.shape, routing_map.sum(dim=0)
+
+    def size(self, dim: int) -> int:
+        return self._shape[dim]
+
+    def sum(self, dim: int) -> Tensor:
+        assert dim == 0
+        return self._counts_E
 
 
 def balanced_map(num_tokens: int, num_experts: int, experts_per_token: int) -> Tensor:

@@ -104,6 +104,7 @@ def static_bytes(
         of_all = language.num_experts * 3 * h * (language.moe_ffn_hidden_size or 0)
         experts = layers * of_all / (parallel.expert_model_parallel_size * width)
     ends = (stage == 0) + (stage == stages - 1)
+    matrices = layers * split / tensor + experts
     dense = layers * (split / tensor + whole) + ends * language.vocab_size * h / tensor
     dense += h if stage == stages - 1 else 0
 
@@ -115,13 +116,15 @@ def static_bytes(
     size = 2 if cfg.training.bf16 else 4
     masters = 12 if cfg.training.bf16 else 8
     trains_language = "language_model" in trained
+    # Copies of the matrices, as they are and transposed; otherwise they are all there is.
+    fp8 = parallel.fp8_format is not None and not cfg.transformer.fp8_param_gather
     sharded = cfg.optimizer.use_distributed_optimizer
     dense_ranks = world_size // (tensor * stages) if sharded else 1
     expert_ranks = (
         world_size // (stages * parallel.expert_model_parallel_size * width) if sharded else 1
     )
     found = {
-        "policy": size * (dense + experts),
+        "policy": size * (dense + experts) + 2 * matrices * fp8,
         "gradients": 4 * (trains_language * (dense + experts) + moving),
         "optimizer": masters
         * (

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_vico.config.registry import ModelConfig
@@ -24,6 +25,7 @@ from megatron_vico.planning.synthetic_packs import PackShape, pack_without_pixel
 from megatron_vico.training import trainer
 from megatron_vico.training.bad_steps import StepWatch
 from megatron_vico.training.data_state import DataState
+from megatron_vico.training.fp8_reference import bf16_config
 from megatron_vico.training.profiler import phase
 from megatron_vico.training.setup import Modules, Run, build_policy, build_reference
 from megatron_vico.training.step_clock import StepClock
@@ -70,7 +72,8 @@ def dry_run(
     )
     with world(cfg, world_size=world_size, rank=rank) as groups, meter:
         name_groups(meter, groups)
-        run = build(cfg, model, groups, meter)
+        run = build(bf16_config(cfg), model, groups, meter)
+        copies = fp8_copies(cfg, run, meter)
         static = {part: size for part, size in meter.now.items() if size}
         steps = {}
         for number, packs in enumerate(num_packs):
@@ -79,6 +82,7 @@ def dry_run(
             measured_step(run, batch)
             if number > 0:
                 steps[packs] = meter.counted
+        del copies
     return DryRun(static=static, steps=steps)
 
 
@@ -138,6 +142,19 @@ def build(
     policy.train_mode()
     tag(run, meter)
     return run
+
+
+def fp8_copies(cfg: RunConfig, run: Run, meter: Meter) -> list[Tensor]:
+    """TransformerEngine's copies of the policy's matrices in FP8, as they are and transposed."""
+    if cfg.parallel.fp8_format is None or cfg.transformer.fp8_param_gather:
+        return []
+    with meter.building("policy"):
+        return [
+            torch.empty(2, *weight.shape, dtype=torch.uint8, device=META)
+            for chunk in run.policy.language_chunks
+            for name, weight in chunk.named_parameters()
+            if weight.dim() == 2 and ".layers." in name and "router" not in name
+        ]
 
 
 def tag(run: Run, meter: Meter) -> None:

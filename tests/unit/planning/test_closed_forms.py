@@ -25,7 +25,7 @@ TOY = (
     " --tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2"
     " --expert-tensor-parallel-size 1 --pipeline-model-parallel-size 2 --seq-length 2048"
     " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-    " --global-batch-size 16 --pretrained-checkpoint none"
+    " --global-batch-size 16 --pretrained-checkpoint none --fp8-format hybrid"
 ).split()
 
 

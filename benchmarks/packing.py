@@ -260,7 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     alone, waiting = balanced[-1]["cut"], balanced[-1]["in_step"]
     print(
         f"busiest of 64 ranks, texts up to 32,768 tokens: {alone:.3f} of the mean, where {IN_STEP}"
-        f" share experts {waiting:.3f}, goal {BALANCE_GOAL}: {_met(max(alone, waiting) <= BALANCE_GOAL)}"
+        f" share experts {waiting:.3f}, goal {BALANCE_GOAL}:"
+        f" {_met(max(alone, waiting) <= BALANCE_GOAL)}"
     )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -72,13 +72,11 @@ def main(arguments: Sequence[str]) -> int:
         f"stage {cfg.stage.stage} of {model.name} on {world_size} {given.gpu}:"
         f" --seq-length {cfg.data.seq_length}, --global-batch-size {cfg.training.global_batch_size}"
     )
-    if cfg.parallel.fp8_format is not None:
-        print("FP8: its copies of weights are counted; activations and speed are those of bf16")
     print("\n".join(report.memory_table(plans, given.gpu)))
     for name, found in plans.items():
         print("\n".join(report.rank_details(name, found)))
     time = estimate(cfg, model, world_size=world_size, machine=machine)
-    print("\n" + report.time_line(time, machine))
+    print("\n" + report.time_line(time, machine, fp8=cfg.parallel.fp8_format is not None))
     worst = max(plans.values(), key=lambda found: found.peak_bytes)
     fits = report.shortage(worst, given.gpu) <= 0
     if given.json is not None:

@@ -66,12 +66,13 @@ def rank_details(name: str, plan: RankPlan) -> list[str]:
     return lines
 
 
-def time_line(time: Estimate, machine: Machine) -> str:
+def time_line(time: Estimate, machine: Machine, *, fp8: bool) -> str:
     """Seconds of a step by formula."""
+    note = "; of FP8, weights are counted, but neither its activations nor its speed" if fp8 else ""
     return (
         f"a step by formula, at {machine.efficiency:.0%} of {machine.flops_per_s / 1e12:.0f}"
         f" TFLOP/s: {time.expected_s:.1f} s, the bubble {time.bubble:.1%} of the passes; floor"
-        f" {time.floor_s:.1f} s"
+        f" {time.floor_s:.1f} s{note}"
     )
 
 

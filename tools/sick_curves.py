@@ -143,7 +143,7 @@ def pictures(demo: Path, work: Path) -> dict[str, Figure]:
         "pretrain": panels([("loss", pretrain)]),
         "consistency": panels([("loss", consistency), ("grad_norm", consistency)]),
         "router": panels([("router_threshold", router), ("router_auc", router)]),
-        "kl": Figure(figsize=(4.6, 3.2), layout="constrained"),
+        "kl": Figure(figsize=(5.4, 2.9), layout="constrained"),
     }
     panel = figures["kl"].subplots()
     for share in SHARES:
@@ -155,9 +155,9 @@ def pictures(demo: Path, work: Path) -> dict[str, Figure]:
 
 
 def panels(wanted: Sequence[tuple[str, dict[str, Path]]]) -> Figure:
-    """One panel for each figure of metrics.jsonl, a line a run."""
-    figure = Figure(figsize=(4.6 * len(wanted), 3.2), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(1, len(wanted)))
+    """One panel under another for each figure of metrics.jsonl, a line a run."""
+    figure = Figure(figsize=(5.4, 2.9 * len(wanted)), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(len(wanted), 1))
     for panel, (name, runs) in zip(axes, wanted, strict=True):
         for label, run in runs.items():
             draw(panel, run, name=name, label=label)

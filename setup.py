@@ -38,6 +38,7 @@ setup(
         "pillow>=11",
         "pyyaml>=6.0",
         "tyro>=1.0.17,<1.1",
+        "typeguard>=4.4",
         "tqdm>=4.66",
         "fsspec>=2025.3",
         "filelock>=3.16",

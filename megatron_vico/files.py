@@ -8,7 +8,10 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+import yaml
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from megatron_vico.errors import CheckpointError
 
@@ -53,19 +56,65 @@ def read_plain(path: Path) -> bytes:
         return content
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's contents; CheckpointError if it is absent or broken."""
+def read_text(path: Path) -> str:
+    """A plain file's text; CheckpointError if it is absent, no plain file or not UTF-8."""
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
+        return read_plain(path).decode("utf-8-sig")
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file.") from error
     except OSError as error:
         raise CheckpointError(f"could not read {path}: {error}.") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 text: {error}; copy it again.") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping, empty for an empty file; CheckpointError if it is absent or broken."""
+    try:
+        contents = yaml.safe_load(read_text(path)) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        cause = " ".join(str(error).split())
+        raise CheckpointError(f"{path} is not valid YAML: {cause}; copy it again.") from error
+    if not isinstance(contents, dict):
+        raise CheckpointError(f"{path} holds {type(contents).__name__}, expected a mapping.")
+    return contents
+
+
+def read_json_value(path: Path) -> Any:
+    """What a JSON file holds; CheckpointError if it is absent or broken."""
+    try:
+        return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's object; CheckpointError if it is absent or broken, or holds something else."""
+    contents = read_json_value(path)
     if not isinstance(contents, dict):
         raise CheckpointError(f"{path} holds {type(contents).__name__}, expected a JSON object.")
     return contents
+
+
+def record_of[T](kind: type[T], fields: Any) -> T:
+    """The dataclass that a JSON object describes.
+
+    Raises:
+        TypeError: if `fields` is no object, or one is unknown, missing or of another type.
+    """
+    if not isinstance(fields, dict):
+        raise TypeError(f"{type(fields).__name__}, expected an object")
+    types = get_type_hints(kind)
+    for name in fields.keys() & types.keys():
+        try:
+            check_type(
+                fields[name],
+                types[name],
+                collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS,
+            )
+        except TypeCheckError as error:
+            raise TypeError(f"{name!r} is {fields[name]!r:.80}: {error}") from error
+    return kind(**fields)
 
 
 def copy_without_code(source: Path, target: Path) -> None:
@@ -89,7 +138,7 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     A machine that was switched off leaves half a line, or a block of zero bytes.
     """
     rows, damaged = [], []
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = read_plain(path).decode(errors="replace")
     for number, line in enumerate(text.split("\n"), start=1):
         try:
             row = json.loads(line) if line.strip() else {}

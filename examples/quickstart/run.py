@@ -193,7 +193,7 @@ def main() -> int:
     times = []
     for number, step in enumerate(all_steps, start=1):
         title = f"[{number}/{len(all_steps)}] {step.name}"
-        if _done_mark(step, run).exists():
+        if _done_mark(step, run).exists() or (args.resume and _is_finished(step)):
             print(f"{title}: done already", flush=True)
             continue
         print(f"\n{title}\n$ {shlex.join(step.command)}", flush=True)
@@ -286,6 +286,15 @@ def _report(run: Path) -> None:
 
 def _done_mark(step: Step, run: Path) -> Path:
     return run / "logs" / f"{step.name}.done"
+
+
+def _is_finished(step: Step) -> bool:
+    """Whether a stage has its last checkpoint: it was killed before it could be marked."""
+    if "train" not in step.command:
+        return False
+    flags = step.command[step.command.index("train") + 1 :]
+    status = _command("-m", "megatron_vico", "status", *flags)
+    return subprocess.run(status, cwd=ROOT, capture_output=True, check=False).returncode == 0
 
 
 def _forget(step: Step, run: Path) -> None:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 
 from megatron_vico.checkpoint.run_folder import (
     finished_steps,
@@ -29,7 +28,7 @@ from megatron_vico.checkpoint.run_folder import (
 )
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.errors import CheckpointError
-from megatron_vico.files import INCOMPLETE_SUFFIX
+from megatron_vico.files import INCOMPLETE_SUFFIX, read_plain, read_yaml, record_of
 
 LOCK = "run.lock"
 BEAT_S = 20.0
@@ -89,10 +88,9 @@ def check_save_folder(cfg: RunConfig, *, model_name: str) -> None:
 def _identity_of_folder(root: Path, steps: list[int]) -> dict[str, Any]:
     """What is known of the run that wrote a folder, by the names of options."""
     found: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
-        read = yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8"))
-        if isinstance(read, dict):
-            found = {name: read[name] for name in ("stage", "seed", "data_path") if name in read}
+    with contextlib.suppress(CheckpointError):
+        read = read_yaml(root / "config.yaml")
+        found = {name: read[name] for name in ("stage", "seed", "data_path") if name in read}
     if steps:
         metadata = read_metadata(root, steps[-1])
         found |= {"stage": metadata.stage, "model_size": metadata.model_size}
@@ -171,8 +169,8 @@ class _Holder:
     def read(cls, path: Path) -> "_Holder | None":
         """None for a lock that was not written to its end."""
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, ValueError):
+            return record_of(cls, json.loads(read_plain(path)))
+        except (TypeError, ValueError, RecursionError):
             return None
 
     def is_alive(self) -> bool:

@@ -21,13 +21,20 @@ from megatron_vico.config.registry import MODELS, ModelConfig, get_model_config,
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.stages import Module
 from megatron_vico.errors import CheckpointError, ConfigError
-from megatron_vico.files import read_json, refuse_incomplete, write_json, write_text
+from megatron_vico.files import (
+    read_json,
+    record_of,
+    refuse_incomplete,
+    write_json,
+    write_text,
+)
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 
 _METADATA_FILE, _CONFIG_FILE = "checkpoint.json", "config.yaml"
 _FORMAT_VERSION = 1
-_STEP_FOLDER = re.compile(r"iter_(\d+)", re.ASCII)
+_STEP = re.compile(r"\d{1,18}", re.ASCII)
+_STEP_FOLDER = re.compile(r"iter_(\d{1,18})", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +114,11 @@ def read_metadata(directory: str | Path, iteration: int | None = None) -> Checkp
         )
     try:
         description: dict[str, Any] | None = contents.pop("model", None)
-        if (trained := contents.get("trained")) is not None:
+        if isinstance(trained := contents.get("trained"), list):
             contents["trained"] = tuple(trained)
-        return CheckpointMetadata(
-            **contents, description=None if description is None else model_from_fields(description)
-        )
-    except (TypeError, KeyError) as error:
+        model = None if description is None else model_from_fields(description)
+        return record_of(CheckpointMetadata, contents | {"description": model})
+    except (TypeError, KeyError, ConfigError) as error:
         raise CheckpointError(f"{path} is not a checkpoint's metadata: {error}.") from error
 
 
@@ -206,7 +212,7 @@ def latest_iteration(directory: str | Path) -> int | None:
             " newest; to begin at step 0, move them away."
         )
     text = path.read_text(encoding="utf-8", errors="replace").strip()
-    if not (text.isascii() and text.isdecimal()):
+    if not _STEP.fullmatch(text):
         raise CheckpointError(
             f"{path} holds {text[:40]!r}, expected a step, one of those finished:"
             f" {_named(root, steps)}"

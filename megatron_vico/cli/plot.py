@@ -1,15 +1,15 @@
 """`vico plot`: loss curves, a step's trace, an own table, and figures about a trained model."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from megatron_vico.cli.command_line import read_action
 from megatron_vico.errors import ConfigError
+from megatron_vico.files import read_json, read_json_value, record_of
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -88,10 +88,7 @@ class Table:
 
         try:
             rows = tables.read_results(self.results)
-        except OSError as error:
-            message = f"{self.results}: {error.strerror}; give the results.json of an evaluation."
-            raise ConfigError(message) from error
-        except (json.JSONDecodeError, TypeError) as error:
+        except TypeError as error:
             raise ConfigError(f"{self.results}: not a results.json ({error}).") from error
         write = tables.as_markdown if self.format == "markdown" else tables.as_text
         print(write(tables.ablation_grid(rows)))
@@ -125,10 +122,10 @@ class Content(_Picture):
         from megatron_vico.evaluation.figures import compression_by_content
         from megatron_vico.evaluation.runner import RowResult
 
-        written = _json(self.result)
+        written = read_json(self.result)
         names = [field.name for field in fields(RowResult)]
         try:
-            result = RowResult(**{name: written[name] for name in names})
+            result = record_of(RowResult, {name: written[name] for name in names})
         except (KeyError, TypeError) as error:
             message = f"{self.result}: no {error}; give what `vico evaluate --output` wrote."
             raise ConfigError(message) from error
@@ -148,18 +145,11 @@ class Bubbles(_Picture):
         from megatron_vico.evaluation.figures import Bubble, bubble_chart
 
         try:
-            bubbles = [Bubble(**each) for each in _json(self.models)]
+            bubbles = [record_of(Bubble, each) for each in read_json_value(self.models)]
         except TypeError as error:
             raise ConfigError(f"{self.models}: {error}; see `vico plot bubble --help`.") from error
         bubble_chart(bubbles).savefig(self.output, dpi=110)
         print(self.output)
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}; expected JSON.") from error
 
 
 def _metrics_file(word: str) -> tuple[str, Path]:

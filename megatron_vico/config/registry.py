@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from megatron_vico.errors import ConfigError, nearest
+from megatron_vico.files import record_of
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Pixels are normalised by these in every size."""
@@ -294,10 +295,8 @@ def named(model: ModelConfig) -> ModelConfig:
 
 def model_from_fields(fields: dict[str, Any]) -> ModelConfig:
     """The model that `dataclasses.asdict` made `fields` of; TypeError where they do not fit."""
-    return ModelConfig(
-        **fields
-        | {
-            "vision": VisionConfig(**fields["vision"]),
-            "language": LanguageConfig(**fields["language"]),
-        }
+    parts = {"vision": VisionConfig, "language": LanguageConfig}
+    return record_of(
+        ModelConfig,
+        {**fields, **{name: record_of(kind, fields[name]) for name, kind in parts.items()}},
     )

@@ -8,15 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from megatron_vico import files
 from megatron_vico.checkpoint import run_folder
 from megatron_vico.config.stages import MODULES, Module
 from megatron_vico.convert.huggingface.config import ExportOptions, check_said, said_of_use
 from megatron_vico.convert.huggingface.export import GENERATION, PREPROCESSORS, carried_config
 from megatron_vico.convert.open import TOKENIZER_FOLDER, is_megatron, open_source
-from megatron_vico.errors import CheckpointError
 
 _OF_RUN = ("max_dynamic_patch", "use_thumbnail", "tile_tags")
 
@@ -74,12 +71,7 @@ def _said_by_files(folder: Path) -> dict[str, Any]:
 
 def _said_by_run(step: Path) -> dict[str, Any]:
     path = step / "config.yaml"
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
-    if not isinstance(recipe, dict):
-        return {}  # a conversion's is empty
+    recipe = files.read_yaml(path) if path.exists() else {}  # a conversion's is empty
     names = (*_OF_RUN, "router_granularity") if recipe.get("stage") == "router" else _OF_RUN
     said = {name: recipe[name] for name in names if recipe.get(name) is not None}
     check_said(said, path=str(path))

@@ -6,7 +6,7 @@ without end, media under a key that nobody reads, names that lead out of the dat
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +18,12 @@ MAX_LINE_BYTES = 64 << 20
 
 MAX_IMAGES = 1024
 """Of a sample."""
+
+MAX_SAMPLE_BYTES = 1 << 30
+"""Of a sample in a tar file, from its first member to its last, which are read at once."""
+
+MAX_IMAGE_BYTES = MAX_SAMPLE_BYTES - 2 * MAX_LINE_BYTES
+"""Of its images together; the rest is room for its text and for headers."""
 
 _MEDIA_KEY = re.compile(
     r"(image|img|picture|photo|frame|video|audio|sound|media)s?"
@@ -94,6 +100,20 @@ def media_of(record: dict[str, Any], *, where: str) -> Media:
             " of one video, or images."
         )
     return Media(images=tuple(names), video=video or None, clip=record.get("clip"))
+
+
+def within_limit(images: Iterable[bytes], *, where: str) -> list[bytes]:
+    """A sample's files as they are read; SampleError once they are too many bytes together."""
+    kept, num_bytes = list[bytes](), 0
+    for content in images:
+        num_bytes += len(content)
+        if num_bytes > MAX_IMAGE_BYTES:
+            raise SampleError(
+                f"{where}: images of more than {MAX_IMAGE_BYTES} bytes together; make them"
+                " smaller, or remove the sample."
+            )
+        kept.append(content)
+    return kept
 
 
 def path_below(root: Path, name: str, *, where: str, allow_outside: bool) -> Path:

@@ -1,6 +1,5 @@
 """Pictures: losses, a step's trace."""
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,23 +12,25 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from megatron_vico.errors import CheckpointError
+from megatron_vico.files import read_json, read_json_lines
+
 
 def read_metrics(path: Path) -> dict[str, npt.NDArray[np.float64]]:
     """Every numeric key of a metrics.jsonl -> its values in order; NaN in lines that lack the key.
 
-    Half a last line, of a run that was killed, is left out.
+    Damaged lines, such as half a last one of a run that was killed, are left out.
     """
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    lines, _ = read_json_lines(path)
     keys = {key for line in lines for key, value in line.items() if isinstance(value, int | float)}
     return {
-        key: np.array([line.get(key, math.nan) for line in lines], dtype=np.float64)
+        key: np.array([_number(line.get(key)) for line in lines], dtype=np.float64)
         for key in sorted(keys)
     }
+
+
+def _number(value: Any) -> float:
+    return value if isinstance(value, int | float) else math.nan
 
 
 def loss_curves(metrics_files: Mapping[str, Path], *, columns: int = 3) -> Figure:
@@ -112,19 +113,22 @@ def read_trace(folder: Path) -> list[TraceBox]:
 
     Boxes are in order of their beginnings; there are none if the folder has no such file.
     """
-    boxes = [
-        box
-        for file in sorted(folder.glob("rank_*.json"))
-        for box in _last_step(
-            json.loads(file.read_text(encoding="utf-8")), int(file.stem.removeprefix("rank_"))
-        )
-    ]
+    boxes = [box for file in sorted(folder.glob("rank_*.json")) for box in _boxes(file)]
     origin_ms = min((box.start_ms for box in boxes), default=0.0)
     moved = [
         replace(box, start_ms=box.start_ms - origin_ms, end_ms=box.end_ms - origin_ms)
         for box in boxes
     ]
     return sorted(moved, key=lambda box: box.start_ms)
+
+
+def _boxes(file: Path) -> list[TraceBox]:
+    try:
+        return list(_last_step(read_json(file), int(file.stem.removeprefix("rank_"))))
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file} is no trace of a rank ({error!r}); write it again with --profile."
+        ) from error
 
 
 def _last_step(trace: Mapping[str, Any], rank: int) -> Iterator[TraceBox]:

@@ -1,16 +1,14 @@
 """What a run's metrics.jsonl comes to: its rows, and the figures of a steady step."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from megatron_vico.errors import ConfigError
-from megatron_vico.files import read_json_lines
+from megatron_vico.files import read_json, read_json_lines, read_text, read_yaml
 
 Row = dict[str, Any]
 
@@ -74,24 +72,25 @@ def read_run(run: Path) -> RunFigures:
         validation=tuple(row for row in rows if "valid_loss" in row),
         damaged=tuple(damaged),
         config_text=config_text,
-        config=yaml.safe_load(config_text) or {},
+        config=read_yaml(folder / "config.yaml") if config_text else {},
         plan=_plan(folder / "plan.json"),
     )
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return read_text(path) if path.is_file() else ""
 
 
 def _plan(path: Path) -> Row | None:
+    if not path.is_file():
+        return None
+    plan = read_json(path)
     try:
-        plan = json.loads(_text(path) or "null")
-    except ValueError as error:
+        planned(plan)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise ConfigError(
-            f"{path} is not JSON ({error}); make it with `vico plan --json`."
+            f"{path} is not what `vico plan --json` writes ({error!r}); make it again."
         ) from error
-    if plan is not None and not (isinstance(plan, dict) and "ranks" in plan):
-        raise ConfigError(f"{path} is not what `vico plan --json` writes: it has no ranks.")
     return plan
 
 

@@ -12,7 +12,13 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_vico.data.records import bounded_lines, check_lines, media_of, path_below
+from megatron_vico.data.records import (
+    bounded_lines,
+    check_lines,
+    media_of,
+    path_below,
+    within_limit,
+)
 from megatron_vico.data.samples import ConversationSample
 from megatron_vico.data.shards.reader import parse_sample
 from megatron_vico.errors import SampleError, nearest
@@ -127,7 +133,8 @@ def _read_line(line: bytes, *, where: str, below: Callable[[str], Path]) -> Eval
     if media.video is not None:
         raise SampleError(f"{where}: a video; only images are evaluated.")
     try:
-        images = tuple(read_plain(below(name)) for name in media.images)
+        read = (read_plain(below(name)) for name in media.images)
+        images = tuple(within_limit(read, where=where))
     except OSError as error:
         raise SampleError(
             f"{where}: {error.filename}: {error.strerror}; restore the image or remove the line."

@@ -1,11 +1,10 @@
 """Tables: as text for a terminal, as Markdown, as LaTeX; the ablation table of one own set."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_vico.files import write_json
+from megatron_vico.files import read_json_value, record_of, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +55,7 @@ def write_results(rows: Sequence[TableRow], path: Path) -> None:
 
 def read_results(path: Path) -> list[TableRow]:
     """The rows that `write_results` wrote."""
-    return [TableRow(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    return [record_of(TableRow, row) for row in read_json_value(path)]
 
 
 def ablation_grid(rows: Sequence[TableRow]) -> Grid:

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 
 from megatron_vico.data.encode.sample_encoder import SampleEncoder
-from megatron_vico.data.encode.tiling import decode_image
 from megatron_vico.data.encode.video import video_frames, with_frames
-from megatron_vico.data.records import media_of, path_below
+from megatron_vico.data.records import media_of, path_below, within_limit
 from megatron_vico.data.samples import ConversationSample, EncodedSample
 from megatron_vico.data.shards.reader import parse_sample
 from megatron_vico.data.shards.storage import OpenFiles
@@ -86,7 +85,10 @@ class SampleReader:
                 paths = [below(name) for name in media.images]
             with _prefixed("missing file"):
                 named = zip(paths, media.images, strict=True)
-                images = [self._read_image(path, name, sample_where) for path, name in named]
+                images = within_limit(
+                    (self._read_image(path, name, sample_where) for path, name in named),
+                    where=sample_where,
+                )
             suffixes = tuple(path.suffix.lower().lstrip(".") or "img" for path in paths)
         sample = replace(
             sample,
@@ -136,11 +138,8 @@ class SampleReader:
         try:
             return self._encoder.encode_blank(sample)
         except SampleError as error:
-            # Images are looked at once more only here, to tell a broken one from a wrong text.
-            with _prefixed(f"broken image: {where}"):
-                for number, image in enumerate(sample.images):
-                    decode_image(image, key=sample.key, number=number)
-            raise SampleError(f"wrong conversation: {where}: {error}") from error
+            what = error.cause if error.cause == "broken image" else "wrong conversation"
+            raise SampleError(f"{what}: {where}: {error}") from error
 
     def _check_size(self, encoded: EncodedSample, *, where: str) -> None:
         most, tiles = self._options.seq_length, encoded.num_tiles

@@ -124,7 +124,8 @@ class MetricsLogger:
         rows, damaged = read_json_lines(path)
         if damaged:
             self.note(f"{path}: line {', '.join(map(str, damaged))} is damaged and is dropped")
-        return [row for row in rows if row.get("iteration", resume_at + 1) <= resume_at]
+        rows = [row for row in rows if isinstance(row.get("iteration"), int)]
+        return [row for row in rows if row["iteration"] <= resume_at]
 
     def log(self, figures: StepFigures | ValidationFigures) -> None:
         """Record figures; a step is printed every `log_interval`, with the mean of those since."""

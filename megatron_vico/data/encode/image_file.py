@@ -1,17 +1,39 @@
 """Image files of strangers: which formats are opened, how large, what becomes of their depth."""
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import numpy as np
 from PIL import Image, PngImagePlugin
+
+from megatron_vico.errors import SampleError
 
 FORMATS = (*("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO"),)
 """Pillow tries no other: its EPS reader runs Ghostscript, others read whatever begins like them."""
 
 MAX_TEXT_BYTES = 64 << 20
 """Of a PNG's text, such as XMP; the official trainer allows 1 GB, Pillow by itself 1 MiB."""
+
+
+MAX_SAMPLE_PIXELS = 1 << 31
+"""Of all images of a sample: half a minute of decoding."""
+
+
+def check_pixels(images: Sequence[bytes], *, key: str) -> None:
+    """Raise SampleError if a sample has too many pixels; only headers are read."""
+    if len(images) * 2 * (Image.MAX_IMAGE_PIXELS or 0) <= MAX_SAMPLE_PIXELS:
+        return
+    pixels = 0
+    for content in images:
+        with suppress(Exception), open_image(content) as image:  # a broken one is named later
+            pixels += image.width * image.height
+    if pixels > MAX_SAMPLE_PIXELS:
+        raise SampleError(
+            f"sample {key!r}: {len(images)} images of {pixels} pixels together; expected at most"
+            f" {MAX_SAMPLE_PIXELS}: make them smaller, or remove the sample.",
+            cause="broken image",
+        )
 
 
 @contextmanager

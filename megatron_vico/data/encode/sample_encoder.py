@@ -9,6 +9,7 @@ import torch
 from megatron_vico.config.schema import TilingOptions
 from megatron_vico.data.encode import conversation, tiling
 from megatron_vico.data.encode.conversation import TileTags
+from megatron_vico.data.encode.image_file import check_pixels
 from megatron_vico.data.encode.tokenizer import IMAGE_START, Tokenizer
 from megatron_vico.data.samples import (
     BoolArray,
@@ -119,6 +120,7 @@ class SampleEncoder:
         cut: Callable[..., ByteArray],
         tiles_of_image: Sequence[int] | None,
     ) -> list[ByteArray]:
+        check_pixels(sample.images, key=sample.key)
         if tiles_of_image is None:
             # The official rule: a sample's images share the limit, thumbnails not counted.
             limit = sample.max_dynamic_patch or self.settings.max_dynamic_patch

@@ -33,6 +33,8 @@ SLACK_S = 0.5  # durations and frame counts in headers may be rounded
 EXACT = "mov"  # but not in MP4 and its kin, whose tables list every frame's place
 MAX_FRAMES = 1 << 22
 """Of a file: 19 hours at 60 a second."""
+MAX_DECODED_PIXELS = 1 << 41
+"""Of a file: five hours of full HD at 60 frames a second."""
 
 _LIMITS = {
     # Before memory is taken for a frame; as many as of an image.
@@ -266,7 +268,7 @@ def _measure(path: Path) -> tuple[int, Fraction | None]:
 def _decode(path: Path, wanted: set[int]) -> tuple[dict[int, bytes], int]:
     """The wanted frames by their number, and how many frames were decoded to find them."""
     frames: dict[int, bytes] = {}
-    num_decoded = 0
+    num_decoded = num_pixels = 0
     with _open(path) as container:
         container.streams.video[0].codec_context.options = {"max_pixels": _LIMITS["max_pixels"]}
         for frame in container.decode(video=0):
@@ -279,6 +281,12 @@ def _decode(path: Path, wanted: set[int]) -> tuple[dict[int, bytes], int]:
                 image.save(file, "JPEG", quality=JPEG_QUALITY)
                 frames[num_decoded] = file.getvalue()
             num_decoded += 1
+            num_pixels += frame.width * frame.height
+            if num_pixels > MAX_DECODED_PIXELS:
+                raise SampleError(
+                    f"{path}: more than {MAX_DECODED_PIXELS} pixels up to its frame {num_decoded};"
+                    " make it smaller, cut it, or remove the sample."
+                )
             if len(frames) == len(wanted):
                 break
     return frames, num_decoded

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from megatron_vico.config.schema import DataOptions
 from megatron_vico.data.encode.sample_encoder import EncodingSettings
 from megatron_vico.data.encode.tokenizer import Tokenizer
-from megatron_vico.data.records import MAX_LINE_BYTES
+from megatron_vico.data.records import MAX_LINE_BYTES, MAX_SAMPLE_BYTES
 from megatron_vico.data.samples import ROLES, ConversationSample, IntArray, Turn
 from megatron_vico.data.shards.index import (
     INDEX_NAME,
@@ -40,9 +40,6 @@ TAR_BLOCK_BYTES = tarfile.BLOCKSIZE
 
 MAX_TILES = 256
 """Of an image, as a sample may say; the grids that are looked through grow with its square."""
-
-MAX_SAMPLE_BYTES = 1 << 30
-"""From a sample's first member to its last, which are read at once."""
 
 INDEX_THREADS = 16
 PROGRESS_AFTER_S = 5.0

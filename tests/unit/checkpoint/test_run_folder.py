@@ -65,7 +65,11 @@ def test_a_model_that_is_no_preset_is_described(tmp_path: Path) -> None:
         ({"format_version": 99}, "format version 99, this program reads 1"),
         ({"model": {}}, "not a checkpoint's metadata: 'vision'"),
         ({"model": {"vision": {}}}, "not a checkpoint's metadata: .*hidden_size"),
+        ({"model": {"vision": [], "language": 3}}, "not a checkpoint's metadata: list, expected"),
         ({"colour": "red"}, "not a checkpoint's metadata: .*colour"),
+        ({"iteration": "x"}, "not a checkpoint's metadata: 'iteration' is 'x'"),
+        ({"trained": ["vit", {}]}, "not a checkpoint's metadata: 'trained' is .'vit', {}"),
+        ({"has_optimizer": None}, "not a checkpoint's metadata: 'has_optimizer' is None"),
     ],
 )
 def test_files_of_other_programs_are_refused(

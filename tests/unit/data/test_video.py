@@ -229,6 +229,13 @@ def test_what_is_no_video_is_refused_by_name(tmp_path, prepare, message):
         video_frames(path, random=stream())
 
 
+def test_a_video_that_would_be_decoded_for_hours_is_refused(tmp_path, monkeypatch):
+    movie = write_video(tmp_path / "movie.mp4", 50)
+    monkeypatch.setattr(video, "MAX_DECODED_PIXELS", 1000)
+    with pytest.raises(SampleError, match=r"movie.mp4: more than 1000 pixels up to its frame \d"):
+        middle_frames(movie, num_frames=3)
+
+
 def test_an_avi_whose_header_counts_a_frame_too_many_is_read(tmp_path):
     movie = write_video(tmp_path / "movie.avi", 50)
     content = bytearray(movie.read_bytes())

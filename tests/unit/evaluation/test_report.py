@@ -77,9 +77,17 @@ def test_damaged_lines_are_left_out_and_said(tmp_path: Path) -> None:
         ({"metrics.jsonl": "\0\0\n"}, "metrics.jsonl: no step in it (1 damaged lines)"),
         (
             {"metrics.jsonl": '{"iteration": 1, "loss": 1.0}', "plan.json": "[]"},
+            "plan.json holds list, expected a JSON object",
+        ),
+        (
+            {"metrics.jsonl": '{"iteration": 1, "loss": 1.0}', "plan.json": '{"ranks": {"0": 3}}'},
             "plan.json is not what `vico plan --json` writes",
         ),
-        ({"metrics.jsonl": '{"iteration": 1, "loss": 1.0}', "plan.json": "{"}, "is not JSON"),
+        ({"metrics.jsonl": '{"iteration": 1, "loss": 1.0}', "plan.json": "{"}, "is not valid JSON"),
+        (
+            {"metrics.jsonl": '{"iteration": 1, "loss": 1.0}', "config.yaml": "a: ["},
+            "config.yaml is not valid YAML",
+        ),
     ],
 )
 def test_what_cannot_be_shown_is_one_line(

@@ -1,11 +1,19 @@
 """The demo's driver: its commands fit together; it logs, stops at a failure and resumes."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import run
 
+from megatron_vico.checkpoint.run_folder import (
+    iteration_folder,
+    metadata_of,
+    point_to,
+    write_metadata,
+)
 from megatron_vico.config.flags import parse
+from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.validate import validate
 
 
@@ -132,3 +140,17 @@ def test_a_new_run_forgets_the_old_one(monkeypatch, tmp_path, capsys):
         assert call_main(monkeypatch, tmp_path, steps) == 0
         assert (tmp_path / "out" / "first.out").read_text() == "x"
     assert "done already" not in capsys.readouterr().out
+
+
+def test_a_stage_that_was_killed_before_its_mark_is_not_begun_again(monkeypatch, tmp_path, capsys):
+    saved = tmp_path / "out" / "first.out"
+    step_folder = iteration_folder(saved, 2)
+    step_folder.mkdir(parents=True)
+    write_metadata(step_folder, metadata_of(get_model_config("toy"), stage="pretrain"))
+    point_to(saved, 2)
+    first = step("first", "raise SystemExit(4)", goes_on=True)
+    flags = ["train", "--stage", "pretrain", "--save", str(saved), "--train-iters"]
+    for left, status in ((3, 4), (2, 0)):
+        steps = [replace(first, command=[*first.command, *flags, str(left)])]
+        assert call_main(monkeypatch, tmp_path, steps, "--resume") == status
+        assert ("first: done already" in capsys.readouterr().out) == (status == 0)

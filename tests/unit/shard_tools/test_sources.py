@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from megatron_vico.data import records
+from megatron_vico.data.encode import image_file
 from megatron_vico.data.encode.sample_encoder import SampleEncoder
 from megatron_vico.data.records import MAX_LINE_BYTES
 from megatron_vico.errors import ConfigError, SampleError
@@ -168,6 +169,21 @@ def test_a_broken_sample_is_named_by_cause(tmp_path, reader, line, message):
     (tmp_path / "link.png").symlink_to("/etc/passwd")
     with pytest.raises(SampleError, match=message):
         reader.read(line, source=source(tmp_path), number=2)
+
+
+def test_the_sizes_of_a_samples_images_are_added_up(tmp_path, reader, monkeypatch):
+    (tmp_path / "a.png").write_bytes(picture())
+    line = row("<image>" * 3, image=["a.png"] * 3)
+    monkeypatch.setattr(records, "MAX_IMAGE_BYTES", 3 * len(picture()))
+    monkeypatch.setattr(image_file, "MAX_SAMPLE_PIXELS", 3 * 32 * 32)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 32)
+    assert len(reader.read(line, source=source(tmp_path), number=1).sample.images) == 3
+    monkeypatch.setattr(image_file, "MAX_SAMPLE_PIXELS", 3 * 32 * 32 - 1)
+    with pytest.raises(SampleError, match=r"^broken image: .*a.jsonl:1: .*3 images of 3072 pixels"):
+        reader.read(line, source=source(tmp_path), number=1)
+    monkeypatch.setattr(records, "MAX_IMAGE_BYTES", 3 * len(picture()) - 1)
+    with pytest.raises(SampleError, match=r"^missing file: .*images of more than \d+ bytes toget"):
+        reader.read(line, source=source(tmp_path), number=1)
 
 
 def test_paths_may_lead_out_where_the_user_says_so(tmp_path, tokenizer):

@@ -104,7 +104,7 @@ def test_vico_plot_draws_them(tmp_path, capsys):
     for action, name, error in (
         ("bubble", "bad", "missing"),
         ("content", "no", "no 'score'"),
-        ("content", "absent", "expected JSON"),
+        ("content", "absent", "no such file"),
         ("window", "absent", "no such file"),
     ):
         status, shown = plot(action, name)

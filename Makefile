@@ -23,7 +23,11 @@ TE_BIN := .venv-te/bin
 TE_STAMP := .venv-te/.installed
 SITE_PACKAGES = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
-.PHONY: help venv test gpu test-quick test-large test-plan test-slurm test-te lint docs demo demo-quick clean
+# lmms-eval wants earlier versions of four packages than constraints.txt; the rest is .venv's.
+EVAL_BIN := .venv-eval/bin
+EVAL_STAMP := .venv-eval/.installed
+
+.PHONY: help venv test gpu test-quick test-large test-plan test-slurm test-te test-eval lint docs demo demo-quick clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +67,16 @@ $(TE_STAMP): $(STAMP)
 test-te: $(TE_STAMP)  ## TransformerEngine's Python against our own layers, plain torch for its kernels (5 minutes)
 	OMP_NUM_THREADS=1 $(TE_BIN)/python -m pytest -p tests.te.preloaded tests/te
 
+$(EVAL_STAMP): $(STAMP) setup.py
+	test -x $(EVAL_BIN)/python || $(BIN)/python -m venv .venv-eval
+	$(BIN)/python $(SITE_PACKAGES) > "$$($(EVAL_BIN)/python $(SITE_PACKAGES))/project.pth"
+	grep -vE '^(av|protobuf|python-dateutil|wandb)==' constraints.txt > .venv-eval/constraints.txt
+	$(EVAL_BIN)/python -m pip install --constraint .venv-eval/constraints.txt --editable '.[eval]'
+	touch $(EVAL_STAMP)
+
+test-eval: $(EVAL_STAMP)  ## the real lmms-eval, offline, scores 20 samples of a served toy (5 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/lmms_eval_run.py
+
 gpu:  ## the checks for one GPU that are left, for MINUTES=8 (without one: small forms, as in `make test`)
 	$(GPU_PYTHON) -m tests.gpu --minutes $(or $(MINUTES),8) $(if $(PACKAGES),--packages $(PACKAGES)) $(CHECKS)
 
@@ -83,5 +97,5 @@ demo-quick: $(STAMP)  ## the same with few steps (2 minutes; mechanics, not qual
 	$(BIN)/python examples/quickstart/run.py --quick
 
 clean:  ## remove the environment, caches and build files; runs/ stays
-	rm -rf $(VENV) .venv-te build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-te .venv-eval build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -56,6 +56,9 @@ setup(
         "wandb": ["wandb>=0.20"],
         "serve": ["fastapi>=0.120", "uvicorn>=0.40", "prometheus_client>=0.22"],
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1"],
+        # In an environment of its own (make test-eval): it wants av, protobuf and wandb of earlier
+        # years than constraints.txt, which setup.py's ranges allow.
+        "eval": ["lmms-eval==0.7.3"],
         "demo": ["scikit-image>=0.25", "scikit-learn>=1.6"],
         "test": [
             "triton>=3.4; platform_system == 'Linux'",  # torch's wheels bring it
@@ -77,5 +80,8 @@ setup(
             "openai>=3",
         ],
     },
-    entry_points={"console_scripts": ["vico = megatron_vico.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["vico = megatron_vico.cli.main:main"],
+        "lmms_eval.models": ["vico = megatron_vico.evaluation.lmms_plugin:MANIFEST"],
+    },
 )

@@ -107,7 +107,7 @@ def make_task(folder: Path, address: str) -> None:
         lines.append({"image": str(path), "question": question, "answer": answer})
     (folder / "toy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "toy_vico.yaml").write_text(TASK.format(jsonl=folder / "toy.jsonl"))
-    (folder / "utils.py").write_text(UTILS)
+    (folder / "utils").with_suffix(".py").write_text(UTILS)
 
 
 def run_harness(folder: Path, client: str, model: str, address: str) -> dict:

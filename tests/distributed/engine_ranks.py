@@ -1,6 +1,8 @@
 """Answers of an engine whose language model two ranks share, and of its twin on one."""
 
+import asyncio
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from megatron_vico.data.encode.sample_encoder import EncodingSettings
 from megatron_vico.data.encode.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_vico.inference.engine import Engine
 from megatron_vico.inference.loading import build_engine, load_weights
-from megatron_vico.inference.plans import Routing
+from megatron_vico.inference.plans import Prompt, Routing
 from megatron_vico.inference.sampling import Sampling
+from megatron_vico.inference.server.engine_thread import EngineThread
 from tests.distributed.cached_layouts import CachedLayouts
 from tests.toy_models import randomise
 from tests.unit.inference.test_engine import conversation
@@ -45,7 +48,37 @@ def found_answers(folder: str) -> dict[str, Any]:
                     prompts, plan=Routing(), max_new_tokens=12, sampling=sampling
                 )
                 found[f"{size} {name} {num_ranks}"] = [each.token_ids for each in answers]
+            if num_ranks == 2:
+                found[f"{size} served"] = _served(engine, prompts)
     return found
+
+
+def _served(engine: Engine, prompts: Sequence[Prompt]) -> list[Any]:
+    """The same as `greedy`, asked of the first rank at once; one client goes away early."""
+    thread = EngineThread(engine)
+    if not engine.is_main:
+        thread.follow()
+        return []
+
+    async def ask(prompt: Prompt) -> Any:
+        sampling = Sampling(max_new_tokens=12)
+        async for request in thread.run(prompt, Routing(), sampling):
+            answers = tuple(tuple(answer.ids) for answer in request.answers)
+        return answers
+
+    async def ask_all() -> list[Any]:
+        async with asyncio.timeout(60):
+            endless = Sampling(max_new_tokens=300, ignore_eos=True)
+            gone = thread.run(prompts[0], "none", endless)
+            await anext(gone)
+            answers = asyncio.gather(*map(ask, prompts))
+            await gone.aclose()
+            return await answers
+
+    thread.start()
+    answers = asyncio.run(ask_all())
+    thread.stop()
+    return answers
 
 
 def _engine(size: str, groups: Any, folder: Path) -> Engine:

@@ -8,6 +8,10 @@ from tests.distributed.launch import on_ranks
 
 def test_two_ranks_say_what_one_says(tmp_path: Path) -> None:
     ranks = on_ranks(found_answers, str(tmp_path), num_ranks=2)
+    for size in ("toy", "toy-moe"):
+        served = ranks[0].pop(f"{size} served")
+        assert ranks[1].pop(f"{size} served") == []  # it only follows
+        assert served == ranks[0][f"{size} greedy 2"]
     assert ranks[0] == ranks[1]
     for size in ("toy", "toy-moe"):
         for how in ("greedy", "drawn"):

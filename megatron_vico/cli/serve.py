@@ -35,14 +35,15 @@ class Flags(PlanFlags):
     """Name before the @."""
 
     plans: tuple[str, ...] = ()
-    """Plans that /v1/models lists, the default first; unset, all that --load can do. Others are
-    answered too."""
+    """Plans that /v1/models lists, the default first; unset, all that --load can do. Others, such
+    as another share of random tiles, are answered too."""
 
     api_key: UseAppendAction[tuple[str, ...]] = ()
     """A key that clients must send; may be repeated; unset, anybody is answered."""
 
     max_model_len: int | None = None
-    """Tokens of a conversation, its answer included; unset, those of the model."""
+    """Tokens of a conversation, its answer included; unset, those of the model. The cache has room
+    for --batch-size of the longest that came."""
 
     max_concurrency: int = 256
     """Requests at a time, waiting ones included; more are told to come again (429)."""
@@ -125,7 +126,8 @@ def make_server(options: Flags, engine: "Engine") -> "Server":
     elif "vir" not in options.drawn:
         usual = ["vir", "image", *usual]
     usual += [] if options.replay is None else ["replay"]
-    models = Models(options.served_model_name, options.plans or usual, read_plan=options.read_plan)
+    plans = [name for words in options.plans for name in words.split(",")]
+    models = Models(options.served_model_name, plans or usual, read_plan=options.read_plan)
     limits = TileLimits(
         default=options.use.max_dynamic_patch,
         by_detail=options.tiles_by_detail,

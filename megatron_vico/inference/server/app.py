@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from prometheus_client import generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -100,7 +100,8 @@ class Server:
 
     async def metrics(self) -> Response:
         """For Prometheus."""
-        return Response(generate_latest(self.figures.registry), media_type="text/plain")
+        figures_of_all = generate_latest(self.figures.registry)
+        return Response(figures_of_all, media_type=CONTENT_TYPE_LATEST)
 
     async def list_models(self, request: Request) -> Response:
         """A model a plan; clients that take the first get the default."""
@@ -243,23 +244,20 @@ class Server:
     async def _updates(self, asked: Asked, call: Call, request: Request) -> AsyncGenerator[str]:
         """The text so far, whenever there is more of it; first once there is a token."""
         run = self.thread.run(asked.prompt, asked.model.plan, asked.sampling)
-        shown: str | None = None
+        shown, most = None, self.options.request_timeout_s
+        end = time.monotonic() + most  # no asyncio.timeout: a stream goes on in another task
         try:
-            async with asyncio.timeout(self.options.request_timeout_s):
-                async for state in run:
-                    call.request = state
-                    if state.error is not None:
-                        raise state.error
-                    if await request.is_disconnected():
-                        raise ClientDisconnect
-                    if state.answers and state.num_said and state.answers[0].text != shown:
-                        shown = state.answers[0].text
-                        yield shown
-        except TimeoutError:
-            seconds = self.options.request_timeout_s
-            raise ApiError(
-                408, f"no answer within {seconds:g} s; ask for fewer tokens, or later."
-            ) from None
+            async for state in run:
+                call.request = state
+                if state.error is not None:
+                    raise state.error
+                if await request.is_disconnected():
+                    raise ClientDisconnect
+                if time.monotonic() > end and state.finish_reason is None:
+                    raise ApiError(408, f"no answer within {most:g} s; ask for fewer tokens.")
+                if state.num_said and state.answers[0].text != shown:
+                    shown = state.answers[0].text
+                    yield shown
         finally:
             await run.aclose()
 

@@ -160,37 +160,41 @@ def step_bytes(
     size, h, vision = (2 if cfg.training.bf16 else 4), language.hidden_size, model.vision
     tiles, compared = _tiles(cfg, model), cfg.stage.spec.needs_reference
     whole, short = float(cfg.data.seq_length), _policy_tokens(cfg, model)
+    split = context * (tensor if parallel.sequence_parallel else 1)
 
-    def kept(tokens: float) -> float:
+    def in_work(tokens: float, per_token: float) -> float:
         """Of a layer that works on a pack."""
-        return size * tokens / context / tensor * _kept_per_token(language)
+        return size * tokens / context / tensor * per_token
 
     def visual(text_and_tokens: float) -> float:
-        """Visual tokens of all packs of one plan that a rank embeds."""
-        split = context * (tensor if parallel.sequence_parallel else 1)
-        of_pack = text_and_tokens - (1 - VISUAL) * cfg.data.seq_length
-        return packs * of_pack * h * size / split if stage == 0 else 0.0
+        """Visual tokens of all packs of one plan that a rank embeds; most on the first of them."""
+        of_pack = text_and_tokens - (1 - VISUAL) * cfg.data.seq_length / min(split, 3)
+        fullest = min(text_and_tokens, of_pack) / split
+        return packs * fullest * h * size if stage == 0 else 0.0
 
-    encoder, head = dict[str, float](), dict[str, float]()
+    encoder = dict[str, float]()
     if "vit" not in cfg.stage.trained:
         features = tiles * vision.num_patches * vision.hidden_size * size
         encoder["encoder activations"] = packs * features / (stages * tensor * context)
-    rows = packs * ANSWERED * cfg.data.seq_length / context * h * size
-    if stage == stages - 1:
-        logits = LOGITS * cfg.stage.kl_chunk_rows + size * WIDE_ROWS  # and their gradient
-        head["head"] = rows + logits * language.vocab_size / tensor
-    policy = encoder | head | {"visual tokens": visual(short), "activations": LIVE * kept(short)}
-    if cfg.stage.spec.plans == "one_tile":  # forward only, and all tokens are there from the start
-        return policy | {"visual tokens": visual(whole) + 2 * visual(short)}
-    policy["activations"] += _under_way(cfg, model, packs=packs, stage=stage) * (
-        size * short / context / (tensor if parallel.sequence_parallel else 1) * h
-        if parallel.recompute_granularity == "full"
-        else kept(short)
+    last = stage == stages - 1
+    rows = last * packs * ANSWERED * cfg.data.seq_length / context * h * size
+    forward_only = {"head": rows, "activations": in_work(whole, _passing_per_token(language))}
+    if cfg.stage.spec.plans == "one_tile":  # all tokens are there from the start
+        return encoder | forward_only | {"visual tokens": visual(whole) + 2 * visual(short)}
+    under_way = _under_way(cfg, model, packs=packs, stage=stage)
+    recomputed = parallel.recompute_granularity == "full"
+    held = under_way * (
+        size * short / split * h if recomputed else in_work(short, _kept_per_token(cfg, language))
     )
-    passes = [policy]
+    live = (LIVE - (not recomputed)) * in_work(short, _kept_per_token(cfg, language, mlp=True))
+    policy = encoder | {"visual tokens": visual(short), "head": rows}
+    passes = [policy | {"activations": held + live}]
+    if last:
+        logits = LOGITS * cfg.stage.kl_chunk_rows + size * WIDE_ROWS  # and their gradient
+        head = rows + logits * language.vocab_size / tensor
+        passes.append(policy | {"head": head, "activations": held})
     if compared:
-        tokens = {"visual tokens": visual(whole) + visual(short)}
-        passes.append(encoder | head | tokens | {"activations": LIVE * kept(whole)})
+        passes.append(encoder | forward_only | {"visual tokens": visual(whole) + visual(short)})
     if compared and cfg.stage.reference_offload == "vit":
         passes.append(
             {
@@ -213,15 +217,37 @@ def _under_way(cfg: RunConfig, model: ModelConfig, *, packs: int, stage: int) ->
     return under_way * stage_layers(cfg, model.language)[stage] / chunks
 
 
-def _kept_per_token(language: LanguageConfig) -> float:
-    """Numbers that a layer's forward pass keeps of a token where nothing is recomputed."""
-    queries = language.num_heads * language.head_dim
-    qkv = queries + 2 * language.num_query_groups * language.head_dim
-    kept = 5 * language.hidden_size + 2 * qkv + queries
+def _kept_per_token(cfg: RunConfig, language: LanguageConfig, *, mlp: bool | None = None) -> float:
+    """Numbers that a layer's forward pass keeps of a token where not all of it is recomputed.
+
+    Args:
+        mlp: whether the MLP's are; None, by what is recomputed.
+    """
+    queries, keys = (
+        count * language.head_dim for count in (language.num_heads, language.num_query_groups)
+    )
+    if mlp is None:
+        mlp = "mlp" not in cfg.parallel.recompute_modules
+    trained, (width, copies) = "language_model" in cfg.stage.trained, _mlp_per_token(language)
+    # Queries and keys before and after their norm and rotation, values, what attention gives.
+    kept = 2 * language.hidden_size + 4 * queries + 4 * keys + 2 * width * mlp
+    # Weights want their inputs for their gradients; what is recomputed, its own.
+    inputs = trained * (language.hidden_size + width * mlp)
+    return kept + inputs + language.hidden_size * (trained * copies if mlp else 1)
+
+
+def _passing_per_token(language: LanguageConfig) -> float:
+    """Numbers that a layer holds of a token at most in a pass that keeps nothing."""
+    width, copies = _mlp_per_token(language)
+    return (4 + copies) * language.hidden_size + 4 * width
+
+
+def _mlp_per_token(language: LanguageConfig) -> tuple[int, int]:
+    """Channels between the matrices of an MLP, and inputs of MLPs: of all experts of a token."""
     if language.num_experts is None:
-        return kept + 3 * language.ffn_hidden_size
+        return language.ffn_hidden_size, 1
     assert language.moe_ffn_hidden_size is not None
-    return kept + language.moe_top_k * (language.hidden_size + 3 * language.moe_ffn_hidden_size)
+    return language.moe_top_k * language.moe_ffn_hidden_size, language.moe_top_k
 
 
 def _tiles(cfg: RunConfig, model: ModelConfig) -> int:

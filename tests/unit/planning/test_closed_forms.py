@@ -11,15 +11,15 @@ import pytest
 from megatron_vico.checkpoint.run_folder import resolve_model
 from megatron_vico.config.flags import parse
 from megatron_vico.config.layout import layout_problems
-from megatron_vico.config.schema import RunConfig
 from megatron_vico.errors import ConfigError
-from megatron_vico.planning.closed_forms import estimate, static_bytes, step_bytes
+from megatron_vico.planning.closed_forms import estimate, static_bytes
 from megatron_vico.planning.search import described, machine_of, search
+from tests.training_runs import load_tool
 
 ROOT = Path(__file__).parents[3]
 RECIPES = ROOT / "examples" / "recipes"
 BIG = ("--recipe", str(RECIPES / "internvl3_5_241b_a28b" / "consistency_frozen_vit.yaml"))
-EIGHT = ("--recipe", str(RECIPES / "internvl3_5_8b" / "consistency.yaml"))
+TOOL = load_tool("plan_table")
 TOY = (
     "--model-size toy-moe --stage consistency --bf16 --use-distributed-optimizer"
     " --tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2"
@@ -29,34 +29,27 @@ TOY = (
 ).split()
 
 
-def gigabytes(cfg: RunConfig, *, world_size: int, stage: int) -> dict[str, float]:
+def dry_runs() -> list[list[str]]:
+    """Cells of the table of docs/scaling.md."""
+    lines = (
+        (ROOT / "docs" / "scaling.md").read_text().split(TOOL.MARKS[0])[1].split(TOOL.MARKS[1])[0]
+    )
+    return [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines.splitlines()[2:]]
+
+
+@pytest.mark.parametrize("cells", dry_runs(), ids=lambda cells: f"{cells[0]} {cells[1]}")
+def test_memory_of_every_recipe_against_its_dry_run(cells: list[str]) -> None:
+    """The fullest stage of each line of the table in docs/scaling.md."""
+    recipe, gpus, *numbers = cells
+    cfg = parse(["--recipe", str(RECIPES / recipe)])
     model = resolve_model(cfg)
-    parts = static_bytes(cfg, model, world_size=world_size, stage=stage)
-    parts |= step_bytes(cfg, model, world_size=world_size, stage=stage)
-    return {part: size / 1e9 for part, size in parts.items()}
-
-
-@pytest.mark.parametrize(
-    ("recipe", "ranks", "stage", "static", "peak"),
-    [
-        (BIG, 128, 0, 68.05, 89.42),
-        (BIG, 128, 1, 69.66, 89.50),
-        (BIG, 128, 7, 68.05, 85.63),
-        (EIGHT, 8, 0, 49.42, 66.35),
-    ],
-)
-def test_two_models_against_dry_runs(
-    recipe: tuple[str, ...], ranks: int, stage: int, static: float, peak: float
-) -> None:
-    """GB, as `vico plan --quick` prints them. Measured: static equal to what is printed, peaks
-    3.5 % below to 1.5 % above."""
-    found = gigabytes(parse(recipe), world_size=ranks, stage=stage)
-    state = sum(found[part] for part in _STATIC)
-    assert state == pytest.approx(static, abs=0.01)
-    assert sum(found.values()) == pytest.approx(peak, rel=0.05)
-
-
-_STATIC = ("policy", "gradients", "optimizer", "encoder", "reference")
+    world_size = int(gpus.split()[0])
+    found = estimate(cfg, model, world_size=world_size, machine=machine_of(model, None)).memory
+    gigabytes = {part: size / 1e9 for part, size in found.items()}
+    state = [gigabytes.get(part, 0) for part in TOOL.STATE]
+    peak = float(numbers[TOOL.NAMES.index("peak") - 1])
+    assert state == pytest.approx([float(each) for each in numbers[: len(TOOL.STATE)]], abs=0.15)
+    assert sum(gigabytes.values()) == pytest.approx(peak, rel=0.05)
 
 
 def test_floor_and_bubble_of_the_largest_model() -> None:

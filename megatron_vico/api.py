@@ -40,6 +40,7 @@ class Model:
         questions: str | Sequence[str],
         images: Sequence[Picture] = (),
         *,
+        system: str | None = None,
         plan: str | None = None,
         max_new_tokens: int = 64,
     ) -> "Answers":
@@ -49,6 +50,7 @@ class Model:
             questions: one, or several of a conversation, each of which sees the answers before it.
                 `<image>` says where an image goes; without any, they come first.
             images: in the order of their `<image>`.
+            system: the system message; None, that of the template.
             plan: none, all, vir, image or random=R, as for `vico generate`; None: the router's
                 where the checkpoint has a trained one, else none.
             max_new_tokens: longest answer.
@@ -57,7 +59,9 @@ class Model:
             SampleError: if an image cannot be used, or the conversation is too long.
             ConfigError: if the plan needs what was never trained.
         """
-        prompt = self._prompt([questions] if isinstance(questions, str) else questions, images)
+        asked = [questions] if isinstance(questions, str) else questions
+        turns = [] if system is None else [Turn("system", system)]
+        prompt = self._prompt([*turns, *(Turn("human", text) for text in asked)], images)
         source = self._flags.plan_source() if plan is None else self._flags.read_plan(plan)
         (answers,) = self.engine.answer([prompt], plan=source, max_new_tokens=max_new_tokens)
         return answers
@@ -72,13 +76,16 @@ class Model:
             SampleError: if an image cannot be used.
             ConfigError: if there is no trained router.
         """
-        (routed,) = self.engine.route([self._prompt(["?"], images)], self._flags.routing())
+        (routed,) = self.engine.route(
+            [self._prompt([Turn("human", "?")], images)], self._flags.routing()
+        )
         return routed
 
-    def _prompt(self, questions: Sequence[str], images: Sequence[Picture]) -> "Prompt":
-        turns = tuple(Turn("human", text) for text in questions)
+    def _prompt(self, turns: Sequence[Turn], images: Sequence[Picture]) -> "Prompt":
         content = tuple(map(_content, images))
-        return self.engine.prompt(ConversationSample(key="prompt", turns=turns, images=content))
+        return self.engine.prompt(
+            ConversationSample(key="prompt", turns=tuple(turns), images=content)
+        )
 
 
 @contextmanager

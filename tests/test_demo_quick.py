@@ -87,3 +87,22 @@ def test_the_export_has_router_and_second_connector(run: Path) -> None:
 def test_the_pictures_are_there(run: Path) -> None:
     for name in ("routing.png", "loss.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_notebook_shows_the_same(run: Path, tmp_path: Path) -> None:
+    notebook = json.loads((ROOT / "examples/quickstart/quickstart.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    (tmp_path / "cells.py").write_text("\n".join(cells))
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "cells.py")],
+        cwd=ROOT,
+        env={**os.environ, "VICO_RUN": str(run), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done already") == len(STAGES) + 6, "nothing was run again"
+    assert (run / "table.txt").read_text() in done.stdout
+    assert "compressed: [" in done.stdout
+    assert ", and right is " in done.stdout

@@ -92,9 +92,9 @@ def test_the_pictures_are_there(run: Path) -> None:
 def test_the_notebook_shows_the_same(run: Path, tmp_path: Path) -> None:
     notebook = json.loads((ROOT / "examples/quickstart/quickstart.ipynb").read_text())
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    (tmp_path / "cells.py").write_text("\n".join(cells))
+    (tmp_path / "cells").write_text("\n".join(cells))
     done = subprocess.run(
-        [sys.executable, str(tmp_path / "cells.py")],
+        [sys.executable, str(tmp_path / "cells")],
         cwd=ROOT,
         env={**os.environ, "VICO_RUN": str(run), "PYTHONPATH": str(ROOT)},
         capture_output=True,

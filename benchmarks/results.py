@@ -27,6 +27,9 @@ GOALS: dict[tuple[str, str], tuple[tuple[str, Callable[[float, float], bool]], f
     ("kl_head", "Liger ms over ours"): (AT_LEAST, 1.5),
     ("kl_head", "rows' gradient, relative error"): (AT_MOST, 5e-3),
     ("kl_head", "head's gradient, relative error"): (AT_MOST, 5e-3),
+    ("step_8b_width", "ViCO ms over SFT's"): (AT_MOST, 1.10),
+    ("step_8b_width", "bf16 ms over FP8's"): (AT_LEAST, 1.25),
+    ("step_8b_width", "ViCO MFU"): (AT_LEAST, 0.5),
 }
 
 

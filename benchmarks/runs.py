@@ -1,9 +1,11 @@
 """Runs of the trainer on synthetic packs that the benchmarks measure, from fresh weights."""
 
 import dataclasses
+import itertools
 
-import torch
+from torch import nn
 
+from megatron_vico.checkpoint.training_checkpoint import Modules
 from megatron_vico.config.registry import ModelConfig, get_model_config
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.stages import Stage
@@ -55,16 +57,14 @@ def build_run(cfg: RunConfig, model: ModelConfig, groups: Groups) -> setup.Run:
     optimizer = build_optimizer(policy, cfg, groups=groups)
     reference = None
     if cfg.stage.spec.needs_reference:
-        frozen_encoder, frozen_chunks = setup.build_modules(
-            setup.reference_config(cfg), model, groups
-        )
-        frozen: list[torch.nn.Module] = [frozen_encoder, *frozen_chunks]
-        trained: list[torch.nn.Module] = [encoder, *chunks]
-        for reference_part, policy_part in zip(frozen, trained, strict=True):
-            reference_part.load_state_dict(policy_part.state_dict())
-        reference = setup.freeze_reference(
-            frozen_encoder, frozen_chunks, policy, cfg=cfg, groups=groups
-        )
+
+        def load(modules: Modules) -> None:
+            parts = ([each] if isinstance(each, nn.Module) else each for each in modules.values())
+            frozen = itertools.chain.from_iterable(parts)
+            for reference_part, policy_part in zip(frozen, (*chunks, encoder), strict=True):
+                reference_part.load_state_dict(policy_part.state_dict())
+
+        reference = setup.build_reference(cfg, model, policy, groups, load=load)
         assert reference.shares_vit == ("vit" not in policy.trained)
     policy.train_mode()
     return setup.Run(

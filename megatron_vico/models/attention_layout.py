@@ -13,6 +13,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_vico.models.to_device import to_device
 from megatron_vico.models.zigzag import zigzag_positions
 
 
@@ -213,9 +214,9 @@ def context_share(
                 )
             )
     return ContextShare(
-        positions_T=ranks[cp_rank].to(device, non_blocking=True),
-        gathered_rows_W=pack_rows_W.argsort().to(device, non_blocking=True),
-        pack_rows_W=pack_rows_W.to(device, non_blocking=True),
+        positions_T=to_device(ranks[cp_rank], device),
+        gathered_rows_W=to_device(pack_rows_W.argsort(), device),
+        pack_rows_W=to_device(pack_rows_W, device),
         chunks=tuple(chunks),
     )
 

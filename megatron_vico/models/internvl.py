@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_vico.config.registry import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from megatron_vico.models.connector import Connector4x, Connector16x
 from megatron_vico.models.intern_vit import InternViT
+from megatron_vico.models.to_device import to_device
 from megatron_vico.models.vir import ViR
 
 
@@ -42,7 +43,7 @@ class VisionEncoder(MegatronModule):
     def normalise(self, tiles_uint8: Tensor) -> Tensor:
         """[N, 3, S, S] pixels 0..255 to ImageNet-normalised values in the weights' dtype."""
         mean, std = (
-            torch.tensor(x, device=tiles_uint8.device).view(3, 1, 1)
+            to_device(torch.tensor(x).view(3, 1, 1), tiles_uint8.device)
             for x in (IMAGENET_MEAN, IMAGENET_STD)
         )
         pixels = tiles_uint8.to(torch.float32).div_(255.0).sub_(mean).div_(std)
@@ -78,14 +79,14 @@ class VisionEncoder(MegatronModule):
             return self.connector_16x(features_NPD).flatten(0, 1)
         kept, compressed = (~compressed_N).nonzero().squeeze(1), compressed_N.nonzero().squeeze(1)
         device = features_NPD.device
-        tokens_kept = self.connector_4x(features_NPD[kept.to(device)])
-        tokens_compressed = self.connector_16x(features_NPD[compressed.to(device)])
+        tokens_kept = self.connector_4x(features_NPD[to_device(kept, device)])
+        tokens_compressed = self.connector_16x(features_NPD[to_device(compressed, device)])
         counts_N = self.tokens_per_tile(compressed_N)
         first_N = counts_N.cumsum(0) - counts_N
         tokens = tokens_kept.new_zeros(int(counts_N.sum()), tokens_kept.size(-1))
         for chosen, part in ((kept, tokens_kept), (compressed, tokens_compressed)):
             rows = first_N[chosen, None] + torch.arange(part.size(1))
-            tokens = tokens.index_copy(0, rows.flatten().to(device), part.flatten(0, 1))
+            tokens = tokens.index_copy(0, to_device(rows.flatten(), device), part.flatten(0, 1))
         return tokens
 
     def tokens_per_tile(self, compressed_N: Tensor) -> Tensor:

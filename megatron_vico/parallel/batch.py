@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_vico.data.load.packed_bytes import PackedBytes, unwrap
 from megatron_vico.data.samples import PackedBatch
 from megatron_vico.errors import ConfigError, ReadingStopped, SampleError, WorkerError
+from megatron_vico.models.to_device import to_device
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.parallel.tile_parallel import TileSplit, split_tiles
 
@@ -57,11 +58,9 @@ def share_step(
         else torch.empty(sum(text_bytes), dtype=torch.uint8)
     )
     if groups.replica.size() > 1:
-        text = text.to(groups.device)
-        torch.distributed.broadcast(text, group=groups.replica, group_src=0)
-    # Back to the CPU, where lengths and positions are worked out; it happens once, before the step
-    # begins.
-    texts = text.cpu().split(text_bytes)
+        # On the CPU, where lengths and positions are worked out; no device is waited for.
+        torch.distributed.broadcast(text, group=groups.hosts, group_src=0)
+    texts = text.split(text_bytes)
     packs = tuple(
         pack
         for header, part in zip(headers, texts, strict=True)
@@ -115,9 +114,7 @@ def _broadcast_headers(
     elif blocks is not None:
         sent = [[replace(block, block=block.block.new_empty(0)) for block in blocks]]
     if groups.replica.size() > 1:
-        torch.distributed.broadcast_object_list(
-            sent, group=groups.replica, group_src=0, device=groups.device
-        )
+        torch.distributed.broadcast_object_list(sent, group=groups.hosts, group_src=0)
     (found,) = sent
     if isinstance(found, LoaderError):
         raise found
@@ -131,7 +128,7 @@ def _scatter_tiles(
     """Each rank's run of tiles, cut and sent one after the other: only one is held twice."""
     if groups.replica.rank() == 0:
         for rank in range(1, groups.replica.size()):
-            run = _run(blocks, split.of(rank), groups).to(groups.device)
+            run = to_device(_run(blocks, split.of(rank), groups), groups.device)
             _carry(torch.distributed.isend, run, rank, groups)
         return _run(blocks, split.own, groups)
     num_tiles = split.own.stop - split.own.start
@@ -141,8 +138,8 @@ def _scatter_tiles(
 
 
 def _carry(call: Callable[..., object], run: Tensor, peer: int, groups: Groups) -> None:
-    # As a batch: NCCL then takes the replica's communicator, which the headers have gone through;
-    # a send of its own would have one made for each pair of ranks.
+    # As a batch: NCCL then takes the replica's communicator; a send of its own would have one made
+    # for each pair of ranks.
     if len(run):
         op = torch.distributed.P2POp(call, run, group=groups.replica, group_peer=peer)
         for request in torch.distributed.batch_isend_irecv([op]):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -29,6 +30,9 @@ class Groups:
     """Ranks that share one model replica (tensor x context x pipeline) and so work on the same
     packs; tensor ranks are neighbours in it, and the ranks of the first pipeline stage come first.
     """
+
+    hosts: torch.distributed.ProcessGroup
+    """The ranks of `replica`, for what goes from host to host: it waits for no device."""
 
     device: torch.device
     """Where this rank computes."""
@@ -96,7 +100,7 @@ def started(options: ParallelOptions, *, seed: int, timeout_minutes: int) -> Ite
         )
     if not parallel_state.model_parallel_is_initialized():
         lay_out(options, timeout_minutes=timeout_minutes)
-    yield current_groups(seed=seed, device=device)
+    yield current_groups(seed=seed, device=device, timeout_minutes=timeout_minutes)
     # Not after an error: closing NCCL's groups may wait for ranks that never come, and the process
     # ends anyway.
     if owned:
@@ -122,23 +126,34 @@ def lay_out(options: ParallelOptions, *, timeout_minutes: int) -> None:
     )
 
 
-def current_groups(*, seed: int, device: torch.device) -> Groups:
+def current_groups(*, seed: int, device: torch.device, timeout_minutes: int) -> Groups:
     """The groups of the layout that megatron-core has been initialised with, and our own.
 
-    Called by every rank; `seed` is for initialisation and dropout, as Megatron has it.
+    Called by every rank; the arguments are those of `started`.
     """
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     language = ProcessGroupCollection.use_mpu_process_groups()
+    timeout = timedelta(minutes=timeout_minutes)
+    replica = _replica_group(language, timeout=timeout)
+    # NCCL makes a communicator at the first call, to which all must come: not to the first tiles.
+    torch.distributed.all_reduce(torch.zeros(1, device=device), group=replica)
     return Groups(
         language=language,
         encoder=_encoder_groups(),
-        replica=_replica_group(language),
+        replica=replica,
+        hosts=(
+            _replica_group(language, timeout=timeout, backend="gloo")
+            if device.type == "cuda"
+            else replica
+        ),
         device=device,
     )
 
 
-def _replica_group(language: ProcessGroupCollection) -> torch.distributed.ProcessGroup:
+def _replica_group(
+    language: ProcessGroupCollection, **options: Any
+) -> torch.distributed.ProcessGroup:
     # megatron-core has none; its rank order is tensor, context, data, pipeline.
     tensor, context, data, pipeline = (
         getattr(language, name).size() for name in ("tp", "cp", "dp", "pp")
@@ -150,7 +165,8 @@ def _replica_group(language: ProcessGroupCollection) -> torch.distributed.Proces
     )
     # Every rank makes every group, as torch asks for.
     groups = [
-        torch.distributed.new_group(ranks[:, index].flatten().tolist()) for index in range(data)
+        torch.distributed.new_group(ranks[:, index].flatten().tolist(), **options)
+        for index in range(data)
     ]
     return groups[coordinates[1]]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_vico.data.samples import PackedStream
 from megatron_vico.models.language_model import LanguageInputs
+from megatron_vico.models.to_device import to_device
 from megatron_vico.models.zigzag import zigzag_positions
 from megatron_vico.parallel.groups import Groups
 
@@ -105,7 +106,7 @@ def language_inputs(stream: PackedStream, cut: StreamCut, device: torch.device) 
     rows, gathered = _response_rows(where_T[padded.response_rows], local_len, cut)
 
     def sent(tensor: Tensor) -> Tensor:
-        return tensor.to(device, non_blocking=True)
+        return to_device(tensor, device)
 
     return LanguageInputs(
         token_ids_T=sent(padded.token_ids[local_T]),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_vico.models.language_model import LanguageInputs
+from megatron_vico.models.to_device import to_device
 from megatron_vico.parallel.groups import Groups
 
 
@@ -145,7 +146,7 @@ class TokenExchange:
         sent = [embedded_by(rank, chunk_V).nonzero() for chunk_V in chunks for rank in embeds]
         # All at once: a copy to the device that waits for the chunk before it would hold up the
         # next one.
-        on_device = torch.cat(sent).squeeze(1).to(groups.device, non_blocking=True)
+        on_device = to_device(torch.cat(sent).squeeze(1), groups.device)
         indices = batched(on_device.split([len(each) for each in sent]), len(embeds))
         come = ([tokens(rank, turn) for rank in range(self._num_ranks)] for turn in turns)
         self._turns = [

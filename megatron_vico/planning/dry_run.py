@@ -205,7 +205,7 @@ def world(cfg: RunConfig, *, world_size: int, rank: int) -> Iterator[Groups]:
         "fake", rank=rank, world_size=world_size, store=FakeStore()
     )
     process_groups.lay_out(cfg.parallel, timeout_minutes=1)
-    yield process_groups.current_groups(seed=cfg.training.seed, device=META)
+    yield process_groups.current_groups(seed=cfg.training.seed, device=META, timeout_minutes=1)
 
 
 def name_groups(meter: Meter, groups: Groups) -> None:

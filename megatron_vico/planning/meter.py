@@ -205,7 +205,7 @@ class Meter(TorchDispatchMode):
         part = self.part or PARTS.get(phase, "activations")
         text = ""
         if size >= self._noted_bytes:
-            text = f"{str(tensor.dtype)[6:]} {list(tensor.shape)}, {operator} at {_site()}"
+            text = f"{str(tensor.dtype)[6:]} {list(tensor.shape)}, {operator} at {site()}"
         # A reference of its own to the storage would keep it alive.
         alive = weakref.ref(storage, lambda _: self._free(key))
         self._live[key] = _Storage(size, part, text, alive)
@@ -243,8 +243,9 @@ class Meter(TorchDispatchMode):
         if not (args and isinstance(args[0], Tensor)):
             return False, None
         to_host = _reads(func, kwargs)
-        if to_host and self._counts(args[0]):
-            self.add_wait(f"{func._overloadpacket.__name__.strip('_')} at {_site()}")
+        on_device = args[0].is_meta or self._counts(args[0])
+        if (to_host and on_device) or _sends_and_waits(func, args, kwargs):
+            self.add_wait(f"{func._overloadpacket.__name__.strip('_')} at {site()}")
         if not args[0].is_meta:
             return False, None
         if to_host == "item":
@@ -304,7 +305,19 @@ def _reads(func: Any, kwargs: Mapping[str, Any]) -> str:
     return ""
 
 
-def _site() -> str:
+def _sends_and_waits(func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operator copies from the host and comes back when the copy is through."""
+    if func is torch.ops.aten._to_copy.default:
+        source, target, waits = args[0], kwargs.get("device"), not kwargs.get("non_blocking")
+    elif func is torch.ops.aten.copy_.default:
+        source, target, waits = args[1], args[0].device, not (args[2:] and args[2])
+    else:
+        return False
+    to_host = target is None or torch.device(target).type == "cpu"
+    return waits and not to_host and source.device.type == "cpu"
+
+
+def site() -> str:
     """The innermost two lines of this project or of megatron-core that are being run."""
     frame, found = sys._getframe(1), list[str]()
     while (frame := frame.f_back) is not None and len(found) < 2:  # type: ignore[assignment]

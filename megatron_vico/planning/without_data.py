@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megatron_vico import cpu_stand_in
 from megatron_vico.models import attention
-from megatron_vico.planning.meter import Meter
+from megatron_vico.planning.meter import Meter, site
 from megatron_vico.training import pipeline_schedule, router_step, setup, vision
 
 aten = torch.ops.aten
@@ -41,6 +41,7 @@ def install(
     )
     meter.answers[aten.equal.default] = lambda *tensors: shared
     torch.cuda.synchronize = lambda *args: meter.add_wait("torch.cuda.synchronize")
+    _see_numbers_sent(meter)
     watch(meter, kernels=kernels)
     _balance_experts(meter)
     _read_no_norms()
@@ -248,6 +249,19 @@ def _group_experts(meter: Meter) -> None:
     SequentialMLP.forward = forward
 
 
+def _see_numbers_sent(meter: Meter) -> None:
+    """Numbers that become a tensor of the device: no operator says that they are copied."""
+    make = torch.tensor
+
+    def tensor(data: Any, *args: Any, **kwargs: Any) -> Tensor:
+        made = make(data, *args, **kwargs)
+        if made.is_meta:
+            meter.add_wait(f"torch.tensor at {site()}")
+        return made
+
+    torch.tensor = tensor  # type: ignore[assignment]
+
+
 def _fuse_activations() -> None:
     plain = setup.language_transformer_config
 
@@ -267,6 +281,10 @@ class _Away:
     def fetch(self) -> None:
         for param, shape in self._shapes:
             param.data = param.data.new_empty(shape)
+
+    def ready(self) -> None:
+        if not all(param.shape == shape for param, shape in self._shapes):
+            self.fetch()
 
     def release(self) -> None:
         for param, _ in self._shapes:

@@ -45,6 +45,7 @@ def compare_plans(run: Run, batch: StepBatch, *, plans: Sequence[str]) -> Compar
     """
     policy, reference, groups = run.policy, run.reference, run.groups
     assert reference is not None
+    reference.fetch()
     device, packs = groups.device, batch.packs
     reference_inputs = [
         language_inputs(pack.reference, policy.stream_cut, device) for pack in packs

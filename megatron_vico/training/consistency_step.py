@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_vico.models.language_model import LanguageInputs
+from megatron_vico.models.to_device import to_device
 from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.parallel.streams import language_inputs, row_slice
@@ -33,6 +34,7 @@ def consistency_step(run: Run, batch: StepBatch) -> StepSums:
     """
     policy, reference, groups = run.policy, run.reference, run.groups
     assert reference is not None
+    reference.fetch()
     device, packs = groups.device, batch.packs
     # All that goes to the device goes before the passes: nothing between them waits for it.
     reference_inputs = [
@@ -43,9 +45,7 @@ def consistency_step(run: Run, batch: StepBatch) -> StepSums:
     ]
     weights = _row_weights(batch, groups)
     share_weights = [
-        _own_rows(pack.kl_weight[:, None] * one_hot_shares(pack), groups).to(
-            device, non_blocking=True
-        )
+        to_device(_own_rows(pack.kl_weight[:, None] * one_hot_shares(pack), groups), device)
         for pack in packs
     ]
     kl_by_share = torch.zeros(len(SHARES), device=device)
@@ -161,9 +161,7 @@ def _frozen_features(policy: Policy, batch: StepBatch, groups: Groups) -> Tensor
 def _label_loss(policy: Policy, batch: StepBatch, groups: Groups) -> LossFunction:
     """Cross-entropy of a pack's response tokens."""
     weights = _row_weights(batch, groups)
-    labels = [
-        _own_rows(pack.labels, groups).to(groups.device, non_blocking=True) for pack in batch.packs
-    ]
+    labels = [to_device(_own_rows(pack.labels, groups), groups.device) for pack in batch.packs]
 
     def loss(index: int, rows_RH: Tensor) -> Tensor:
         return policy.head.cross_entropy(rows_RH, labels[index], weights[index])
@@ -193,10 +191,7 @@ def _train(
 
 def _row_weights(batch: StepBatch, groups: Groups) -> list[Tensor]:
     """Weights of the response rows that this context-parallel rank works on, a tensor a pack."""
-    return [
-        _own_rows(pack.kl_weight, groups).to(groups.device, non_blocking=True)
-        for pack in batch.packs
-    ]
+    return [to_device(_own_rows(pack.kl_weight, groups), groups.device) for pack in batch.packs]
 
 
 def _own_rows(values_R: Tensor, groups: Groups) -> Tensor:

@@ -49,6 +49,13 @@ class DataState:
         if self.loader is not None and place is not None:
             self.loader.plan_state, self.loader.skips = place
 
+    def go_on(self, place: tuple[PlanState, SkipList] | None) -> None:
+        """Count what was read and taken back; what was found since then stays known."""
+        if self.loader is not None and place is not None:
+            self.loader.plan_state, skips = place
+            for each in skips:
+                self.loader.skips.add(each)
+
     def count(self, figures: StepFigures) -> None:
         """Count a step; called by every rank.
 

@@ -1,6 +1,7 @@
 """Keeps frozen weights in the host's memory while nothing uses them."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ _ALIGNMENT = 256
 
 
 class HostOffload:
-    """Weights that are on the device between `fetch` and `release` only.
+    """Weights that are on the device between `ready` and `release` only.
 
     Each weight keeps one copy in page-locked host memory for good; since it never changes,
     `release` copies nothing.
@@ -28,15 +29,30 @@ class HostOffload:
             [getattr(*holder).detach() for holder in holders], pinned=device.type == "cuda"
         )
         self._host = list(zip(holders, copies, strict=True))
+        self._stream = torch.cuda.Stream()
+        self._arrival: Any = None
         self.release()
 
     def fetch(self) -> None:
-        """Bring the weights to the device; they may be used by what is queued there afterwards."""
+        """Begin to bring the weights, beside what the device computes; it has their memory now."""
+        # That memory is the computing stream's, for its later use: only the copies are elsewhere.
+        self._stream.wait_stream(torch.cuda.current_stream())
         for holder, host in self._host:
-            setattr(*holder, host.to(self._device, non_blocking=True))
+            place = torch.empty_like(host, device=self._device)
+            with torch.cuda.stream(self._stream):
+                place.copy_(host, non_blocking=True)
+            setattr(*holder, place)
+        self._arrival = self._stream.record_event()
+
+    def ready(self) -> None:
+        """Bring what is not on its way; what is queued on the device afterwards may use it."""
+        if self._arrival is None:
+            self.fetch()
+        torch.cuda.current_stream().wait_event(self._arrival)
 
     def release(self) -> None:
         """Free the weights' memory on the device."""
+        self._arrival = None
         for holder, host in self._host:
             setattr(*holder, host)
 

@@ -18,6 +18,7 @@ from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.stages import Module
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageInputs, LanguageModel
+from megatron_vico.models.to_device import to_device
 from megatron_vico.models.vir import is_dead
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.parallel.streams import FP8_ALIGNMENT, StreamCut
@@ -117,9 +118,8 @@ class Policy:
         ranks = self.stream_cut.context_size * self.stream_cut.sequence_size
         # One element, not a scalar: mcore copies it into what the reference's schedule has set,
         # which has this shape.
-        tokens = torch.tensor(
-            [float(sum(each.shard_len for each in inputs) * ranks)], device=groups.device
-        )
+        count = float(sum(each.shard_len for each in inputs) * ranks)
+        tokens = to_device(torch.tensor([count]), groups.device)
         torch.distributed.all_reduce(tokens, group=groups.data_parallel)
         scale = 1 / tokens
         config.moe_grad_scale_func = lambda: scale

@@ -51,6 +51,12 @@ class Reference:
         """The chunk with the vocabulary head, on the last pipeline stage."""
         return self.language_chunks[-1]
 
+    def fetch(self) -> None:
+        """Begin to bring what is in the host's memory, where a step begins."""
+        for offload in (self.vit_offload, self.offload):
+            if offload is not None:
+                offload.fetch()
+
     def visual_tokens(
         self,
         batch: StepBatch,
@@ -64,7 +70,7 @@ class Reference:
         The policy's ViT outputs serve instead of a second pass where the ViT is shared.
         """
         if self.vit_offload is not None:
-            self.vit_offload.fetch()
+            self.vit_offload.ready()
         tokens = visual_tokens(
             self.encoder,
             batch,
@@ -93,7 +99,7 @@ class Reference:
             pipeline stage; elsewhere an empty list.
         """
         if self.offload is not None:
-            self.offload.fetch()
+            self.offload.ready()
         rows = forward_pass(
             LanguagePass(
                 name="reference",

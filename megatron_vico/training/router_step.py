@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_vico.data.samples import PackedBatch
+from megatron_vico.models.to_device import to_device
 from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.training.compare_plans import ComparedPlans, compare_plans
@@ -87,8 +88,8 @@ def _asked_means(packs: Sequence[PackedBatch], kl_R: Tensor, groups: Groups) -> 
     """L_ViCO of each sample that the router is asked about, [M] in pack order."""
     means = []
     for pack, pack_R in zip(packs, kl_R.split([len(pack.labels) for pack in packs]), strict=True):
-        sample_of_row_R = pack.sample_of_row.to(groups.device)
-        asked_M = _asked_samples(pack).to(groups.device)
+        sample_of_row_R = to_device(pack.sample_of_row, groups.device)
+        asked_M = to_device(_asked_samples(pack), groups.device)
         means.append(sample_means(pack_R, sample_of_row_R, len(pack.keys))[asked_M])
     return torch.cat(means)
 
@@ -100,12 +101,11 @@ def _asked_samples(pack: PackedBatch) -> Tensor:
 
 def _router_loss(run: Run, batch: StepBatch, features_NPD: Tensor, ratio_M: Tensor) -> RouterLoss:
     """Ask about this rank's tiles; `ratio_M` is of all questions of the replica."""
-    window_4 = torch.stack([run.window.threshold(), *run.window.percentiles(10, 50, 90)]).to(
-        ratio_M.device
-    )
+    window_4 = torch.stack([run.window.threshold(), *run.window.percentiles(10, 50, 90)])
+    window_4 = to_device(window_4, ratio_M.device)
     threshold = window_4[0]  # tau of Eq. 3
     own_M, logits_M2 = _ask(run.policy, batch, features_NPD)
-    ratio_M = ratio_M[own_M.to(ratio_M.device)]
+    ratio_M = ratio_M[to_device(own_M, ratio_M.device)]
     label_M = labels_from_ratios(ratio_M, threshold)
     predicted_M = logits_M2.argmax(dim=-1)
     sums = RouterSums(
@@ -138,12 +138,12 @@ def _ask(policy: Policy, batch: StepBatch, features_NPD: Tensor) -> tuple[Tensor
     own_M = question[own].unique_consecutive()
     if not len(own_M):
         return own_M, features_NPD.new_zeros(0, 2)
-    asked_NPD = features_NPD[(tiles[own] - batch.split.own.start).to(features_NPD.device)]
+    asked_NPD = features_NPD[to_device(tiles[own] - batch.split.own.start, features_NPD.device)]
     counts = counts_M[own_M].tolist()  # on the CPU, where packs are made
     assert sum(counts) == len(asked_NPD), "the tiles of a question are on one rank"
     if max(counts) == 1:
         return own_M, policy.encoder.vir(asked_NPD)
-    first = torch.tensor([0, *counts[:-1]]).cumsum(0).to(features_NPD.device)
+    first = to_device(torch.tensor([0, *counts[:-1]]).cumsum(0), features_NPD.device)
     logits: Tensor = policy.encoder.vir(asked_NPD, counts)
     return own_M, logits[first]
 
@@ -154,8 +154,8 @@ def _gather(ratio_M: Tensor, packs: Sequence[PackedBatch], groups: Groups) -> Te
     if groups.dp_size == 1:
         return ratio_M
     places = [_asked_samples(pack) + float(pack.first_sample) for pack in packs]  # exact to 2^24
-    placed_M2 = torch.stack([ratio_M, torch.cat(places).to(ratio_M.device)], dim=1)
-    count = torch.tensor([len(placed_M2)], device=ratio_M.device)
+    placed_M2 = torch.stack([ratio_M, to_device(torch.cat(places), ratio_M.device)], dim=1)
+    count = to_device(torch.tensor([len(placed_M2)]), ratio_M.device)
     counts = [torch.empty_like(count) for _ in range(groups.dp_size)]
     torch.distributed.all_gather(counts, count, group=groups.data_parallel)
     sizes = [int(each) for each in counts]

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from megatron_vico.training.logger import MetricsLogger, log_skipped
 from megatron_vico.training.metrics import Measured, StepFigures, StepSums
 from megatron_vico.training.preflight import check_contents, check_environment, check_files
 from megatron_vico.training.profiler import open_profiler, phase
+from megatron_vico.training.read_ahead import ReadAhead
 from megatron_vico.training.rescue import Progress, saved_on_error
 from megatron_vico.training.setup import Run, set_up
 from megatron_vico.training.steps import STEPS
@@ -111,7 +113,7 @@ def _loop(run: Run, stop: StopSignal) -> Outcome:
     run.policy.train_mode()
     run.optimizer.watch = run.watch
     iteration, progress = run.iteration, Progress.of(run)
-    save, batches = partial(_save, progress), run.batches()
+    save, batches = partial(_save, progress), ReadAhead(run.batches(), run.data)
     with open_profiler(cfg, resume_at=iteration) as profiler, saved_on_error(progress, save):
         started = time.perf_counter()
         while True:
@@ -121,13 +123,22 @@ def _loop(run: Run, stop: StopSignal) -> Outcome:
                 run.data.go_back(place)
                 break
             iteration += 1
-            figures = _step(progress, batch, iteration=iteration, started=started)
+            last = iteration == cfg.training.train_iters
+            leaves = last or _due(iteration, cfg.training.exit_interval)
+            saves = leaves or _due(iteration, cfg.training.save_interval)
+            figures = _step(
+                progress,
+                batch,
+                iteration=iteration,
+                started=started,
+                queued=(lambda: None) if saves else batches.fetch,
+            )
             started = time.perf_counter()
             is_bad = run.watch.problem is not None
             if is_bad:
                 back = after_bad_step(progress, batch, logger, iteration=iteration)
                 if back is not None:
-                    iteration, batches = back, run.batches(back)
+                    iteration, batches = back, ReadAhead(run.batches(back), run.data)
             progress.step_done(iteration)
             if run.data.loader is not None:
                 log_skipped(batch.packs)
@@ -139,9 +150,7 @@ def _loop(run: Run, stop: StopSignal) -> Outcome:
             if profiler is not None:
                 profiler.step()
                 started = time.perf_counter()  # the writing of a trace is no part of a step
-            last = iteration == cfg.training.train_iters
-            leaves = last or _due(iteration, cfg.training.exit_interval)
-            if leaves or _due(iteration, cfg.training.save_interval):
+            if saves:
                 save()
                 run.watch.rollbacks = 0
                 started = time.perf_counter()
@@ -158,13 +167,24 @@ def _loop(run: Run, stop: StopSignal) -> Outcome:
     return stop.outcome if iteration < cfg.training.train_iters else "ended"
 
 
-def _step(progress: Progress, batch: StepBatch, *, iteration: int, started: float) -> StepFigures:
-    """One optimizer step, or what would have been one: `run.watch` says whether it was taken."""
+def _step(
+    progress: Progress,
+    batch: StepBatch,
+    *,
+    iteration: int,
+    started: float,
+    queued: Callable[[], None],
+) -> StepFigures:
+    """One optimizer step, or what would have been one: `run.watch` says whether it was taken.
+
+    `queued` is called when the device has all to do that gives the gradients.
+    """
     run = progress.run
     # Dropped paths depend on seed, step and rank alone: a resumed run drops the same ones.
     steps_done, rank = iteration - 1, torch.distributed.get_rank()
     torch.manual_seed(run.cfg.training.seed + 1_000_003 * steps_done + rank)
     sums = compute_gradients(run, batch)
+    queued()
     run.watch.begin(sums)
     learning_rate = run.scheduler.get_lr({})  # that of --lr; modules may have a multiple
     run.clock.begin("optimizer")

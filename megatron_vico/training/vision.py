@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageInputs
+from megatron_vico.models.to_device import to_device
 from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.parallel.tile_parallel import TokenExchange
@@ -42,7 +43,7 @@ def tile_features(
         # Into their place, and tiles to the device when it is their turn: nothing is held twice.
         pairs = zip(features_NPD.split(chunk_tiles), batch.tiles.split(chunk_tiles), strict=True)
         for place, tiles in pairs:
-            place.copy_(encoder.features(encoder.normalise(tiles.to(device, non_blocking=True))))
+            place.copy_(encoder.features(encoder.normalise(to_device(tiles, device))))
     return features_NPD
 
 
@@ -156,7 +157,7 @@ def visual_tokens(
     def encoded(chunk: Tensor, compressed: Tensor, _on_device: Tensor) -> Tensor:
         if features_NPD is not None:
             return encoder.visual_tokens(chunk, compressed)
-        tiles = encoder.normalise(chunk.to(device, non_blocking=True))
+        tiles = encoder.normalise(to_device(chunk, device))
         return encoder.visual_tokens(encoder.features(tiles), compressed)
 
     counts = [encoder.tokens_per_tile(plan) for plan in plans]

@@ -78,6 +78,7 @@ def count(name: str, groups: Groups, meter: Meter) -> dict[str, Any]:
     calls, elsewhere = meter.counted.calls.items(), 0 if DRY else _on_host(run)
     return {
         "calls": sorted([key.phase, key.call, key.group, *counts] for key, counts in calls),
+        "waits": meter.counted.waits,
         "peak": {phase: size - before - elsewhere for phase, size in meter.counted.peak.items()},
     }
 

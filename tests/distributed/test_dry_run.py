@@ -5,6 +5,7 @@ Both are counted by one meter, and attend by one kernel; routing of experts is b
 
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -14,6 +15,8 @@ import pytest
 from tests.distributed import run_dry_run
 from tests.distributed.launch import ROOT, on_ranks
 from tests.distributed.run_dry_run import CASES, COMPARED, RANKS
+
+MCORES = r"at (optimizer|transformer|distributed|tensor_parallel)/|megatron-core's dispatcher"
 
 PEAK = 0.01  # measured: at most 0.0054 (pretrain); without experts and full recompute 0.0007
 
@@ -45,6 +48,22 @@ def test_calls_are_those_of_the_real_step(name: str, counted: dict[str, dict[int
         real, dry = (counted[kind][rank][name]["calls"] for kind in ("real", "dry"))
         assert len(real) > 5
         assert dry == real
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_of_ours_waits_for_the_device(
+    name: str, counted: dict[str, dict[int, Any]]
+) -> None:
+    """But for the loss ratios of a router's step, between its passes and its backward pass.
+
+    Megatron-core waits for the norm of the gradients, and for how many tokens each expert gets.
+    """
+    for rank in COMPARED:
+        waits = counted["dry"][rank][name]["waits"]
+        assert any("optimizer/clip_grads.py" in place for place in waits)
+        own = {place for place in waits if not re.search(MCORES, place)}
+        assert all("router" in place for place in own)
+        assert len(own) == (3 if "router" in name else 0), own
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -16,9 +16,15 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.gpu.run import LIMITS_S, Session, pending, run, unpacked
+from tests.gpu.run import LIMITS_S, NEEDED, Session, pending, run, unpacked
 
 ROOT = Path(__file__).parents[2]
+MISSING = """
+import importlib.util, sys
+for name in sys.argv[1:]:
+    if not importlib.util.find_spec(name.split(".")[0]) or not importlib.util.find_spec(name):
+        print(name)
+"""
 DEVICE = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU')"
 
 
@@ -44,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except ValueError as error:
                 parser.error(str(error))
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        found = _output([sys.executable, "-c", MISSING, *NEEDED], environment)
+        if missing := ", ".join(found.splitlines()):
+            print(f"not here: {missing}; checks that need them will say so", flush=True)
         session = Session(
             journal=options.journal,
             minutes=options.minutes,

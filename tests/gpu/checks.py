@@ -1,4 +1,4 @@
-"""What one GPU has to show; without one, each check runs in a small form.
+"""What one GPU has to show; without one, each check runs in a small form. The first of three files.
 
 The small form shows that a check works and that its reference agrees with itself; it says nothing
 of a GPU. `python -m tests.gpu` runs them with a line each, `test_gpu.py` under pytest. A check
@@ -17,9 +17,7 @@ from torch import Tensor
 
 from megatron_vico.config.registry import ModelConfig, get_model_config
 from megatron_vico.config.schema import ParallelOptions, RunConfig, TrainingOptions
-from tests.gpu.kl_check import kl_head
 from tests.gpu.machine import Figures, Machine
-from tests.gpu.run import LIMITS_S
 
 FP8_MAX = 448.0
 """The largest float8_e4m3fn."""
@@ -226,32 +224,14 @@ def offload(machine: Machine) -> Figures:
     assert not machine.on_gpu or all(param.is_pinned() for param in params)
 
     def there_and_back() -> None:
-        host.fetch()
+        host.ready()
         host.release()
 
     milliseconds = machine.milliseconds(there_and_back)
-    host.fetch()
+    host.ready()
     assert [float(param.float().sum()) for param in params] == before
     num_bytes = sum(param.nbytes for param in params)
     return {"GB/s": num_bytes / milliseconds / 1e6} if machine.on_gpu else {"weights": count}
-
-
-CHECKS: dict[str, Callable[[Machine], Figures]] = {
-    check.__name__: check
-    for check in (
-        versions,
-        groups,
-        wide_product,
-        layers,
-        stages,
-        kl_head,
-        width,
-        vision,
-        fp8,
-        offload,
-    )
-}
-assert CHECKS.keys() == LIMITS_S.keys()
 
 
 def _layer_results(machine: Machine, model: ModelConfig, attention: Any) -> dict[str, Tensor]:

@@ -25,12 +25,21 @@ LIMITS_S = {
     "layers": 120,
     "stages": 240,
     "kl_head": 150,
+    "step_8b_width": 150,
+    "step_small_sizes": 150,
     "width": 120,
     "vision": 90,
     "fp8": 90,
     "offload": 90,
 }
 """The checks, most telling first, and how long each may take; after that it counts as hanging."""
+
+NEEDED = (
+    "annotated_types braceexpand docstring_parser filelock fsspec megatron.core numpy packaging PIL"
+    " psutil pydantic pydantic_core safetensors sentencepiece tenacity tensorboard tokenizers torch"
+    " tqdm transformers typeguard typing_inspection tyro webdataset yaml"
+).split()
+"""What the checks import of other packages; TransformerEngine's are told by the first of them."""
 
 SHORTEST_S = 5
 """With less than this left, no check is begun."""
@@ -65,11 +74,11 @@ def lines_of(journal: Path) -> list[Line]:
 
 
 def pending(names: Iterable[str], session: Session) -> list[str]:
-    """Checks that have no result yet for this commit and device."""
+    """Checks that have no result yet for this commit and device; none for want of a package."""
     done = {
         line["check"]
         for line in lines_of(session.journal)
-        if line["result"] != "cut off" and session.noted.items() <= line.items()
+        if line["result"] not in ("cut off", "lacks") and session.noted.items() <= line.items()
     }
     return [name for name in names if name not in done]
 

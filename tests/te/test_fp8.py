@@ -21,6 +21,7 @@ from megatron_vico.config.schema import ParallelOptions, RunConfig, TrainingOpti
 from megatron_vico.errors import ConfigError
 from megatron_vico.models.build import build_language_model, language_transformer_config
 from megatron_vico.parallel.groups import Groups, started
+from megatron_vico.parallel.streams import pad_stream
 from megatron_vico.training.setup import set_up
 from megatron_vico.training.trainer import compute_gradients, train
 from tests.training_runs import read_metrics
@@ -63,6 +64,24 @@ def test_a_reference_that_is_the_policys_own_stays_so(stage_config: Any, groups:
     run = set_up(stage_config("warmup", **RECIPES["tensorwise"]), groups)
     assert run.reference is not None
     assert run.reference.head.gpt is run.policy.head.gpt
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recompute_finds_the_same_gradients(recipe: str, stage_config: Any, groups: Groups) -> None:
+    """Bit for bit, of both streams padded to what the recipe quantises."""
+    full = {"recompute_granularity": "full", "recompute_method": "uniform"}
+    found = []
+    for options in ({}, full | {"recompute_num_layers": 1}):
+        run = set_up(stage_config("consistency", **RECIPES[recipe], **options), groups)
+        run.policy.train_mode()
+        batch = next(run.batches())
+        for stream in (batch.packs[0].reference, batch.packs[0].policies[0].stream):
+            padded = pad_stream(stream, run.policy.stream_cut)
+            assert len(stream.token_ids) % 16
+            assert len(padded.token_ids) % {"tensorwise": 16, "blockwise": 128}[recipe] == 0
+        compute_gradients(run, batch)
+        found.append([param.main_grad.clone() for param in trained(run.policy.head)])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 def test_first_and_last_layers_stay_in_bf16(stage_config: Any, groups: Groups) -> None:

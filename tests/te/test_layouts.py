@@ -59,6 +59,17 @@ HALF: Cases = {
     "bf16": (DENSE, "consistency", BF16),
     "bf16, grouped experts": (MOE, "pretrain", BF16 | GROUPED),
 }
+FP8: Options = {"bf16": True, "fp8_format": "hybrid"}
+IN_BLOCKS: Options = {"fp8_recipe": "blockwise"}
+QUANTISED: Cases = {
+    "fp8 tp2 sp pp2": (DENSE, "consistency", FP8 | TP2 | SP | PP2),
+    "fp8 in blocks, cp2 dp2, full recompute": (
+        DENSE,
+        "consistency",
+        FP8 | IN_BLOCKS | CP2 | FULL | DIST,
+    ),
+    "fp8 moe ep2 dp2, grouped": (MOE, "consistency", FP8 | EP2 | GROUPED),
+}
 FOUR: Cases = {
     # Ring attention, with and without tensor parallelism.
     "tp2 sp cp2": (DENSE, "consistency", TP2 | SP | CP2),
@@ -93,8 +104,9 @@ def found(
             cfg = toy_config(toy_data, "pretrain", model_size=model, attention="sdpa")
             save_models(folder / model, model, cfg, groups)
         made: dict[str, Case] = {}
-        for name, (model, stage, options) in (ONE | HALF | FOUR).items():
-            twin = {key: value for key, value in options.items() if key in steps.TWIN_OPTIONS}
+        for name, (model, stage, options) in (ONE | HALF | FOUR | QUANTISED).items():
+            same = (*steps.TWIN_OPTIONS, *FP8, *IN_BLOCKS)
+            twin = {key: value for key, value in options.items() if key in same}
             truth = "_".join([model, stage, *twin])
             made[name] = steps.make_case(
                 name, (model, stage, options, PACKS), data=data, models=folder, truth=truth
@@ -107,11 +119,12 @@ def found(
                     models=folder,
                     truth=truth,
                 )
-                write_truth(_with_own_layers(own), groups, folder / truth)
+                case = own if "fp8_format" in twin else _with_own_layers(own)
+                write_truth(case, groups, folder / truth)
         compiled.calls.clear()
         for name in (*ONE, *HALF):
             results[name] = compare(made[name], groups, folder)
-    cases = [made[name] for name in FOUR]
+    cases = [made[name] for name in (*FOUR, *QUANTISED)]
     ranks = on_ranks(found_by_ranks, cases, folder, num_ranks=4, preloaded="tests.te.preloaded")
     return results | ranks[0]
 
@@ -145,6 +158,17 @@ def test_in_bfloat16_as_near_as_rounding_allows(
     name: str, found: dict[str, list[dict[str, Any]]]
 ) -> None:
     for step in found[name]:
+        assert step["loss"] < 0.01
+        assert step["grad_norm"] < 0.03
+        assert step["params"][0] < 5e-3, step["params"]
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_in_fp8_ranks_equal_one_as_far_as_their_scales_allow(
+    name: str, found: dict[str, list[dict[str, Any]]]
+) -> None:
+    for step in found[name]:
+        print(name, step)
         assert step["loss"] < 0.01
         assert step["grad_norm"] < 0.03
         assert step["params"][0] < 5e-3, step["params"]

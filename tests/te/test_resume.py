@@ -1,6 +1,8 @@
 """A run goes on between a CPU and TransformerEngine, and with each form of Adam's state."""
 
 import dataclasses
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,19 +24,25 @@ class Runs:
     def __init__(self, data: ToyData, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.data, self.folder, self.patch = data, folder, patch
 
-    def losses(self, *parts: Side, **options: Any) -> list[float]:
-        """Of a run of STEPS whose parts each run on one side and resume the one before."""
-        folder = self.folder / "-".join(parts)
-        cfg = toy_config(
-            self.data,
-            "pretrain",
-            train_iters=STEPS,
-            save=str(folder),
-            load=str(folder),
-            exit_interval=STEPS // len(parts),
-            **options,
-        )
-        for side in parts:
+    def losses(
+        self, *parts: Side, formats: Sequence[dict[str, Any]] = (), **options: Any
+    ) -> list[float]:
+        """Of a run of STEPS whose parts each run on one side and resume the one before.
+
+        `formats` are the options of each part that no other has.
+        """
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        for side, own in zip(parts, formats or [{}] * len(parts), strict=True):
+            cfg = toy_config(
+                self.data,
+                "pretrain",
+                train_iters=STEPS,
+                save=str(folder),
+                load=str(folder),
+                exit_interval=STEPS // len(parts),
+                **options,
+                **own,
+            )
             with self.patch.context() as patch:
                 if side == "cpu":
                     patch.setattr(optimizer, "Adam", CPUAdam)
@@ -83,3 +91,16 @@ def test_weight_gradients_are_fused_in_transformer_engines_layers(
     """Although the head, a layer of megatron-core's own, could not without apex."""
     fused = runs.losses("engine", gradient_accumulation_fusion=True)
     assert fused == pytest.approx(runs.losses("engine", "engine"), rel=1e-5)
+
+
+def test_a_run_goes_from_fp8_to_bf16_and_back(runs: Runs, single_process_groups: None) -> None:
+    """With weights that are kept in FP8 and such that are not; in FP8 alone bit for bit."""
+    common: dict[str, Any] = {"bf16": True, "use_distributed_optimizer": True}
+    fp8: dict[str, Any] = {"fp8_format": "hybrid"}
+    kept = fp8 | {"fp8_param_gather": True}
+    whole = runs.losses("engine", **common, **kept)
+    assert runs.losses("engine", "engine", **common, **kept) == whole
+    parts: list[Side] = ["engine"] * 4
+    mixed = runs.losses(*parts, formats=(kept, {}, fp8, kept), **common)
+    assert mixed == pytest.approx(whole, rel=0.01)
+    assert mixed != whole

@@ -124,6 +124,7 @@ class Loader:
 
         self._dp_rank, self._dp_size, self._sharing = dp_rank, dp_size, sharing or Sharing()
         self._begun: deque[_Begun] = deque()
+        self._begun_to = self.plan_state
         self._dataset = _PieceDataset(plan.data, encoder=encoder, builder=builder)
 
     def __iter__(self) -> Iterator[list[PackedBytes]]:
@@ -135,6 +136,7 @@ class Loader:
             WorkerError: if a worker died.
         """
         self._begun.clear()
+        self._begun_to = self.plan_state
         prepared = self._prepared()
         while True:
             # Or half handed over, before torch noticed.
@@ -150,7 +152,7 @@ class Loader:
     @property
     def begun_packs(self) -> int:
         """Packs of the run, over all ranks, that were handed out or given to workers."""
-        return (self._begun[-1].after if self._begun else self.plan_state).consumed_packs
+        return self._begun_to.consumed_packs
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on, on any number of ranks and workers: numbers and strings."""
@@ -221,6 +223,7 @@ class Loader:
             size = math.ceil(len(parts) / MAX_PIECES)
             pieces = list(itertools.batched(microbatches, size))
             self._begun.append(_Begun(after=step.after, num_pieces=len(pieces)))
+            self._begun_to = step.after
             for piece in pieces:
                 yield _Piece(microbatches=piece, num_samples=step.num_samples)
 

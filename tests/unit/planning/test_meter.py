@@ -46,3 +46,14 @@ def test_phases_flops_and_waits() -> None:
         "policy backward": 2 * forward,
     }
     assert sum(meter.counted.waits.values()) == 1
+
+
+def test_a_copy_from_the_host_that_is_waited_for() -> None:
+    host, meter = torch.zeros(3), Meter()
+    with meter:
+        place = host.to("meta", non_blocking=True)
+        place.copy_(host, non_blocking=True)
+        assert not meter.counted.waits
+        host.to("meta")
+        place.copy_(host)
+    assert sum(meter.counted.waits.values()) == 2

@@ -1,12 +1,10 @@
 """The reference's weights in host memory: on the device during its own pass only, and every result
 as without.
 
-Here host and device are one memory. A device is made up by letting `Tensor.to` copy a weight, as it
-does towards a GPU; where a weight is can then be told from its address.
+Here host and device are one memory; where a weight is can be told from its address.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import pytest
 import torch
@@ -18,18 +16,6 @@ from tests.peak_bytes import PeakBytes
 from tests.unit.training.test_steps import gradients_of, main_grads, move_away, next_packs
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def copying_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`to` gives new memory for whatever is sent without waiting, as weights are."""
-    move = torch.Tensor.to
-
-    def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        moved = move(self, *args, **kwargs)
-        return moved.clone() if moved is self and kwargs.get("non_blocking") else moved
-
-    monkeypatch.setattr(torch.Tensor, "to", to)
 
 
 def addresses(params: Iterable[Tensor]) -> list[int]:
@@ -61,7 +47,7 @@ def moved_by_fetch(run: Run, offload: HostOffload | None) -> set[str]:
     return {name for name, one, other in zip(weights, before, during, strict=True) if one != other}
 
 
-def test_weights_take_device_memory_between_fetch_and_release_only(copying_to: None) -> None:
+def test_weights_take_device_memory_between_fetch_and_release_only() -> None:
     params = [nn.Parameter(torch.randn(shape), requires_grad=False) for shape in ((3, 5), (7,))]
     values = [param.detach().clone() for param in params]
     offload = HostOffload(params, CPU)
@@ -70,6 +56,8 @@ def test_weights_take_device_memory_between_fetch_and_release_only(copying_to: N
         for _ in range(2):
             assert seen.live == 0
             offload.fetch()
+            assert seen.live == (3 * 5 + 7) * 4
+            offload.ready()
             assert seen.live == (3 * 5 + 7) * 4
             assert not set(addresses(params)) & set(home)
             assert all(
@@ -87,7 +75,7 @@ def test_trained_weights_are_refused() -> None:
 
 
 def test_the_references_own_language_model_moves_but_for_its_head(
-    start: Callable[..., Run], copying_to: None
+    start: Callable[..., Run],
 ) -> None:
     """In the warm-up all of it is the policy's, and stays."""
     run = start("consistency", reference_offload="host")
@@ -103,7 +91,7 @@ def test_the_references_own_language_model_moves_but_for_its_head(
 
 @pytest.mark.parametrize("option", ["vit", "host"])
 def test_the_references_own_vit_moves_for_its_pass_over_the_tiles(
-    option: str, start: Callable[..., Run], copying_to: None
+    option: str, start: Callable[..., Run]
 ) -> None:
     """Loss and gradients are bitwise equal; what the reference never uses it does not have."""
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
@@ -148,7 +136,7 @@ def test_modules_that_a_stage_does_not_use_are_in_host_memory(
 
 
 def test_a_step_is_the_same_and_the_policy_pass_runs_without_the_reference(
-    start: Callable[..., Run], copying_to: None
+    start: Callable[..., Run],
 ) -> None:
     """Loss and gradients are bitwise equal."""
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
@@ -178,6 +166,17 @@ def test_a_step_is_the_same_and_the_policy_pass_runs_without_the_reference(
     assert torch.equal(loss, offloaded_loss)
     assert grads.keys() == offloaded_grads.keys()
     assert all(torch.equal(grad, offloaded_grads[name]) for name, grad in grads.items())
+
+
+def test_weights_are_on_their_way_while_tiles_are_encoded(start: Callable[..., Run]) -> None:
+    run = start("consistency", reference_offload="host")
+    assert run.reference is not None
+    params = list(run.reference.head.parameters())
+    home, seen = addresses(params), []
+    run.policy.encoder.vit.register_forward_pre_hook(lambda *_: seen.append(addresses(params)))
+    gradients_of(run, next_packs(run))
+    assert len(set(home) & set(seen[0])) == 1  # the head stays
+    assert addresses(params) == home
 
 
 def test_page_locked_blocks_are_full() -> None:

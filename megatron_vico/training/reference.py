@@ -137,4 +137,4 @@ def _frozen_and_equal(policy: nn.Module, reference: nn.Module) -> bool:
     if any(param.requires_grad for param in policy.parameters()):
         return False
     pairs = zip(policy.parameters(), reference.parameters(), strict=True)
-    return all(torch.equal(own, frozen) for own, frozen in pairs)
+    return all(torch.equal(own, frozen.to(own.device)) for own, frozen in pairs)

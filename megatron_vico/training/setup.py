@@ -197,10 +197,13 @@ def build_policy(
 
 
 def build_modules(
-    cfg: RunConfig, model: ModelConfig, groups: Groups
+    cfg: RunConfig, model: ModelConfig, groups: Groups, *, on_host: bool = False
 ) -> tuple[VisionEncoder, tuple[LanguageModel, ...]]:
-    """An encoder and this rank's chunks of a language model, fresh, each with its own config."""
-    bf16 = cfg.training.bf16
+    """An encoder and this rank's chunks of a language model, fresh, each with its own config.
+
+    `on_host`: in the host's memory, where their weights have no values yet.
+    """
+    bf16, device = cfg.training.bf16, torch.device("cpu") if on_host else groups.device
     language_config = language_transformer_config(model, cfg)
     vision_config = vision_transformer_config(
         model,
@@ -210,6 +213,8 @@ def build_modules(
         recompute_method="uniform",
         recompute_num_layers=1,
     )
+    for config in (language_config, vision_config) if on_host else ():
+        config.use_cpu_initialization, config.perform_initialization = True, False
     language_chunks = build_language_chunks(
         model,
         language_config,
@@ -217,12 +222,10 @@ def build_modules(
         attention=cfg.model.attention,
         head_chunk_rows=cfg.stage.kl_chunk_rows,
     )
-    with groups.device:  # torch's own modules would begin in fp32 in the host's memory
+    with device:  # torch's own modules would begin in fp32 in the host's memory
         encoder = build_vision_encoder(model, vision_config, pg_collection=groups.encoder)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    return encoder.to(groups.device, dtype), tuple(
-        chunk.to(groups.device, dtype) for chunk in language_chunks
-    )
+    return encoder.to(device, dtype), tuple(chunk.to(device, dtype) for chunk in language_chunks)
 
 
 def load_reference(cfg: RunConfig, model: ModelConfig, policy: Policy, groups: Groups) -> Reference:
@@ -264,10 +267,20 @@ def build_reference(
     load: Callable[[Modules], None],
 ) -> Reference:
     """The reference of a policy that has its weights; `load` fills in its own."""
+    # What the policy has already would be on the device twice until it is shared: of 241B that is
+    # more than an H200 has. A dry run has no host's memory to build it in.
+    on_host = _shares_language_model(cfg) and groups.device.type != "meta"
     with torch.no_grad():  # else TransformerEngine keeps a transposed copy of each FP8 weight
-        encoder, language_chunks = build_modules(reference_config(cfg), model, groups)
+        encoder, language_chunks = build_modules(
+            reference_config(cfg), model, groups, on_host=on_host
+        )
     load(named_modules(encoder, language_chunks))
     return freeze_reference(encoder, language_chunks, policy, cfg=cfg, groups=groups)
+
+
+def _shares_language_model(cfg: RunConfig) -> bool:
+    """Whether the reference's is the policy's, which was not trained since."""
+    return cfg.stage.spec.reference == "start" and "language_model" not in cfg.stage.trained
 
 
 def reference_config(cfg: RunConfig) -> RunConfig:
@@ -275,9 +288,8 @@ def reference_config(cfg: RunConfig) -> RunConfig:
 
     With FP8 its weights are kept in no other format, but where they can be shared with the policy.
     """
-    shares = cfg.stage.spec.reference == "start" and "language_model" not in cfg.stage.trained
     transformer = cfg.transformer
-    if cfg.parallel.fp8_format is not None and not shares:
+    if cfg.parallel.fp8_format is not None and not _shares_language_model(cfg):
         transformer = dataclasses.replace(transformer, fp8_param_gather=True)
     return dataclasses.replace(
         cfg,
@@ -319,6 +331,8 @@ def freeze_reference(
         for chunk, policy_chunk in zip(language_chunks, policy.language_chunks, strict=True):
             if chunk.config.fp8 == policy_chunk.config.fp8:
                 shared_chunks += len(share_equal_modules(chunk, policy_chunk, ("gpt",)))
+    for module in (encoder, *language_chunks):
+        module.to(groups.device)
     return Reference(
         encoder=encoder,
         language_chunks=language_chunks,

@@ -3,7 +3,9 @@
 import dataclasses
 import gc
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from megatron_vico.config.schema import RunConfig
 from megatron_vico.parallel.batch import share_step
 from megatron_vico.parallel.groups import Groups
 from megatron_vico.parallel.streams import StreamCut, language_inputs
+from megatron_vico.training import setup
 from megatron_vico.training.setup import Run, build_modules
 from megatron_vico.training.vision import visual_tokens
 from tests.packs import as_blocks
@@ -139,3 +142,29 @@ def test_connectors_and_router_are_built_on_the_device(groups: Groups) -> None:
     cores = [*chunks, encoder.vit.transformer]
     in_layers = sum(param.nbytes for module in cores for param in module.parameters())
     assert seen.peak <= in_layers
+
+
+@pytest.mark.parametrize(("stage", "on_device"), [("warmup", 1), ("consistency", 2)])
+def test_what_policy_and_reference_share_is_never_on_the_device_twice(
+    stage: str, on_device: int, stage_config: Any, groups: Groups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[dict[str, Any]] = []
+
+    def noted(*args: Any, **options: Any) -> Any:
+        built.append(options)
+        return build_modules(*args, **options)
+
+    monkeypatch.setattr(setup, "build_modules", noted)
+    run = setup.set_up(stage_config(stage), groups)
+    assert len(built) == 2
+    assert sum(not options.get("on_host") for options in built) == on_device
+    assert run.reference is not None
+    assert (run.reference.head.gpt is run.policy.head.gpt) == (on_device == 1)
+
+
+def test_on_the_host_megatrons_layers_are_too(groups: Groups) -> None:
+    away = dataclasses.replace(groups, device=torch.device("meta"))
+    encoder, chunks = build_modules(RunConfig(), get_model_config("toy"), away, on_host=True)
+    for module in (encoder, *chunks):
+        assert {param.device.type for param in module.parameters()} == {"cpu"}
+        assert module.config.use_cpu_initialization

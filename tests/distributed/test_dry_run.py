@@ -63,7 +63,7 @@ def test_nothing_of_ours_waits_for_the_device(
         assert any("optimizer/clip_grads.py" in place for place in waits)
         own = {place for place in waits if not re.search(MCORES, place)}
         assert all("router" in place for place in own)
-        assert len(own) == (3 if "router" in name else 0), own
+        assert len(own) == (2 if "router" in name else 0), own
 
 
 @pytest.mark.parametrize("name", CASES)

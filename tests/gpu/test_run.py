@@ -172,7 +172,7 @@ def test_what_lacks_a_package_names_it_and_the_others_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a machine whose wheels are not all there; with them it is done again."""
-    hidden = tmp_path / "sitecustomize.py"
+    hidden = (tmp_path / "sitecustomize").with_suffix(".py")
     hidden.write_text(
         """
 import importlib.util, sys

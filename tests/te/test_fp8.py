@@ -24,6 +24,8 @@ from megatron_vico.parallel.groups import Groups, started
 from megatron_vico.parallel.streams import pad_stream
 from megatron_vico.training.setup import set_up
 from megatron_vico.training.trainer import compute_gradients, train
+from tests.gpu.machine import Machine
+from tests.gpu.one import check_named
 from tests.training_runs import read_metrics
 
 BF16: dict[str, Any] = {"bf16": True}
@@ -82,6 +84,13 @@ def test_recompute_finds_the_same_gradients(recipe: str, stage_config: Any, grou
         compute_gradients(run, batch)
         found.append([param.main_grad.clone() for param in trained(run.policy.head)])
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_the_check_for_a_gpu_times_a_step_in_fp8_too(single_process_groups: None) -> None:
+    with Machine() as machine:
+        figures = check_named("step_8b_width")(machine)
+    assert float(figures["FP8 ViCO ms"]) > 0
+    assert "bf16 ms over FP8's" in figures
 
 
 def test_first_and_last_layers_stay_in_bf16(stage_config: Any, groups: Groups) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.schema import ParallelOptions, RunConfig, TrainingOptions
+from megatron_vico.models import build
 from megatron_vico.models.build import (
     build_language_model,
     language_transformer_config,
@@ -71,3 +72,22 @@ def test_vocabulary_is_padded_as_megatron_does() -> None:
     assert padded_vocab_size(151936, 2) == 152064
     assert padded_vocab_size(151936, 8) == 152576
     assert padded_vocab_size(500, 1) == 512
+
+
+@pytest.mark.parametrize(
+    ("dtype", "attention", "usable", "taken"),
+    [
+        (torch.bfloat16, "auto", True, True),
+        (torch.bfloat16, "auto", False, False),
+        (torch.bfloat16, "sdpa", True, False),
+        (torch.float32, "auto", True, False),  # its attention would pad a pack, in TF32
+    ],
+)
+def test_where_layers_are_transformer_engines(
+    dtype: torch.dtype, attention: Any, usable: bool, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "transformer_engine_usable", lambda: usable)
+    cfg = RunConfig(training=TrainingOptions(bf16=dtype == torch.bfloat16))
+    config = language_transformer_config(get_model_config("toy"), cfg)
+    assert config.params_dtype == dtype
+    assert build.takes_transformer_engine(config, attention) == taken

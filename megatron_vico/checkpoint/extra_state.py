@@ -42,6 +42,8 @@ def load_state(module: nn.Module, state: dict[str, Any]) -> None:
         f"a checkpoint's names are compared before it is read, but these do not fit: {unfit}"
     )
     for name, param in module.named_parameters():
-        # An optimizer that is built next begins its masters from these, not from the FP8 weights.
-        if hasattr(param, "get_high_precision_init_val"):
-            param.get_high_precision_init_val().copy_(state[name])
+        # An optimizer that is built next begins its masters from these, not from the FP8 weights;
+        # one that was built before has taken them, and loads its own.
+        initial = getattr(param, "get_high_precision_init_val", lambda: None)()
+        if initial is not None:
+            initial.copy_(state[name])

@@ -259,7 +259,7 @@ def _see_numbers_sent(meter: Meter) -> None:
             meter.add_wait(f"torch.tensor at {site()}")
         return made
 
-    torch.tensor = tensor  # type: ignore[assignment]
+    torch.tensor = tensor
 
 
 def _fuse_activations() -> None:

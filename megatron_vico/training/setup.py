@@ -331,8 +331,9 @@ def freeze_reference(
         for chunk, policy_chunk in zip(language_chunks, policy.language_chunks, strict=True):
             if chunk.config.fp8 == policy_chunk.config.fp8:
                 shared_chunks += len(share_equal_modules(chunk, policy_chunk, ("gpt",)))
-    for module in (encoder, *language_chunks):
-        module.to(groups.device)
+    encoder.to(groups.device)
+    for chunk in language_chunks:
+        chunk.to(groups.device)
     return Reference(
         encoder=encoder,
         language_chunks=language_chunks,

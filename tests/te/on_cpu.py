@@ -42,6 +42,7 @@ def install() -> None:
     _pretend_to_be_a_gpu()
     _let_requests_be_awaited_twice()
     _gather_one_by_one()
+    _draw_from_the_cpu()
     _let_fused_attention_take_fp32()
 
 
@@ -92,6 +93,14 @@ def _gather_one_by_one() -> None:
         group._allgather_base(out, part).wait()
 
     buffers.dist_all_gather_func = gather
+
+
+def _draw_from_the_cpu() -> None:
+    # Its checkpoint, which megatron-core takes for layers in FP8, keeps the state of a GPU's.
+    from transformer_engine.pytorch import distributed
+
+    distributed._get_cuda_rng_state = lambda *args, **options: torch.get_rng_state()
+    distributed._set_cuda_rng_state = lambda state, *args, **options: torch.set_rng_state(state)
 
 
 def _let_fused_attention_take_fp32() -> None:

@@ -86,8 +86,8 @@ def test_vocabulary_is_padded_as_megatron_does() -> None:
 def test_where_layers_are_transformer_engines(
     dtype: torch.dtype, attention: Any, usable: bool, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "transformer_engine_usable", lambda: usable)
     cfg = RunConfig(training=TrainingOptions(bf16=dtype == torch.bfloat16))
     config = language_transformer_config(get_model_config("toy"), cfg)
     assert config.params_dtype == dtype
+    monkeypatch.setattr(build, "transformer_engine_usable", lambda: usable)
     assert build.takes_transformer_engine(config, attention) == taken

@@ -119,7 +119,7 @@ def found(
                     models=folder,
                     truth=truth,
                 )
-                case = own if "fp8_format" in twin else _with_own_layers(own)
+                case = _unfused(own) if "fp8_format" in twin else _with_own_layers(own)
                 write_truth(case, groups, folder / truth)
         compiled.calls.clear()
         for name in (*ONE, *HALF):
@@ -131,10 +131,12 @@ def found(
 
 def _with_own_layers(case: Case) -> Case:
     model = dataclasses.replace(case.cfg.model, attention="sdpa")
-    cfg = dataclasses.replace(
-        case.cfg, model=model, transformer=TransformerOptions(moe_permute_fusion=False)
-    )
-    return dataclasses.replace(case, cfg=cfg)
+    return _unfused(dataclasses.replace(case, cfg=dataclasses.replace(case.cfg, model=model)))
+
+
+def _unfused(case: Case) -> Case:
+    transformer = TransformerOptions(moe_permute_fusion=False)
+    return dataclasses.replace(case, cfg=dataclasses.replace(case.cfg, transformer=transformer))
 
 
 @pytest.mark.parametrize("name", [*ONE, *FOUR])

@@ -34,6 +34,13 @@ def quantize(
     return output
 
 
+def create_empty_quantized_tensor(
+    quantizer: Any, shape: Sequence[int], dtype: torch.dtype, *where: Any
+) -> Any:
+    """Room for what ranks gather in FP8, in the copies that the quantizer asks for."""
+    return quantize(torch.zeros(*shape, dtype=dtype), quantizer)
+
+
 def split_quantize(tensor: Tensor, splits: Sequence[int], quantizers: Sequence[Any]) -> Any:
     """Runs of rows, each as FP8 by a quantizer of its own, or as they are."""
     runs = tensor.split(list(splits))

@@ -102,5 +102,5 @@ def test_a_run_goes_from_fp8_to_bf16_and_back(runs: Runs, single_process_groups:
     assert runs.losses("engine", "engine", **common, **kept) == whole
     parts: list[Side] = ["engine"] * 4
     mixed = runs.losses(*parts, formats=(kept, {}, fp8, kept), **common)
-    assert mixed == pytest.approx(whole, rel=0.01)
+    assert mixed == pytest.approx(whole, rel=0.005)  # measured 6e-4
     assert mixed != whole

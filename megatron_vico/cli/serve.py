@@ -91,6 +91,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         import uvicorn
 
+        from megatron_vico.inference.sampling import Chooser, Sampling
         from megatron_vico.inference.server.engine_thread import EngineThread
     except ModuleNotFoundError as error:
         raise ConfigError(
@@ -106,6 +107,7 @@ def main(arguments: Sequence[str]) -> None:
             EngineThread(engine).follow()
             return
         server = make_server(options, engine)
+        Chooser(Sampling(temperature=1.0, top_p=0.9))  # imports for seconds; now nobody waits
         config = uvicorn.Config(
             server.app, host=options.host, port=options.port, log_level="info", access_log=False
         )

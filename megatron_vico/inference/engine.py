@@ -67,16 +67,9 @@ class RoutedPrompt:
     parts: tuple[PromptPart, ...]
     compressed_N: Tensor
     probability_N: Tensor | None
-
-    @property
-    def num_visual_tokens(self) -> int:
-        """V."""
-        return sum(len(part.visual_positions) for part in self.parts)
-
-    @property
-    def num_tokens(self) -> int:
-        """Of all parts, visual ones too."""
-        return sum(len(part.token_ids) for part in self.parts)
+    num_visual_tokens: int
+    num_tokens: int
+    """Of all parts, visual ones too."""
 
 
 class Engine:
@@ -226,10 +219,13 @@ class Engine:
         each = zip(
             prompt.parts, features_NPD.split(counts), compressed_N.split(counts), strict=True
         )
+        parts = tuple(self._part(*of_part) for of_part in each)
         return RoutedPrompt(
-            parts=tuple(self._part(*of_part) for of_part in each),
+            parts=parts,
             compressed_N=compressed_N,
             probability_N=probability_N,
+            num_visual_tokens=sum(len(part.visual_positions) for part in parts),
+            num_tokens=sum(len(part.token_ids) for part in parts),
         )
 
     def _part(self, part: EncodedSample, features_NPD: Tensor, compressed_N: Tensor) -> PromptPart:

@@ -6,7 +6,7 @@ Shapes: B requests of a pass, S tokens, V vocabulary.
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Literal
 
@@ -78,18 +78,7 @@ class Request:
         """Give back what it holds of the device's memory."""
         self.finish_reason, self.unread = reason, None
         if self.routed is not None:
-            self.routed = RoutedPrompt(
-                parts=tuple(
-                    PromptPart(
-                        token_ids=part.token_ids,
-                        visual_positions=part.visual_positions,
-                        visual_tokens_VH=torch.empty(0),
-                    )
-                    for part in self.routed.parts
-                ),
-                compressed_N=self.routed.compressed_N,
-                probability_N=self.routed.probability_N,
-            )
+            self.routed = replace(self.routed, parts=())
         if self.progressed is not None:
             self.progressed(self)
 

@@ -191,44 +191,54 @@ def in_process(model: ModelConfig, args: argparse.Namespace) -> tuple[list[Row],
         encoder = encoder.to(groups.device, dtype).eval()
         language_model = language_model.to(groups.device, dtype).eval()
 
-        on_gpu = groups.device.type == "cuda"
-        clock = time.perf_counter if on_gpu else time.process_time
-        if not on_gpu:
-            torch.set_num_threads(1)
+        return _time_parts(encoder, language_model, model, args.requests)
 
-        def seconds(work: Callable[[], object]) -> float:
-            times = []
-            for _ in range(1 + args.requests):  # the first warms up
-                start = clock()
-                work()
-                if on_gpu:
-                    torch.cuda.synchronize()
-                times.append(clock() - start)
-            return min(times[1:])
 
-        side = model.vision.image_size
-        pixels = torch.rand(TILES, 3, side, side, device=groups.device, dtype=dtype)
-        features = encoder.features(pixels)
-        parts = {
-            "vit_s": seconds(lambda: encoder.features(pixels)),
-            "router_s": seconds(lambda: encoder.vir(features)),
-        }
-        rows = []
-        for text in TEXTS:
-            for compression in COMPRESSION:
-                visual = round(TILES * model.visual_tokens_per_tile * (1 - compression))
-                ids = torch.zeros(1, visual + text, dtype=torch.int64, device=groups.device)
-                positions = torch.arange(visual + text, device=groups.device)[None]
+def _time_parts(
+    encoder: Any, language_model: Any, model: ModelConfig, requests: int
+) -> tuple[list[Row], dict[str, float]]:
+    import torch
 
-                def prefill(ids: torch.Tensor = ids, positions: torch.Tensor = positions) -> None:
-                    cache = language_model.new_cache(1, ids.size(1))
-                    hidden = language_model.forward_batch(ids, positions, cache=cache)
-                    language_model.response_logits(hidden[:, -1])
+    parameter = next(encoder.parameters())
+    device, dtype = parameter.device, parameter.dtype
+    on_gpu = device.type == "cuda"
+    clock = time.perf_counter if on_gpu else time.process_time
+    if not on_gpu:
+        torch.set_num_threads(1)
 
-                per_s = 1 / seconds(prefill)
-                rows.append(
-                    Row(text_tokens=text, compression=compression, per_s=per_s, saved=compression)
-                )
+    def seconds(work: Callable[[], object]) -> float:
+        times = []
+        for _ in range(1 + requests):  # the first warms up
+            start = clock()
+            work()
+            if on_gpu:
+                torch.cuda.synchronize()
+            times.append(clock() - start)
+        return min(times[1:])
+
+    side = model.vision.image_size
+    pixels = torch.rand(TILES, 3, side, side, device=device, dtype=dtype)
+    features = encoder.features(pixels)
+    parts = {
+        "vit_s": seconds(lambda: encoder.features(pixels)),
+        "router_s": seconds(lambda: encoder.vir(features)),
+    }
+    rows = []
+    for text in TEXTS:
+        for compression in COMPRESSION:
+            visual = round(TILES * model.visual_tokens_per_tile * (1 - compression))
+            ids = torch.zeros(1, visual + text, dtype=torch.int64, device=device)
+            positions = torch.arange(visual + text, device=device)[None]
+
+            def prefill(ids: torch.Tensor = ids, positions: torch.Tensor = positions) -> None:
+                cache = language_model.new_cache(1, ids.size(1))
+                hidden = language_model.forward_batch(ids, positions, cache=cache)
+                language_model.response_logits(hidden[:, -1])
+
+            per_s = 1 / seconds(prefill)
+            rows.append(
+                Row(text_tokens=text, compression=compression, per_s=per_s, saved=compression)
+            )
     return rows, parts
 
 

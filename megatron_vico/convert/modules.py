@@ -56,7 +56,7 @@ def module_source(modules: Mapping[str, MegatronModule], *, model: ModelConfig) 
 
 
 def load_source(source: Source, *, encoder: VisionEncoder, language_model: LanguageModel) -> None:
-    """Read a source into modules on one tensor-parallel rank.
+    """Read a source into modules; of a language model that ranks share, this rank's part.
 
     What it does not hold (connector_16x and ViR, outside of flash) keeps the modules' values.
 
@@ -64,17 +64,29 @@ def load_source(source: Source, *, encoder: VisionEncoder, language_model: Langu
         CheckpointError: if a module's tensors have other names or shapes than the table says.
     """
     target = canonical_state({"encoder": encoder, "language_model": language_model})
-    padded = padded_vocab_size(source.model.language.vocab_size, 1)
+    group = language_model.tp_group
+    padded = padded_vocab_size(source.model.language.vocab_size, group.size())
     rows = entries(source.model, layout="flash", padded_vocab_size=padded)
     problems = problems_with(_infos(target), rows)
-    if problems:
+    if problems and group.size() == 1:
         raise CheckpointError(f"the model to load into: {'; '.join(problems)}.")
     with torch.no_grad():
         for name in source.tensors:
             tensor, kind = source.read_tensor(name), rows[name].kind
             if isinstance(kind, PaddedVocabulary):
                 tensor = kind.to_megatron([tensor])
-            target[name].copy_(tensor)
+            target[name].copy_(_rank_part(tensor, target[name].shape, name=name, group=group))
+
+
+def _rank_part(
+    whole: Tensor, shape: torch.Size, *, name: str, group: torch.distributed.ProcessGroup
+) -> Tensor:
+    """What a tensor-parallel rank holds of a tensor: the dimension that is shorter is cut."""
+    if whole.shape == shape:
+        return whole
+    dim = next(at for at, size in enumerate(shape) if size != whole.size(at))
+    halves = whole.chunk(2) if "linear_fc1" in name else [whole]  # gate and up: a part of each
+    return torch.cat([half.chunk(group.size(), dim=dim)[group.rank()] for half in halves])
 
 
 def canonical_state(modules: Mapping[str, MegatronModule]) -> dict[str, Tensor]:

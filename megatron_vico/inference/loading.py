@@ -17,7 +17,6 @@ from megatron_vico.convert.modules import load_source
 from megatron_vico.convert.open import open_source
 from megatron_vico.data.encode.sample_encoder import EncodingSettings
 from megatron_vico.data.encode.tokenizer import Tokenizer
-from megatron_vico.errors import CheckpointError
 from megatron_vico.files import read_json
 from megatron_vico.inference.engine import Engine
 from megatron_vico.models.build import (
@@ -81,11 +80,6 @@ def load_weights(engine: Engine, source: str | Path) -> None:
         training_checkpoint.load_weights(source, modules=modules, model_size=engine.model.name)
         return
     name = engine.model.name
-    if engine.language_model.tp_group.size() > 1:
-        raise CheckpointError(
-            f"{source}: a Hugging Face folder loads on one rank; for tensor-parallel ranks make"
-            " Megatron's form of it: vico convert --from hf --to megatron."
-        )
     opened = open_source(source, model_size=name if name in MODELS else None)
     require_intact(Path(source), files=WEIGHTS)
     load_source(opened, encoder=engine.encoder, language_model=engine.language_model)

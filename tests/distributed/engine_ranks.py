@@ -12,6 +12,8 @@ from megatron_vico.checkpoint.run_folder import iteration_folder, metadata_of
 from megatron_vico.checkpoint.training_checkpoint import save_checkpoint
 from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.schema import ParallelOptions
+from megatron_vico.convert.convert import export_hf
+from megatron_vico.convert.modules import canonical_state
 from megatron_vico.data.encode.sample_encoder import EncodingSettings
 from megatron_vico.data.encode.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_vico.inference.engine import Engine
@@ -33,15 +35,24 @@ def found_answers(folder: str) -> dict[str, Any]:
         for num_ranks in (1, 2):
             groups = layouts.switch_to(ParallelOptions(tensor_model_parallel_size=num_ranks))
             engine = _engine(size, groups, Path(folder))
-            checkpoint = Path(folder) / size
+            checkpoint, flash = Path(folder) / size, Path(folder) / f"{size}-flash"
             if num_ranks == 1:
                 randomise(engine.encoder, seed=0)
                 randomise(engine.language_model, seed=1)
                 modules = {"encoder": engine.encoder, "language_model": engine.language_model}
                 metadata = metadata_of(engine.model, stage="router")
                 save_checkpoint(iteration_folder(checkpoint, 1), modules=modules, metadata=metadata)
+                if torch.distributed.get_rank() == 0:
+                    export_hf(flash, **modules, model=engine.model, layout="flash")
+                torch.distributed.barrier()
             else:
+                load_weights(engine, flash)
+                state = canonical_state({"language_model": engine.language_model})
+                exported = {name: tensor.clone() for name, tensor in state.items()}
                 load_weights(engine, checkpoint)
+                found[f"{size} differ"] = [
+                    name for name in state if not torch.equal(state[name], exported[name])
+                ]
             prompts = [engine.prompt(conversation(index)) for index in range(8)]
             for name, sampling in SAMPLING.items():
                 answers = engine.answer(

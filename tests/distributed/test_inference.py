@@ -12,6 +12,7 @@ def test_two_ranks_say_what_one_says(tmp_path: Path) -> None:
         served = ranks[0].pop(f"{size} served")
         assert ranks[1].pop(f"{size} served") == []  # it only follows
         assert served == ranks[0][f"{size} greedy 2"]
+        assert ranks[0][f"{size} differ"] == []  # loaded from either form of the checkpoint
     assert ranks[0] == ranks[1]
     for size in ("toy", "toy-moe"):
         for how in ("greedy", "drawn"):

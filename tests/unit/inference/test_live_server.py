@@ -163,20 +163,19 @@ def test_who_goes_away_is_not_answered(
 def test_an_answer_has_its_time(
     make_server: Callable[..., Server], tmp_path: Path, slow_steps: None
 ) -> None:
-    server = make_server(request_timeout_s=0.5)
+    server = make_server(request_timeout_s=1.5)
     asked = body(max_tokens=200, ignore_eos=True, skip_special_tokens=False)
     with listening(server) as address, httpx.Client(timeout=60) as client:
         url = f"{address}/v1/chat/completions"
         assert client.post(url, json=asked).status_code == 408
         *parts, last, _ = client.post(url, json=asked | {"stream": True}).text.split("\n\n")
         assert (
-            "no answer within 0.5 s" in json.loads(last.removeprefix("data: "))["error"]["message"]
+            "no answer within 1.5 s" in json.loads(last.removeprefix("data: "))["error"]["message"]
         )
         assert len(parts) > 1
-        assert client.post(url, json=body(max_tokens=1)).status_code == 200
         waits_until(lambda: not server._calls and server.thread.scheduler.idle)
     statuses = [json.loads(each)["status"] for each in (tmp_path / "log.jsonl").open()]
-    assert statuses == [408, 408, 200]
+    assert statuses == [408, 408]
 
 
 def test_a_slow_body_is_not_waited_for(make_server: Callable[..., Server]) -> None:

@@ -150,7 +150,8 @@ def pictures(demo: Path, work: Path) -> dict[str, Figure]:
         name = f"kl_compressed_{share}"
         draw(panel, healthy["consistency"], name=name, label=name, steps=1800, smoothed=60)
     finish(panel, "kl_compressed_..., nats: healthy", is_log=True)
-    panel.set_ylim(1e-3, 5)
+    panel.set_ylim(1e-3, 50)
+    panel.legend(fontsize=8, ncols=3, loc="upper right")
     return figures
 
 

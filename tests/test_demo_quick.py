@@ -13,7 +13,10 @@ from megatron_vico.vico.compression_plan import plan_none
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
-ROWS = ("vanilla", "vanilla_vir", "all_compress", "random_compress", "image_level", "vico")
+ROWS = (
+    *("vanilla", "vanilla_vir", "vanilla_one_tile", "all_compress", "random_compress"),
+    *("image_level", "vico"),
+)
 STAGES = ("pretrain", "warmup", "consistency", "router", "router_image")
 
 

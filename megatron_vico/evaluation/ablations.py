@@ -4,6 +4,7 @@ row              weights                              plan
 vanilla          before consistency training          nothing compressed
 vanilla_vir      the same, and the warmed-up 16x      ViCO's final router decisions, replayed
                  connector, which the original lacks
+vanilla_one_tile before consistency training          none; an image is one tile
 all_compress     after consistency training           everything compressed
 random_compress  after consistency training           random, as many tiles as ViCO compressed
 image_level      with the image-level router          that router's, per image
@@ -11,7 +12,7 @@ vico             with the tile-level router           the router's, per tile
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,10 @@ from megatron_vico.vico.compression_plan import generator, plan_random_exact
 
 Weights = Literal["vanilla", "warmed", "vico", "image_level"]
 
-ROWS = ("vanilla", "vanilla_vir", "all_compress", "random_compress", "image_level", "vico")
+ROWS = (
+    *("vanilla", "vanilla_vir", "vanilla_one_tile", "all_compress", "random_compress"),
+    *("image_level", "vico"),
+)
 
 
 def run_ablations(
@@ -59,6 +63,10 @@ def run_ablations(
     done["vanilla_vir"] = run("vanilla_vir", decisions)
     engine = engine_with("vanilla")
     done["vanilla"] = run("vanilla", "none")
+    prompts = [
+        engine.prompt(replace(sample.conversation, max_dynamic_patch=1)) for sample in samples
+    ]
+    done["vanilla_one_tile"] = run("vanilla_one_tile", "none")
     return [done[row] for row in ROWS]
 
 

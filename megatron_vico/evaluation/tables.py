@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_vico.evaluation.benchmarks import ABLATIONS
 from megatron_vico.files import read_json_value, record_of, write_json
 
 
@@ -35,14 +36,6 @@ class TableRow:
     """1 - visual tokens seen by the language model / without compression, both counted."""
 
 
-TITLES = {
-    "vanilla": "Vanilla",
-    "vanilla_vir": "Vanilla + ViR",
-    "all_compress": "ViCO (all compressed)",
-    "random_compress": "ViCO (random)",
-    "image_level": "ViCO (image-level ViR)",
-    "vico": "ViCO",
-}
 _HEADINGS = ("", "score", "retention", "compressed tiles", "visual tokens saved")
 _LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "+-": r"$\pm$"}
 
@@ -101,4 +94,4 @@ def _escaped(text: str) -> str:
 
 def _cells(row: TableRow) -> tuple[str, ...]:
     shares = (row.score, row.retention, row.compressed_tiles, row.visual_token_reduction)
-    return (TITLES.get(row.row, row.row), *(f"{100 * share:.1f} %" for share in shares))
+    return (ABLATIONS.get(row.row, row.row), *(f"{100 * share:.1f} %" for share in shares))

@@ -118,8 +118,10 @@ class PlayedEngine:
         self.model = SimpleNamespace(visual_tokens_per_tile=4)
         self.weights = ""
         self.asked = []
+        self.limits = []
 
     def prompt(self, sample):
+        self.limits.append((self.weights, sample.max_dynamic_patch))
         return sample.key
 
     def answer(self, prompts, *, plan, max_new_tokens):
@@ -186,6 +188,7 @@ def test_each_row_gets_its_weights_and_plan(engine, samples):
         assert asked in engine.asked
     plans = {weights: plan for weights, plan in engine.asked if isinstance(plan, list)}
     assert sorted(plans) == ["vico", "warmed"]
+    assert engine.limits == [("vico", None)] * 4 + [("vanilla", 1)] * 4
     # Vanilla + ViR replays ViCO's decisions; random has exactly as many, elsewhere.
     assert torch.equal(torch.cat(plans["warmed"]), torch.cat(engine.router_plans["tile"]))
     assert int(torch.cat(plans["vico"]).sum()) == int(torch.cat(engine.router_plans["tile"]).sum())
@@ -196,7 +199,7 @@ def test_each_row_gets_its_weights_and_plan(engine, samples):
     rows = table_rows(evaluations)
     assert rows[0].retention == 1
     assert [row.row for row in rows] == list(ROWS)
-    by_kind = json.loads(json.dumps(details(evaluations)))[5]["compressed_by_kind"]
+    by_kind = json.loads(json.dumps(details(evaluations)))[-1]["compressed_by_kind"]
     assert by_kind == {"dense": 0.25, "photo": 0.75}
 
 

@@ -15,13 +15,17 @@ from benchmarks.runs import build_run, make_batch
 from benchmarks.step import time_step
 from megatron_vico.config.gpus import peak_tflops
 from megatron_vico.models.build import transformer_engine_usable
+from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.training.flops import step_flops
+from megatron_vico.training.setup import Run
+from megatron_vico.training.trainer import compute_gradients
 from tests.gpu.machine import Figures, Machine
 from tests.gpu.predicted import run_of
 
 STEPS = 3
 SFT, VICO = ("--stage", "pretrain"), ("--stage", "consistency")
 FP8 = ("--fp8-format", "hybrid")
+WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
 
 
@@ -71,6 +75,7 @@ def _step(machine: Machine, size: str, num_layers: int, flags: tuple[str, ...]) 
     found: Figures = {"ms": 1e3 * seconds, "TFLOP/s": flops / seconds / 1e12}
     for phase in timed[-1].phases_s:
         found[f"{phase} ms"] = 1e3 * statistics.median(each.phases_s[phase] for each in timed[1:])
+    found["host waits before the norm"] = _host_waits(run, batch)
     if machine.on_gpu:
         found["GB at most"] = torch.cuda.max_memory_allocated() / 1e9
         if peak := peak_tflops(torch.cuda.get_device_name()):
@@ -79,6 +84,14 @@ def _step(machine: Machine, size: str, num_layers: int, flags: tuple[str, ...]) 
     gc.collect()
     torch.cuda.empty_cache()
     return found
+
+
+def _host_waits(run: Run, batch: StepBatch) -> int:
+    """How often the host waits for the device until all is queued that gives the gradients."""
+    # With its copies, which queue something and then wait for it.
+    with torch.profiler.profile() as profile:
+        compute_gradients(run, batch)
+    return sum(each.count for each in profile.key_averages() if each.key in WAITS)
 
 
 def _predicted(size: str, num_layers: int, flags: tuple[str, ...]) -> Figures:

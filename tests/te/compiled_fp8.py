@@ -41,7 +41,13 @@ def create_empty_quantized_tensor(
     return quantize(torch.zeros(*shape, dtype=dtype), quantizer)
 
 
-def split_quantize(tensor: Tensor, splits: Sequence[int], quantizers: Sequence[Any]) -> Any:
+def split_quantize(
+    tensor: Tensor,
+    splits: Sequence[int],
+    quantizers: Sequence[Any],
+    *,
+    disable_bulk_allocation: bool = False,
+) -> Any:
     """Runs of rows, each as FP8 by a quantizer of its own, or as they are."""
     runs = tensor.split(list(splits))
     if quantizers[0] is None:

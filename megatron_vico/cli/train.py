@@ -79,6 +79,7 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError(
             "--world-size belongs to --check; a run takes its ranks from the launcher (torchrun)."
         )
+    validate(cfg, world_size, model=resolve_model(cfg))  # again in `train`: before torch, in 1 s
     for name, value in _CUDA_SETTINGS.items():
         os.environ.setdefault(name, value)
     from megatron_vico import cpu_stand_in

@@ -193,6 +193,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _load_folder(folder: Path) -> tokenizers.Tokenizer:
+    if not any((folder / name).exists() for name in _HF_FILES[:-1]):
+        raise ConfigError(
+            f"--tokenizer-model {folder}: no tokenizer in this folder (no tokenizer.json); give"
+            " --tokenizer-model the folder, or the .model file, of the one it was trained with."
+        )
     try:
         if (folder / "tokenizer.json").is_file():
             backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -143,6 +143,9 @@ def test_a_config_that_cannot_be_followed(field: str, value, run, tmp_path, ask)
     assert f"{field} is {value!r}" in ask(folder, status=2)[1]
 
 
+FLASH = ("mode", "relative_threshold", "absolute_threshold")
+
+
 @pytest.mark.parametrize("layout", ["internvl", "hf", "flash"])
 def test_the_tokenizer_and_its_chat_template_are_those_of_training(layout: str, run: Path) -> None:
     from transformers import AutoTokenizer, GenerationConfig
@@ -158,6 +161,32 @@ def test_the_tokenizer_and_its_chat_template_are_those_of_training(layout: str, 
     assert loaded.eos_token_id == own.eos_id
     generation = GenerationConfig.from_pretrained(folder)
     assert (generation.eos_token_id, generation.pad_token_id) == (own.eos_id, own.pad_id)
+
+
+def test_lmdeploy_finds_flash_and_the_prompt_of_training(run: Path) -> None:
+    """What LMDeploy 0.18.0 reads: it takes the folder's own template, into which it puts the image
+    as text (lmdeploy/model.py, vl/model/internvl.py, pytorch/models/internvl.py)."""
+    from transformers import AutoTokenizer
+
+    folder = export(run, "flash")
+    loaded, own = AutoTokenizer.from_pretrained(folder, use_fast=False), load_tokenizer(folder)
+    asked = {"role": "user", "content": "<img><IMG_CONTEXT></img>\nWhat is red?"}
+    found = loaded.apply_chat_template([asked], add_generation_prompt=True, return_dict=False)
+    turns = [Turn("human", "<image>\nWhat is red?")]
+    (expected,) = encode_prompt(turns, tiles_per_image=(1,), tokenizer=own)
+    assert found == expected.tolist()
+    text = loaded.apply_chat_template(
+        [asked, {"role": "assistant", "content": "It."}], tokenize=False
+    )
+    assert text.endswith(f"It.{loaded.eos_token}\n")  # its stop word
+    config = read_json(folder / "config.json")
+    assert config["architectures"] == ["InternVLChatModel"]
+    assert config["llm_config"]["architectures"] == ["Qwen3ForCausalLM"]
+    assert config["llm_config"]["eos_token_id"] == own.eos_id
+    assert config["vision_config"]["image_size"] == config["force_image_size"]
+    names = "select_layer downsample_ratio dynamic_image_size min_dynamic_patch max_dynamic_patch"
+    for name in [*names.split(), "use_thumbnail", *(f"flash_{each}" for each in FLASH)]:
+        assert name in config, name
 
 
 def test_transformers_processor_finds_its_files(run: Path) -> None:

@@ -106,6 +106,8 @@ def _check(given: argparse.Namespace) -> None:
     if given.gpu not in CARDS:
         known = ", ".join(f"{name} ({size / 1e9:.1f} GB)" for name, size in CARDS.items())
         raise ConfigError(f"--gpu {given.gpu}: known are {known}{nearest(given.gpu, CARDS)}")
+    if given.world_size < 1:
+        raise ConfigError(f"--world-size {given.world_size}: expected 1 or more.")
     if given.efficiency is not None and not 0 < given.efficiency <= 1:
         raise ConfigError(f"--efficiency {given.efficiency}: a share of the GPU's rate, in (0, 1].")
 

@@ -55,7 +55,8 @@ def dry_run(
     """Run a step for each number of packs as one rank of many; once in a process.
 
     The first step is not counted: it makes what stays for good, such as megatron-core's buffer for
-    gathered sequences, and would be mistaken for what a pack takes.
+    gathered sequences, and would be mistaken for what a pack takes. Its packs are of text, since
+    the encoder leaves nothing.
 
     Args:
         cfg: a run that `config/validate.py` accepts for so many ranks.
@@ -77,7 +78,8 @@ def dry_run(
         static = {part: size for part, size in meter.now.items() if size}
         steps = {}
         for number, packs in enumerate(num_packs):
-            batch = synthetic_step(run, num_packs=packs)
+            text_only = {"visual_share": 0.0} if number == 0 else {}
+            batch = synthetic_step(run, num_packs=packs, **text_only)
             meter.begin()
             measured_step(run, batch)
             if number > 0:
@@ -174,10 +176,10 @@ def tag(run: Run, meter: Meter) -> None:
         meter.tag((getattr(param, "main_grad", None) for param in ddp.parameters()), "gradients")
 
 
-def synthetic_step(run: Run, *, num_packs: int) -> StepBatch:
-    """Full packs of four samples, three quarters visual tokens; tiles have a shape only."""
+def synthetic_step(run: Run, *, num_packs: int, visual_share: float = 0.75) -> StepBatch:
+    """Full packs of four samples; tiles have a shape only."""
     cfg, model, groups = run.cfg, run.model, run.groups
-    shape = PackShape.of_length(cfg.data.seq_length, model=model)
+    shape = PackShape.of_length(cfg.data.seq_length, model=model, visual_share=visual_share)
     pack = pack_without_pixels(
         shape,
         model=model,

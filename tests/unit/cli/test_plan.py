@@ -18,6 +18,8 @@ RECIPES = "examples/recipes/internvl3_5_"
         ("--gpu h20", "--gpu h20: known are h100 (85.5 GB), h200 (150.8 GB); did you mean 'h200'?"),
         ("--world-size 100", "world size 100 is not a multiple of tensor 2 x pipeline 8 x context"),
         ("--world-size 128 --rank 128", "--rank 128 of 128: use 0 to 127."),
+        ("--world-size 0", "--world-size 0: expected 1 or more."),
+        ("--world-size -3 --search", "--world-size -3: expected 1 or more."),
     ],
 )
 def test_bad_input_is_one_line(words: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:

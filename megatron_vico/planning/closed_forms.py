@@ -186,7 +186,9 @@ def step_bytes(
     held = under_way * (
         size * short / split * h if recomputed else in_work(short, _kept_per_token(cfg, language))
     )
-    live = (LIVE - (not recomputed)) * in_work(short, _kept_per_token(cfg, language, mlp=True))
+    live = in_work(short, _live_per_token(cfg, language))
+    if not recomputed:
+        live -= in_work(short, _kept_per_token(cfg, language, mlp=True))  # is held
     policy = encoder | {"visual tokens": visual(short), "head": rows}
     passes = [policy | {"activations": held + live}]
     if last:
@@ -236,10 +238,24 @@ def _kept_per_token(cfg: RunConfig, language: LanguageConfig, *, mlp: bool | Non
     return kept + inputs + language.hidden_size * (trained * copies if mlp else 1)
 
 
+def _live_per_token(cfg: RunConfig, language: LanguageConfig) -> float:
+    """Numbers that a layer holds of a token at most in its backward pass."""
+    if language.num_experts is None:
+        return LIVE * _kept_per_token(cfg, language, mlp=True)
+    heads = language.num_heads + language.num_query_groups
+    copies = 2 + language.moe_top_k
+    return (
+        _passing_per_token(language) + 4 * heads * language.head_dim + copies * language.hidden_size
+    )
+
+
 def _passing_per_token(language: LanguageConfig) -> float:
     """Numbers that a layer holds of a token at most in a pass that keeps nothing."""
     width, copies = _mlp_per_token(language)
-    return (4 + copies) * language.hidden_size + 4 * width
+    if language.num_experts is None:
+        return 5 * language.hidden_size + 4 * width
+    # Tokens of experts in their order, sent, in the experts' order, and what they become.
+    return (4 + 4 * copies) * language.hidden_size + 3 * width
 
 
 def _mlp_per_token(language: LanguageConfig) -> tuple[int, int]:

@@ -31,13 +31,13 @@ def test_bad_input_is_one_line(words: str, told: str, capsys: pytest.CaptureFixt
     assert err.count("\n") == 1
 
 
-# A card that the toy almost fits on: it takes 28.8 MB on 2 ranks, 16.3 of them between steps, of
+# A card that the toy almost fits on: it takes 25.2 MB on 2 ranks, 16.3 of them between steps, of
 # which 4 ranks would take 12.8 each.
 SMALL_CARD = """
 import sys
 from megatron_vico.cli.main import main
 from megatron_vico.planning.cards import CARDS
-CARDS["h100"] = 30e6
+CARDS["h100"] = 26e6
 sys.exit(main(sys.argv[1:]))
 """
 

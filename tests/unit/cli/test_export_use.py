@@ -165,7 +165,7 @@ def test_the_tokenizer_and_its_chat_template_are_those_of_training(layout: str, 
 
 def test_lmdeploy_finds_flash_and_the_prompt_of_training(run: Path) -> None:
     """What LMDeploy 0.18.0 reads: it takes the folder's own template, into which it puts the image
-    as text (lmdeploy/model.py, vl/model/internvl.py, pytorch/models/internvl.py)."""
+    as text (its modules model, vl.model.internvl and pytorch.models.internvl)."""
     from transformers import AutoTokenizer
 
     folder = export(run, "flash")

@@ -44,6 +44,7 @@ class Flags(RoutingFlags):
 
     def __post_init__(self) -> None:
         """Raises: ConfigError: if there is nothing to draw."""
+        super().__post_init__()
         if not self.images:
             raise ConfigError("no image to draw; name image files.")
 

@@ -208,7 +208,10 @@ def is_complete(folder: Path) -> bool:
 
 def _refuse(folder: Path, found: list[str] | None, ranks: Ranks) -> None:
     if found:
-        raise CheckpointError(f"{folder} is damaged: {listed(found)}; {_way_on(folder, ranks)}.")
+        raise CheckpointError(
+            f"{folder} is damaged: {listed(found)}; {_way_on(folder, ranks)}. If you changed it on"
+            f" purpose, remove its {CHECKSUMS}."
+        )
 
 
 def _sum_of(path: Path) -> Sum:

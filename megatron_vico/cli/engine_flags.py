@@ -50,6 +50,15 @@ class ModelFlags:
         name: name for name in ("max_dynamic_patch", "use_thumbnail", "tile_tags")
     }
 
+    _counts: ClassVar[tuple[str, ...]] = ("max_dynamic_patch", "batch_size")
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError: if a count admits nothing."""
+        for name in self._counts:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{flag_of(name)} {value}: expected 1 or more.")
+
     @cached_property
     def use(self) -> "ExportOptions":
         """What --load says of its use, changed by the flags, each of which is told.
@@ -217,6 +226,8 @@ class AnswerFlags(PlanFlags):
     """Which tiles get the 16x connector: none, all, vir (the router), image (the router, image by
     image), random=R (a share R of them) or replay; unset, vir where --load has a trained router,
     else none."""
+
+    _counts: ClassVar[tuple[str, ...]] = (*PlanFlags._counts, "max_new_tokens")
 
     @cached_property
     def chosen_plan(self) -> str:

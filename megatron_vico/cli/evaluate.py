@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from megatron_vico.cli.command_line import read
 from megatron_vico.cli.engine_flags import AnswerFlags
@@ -31,6 +32,8 @@ class Flags(AnswerFlags):
 
     write_plans: Path | None = None
     """JSONL file for what was decided for each image; `--plan replay` takes it."""
+
+    _counts: ClassVar[tuple[str, ...]] = (*AnswerFlags._counts, "limit")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tyro.conf import UseAppendAction
 
@@ -69,12 +69,14 @@ class Flags(PlanFlags):
     request_log: Path | None = None
     """JSONL file that gets a line a request; `vico table` and `--replay` read it."""
 
-    def __post_init__(self) -> None:
-        """ConfigError for limits that admit nothing."""
-        for name in ("max_concurrency", "max_body_mib", "max_pending_mib", "batch_size"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise ConfigError(f"--{flag} {getattr(self, name)}: expected at least 1.")
+    _counts: ClassVar[tuple[str, ...]] = (
+        *PlanFlags._counts,
+        "max_concurrency",
+        "max_body_mib",
+        "max_pending_mib",
+        "max_model_len",
+        "tiles_per_request",
+    )
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from megatron_vico.errors import SampleError
 
@@ -48,7 +48,11 @@ def open_image(content: bytes) -> Iterator[Image.Image]:
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXT_BYTES
     Image.init()
     formats = [each for each in FORMATS if each in Image.OPEN]  # some builds lack AVIF
-    with Image.open(io.BytesIO(content), formats=formats) as image:
+    try:
+        image = Image.open(io.BytesIO(content), formats=formats)
+    except UnidentifiedImageError:  # whose own words have the address of an object
+        raise UnidentifiedImageError(f"no image of {', '.join(formats)}") from None
+    with image:
         yield image
 
 

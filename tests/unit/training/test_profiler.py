@@ -60,7 +60,8 @@ def test_a_profile_names_the_parts_of_its_last_step_and_changes_nothing(
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     boxes = read_trace(folder)
     found = [(box.model, box.kind, box.pack) for box in boxes]
-    assert found == [*SPANS[stage], ("optimizer", "phase", None)]
+    ends = [(name, "phase", None) for name in ("read ahead", "optimizer")]
+    assert found == [*SPANS[stage], *ends]
     for before, after in itertools.pairwise(boxes):  # one process does one thing at a time
         assert before.start_ms < before.end_ms <= after.start_ms + 0.001
 

@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 import yaml
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-from megatron_vico.errors import CheckpointError
+from megatron_vico.errors import CheckpointError, ConfigError
 
 INCOMPLETE_SUFFIX = ".incomplete"
 """Of a file or folder that is being written, or whose writer was killed; readers refuse it."""
@@ -38,6 +38,12 @@ def refuse_incomplete(folder: Path) -> None:
         raise CheckpointError(f"{folder}: no such folder.")
     if folder.name.endswith(INCOMPLETE_SUFFIX):
         raise CheckpointError(f"{folder} was never finished; write it again.")
+
+
+def refuse_missing(flag: str, path: str | Path | None) -> None:
+    """Raise ConfigError for a path of a flag where nothing is."""
+    if path is not None and not Path(path).exists():
+        raise ConfigError(f"{flag} {path}: no such file or folder (looked from {Path.cwd()}).")
 
 
 def read_plain(path: Path) -> bytes:

@@ -17,6 +17,7 @@ from tyro.conf import Positional, arg
 from megatron_vico.cli import checkpoint_verify
 from megatron_vico.cli.command_line import read
 from megatron_vico.errors import CheckpointError, ConfigError
+from megatron_vico.files import refuse_incomplete
 
 if TYPE_CHECKING:
     from megatron_vico.convert.compare import Comparison, Difference
@@ -90,6 +91,8 @@ def main(arguments: Sequence[str]) -> int:
         return checkpoint_verify.main(arguments[1:])
     words = arguments[1:] if arguments[:1] == ["inspect"] else arguments
     options = read(Flags, words, prog="vico checkpoint inspect")
+    for folder in filter(None, (options.folder, options.diff)):
+        refuse_incomplete(folder)
     from megatron_vico import cpu_stand_in
 
     cpu_stand_in.install()

@@ -17,6 +17,7 @@ from megatron_vico.cli.command_line import read
 from megatron_vico.config.schema import flag_of
 from megatron_vico.convert.options import ConversionOptions, Layout
 from megatron_vico.errors import CheckpointError, ConfigError
+from megatron_vico.files import refuse_incomplete
 
 if TYPE_CHECKING:
     from megatron_vico.convert.huggingface.config import ExportOptions
@@ -158,6 +159,8 @@ def main(arguments: Sequence[str]) -> None:
             layout.
     """
     given = read(Flags, arguments, prog="vico convert")
+    for folder in filter(None, (given.input, given.vit, given.llm)):
+        refuse_incomplete(folder)
     from megatron_vico import cpu_stand_in
 
     cpu_stand_in.install()
@@ -238,9 +241,7 @@ def _verified_notes(given: Flags) -> list[str]:
 
 def _check_form(folder: Path, form: str) -> None:
     from megatron_vico.convert.open import is_megatron
-    from megatron_vico.files import refuse_incomplete
 
-    refuse_incomplete(folder)
     if is_megatron(folder) != (form == "megatron"):
         run = folder.resolve().parent
         if folder.resolve().name.startswith("iter_") and is_megatron(run):

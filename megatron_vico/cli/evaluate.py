@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from megatron_vico.cli.command_line import read
 from megatron_vico.cli.engine_flags import AnswerFlags
+from megatron_vico.files import refuse_incomplete
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str]) -> None:
         CheckpointError: if --load is no checkpoint.
     """
     options = read(Flags, arguments, prog="vico evaluate")
+    refuse_incomplete(options.load)
     from megatron_vico import cpu_stand_in
 
     cpu_stand_in.install()

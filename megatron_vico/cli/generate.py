@@ -10,7 +10,7 @@ from tyro.conf import UseAppendAction, create_mutex_group
 from megatron_vico.cli.command_line import read
 from megatron_vico.cli.engine_flags import AnswerFlags
 from megatron_vico.errors import ConfigError, SampleError
-from megatron_vico.files import read_plain
+from megatron_vico.files import read_plain, refuse_incomplete
 
 if TYPE_CHECKING:
     from megatron_vico.data.samples import ConversationSample
@@ -63,6 +63,7 @@ def main(arguments: Sequence[str]) -> None:
         CheckpointError: if --load is no checkpoint.
     """
     options = read(Flags, arguments, prog="vico generate")
+    refuse_incomplete(options.load)
     if not options.prompt:
         raise ConfigError("--prompt is not given; ask something.")
     if options.num_frames is not None and (options.video is None or options.num_frames < 1):

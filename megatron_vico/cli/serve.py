@@ -11,6 +11,7 @@ from tyro.conf import UseAppendAction
 from megatron_vico.cli.command_line import read
 from megatron_vico.cli.engine_flags import PlanFlags
 from megatron_vico.errors import ConfigError
+from megatron_vico.files import refuse_incomplete
 
 if TYPE_CHECKING:
     from megatron_vico.inference.engine import Engine
@@ -87,6 +88,7 @@ def main(arguments: Sequence[str]) -> None:
         CheckpointError: if --load is no checkpoint.
     """
     options = read(Flags, arguments, prog="vico serve")
+    refuse_incomplete(options.load)
     from megatron_vico import cpu_stand_in
 
     cpu_stand_in.install()

@@ -19,6 +19,7 @@ from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.validate import remarks, validate
 from megatron_vico.errors import ConfigError
+from megatron_vico.files import refuse_missing
 
 _CUDA_SETTINGS = {
     # Kernels begin in the order of their launch: communication that is to overlap with a product
@@ -79,7 +80,11 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError(
             "--world-size belongs to --check; a run takes its ranks from the launcher (torchrun)."
         )
-    validate(cfg, world_size, model=resolve_model(cfg))  # again in `train`: before torch, in 1 s
+    # Again in `train`: here before torch, in a second.
+    refuse_missing("--tokenizer-model", cfg.data.tokenizer_model)
+    refuse_missing("--pretrained-checkpoint", cfg.checkpoint.pretrained_checkpoint)
+    refuse_missing("--reference-load", cfg.stage.reference_load)
+    validate(cfg, world_size, model=resolve_model(cfg))
     for name, value in _CUDA_SETTINGS.items():
         os.environ.setdefault(name, value)
     from megatron_vico import cpu_stand_in

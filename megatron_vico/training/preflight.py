@@ -22,6 +22,7 @@ from megatron_vico.data.shards.mixture import read_mixture
 from megatron_vico.data.shards.reader import ShardFolder
 from megatron_vico.data.shards.storage import check_url, is_url
 from megatron_vico.errors import ConfigError
+from megatron_vico.files import refuse_missing
 
 
 def check_files(cfg: RunConfig) -> None:
@@ -75,10 +76,8 @@ def check_files(cfg: RunConfig) -> None:
         for path in given:
             if flag.endswith("data-path") and path is not None and is_url(path):
                 check_url(path)
-            elif path is not None and not Path(path).exists():
-                raise ConfigError(
-                    f"{flag} {path}: no such file or folder (looked from {Path.cwd()})."
-                )
+            else:
+                refuse_missing(flag, path)
     _check_run_folders(cfg)
 
 

@@ -1,5 +1,6 @@
 """`vico table`: the paper's tables from harness results and the request logs of `vico serve`."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,7 @@ def _rows(options: Flags, benchmarks: Sequence["Benchmark"]) -> Iterator["Row"]:
     from megatron_vico.evaluation.request_log import RequestLogs
 
     harness, logs = Harness(folders=options.results), RequestLogs(options.log)
-    named = [row.partition("=")[::2] for row in options.rows]
+    named = [_title_and_model(row) for row in options.rows]
     if options.table == "3":
         if wrong := [title for title, _ in named if title not in ABLATIONS]:
             raise ConfigError(f"row {wrong[0]!r} of Table 3{nearest(wrong[0], ABLATIONS)}.")
@@ -127,3 +128,10 @@ def _rows(options: Flags, benchmarks: Sequence["Benchmark"]) -> Iterator["Row"]:
         )
         base = row if is_base else base
         yield row
+
+
+def _title_and_model(row: str) -> tuple[str, str]:
+    """Both may hold `=`, as in random=0.5=internvl@random=0.5; a model has none before its @."""
+    named = re.fullmatch(r"(.+?)=([^=@]+@.+)", row)
+    title, _, model = row.partition("=")
+    return (named[1], named[2]) if named else (title, model)

@@ -8,9 +8,9 @@ NOT_COUNTED = ROOT / "megatron_vico" / "convert" / "remote_code"  # travels with
 
 # Lines of Python, docstrings and blank lines too. "." is what lies in no folder.
 PACKAGE = {
-    ".": 780,
+    ".": 790,
     "checkpoint": 1910,
-    "cli": 2830,
+    "cli": 2850,
     "config": 2600,
     "convert": 3300,
     "data": 4590,
@@ -39,7 +39,7 @@ TESTS = {
     "unit/config": 1240,
     "unit/convert": 2360,
     "unit/data": 3020,
-    "unit/evaluation": 1260,
+    "unit/evaluation": 1280,
     "unit/examples": 740,
     "unit/inference": 1330,
     "unit/models": 1610,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vico.cli.main import main
+from megatron_vico.cli.table import _title_and_model
 from megatron_vico.evaluation.benchmarks import ABLATIONS, TABLES
 from megatron_vico.evaluation.paper_tables import Cell, Row, retention
 
@@ -363,3 +364,15 @@ def test_table_3_has_the_papers_rows():
     printed = [title for table, title, *_ in paper_rows() if table == 3]
     both = [title for title in ABLATIONS if not title.endswith("_matched")]
     assert len(printed) == len(both) == 9
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ("random=0.5=internvl@random=0.5", ("random=0.5", "internvl@random=0.5")),
+        ("8B=base@none+tiles=24", ("8B", "base@none+tiles=24")),
+        ("8B=base", ("8B", "base")),
+    ],
+)
+def test_titles_and_models_may_hold_the_sign_between_them(row: str, named: tuple[str, str]) -> None:
+    assert _title_and_model(row) == named

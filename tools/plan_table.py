@@ -62,11 +62,10 @@ def all_cases() -> Iterator[Case]:
     for folder in sizes:
         for path in sorted(folder.glob("*.yaml")):
             yield made_for(path.relative_to(ROOT))
-    for stem in ("consistency", "consistency_frozen_vit"):
-        own = made_for(RECIPES / LARGEST / f"{stem}.yaml")
-        for gpus in COUNTS:
-            if gpus != own.gpus:
-                yield Case(recipe=own.recipe, gpus=gpus, kind=own.kind)
+    own = made_for(RECIPES / LARGEST / "consistency.yaml")
+    for gpus in COUNTS:
+        if gpus != own.gpus:
+            yield Case(recipe=own.recipe, gpus=gpus, kind=own.kind)
 
 
 def play(case: Case, file: Path) -> None:

@@ -18,9 +18,7 @@ _SUFFIX = "_extra_state"
 def leave_out_unstored(weights: dict[str, Any], *, stored: Collection[str]) -> None:
     """Ask for no extra state that a checkpoint does not hold: `weights` is changed in place.
 
-    Args:
-        weights: a module's sharded state.
-        stored: unique keys of what the checkpoint holds.
+    `stored` has the unique keys of what it holds.
     """
     for key, each in list(weights.items()):
         if (

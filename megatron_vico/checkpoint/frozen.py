@@ -41,13 +41,7 @@ class Frozen:
 def take_frozen(
     weights: Weights, chunks: Mapping[str, Mapping[int, nn.Module]], *, ranks: Ranks
 ) -> Frozen:
-    """Take what gets no gradients out of a state; called by every rank.
-
-    Args:
-        weights: changed in place.
-        chunks: the modules that they are of.
-        ranks: of the run.
-    """
+    """Take what gets no gradients out of the `weights` of modules; called by every rank."""
     own: Weights = {}
     for name, of_chunk in weights.items():
         for index, state in of_chunk.items():
@@ -80,15 +74,12 @@ def add_frozen(
     write: Callable[[dict[str, Any], Path], None],
     ranks: Ranks,
 ) -> dict[str, Sum]:
-    """Complete a folder that holds the rest of a state; called by every rank.
+    """Complete a folder that holds the rest of a state, .metadata too; called by every rank.
 
     Args:
-        folder: with .metadata.
-        frozen: from `take_frozen`.
         earlier: a checkpoint with the very same frozen weights, because this run was loaded from it
             or has written it; None, there is none.
         write: writes a state to a folder, by all ranks.
-        ranks: of the run.
 
     Returns:
         Checksums of the linked files.

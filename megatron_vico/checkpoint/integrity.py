@@ -71,12 +71,9 @@ def crc32(blocks: Iterable[bytes | memoryview]) -> str:
 def write_checksums(
     folder: Path, *, ranks: Ranks | None = None, known: Mapping[str, Sum] | None = None
 ) -> None:
-    """Take the checksums of all files of a folder; called by every rank.
+    """Take the checksums of all files of a whole folder; called by every rank that wrote it.
 
-    Args:
-        folder: with everything in it that is to be in it.
-        ranks: that wrote it; unset, this process alone.
-        known: of files that need not be read again; of other ones on each rank, or the same.
+    `known` are those of files that need not be read again; of others on each rank, or the same.
     """
     ranks, known = ranks or Ranks(), dict(known or {})
 
@@ -94,11 +91,7 @@ def write_checksums(
 
 
 def read_checksums(folder: Path) -> dict[str, Sum] | None:
-    """What `write_checksums` wrote; None where a folder has none.
-
-    Raises:
-        CheckpointError: if the file holds something else.
-    """
+    """What `write_checksums` wrote, None without; CheckpointError if the file is broken."""
     if not (folder / CHECKSUMS).exists():
         return None
     sums = read_json(folder / CHECKSUMS).get("files")
@@ -111,12 +104,7 @@ def read_checksums(folder: Path) -> dict[str, Sum] | None:
 
 
 def damage(folder: Path, *, ranks: Ranks | None = None, files: str = "*") -> list[str] | None:
-    """A clause for each file that is not as it was written; called by every rank.
-
-    Args:
-        folder: of a step, or a Hugging Face one.
-        ranks: that share the reading; unset, this process alone.
-        files: glob of those to read.
+    """A clause for each file (of those that match) that is not as written; every rank calls it.
 
     Returns:
         None where nobody can know: there are no checksums.
@@ -130,10 +118,7 @@ def damage(folder: Path, *, ranks: Ranks | None = None, files: str = "*") -> lis
 
 
 def require_intact(folder: Path, *, ranks: Ranks | None = None, files: str = "*") -> bool:
-    """Refuse a folder with damaged files; called by every rank, with arguments as `damage` has.
-
-    Returns:
-        False where nobody can know.
+    """Refuse a folder with damaged files, as `damage` finds them; False where nobody can know.
 
     Raises:
         CheckpointError: on all ranks, naming the files, and the newest step that is intact.

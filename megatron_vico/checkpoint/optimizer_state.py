@@ -32,12 +32,9 @@ def kind_of(optimizer: MegatronOptimizer) -> Literal["replicated", "distributed"
 def sharded_state(
     optimizer: MegatronOptimizer, weights: dict[str, Any], *, is_loading: bool
 ) -> dict[Any, Any]:
-    """The state as dist_checkpointing wants it.
+    """The state as dist_checkpointing wants it; to be loaded into, tensors are made where none are.
 
-    Args:
-        optimizer: of the modules.
-        weights: their sharded state, with parameters as data.
-        is_loading: whether tensors are to be read into; they are made where there are none yet.
+    `weights` are the modules' sharded state, with parameters as data.
     """
     if kind_of(optimizer) == "replicated":
         state: dict[Any, Any] = optimizer.sharded_state_dict(

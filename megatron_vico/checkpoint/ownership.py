@@ -42,10 +42,6 @@ _OLD = ".old" + INCOMPLETE_SUFFIX
 def check_save_folder(cfg: RunConfig, *, model_name: str) -> None:
     """Refuse a --save folder whose contents this run would overwrite; nothing is written.
 
-    Args:
-        cfg: a run with --save.
-        model_name: of its model.
-
     Raises:
         CheckpointError: naming the run that is there, and what to do.
     """
@@ -112,10 +108,8 @@ def owned(folder: str | None) -> Iterator[None]:
 def locked(folder: str | Path) -> Iterator[None]:
     """Be the one that writes to a run's folder, which is made; called by the main rank.
 
-    What killed saves have left there is removed.
-
-    Raises:
-        CheckpointError: if another run writes there, or nobody can.
+    What killed saves have left there is removed. CheckpointError if another run writes there, or
+    nobody can.
     """
     root = Path(folder)
     path, own = root / LOCK, _Holder.this_process()

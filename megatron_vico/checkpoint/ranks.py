@@ -50,14 +50,10 @@ class Ranks:
         return self.rank == 0
 
     def share(self, sizes: Sequence[int]) -> range:
-        """Which of a row of jobs are this process's.
+        """Which of a row of jobs, of so many bytes each, are this process's.
 
-        Args:
-            sizes: bytes of each job.
-
-        Returns:
-            Indices: a run of neighbours, so that files are read from one end to the other, about as
-            many bytes for each process, none left out and none given twice.
+        A run of neighbours, so that files are read from one end to the other, about as many bytes
+        for each process, none left out and none given twice.
         """
         total = max(sum(sizes), 1)
         ends = list(itertools.accumulate(sizes, initial=0))
@@ -70,13 +66,7 @@ class Ranks:
         return range(own[0], own[-1] + 1) if own else range(0)
 
     def agree[T](self, action: Callable[[], T]) -> T:
-        """Do something on every process; called by all of them.
-
-        Args:
-            action: what this process does.
-
-        Returns:
-            What it returned here.
+        """Do something on every process, which all call it; what it returned here.
 
         Raises:
             CheckpointError: on all of them, if it failed on one with nothing but CheckpointErrors.
@@ -121,8 +111,7 @@ class Ranks:
 def launched() -> Iterator[Ranks]:
     """The processes that torchrun started, or this one alone.
 
-    Yields:
-        Them. Groups that a caller had started before are used and left running.
+    Groups that a caller had started before are used and left running.
     """
     if torch.distributed.is_initialized():
         yield Ranks.of_run()

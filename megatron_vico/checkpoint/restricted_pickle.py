@@ -58,8 +58,7 @@ class _Unpickler(pickle.Unpickler):
 def read_metadata(folder: Path) -> Metadata:
     """`.metadata` of a step's folder, which says where each tensor lies.
 
-    Raises:
-        CheckpointError: if it is absent or damaged, or names a class that does not belong there.
+    CheckpointError if it is absent or damaged, or names a class that does not belong there.
     """
     path = folder / _METADATA
     try:
@@ -74,8 +73,7 @@ def read_metadata(folder: Path) -> Metadata:
 def check_objects(folder: Path) -> None:
     """Read all of a step's folder that is no tensor as torch and megatron-core will, within limits.
 
-    Raises:
-        CheckpointError: as `read_metadata`, and if an object names a class that does not belong.
+    CheckpointError as of `read_metadata`.
     """
     if not isinstance(read_json(folder / _BACKEND).get("sharded_backend"), str):
         raise CheckpointError(f"{folder / _BACKEND} names no sharded_backend; copy it again.")

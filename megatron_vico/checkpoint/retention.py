@@ -17,7 +17,6 @@ def remove_superseded(
     A checkpoint with missing or cut files is neither removed nor counted as one of the last.
 
     Args:
-        directory: of the run.
         newest: the step that has just been saved.
         keep_last: how many of the newest stay; unset, one.
         keep_every: steps that this number divides stay.

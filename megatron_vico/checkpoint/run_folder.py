@@ -100,11 +100,7 @@ def write_metadata(folder: Path, metadata: CheckpointMetadata, *, config_yaml: s
 
 
 def read_metadata(directory: str | Path, iteration: int | None = None) -> CheckpointMetadata:
-    """What the checkpoint of a step, or of the latest, is; its tensors are not read.
-
-    Raises:
-        CheckpointError: if it is no checkpoint of this project.
-    """
+    """What the checkpoint of a step (None: the latest) is; CheckpointError if it is none."""
     path = find_iteration(directory, iteration) / _METADATA_FILE
     contents = read_json(path)
     if contents.get("format_version") != _FORMAT_VERSION:
@@ -125,15 +121,9 @@ def read_metadata(directory: str | Path, iteration: int | None = None) -> Checkp
 def model_of_run(
     directory: str | Path, *, iteration: int | None = None, expected: str | None = None
 ) -> ModelConfig:
-    """The model of a run's checkpoint.
+    """The model of a run's checkpoint (None: the latest).
 
-    Args:
-        directory: of the run.
-        iteration: which step; unset, the latest.
-        expected: what --model-size says, see `config_json.model_named`; unset or `checkpoint`, any.
-
-    Raises:
-        CheckpointError: if it is no checkpoint, or its model is not the expected one.
+    CheckpointError if it is none, or not what --model-size says (`expected`, if that is set).
     """
     model = read_metadata(directory, iteration).model
     if expected not in (None, CHECKPOINT, model.name):
@@ -150,9 +140,7 @@ def model_of_run(
 def resolve_model(cfg: RunConfig) -> ModelConfig:
     """The model of a run: --model-size, or else that of the checkpoint the run starts from.
 
-    Raises:
-        ConfigError: if --model-size is of no model, or `checkpoint` where none is loaded.
-        CheckpointError: if the checkpoint is none.
+    ConfigError if there is no such model, or `checkpoint` is said where none is loaded.
     """
     size, files = cfg.model.model_size, cfg.checkpoint
     if size not in (None, CHECKPOINT):
@@ -198,8 +186,7 @@ def has_checkpoint(directory: str | Path) -> bool:
 def latest_iteration(directory: str | Path) -> int | None:
     """The newest finished step of a run; None before the first.
 
-    Raises:
-        CheckpointError: if the pointer file holds no number, or is gone while there are steps.
+    CheckpointError if the pointer file holds no number, or is gone while there are steps.
     """
     root, path = Path(directory), Path(directory) / LATEST_FILE
     steps = finished_steps(root)

@@ -78,7 +78,6 @@ def save_checkpoint(
         metadata: from `metadata_of`.
         optimizer: of these modules, after at least one step (before it there is no state); unset,
             weights only.
-        scheduler: of the learning rate.
         trainer_state: the loop's own, equal on every rank: numbers, strings, tensors, and lists and
             dicts of them.
         config_yaml: the resolved configuration, stored beside it.
@@ -142,18 +141,9 @@ def load_checkpoint(
     model_size: str,
     iteration: int | None = None,
 ) -> dict[str, Any]:
-    """Load weights, optimizer and scheduler state to resume; called by every rank.
+    """Load all to resume from a step (unset: the latest); called by every rank.
 
-    Args:
-        directory: of the run.
-        modules: as in `save_checkpoint`; of the same size, in any layout.
-        optimizer: of these modules.
-        scheduler: of the learning rate.
-        model_size: the model's name, compared with the checkpoint's.
-        iteration: which step; unset, the latest.
-
-    Returns:
-        The trainer_state that was saved with it.
+    The modules are of the same size, in any layout. Returns the trainer_state that was saved.
 
     Raises:
         CheckpointError: if it is no checkpoint, damaged, of another size, or lacks what is asked
@@ -194,14 +184,7 @@ def load_weights(
 ) -> None:
     """Load weights only, to start another stage or to evaluate; before an optimizer is built.
 
-    Args:
-        directory: of the run.
-        modules: as in `save_checkpoint`; may be fewer than were saved.
-        model_size: the model's name, compared with the checkpoint's.
-        iteration: which step; unset, the latest.
-
-    Raises:
-        CheckpointError: if it is no checkpoint, damaged, of another size, or lacks a tensor.
+    The modules may be fewer than were saved. Errors are those of `load_checkpoint`.
     """
     folder = find_iteration(directory, iteration)
     _checked_metadata(folder, model_size)

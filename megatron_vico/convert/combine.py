@@ -64,8 +64,7 @@ def open_parts(vit: str | Path, llm: str | Path, *, model_size: str | None = Non
 
     Raises:
         CheckpointError: if a folder is broken or holds another kind of model, if the two do not fit
-            together or are not of the expected size (with what differs), or if a tensor is missing
-            or unknown.
+            together or are not of the expected size, or if a tensor is missing or unknown.
     """
     vision, language = open_folder(vit), open_folder(llm)
     vision_path, language_path = vision.path / "config.json", language.path / "config.json"

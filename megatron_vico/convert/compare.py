@@ -61,8 +61,6 @@ def compare(
     """Compare the weights of two checkpoints; differences are in the order of the table.
 
     Args:
-        first: what differences are measured from.
-        second: the other.
         match: glob on the table's names; unset, all tensors.
         advance: told the bytes of each pair when it has been compared.
 

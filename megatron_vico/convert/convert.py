@@ -67,9 +67,7 @@ def convert(
             from its files. Or a source, such as of two folders combined. What it lacks of
             connectors and ViR gets initial values on the way to Megatron's form.
         output: where to, and what is returned; must not exist, or be empty.
-        layout: of the output.
         export: what exported config files say; unset, what the input's say.
-        options: unset, the defaults.
 
     Raises:
         CheckpointError: on all processes, if the source is broken, of another size, or has no
@@ -125,14 +123,11 @@ def export_hf(
     tokenizer: Tokenizer | None = None,
     options: ExportOptions | None = None,
 ) -> Path:
-    """Write a model, whole in this process, as a Hugging Face checkpoint.
+    """Write a model, whole in this process and outside of DDP, as a Hugging Face checkpoint.
 
     Args:
         out_dir: where to, and what is returned; must not exist, or be empty.
-        encoder: outside of DDP, as the language model.
         layout: which names and config fields; `internvl` and `hf` leave connector_16x and ViR out.
-        tokenizer: written beside the weights.
-        options: what the config files say; unset, the defaults.
 
     Raises:
         CheckpointError: if a tensor is not in the table, one of the table is missing, or the folder

@@ -23,16 +23,11 @@ CONNECTOR_4X = "encoder.connector_4x."
 
 
 def initial_tensor(name: str, *, shapes: Mapping[str, Shape], seed: int) -> Tensor:
-    """The value that a tensor starts with, float32.
+    """The value that a tensor of a connector or of ViR starts with, float32.
 
     Norms: weight 1, bias 0. Linear layers: weight and bias uniform within 1 / sqrt(inputs).
     Attention's in_proj_weight: uniform within sqrt(6 / (rows + columns)), its biases 0. The query
-    token: standard normal.
-
-    Args:
-        name: under the table's names; in a connector or in ViR.
-        shapes: of it, and of the weight beside it where it is a bias.
-        seed: of the conversion.
+    token: standard normal. `shapes` has that of the weight beside it too where it is a bias.
     """
     shape = shapes[name]
     kind = name.rpartition(".")[2]

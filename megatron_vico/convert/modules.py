@@ -30,14 +30,10 @@ _EXPERTS = (
 
 
 def module_source(modules: Mapping[str, MegatronModule], *, model: ModelConfig) -> Source:
-    """Modules that are whole in this process as a source; reading gives their own tensors.
+    """The modules `encoder` and `language_model`, whole here and outside of DDP, as a source.
 
-    Args:
-        modules: by name, `encoder` and `language_model`, outside of DDP.
-
-    Raises:
-        CheckpointError: if a tensor is not in the table, or one of the table is missing or of
-            another shape.
+    Reading gives their own tensors. CheckpointError if one is not in the table, or one of the table
+    is missing or of another shape.
     """
     tensors = canonical_state(modules)
     rows = entries(model, layout="flash")
@@ -59,9 +55,7 @@ def load_source(source: Source, *, encoder: VisionEncoder, language_model: Langu
     """Read a source into modules; of a language model that ranks share, this rank's part.
 
     What it does not hold (connector_16x and ViR, outside of flash) keeps the modules' values.
-
-    Raises:
-        CheckpointError: if a module's tensors have other names or shapes than the table says.
+    CheckpointError if a module's tensors have other names or shapes than the table says.
     """
     target = canonical_state({"encoder": encoder, "language_model": language_model})
     group = language_model.tp_group
@@ -93,9 +87,6 @@ def canonical_state(modules: Mapping[str, MegatronModule]) -> dict[str, Tensor]:
     """The modules' own tensors under the table's names, whichever spec they were built with.
 
     TransformerEngine's `_extra_state`, which holds no weights, is left out.
-
-    Args:
-        modules: by name, `encoder` and `language_model`, outside of DDP.
     """
     tensors: dict[str, Tensor] = {}
     for prefix, module in modules.items():

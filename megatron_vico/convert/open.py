@@ -150,10 +150,8 @@ def files_source(
 ) -> Source:
     """Tensors of known size and layout as a source; needs no config.json.
 
-    Args:
-        layout: whose names the tensors have.
-        without: beginnings of the table's names that the folder lacks beyond what the layout lacks,
-            such as `initial.CONNECTOR_4X` where a vision tower and a language model come apart.
+    `without`: beginnings of the table's names that the folder lacks beyond what the layout lacks,
+    such as `initial.CONNECTOR_4X` where a vision tower and a language model come apart.
     """
     rows = {
         name: row

@@ -15,13 +15,8 @@ from megatron_vico.files import unfinished_path
 def new_folder(path: str | Path, *, ranks: Ranks | None = None) -> Iterator[Path]:
     """Where to write a folder that gets its name when the block ends without error.
 
-    Args:
-        path: where it is to be; must not exist, or be empty.
-        ranks: the processes that write it together; unset, this one alone.
-
-    Yields:
-        A folder beside it, removed if the writing fails. What a killed writer has left there is
-        removed first: it starts over.
+    It is beside `path`, and removed if the writing, by all ranks together, fails. What a killed
+    writer has left there is removed first: it starts over.
 
     Raises:
         CheckpointError: on all ranks, if there is something at `path` already, or the disk cannot

@@ -129,12 +129,7 @@ def wrong_shapes(
 
 
 def completed(source: Source, *, seed: int) -> Source:
-    """A source of every tensor of the table: what it lacks of connectors and ViR is drawn.
-
-    Args:
-        source: without connector_16x and ViR, or without any connector.
-        seed: see convert/initial.py.
-    """
+    """A source of every tensor of the table: what it lacks of connectors and ViR is drawn."""
     shapes = {name: row.shape for name, row in entries(source.model, layout="flash").items()}
     dtype = source.dtype
     tensors = {

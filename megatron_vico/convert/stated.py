@@ -21,16 +21,10 @@ _OF_RUN = ("max_dynamic_patch", "use_thumbnail", "tile_tags")
 def stated_options(
     folder: Path, *, iteration: int | None = None, unsaid_rule: Literal["paper", "flash"] = "flash"
 ) -> ExportOptions:
-    """What a folder says, and defaults for the rest.
+    """What a run's step (None: the latest) or a Hugging Face folder says; else the defaults.
 
-    Args:
-        folder: a run's (its step `iteration`; None, the latest), or a Hugging Face folder.
-        iteration: of a run.
-        unsaid_rule: decision rule of a run that names none; that of a Hugging Face folder is the
-            released models'.
-
-    Raises:
-        CheckpointError: if a file cannot be read, or a value is not of its kind.
+    Of a run that names no decision rule it is `unsaid_rule`; that of a Hugging Face folder is the
+    released models'. CheckpointError if a file cannot be read, or a value is not of its kind.
     """
     if not is_megatron(folder):
         return ExportOptions(**_said_by_files(folder))
@@ -39,11 +33,7 @@ def stated_options(
 
 
 def untrained_modules(folder: Path) -> Sequence[Module]:
-    """Modules that a folder lacks, or that hold what they were drawn with; none if it is unknown.
-
-    Raises:
-        CheckpointError: if it is no checkpoint.
-    """
+    """Modules that a folder lacks, or that hold what they were drawn with; none if unknown."""
     if is_megatron(folder):
         trained = run_folder.read_metadata(folder).trained
     else:

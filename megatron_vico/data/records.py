@@ -75,11 +75,7 @@ def bounded_lines(file: IO[bytes], *, end: int | None = None) -> Iterator[tuple[
 
 
 def media_of(record: dict[str, Any], *, where: str) -> Media:
-    """What a record names as its media.
-
-    Raises:
-        SampleError: if it names them under another key than 'image' or 'video', or in another form.
-    """
+    """What a record names as its media; SampleError for other keys or forms than are known."""
     for part in (record, *record["conversations"]):
         known = _READ if part is record else set()
         for key, value in part.items():
@@ -117,11 +113,7 @@ def within_limit(images: Iterable[bytes], *, where: str) -> list[bytes]:
 
 
 def path_below(root: Path, name: str, *, where: str, allow_outside: bool) -> Path:
-    """`root / name`; links count as what they lead to.
-
-    Raises:
-        SampleError: if that is not below `root`, unless `allow_outside`.
-    """
+    """`root / name`, links followed; SampleError outside `root`, unless that is allowed."""
     path = root / name
     try:
         inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))

@@ -155,13 +155,8 @@ def packed_layout(
     Args:
         cu_seqlens: [D + 1] int32, where each document of the whole pack begins, and the end.
         document_lens: the same as lengths, on the host: nothing is read back from the device.
-        rotary: the model's position embedding.
-        dtype: computing dtype.
         cp_group: the ranks that share the pack, as `zigzag_positions` says; None or one rank, it is
             not shared.
-
-    Raises:
-        ValueError: if the pack is shared and a document is not a multiple of 2 * ranks long.
     """
     starts, lens = cu_seqlens[:-1].long(), (cu_seqlens[1:] - cu_seqlens[:-1]).long()
     device, num_tokens, longest = starts.device, sum(document_lens), max(document_lens)

@@ -47,13 +47,7 @@ _VOCAB_MULTIPLE = 128
 def language_transformer_config(
     model: ModelConfig, cfg: RunConfig | None = None, **overrides: Any
 ) -> TransformerConfig:
-    """A new configuration of a model's language model.
-
-    Args:
-        model: which model.
-        cfg: number format, layout and Megatron's options; None, the defaults.
-        **overrides: fields of TransformerConfig.
-    """
+    """A new configuration of a model's language model; `overrides` are fields of it."""
     language, cfg = model.language, cfg or RunConfig()
     on_gpu, engine = torch.cuda.is_available(), transformer_engine_usable()
     fields: dict[str, Any] = {
@@ -130,10 +124,8 @@ def build_vision_encoder(
 ) -> VisionEncoder:
     """A model's vision tower, connectors and router, with fresh weights.
 
-    Args:
-        model: which model.
-        config: from `vision_transformer_config`, used by no other module.
-        pg_collection: with one rank each for TP, PP and CP; None, mcore's own.
+    `config`, from `vision_transformer_config`, serves no other module; groups of TP, PP and CP have
+    one rank each (None: mcore's own).
     """
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     assert groups.tp.size() == 1, "the vision encoder is replicated: give it groups of one rank"
@@ -155,9 +147,7 @@ def build_language_model(
     """One pipeline chunk of a model's language model, with fresh weights.
 
     Args:
-        model: which model.
         config: from `language_transformer_config`, used by no other module.
-        pg_collection: None, mcore's own.
         pre_process: whether the chunk has the embedding.
         post_process: whether the chunk has the final norm and the head.
         vp_stage: index among the chunks of its rank, with interleaving.

@@ -58,15 +58,10 @@ class VisionEncoder(MegatronModule):
         return features_NPD if torch.is_grad_enabled() else features_NPD.detach()
 
     def visual_tokens(self, features_NPD: Tensor, compressed_N: Tensor | None) -> Tensor:
-        """Visual tokens of all tiles under a plan.
+        """Visual tokens [V, H] of all tiles in tile order, those of a tile together and row by row.
 
-        Args:
-            features_NPD: [N, P, D], ViT outputs.
-            compressed_N: [N] bool, on the CPU, True = compressed; None: nothing is. A connector
-                that no tile goes through is not touched.
-
-        Returns:
-            [V, H]: the tiles' tokens in tile order, those of a tile together and row by row.
+        The plan [N] bool is on the CPU, True = compressed; None: nothing is. A connector that no
+        tile goes through is not touched.
         """
         num_tiles = features_NPD.size(0)
         assert compressed_N is None or compressed_N.shape == (num_tiles,), "one entry a tile"

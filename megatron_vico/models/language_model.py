@@ -162,14 +162,9 @@ class LanguageModel(MegatronModule):
         reference_rows_RH: Tensor,
         observe: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
-        """Eq. 1 over the rows of one pack, weighted and summed.
+        """Eq. 1 over one pack's rows [R, H] from `forward` of both models, weighted and summed.
 
-        Args:
-            rows_RH: [R, H] from `forward` of this model.
-            row_weight_R: [R] float32.
-            reference: the frozen model.
-            reference_rows_RH: [R, H], the same response tokens, from `forward` of the reference.
-            observe: is handed the KL of each row, [R] float32, without a gradient.
+        `observe` is handed the KL of each row, [R] float32, without a gradient.
 
         Returns:
             Scalar float32, the same on all tensor-parallel ranks; its gradients as `head_loss`

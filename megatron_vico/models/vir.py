@@ -81,16 +81,10 @@ class ViR(nn.Module):
         self.gating = Gating(hidden_size=hidden_size, dropout=dropout)
 
     def forward(self, features_NPD: Tensor, tiles_per_image: Sequence[int] | None = None) -> Tensor:
-        """Logits of each tile, index 0 = compress.
+        """Logits [N, 2] of each tile, index 0 = compress, from ViT outputs [N, P, D].
 
-        Args:
-            features_NPD: [N, P, D], ViT outputs.
-            tiles_per_image: tiles of each image, in order, adding up to N: then the pooling runs
-                over all patches of an image, and every tile of it gets the image's logits (the
-                image-level router of Table 3). None: one decision a tile.
-
-        Returns:
-            [N, 2], in the dtype of the weights.
+        With the tiles of each image, which add up to N, the pooling runs over all patches of an
+        image, and every tile of it gets the image's logits (image-level router of Table 3).
         """
         if tiles_per_image is None:
             logits: Tensor = self.gating(self.pooling(features_NPD))

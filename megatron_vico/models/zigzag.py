@@ -14,19 +14,12 @@ from torch import Tensor
 
 
 def zigzag_positions(document_lens: Sequence[int], *, cp_size: int, cp_rank: int) -> Tensor:
-    """Where in the pack this rank's tokens are, in the order in which it holds them.
+    """Where in the pack this rank's tokens are, [T / C] int64, in the order in which it holds them.
 
-    Args:
-        document_lens: tokens of each of D documents, padding included; with more than one rank,
-            multiples of 2 * cp_size.
-        cp_size: context-parallel ranks, C.
-        cp_rank: from 0 to C - 1.
-
-    Returns:
-        [T / C] int64 on the CPU; over all ranks, each position of the pack once.
+    Over all ranks, each position of the pack comes once.
 
     Raises:
-        ValueError: if a document does not divide into 2 * cp_size chunks.
+        ValueError: if a document, padding included, does not divide into 2 * cp_size chunks.
     """
     if cp_size == 1:
         return torch.arange(sum(document_lens))

@@ -43,11 +43,9 @@ def share_step(
     """Spread a step over the ranks of the replica; called by every rank.
 
     Args:
-        blocks: on the first rank of the replica the packs, or why there are none; elsewhere None.
+        blocks: on the first rank of the replica the packs, or why there are none, which is raised
+            on every rank; elsewhere None.
         whole_images: keep the tiles of an image on one rank.
-
-    Raises:
-        SampleError, ConfigError, WorkerError: on every rank, if the first one was given it.
     """
     headers = _broadcast_headers(blocks, groups)
     read = [] if blocks is None or isinstance(blocks, LoaderError) else list(blocks)
@@ -86,12 +84,8 @@ def shared_batches(
 ) -> Iterator[StepBatch]:
     """Every rank's part of `num_steps` steps; see `share_step`.
 
-    Args:
-        steps: the loader, on the replica's first rank; elsewhere None.
-        num_steps: the same on every rank.
-
-    Raises:
-        SampleError, ConfigError, WorkerError: on every rank of a replica whose reader met one.
+    `steps` is the loader, on the replica's first rank; elsewhere None. What it meets is raised on
+    every rank.
     """
     assert (steps is not None) == (groups.replica.rank() == 0), "the replica's first rank reads"
     reading = iter(steps) if steps is not None else None

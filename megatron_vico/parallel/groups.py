@@ -72,16 +72,9 @@ class Groups:
 def started(options: ParallelOptions, *, seed: int, timeout_minutes: int) -> Iterator[Groups]:
     """torch.distributed and Megatron's groups, from the launcher's environment or for one process.
 
-    Groups that a caller had started before are used and left running.
-
-    Args:
-        options: the layout; `config/validate.py` has checked that it fits the world size.
-        seed: seeds initialisation and dropout, as Megatron does.
-        timeout_minutes: how long a collective may wait before the run is ended.
-
-    Yields:
-        The groups of this rank; what was started here ends with the context, unless that ends with
-        an error.
+    Groups that a caller had started before are used and left running; what was started here ends
+    with the context, unless that ends with an error. `seed` is of initialisation and dropout, as
+    Megatron's.
     """
     owned = not torch.distributed.is_initialized()
     on_gpu = torch.cuda.is_available()
@@ -109,12 +102,7 @@ def started(options: ParallelOptions, *, seed: int, timeout_minutes: int) -> Ite
 
 
 def lay_out(options: ParallelOptions, *, timeout_minutes: int) -> None:
-    """Initialise megatron-core with a layout; called by every rank, where torch.distributed runs.
-
-    Args:
-        options: the layout.
-        timeout_minutes: as for `started`.
-    """
+    """Initialise megatron-core with a layout; called by every rank of torch.distributed."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=options.tensor_model_parallel_size,
         pipeline_model_parallel_size=options.pipeline_model_parallel_size,

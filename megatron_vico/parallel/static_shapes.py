@@ -27,13 +27,7 @@ class StaticShapes(P2PCommunicator):
         config: TransformerConfig,
         shard_lens: Sequence[int],
     ) -> None:
-        """Work out the order of receives.
-
-        Args:
-            pp_group: the pipeline's ranks.
-            config: of the model that is run.
-            shard_lens: hidden states that this rank holds of each microbatch, in order.
-        """
+        """Work out the order of receives, of `shard_lens` hidden states of each microbatch."""
         super().__init__(pp_group, config)
         chunks = self.virtual_pipeline_model_parallel_size or 1
         order = [(microbatch, 0) for microbatch in range(len(shard_lens))]

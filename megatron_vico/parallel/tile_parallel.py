@@ -59,8 +59,6 @@ def split_tiles(units: Sequence[int], *, num_ranks: int, rank: int) -> TileSplit
     Args:
         units: tiles of each thing that must stay on one rank, in order: 1 for each tile, or the
             tiles of each image where the router looks at whole images.
-        num_ranks: ranks of the replica.
-        rank: this one.
 
     Returns:
         The cut. Each boundary is the end of a unit nearest to the ideal one, so that with units of
@@ -107,8 +105,6 @@ class TokenExchange:
         Args:
             tokens_per_pack: [N] int64 a pack, on the CPU: visual tokens of each of its tiles.
             inputs: of the packs whose tokens they are; they say which rank embeds which token.
-            split: which rank encodes which tile.
-            groups: process groups.
             chunk_tiles: tiles of each rank that go in one turn.
         """
         self._group, self._num_ranks = groups.replica, len(split.starts) - 1
@@ -178,13 +174,8 @@ class TokenExchange:
     def give_back(self, turn: int, grad_VH: Tensor | None, *, like: Tensor) -> Tensor:
         """Bring the gradients to the ranks that made the tokens; called by the whole replica.
 
-        Args:
-            turn: as in `deliver`.
-            grad_VH: [V, H], of what was received; None where nothing is.
-            like: [0, H], of their dtype and device.
-
-        Returns:
-            [V, H], the gradient of what this rank gave to `deliver` in this turn.
+        `grad_VH` is that of what was received, None where nothing is; `like`, [0, H], has their
+        dtype and device. Returns [V, H], the gradient of what this rank gave to `deliver` then.
         """
         sent, places = self._turns[turn].sent, self._turns[turn].places
         # Also a rank without tokens or gradients takes part: the exchange is a collective.

@@ -222,8 +222,7 @@ def _under_way(cfg: RunConfig, model: ModelConfig, *, packs: int, stage: int) ->
 def _kept_per_token(cfg: RunConfig, language: LanguageConfig, *, mlp: bool | None = None) -> float:
     """Numbers that a layer's forward pass keeps of a token where not all of it is recomputed.
 
-    Args:
-        mlp: whether the MLP's are; None, by what is recomputed.
+    Of its MLP, by what is recomputed, unless `mlp` says so.
     """
     queries, keys = (
         count * language.head_dim for count in (language.num_heads, language.num_query_groups)

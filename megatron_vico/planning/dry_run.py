@@ -52,18 +52,11 @@ class DryRun:
 def dry_run(
     cfg: RunConfig, model: ModelConfig, *, world_size: int, rank: int, num_packs: tuple[int, ...]
 ) -> DryRun:
-    """Run a step for each number of packs as one rank of many; once in a process.
+    """Run a step for each number of packs of a replica as one rank of many; once in a process.
 
     The first step is not counted: it makes what stays for good, such as megatron-core's buffer for
     gathered sequences, and would be mistaken for what a pack takes. Its packs are of text, since
-    the encoder leaves nothing.
-
-    Args:
-        cfg: a run that `config/validate.py` accepts for so many ranks.
-        model: its model.
-        world_size: ranks of the run.
-        rank: which of them this process plays.
-        num_packs: packs of a replica in each step.
+    the encoder leaves nothing. `config/validate.py` must accept the run.
     """
     meter = Meter()
     without_data.install(
@@ -107,15 +100,7 @@ def build(
     *,
     load: Callable[[Modules], None] = no_weights,
 ) -> Run:
-    """A run as `training/setup.py` makes it, with weights of any value, ready for its second step.
-
-    Args:
-        cfg: the run.
-        model: its model.
-        groups: of this rank.
-        meter: learns what is policy, gradients, optimizer, reference and encoder.
-        load: what fills policy and reference.
-    """
+    """A run as `training/setup.py` makes it, with any weights, ready for its second step."""
     device = groups.device
     with meter.building("policy"), device:
         policy, optimizer, scheduler = build_policy(cfg, model, groups, load=load)

@@ -90,12 +90,7 @@ class Meter(TorchDispatchMode):
         counts: Callable[[Tensor], bool] = lambda tensor: tensor.device.type == "meta",
         noted_bytes: int = 2**24,
     ) -> None:
-        """Begin with nothing.
-
-        Args:
-            counts: which tensors take the device's memory.
-            noted_bytes: tensors of so many bytes are listed one by one.
-        """
+        """Of tensors that it `counts`, those of `noted_bytes` or more are listed one by one."""
         super().__init__()
         self.counted = Counted()
         self.groups: dict[str, str] = {}

@@ -89,12 +89,8 @@ def steps_to_run(
 ) -> tuple[int, ...]:
     """Numbers of packs of the steps to run: the whole one, or two smaller ones.
 
-    Args:
-        packs: of the smaller one; None, the whole step is run; 0, as few as fill the pipeline.
-
-    Raises:
-        ConfigError: if `packs` do not fill the pipeline, so that a further pack would add more than
-            its own.
+    `packs` are of the smaller one; None, the whole step is run; 0, as few as fill the pipeline.
+    ConfigError if they do not fill it, so that a further pack would add more than its own.
     """
     whole = num_microbatches(cfg, world_size)
     if packs is None or packs >= whole:
@@ -130,15 +126,7 @@ def plan_ranks(
     ranks: Sequence[int],
     packs: int | None = None,
 ) -> list[RankPlan]:
-    """Play some ranks of a run, each in a process of its own.
-
-    Args:
-        cfg: a run that `config/validate.py` accepts for so many ranks.
-        model: its model.
-        world_size: ranks of the run.
-        ranks: which of them.
-        packs: as for `steps_to_run`.
-    """
+    """Play some ranks of a run, each in a process of its own; `packs` as for `steps_to_run`."""
     steps = (
         _packs_in_turn(cfg, model),
         *steps_to_run(cfg, model, world_size=world_size, packs=packs),
@@ -154,13 +142,8 @@ def nearest_that_fits(
 ) -> str:
     """Flags that a run which does not fit would fit with: another card, or more ranks.
 
-    Args:
-        cfg: the run.
-        model: its model.
-        worst: its rank that takes most. With more ranks the optimizer's state is shared by more,
-            which a dry run without a step shows, and a step takes the same.
-        world_size: ranks of the run.
-        gpu: kind of card.
+    With more ranks than `worst`, the one that takes most, was played with, the optimizer's state is
+    shared by more, which a dry run without a step shows, and a step takes the same.
     """
     found = []
     for name, size in CARDS.items():

@@ -43,10 +43,7 @@ def machine_of(model: ModelConfig, efficiency: float | None) -> Machine:
 def search(
     cfg: RunConfig, model: ModelConfig, *, world_size: int, gpu: str, machine: Machine
 ) -> list[Found]:
-    """Layouts that fit, the quickest first.
-
-    Args:
-        cfg: a run whose layout is replaced; recompute and all else stay.
+    """Layouts that fit, the quickest first; of `cfg` all but the layout stays, recompute too.
 
     Raises:
         ConfigError: if none works, or none fits; names what comes nearest.

@@ -40,18 +40,7 @@ class PackShape:
 def synthetic_pack(
     shape: PackShape, *, model: ModelConfig, stage: Stage, number: int, samples_in_global_batch: int
 ) -> PackedBytes:
-    """A pack of random tokens and pixels.
-
-    Args:
-        shape: what is in it.
-        model: sizes of tiles and vocabulary.
-        stage: which policy views it has.
-        number: seeds contents and plans; packs of other numbers differ.
-        samples_in_global_batch: as for `PackBuilder.build`.
-
-    Returns:
-        The pack as a loader gives it.
-    """
+    """A pack of random tokens and pixels as a loader gives it, seeded by `number`."""
     random = np.random.default_rng(number)
     size = model.vision.image_size
     pairs = zip(shape.tiles, shape.text_lens, strict=True)

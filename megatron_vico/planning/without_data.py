@@ -29,11 +29,8 @@ def install(
 ) -> None:
     """Let a step run on "meta" within the meter; replaces functions of torch and of others.
 
-    Args:
-        meter: counts what the stand-ins would take.
-        experts_per_token: of the model; 0 without experts.
-        shared: whether the reference starts as the policy does, and shares what is frozen.
-        kernels: "torch", to be compared with a real run on CPUs.
+    `shared`: the reference starts as the policy does, and shares what is frozen. With the kernels
+    of torch it is to be compared with a real run on CPUs.
     """
     meter.answers[aten.masked_select.default] = lambda tensor, mask: (
         # Only mcore's permutation asks: which tokens each of the experts [E, T] gets.

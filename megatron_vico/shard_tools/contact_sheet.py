@@ -39,11 +39,7 @@ _GROUND, _CARD, _EDGE, _BROKEN = "#eceff3", "white", "#c3c9d1", "#f3c9c9"
 def contact_sheet(
     samples: Sequence[ViewedSample], *, columns: int = 2
 ) -> tuple[Image.Image, list[list[Box]]]:
-    """Draw samples, at least one, in so many columns of cards.
-
-    Returns:
-        The picture, and where in it each sample's images that are shown are.
-    """
+    """Draw samples, at least one, in columns of cards; and where each sample's shown images are."""
     cards = [_draw_card(*viewed) for viewed in samples]
     columns = min(columns, len(cards))
     bottoms = [_MARGIN] * columns

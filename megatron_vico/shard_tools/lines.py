@@ -42,12 +42,7 @@ class LinePlan:
 
 
 def cut_lines(path: Path, *, samples_per_run: int) -> LinePlan:
-    """Cut a JSONL file into runs; one pass that parses nothing.
-
-    Args:
-        path: of the file.
-        samples_per_run: lines of a run, blank ones not counted; the last may have fewer.
-    """
+    """Cut a JSONL file into runs of so many lines that are not blank, parsing nothing."""
     digest, runs, end = hashlib.sha256(), list[LineRun](), 0
     with path.open("rb") as file:
         for number, (num_bytes, line) in enumerate(bounded_lines(file), start=1):

@@ -63,8 +63,7 @@ class MadeFolder:
         """Begin, or go on with what is finished; files of unfinished runs are removed.
 
         Raises:
-            ConfigError: if another process has the folder, or it holds something else or is made
-                from something else.
+            ConfigError: if another process has the folder, or it is of something else.
             SampleError: if the source has no sample.
         """
         self.source, self.path = source, path

@@ -18,12 +18,7 @@ _LOG_FROM = 10
 
 
 def shard_figure(statistics: ShardStatistics, *, title: str = "") -> Figure:
-    """A panel for each number of a sample, stacked by kind of sample, and two for the packs.
-
-    Args:
-        statistics: of at least one sample.
-        title: of the picture.
-    """
+    """A panel for each number of a sample, stacked by kind of sample, and two for the packs."""
     packing = statistics.packing
     columns = 2 if packing is None else 3
     figure = Figure(figsize=(4.4 * columns, 6.6), layout="constrained")

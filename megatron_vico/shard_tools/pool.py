@@ -35,12 +35,11 @@ def run_tasks[T, R](
 ) -> Iterator[Iterator[R | Progress]]:
     """What `work(task)` yields, for every task, in the order in which it is ready.
 
-    At the end of the block workers stop where they next yield something.
+    At the end of the block workers stop where they next yield something. Tasks are dealt out
+    beforehand, as cards are; with one, or one worker, everything happens in this process.
 
     Args:
         work: what to do; yields `Progress` on the way, some of which is passed on together.
-        tasks: dealt out to the processes beforehand, as cards are.
-        num_workers: processes; with 1, or one task, everything happens in this one.
         kept: a clause of what is not lost when a worker is killed, for the error.
 
     Raises:

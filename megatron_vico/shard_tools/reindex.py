@@ -27,13 +27,7 @@ def index_shards(
 ) -> None:
     """Count a folder's tokens and tiles again, for another tokenizer or tiling.
 
-    Args:
-        folder: made by `make_shards`; its tar files stay as they are. An index that is missing or
-            broken is made from them alone.
-        tokenizer: counts tokens.
-        settings: tiling.
-        num_workers: processes.
-        show_progress: with a bar.
+    Its tar files stay as they are. An index that is missing or broken is made from them alone.
 
     Raises:
         ConfigError: if there are no shards, or a worker was killed.

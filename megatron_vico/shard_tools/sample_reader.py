@@ -160,11 +160,7 @@ class TarMembers:
         self._files = OpenFiles()
 
     def read(self, tar: Path, member: str) -> bytes:
-        """Content of a member.
-
-        Raises:
-            OSError: if there is none, or the tar is broken; `strerror` names both.
-        """
+        """Content of a member; OSError, with both names, if it or a whole tar is not there."""
         if tar not in self._listings:
             self._listings[tar] = list_tar(tar)
         listing = self._listings[tar]

@@ -65,16 +65,9 @@ _META_TYPES: dict[str, tuple[type, ...]] = {
 def read_meta(path: str | Path) -> tuple[Source, ...]:
     """Read the official meta JSON, {name: {root, annotation, data_augment, repeat_time, ...}}.
 
-    Args:
-        path: of the file. Relative paths in it start from the working directory, as in the official
-            code.
-
-    Returns:
-        Its data sets, in the file's order. Only `annotation` is needed; an empty `root` is the
-        annotation's folder.
-
-    Raises:
-        ConfigError: if the file or a field is wrong; names data set and field.
+    Relative paths in it start from the working directory, as in the official code. Only
+    `annotation` is needed; an empty `root` is its folder. ConfigError, naming data set and field,
+    if one is wrong.
     """
     meta = Path(path)
     try:

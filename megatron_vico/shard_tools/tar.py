@@ -125,8 +125,7 @@ def _position(suffix: str) -> int | None:
 def members_of(path: Path) -> dict[str, tuple[tuple[int, int], ...]]:
     """(offset, size) of the JSON member and then of each image in order, by key.
 
-    Raises:
-        SampleError: if the file is no complete tar file of samples.
+    SampleError if the file is no complete tar file of samples.
     """
     headers = read_headers(path)
     error = headers.error

@@ -25,11 +25,7 @@ class Verification:
     """What is to be verified; iterate over it for problems and progress."""
 
     def __init__(self, paths: Sequence[Path], options: VerifyOptions) -> None:
-        """Read the indexes of folders; one that comes again is read once.
-
-        Raises:
-            ConfigError: if an option is out of range.
-        """
+        """Read the indexes of folders, each once; ConfigError if an option is out of range."""
         share = options.sample_share
         if not 0 <= share <= 1:
             raise ConfigError(f"--sample-share {share}: expected a share from 0 to 1.")

@@ -46,9 +46,6 @@ def make_shards(
         jsonl: see `Source.annotation`.
         image_root: see `Source.root`.
         out_dir: folder to make; must not exist, be empty, or be made by the same call.
-        tokenizer: counts tokens.
-        settings: tiling.
-        options: of WriterOptions, the error budget is one for all data sets of `make_mixture`.
 
     Raises:
         ConfigError: if `out_dir` holds something else or cannot be written, a source does not
@@ -73,11 +70,8 @@ def make_mixture(
 ) -> tuple[MadeFolder, ...]:
     """Write every data set of an official meta JSON, and `mixture.json` that lists the folders.
 
-    See `read_meta` for the file, and `make_shards` for the rest and for errors. `out_dir` gets a
-    folder for each data set, under its name.
-
-    Returns:
-        The folders, in the meta JSON's order.
+    See `read_meta` for the file, and `make_shards` for the rest and for errors; the error budget is
+    one for all. `out_dir` gets a folder for each data set, under its name, in the file's order.
     """
     out = Path(out_dir)
     encoder = SampleEncoder(tokenizer=tokenizer, settings=settings)

@@ -103,12 +103,7 @@ class StepWatch:
 
 
 def keys_of(batch: StepBatch, *, reads: bool) -> list[str]:
-    """Keys of a step's samples, of all replicas; called by every rank.
-
-    Args:
-        batch: of this rank.
-        reads: whether it is the first of its replica.
-    """
+    """Keys of a step's samples, of all replicas, whose first ranks read; called by every rank."""
     own = [key for pack in batch.packs for key in pack.keys] if reads else []
     gathered: list[list[str]] = [[]] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, own)

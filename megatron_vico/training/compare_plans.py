@@ -38,10 +38,7 @@ class ComparedPlans:
 def compare_plans(run: Run, batch: StepBatch, *, plans: Sequence[str]) -> ComparedPlans:
     """Run the reference once and the policy once a plan, without gradients; called by every rank.
 
-    Args:
-        run: with a reference.
-        batch: packs with a policy view for each plan.
-        plans: their names in a profile.
+    The packs have a policy view for each plan; `plans` are their names in a profile.
     """
     policy, reference, groups = run.policy, run.reference, run.groups
     assert reference is not None

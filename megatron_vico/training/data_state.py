@@ -57,11 +57,7 @@ class DataState:
                 self.loader.skips.add(each)
 
     def count(self, figures: StepFigures) -> None:
-        """Count a step; called by every rank.
-
-        Raises:
-            SampleError: on every rank, if more samples are broken than the budget allows.
-        """
+        """Count a step, on every rank; SampleError, on all, if too many samples are broken."""
         # The figures are those of all ranks: all decide the same without asking each other.
         self.budget.seen += figures.samples
         self.budget.skipped += figures.skipped

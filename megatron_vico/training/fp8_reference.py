@@ -20,13 +20,10 @@ SHARE_OF_KL = 0.1
 
 
 def check_fp8_reference(run: Run) -> str:
-    """Measure KL(FP8 reference || bf16 reference) on the first step's packs; called by every rank.
+    """KL(FP8 reference || bf16 reference) on the first step's packs, told; called by every rank.
 
     The same model is loaded once more in bf16, beside the FP8 one, for one pass and then let go:
     with weights that are kept in FP8 nothing less would show what rounding them did.
-
-    Returns:
-        What was found, in a sentence.
 
     Raises:
         ConfigError: if it is more than --fp8-max-reference-kl.

@@ -14,13 +14,7 @@ from megatron_vico.training.rescue import Progress
 def after_bad_step(
     progress: Progress, batch: StepBatch, logger: MetricsLogger, *, iteration: int
 ) -> int | None:
-    """Do what --on-bad-step says; called by every rank.
-
-    Args:
-        progress: of the run.
-        batch: of the bad step.
-        logger: of the run.
-        iteration: the bad step.
+    """Do what --on-bad-step says of the step `iteration`; called by every rank.
 
     Returns:
         The step that the run goes back to; None where it goes on.

@@ -52,11 +52,7 @@ def build_optimizer(policy: Policy, cfg: RunConfig, *, groups: Groups) -> Guarde
 
 
 def optimizer_config(cfg: RunConfig) -> OptimizerConfig:
-    """megatron-core's configuration of the optimizer.
-
-    Raises:
-        ConfigError: if what the run asks for needs an Adam that is not installed.
-    """
+    """megatron-core's configuration; ConfigError if it needs an Adam that is not installed."""
     # On a CPU the stand-in has another.
     torch_adam = torch.cuda.is_available() and megatron_optimizer.USING_PYTORCH_OPTIMIZER
     if torch_adam and cfg.optimizer.use_distributed_optimizer:

@@ -59,10 +59,8 @@ def forward_pass(run: LanguagePass) -> list[Tensor]:
 def training_pass(run: LanguagePass, loss: LossFunction) -> Tensor:
     """Forward and backward over all packs; gradients end in the model and on the visual tokens.
 
-    Args:
-        run: of the policy.
-        loss: loss of one pack, already weighted for the whole global batch: gradients are summed,
-            never averaged.
+    The loss of a pack is already weighted for the whole global batch: gradients are summed, never
+    averaged.
 
     Returns:
         This rank's part of the loss, a float32 scalar; 0 on all but the last pipeline stage.

@@ -26,12 +26,9 @@ from megatron_vico.files import refuse_missing
 
 
 def check_files(cfg: RunConfig) -> None:
-    """Raises if data, tokenizer or checkpoints that the stage needs are not named or not there.
+    """Raise if what the stage needs is not named or not there, or --save is another run's folder.
 
-    Also if --save is another run's folder, or its own that it would overwrite.
-
-    Args:
-        cfg: a run that `validate` accepts.
+    Also if it is this run's own, that would be overwritten.
 
     Raises:
         ConfigError: naming the flag.
@@ -99,11 +96,7 @@ def _check_run_folders(cfg: RunConfig) -> None:
 
 
 def check_contents(cfg: RunConfig) -> None:
-    """Raises if checkpoints, tokenizer and shards do not belong together, as far as headers say.
-
-    Raises:
-        ConfigError, CheckpointError: naming the flag or the folder.
-    """
+    """Raise unless checkpoints, tokenizer and shards belong together, as far as headers say."""
     files, model = cfg.checkpoint, resolve_model(cfg)
     load = files.load if files.load is not None and Path(files.load).exists() else None
     for flag, folder in (
@@ -158,14 +151,7 @@ def _check_checkpoint(flag: str, folder: Path, model: ModelConfig, cfg: RunConfi
 
 
 def check_environment(cfg: RunConfig) -> None:
-    """Raise for what `validate` accepts and the trainer or megatron-core would refuse later.
-
-    Args:
-        cfg: a run that `validate` accepts.
-
-    Raises:
-        ConfigError: naming the flag to leave out, or with megatron-core's own words.
-    """
+    """ConfigError for what `validate` accepts and trainer or megatron-core would refuse later."""
     if cfg.checkpoint.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             f"--wandb-project {cfg.checkpoint.wandb_project}: wandb is not installed; `pip install"

@@ -48,9 +48,7 @@ def open_profiler(
 ) -> contextlib.AbstractContextManager[profile | None]:
     """The profiler of this rank, whose `step` follows each step of the run; None without one.
 
-    Args:
-        cfg: a validated configuration.
-        resume_at: steps already done; those of them that were to be profiled are not.
+    Of the first `resume_at` steps, which are done, none is profiled.
     """
     options, rank = cfg.training, torch.distributed.get_rank()
     start = max(options.profile_step_start, resume_at)

@@ -122,8 +122,7 @@ def share_equal_modules(
 ) -> tuple[str, ...]:
     """Replace children of `reference` by the policy's where those are frozen and bitwise equal.
 
-    Returns:
-        The names that are now shared.
+    Returns the names that are now shared.
     """
     shared = tuple(
         name for name in names if _frozen_and_equal(getattr(policy, name), getattr(reference, name))

@@ -63,12 +63,7 @@ class Progress:
 
 @contextlib.contextmanager
 def saved_on_error(progress: Progress, save: Callable[[], None]) -> Iterator[None]:
-    """Save before an error goes on its way, if all ranks have failed at the same step.
-
-    Args:
-        progress: of the run.
-        save: saves a checkpoint of it; called by every rank.
-    """
+    """Save, on every rank, before an error goes on its way, if all failed at the same step."""
     try:
         yield
     except Exception:

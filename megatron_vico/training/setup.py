@@ -229,12 +229,7 @@ def build_modules(
 
 
 def load_reference(cfg: RunConfig, model: ModelConfig, policy: Policy, groups: Groups) -> Reference:
-    """The reference of a policy that has its weights, from where the run says.
-
-    Raises:
-        ConfigError: if it does not say.
-        CheckpointError: if that is broken or of another model.
-    """
+    """The reference of a policy that has its weights; ConfigError if none is named."""
     source = cfg.stage.reference_load or cfg.checkpoint.pretrained_checkpoint
     if source is None:
         raise ConfigError(

@@ -28,11 +28,7 @@ from megatron_vico.training.profiler import phase
 def tile_features(
     encoder: VisionEncoder, batch: StepBatch, device: torch.device, *, chunk_tiles: int
 ) -> Tensor:
-    """ViT outputs of this rank's tiles, `chunk_tiles` at a time, without a graph.
-
-    Returns:
-        [N, P, D], patch features without the class token.
-    """
+    """ViT outputs [N, P, D] of this rank's tiles, `chunk_tiles` at a time, without a graph."""
     vision = encoder.model.vision
     features_NPD = torch.empty(
         *(len(batch.tiles), vision.num_patches, vision.hidden_size),
@@ -51,13 +47,7 @@ class VisualTokens:
     """Visual tokens of all packs of a step under one plan each, cut from the encoder's graph."""
 
     def __init__(self, exchange: TokenExchange, *, like: Tensor, trained: bool) -> None:
-        """Room for them; every rank of the replica then calls `deliver` for each turn.
-
-        Args:
-            exchange: the way to the ranks that embed tokens.
-            like: [0, H], of their dtype and device.
-            trained: whether gradients will be carried back.
-        """
+        """Room for tokens `like` these, [0, H]; every rank of the replica then calls `deliver`."""
         self._exchange, self._like, self._trained = exchange, like, trained
         self._chunks = list[GradientEdge | None]()
         """The way back into the graph of each chunk of this rank's tiles."""
@@ -136,18 +126,13 @@ def visual_tokens(
 ) -> VisualTokens:
     """Encode a step's tiles under a plan for each pack; called by every rank of the replica.
 
-    Where gradients will come back, nothing is kept of what lies between a chunk of tiles (or their
-    features) and its tokens: it is computed again in the backward pass.
+    Where gradients will come back (`trained`), nothing is kept of what lies between a chunk of
+    tiles (or their features) and its tokens: it is computed again in the backward pass.
 
     Args:
-        encoder: its connectors are used, and its ViT if there are no features yet.
-        batch: the step.
         plans: [N] bool a pack, on the CPU, True = compressed; None: nothing is.
         inputs: the streams that go with the plans, an entry a pack.
         features_NPD: ViT outputs of this rank's tiles; None, they are made here, chunk by chunk.
-        chunk_tiles: tiles of a chunk.
-        trained: whether gradients will be carried back.
-        groups: process groups.
     """
     if plans is None:
         plans = [torch.zeros(pack.num_tiles, dtype=torch.bool) for pack in batch.packs]

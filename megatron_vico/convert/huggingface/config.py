@@ -63,14 +63,9 @@ def model_json(
     options: ExportOptions,
     untrained: Sequence[str] = (),
 ) -> Json:
-    """config.json of a model.
+    """config.json of a model, whose weights have a layout and torch's dtype such as bfloat16.
 
-    Args:
-        model: the size.
-        layout: of the weights.
-        dtype: torch's name of their format, such as bfloat16.
-        options: what it says beyond them.
-        untrained: modules of the layout that hold what they were drawn with.
+    `untrained`: modules of the layout that hold what they were drawn with.
     """
     form: Form = "native" if layout == "hf" else "remote"
     config = architecture_json(model, form) | {
@@ -176,8 +171,7 @@ def processor_json(model: ModelConfig) -> Json:
 def said_of_use(config: Json, *, path: str) -> dict[str, Any]:
     """What a config.json of any layout says of `ExportOptions`, by name, to be said again.
 
-    Raises:
-        CheckpointError: naming the field, if a value is not of its kind.
+    CheckpointError, naming the field, if a value is not of its kind.
     """
     said = {name: config[name] for name in _KINDS if config.get(name) is not None}
     if config.get("dynamic_image_size") is False:
@@ -202,14 +196,8 @@ def check_said(said: dict[str, Any], *, path: str) -> None:
 def layout_of(config: Json, *, path: str, tensors: Collection[str] = ()) -> Layout:
     """The layout of a checkpoint; whether all its tensors agree is checked when they are read.
 
-    Args:
-        config: contents of its config.json.
-        path: of the file, for the error.
-        tensors: names of its tensors; with them, a Flash model whose flash_mode was switched off is
-            known as one.
-
-    Raises:
-        CheckpointError: if it is no InternVL checkpoint, or announces two layouts at once.
+    With the names of its tensors, a Flash model whose flash_mode was switched off is known as one.
+    CheckpointError if it is no InternVL checkpoint, or announces two layouts at once.
     """
     model_type = config.get("model_type")
     flash = bool(config.get("flash_mode")) or "mlp2.0.weight" in tensors

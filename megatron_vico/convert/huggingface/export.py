@@ -46,15 +46,9 @@ _CARRIED_CONFIG = "source_config.json"
 def shards_of(
     source: Source, layout: Layout, *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> list[Shard]:
-    """The files that a model's weights make, as yet unwritten.
+    """The files that a model's weights make, unwritten; what the source has more is left out.
 
-    Args:
-        source: of every tensor that the layout holds; what it has more is left out.
-        layout: of the files.
-        max_shard_bytes: size above which a new file begins.
-
-    Raises:
-        CheckpointError: if the source lacks a tensor of the layout.
+    Above `max_shard_bytes` a new one begins. CheckpointError if the source lacks a tensor.
     """
     rows = [row for row in entries(source.model, layout=layout).values() if row.files]
     absent = {row.megatron for row in rows} - source.tensors.keys()
@@ -84,18 +78,13 @@ def write_weights(
 ) -> dict[str, Sum]:
     """Write the files of `shards_of` and their index; called by every rank, which share the files.
 
-    Args:
-        folder: an existing folder.
-        source: what the shards were planned for.
-        shards: all of them.
-        written: called with the bytes that this rank has written, tensor by tensor.
+    `written` is called with the bytes that this rank has written, tensor by tensor.
 
     Returns:
         Checksums of the files that this rank has written.
 
     Raises:
-        CheckpointError: on all ranks, if one could not read.
-        OSError: on all ranks, if one could not write.
+        CheckpointError, OSError: on all ranks, if one could not read, or write.
     """
     rows = {row.files: row for row in entries(source.model, layout=layout).values() if row.files}
 
@@ -125,14 +114,9 @@ def write_companions(
     options: ExportOptions,
     tokenizer: Tokenizer | None = None,
 ) -> None:
-    """Write what belongs beside the weights: the JSON files and the tokenizer.
+    """Write what belongs beside the weights: JSON files and the tokenizer (unset, the source's).
 
-    Args:
-        folder: of the weights.
-        source: of the weights; its own small files travel along as they are.
-        layout: of the weights.
-        options: what the config files say.
-        tokenizer: written beside the weights; unset, the source's.
+    The source's own small files travel along as they are.
     """
     model, carried_from = source.model, source.companions
     config = carried_config(carried_from)
@@ -176,10 +160,7 @@ def write_companions(
 def carry_companions(source: Path, folder: Path, *, tokenizer: Tokenizer | None = None) -> None:
     """Keep a Hugging Face folder's small files in a Megatron checkpoint, for the way back.
 
-    Args:
-        source: the Hugging Face folder.
-        folder: made if there is anything to keep.
-        tokenizer: kept instead of the folder's.
+    `folder` is made if there is anything to keep; a given tokenizer is kept instead of its own.
     """
     if tokenizer is not None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -93,9 +93,7 @@ class SafetensorsFolder:
 def open_folder(path: str | Path) -> SafetensorsFolder:
     """Open a folder with model.safetensors, or with shards and an index; check that it is whole.
 
-    Raises:
-        CheckpointError: if it is unfinished, has no weights, lacks a shard, or a file is cut short
-            or not safetensors.
+    CheckpointError if it is unfinished, has no weights, lacks a shard, or a file is cut short.
     """
     folder = Path(path)
     refuse_incomplete(folder)
@@ -144,10 +142,8 @@ def open_folder(path: str | Path) -> SafetensorsFolder:
 def plan_shards(groups: Iterable[Group], *, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Shard]:
     """Which tensors go to which file, known before any of them is read; at least one file.
 
-    Args:
-        groups: in the order they are to be stored; none is cut, as huggingface_hub's planner would.
-        max_shard_bytes: size above which a new file begins; a single larger group gets a file of
-            its own.
+    No group is cut, as huggingface_hub's planner would; above `max_shard_bytes` a new file begins,
+    and a single larger group gets one of its own.
     """
     cut: list[list[Group]] = [[]]
     pending_bytes = 0
@@ -176,7 +172,6 @@ def write_shard(
     """Write one file: a length, a JSON header and the bytes; one group while the next is made.
 
     Args:
-        folder: an existing folder.
         make: called group by group, gives the tensors in the group's order.
         written: called with the bytes of each group when they are written.
 

@@ -45,10 +45,8 @@ _NAMED_TOKENS = {
 def complete_tokenizer(folder: Path, *, native: bool, written_for_it: bool) -> None:
     """Add what is missing; a folder without a tokenizer stays as it is.
 
-    Args:
-        folder: of an export.
-        native: for transformers' own InternVL, whose processor has images in the chat template.
-        written_for_it: the files are those of a folder in the same form.
+    `native`: for transformers' own InternVL, whose processor has images in the chat template;
+    `written_for_it`: the files are those of a folder in the same form.
     """
     path = folder / "tokenizer_config.json"
     if not path.exists():

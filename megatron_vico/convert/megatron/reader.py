@@ -80,9 +80,7 @@ class DcpFolder:
 def open_dcp(path: str | Path) -> DcpFolder:
     """Open one step's folder of a run, which holds .metadata and the .distcp files.
 
-    Raises:
-        CheckpointError: if the metadata cannot be read, a file is absent or cut short, or a tensor
-            is not stored whole.
+    CheckpointError if one cannot be read or is cut short, or a tensor is not stored whole.
     """
     folder = Path(path)
     metadata = read_metadata(folder)

@@ -62,8 +62,6 @@ def write_dcp(
 
     Args:
         folder: an existing, empty folder.
-        source: of every tensor of the table.
-        padded_vocab_size: rows of embedding and head.
         written: called with the bytes of each tensor that this rank has written.
         max_file_bytes: size at which a rank begins a new file.
 

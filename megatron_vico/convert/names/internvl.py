@@ -75,14 +75,8 @@ def entries(
 ) -> dict[str, Entry]:
     """The table of one layout: an entry for each tensor of the Megatron model, by its name.
 
-    Args:
-        model: the size.
-        layout: of the files.
-        padded_vocab_size: rows of the Megatron model's embedding and output layer; unset, no more
-            than the vocabulary.
-
-    Returns:
-        In the order of a forward pass, layers and experts counted up.
+    In the order of a forward pass, layers and experts counted up. Embedding and output layer have
+    `padded_vocab_size` rows; unset, no more than the vocabulary.
     """
     found = {}
     for row in _rows(model, layout, padded_vocab_size or model.language.vocab_size):

@@ -119,10 +119,6 @@ def encode_prompt(
     that were given before. Each part ends with `<|im_start|>assistant\\n`; all but the first begin
     behind an answer's `<|im_end|>`. Special strings are text: only `image_tag` stands for an image.
 
-    Args:
-        turns, tiles_per_image, tokenizer, tile_tags: as in `encode_conversation`.
-        image_tag: what stands for an image.
-
     Raises:
         SampleError: if tags and images do not match, or the last turn is not a question.
     """

@@ -24,14 +24,8 @@ def expand(
 ) -> PackedStream:
     """The stream of a pack's samples under one compression plan.
 
-    Args:
-        samples: at least one, each with one image token per tile.
-        plan: [N] bool over all tiles of all samples, True where a tile is compressed.
-        tokens_kept: visual tokens of a tile that is not compressed (256).
-        tokens_compressed: visual tokens of a compressed tile (64).
-
-    Raises:
-        SampleError: if the plan is for another number of tiles.
+    The plan, [N] bool over all tiles of all samples, is True where a tile is compressed;
+    SampleError if it is for another number of tiles.
     """
     num_tiles = sum(sample.num_tiles for sample in samples)
     if plan.shape != (num_tiles,):

@@ -60,9 +60,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """8 bits a channel; transparency is dropped.
 
     Pillow's own conversion cuts deeper grey off at 255, and nearly all of it is white then.
-
-    Raises:
-        ValueError: if numbers have no known range: floating point, or more than 16 bits.
+    ValueError if numbers have no known range: floating point, or more than 16 bits.
     """
     if image.mode == "F" or image.mode.startswith("I"):
         grey = np.asarray(image)

@@ -37,11 +37,7 @@ special tokens keeps the plain ones."""
 
 
 def read_tiktoken(path: str | Path) -> dict[bytes, int]:
-    """Ranks of a tiktoken file's tokens.
-
-    Raises:
-        ConfigError: if a line is not "base64 rank", or ranks are not 0, 1, 2, ...
-    """
+    """Ranks of a tiktoken file's tokens; ConfigError unless they are 0, 1, 2, ... of all bytes."""
     source = Path(path)
     if not source.is_file():
         raise ConfigError(

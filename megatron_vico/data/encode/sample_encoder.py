@@ -64,9 +64,8 @@ class SampleEncoder:
     ) -> EncodedSample:
         """Ids, response mask and tiles of a sample with its answers.
 
-        Args:
-            random: the stream that augmentation draws from, where the sample has `data_augment`;
-                None, for indexing and evaluation, leaves the tiles as they are.
+        Augmentation draws from `random`, where the sample has `data_augment`; None, for indexing
+        and evaluation, leaves the tiles as they are.
         """
         encoded = self._encode(sample, tiling.tile)
         if random is None or not sample.data_augment:
@@ -82,9 +81,7 @@ class SampleEncoder:
     ) -> list[EncodedSample]:
         """The parts of a conversation that ends with a question, each with its own tiles.
 
-        Args:
-            sample: what `conversation.encode_prompt` takes; nothing of it is a response.
-            tiles_of_image: most tiles of each image; None, its images share the usual limit.
+        Nothing of them is a response. `tiles_of_image`: most tiles of each; None, the usual limit.
         """
         images = self._tiles(sample, tiling.tile, tiles_of_image)
         parts = conversation.encode_prompt(
@@ -158,11 +155,7 @@ class SampleEncoder:
 
 
 def check_image_tokens(sample: EncodedSample, *, image_token_id: int) -> None:
-    """Check for one image token a tile, and for a token before each response token.
-
-    Raises:
-        SampleError: if not.
-    """
+    """SampleError unless there is one image token a tile, and one before each response token."""
     num_placeholders = int(np.count_nonzero(sample.token_ids == image_token_id))
     if num_placeholders != sample.num_tiles or sum(sample.tiles_per_image) != sample.num_tiles:
         raise SampleError(

@@ -39,14 +39,10 @@ def grids(max_dynamic_patch: int) -> tuple[tuple[int, int], ...]:
 def choose_grid(
     width: int, height: int, *, image_size: int, max_dynamic_patch: int
 ) -> tuple[int, int]:
-    """(columns, rows) for an image of `width` x `height` px.
+    """(columns, rows) for an image of `width` x `height` px and square tiles of `image_size` px.
 
     The closest aspect ratio wins; of several at the same distance (1x1, 2x2, 3x3) the largest whose
     area is less than twice the image's, so that small pictures are not blown up.
-
-    Args:
-        image_size: side of a tile, in px.
-        max_dynamic_patch: most tiles, thumbnail not counted.
     """
     aspect_ratio = width / height
     best, best_difference = (1, 1), float("inf")
@@ -97,9 +93,7 @@ def blank_tiles(
 def decode_image(encoded: bytes, *, key: str, number: int) -> Image.Image:
     """Decode image `number` of sample `key` to 8-bit RGB; alpha and EXIF rotation are dropped.
 
-    Raises:
-        SampleError: if the file is truncated, broken, no image, or far too large (Pillow's limit of
-            179 megapixels).
+    SampleError if the file is truncated, broken, no image, or above Pillow's 179 megapixels.
     """
     try:
         with open_image(encoded) as image:
@@ -114,14 +108,10 @@ def decode_image(encoded: bytes, *, key: str, number: int) -> Image.Image:
 
 
 def jpeg_degrade(tiles: ByteArray, *, random: torch.Generator) -> ByteArray:
-    """Tiles after JPEG compression, each of a quality drawn uniformly from 75 to 100.
+    """Tiles [N, 3, S, S] after JPEG compression, each of a quality drawn uniformly from 75 to 100.
 
     As in the official code a tile is compressed after it was cut out. The frames of a video are
     compressed there before they are resized to a tile; here they are tiles like any other.
-
-    Args:
-        tiles: [N, 3, S, S] uint8 RGB, which stay as they are.
-        random: the sample's random stream; one number a tile.
     """
     qualities = torch.randint(75, 101, (len(tiles),), generator=random)
     degraded = np.empty_like(tiles)

@@ -102,11 +102,7 @@ class Tokenizer:
         return len(self.tokens())
 
     def token_id(self, token: str) -> int:
-        """The id of a special string.
-
-        Raises:
-            ConfigError: if `token` is not a single token of this tokenizer.
-        """
+        """The id of a special string; ConfigError if it is not a single token of this tokenizer."""
         ids = self.encode_fixed(token)
         if len(ids) != 1:
             raise ConfigError(
@@ -163,10 +159,9 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A Hugging Face tokenizer folder or a .model file of `train_sentencepiece`, checked.
+    """A Hugging Face tokenizer folder or a .model file of `train_sentencepiece`.
 
-    Raises:
-        ConfigError: if there is nothing to load, or a special string is not a single token.
+    ConfigError if there is nothing to load, or a special string is not a single token.
     """
     found = Path(path)
     if found.is_dir():
@@ -240,11 +235,7 @@ def train_sentencepiece(
 
     Args:
         texts: sentences to learn pieces from; short ones, without special strings.
-        model_prefix: path without its suffix.
         vocab_size: most entries, 278 to 4096; fewer where the texts do not give as many pieces.
-
-    Raises:
-        ConfigError: if `vocab_size` is out of range.
     """
     symbols = (*SPECIAL_STRINGS, *_PLAIN_SYMBOLS)
     fewest = len(symbols) + 1 + 256

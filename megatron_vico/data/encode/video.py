@@ -70,8 +70,7 @@ def video_frames(
 
     Raises:
         ConfigError: if PyAV is not installed.
-        SampleError: if the video is broken, cut short, empty or too large, or `clip` is not in it;
-            names the file.
+        SampleError: if the video is broken, cut short, empty or too large, or `clip` is not in it.
     """
     path = Path(source)
     num_frames = int(torch.randint(min_frames, max_frames + 1, (), generator=random))
@@ -102,11 +101,8 @@ def video_frames(
 def middle_frames(source: str | Path, *, num_frames: int) -> list[bytes]:
     """`num_frames` JPEG frames of a video file by the rule of the official inference example.
 
-    The middle of each of equal segments; of a shorter video, some come repeatedly.
-
-    Raises:
-        ConfigError: if PyAV is not installed.
-        SampleError: if the video is broken, cut short or empty; names the file.
+    The middle of each of equal segments; of a shorter video, some come repeatedly. Errors are those
+    of `video_frames`.
     """
 
     def choose(length: int, _rate: Fraction | None) -> list[int]:
@@ -124,9 +120,7 @@ def with_frames(
     The official code fails on a tag without a newline after it, and on a system turn before a
     question without the tag; both are taken here as they are meant. So is a single `<image>`, as
     LLaVA-Video writes. `frame_text` stands for one frame; `{number}` in it counts from 1.
-
-    Raises:
-        SampleError: if there are several tags, or no question.
+    SampleError if there are several tags, or no question.
     """
     holders = [number for number, turn in enumerate(turns) if turn.role in ("human", "pretrain")]
     tagged = {
@@ -164,11 +158,7 @@ def draw_frames(num_available: int, *, num_frames: int, random: torch.Generator)
 
 
 def frame_files(folder: Path) -> list[Path]:
-    """The frame images of a folder in natural order: `frame_2.jpg` before `frame_10.jpg`.
-
-    Raises:
-        SampleError: if there is none.
-    """
+    """The frame images of a folder, at least one: `frame_2.jpg` before `frame_10.jpg`."""
     images = (file for file in folder.iterdir() if file.suffix.lower() in FRAME_SUFFIXES)
     files = [file for file in images if not file.name.startswith(".")]
     if not files:

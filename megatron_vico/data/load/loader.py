@@ -51,9 +51,7 @@ UserError = SampleError | ConfigError
 def open_plan(options: DataOptions, *, builder: PackBuilder, global_batch_size: int) -> PackPlan:
     """A run's packs from the folders of `options.data_path`, in the order of the builder's seed.
 
-    Raises:
-        ConfigError: if there is no sample, or an option does not fit the shards.
-        SampleError: if a shard is broken or a sample is larger than a pack.
+    Raises what `PackPlan` and `ShardFolder.open` do.
     """
     mixture = read_mixture(options.data_path, options=options)
     return PackPlan(
@@ -89,7 +87,6 @@ class Loader:
         """Check that the shards were indexed with this encoder.
 
         Args:
-            plan: its options say how many workers prepare how many steps ahead.
             sharing: how the ranks must work together; None, each goes its own way.
             num_steps: steps to stop after; None, never.
             state: `state_dict` of the loader that this one goes on from.
@@ -237,10 +234,9 @@ class Loader:
 
 @contextlib.contextmanager
 def worker_death_explained(*also: type[Exception]) -> Iterator[None]:
-    """Say what a worker's sudden end means; torch raises it wherever the training process is.
+    """Say what a worker's sudden end, or what else it `also` may be, means.
 
-    Args:
-        also: what else it may end in here.
+    torch raises it wherever the training process is.
     """
     try:
         yield

@@ -111,10 +111,7 @@ on for ever."""
 def share(
     costs: Sequence[Sequence[float]], *, num_ranks: int, sharing: Sharing
 ) -> tuple[tuple[Part, ...], ...]:
-    """What each rank works on, in running order.
-
-    Args:
-        costs: of each sample of each pack of the step.
+    """What each rank works on, in running order, from the cost of each pack's samples.
 
     Returns:
         For each rank its microbatches, one or more. Ranks that wait for each other in every
@@ -150,9 +147,6 @@ def assign(costs: Sequence[float], *, num_ranks: int) -> tuple[tuple[int, ...], 
     Returns:
         For each rank its packs as ascending indices into `costs` (>= 0); r, r + num_ranks, ... for
         rank r if all are equal. The highest cost of a rank is never above what that order gives.
-
-    Raises:
-        ValueError: if the packs do not divide over the ranks.
     """
     if len(costs) % num_ranks:
         raise ValueError(

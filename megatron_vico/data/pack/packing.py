@@ -49,17 +49,12 @@ class _Bin:
 def iter_packs(
     lengths: Sequence[int], *, tiles: Sequence[int], limits: PackLimits, window: int
 ) -> Iterator[tuple[int, ...]]:
-    """Packs of samples, none lost, split or repeated.
+    """Packs of samples, none lost, split or repeated; SampleError if one alone is more than a pack.
 
-    Args:
-        lengths: tokens of each sample, in stream order.
-        window: samples that are packed together.
+    `window` samples, whose lengths come in stream order, are packed together.
 
     Returns:
         Packs as ascending indices into `lengths`; within each window ordered by their first index.
-
-    Raises:
-        SampleError: if one sample alone is more than a pack can hold.
     """
     num_samples = len(lengths)
     carries: dict[int, int] = {}  # how often each sample that waits was carried over

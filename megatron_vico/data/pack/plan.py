@@ -87,12 +87,9 @@ class PackPlan:
         global_batch_size: int,
         cost: PackCost = EQUAL_COST,
     ) -> None:
-        """Check that every sample fits into a pack.
+        """Check that every sample fits into a pack of `tokens_kept` visual tokens a tile.
 
-        Args:
-            repeats: how often each folder comes in an epoch; None, once.
-            tokens_kept: visual tokens of a tile that is not compressed.
-            global_batch_size: packs of a step.
+        `repeats`: how often each folder comes in an epoch; None, once.
 
         Raises:
             ConfigError: if there is no sample.
@@ -141,8 +138,7 @@ class PackPlan:
     def steps(self, state: PlanState | None = None) -> Iterator[StepPlan]:
         """The steps of a run, without end, `global_batch_size` packs each.
 
-        Args:
-            state: where to go on, counted with any number of packs a step; None, at the beginning.
+        They go on from a state, counted with any number of packs a step; None, they begin.
 
         Raises:
             ConfigError: if the state belongs to other data, and `options.override_data_state` is

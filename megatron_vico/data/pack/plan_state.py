@@ -84,11 +84,7 @@ class PlanState:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "PlanState":
-        """From `to_dict`'s result, or what JSON made of it.
-
-        Raises:
-            CheckpointError: if it is something else.
-        """
+        """From `to_dict`'s result, or what JSON made of it; CheckpointError for anything else."""
         try:
             inputs = dict(content["inputs"])
             inputs |= {name: tuple(inputs[name]) for name in ("folders", "repeats")}

@@ -185,9 +185,7 @@ class ShardFiles:
     def __post_init__(self) -> None:
         """What a stranger's index.json says becomes names of files, here and in a cache.
 
-        Raises:
-            TypeError: if a field is of another type.
-            ValueError: if the name is no plain file name, a hash none, or a number below 0.
+        TypeError or ValueError for other types, no plain file name, no hash, a number below 0.
         """
         for name, expected in get_type_hints(ShardFiles).items():
             if type(getattr(self, name)) is not expected:

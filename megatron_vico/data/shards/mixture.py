@@ -41,7 +41,7 @@ def read_mixture(
 
     Raises:
         ConfigError: if a number is not above 0 or has no folder after it, a folder comes twice or
-            only holds folders of shards, or a mixture file cannot be read; says which.
+            only holds folders of shards, or a mixture file cannot be read.
     """
     folders: list[MixedFolder] = []
     repeat = None

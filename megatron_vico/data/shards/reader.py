@@ -75,11 +75,7 @@ class ShardFolder:
         *,
         options: DataOptions | None = None,
     ) -> "ShardFolder":
-        """Open a folder and check its files: indexes by their hashes, tar files by their sizes.
-
-        Args:
-            path: the folder, or any URL that fsspec opens.
-            options: cache and retries of a URL.
+        """Open a folder, or any URL of fsspec's, and check indexes by hashes, tar files by sizes.
 
         Raises:
             ConfigError: if this is no folder of shards, or there is no driver for the URL.
@@ -135,8 +131,7 @@ class ShardFolder:
     def read(self, number: int) -> ConversationSample:
         """Read sample `number`, from 0, with one access to the file.
 
-        Raises:
-            SampleError: if the shard ends too early, or holds something else than the index says.
+        SampleError if the shard ends too early, or holds something else than the index says.
         """
         shard, local = self._locate(number)
         files, sample = self.index.shards[shard], self._shards[shard][local]
@@ -228,17 +223,10 @@ def _check_header(content: bytes, sample: IndexedSample, *, start: int, where: s
 def parse_sample(
     content: bytes, *, key: str, images: Sequence[bytes], where: str
 ) -> ConversationSample:
-    """A sample from its JSON in the official chat format.
+    """A sample from its JSON in the official chat format; SampleError if it is something else.
 
-    Args:
-        content: JSON with `conversations`: a list of {"from": role, "value": text}; and, where the
-            sample's data set sets them, `max_dynamic_patch` and `data_augment`.
-        key: the sample's name.
-        images: its encoded files.
-        where: file (and line) for errors.
-
-    Raises:
-        SampleError: if the JSON is too long, broken or not a conversation.
+    That has `conversations`, a list of {"from": role, "value": text}; and, where the sample's data
+    set sets them, `max_dynamic_patch` and `data_augment`. `where`, file and line, is for errors.
     """
 
     def wrong(what: str) -> SampleError:

@@ -188,15 +188,11 @@ def head_loss(
             is gathered in float32 and handed back in its dtype.
         row_weight_R: [R] float32; for Eq. 1, 1 / (response tokens of the row's sample * samples in
             the global batch).
-        loss: per-row loss.
         observe: is handed the loss of each row, [R] float32, without a gradient.
 
     Returns:
         Scalar float32, equal on all ranks of the group; 0 where there are no rows. Not a view, as
         Megatron's pipeline schedules want it.
-
-    Raises:
-        ValueError: if shapes or dtypes do not fit one another.
     """
     if row_weight_R.shape != rows_RH.shape[:1]:
         raise ValueError(

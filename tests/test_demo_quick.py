@@ -88,7 +88,7 @@ def test_the_export_has_router_and_second_connector(run: Path) -> None:
 
 
 def test_the_pictures_are_there(run: Path) -> None:
-    for name in ("routing.png", "loss.png"):
+    for name in ("routing.png", "loss.png", "overlay.png", "routed_page.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
 
 
@@ -105,7 +105,7 @@ def test_the_notebook_shows_the_same(run: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done already") == len(STAGES) + 6, "nothing was run again"
+    assert done.stdout.count("done already") == len(STAGES) + 8, "nothing was run again"
     assert (run / "table.txt").read_text() in done.stdout
     assert "compressed: [" in done.stdout
     assert ", and right is " in done.stdout

@@ -88,6 +88,7 @@ def draw(options: Flags) -> None:
             prompts.append(engine.prompt(sample))
             shown.append((picture, columns, columns * rows))
         routed = engine.route(prompts, routing)
+        tokens = (engine.model.visual_tokens_per_tile, engine.model.compressed_tokens_per_tile)
     pictures = []
     for path, (picture, columns, count), (compressed_N, probability_N) in zip(
         options.images, shown, routed, strict=True
@@ -103,7 +104,10 @@ def draw(options: Flags) -> None:
                 title=title if options.layout else "",
             )
         )
-    routing_picture(pictures, tile_px=options.tile_px, columns=options.columns).save(options.output)
+    drawn = routing_picture(
+        pictures, tokens=tokens, tile_px=options.tile_px, columns=options.columns
+    )
+    drawn.save(options.output)
 
 
 def _read(path: Path) -> Image.Image:

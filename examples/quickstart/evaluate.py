@@ -109,7 +109,7 @@ def draw(run: Path, vico: "Evaluation", samples: "Sequence[EvaluationSample]") -
         )
         for sample, answer in zip(samples[:NUM_PICTURED], vico.answers, strict=False)
     ]
-    overlays.routing_picture(pictured).save(run / "routing.png")
+    overlays.routing_picture(pictured, tokens=(4, 1)).save(run / "routing.png")
     figures.compression_by_content(vico.result).savefig(run / "by_content.png", dpi=110)
     metrics = {title: run / stage / "metrics.jsonl" for stage, title in STAGE_TITLES.items()}
     plots.loss_curves(metrics).savefig(run / "loss.png", dpi=110)

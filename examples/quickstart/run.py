@@ -27,6 +27,20 @@ PAGE_SCAN = PHOTO_FOLDER / "page.png"
 PHOTOGRAPH = Path(sklearn.__file__).parent / "datasets" / "images" / "china.jpg"
 ROOT = HERE.parents[1]
 
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a run takes, as measured."""
+
+    minutes: int
+    disk_mb: int
+    memory_gb: float
+    """Resident, of all processes together, at the most."""
+
+
+FULL_NEEDS = Needs(minutes=18, disk_mb=440, memory_gb=2.5)
+QUICK_NEEDS = Needs(minutes=3, disk_mb=150, memory_gb=2.5)
+
 TILING = ("--max-dynamic-patch", "4", "--no-use-thumbnail", "--tile-tags", "numbered")
 
 
@@ -103,12 +117,14 @@ def steps(run: Path, *, quick: bool, processes: int, seed: int) -> list[Step]:
     evaluate = _command(HERE / "evaluate.py", "--run", run, "--seed", seed)
     results = ("results.json", "details.json", "table.txt", "table.md")
     pictures = ("routing.png", "loss.png", "by_content.png", "window.png")
-    # 3x4 tiles, as in Figure 5 of the paper; all tiles are asked alone (paper's rule).
-    overlay = _command(
-        ROOT / "tools" / "visualize_routing.py", "--load", run / "flash", "--layout", "3x4"
-    )
-    overlay += ["--max-dynamic-patch", "12", "--router-rule", "paper", "--tile-px", "144"]
+    # All tiles are asked alone: the paper's rule.
+    draw = _command(ROOT / "tools" / "visualize_routing.py", "--load", run / "flash")
+    draw += ["--router-rule", "paper"]
+    # 3x4 tiles, as in Figure 5 of the paper.
+    overlay = [*draw, "--layout", "3x4", "--max-dynamic-patch", "12", "--tile-px", "144"]
     overlay += ["--output", f"{run / 'overlay.png'}", f"{PAGE_SCAN}", f"{PHOTOGRAPH}"]
+    page = run / "page.png"
+    routed_page = [*draw, "--max-dynamic-patch", "24", "--output", f"{run / 'routed_page.png'}"]
     return [
         Step(name="data", command=make_data, outputs=("data",), shows="images;"),
         Step(name="tokenizer", command=make_tokenizer, outputs=("tokenizer",), shows="pieces"),
@@ -120,6 +136,18 @@ def steps(run: Path, *, quick: bool, processes: int, seed: int) -> list[Step]:
         Step(name="export", command=export, outputs=("flash",), shows="flash"),
         Step(name="evaluation", command=evaluate, outputs=results + pictures, shows=" test images"),
         Step(name="overlay", command=overlay, outputs=("overlay.png",), shows="compressed"),
+        Step(
+            name="page",
+            command=_command(HERE / "page.py", "--out", page),
+            outputs=(page.name,),
+            shows="tiles",
+        ),
+        Step(
+            name="routed_page",
+            command=[*routed_page, f"{page}"],
+            outputs=("routed_page.png",),
+            shows="compressed",
+        ),
     ]
 
 
@@ -186,6 +214,8 @@ def main() -> int:
     run = (args.out or ROOT / "runs" / ("demo-quick" if args.quick else "demo")).resolve()
     all_steps = steps(run, quick=args.quick, processes=args.processes, seed=args.seed)
     (run / "logs").mkdir(parents=True, exist_ok=True)
+    if not _announce(run, len(all_steps), quick=args.quick, resume=args.resume):
+        return 2
     if not args.resume:
         for step in all_steps:
             _forget(step, run)
@@ -218,6 +248,23 @@ def main() -> int:
     print("\n" + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in times))
     _report(run)
     return 0
+
+
+def _announce(run: Path, num_steps: int, *, quick: bool, resume: bool) -> bool:
+    """Say what the demo does and needs; False if the disk has no room for it."""
+    needs = QUICK_NEEDS if quick else FULL_NEEDS
+    print(
+        f"{num_steps} steps: images and conversations are drawn, a toy InternVL is trained through"
+        f" {len(STAGES)} stages, exported and evaluated.\nOn 2 idle cores about {needs.minutes}"
+        f" minutes; {needs.disk_mb} MB of disk in {run}, {needs.memory_gb:.1f} GB of memory, no"
+        " GPU, no network.\nInterrupted, it goes on with --resume.",
+        flush=True,
+    )
+    free_mb = shutil.disk_usage(run).free // 10**6
+    if resume or free_mb >= needs.disk_mb:
+        return True
+    print(f"{run}: only {free_mb} MB of disk are free; make room, or name another folder by --out.")
+    return False
 
 
 def execute(step: Step, run: Path) -> int:
@@ -277,6 +324,7 @@ def _report(run: Path) -> None:
         ("routing.png", "which tiles the router compresses"),
         ("by_content.png", "compressed tiles by what they show"),
         ("overlay.png", "decisions about a page scan and a photograph of 3x4 tiles"),
+        ("routed_page.png", "decisions about a page with a photograph, a chart and figures"),
         ("loss.png", "losses of the five stages"),
         ("window.png", "loss ratios and their threshold over router training"),
         ("flash", "the exported InternVL3.5-Flash checkpoint"),

@@ -126,8 +126,8 @@ class TileMaker:
         """
         self._cells = cells
         self._rng = rng
-        self._dense_fonts = [_font(face, size=DENSE_FONT_PX) for face in DENSE_FACES]
-        self._glyph_fonts = [_font(face, size=GLYPH_FONT_PX) for face in GLYPH_FACES]
+        self._dense_fonts = [load_font(face, size=DENSE_FONT_PX) for face in DENSE_FACES]
+        self._glyph_fonts = [load_font(face, size=GLYPH_FONT_PX) for face in GLYPH_FACES]
 
     def make(self, kind: str) -> Tile:
         """Draw one tile; `kind` is one of KINDS."""
@@ -207,7 +207,8 @@ class TileMaker:
         return np.clip(pixels, 0, 255).astype(np.uint8), "blank"
 
 
-def _font(face: str, *, size: int) -> ImageFont.FreeTypeFont:
+def load_font(face: str, *, size: int) -> ImageFont.FreeTypeFont:
+    """A face of FONT_FOLDER, `size` px high."""
     # The basic layout engine gives the same pixels whether or not libraqm is installed.
     return ImageFont.truetype(
         FONT_FOLDER / f"{face}.ttf", size, layout_engine=ImageFont.Layout.BASIC

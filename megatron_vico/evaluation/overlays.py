@@ -33,12 +33,17 @@ class RoutedImage:
 
 
 def routing_picture(
-    images: Sequence[RoutedImage], *, tile_px: int | None = None, columns: int = 4
+    images: Sequence[RoutedImage],
+    *,
+    tokens: tuple[int, int],
+    tile_px: int | None = None,
+    columns: int = 4,
 ) -> Image.Image:
     """Images side by side, compressed tiles shaded grey, p_compress printed on each tile.
 
-    A tile gets `tile_px` pixels along its longer side; unset, those that it has, but 112 or more.
-    Pixels of smaller tiles are repeated, not blurred.
+    `tokens`: visual tokens of a tile that is kept, and of one that is compressed. A tile gets
+    `tile_px` pixels along its longer side; unset, those that it has, but 112 or more. Pixels of
+    smaller tiles are repeated, not blurred.
     """
     drawn = [_draw_image(image, tile_px=tile_px) for image in images]
     columns = min(columns, len(drawn))
@@ -46,7 +51,7 @@ def routing_picture(
     cell_height = max(picture.height for picture in drawn) + _MARGIN_PX
     rows = math.ceil(len(drawn) / columns)
     font = ImageFont.load_default(max(14, min(28, cell_width // 28)))
-    caption = "grey: compressed tile; number: the router's p_compress"
+    caption = f"grey: {tokens[1]} of {tokens[0]} visual tokens; number: the router's p_compress"
     line_height = int(font.getbbox(caption)[3]) + _MARGIN_PX
     title_height = line_height if any(image.title for image in images) else 0
     cell_height += title_height

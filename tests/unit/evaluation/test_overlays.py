@@ -18,7 +18,9 @@ def make_routed(compressed, *, columns=2, scores=None, title=""):
 
 def test_compressed_tiles_are_shaded_and_kept_tiles_untouched():
     plan = [True, False, False, True]
-    pixels = np.asarray(overlays.routing_picture([make_routed(plan)], tile_px=100, columns=1))
+    pixels = np.asarray(
+        overlays.routing_picture([make_routed(plan)], tokens=(256, 64), tile_px=100, columns=1)
+    )
     pitch, margin = 102, 12
     for index, compressed in enumerate(plan):
         # Clear of the label, which is half way down the left edge.
@@ -33,17 +35,19 @@ def test_compressed_tiles_are_shaded_and_kept_tiles_untouched():
 def test_labels_differ_with_the_score():
     def label(score):
         image = make_routed([False], columns=1, scores=[score])
-        return np.asarray(overlays.routing_picture([image], tile_px=100))[50:80, :60]
+        return np.asarray(overlays.routing_picture([image], tokens=(256, 64), tile_px=100))[
+            50:80, :60
+        ]
 
     assert not np.array_equal(label(0.12), label(0.87))
     with pytest.raises(ValueError, match="zip"):  # one score for two tiles
-        overlays.routing_picture([make_routed([True, False], scores=[0.5])])
+        overlays.routing_picture([make_routed([True, False], scores=[0.5])], tokens=(256, 64))
 
 
 def test_several_images_of_different_shapes_fit():
     shapes = ((4, 2), (6, 3), (1, 1))
     images = [make_routed([True] * count, columns=columns) for count, columns in shapes]
-    picture = overlays.routing_picture(images, tile_px=50, columns=2)
+    picture = overlays.routing_picture(images, tokens=(256, 64), tile_px=50, columns=2)
     assert picture.width == 12 + 2 * (3 * 52 - 2 + 12)
     assert picture.height > 2 * (2 * 52 - 2 + 12)
 
@@ -57,7 +61,7 @@ def test_a_whole_image_keeps_its_pixels_and_its_shape():
         probability=[0.5] * 12,
         title="noise",
     )
-    picture = overlays.routing_picture([image])
+    picture = overlays.routing_picture([image], tokens=(256, 64))
     assert picture.width == 12 + 4 * 202 - 2 + 12
     pixels = np.asarray(picture)
     line = picture.height - (12 + 3 * 122 - 2 + 12)  # the title, and as high the caption
@@ -67,4 +71,7 @@ def test_a_whole_image_keeps_its_pixels_and_its_shape():
         own = noise[120 + 80 : 240, column * 200 : column * 200 + 200]
         assert np.array_equal(shown, own) == (column != 1)
     assert (pixels[12 : 12 + line // 2, 12:200] < 128).any()  # the title
-    assert not (np.asarray(overlays.routing_picture([make_routed([False] * 2)]))[:12] < 128).any()
+    assert not (
+        np.asarray(overlays.routing_picture([make_routed([False] * 2)], tokens=(256, 64)))[:12]
+        < 128
+    ).any()

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import run
@@ -132,6 +133,18 @@ def test_a_failure_stops_and_resume_goes_on_from_it(monkeypatch, tmp_path, capsy
         "second": "xx",
         "third": "x",
     }  # a stage goes on with what it had
+
+
+def test_the_start_says_what_is_needed_and_a_full_disk_stops_it(monkeypatch, tmp_path, capsys):
+    steps = [step("first", writes(tmp_path, "first"))]
+    free = Mock(free=100 * 10**6)
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda folder: free)
+    assert call_main(monkeypatch, tmp_path, steps) == 2
+    shown = capsys.readouterr().out
+    assert f"{run.FULL_NEEDS.disk_mb} MB of disk in {tmp_path / 'out'}" in shown
+    assert "only 100 MB of disk are free" in shown
+    assert not (tmp_path / "out" / "first.out").exists()
+    assert call_main(monkeypatch, tmp_path, steps, "--resume") == 0
 
 
 def test_a_new_run_forgets_the_old_one(monkeypatch, tmp_path, capsys):

@@ -27,7 +27,7 @@ SITE_PACKAGES = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 EVAL_BIN := .venv-eval/bin
 EVAL_STAMP := .venv-eval/.installed
 
-.PHONY: help venv test gpu test-quick test-large test-plan test-slurm test-te test-eval lint docs demo demo-quick clean
+.PHONY: help venv test gpu test-quick test-large test-plan test-slurm test-te test-eval test-readme lint docs demo demo-quick clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ $(EVAL_STAMP): $(STAMP) setup.py
 
 test-eval: $(EVAL_STAMP)  ## the real lmms-eval, offline, scores 20 samples of a served toy (5 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/lmms_eval_run.py
+
+test-readme: $(STAMP)  ## README from top to bottom in a fresh clone of the last commit, by copy and paste
+	$(BIN)/python -m pytest tests/readme_run.py
 
 gpu:  ## the checks for one GPU that are left, for MINUTES=8 (without one: small forms, as in `make test`)
 	$(GPU_PYTHON) -m tests.gpu --minutes $(or $(MINUTES),8) $(if $(PACKAGES),--packages $(PACKAGES)) $(CHECKS)

@@ -51,7 +51,7 @@ def launched_world_size() -> int:
 
 def data_parallel_size(parallel: ParallelOptions, world_size: int) -> int:
     """Ranks that read different packs."""
-    return world_size // _replica_size(parallel)
+    return world_size // replica_size(parallel)
 
 
 def num_microbatches(cfg: RunConfig, world_size: int) -> int:
@@ -211,7 +211,7 @@ def _context(cfg: RunConfig) -> Problems:
 
 def _world(parallel: ParallelOptions, model: ModelConfig, world_size: int) -> Problems:
     stages, experts = parallel.pipeline_model_parallel_size, parallel.expert_model_parallel_size
-    needed, width = _replica_size(parallel), _expert_width(parallel)
+    needed, width = replica_size(parallel), _expert_width(parallel)
     has_experts = model.language.num_experts is not None
     for_experts = experts * width * stages if has_experts else 1
     fitting = _either(_multiples_near(world_size, math.lcm(needed, for_experts)))
@@ -255,7 +255,8 @@ def _batch(cfg: RunConfig, model: ModelConfig, world_size: int) -> Problems:
         )
 
 
-def _replica_size(parallel: ParallelOptions) -> int:
+def replica_size(parallel: ParallelOptions) -> int:
+    """Ranks that share one model replica."""
     return (
         parallel.tensor_model_parallel_size
         * parallel.pipeline_model_parallel_size

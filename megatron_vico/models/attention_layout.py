@@ -96,9 +96,6 @@ class ContextShare:
     """[W] int64: for each token of the whole pack, its row in what is gathered from the ranks in
     their order."""
 
-    pack_rows_W: Tensor
-    """[W] int64, the inverse: for each gathered row, its position in the whole pack."""
-
     chunks: tuple[Chunk, ...]
     """In the order in which this rank holds them: two of each document."""
 
@@ -191,7 +188,6 @@ def context_share(
     ranks = [
         zigzag_positions(document_lens, cp_size=cp_size, cp_rank=rank) for rank in range(cp_size)
     ]
-    pack_rows_W = torch.cat(ranks)
     chunks, masks = [], dict[tuple[int, int], Tensor]()
     for document, length in enumerate(document_lens):
         chunk_len = length // (2 * cp_size)
@@ -210,8 +206,7 @@ def context_share(
             )
     return ContextShare(
         positions_T=to_device(ranks[cp_rank], device),
-        gathered_rows_W=to_device(pack_rows_W.argsort(), device),
-        pack_rows_W=to_device(pack_rows_W, device),
+        gathered_rows_W=to_device(torch.cat(ranks).argsort(), device),
         chunks=tuple(chunks),
     )
 

@@ -129,8 +129,7 @@ def build_vision_encoder(
     """
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     assert groups.tp.size() == 1, "the vision encoder is replicated: give it groups of one rank"
-    drop_path_rate = getattr(config, "drop_path_rate", 0.0)
-    return VisionEncoder(config, model=model, drop_path_rate=drop_path_rate, pg_collection=groups)
+    return VisionEncoder(config, model=model, pg_collection=groups)
 
 
 def build_language_model(

@@ -36,7 +36,6 @@ class InternViT(MegatronModule):
         config: TransformerConfig,
         *,
         vision: VisionConfig,
-        drop_path_rate: float,
         pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(config=config)
@@ -50,7 +49,7 @@ class InternViT(MegatronModule):
         self.position_embedding = nn.Parameter(positions * std)
         self.transformer = TransformerBlock(
             config,
-            _block_spec(vision, drop_path_rate=drop_path_rate, dtype=dtype),
+            _block_spec(vision, drop_path_rate=config.drop_path_rate, dtype=dtype),
             post_layer_norm=False,
             pg_collection=pg_collection,
         )

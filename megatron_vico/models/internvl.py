@@ -25,7 +25,6 @@ class VisionEncoder(MegatronModule):
         config: TransformerConfig,
         *,
         model: ModelConfig,
-        drop_path_rate: float,
         pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(config=config)
@@ -33,9 +32,7 @@ class VisionEncoder(MegatronModule):
         self.model = model
         dtype, vision_size = config.params_dtype, model.vision.hidden_size
         sizes = {"vision_size": vision_size, "language_size": model.language.hidden_size}
-        self.vit = InternViT(
-            config, vision=model.vision, drop_path_rate=drop_path_rate, pg_collection=pg_collection
-        )
+        self.vit = InternViT(config, vision=model.vision, pg_collection=pg_collection)
         self.connector_4x = Connector4x(**sizes).to(dtype)
         self.connector_16x = Connector16x(**sizes).to(dtype)
         self.vir = ViR(hidden_size=vision_size, num_heads=model.vir_num_heads).to(dtype)

@@ -5,37 +5,24 @@ over the ranks that share a sequence. Marking the weight makes mcore's `finalize
 that.
 """
 
-import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension; built as mcore's layer specs build norms."""
+class RMSNorm(nn.RMSNorm):
+    """torch's, built as mcore's layer specs build norms."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = _parameter(torch.ones(hidden_size, dtype=config.params_dtype), config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise each vector of the last dimension."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        _mark(self, config)
 
 
-class LayerNorm(nn.Module):
-    """Layer normalisation over the last dimension; built as mcore's layer specs build norms."""
+class LayerNorm(nn.LayerNorm):
+    """torch's, built as mcore's layer specs build norms."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = _parameter(torch.ones(hidden_size, dtype=config.params_dtype), config)
-        self.bias = _parameter(torch.zeros(hidden_size, dtype=config.params_dtype), config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise each vector of the last dimension."""
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        _mark(self, config)
 
 
 class AllHeadsRMSNorm(RMSNorm):
@@ -49,7 +36,6 @@ class AllHeadsRMSNorm(RMSNorm):
         return super().forward(x.flatten(-2)).view(x.shape)
 
 
-def _parameter(value: Tensor, config: TransformerConfig) -> nn.Parameter:
-    parameter = nn.Parameter(value)
-    parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-    return parameter
+def _mark(norm: nn.Module, config: TransformerConfig) -> None:
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -47,15 +47,15 @@ class Pooling(nn.Module):
 class Gating(nn.Module):
     """Four residual blocks and a two-way head."""
 
-    def __init__(self, *, hidden_size: int, dropout: float) -> None:
+    def __init__(self, *, hidden_size: int) -> None:
         super().__init__()
         for index in range(1, 5):
             block = nn.Sequential(
                 nn.Linear(hidden_size, 4 * hidden_size),
                 nn.GELU(),
-                nn.Dropout(dropout),
+                nn.Identity(),  # where released modules have dropout, for the names of the others
                 nn.Linear(4 * hidden_size, hidden_size),
-                nn.Dropout(dropout),
+                nn.Identity(),
                 nn.LayerNorm(hidden_size),
             )
             setattr(self, f"block{index}", block)
@@ -72,13 +72,13 @@ class Gating(nn.Module):
 class ViR(nn.Module):
     """Eq. 4 of the ViCO paper up to the softmax: which tiles can be compressed.
 
-    Dropout (0.1 in the released module) is 0 by default, for the reason given at Connector16x.
+    Dropout (0.1 in the released module) is left out for the reason given at Connector16x.
     """
 
-    def __init__(self, *, hidden_size: int, num_heads: int, dropout: float = 0.0) -> None:
+    def __init__(self, *, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.pooling = Pooling(hidden_size=hidden_size, num_heads=num_heads)
-        self.gating = Gating(hidden_size=hidden_size, dropout=dropout)
+        self.gating = Gating(hidden_size=hidden_size)
 
     def forward(self, features_NPD: Tensor, tiles_per_image: Sequence[int] | None = None) -> Tensor:
         """Logits [N, 2] of each tile, index 0 = compress, from ViT outputs [N, P, D].

@@ -64,14 +64,21 @@ def share_step(
         for header, part in zip(headers, texts, strict=True)
         for pack in unwrap(header.packs, part)
     )
+    split = split_step(packs, groups=groups, whole_images=whole_images)
+    return StepBatch(
+        packs=packs, tiles=_scatter_tiles(read, split, headers[0].tile_shape, groups), split=split
+    )
+
+
+def split_step(
+    packs: Sequence[PackedBatch], *, groups: Groups, whole_images: bool = False
+) -> TileSplit:
+    """Which rank of the replica encodes which tiles of a step; see `share_step`."""
     per_image = [count for pack in packs for count in pack.tiles_per_image]
-    split = split_tiles(
+    return split_tiles(
         per_image if whole_images else [1] * sum(per_image),
         num_ranks=groups.replica.size(),
         rank=groups.replica.rank(),
-    )
-    return StepBatch(
-        packs=packs, tiles=_scatter_tiles(read, split, headers[0].tile_shape, groups), split=split
     )
 
 

@@ -159,26 +159,18 @@ def _replica_group(
     return groups[coordinates[1]]
 
 
+_OF_ONE_RANK = "tp pp cp ep mp embd pos_embd tp_cp tp_ep_pp expt_tp tp_ep"
+_OF_ALL_RANKS = "dp dp_cp expt_dp intra_dp_cp intra_expt_dp intra_dist_opt"
+
+
 def _encoder_groups() -> ProcessGroupCollection:
     world = torch.distributed.group.WORLD
     one = torch.distributed.new_group(
         [torch.distributed.get_rank()], use_local_synchronization=True
     )
     groups = ProcessGroupCollection()
-    for name in [
-        "tp",
-        "pp",
-        "cp",
-        "ep",
-        "mp",
-        "embd",
-        "pos_embd",
-        "tp_cp",
-        "tp_ep_pp",
-        "expt_tp",
-        "tp_ep",
-    ]:
+    for name in _OF_ONE_RANK.split():
         setattr(groups, name, one)
-    for name in ["dp", "dp_cp", "expt_dp", "intra_dp_cp", "intra_expt_dp", "intra_dist_opt"]:
+    for name in _OF_ALL_RANKS.split():
         setattr(groups, name, world)
     return groups

@@ -7,7 +7,7 @@ tiles compressed, samples a quarter of a pack.
 
 from dataclasses import dataclass
 
-from megatron_vico.config.layout import num_microbatches
+from megatron_vico.config.layout import num_microbatches, replica_size
 from megatron_vico.config.pipeline_split import fixed_stages, layers_of_a_stage, virtual_stages
 from megatron_vico.config.registry import LanguageConfig, ModelConfig
 from megatron_vico.config.schema import WIDE_ROWS, RunConfig
@@ -291,7 +291,8 @@ def estimate(cfg: RunConfig, model: ModelConfig, *, world_size: int, machine: Ma
     rows = ANSWERED * cfg.data.seq_length
     # Logits of both models, gradients of hidden states and weight.
     head = 4 * 2 * rows * model.language.hidden_size * model.language.vocab_size
-    total = packs * (of_pack + head) / _replica(cfg)
+    replica = replica_size(cfg.parallel)
+    total = packs * (of_pack + head) / replica
     times = _stage_times(cfg, model, machine=machine)
     hop = _policy_tokens(cfg, model) * model.language.hidden_size * 2 / machine.net_bytes_per_s
     pipeline = Pipeline(
@@ -301,9 +302,9 @@ def estimate(cfg: RunConfig, model: ModelConfig, *, world_size: int, machine: Ma
     )
     passes = step_seconds(times, pipeline)
     busiest = packs * max(each.reference + each.forward + each.backward for each in times)
-    encode = packs * tiles * pack_cost(model, cfg.stage).per_tile / _replica(cfg)
+    encode = packs * tiles * pack_cost(model, cfg.stage).per_tile / replica
     if "vit" in cfg.stage.trained:
-        encode += packs * tiles * vit_flops_per_tile(model.vision) / _replica(cfg)  # computed again
+        encode += packs * tiles * vit_flops_per_tile(model.vision) / replica  # computed again
     memory = memories[fullest]
     reduced = memory["gradients"] * 1.5 / machine.net_bytes_per_s  # and weights are gathered
     return Estimate(
@@ -312,15 +313,6 @@ def estimate(cfg: RunConfig, model: ModelConfig, *, world_size: int, machine: Ma
         floor_s=total / machine.flops_per_s,
         bubble=passes / busiest - 1,
         expected_s=passes + encode / (machine.flops_per_s * machine.efficiency) + reduced,
-    )
-
-
-def _replica(cfg: RunConfig) -> int:
-    parallel = cfg.parallel
-    return (
-        parallel.tensor_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-        * parallel.context_parallel_size
     )
 
 

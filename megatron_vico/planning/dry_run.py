@@ -15,13 +15,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import RunConfig
+from megatron_vico.data.load.packed_bytes import unwrap
 from megatron_vico.parallel import groups as process_groups
-from megatron_vico.parallel.batch import StepBatch
+from megatron_vico.parallel.batch import StepBatch, split_step
 from megatron_vico.parallel.groups import Groups
-from megatron_vico.parallel.tile_parallel import split_tiles
 from megatron_vico.planning import without_data
 from megatron_vico.planning.meter import Counted, Meter
-from megatron_vico.planning.synthetic_packs import PackShape, pack_without_pixels
+from megatron_vico.planning.synthetic_packs import PackShape, synthetic_pack
 from megatron_vico.training import trainer
 from megatron_vico.training.bad_steps import StepWatch
 from megatron_vico.training.data_state import DataState
@@ -165,21 +165,17 @@ def synthetic_step(run: Run, *, num_packs: int, visual_share: float = 0.75) -> S
     """Full packs of four samples; tiles have a shape only."""
     cfg, model, groups = run.cfg, run.model, run.groups
     shape = PackShape.of_length(cfg.data.seq_length, model=model, visual_share=visual_share)
-    pack = pack_without_pixels(
+    block = synthetic_pack(
         shape,
         model=model,
         stage=cfg.stage.stage,
         number=0,
         samples_in_global_batch=cfg.training.global_batch_size * len(shape.tiles),
+        tile_size=1,  # a hundred whole ones take 58 MB
     )
-    packs = [pack] * num_packs  # equal, so that one more shows what one more takes
-    whole_images = cfg.stage.spec.plans == "one_tile" and cfg.stage.router_granularity == "image"
-    per_image = [count for pack in packs for count in pack.tiles_per_image]
-    split = split_tiles(
-        per_image if whole_images else [1] * sum(per_image),
-        num_ranks=groups.replica.size(),
-        rank=groups.replica.rank(),
-    )
+    # Equal, so that one more shows what one more takes.
+    packs = unwrap(block.packs, block.text) * num_packs
+    split = split_step(packs, groups=groups, whole_images=run.whole_images)
     size, num_tiles = model.vision.image_size, split.own.stop - split.own.start
     tiles = torch.zeros(num_tiles, 3, size, size, dtype=torch.uint8)  # on the host, as in training
     return StepBatch(packs=tuple(packs), tiles=tiles, split=split)

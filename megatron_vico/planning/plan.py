@@ -16,20 +16,17 @@ from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.validate import validate
 from megatron_vico.errors import ConfigError
 from megatron_vico.planning.cards import CARDS, RESERVE
-from megatron_vico.planning.dry_run import DryRun, dry_run
-from megatron_vico.planning.meter import Counted
+from megatron_vico.planning.dry_run import dry_run
+from megatron_vico.planning.meter import Call, Counted
 
 PROCESSES = min(3, os.cpu_count() or 1)
 """At a time, of 1 to 2 GB each."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Traffic:
-    """One kind of collective, send or receive in a step."""
+class Traffic(Call):
+    """How often, and of how many bytes, in a step."""
 
-    phase: str
-    call: str
-    group: str
     calls: float
     num_bytes: float
 
@@ -154,9 +151,9 @@ def nearest_that_fits(
             validate(cfg, world_size * factor, model=model)
         except ConfigError:  # the batch has too few packs, or a pipeline that they do not fill
             break
-        job = (cfg, model, world_size * factor, worst.rank * factor, ())
+        job = {"world_size": world_size * factor, "rank": worst.rank * factor, "num_packs": ()}
         with multiprocessing.get_context("fork").Pool(1) as pool:
-            static = sum(pool.apply(_dry_run, job).static.values())
+            static = sum(pool.apply(dry_run, (cfg, model), job).static.values())
         peak = worst.peak_bytes - sum(worst.static.values()) + static
         if peak <= (1 - RESERVE) * CARDS[gpu]:
             found.append(f"--world-size {world_size * factor} (about {peak / 1e9:.0f} GB)")
@@ -164,14 +161,9 @@ def nearest_that_fits(
     return " or ".join(found)
 
 
-def _dry_run(*job: Any) -> DryRun:
-    cfg, model, world_size, rank, steps = job
-    return dry_run(cfg, model, world_size=world_size, rank=rank, num_packs=steps)
-
-
 def _play(job: tuple[RunConfig, ModelConfig, int, int, tuple[int, ...]]) -> RankPlan:
-    cfg, _, world_size, rank, _ = job
-    found = _dry_run(*job)
+    cfg, model, world_size, rank, steps = job
+    found = dry_run(cfg, model, world_size=world_size, rank=rank, num_packs=steps)
     whole = num_microbatches(cfg, world_size)
     stages = cfg.parallel.pipeline_model_parallel_size
     return whole_step(
@@ -200,9 +192,7 @@ def whole_step(
     none = (0, 0)
     traffic = (
         Traffic(
-            phase=call.phase,
-            call=call.call,
-            group=call.group,
+            **vars(call),
             calls=grown(first.calls.get(call, none)[0], number),
             num_bytes=grown(first.calls.get(call, none)[1], size),
         )

@@ -2,12 +2,11 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_vico.config.layout import layout_problems
+from megatron_vico.config.layout import layout_problems, num_microbatches
 from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import ParallelOptions, RunConfig
 from megatron_vico.errors import ConfigError
@@ -51,14 +50,13 @@ def search(
     working = [
         Found(cfg=each, estimate=estimate(each, model, world_size=world_size, machine=machine))
         for each in _layouts(cfg, model, world_size)
-        if next(layout_problems(each, model, world_size), None) is None
     ]
     if not working:
         nearest = next(
             ranks
             for off in itertools.count(1)
             for ranks in (world_size - off, world_size + off)
-            if ranks > 0 and _works(cfg, model, ranks)
+            if ranks > 0 and next(_layouts(cfg, model, ranks), None) is not None
         )
         raise ConfigError(
             f"--world-size {world_size}: no layout of {model.name} works with --global-batch-size"
@@ -76,28 +74,20 @@ def search(
     return sorted(fitting, key=lambda each: each.estimate.expected_s)
 
 
-def _works(cfg: RunConfig, model: ModelConfig, world_size: int) -> bool:
-    return any(
-        next(layout_problems(each, model, world_size), None) is None
-        for each in _layouts(cfg, model, world_size)
-    )
-
-
 def _enough(
     cfg: RunConfig, model: ModelConfig, world_size: int, machine: Machine, room: float
 ) -> str:
     """The next power of two times as many ranks on which a layout fits."""
     for ranks in (world_size << doubled for doubled in range(1, 8)):
         for each in _layouts(cfg, model, ranks):
-            if next(layout_problems(each, model, ranks), None) is None:
-                found = estimate(each, model, world_size=ranks, machine=machine)
-                if sum(found.memory.values()) <= room:
-                    return f"{ranks} ranks are enough"
+            found = estimate(each, model, world_size=ranks, machine=machine)
+            if sum(found.memory.values()) <= room:
+                return f"{ranks} ranks are enough"
     return f"nor on {world_size << 7} ranks"
 
 
 def _layouts(cfg: RunConfig, model: ModelConfig, world_size: int) -> Iterator[RunConfig]:
-    """Layouts to try; some do not work."""
+    """The layouts that work."""
     has_experts = model.language.num_experts is not None
     for tensor, stages, context, experts in itertools.product(
         SIZES, STAGES, (1, 2), SIZES if has_experts else (1,)
@@ -126,11 +116,13 @@ def _layouts(cfg: RunConfig, model: ModelConfig, world_size: int) -> Iterator[Ru
                 ),
             }
             split: dict[str, Any] = dict.fromkeys(_SPLIT) | (counted if stages > 1 else {})
-            yield dataclasses.replace(
+            tried = dataclasses.replace(
                 cfg,
                 parallel=dataclasses.replace(cfg.parallel, **parallel),
                 transformer=dataclasses.replace(cfg.transformer, **split),
             )
+            if next(layout_problems(tried, model, world_size), None) is None:
+                yield tried
 
 
 _SPLIT = (
@@ -169,14 +161,7 @@ def table(found: list[Found], *, world_size: int) -> list[str]:
         f" stage: {', '.join(parts)}"
     ]
     for each in found:
-        replica = math.prod(
-            (
-                each.cfg.parallel.tensor_model_parallel_size,
-                each.cfg.parallel.pipeline_model_parallel_size,
-                each.cfg.parallel.context_parallel_size,
-            )
-        )
-        packs = each.cfg.training.global_batch_size * replica // world_size
+        packs = num_microbatches(each.cfg, world_size)
         memory = " ".join(f"{each.estimate.memory.get(part, 0) / 1e9:.1f}" for part in parts)
         lines.append(
             f"{described(each.cfg):36} {packs:5} {each.estimate.floor_s:8.1f}"

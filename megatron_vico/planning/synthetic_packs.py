@@ -9,7 +9,7 @@ from megatron_vico.config.stages import Stage
 from megatron_vico.data.load.packed_bytes import PackedBytes, wrap
 from megatron_vico.data.pack.builder import PackBuilder
 from megatron_vico.data.pack.plan import Pack
-from megatron_vico.data.samples import EncodedSample, PackedBatch
+from megatron_vico.data.samples import EncodedSample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,34 +38,19 @@ class PackShape:
 
 
 def synthetic_pack(
-    shape: PackShape, *, model: ModelConfig, stage: Stage, number: int, samples_in_global_batch: int
-) -> PackedBytes:
-    """A pack of random tokens and pixels as a loader gives it, seeded by `number`."""
-    random = np.random.default_rng(number)
-    size = model.vision.image_size
-    pairs = zip(shape.tiles, shape.text_lens, strict=True)
-    samples = [_sample(*pair, model, random, size=size) for pair in pairs]
-    packed = _build(samples, model, stage, number, samples_in_global_batch)
-    return wrap([packed], [sample.tiles for sample in samples])
-
-
-def pack_without_pixels(
-    shape: PackShape, *, model: ModelConfig, stage: Stage, number: int, samples_in_global_batch: int
-) -> PackedBatch:
-    """As `synthetic_pack`, all but its tiles: a hundred of them take 58 MB."""
-    random = np.random.default_rng(number)
-    pairs = zip(shape.tiles, shape.text_lens, strict=True)
-    samples = [_sample(*pair, model, random, size=1) for pair in pairs]
-    return _build(samples, model, stage, number, samples_in_global_batch)
-
-
-def _build(
-    samples: list[EncodedSample],
+    shape: PackShape,
+    *,
     model: ModelConfig,
     stage: Stage,
     number: int,
     samples_in_global_batch: int,
-) -> PackedBatch:
+    tile_size: int | None = None,
+) -> PackedBytes:
+    """A pack of random tokens and pixels as a loader gives it, seeded by `number`."""
+    random = np.random.default_rng(number)
+    size = tile_size or model.vision.image_size
+    pairs = zip(shape.tiles, shape.text_lens, strict=True)
+    samples = [_sample(*pair, model, random, size=size) for pair in pairs]
     builder = PackBuilder(
         stage=stage,
         seed=1,
@@ -75,7 +60,8 @@ def _build(
     )
     ids = tuple(range(number * len(samples), (number + 1) * len(samples)))
     pack = Pack(sample_ids=ids, visits=(0,) * len(ids))
-    return builder.build(samples, pack=pack, samples_in_global_batch=samples_in_global_batch)
+    packed = builder.build(samples, pack=pack, samples_in_global_batch=samples_in_global_batch)
+    return wrap([packed], [sample.tiles for sample in samples])
 
 
 def _sample(

@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_vico.config.megatron_options import TransformerOptions
 from megatron_vico.config.schema import RunConfig
@@ -97,11 +96,8 @@ def _means(
         )
         if groups.counts_loss and groups.language.cp.rank() == 0:
             weight_R = torch.cat([pack.kl_weight for pack in batch.packs]).to(groups.device)
-            sums = torch.stack([_mean(kl_R, weight_R) for kl_R in (noise_R, *expected.kl_R)])
+            kls = (noise_R, *expected.kl_R)
+            sums = torch.stack([(kl_R * weight_R).sum() for kl_R in kls])
     torch.distributed.all_reduce(sums)
     means: list[float] = sums.tolist()
     return means
-
-
-def _mean(kl_R: Tensor, weight_R: Tensor) -> Tensor:
-    return (kl_R * weight_R).sum()

@@ -89,13 +89,15 @@ class Run:
 
     def spread(self, loader: Loader | None, *, num_steps: int) -> Iterator[StepBatch]:
         """What a loader reads on a replica's first rank, on all its ranks; every rank iterates."""
-        options = self.cfg.stage
         return shared_batches(
-            loader,
-            num_steps=num_steps,
-            groups=self.groups,
-            whole_images=options.spec.plans == "one_tile" and options.router_granularity == "image",
+            loader, num_steps=num_steps, groups=self.groups, whole_images=self.whole_images
         )
+
+    @property
+    def whole_images(self) -> bool:
+        """Whether the tiles of an image stay on one rank: the router looks at all of them."""
+        options = self.cfg.stage
+        return options.spec.plans == "one_tile" and options.router_granularity == "image"
 
 
 def named_modules(encoder: VisionEncoder, language_chunks: Sequence[LanguageModel]) -> Modules:

@@ -100,9 +100,6 @@ def save_checkpoint(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
 
-    def describe() -> None:
-        write_metadata(unfinished, facts, config_yaml=config_yaml)
-
     def finish() -> None:
         _replace_folder(unfinished, target)
         point_to(root, iteration)
@@ -121,7 +118,7 @@ def save_checkpoint(
         _write(state, unfinished)
         if frozen is not None and frozen.formats:
             known = add_frozen(unfinished, frozen, earlier=earlier, write=_write, ranks=ranks)
-        ranks.on_main(describe)
+        ranks.on_main(lambda: write_metadata(unfinished, facts, config_yaml=config_yaml))
         write_checksums(unfinished, ranks=ranks, known=known)
         ranks.on_main(finish)
     except _FAILURES as error:
@@ -197,7 +194,7 @@ def _write(state: dict[str, Any], folder: Path) -> None:
     # for the queue, with a torch of its own: it outlives a killed run, and a SIGTERM to all
     # processes of a job ends it before the checkpoint that the signal asks for is written.
     filesystem_async._results_queue = queue.Queue()
-    with _quiet():
+    with quiet():
         dist_checkpointing.save(state, str(folder))
 
 
@@ -271,7 +268,7 @@ def _load(folder: Path, modules: Modules, optimizer: MegatronOptimizer | None) -
         for weights in chunks.values():
             leave_out_unstored(weights, stored=stored)
     try:
-        with _quiet():
+        with quiet():
             loaded = dist_checkpointing.load(
                 state, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED
             )
@@ -294,9 +291,7 @@ def _check_tensors(
         part.key: part.without_data() for each in nested_values(state) for part in tensors_of(each)
     }
     # Of all ranks, since a pipeline stage has a part of the names, and so that all of them agree.
-    of_ranks: list[dict[str, ShardedTensor]] = [{}] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(of_ranks, own)
-    asked = {key: part for parts in of_ranks for key, part in parts.items()}
+    asked = {key: part for parts in Ranks.of_run().gather(own) for key, part in parts.items()}
     absent = asked.keys() - stored.keys()
     prefixes = tuple(f"{name}." for name in modules)
     unknown = {key for key in stored.keys() - asked.keys() if key.startswith(prefixes)}
@@ -316,7 +311,7 @@ def _stored(folder: Path) -> dict[str, Any]:
     """Tensors by key, objects by unique key."""
     check_objects(folder)
     try:
-        with _quiet():
+        with quiet():
             stored: dict[str, Any] = load_sharded_metadata(str(folder))
     except (*_FAILURES, pickle.UnpicklingError, EOFError) as error:
         message = f"{folder} is not a readable checkpoint: {cause_of(error)}."
@@ -325,14 +320,15 @@ def _stored(folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out megatron-core's and torch's notes about each other's deprecated parts."""
+def quiet() -> Iterator[None]:
+    """Leave out megatron-core's and torch's notes of deprecated parts and of saving alone."""
     logger = logging.getLogger("megatron.core.dist_checkpointing.strategies.torch")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"torch\.distributed\.")
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             yield
     finally:
         logger.setLevel(level)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
+from megatron_vico.checkpoint.ranks import Ranks
 from megatron_vico.config.schema import TrainingOptions
 from megatron_vico.errors import TrainingError
 from megatron_vico.parallel.batch import StepBatch
@@ -105,9 +106,7 @@ class StepWatch:
 def keys_of(batch: StepBatch, *, reads: bool) -> list[str]:
     """Keys of a step's samples, of all replicas, whose first ranks read; called by every rank."""
     own = [key for pack in batch.packs for key in pack.keys] if reads else []
-    gathered: list[list[str]] = [[]] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, own)
-    return sorted({key for keys in gathered for key in keys})
+    return sorted({key for keys in Ranks.of_run().gather(own) for key in keys})
 
 
 def told(iteration: int, problem: str, keys: Sequence[str], *, save: str | None) -> str:

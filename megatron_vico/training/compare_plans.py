@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_vico.models.language_model import LanguageModel
 from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.parallel.groups import Groups
-from megatron_vico.parallel.streams import language_inputs, row_slice
+from megatron_vico.parallel.streams import row_slice
 from megatron_vico.training.pipeline_schedule import LanguagePass, forward_pass
 from megatron_vico.training.setup import Run
 from megatron_vico.training.vision import tile_features, visual_tokens
@@ -44,13 +44,9 @@ def compare_plans(run: Run, batch: StepBatch, *, plans: Sequence[str]) -> Compar
     assert reference is not None
     reference.fetch()
     device, packs = groups.device, batch.packs
-    reference_inputs = [
-        language_inputs(pack.reference, policy.stream_cut, device) for pack in packs
-    ]
+    reference_inputs = policy.inputs((pack.reference for pack in packs), groups)
     views = [[pack.policies[view] for pack in packs] for view in range(len(plans))]
-    view_inputs = [
-        [language_inputs(each.stream, policy.stream_cut, device) for each in view] for view in views
-    ]
+    view_inputs = [policy.inputs((each.stream for each in view), groups) for view in views]
     run.clock.begin("encode")
     features_NPD = tile_features(policy.encoder, batch, device, chunk_tiles=policy.chunk_tiles)
     reference_tokens = reference.visual_tokens(

@@ -13,7 +13,7 @@ from megatron_vico.models.language_model import LanguageInputs
 from megatron_vico.models.to_device import to_device
 from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.parallel.groups import Groups
-from megatron_vico.parallel.streams import language_inputs, row_slice
+from megatron_vico.parallel.streams import row_slice
 from megatron_vico.training.metrics import SHARES, StepSums, one_hot_shares, sums_of
 from megatron_vico.training.pipeline_schedule import (
     LanguagePass,
@@ -37,12 +37,8 @@ def consistency_step(run: Run, batch: StepBatch) -> StepSums:
     reference.fetch()
     device, packs = groups.device, batch.packs
     # All that goes to the device goes before the passes: nothing between them waits for it.
-    reference_inputs = [
-        language_inputs(pack.reference, policy.stream_cut, device) for pack in packs
-    ]
-    policy_inputs = [
-        language_inputs(pack.policies[0].stream, policy.stream_cut, device) for pack in packs
-    ]
+    reference_inputs = policy.inputs((pack.reference for pack in packs), groups)
+    policy_inputs = policy.inputs((pack.policies[0].stream for pack in packs), groups)
     weights = _row_weights(batch, groups)
     share_weights = [
         to_device(_own_rows(pack.kl_weight[:, None] * one_hot_shares(pack), groups), device)
@@ -92,7 +88,7 @@ def pretrain_step(run: Run, batch: StepBatch) -> StepSums:
     Each sample counts the same, as in Eq. 1: the mean over its response tokens, then over samples.
     """
     policy, groups = run.policy, run.groups
-    inputs = _whole_inputs(policy, batch, groups)
+    inputs = policy.inputs((pack.reference for pack in batch.packs), groups)
     loss = _label_loss(policy, batch, groups)
     policy.weigh_balancing_loss(inputs, groups)
     run.clock.begin("encode")
@@ -112,7 +108,7 @@ def pretrain_loss(run: Run, batch: StepBatch) -> Tensor:
     """
     policy, groups = run.policy, run.groups
     loss = _label_loss(policy, batch, groups)
-    inputs = _whole_inputs(policy, batch, groups)
+    inputs = policy.inputs((pack.reference for pack in batch.packs), groups)
     language_pass = LanguagePass(
         name="policy",
         chunks=policy.language_chunks,
@@ -122,12 +118,6 @@ def pretrain_loss(run: Run, batch: StepBatch) -> Tensor:
     )
     values = [loss(index, rows_RH) for index, rows_RH in enumerate(forward_pass(language_pass))]
     return torch.stack(values).sum() if values else torch.zeros((), device=groups.device)
-
-
-def _whole_inputs(policy: Policy, batch: StepBatch, groups: Groups) -> list[LanguageInputs]:
-    return [
-        language_inputs(pack.reference, policy.stream_cut, groups.device) for pack in batch.packs
-    ]
 
 
 def _whole_tokens(

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
+from megatron_vico.checkpoint.ranks import Ranks
 from megatron_vico.config.layout import replicas_in_step
 from megatron_vico.config.pipeline_split import virtual_stages
 from megatron_vico.config.registry import ModelConfig
@@ -78,9 +77,7 @@ class DataState:
         if (loader := self.loader) is not None:
             plan = loader.plan_state.to_dict()
             own = _Reader(plan=plan, skips=loader.skips, begun=loader.begun_packs)
-        gathered: list[_Reader | None] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, own)
-        readers = [each for each in gathered if each is not None]
+        readers = [each for each in Ranks.of_run().gather(own) if each is not None]
         begun = max(each.begun for each in readers)
         merged = SkipList.merged([each.skips for each in readers], from_pack=begun)
         self.budget.skipped = len(merged)

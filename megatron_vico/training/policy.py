@@ -1,7 +1,7 @@
 """The model that is trained: encoder and language model, what is frozen, and their DDP wrappers."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +16,13 @@ from torch import nn
 from megatron_vico.config.megatron_kwargs import megatron_kwargs
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.stages import Module
+from megatron_vico.data.samples import PackedStream
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageInputs, LanguageModel
 from megatron_vico.models.to_device import to_device
 from megatron_vico.models.vir import is_dead
 from megatron_vico.parallel.groups import Groups
-from megatron_vico.parallel.streams import FP8_ALIGNMENT, StreamCut
+from megatron_vico.parallel.streams import FP8_ALIGNMENT, StreamCut, language_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,10 @@ class Policy:
     def ddp_modules(self) -> list[DistributedDataParallel]:
         """What has gradients: language model first, then encoder."""
         return [*self.language_ddp, *([self.encoder_ddp] if self.encoder_ddp is not None else [])]
+
+    def inputs(self, streams: Iterable[PackedStream], groups: Groups) -> list[LanguageInputs]:
+        """This rank's parts of packed streams, of the reference's too, on its device."""
+        return [language_inputs(each, self.stream_cut, groups.device) for each in streams]
 
     def zero_grad(self) -> None:
         """Zero the gradient buffers; the optimizer's own `zero_grad` must be called as well."""

@@ -25,14 +25,10 @@ from megatron_vico.convert.names.internvl import entries
 from megatron_vico.convert.options import MAX_SHARD_BYTES, Layout
 from megatron_vico.convert.remote_code_files import write_remote_code
 from megatron_vico.convert.source import Source, TensorInfo, dtype_name
-from megatron_vico.data.encode.tokenizer import Tokenizer, load_tokenizer
+from megatron_vico.data.encode.tokenizer import HF_FILES, Tokenizer, load_tokenizer
 from megatron_vico.errors import CheckpointError, ConfigError, listed
 
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "tokenizer.model", "sentencepiece.model"),
-    *("chat_template.jinja", "chat_template.json"),
-)
+TOKENIZER_FILES = (*HF_FILES, "tokenizer.model", "sentencepiece.model", "chat_template.json")
 
 GENERATION = "generation_config.json"
 PREPROCESSORS = (

@@ -6,12 +6,10 @@ tensor when its turn to be written comes. Every layout, and both kinds of layers
 the keys are TransformerEngine's, as in training checkpoints.
 """
 
-import contextlib
 import io
 import re
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +38,7 @@ from torch.futures import Future
 
 from megatron_vico.checkpoint.integrity import Sum, SummedFile
 from megatron_vico.checkpoint.ranks import Ranks
+from megatron_vico.checkpoint.training_checkpoint import quiet
 from megatron_vico.convert.names.internvl import Entry, entries
 from megatron_vico.convert.names.kinds import GatedMLP, PaddedVocabulary
 from megatron_vico.convert.source import Source, TensorInfo, dtype_name
@@ -75,13 +74,8 @@ def write_dcp(
     own = ranks.share(sizes_of(source, padded_vocab_size=padded_vocab_size))
     planner = _LazyPlanner(source, list(rows.values()), own=own, is_main=ranks.is_main)
     writer = _Writer(folder, written, max_file_bytes)
-    with _quiet():
-        dcp.save(
-            {},
-            storage_writer=writer,
-            planner=planner,
-            no_dist=ranks.size == 1,
-        )
+    with quiet():
+        dcp.save({}, storage_writer=writer, planner=planner, no_dist=ranks.size == 1)
     ranks.on_main(lambda: save_config(CheckpointingConfig("torch_dist", 1), str(folder)))
     return writer.sums
 
@@ -261,12 +255,3 @@ class _Writer(FileSystemWriter):
         length = stream.tell() - start
         place = _StorageInfo(file, start, length)
         results.append(WriteResult(index=item.index, size_in_bytes=length, storage_data=place))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's note that a single process saves alone."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"torch\.distributed\.")
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

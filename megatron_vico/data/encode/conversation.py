@@ -93,7 +93,9 @@ def encode_conversation(
     prefix_len = len(tokenizer.encode_fixed(ASSISTANT_PREFIX))
     token_ids: list[int] = []
     is_response: list[bool] = []
-    for turn in _with_system_turn(placed):
+    if placed[0].role != "system":
+        placed.insert(0, Turn("system", DEFAULT_SYSTEM_MESSAGE))
+    for turn in placed:
         ids = _encode_turn(turn, tokenizer)
         token_ids += ids
         if turn.role == "gpt":
@@ -162,10 +164,6 @@ def _encode_pretrain(text: str, tile_tags: str, tokenizer: Tokenizer) -> tuple[I
         is_response &= np.cumsum(token_ids == start) == np.cumsum(token_ids == end)
     is_response[:1] = False
     return token_ids, is_response
-
-
-def _with_system_turn(turns: Sequence[Turn]) -> Sequence[Turn]:
-    return turns if turns[0].role == "system" else (Turn("system", DEFAULT_SYSTEM_MESSAGE), *turns)
 
 
 def _check_turns(turns: Sequence[Turn], key: str) -> None:

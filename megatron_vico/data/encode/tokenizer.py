@@ -36,14 +36,9 @@ _PLAIN_SYMBOLS = ("\n", *(f"<tile_{i}>" for i in range(1, 14)))
 the tile tags out."""
 
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
-_HF_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
+HF_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja"),
 )
 _PROBES = (
     "Hello world, 1234.\n",
@@ -149,7 +144,7 @@ class Tokenizer:
         target.mkdir(parents=True, exist_ok=True)
         if source.is_file():
             shutil.copyfile(source, target / "sentencepiece.model")
-        for path in (source / name for name in _HF_FILES):
+        for path in (source / name for name in HF_FILES):
             if path.exists() and path.resolve() != (target / path.name).resolve():
                 copy_without_code(path, target / path.name)
         if source.is_file() or not (target / "tokenizer.json").exists():
@@ -188,7 +183,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _load_folder(folder: Path) -> tokenizers.Tokenizer:
-    if not any((folder / name).exists() for name in _HF_FILES[:-1]):
+    if not any((folder / name).exists() for name in HF_FILES[:-1]):
         raise ConfigError(
             f"--tokenizer-model {folder}: no tokenizer in this folder (no tokenizer.json); give"
             " --tokenizer-model the folder, or the .model file, of the one it was trained with."

@@ -10,10 +10,9 @@ import logging
 import os
 import random
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -192,22 +191,19 @@ class RemoteStorage:
 
     def _in_time(self, call: Callable[[], Any]) -> Any:
         """What a driver gives; TimeoutError if it takes too long, whatever its own limit is."""
-        limit_s, answers = self._options.data_timeout_s / 5, deque[Callable[[], Any]]()
+        limit_s, answer = self._options.data_timeout_s / 5, Future[Any]()
 
         def ask() -> None:
             try:
-                found = call()
-                answers.append(lambda: found)
+                answer.set_result(call())
             except BaseException as error:
-                answers.append(partial(_raise, error))
+                answer.set_exception(error)
 
         # Not of a pool, which would wait for it at the end of the process.
-        asking = threading.Thread(target=ask, daemon=True)
-        asking.start()
-        asking.join(limit_s)
-        if not answers:
+        threading.Thread(target=ask, daemon=True).start()
+        if not wait([answer], limit_s).done:
             raise TimeoutError(f"no answer within {limit_s:g} s (a fifth of --data-timeout-s)")
-        return answers.pop()()
+        return answer.result()
 
     def _retrying[T](self, call: Callable[[], T], name: str) -> T:
         def log(state: RetryCallState) -> None:
@@ -241,10 +237,6 @@ class RemoteStorage:
                 " network and the right to read, or raise --data-retries.",
                 cause="unreadable shard",
             ) from error
-
-
-def _raise(error: BaseException) -> Any:
-    raise error
 
 
 type Storage = LocalStorage | RemoteStorage

@@ -110,7 +110,7 @@ class ModelFlags:
         model, use = model_of(self.load), self.use
         beside = self.load / TOKENIZER_FOLDER if is_megatron(self.load) else self.load
         tokenizer = load_tokenizer(self.tokenizer_model or beside)
-        tokenizer.check_fits(model.language.vocab_size, model=model.name)
+        tokenizer.check_fits(model)
         tiling = TilingOptions(
             max_dynamic_patch=use.max_dynamic_patch,
             use_thumbnail=use.use_thumbnail,

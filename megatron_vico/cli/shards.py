@@ -47,7 +47,7 @@ class _Encoding(TilingOptions):
 
         model = model_named(self.model_size)
         tokenizer = load_tokenizer(self.tokenizer_model)
-        tokenizer.check_fits(model.language.vocab_size, model=model.name)
+        tokenizer.check_fits(model)
         settings = EncodingSettings.from_options(self, image_size=model.vision.image_size)
         return {"tokenizer": tokenizer, "settings": settings}
 

@@ -133,7 +133,7 @@ def build_loader(
     """The loader of a replica's packs, for its first rank; `views` as in `PackBuilder`."""
     assert cfg.data.tokenizer_model is not None, "config/validate.py asks for it"
     tokenizer = load_tokenizer(cfg.data.tokenizer_model)
-    tokenizer.check_fits(model.language.vocab_size, model=model.name)
+    tokenizer.check_fits(model)
     settings = EncodingSettings.from_options(cfg.data, image_size=model.vision.image_size)
     builder = PackBuilder(
         stage=cfg.stage.stage,

@@ -108,13 +108,7 @@ def check_contents(cfg: RunConfig) -> None:
             _check_checkpoint(flag, Path(folder), model, cfg)
     assert cfg.data.tokenizer_model is not None
     tokenizer = load_tokenizer(cfg.data.tokenizer_model)
-    if tokenizer.image_token_id != model.image_token_id:
-        raise ConfigError(
-            f"--tokenizer-model {cfg.data.tokenizer_model}: <IMG_CONTEXT> is"
-            f" {tokenizer.image_token_id}, but {model.name} expects {model.image_token_id}; use the"
-            " tokenizer that belongs to the model."
-        )
-    tokenizer.check_fits(model.language.vocab_size, model=model.name)
+    tokenizer.check_fits(model)
     settings = EncodingSettings.from_options(cfg.data, image_size=model.vision.image_size)
     for paths in (cfg.data.data_path, cfg.data.valid_data_path):
         for each in read_mixture(paths) if paths else ():

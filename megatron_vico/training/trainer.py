@@ -12,12 +12,7 @@ import torch
 from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.checkpoint.ownership import owned
 from megatron_vico.checkpoint.retention import remove_superseded
-from megatron_vico.checkpoint.run_folder import (
-    has_checkpoint,
-    iteration_folder,
-    metadata_of,
-    resolve_model,
-)
+from megatron_vico.checkpoint.run_folder import iteration_folder, metadata_of, resolve_model
 from megatron_vico.config.flags import to_yaml
 from megatron_vico.config.gpus import peak_tflops
 from megatron_vico.config.layout import launched_world_size
@@ -228,16 +223,15 @@ def _announce(run: Run, logger: MetricsLogger) -> None:
             f"--profile-step-end {cfg.training.profile_step_end} is past: nothing will be recorded"
         )
     if run.groups.is_main and cfg.checkpoint.save is not None:
-        _keep_tokenizer(cfg, Path(cfg.checkpoint.save) / TOKENIZER_FOLDER)
+        _keep_tokenizer(run, Path(cfg.checkpoint.save) / TOKENIZER_FOLDER)
 
 
-def _keep_tokenizer(cfg: RunConfig, target: Path) -> None:
+def _keep_tokenizer(run: Run, target: Path) -> None:
     """Put the tokenizer, and what came with the weights the run begins with, beside its results."""
-    assert cfg.data.tokenizer_model is not None
-    tokenizer = load_tokenizer(cfg.data.tokenizer_model)
-    files = cfg.checkpoint
-    resumed = files.load if files.load is not None and has_checkpoint(files.load) else None
-    source = resumed or files.pretrained_checkpoint
+    files, given = run.cfg.checkpoint, run.cfg.data.tokenizer_model
+    assert given is not None
+    tokenizer = load_tokenizer(given)
+    source = files.load if run.iteration else files.pretrained_checkpoint
     if source is None or Path(source, TOKENIZER_FOLDER) == target:
         target.mkdir(exist_ok=True)
         tokenizer.save_to(target)

@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, normalizers
 from tokenizers.models import BPE
 
+from megatron_vico.config.registry import ModelConfig
 from megatron_vico.errors import ConfigError
 from megatron_vico.files import copy_without_code
 
@@ -121,12 +122,19 @@ class Tokenizer:
         """Id of `<|endoftext|>`."""
         return self.token_id(PAD)
 
-    def check_fits(self, num_rows: int, *, model: str) -> None:
-        """Raise ConfigError if a model of `num_rows` rows has none for the highest id."""
+    def check_fits(self, model: ModelConfig) -> None:
+        """ConfigError if a model has no row for the highest id, or another image token."""
+        num_rows = model.language.vocab_size
+        if self.image_token_id != model.image_token_id:
+            raise ConfigError(
+                f"--tokenizer-model {self.source}: <IMG_CONTEXT> is {self.image_token_id}, but"
+                f" {model.name} expects {model.image_token_id}; use the tokenizer that belongs to"
+                " the model."
+            )
         if self.vocab_size > num_rows:
             raise ConfigError(
                 f"--tokenizer-model {self.source}: highest id {self.vocab_size - 1}, but the"
-                f" vocabulary of {model} has {num_rows} rows; use the model's own tokenizer."
+                f" vocabulary of {model.name} has {num_rows} rows; use the model's own tokenizer."
             )
 
     @cached_property

@@ -96,12 +96,6 @@ class Loader:
                 f"--global-batch-size {plan.global_batch_size} is not a multiple of the {dp_size}"
                 " data-parallel ranks; choose one that is."
             )
-        if builder.image_token_id != encoder.tokenizer.image_token_id:
-            raise ConfigError(
-                f"--tokenizer-model {encoder.tokenizer.source}: <IMG_CONTEXT> is"
-                f" {encoder.tokenizer.image_token_id}, but the model expects"
-                f" {builder.image_token_id}; use the tokenizer that belongs to the model."
-            )
         for folder in plan.data.folders:
             folder.check_encoding(tokenizer=encoder.tokenizer, settings=encoder.settings)
         self.plan = plan

@@ -3,11 +3,13 @@
 import json
 import pickle
 import random
+from dataclasses import replace
 
 import pytest
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
+from megatron_vico.config.registry import get_model_config
 from megatron_vico.data.encode.tokenizer import SPECIAL_STRINGS, load_tokenizer, train_sentencepiece
 from megatron_vico.errors import ConfigError
 
@@ -155,9 +157,13 @@ def test_unreadable_files_and_code_are_refused(files, message, tmp_path, monkeyp
 
 
 def test_an_id_beyond_the_models_rows_is_named(tokenizer):
-    tokenizer.check_fits(tokenizer.vocab_size, model="toy")
+    model = get_model_config("toy")
+    tokenizer.check_fits(model)
+    few = replace(model, language=replace(model.language, vocab_size=9))
     with pytest.raises(ConfigError, match=r"highest id \d+, but the vocabulary of toy has 9 rows"):
-        tokenizer.check_fits(9, model="toy")
+        tokenizer.check_fits(few)
+    with pytest.raises(ConfigError, match="<IMG_CONTEXT> is 5, but toy expects 6; use"):
+        tokenizer.check_fits(replace(model, image_token_id=6))
 
 
 @pytest.mark.parametrize("vocab_size", [100, 4097])

@@ -147,13 +147,13 @@ def toy_server(folder: Path) -> Iterator[tuple[str, int]]:
 
     cpu_stand_in.install()
     from megatron_vico.config.schema import ParallelOptions
-    from megatron_vico.convert import convert
     from megatron_vico.parallel.groups import started
+    from tests.hf_exports import export_hf
     from tests.toy_models import make_engine
 
     with started(ParallelOptions(), seed=0, timeout_minutes=1):
         engine = make_engine(folder)
-        convert.export_hf(
+        export_hf(
             folder / "flash",
             encoder=engine.encoder,
             language_model=engine.language_model,

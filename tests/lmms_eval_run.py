@@ -17,7 +17,7 @@ from PIL import Image
 
 from megatron_vico.cli.main import main
 from megatron_vico.config.registry import get_model_config
-from megatron_vico.convert.convert import export_hf
+from tests.hf_exports import export_hf
 from tests.toy_models import make_encoder, make_language_model
 from tests.training_runs import make_toy_data
 

@@ -21,11 +21,7 @@ from typing import Any
 
 import psutil
 
-from megatron_vico.checkpoint.run_folder import (
-    finished_steps,
-    iteration_folder,
-    read_metadata,
-)
+from megatron_vico.checkpoint.run_folder import finished_steps, iteration_folder, read_metadata
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.errors import CheckpointError
 from megatron_vico.files import INCOMPLETE_SUFFIX, read_plain, read_yaml, record_of

@@ -21,13 +21,7 @@ from megatron_vico.config.registry import MODELS, ModelConfig, get_model_config,
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.config.stages import Module
 from megatron_vico.errors import CheckpointError, ConfigError
-from megatron_vico.files import (
-    read_json,
-    record_of,
-    refuse_incomplete,
-    write_json,
-    write_text,
-)
+from megatron_vico.files import read_json, record_of, refuse_incomplete, write_json, write_text
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 

@@ -17,14 +17,8 @@ from tqdm import tqdm
 
 from megatron_vico import files
 from megatron_vico.checkpoint import run_folder
-from megatron_vico.checkpoint.integrity import (
-    WEIGHTS,
-    crc32,
-    intact_meanwhile,
-    write_checksums,
-)
+from megatron_vico.checkpoint.integrity import WEIGHTS, crc32, intact_meanwhile, write_checksums
 from megatron_vico.checkpoint.ranks import FAILURES, Ranks, launched
-from megatron_vico.config.registry import ModelConfig
 from megatron_vico.convert.huggingface.config import ExportOptions
 from megatron_vico.convert.huggingface.export import (
     carry_companions,
@@ -35,7 +29,6 @@ from megatron_vico.convert.huggingface.export import (
 )
 from megatron_vico.convert.initial import CONNECTOR_16X_AND_VIR
 from megatron_vico.convert.megatron.writer import check_formats, sizes_of, write_dcp
-from megatron_vico.convert.modules import module_source
 from megatron_vico.convert.open import TOKENIZER_FOLDER, is_megatron, open_source
 from megatron_vico.convert.options import ConversionOptions, Layout
 from megatron_vico.convert.output_folder import check_space, new_folder
@@ -44,8 +37,6 @@ from megatron_vico.convert.stated import stated_options
 from megatron_vico.data.encode.tokenizer import Tokenizer, load_tokenizer
 from megatron_vico.errors import CheckpointError, ConfigError, cause_of, listed
 from megatron_vico.models.build import padded_vocab_size
-from megatron_vico.models.internvl import VisionEncoder
-from megatron_vico.models.language_model import LanguageModel
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -99,7 +90,7 @@ def convert(
             if layout == "megatron":
                 _write_megatron(folder, opened, tokenizer=tokenizer, options=chosen, ranks=ranks)
             else:
-                _write_hf(
+                write_hf(
                     folder,
                     opened,
                     layout=layout,
@@ -111,40 +102,6 @@ def convert(
         if chosen.verify:
             _verify(output, opened, sums, options=chosen, ranks=ranks)
     return output
-
-
-def export_hf(
-    out_dir: str | Path,
-    *,
-    encoder: VisionEncoder,
-    language_model: LanguageModel,
-    model: ModelConfig,
-    layout: Layout,
-    tokenizer: Tokenizer | None = None,
-    options: ExportOptions | None = None,
-) -> Path:
-    """Write a model, whole in this process and outside of DDP, as a Hugging Face checkpoint.
-
-    Args:
-        out_dir: where to, and what is returned; must not exist, or be empty.
-        layout: which names and config fields; `internvl` and `hf` leave connector_16x and ViR out.
-
-    Raises:
-        CheckpointError: if a tensor is not in the table, one of the table is missing, or the folder
-            cannot be written.
-    """
-    source = module_source({"encoder": encoder, "language_model": language_model}, model=model)
-    with new_folder(out_dir) as folder:
-        _write_hf(
-            folder,
-            source,
-            layout=layout,
-            tokenizer=tokenizer,
-            export=options or ExportOptions(),
-            options=ConversionOptions(),
-            ranks=Ranks(),
-        )
-    return Path(out_dir)
 
 
 def _refuse_overlap(source: Path, output: Path) -> None:
@@ -208,7 +165,7 @@ def _opened(
     return source
 
 
-def _write_hf(
+def write_hf(
     folder: Path,
     source: Source,
     *,
@@ -218,6 +175,7 @@ def _write_hf(
     options: ConversionOptions,
     ranks: Ranks,
 ) -> None:
+    """Write a Hugging Face folder; called by every rank of `ranks`."""
     shards = ranks.agree(lambda: shards_of(source, layout, max_shard_bytes=options.max_shard_bytes))
     sizes = [shard.num_bytes for shard in shards]
     ranks.on_main(lambda: check_space(folder, sum(sizes)))

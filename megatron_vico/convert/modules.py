@@ -1,4 +1,4 @@
-"""Modules in memory as a source, and a source into modules."""
+"""A source into modules in memory, and these under the table's names."""
 
 import re
 from collections.abc import Mapping
@@ -8,10 +8,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_vico.config.registry import ModelConfig
 from megatron_vico.convert.names.internvl import entries
 from megatron_vico.convert.names.kinds import PaddedVocabulary
-from megatron_vico.convert.source import Source, TensorInfo, check_whole, problems_with
+from megatron_vico.convert.source import Source, TensorInfo, problems_with
 from megatron_vico.errors import CheckpointError
 from megatron_vico.models.build import padded_vocab_size
 from megatron_vico.models.internvl import VisionEncoder
@@ -29,28 +28,6 @@ _EXPERTS = (
 )
 
 
-def module_source(modules: Mapping[str, MegatronModule], *, model: ModelConfig) -> Source:
-    """The modules `encoder` and `language_model`, whole here and outside of DDP, as a source.
-
-    Reading gives their own tensors. CheckpointError if one is not in the table, or one of the table
-    is missing or of another shape.
-    """
-    tensors = canonical_state(modules)
-    rows = entries(model, layout="flash")
-    for name, row in rows.items():
-        if name in tensors and isinstance(row.kind, PaddedVocabulary):
-            tensors[name] = tensors[name][: row.shape[0]]
-    found = _infos(tensors)
-    source = Source(
-        model=model,
-        where=f"the model to export as {model.name}",
-        tensors={name: found[name] for name in rows if name in found},
-        read_tensor=tensors.__getitem__,
-        problems=problems_with(found, rows),
-    )
-    return check_whole(source)
-
-
 def load_source(source: Source, *, encoder: VisionEncoder, language_model: LanguageModel) -> None:
     """Read a source into modules; of a language model that ranks share, this rank's part.
 
@@ -61,7 +38,11 @@ def load_source(source: Source, *, encoder: VisionEncoder, language_model: Langu
     group = language_model.tp_group
     padded = padded_vocab_size(source.model.language.vocab_size, group.size())
     rows = entries(source.model, layout="flash", padded_vocab_size=padded)
-    problems = problems_with(_infos(target), rows)
+    infos = {
+        name: TensorInfo(shape=tuple(tensor.shape), dtype=tensor.dtype)
+        for name, tensor in target.items()
+    }
+    problems = problems_with(infos, rows)
     if problems and group.size() == 1:
         raise CheckpointError(f"the model to load into: {'; '.join(problems)}.")
     with torch.no_grad():
@@ -101,13 +82,6 @@ def canonical_state(modules: Mapping[str, MegatronModule]) -> dict[str, Tensor]:
             if not key.endswith("_extra_state"):
                 tensors[f"{prefix}.{_stored_name(key, maps)}"] = tensor
     return tensors
-
-
-def _infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
-    return {
-        name: TensorInfo(shape=tuple(tensor.shape), dtype=tensor.dtype)
-        for name, tensor in tensors.items()
-    }
 
 
 def _stored_name(key: str, maps: Mapping[str, Mapping[str, str]]) -> str:

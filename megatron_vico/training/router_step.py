@@ -20,11 +20,7 @@ from megatron_vico.training.compare_plans import ComparedPlans, compare_plans
 from megatron_vico.training.metrics import RouterSums, StepSums, margin_counts, sums_of
 from megatron_vico.training.policy import Policy
 from megatron_vico.training.setup import Run
-from megatron_vico.vico.router_targets import (
-    labels_from_ratios,
-    loss_ratio,
-    sample_means,
-)
+from megatron_vico.vico.router_targets import labels_from_ratios, loss_ratio, sample_means
 from megatron_vico.vico.routing import COMPRESS
 
 

@@ -12,7 +12,6 @@ from megatron_vico.checkpoint.run_folder import iteration_folder, metadata_of
 from megatron_vico.checkpoint.training_checkpoint import save_checkpoint
 from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.schema import ParallelOptions
-from megatron_vico.convert.convert import export_hf
 from megatron_vico.convert.modules import canonical_state
 from megatron_vico.data.encode.sample_encoder import EncodingSettings
 from megatron_vico.data.encode.tokenizer import load_tokenizer, train_sentencepiece
@@ -22,6 +21,7 @@ from megatron_vico.inference.plans import Prompt, Routing
 from megatron_vico.inference.sampling import Sampling
 from megatron_vico.inference.server.engine_thread import EngineThread
 from tests.distributed.cached_layouts import CachedLayouts
+from tests.hf_exports import export_hf
 from tests.toy_models import randomise
 from tests.unit.inference.test_engine import conversation
 

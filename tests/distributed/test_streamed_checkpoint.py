@@ -9,7 +9,7 @@ import torch
 
 from megatron_vico.checkpoint.training_checkpoint import find_iteration
 from megatron_vico.config.registry import MODELS, get_model_config
-from megatron_vico.convert.convert import convert, export_hf
+from megatron_vico.convert.convert import convert
 from megatron_vico.convert.megatron.reader import open_dcp
 from megatron_vico.convert.options import ConversionOptions
 from tests.distributed.launch import on_ranks, torchrun
@@ -20,6 +20,7 @@ from tests.distributed.streamed_ranks import (
     odd_models,
     told_of_a_conversion,
 )
+from tests.hf_exports import export_hf
 from tests.tensor_files import read_all, same
 from tests.toy_models import make_encoder, make_language_model
 

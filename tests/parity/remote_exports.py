@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from megatron_vico.config.registry import ModelConfig
-from megatron_vico.convert import convert
 from megatron_vico.convert.huggingface.config import ExportOptions
 from megatron_vico.convert.modules import canonical_state
 from megatron_vico.data.encode.expand import expand
@@ -22,6 +21,7 @@ from megatron_vico.data.encode.tokenizer import Tokenizer, load_tokenizer, train
 from megatron_vico.data.samples import ConversationSample, Turn
 from megatron_vico.inference.engine import Engine
 from megatron_vico.inference.plans import Prompt, Routing
+from tests.hf_exports import export_hf
 from tests.toy_models import KINDS, combine, make_encoder, make_language_model
 
 OPTIONS = ExportOptions(
@@ -80,7 +80,7 @@ def exported(
         )  # so that some answers end on their own
     _centre_router(engine)
     for layout in ("flash", "internvl"):
-        convert.export_hf(
+        export_hf(
             folder / layout,
             encoder=encoder,
             language_model=language_model,

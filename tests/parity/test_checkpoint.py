@@ -13,10 +13,10 @@ from transformers import (
 )
 
 from megatron_vico.config.registry import IMAGENET_MEAN, MODELS, get_model_config
-from megatron_vico.convert import convert
 from megatron_vico.convert.modules import canonical_state
 from megatron_vico.convert.open import open_source
 from megatron_vico.data.encode.tokenizer import load_tokenizer, train_sentencepiece
+from tests.hf_exports import export_hf
 from tests.parity.hf_weights import transformers_model
 from tests.toy_models import KINDS, combine, make_encoder, make_language_model, pack, random_tiles
 
@@ -28,7 +28,7 @@ def test_transformers_loads_the_export_with_equal_logits(
 ) -> None:
     model = combine(*kind)
     encoder, language_model = make_encoder(model).eval(), make_language_model(model).eval()
-    convert.export_hf(
+    export_hf(
         tmp_path / "export",
         encoder=encoder,
         language_model=language_model,
@@ -82,7 +82,7 @@ def test_transformers_reads_the_small_files(tmp_path: Path, single_process_group
     tokenizer = load_tokenizer(
         train_sentencepiece(text, model_prefix=tmp_path / "toy", vocab_size=300)
     )
-    convert.export_hf(
+    export_hf(
         tmp_path / "export",
         encoder=make_encoder(model),
         language_model=make_language_model(model),

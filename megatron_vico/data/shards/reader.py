@@ -27,12 +27,7 @@ from megatron_vico.data.shards.index import (
     ShardFiles,
     ShardIndex,
 )
-from megatron_vico.data.shards.storage import (
-    LocalStorage,
-    Storage,
-    is_url,
-    open_storage,
-)
+from megatron_vico.data.shards.storage import LocalStorage, Storage, is_url, open_storage
 from megatron_vico.errors import ConfigError, SampleError, nearest
 
 TAR_BLOCK_BYTES = tarfile.BLOCKSIZE

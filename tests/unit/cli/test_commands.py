@@ -12,8 +12,9 @@ from PIL import Image
 
 from megatron_vico.cli.main import main
 from megatron_vico.config.registry import MODELS, get_model_config
-from megatron_vico.convert.convert import convert, export_hf
+from megatron_vico.convert.convert import convert
 from megatron_vico.convert.huggingface.config import ExportOptions, model_json
+from tests.hf_exports import export_hf
 from tests.toy_data import write_video
 from tests.toy_models import make_encoder, make_language_model
 from tests.training_runs import ToyData, load_tool, make_toy_data

@@ -13,11 +13,12 @@ from megatron_vico.checkpoint.training_checkpoint import (
 )
 from megatron_vico.cli.main import main
 from megatron_vico.config.registry import get_model_config
-from megatron_vico.convert.convert import convert, export_hf
+from megatron_vico.convert.convert import convert
 from megatron_vico.convert.huggingface import safetensors_folder
 from megatron_vico.convert.huggingface.config import ExportOptions
 from megatron_vico.convert.megatron.reader import open_dcp
 from megatron_vico.files import read_json
+from tests.hf_exports import export_hf
 from tests.toy_models import make_encoder, make_language_model
 
 HEAD = "language_model.gpt.output_layer.weight"

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from megatron_vico.config.registry import ModelConfig, get_model_config
-from megatron_vico.convert.convert import convert, export_hf
+from megatron_vico.convert.convert import convert
 from megatron_vico.convert.huggingface.config import ExportOptions
 from megatron_vico.data.encode.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from tests.hf_exports import export_hf
 from tests.toy_models import make_encoder, make_language_model
 from tests.unit.convert.folders import MakeFolder
 

@@ -25,12 +25,13 @@ from megatron_vico.checkpoint.ranks import Ranks, launched
 from megatron_vico.checkpoint.run_folder import iteration_folder
 from megatron_vico.config.registry import get_model_config
 from megatron_vico.convert import convert as conversion
-from megatron_vico.convert.convert import convert, export_hf
+from megatron_vico.convert.convert import convert
 from megatron_vico.convert.megatron.reader import open_dcp
 from megatron_vico.convert.open import hf_source, open_source
 from megatron_vico.convert.options import ConversionOptions, Layout
 from megatron_vico.convert.source import Source
 from megatron_vico.errors import CheckpointError
+from tests.hf_exports import export_hf
 from tests.peak_bytes import PeakBytes
 from tests.tensor_files import read_all, same, same_bits
 from tests.toy_models import make_encoder, make_language_model

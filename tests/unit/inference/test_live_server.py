@@ -20,9 +20,9 @@ import openai
 import pytest
 import uvicorn
 
-from megatron_vico.convert import convert
 from megatron_vico.inference.engine import Engine
 from megatron_vico.inference.server.app import Server
+from tests.hf_exports import export_hf
 from tests.unit.inference.conftest import body, image_part
 
 ROOT = Path(__file__).parents[3]
@@ -197,7 +197,7 @@ def test_sigterm_lets_answers_come_to_their_end(served_engine: Engine, tmp_path:
         "model": served_engine.model,
         "tokenizer": served_engine.tokenizer,
     }
-    convert.export_hf(tmp_path / "flash", layout="flash", **modules)
+    export_hf(tmp_path / "flash", layout="flash", **modules)
     words = (
         "serve --load flash --port 0 --plans none all --request-log log.jsonl --max-model-len 9999"
     )

@@ -7,13 +7,13 @@ from megatron_vico.checkpoint.run_folder import iteration_folder, metadata_of
 from megatron_vico.checkpoint.training_checkpoint import save_checkpoint
 from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.schema import ParallelOptions
-from megatron_vico.convert import convert
 from megatron_vico.convert.modules import canonical_state
 from megatron_vico.data.encode.sample_encoder import EncodingSettings
 from megatron_vico.data.encode.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_vico.errors import CheckpointError
 from megatron_vico.inference.loading import build_engine, load_weights, model_of
 from megatron_vico.parallel import groups as process_groups
+from tests.hf_exports import export_hf
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,7 @@ def save(engine, folder):
 
 def export(engine, folder):
     model, tokenizer = engine.model, engine.tokenizer
-    convert.export_hf(
-        folder, **modules_of(engine), model=model, layout="flash", tokenizer=tokenizer
-    )
+    export_hf(folder, **modules_of(engine), model=model, layout="flash", tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("write", [save, export])

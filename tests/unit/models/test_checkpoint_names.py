@@ -13,7 +13,8 @@ from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.checkpoint.extra_state import load_state
 from megatron_vico.checkpoint.run_folder import iteration_folder
 from megatron_vico.config.registry import get_model_config
-from megatron_vico.convert.convert import convert, export_hf
+from megatron_vico.convert.convert import convert
+from tests.hf_exports import export_hf
 from tests.toy_models import make_encoder, make_language_model
 
 GOLDEN = Path(__file__).parents[3] / "tests" / "golden"

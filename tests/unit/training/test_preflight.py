@@ -12,8 +12,9 @@ from megatron_vico.cli.main import main
 from megatron_vico.config.flags import to_yaml
 from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.schema import RunConfig
-from megatron_vico.convert.convert import convert, export_hf
+from megatron_vico.convert.convert import convert
 from megatron_vico.data.encode.tokenizer import load_tokenizer, train_sentencepiece
+from tests.hf_exports import export_hf
 from tests.toy_models import make_encoder, make_language_model
 from tests.training_runs import ToyData
 

@@ -2,6 +2,9 @@
 by transformers."""
 
 import base64
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,12 +13,14 @@ from transformers import AutoTokenizer
 
 from megatron_vico.data.encode.conversation import encode_conversation
 from megatron_vico.data.encode.expand import expand
-from megatron_vico.data.encode.qwen_tokenizer import build_tokenizer, read_tiktoken, write_tokenizer
 from megatron_vico.data.encode.tokenizer import load_tokenizer
 from megatron_vico.data.encode.video import with_frames
 from megatron_vico.data.samples import EncodedSample, Turn
 
 IGNORED = -100
+tool = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).parents[2] / "tools" / "build_tokenizer.py"))
+)
 SYSTEM_MESSAGE = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: E501, RUF001
 
 ASK, ANSWER = Turn("human", "<image>\nWhat is  this?"), Turn("gpt", " A red\n\nhouse, no. 42.")
@@ -109,7 +114,7 @@ def folder(tmp_path_factory):
     path.write_text(
         "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
     )
-    write_tokenizer(build_tokenizer(read_tiktoken(path)), path.parent / "built")
+    tool.write_tokenizer(tool.build_tokenizer(tool.read_tiktoken(path)), path.parent / "built")
     return path.parent / "built"
 
 

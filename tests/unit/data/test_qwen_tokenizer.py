@@ -5,19 +5,18 @@ import base64
 import random
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiktoken
 from transformers import AutoTokenizer
 
-from megatron_vico.data.encode.qwen_tokenizer import (
-    PRE_TOKENIZER_PATTERN,
-    build_tokenizer,
-    read_tiktoken,
-    write_tokenizer,
-)
 from megatron_vico.data.encode.tokenizer import load_tokenizer
 from megatron_vico.errors import ConfigError
+
+tool = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).parents[3] / "tools" / "build_tokenizer.py"))
+)
 
 # In Qwen's file the first added token is 151643; here it follows these. A token may be reached in
 # one way only ("lo" + "w", never "l" + "ow" though both have a rank), and " lower" merges two
@@ -39,14 +38,14 @@ def tiktoken_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def folder(tiktoken_file) -> Path:
     target = tiktoken_file.parent / "built"
-    write_tokenizer(build_tokenizer(read_tiktoken(tiktoken_file)), target)
+    tool.write_tokenizer(tool.build_tokenizer(tool.read_tiktoken(tiktoken_file)), target)
     return target
 
 
 def test_ids_equal_tiktoken(tiktoken_file, folder):
-    ranks = read_tiktoken(tiktoken_file)
+    ranks = tool.read_tiktoken(tiktoken_file)
     oracle = tiktoken.Encoding(
-        "toy", pat_str=PRE_TOKENIZER_PATTERN, mergeable_ranks=ranks, special_tokens={}
+        "toy", pat_str=tool.PRE_TOKENIZER_PATTERN, mergeable_ranks=ranks, special_tokens={}
     )
     built = load_tokenizer(folder)
     rng = random.Random(0)
@@ -99,16 +98,15 @@ def test_broken_files_are_refused(tmp_path, content, message):
     path = tmp_path / "qwen.tiktoken"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=message):
-        read_tiktoken(path)
+        tool.read_tiktoken(path)
 
 
 def test_missing_file_names_the_packages(tmp_path):
     with pytest.raises(ConfigError, match="qwen-agent"):
-        read_tiktoken(tmp_path / "none")
+        tool.read_tiktoken(tmp_path / "none")
 
 
 def test_the_tool_prints_ids_and_writes_a_tokenizer(tiktoken_file, folder, tmp_path, capsys):
-    tool = runpy.run_path(str(Path(__file__).parents[3] / "tools" / "build_tokenizer.py"))
-    tool["main"](["--from-tiktoken", str(tiktoken_file), "--out", str(tmp_path / "out")])
+    tool.main(["--from-tiktoken", str(tiktoken_file), "--out", str(tmp_path / "out")])
     assert f"{256 + len(MERGED) + 28}  <IMG_CONTEXT>" in capsys.readouterr().out
     assert load_tokenizer(tmp_path / "out").fingerprint == load_tokenizer(folder).fingerprint

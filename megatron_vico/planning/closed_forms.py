@@ -11,6 +11,7 @@ from megatron_vico.config.layout import num_microbatches, replica_size
 from megatron_vico.config.pipeline_split import fixed_stages, layers_of_a_stage, virtual_stages
 from megatron_vico.config.registry import LanguageConfig, ModelConfig
 from megatron_vico.config.schema import WIDE_ROWS, RunConfig
+from megatron_vico.config.stages import MODULES
 from megatron_vico.planning.simulate import Pipeline, StageTimes, step_seconds
 from megatron_vico.training.flops import (
     attention_flops_per_token_squared,
@@ -110,7 +111,9 @@ def static_bytes(
 
     trained, counts = cfg.stage.trained, model.parameter_counts()
     encoder = {
-        name: getattr(counts, name) for name in _ENCODER if name not in cfg.stage.spec.unused
+        name: getattr(counts, name)
+        for name in MODULES
+        if name not in (*cfg.stage.spec.unused, "language_model")
     }
     moving = sum(size for name, size in encoder.items() if name in trained)
     size = 2 if cfg.training.bf16 else 4
@@ -145,9 +148,6 @@ def static_bytes(
         own *= "language_model" in kept
         found["reference"] = size * (own + sum(encoder[name] for name in held))
     return found
-
-
-_ENCODER = ("vit", "connector_4x", "connector_16x", "vir")
 
 
 def step_bytes(

@@ -97,9 +97,8 @@ class Policy:
         self.encoder.eval()
         for chunk in self.language_chunks:
             chunk.train(any(name != "vir" for name in self.trained))
-        for name in ("vit", "connector_4x", "connector_16x", "vir"):
-            if name in self.trained:
-                getattr(self.encoder, name).train()
+        for name in self.trained - {"language_model"}:
+            getattr(self.encoder, name).train()
 
     def eval_mode(self) -> None:
         """Inference behaviour everywhere: no dropped path, no balancing loss."""

@@ -26,6 +26,7 @@ from megatron_vico.inference.plans import PlanSource, Prompt, PromptImage, Routi
 from megatron_vico.inference.sampling import Sampling
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel
+from megatron_vico.models.to_device import to_device
 
 _PATCHES_AT_ONCE = 1 << 16
 """Of the ViT: 64 tiles of 1024; more is no faster and takes memory."""
@@ -247,7 +248,7 @@ class Engine:
         at_once = max(1, _PATCHES_AT_ONCE // self.model.vision.num_patches)
         return torch.cat(
             [
-                self.encoder.features(self.encoder.normalise(chunk.to(self.device)))
+                self.encoder.features(self.encoder.normalise(to_device(chunk, self.device)))
                 for chunk in torch.from_numpy(tiles).split(at_once)
             ]
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_vico.data.encode.tokenizer import Tokenizer
+from megatron_vico.models.to_device import to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class Chooser:
         """The next token, a scalar int64; `ids` are those before it, prompt included."""
         scores = logits_V[None].float()
         if self._processors:
-            before = torch.tensor([ids], device=logits_V.device)
+            before = to_device(torch.tensor([ids]), logits_V.device)
             for process in self._processors:
                 scores = process(before, scores)
         if self._sampling.temperature == 0:

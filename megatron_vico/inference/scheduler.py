@@ -18,6 +18,7 @@ from megatron_vico.errors import SampleError
 from megatron_vico.inference.engine import Engine, PromptPart, RoutedPrompt
 from megatron_vico.inference.plans import PlanSource, Prompt
 from megatron_vico.inference.sampling import AnswerText, Chooser, Sampling
+from megatron_vico.models.to_device import to_device
 
 PREFILL_TOKENS = 1 << 14
 """Most tokens, padding included, that several prompts may be read with in one pass."""
@@ -198,15 +199,16 @@ class Scheduler:
             )
         num_new_B = torch.tensor([len(part.token_ids) for part in parts])
         hidden_BSH = engine.language_model.forward_batch(
-            torch.from_numpy(ids).to(device),
-            (self._cache.lengths[rows_B, None] + torch.arange(longest)).to(device),
+            to_device(torch.from_numpy(ids), device),
+            to_device(self._cache.lengths[rows_B, None] + torch.arange(longest), device),
             visual,
-            visual_index.to(device),
+            to_device(visual_index, device),
             self._cache,
             num_new_B=num_new_B,
             rows_B=rows_B,
         )
-        rows_BH = hidden_BSH[torch.arange(len(parts), device=device), (num_new_B - 1).to(device)]
+        last_B = to_device(num_new_B - 1, device)
+        rows_BH = hidden_BSH[torch.arange(len(parts), device=device), last_B]
         # The model's vocabulary is larger than the tokenizer's (151,936 and 151,678).
         vocab_size = engine.tokenizer.vocab_size
         logits_BV = engine.language_model.response_logits(rows_BH)[:, :vocab_size]

@@ -229,8 +229,8 @@ def batch_layout(
     if cache is not None:
         slots_BS = cache.slots(rows_B, num_new_B, positions_BS.size(1))
         layout.num_slots = int(slots_BS.max()) + 1
-        layout.slots_BS = slots_BS.to(positions_BS.device)
+        layout.slots_BS = to_device(slots_BS, positions_BS.device)
+        layout.rows_B1 = to_device(rows_B[:, None], positions_BS.device)
         in_order = torch.equal(rows_B, torch.arange(len(rows_B)))
-        layout.rows = slice(len(rows_B)) if in_order else rows_B.to(positions_BS.device)
-        layout.rows_B1 = rows_B[:, None].to(positions_BS.device)
+        layout.rows = slice(len(rows_B)) if in_order else layout.rows_B1[:, 0]
     return layout

@@ -1,6 +1,7 @@
 """The engine equals the naive way: one conversation at a time, all of its text for every token."""
 
 import io
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -181,6 +182,32 @@ def test_a_token_is_one_read_of_the_device(engine, monkeypatch):
     for _ in range(5):
         scheduler.step()
     assert len(reads) == 2 * 5  # the tokens; and the lengths, which are on the host
+
+
+def test_nothing_that_a_token_needs_waits_for_the_device(engine, monkeypatch):
+    """What goes there is page-locked first (`to_device`), and not behind a pass that it waits for."""
+    penalty = Sampling(ignore_eos=True, repetition_penalty=1.3, temperature=0.7)
+    scheduler, waits = Scheduler(engine), []
+    for index, sampling in ((3, Sampling(ignore_eos=True)), (8, penalty)):
+        prompt = engine.prompt(conversation(index, num_questions=1))
+        scheduler.add(Request(prompt=prompt, plan="none", sampling=sampling))
+    scheduler.step()
+
+    def noted(real):
+        def call(*args, **kwargs):
+            caller = sys._getframe(1).f_globals["__name__"]
+            named = any(isinstance(each, torch.device) for each in (*args, *kwargs.values()))
+            if named and caller.startswith("megatron_vico."):
+                waits.append(caller)
+            return real(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(torch.Tensor, "to", noted(torch.Tensor.to))
+    monkeypatch.setattr(torch, "tensor", noted(torch.tensor))
+    for _ in range(3):
+        scheduler.step()
+    assert waits == []
 
 
 def test_answers_depend_on_the_plan(engine):

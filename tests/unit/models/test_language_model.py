@@ -1,5 +1,7 @@
 """Recomputation, number formats and the head of the language model."""
 
+import functools
+import types
 from typing import Any
 
 import pytest
@@ -14,7 +16,8 @@ from megatron_vico.models.build import (
     language_transformer_config,
     padded_vocab_size,
 )
-from megatron_vico.models.language_model import LanguageModel
+from megatron_vico.models.language_model import LanguageModel, VocabularyHead
+from megatron_vico.planning.meter import Meter
 from tests.toy_models import pack, randomise
 
 
@@ -65,6 +68,18 @@ def test_bf16_has_float32_logits_near_the_float32_model(single_process_groups: N
     assert (logits == logits.bfloat16().float()).float().mean() < 0.05
     # Measured: 0.014.
     assert ((logits - expected_logits).norm() / expected_logits.norm()).item() < 0.02
+
+
+def test_on_a_gpu_no_logit_costs_a_float32_copy_of_the_head() -> None:
+    """As a decoded token's would: of 8B's head, 2.5 GB written and read. Counted on no device."""
+    make = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    with Meter() as meter, torch.no_grad():
+        head: Any = types.SimpleNamespace(weight=make(51_200, 64))
+        rows_B1H = make(3, 1, 64)
+        before = meter.total
+        logits = VocabularyHead.forward(head, rows_B1H)
+        assert (logits.shape, logits.dtype) == ((3, 1, 51_200), torch.float32)
+        assert max(meter.counted.peak.values()) == before + logits.nbytes
 
 
 def test_vocabulary_is_padded_as_megatron_does() -> None:

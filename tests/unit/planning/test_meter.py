@@ -1,5 +1,6 @@
 """The meter's counts, against what they are by hand."""
 
+import pytest
 import torch
 from torch.profiler import record_function
 
@@ -57,3 +58,15 @@ def test_a_copy_from_the_host_that_is_waited_for() -> None:
         host.to("meta")
         place.copy_(host)
     assert sum(meter.counted.waits.values()) == 2
+
+
+def test_a_product_added_to_float32_asks_no_torch_for_its_shape() -> None:
+    """Of torch 2.11, on "meta", it is an error."""
+    total = torch.zeros(6, 4, device="meta")
+    a, b = (torch.zeros(size, device="meta", dtype=torch.bfloat16) for size in ((6, 5), (5, 4)))
+    meter = Meter()
+    meter._call = lambda func, *_: pytest.fail(f"{func} is called")
+    with meter:
+        out = torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    assert out is total
+    assert meter.counted.flops.total() == 2 * 5 * 6 * 4

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_vico.cli.command_line import read
+from megatron_vico.config.gpus import compiler_trouble
 
 REQUIRED = (
     *("torch", "megatron-core", "transformers", "safetensors", "sentencepiece", "webdataset"),
@@ -120,7 +121,15 @@ def _devices() -> list[Finding]:
         nccl = Finding("NCCL", "absent", note="collectives go through gloo")
     has_gloo = distributed.is_available() and distributed.is_gloo_available()
     note = "" if on_gpu else "collectives of runs on the CPU"
-    return [cuda, nccl, Finding("gloo", "ok" if has_gloo else "missing", note=note)]
+    gloo = Finding("gloo", "ok" if has_gloo else "missing", note=note)
+    return [cuda, nccl, gloo, *([_compiler()] if on_gpu else [])]
+
+
+def _compiler() -> Finding:
+    name, trouble = "C compiler", compiler_trouble()
+    if trouble is None:
+        return Finding(name, "ok")
+    return Finding(name, "broken", note=f"{trouble}: Triton and torch.compile need it on a GPU")
 
 
 def _transformer_engine() -> Finding:

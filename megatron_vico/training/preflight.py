@@ -11,6 +11,7 @@ from megatron_vico.checkpoint.run_folder import (
     resolve_model,
 )
 from megatron_vico.config.config_json import differences
+from megatron_vico.config.gpus import compiler_trouble
 from megatron_vico.config.megatron_kwargs import megatron_kwargs
 from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import RunConfig
@@ -151,7 +152,11 @@ def check_environment(cfg: RunConfig) -> None:
             f"--wandb-project {cfg.checkpoint.wandb_project}: wandb is not installed; `pip install"
             " wandb`, or leave the flag out."
         )
+    import torch
     from megatron.core.distributed import DistributedDataParallelConfig
+
+    if torch.cuda.is_available() and (trouble := compiler_trouble()):
+        raise ConfigError(f"{trouble}: Triton and torch.compile need it on a GPU.")
 
     from megatron_vico.models.build import language_transformer_config, transformer_engine_usable
     from megatron_vico.training.optimizer import optimizer_config

@@ -114,3 +114,18 @@ def test_an_engine_that_lacks_a_module_is_only_absent(tmp_path: Path) -> None:
     line = next(line for line in done.stdout.splitlines() if "transformer-engine" in line)
     assert line.startswith("absent")
     assert "(No module named 'no_such_module'); falls back to megatron-core's local" in line
+
+
+def test_without_a_compiler_nothing_runs_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert doctor._compiler().state == "ok"
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    headers = doctor._compiler()
+    assert (headers.state, headers.note.partition(";")[0]) == (
+        "broken",
+        f"{tmp_path / 'Python.h'} is not there",
+    )
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    assert doctor._compiler().note.startswith("no C compiler is found; install gcc: Triton")

@@ -312,3 +312,7 @@ def test_on_a_gpu_the_distributed_optimizer_needs_an_adam_that_can_be_resumed(
     check_environment(run(""))
     with pytest.raises(ConfigError, match=r"--use-distributed-optimizer: .*install TransformerEng"):
         check_environment(run("--use-distributed-optimizer"))
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(ConfigError, match="install gcc: Triton and torch"):
+        check_environment(run(""))

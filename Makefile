@@ -12,6 +12,9 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.13; do \
 
 # For `make gpu`, which makes no environment: a GPU machine often has no network, and torch and
 # TransformerEngine are its container's. Wheels and archives beside it: make gpu PACKAGES=/folder
+# What a machine with torch, transformers, sentencepiece, tensorboard and matplotlib may lack.
+GPU_PACKAGES = annotated-types braceexpand docstring-parser megatron-core psutil pydantic pydantic-core \
+	tenacity typeguard typing-inspection tyro webdataset
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 # Files of tests at a time; those that start several processes come first (tests/conftest.py).
@@ -27,7 +30,7 @@ SITE_PACKAGES = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 EVAL_BIN := .venv-eval/bin
 EVAL_STAMP := .venv-eval/.installed
 
-.PHONY: help venv test gpu test-quick test-large test-plan test-slurm test-te test-eval test-readme lint docs demo demo-quick clean
+.PHONY: help venv test gpu gpu-packages test-quick test-large test-plan test-slurm test-te test-eval test-readme lint docs demo demo-quick clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -82,6 +85,10 @@ test-readme: $(STAMP)  ## README from top to bottom in a fresh clone of the last
 
 gpu:  ## the checks for one GPU that are left, for MINUTES=8 (without one: small forms, as in `make test`)
 	$(GPU_PYTHON) -m tests.gpu --minutes $(or $(MINUTES),8) $(if $(PACKAGES),--packages $(PACKAGES)) $(CHECKS)
+
+gpu-packages: $(STAMP)  ## wheels for `make gpu` on a machine without a network, into PACKAGES=build/gpu
+	$(BIN)/python -m pip download --no-deps --constraint constraints.txt \
+		--dest $(or $(PACKAGES),build/gpu) $(GPU_PACKAGES)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

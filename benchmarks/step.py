@@ -5,6 +5,11 @@
     torchrun --nproc-per-node 2 benchmarks/step.py --tensor-model-parallel-size 2
     torchrun --nproc-per-node 8 benchmarks/step.py --size internvl3_5-8b --pack-tokens 32768 --bf16
     ...
+    python benchmarks/step.py --device cuda
+
+The last is something else: the checks of `make gpu` that take a whole step, four layers of 8B's
+width and 1B and 2B whole, with MFU, memory beside the dry run's, FP8 and their goals
+(tests/gpu/step_check.py); `--device cpu` runs their small form.
 
 Flags that are not listed by --help are those of `vico train` (layout, --bf16, --attention,
 --kl-chunk-rows, ...).
@@ -313,7 +318,7 @@ def print_table(found: Measured) -> None:
         )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a table, write JSON."""
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(
@@ -331,7 +336,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=9, help="pairs of steps to take the median of")
     parser.add_argument("--warmup", type=int, default=1, help="pairs before them")
     parser.add_argument("--json", type=Path, help="JSON file to write")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="run the checks of `make gpu` of a step there"
+    )
     options, rest = parser.parse_known_args(arguments)
+    if options.device is not None:
+        from tests.gpu.__main__ import main as run_checks
+        from tests.gpu.one import STEP_CHECKS
+
+        if (options.device == "cuda") != torch.cuda.is_available():
+            found = (
+                "no GPU" if options.device == "cuda" else "a GPU (CUDA_VISIBLE_DEVICES= hides it)"
+            )
+            parser.error(f"--device {options.device}, but torch finds {found}")
+        journal = [] if options.json is None else ["--journal", str(options.json)]
+        return run_checks([*STEP_CHECKS, *journal, *rest])
     model, cfg, world_size = benchmark_model(options.size), parse(rest), launched_world_size()
     packs = options.num_packs * data_parallel_size(cfg.parallel, world_size)
     iters = options.warmup + options.steps
@@ -341,13 +360,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_layout(cfg, model=model, world_size=world_size)
     with started(cfg.parallel, seed=cfg.training.seed, timeout_minutes=10) as groups:
         found = measure(options, cfg, model, groups)
-        if not groups.is_main:
-            return
-        print_table(found)
-        if options.json:
+        if groups.is_main:
+            print_table(found)
+        if groups.is_main and options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(dataclasses.asdict(found), indent=2) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

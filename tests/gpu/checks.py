@@ -35,10 +35,16 @@ def versions(machine: Machine) -> Figures:
     from megatron.core.extensions import transformer_engine
     from megatron.core.optimizer import Adam
 
+    from megatron_vico.config.gpus import compiler_trouble
+    from megatron_vico.cpu_stand_in import engine_trouble
     from megatron_vico.models.build import transformer_engine_usable
 
     found: Figures = {"Adam": Adam.__module__, "cuDNN": str(torch.backends.cudnn.version())}
     if machine.on_gpu:
+        trouble = compiler_trouble()
+        assert trouble is None, trouble
+        engine = engine_trouble()
+        assert engine is None, f"TransformerEngine cannot be imported: {engine.reason}"
         assert transformer_engine.HAVE_TE, "megatron-core finds no TransformerEngine"
         assert transformer_engine_usable()
     return found

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_vico.config.schema import ParallelOptions
 from megatron_vico.parallel.groups import Groups, started
 
+WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 Figures = dict[str, float | str]
 """What a check found, by what it is, units included."""
 
@@ -22,6 +23,8 @@ class Machine(contextlib.ExitStack):
         super().__init__()
         self.on_gpu = torch.cuda.is_available()
         self.device = torch.device("cuda" if self.on_gpu else "cpu")
+        self.found: Figures = {}
+        """What a check that takes long has found so far: kept, should the rest of it fail."""
 
     @functools.cached_property
     def groups(self) -> Groups:
@@ -47,6 +50,13 @@ class Machine(contextlib.ExitStack):
         action()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 1e9
+
+    def host_waits(self, action: Callable[[], object]) -> int:
+        """How often the host waits for the device in a call; 0 on a CPU."""
+        # With its copies, which queue something and then wait for it.
+        with torch.profiler.profile() as profile:
+            action()
+        return sum(each.count for each in profile.key_averages() if each.key in WAITS)
 
     def normal(self, *shape: int, seed: int = 0) -> Tensor:
         """Random bfloat16 numbers."""

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from tests.gpu.machine import Figures, Machine
 
 PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine")
-FILES = {"kl_head": "kl_check", "step_8b_width": "step_check", "step_small_sizes": "step_check"}
+STEP_CHECKS = ("step_8b_width", "step_small_sizes")
+FILES = {"kl_head": "kl_check", "answers": "answers_check"}
+FILES |= dict.fromkeys(STEP_CHECKS, "step_check")
 """Of the checks that are not in checks.py."""
 
 
@@ -35,6 +37,7 @@ def report_of(name: str) -> dict[str, Any]:
         from tests.gpu.machine import Machine
 
         with Machine() as machine:
+            report["figures"] = machine.found
             return report | {"result": "ok", "figures": check(machine)}
     except ModuleNotFoundError as error:
         said = f"there is no module {error.name}: put its wheel into the folder of --packages"

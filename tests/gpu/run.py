@@ -28,6 +28,7 @@ LIMITS_S = {
     "step_8b_width": 150,
     "step_small_sizes": 150,
     "width": 120,
+    "answers": 120,
     "vision": 90,
     "fp8": 90,
     "offload": 90,
@@ -113,7 +114,7 @@ def shown(line: Line) -> str:
         f"{what} {value if isinstance(value, str) else format(value, '.4g')}"
         for what, value in line.get("figures", {}).items()
     )
-    said = figures or line.get("said", "")
+    said = "; ".join(filter(None, (line.get("said"), figures)))
     return f"{line['result']:7} {line['check']:12} {said} [{line['seconds']:.0f} s]"
 
 

@@ -3,6 +3,7 @@
 Packs are those of benchmarks/step.py, whose clock this is: 75 % visual tokens, frozen ViT.
 """
 
+import functools
 import gc
 import os
 import statistics
@@ -15,9 +16,7 @@ from benchmarks.runs import build_run, make_batch
 from benchmarks.step import time_step
 from megatron_vico.config.gpus import peak_tflops
 from megatron_vico.models.build import transformer_engine_usable
-from megatron_vico.parallel.batch import StepBatch
 from megatron_vico.training.flops import step_flops
-from megatron_vico.training.setup import Run
 from megatron_vico.training.trainer import compute_gradients
 from tests.gpu.machine import Figures, Machine
 from tests.gpu.predicted import run_of
@@ -25,25 +24,26 @@ from tests.gpu.predicted import run_of
 STEPS = 3
 SFT, VICO = ("--stage", "pretrain"), ("--stage", "consistency")
 FP8 = ("--fp8-format", "hybrid")
-WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
 
 
 def step_8b_width(machine: Machine) -> Figures:
     """Four layers of 8B's width: fine-tuning, ViCO, and ViCO in FP8."""
     size = ("internvl3_5-8b", 4) if machine.on_gpu else ("toy", 0)
-    sft, vico = (_step(machine, *size, stage) for stage in (SFT, VICO))
-    found = _named("SFT", sft) | _named("ViCO", vico)
+    found = machine.found
+    found |= _named("ViCO", vico := _step(machine, *size, VICO))
+    found |= _named("SFT", sft := _step(machine, *size, SFT))
     found["ViCO ms over SFT's"] = float(vico["ms"]) / float(sft["ms"])
     if transformer_engine_usable():
         found |= _named("FP8 ViCO", fp8 := _step(machine, *size, (*VICO, *FP8)))
         found["bf16 ms over FP8's"] = float(vico["ms"]) / float(fp8["ms"])
-    return found | _named("ViCO", _predicted(*size, VICO))
+    found |= _named("ViCO", _predicted(*size, VICO))
+    return found
 
 
 def step_small_sizes(machine: Machine) -> Figures:
     """1B and 2B with all their layers, 2B with full recompute."""
-    found: Figures = {}
+    found = machine.found
     sizes = (("internvl3_5-1b", ()), ("internvl3_5-2b", FULL)) if machine.on_gpu else (("toy", ()),)
     for size, flags in sizes:
         found |= _named(size, _step(machine, size, 0, (*VICO, *flags)))
@@ -75,7 +75,10 @@ def _step(machine: Machine, size: str, num_layers: int, flags: tuple[str, ...]) 
     found: Figures = {"ms": 1e3 * seconds, "TFLOP/s": flops / seconds / 1e12}
     for phase in timed[-1].phases_s:
         found[f"{phase} ms"] = 1e3 * statistics.median(each.phases_s[phase] for each in timed[1:])
-    found["host waits before the norm"] = _host_waits(run, batch)
+    # Until all is queued that gives the gradients.
+    found["host waits before the norm"] = machine.host_waits(
+        functools.partial(compute_gradients, run, batch)
+    )
     if machine.on_gpu:
         found["GB at most"] = torch.cuda.max_memory_allocated() / 1e9
         if peak := peak_tflops(torch.cuda.get_device_name()):
@@ -84,14 +87,6 @@ def _step(machine: Machine, size: str, num_layers: int, flags: tuple[str, ...]) 
     gc.collect()
     torch.cuda.empty_cache()
     return found
-
-
-def _host_waits(run: Run, batch: StepBatch) -> int:
-    """How often the host waits for the device until all is queued that gives the gradients."""
-    # With its copies, which queue something and then wait for it.
-    with torch.profiler.profile() as profile:
-        compute_gradients(run, batch)
-    return sum(each.count for each in profile.key_averages() if each.key in WAITS)
 
 
 def _predicted(size: str, num_layers: int, flags: tuple[str, ...]) -> Figures:

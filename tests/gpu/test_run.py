@@ -1,6 +1,9 @@
 """The command keeps to its time, stops for no check, and goes on where it ended."""
 
+import contextlib
+import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.gpu.__main__ import ROOT, main
-from tests.gpu.run import Session, lines_of, pending, run, unpacked
+from tests.gpu.run import NEEDED, Session, lines_of, pending, run, unpacked
 
 # What stands for a check, by its name; the report is argument 2.
 SCRIPT = """
@@ -165,6 +168,28 @@ def test_packages_without_a_network(tmp_path: Path) -> None:
     assert done.stdout == "3\n", done.stderr
     with pytest.raises(ValueError, match=r"no wheels \(\*\.whl\) in .*files; --packages names"):
         unpacked(files, tmp_path / "nothing")
+
+
+def test_the_wheels_are_what_a_machine_with_transformers_may_lack() -> None:
+    """`make gpu-packages` fetches all that the checks import and that those do not bring."""
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", "")
+    (listed,) = re.findall(r"^GPU_PACKAGES = (.*)$", makefile, re.MULTILINE)
+    there = set[str]()
+    left = "torch transformers sentencepiece tensorboard matplotlib".split()
+    while left:
+        if (name := _canonical(left.pop())) not in there:
+            there.add(name)
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                left += [
+                    each for each in importlib.metadata.requires(name) or () if ";" not in each
+                ]
+    of_import = importlib.metadata.packages_distributions()
+    needed = {_canonical(of_import[name.partition(".")[0]][0]) for name in NEEDED}
+    assert needed - there <= set(listed.split()) <= needed
+
+
+def _canonical(requirement: str) -> str:
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement)[0]).lower()
 
 
 @pytest.mark.slow

@@ -41,5 +41,5 @@ def test_figures_stand_beside_their_goals() -> None:
     assert f"| kl_head | {ratio} | 2.5 | at least 2: reached |" in first
     assert "| fp8 | **hangs** | stopped after 90 s | |" in first
     assert "- kl_head: commit def, 2026-01-01 00:00; torch 2.11" in first
-    assert "stages, step_8b_width, step_small_sizes, width, vision, offload." in first
+    assert "stages, step_8b_width, step_small_sizes, width, answers, vision, offload." in first
     assert "| 70 | at most 80: reached |" in second

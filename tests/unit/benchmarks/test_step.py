@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import step
+from tests.gpu import __main__ as gpu
+from tests.gpu.run import LIMITS_S
 
 
 def test_a_small_model(
@@ -27,3 +29,20 @@ def test_a_small_model(
     for bytes_of in found["reference_bytes"].values():
         assert bytes_of["kept"] == bytes_of["rows"] > 0
     assert "ratio" in capsys.readouterr().out
+
+
+def test_a_device_is_given_to_the_checks_of_make_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same code, its journal and its goals: `python -m benchmarks.results` reads it."""
+    given = []
+    monkeypatch.setattr(gpu, "run", lambda names, session: given.append((names, session)) or 3)
+    journal = tmp_path / "gpu.jsonl"
+    words = ["--json", str(journal), "--minutes", "2"]
+    assert step.main(["--device", "cpu", *words]) == 3
+    ((names, session),) = given
+    assert set(names) == {check for check in LIMITS_S if check.startswith("step_")}
+    assert (session.journal, session.minutes) == (journal, 2)
+    with pytest.raises(SystemExit):
+        step.main(["--device", "cuda"])
+    assert "--device cuda, but torch finds no GPU" in capsys.readouterr().err

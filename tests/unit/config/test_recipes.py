@@ -62,6 +62,9 @@ def test_settings_of_the_paper(size: str) -> None:
     frozen = parse(["--recipe", str(path_of(size, FROZEN))]).stage
     assert set(consistency.stage.trained) == {*frozen.trained, "vit"}
     assert consistency.stage.reference_offload == "vit"
+    # Communication runs under what is computed.
+    assert consistency.parallel.overlap_grad_reduce
+    assert consistency.parallel.overlap_param_gather
     optimizer = consistency.optimizer
     assert (optimizer.lr, optimizer.min_lr, optimizer.lr_decay_style) == (4e-6, 1e-7, "cosine")
     router = parse(["--recipe", str(path_of(size, "router"))])

@@ -185,7 +185,7 @@ def test_a_token_is_one_read_of_the_device(engine, monkeypatch):
 
 
 def test_nothing_that_a_token_needs_waits_for_the_device(engine, monkeypatch):
-    """What goes there is page-locked first (`to_device`), and not behind a pass that it waits for."""
+    """What goes there is page-locked first (`to_device`): else a copy waits for what is queued."""
     penalty = Sampling(ignore_eos=True, repetition_penalty=1.3, temperature=0.7)
     scheduler, waits = Scheduler(engine), []
     for index, sampling in ((3, Sampling(ignore_eos=True)), (8, penalty)):

@@ -1,9 +1,13 @@
 """Tiles over ranks: equal runs in order, whole images where they are asked for."""
 
+from types import SimpleNamespace
+
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vico.parallel.tile_parallel import TileSplit, split_tiles
+from megatron_vico.parallel.tile_parallel import TileSplit, TokenExchange, split_tiles
 
 
 def shares(units: list[int], num_ranks: int) -> list[TileSplit]:
@@ -49,3 +53,30 @@ def test_turns_take_each_tile_of_a_rank_once(
             own = share.of(rank)
             assert taken == list(range(own.start, own.stop))
             assert max(run.stop - run.start for run in runs) <= chunk_tiles
+
+
+def test_a_turn_sends_a_chunk_to_the_ranks_that_embed_and_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without sequence parallelism each tensor-parallel rank gets every token: of all of a rank's
+    tiles at once that would be as many copies of them."""
+    tokens_per_tile, tiles = 4, 8
+    sizes: list[int] = []
+    monkeypatch.setattr(
+        TokenExchange, "_all_to_all", lambda self, sent, *_: sizes.append(len(sent)) or sent[:0]
+    )
+    tensor, context = (SimpleNamespace(size=lambda size=size: size) for size in (4, 1))
+    language = SimpleNamespace(tp=tensor, cp=context)
+    groups = SimpleNamespace(replica=None, language=language, device=torch.device("cpu"))
+    num_tokens = tiles * tokens_per_tile
+    inputs = SimpleNamespace(
+        visual_shard_V=torch.zeros(num_tokens, dtype=torch.int64),
+        document_lens=(num_tokens,),
+        shard_len=num_tokens,
+    )
+    split = split_tiles([1] * tiles, num_ranks=4, rank=0)
+    counts = [torch.full((tiles,), tokens_per_tile)]
+    exchange = TokenExchange(counts, [inputs], split, groups, chunk_tiles=1)
+    for turn in range(split.num_turns(1)):
+        exchange.deliver(turn, torch.zeros(tokens_per_tile, 3), None)
+    assert sizes == [4 * tokens_per_tile] * 2

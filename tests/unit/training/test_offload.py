@@ -4,11 +4,15 @@ as without.
 Here host and device are one memory; where a weight is can be told from its address.
 """
 
-from collections.abc import Callable, Iterable
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_vico.training.offload import HostOffload, blocks_for
 from megatron_vico.training.setup import Run
@@ -16,6 +20,7 @@ from tests.peak_bytes import PeakBytes
 from tests.unit.training.test_steps import gradients_of, main_grads, move_away, next_packs
 
 CPU = torch.device("cpu")
+WATCHED = (torch.ops.aten.copy_, torch.ops.aten.empty_like)
 
 
 def addresses(params: Iterable[Tensor]) -> list[int]:
@@ -194,3 +199,37 @@ def test_page_locked_blocks_are_full() -> None:
         assert start >= ends[block], "weights do not overlap"
         ends[block] = start + size
     assert all(end <= size for end, size in zip(ends, blocks, strict=True))
+
+
+def test_copies_run_beside_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stream of their own, behind what used the memory before; only `ready` waits for them."""
+    seen: list[str] = []
+    own = types.SimpleNamespace(
+        wait_stream=lambda stream: seen.append(f"behind {stream.name}"),
+        record_event=lambda: "arrival",
+    )
+    computing = types.SimpleNamespace(name="computing", wait_event=seen.append)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: own)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: computing)
+
+    @contextmanager
+    def on(stream: object) -> Iterator[None]:
+        assert stream is own
+        seen.append("own stream")
+        yield
+        seen.append("back")
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    offload = HostOffload([nn.Parameter(torch.ones(3), requires_grad=False)], CPU)
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            seen.extend([func.overloadpacket.__name__] if func.overloadpacket in WATCHED else [])
+            return func(*args, **(kwargs or {}))
+
+    with Copies():
+        offload.fetch()
+        seen.append("fetched")
+        offload.ready()
+    copied = ["own stream", "copy_", "back"]
+    assert seen == ["behind computing", "empty_like", *copied, "fetched", "arrival"]

@@ -250,7 +250,7 @@ def measure(
             steps[kind].append(timed)
             for pack in batch.packs if kind == "vico" else ():
                 tokens["reference"] += len(pack.reference.token_ids)
-                tokens["policy"] += len(pack.policies[0].stream.token_ids)
+                tokens["policy"] += len(pack.policies[0].token_ids)
                 tokens["response rows"] += len(pack.labels)
     return Measured(
         size=model.name,

@@ -145,6 +145,7 @@ def pack(
     num_tokens = sum(document_lens)
     generator = torch.Generator().manual_seed(seed)
     stream = PackedStream(
+        compressed=torch.zeros(0, dtype=torch.bool),
         token_ids=torch.randint(6, 512, (num_tokens,), generator=generator),
         visual_positions=torch.tensor(visual_positions, dtype=torch.int64),
         cu_seqlens=torch.tensor([0, *document_lens]).cumsum(0).int(),

@@ -121,6 +121,9 @@ class PackedStream:
     Positions and rows count from the start of the pack.
     """
 
+    compressed: Tensor
+    """[N] bool, the plan: True where the tile gets the small number of visual tokens."""
+
     token_ids: Tensor
     """[T] int64."""
 
@@ -133,16 +136,6 @@ class PackedStream:
     response_rows: Tensor
     """[R] int64, the position whose hidden state predicts response token r: the token's own
     position - 1."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PolicyView:
-    """One compression plan of a pack and the stream it leads to."""
-
-    compressed: Tensor
-    """[N] bool, True where the tile gets the small number of visual tokens."""
-
-    stream: PackedStream
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -173,7 +166,7 @@ class PackedBatch:
     reference: PackedStream
     """Nothing compressed."""
 
-    policies: tuple[PolicyView, ...]
+    policies: tuple[PackedStream, ...]
     """pretrain: none; warmup and consistency: one, and for validation one more with everything
     compressed; router: nothing compressed, then the router's question."""
 

@@ -6,7 +6,7 @@ same pack, so each also knows what the others hold: no length and no row has to 
 Shapes: T tokens of a pack, D documents (samples) of it, V visual tokens, R response rows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -86,7 +86,8 @@ def pad_stream(stream: PackedStream, cut: StreamCut) -> PackedStream:
     ids = torch.full((num_tokens + tail,), _PAD_ID, dtype=stream.token_ids.dtype)
     ids[torch.arange(len(stream.token_ids)) + shift_T] = stream.token_ids
     ends = [*(starts_D + padded_D).tolist(), *([num_tokens + tail] if tail else [])]
-    return PackedStream(
+    return replace(
+        stream,
         token_ids=ids,
         cu_seqlens=torch.tensor([0, *ends], dtype=torch.int32),
         visual_positions=stream.visual_positions + shift_T[stream.visual_positions],

@@ -46,7 +46,7 @@ def compare_plans(run: Run, batch: StepBatch, *, plans: Sequence[str]) -> Compar
     device, packs = groups.device, batch.packs
     reference_inputs = policy.inputs((pack.reference for pack in packs), groups)
     views = [[pack.policies[view] for pack in packs] for view in range(len(plans))]
-    view_inputs = [policy.inputs((each.stream for each in view), groups) for view in views]
+    view_inputs = [policy.inputs(view, groups) for view in views]
     run.clock.begin("encode")
     features_NPD = tile_features(policy.encoder, batch, device, chunk_tiles=policy.chunk_tiles)
     reference_tokens = reference.visual_tokens(

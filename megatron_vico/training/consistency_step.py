@@ -38,7 +38,7 @@ def consistency_step(run: Run, batch: StepBatch) -> StepSums:
     device, packs = groups.device, batch.packs
     # All that goes to the device goes before the passes: nothing between them waits for it.
     reference_inputs = policy.inputs((pack.reference for pack in packs), groups)
-    policy_inputs = policy.inputs((pack.policies[0].stream for pack in packs), groups)
+    policy_inputs = policy.inputs((pack.policies[0] for pack in packs), groups)
     weights = _row_weights(batch, groups)
     share_weights = [
         to_device(_own_rows(pack.kl_weight[:, None] * one_hot_shares(pack), groups), device)
@@ -132,7 +132,7 @@ def _whole_tokens(
     return visual_tokens(
         policy.encoder,
         batch,
-        None,
+        [pack.reference.compressed for pack in batch.packs],
         inputs=inputs,
         features_NPD=_frozen_features(policy, batch, groups),
         chunk_tiles=policy.chunk_tiles,

@@ -5,8 +5,6 @@ Divided by a time and the device's rate these give MFU; as estimates they tell c
 expensive packs (data/pack/balance.py).
 """
 
-import torch
-
 from megatron_vico.config.registry import LanguageConfig, ModelConfig, VisionConfig
 from megatron_vico.config.schema import StageOptions
 from megatron_vico.data.pack.balance import PackCost
@@ -85,14 +83,12 @@ def step_flops(model: ModelConfig, options: StageOptions, pack: PackedBatch) -> 
     backward = spec.plans != "one_tile"
     linear = 1 + backward + ("language_model" in trained)
     attention = 1 + 2 * backward
-    plans = [view.compressed for view in pack.policies] or [torch.zeros(pack.num_tiles).bool()]
-    streams = [view.stream for view in pack.policies] or [pack.reference]
     flops = (
         float(vit_flops_per_tile(model.vision)) * pack.num_tiles * (3 if "vit" in trained else 1)
     )
-    for compressed, stream in zip(plans, streams, strict=True):
+    for stream in pack.policies or (pack.reference,):
         flops += _language_flops(model.language, stream, linear=linear, attention=attention)
-        num_compressed = int(compressed.sum())
+        num_compressed = int(stream.compressed.sum())
         for name, tiles in (
             ("connector_4x", pack.num_tiles - num_compressed),
             ("connector_16x", num_compressed),

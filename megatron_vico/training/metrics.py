@@ -100,7 +100,7 @@ def sums_of(
     loss = loss.detach().float()
     if groups.replica.rank() != 0:
         packs = ()
-    views = [pack.policies[-1] if pack.policies else None for pack in packs]
+    views = [pack.policies[-1] if pack.policies else pack.reference for pack in packs]
     weight_by_share = None
     if kl_by_share is not None:
         weight_by_share = torch.zeros(len(SHARES), dtype=torch.float64)
@@ -111,12 +111,9 @@ def sums_of(
         loss=loss if groups.counts_loss or router is not None else torch.zeros_like(loss),
         samples=sum(len(pack.keys) for pack in packs),
         tiles=sum(pack.num_tiles for pack in packs),
-        compressed_tiles=sum(int(view.compressed.sum()) for view in views if view is not None),
+        compressed_tiles=sum(int(view.compressed.sum()) for view in views),
         reference_tokens=sum(len(pack.reference.token_ids) for pack in packs),
-        policy_tokens=sum(
-            len((pack.reference if view is None else view.stream).token_ids)
-            for pack, view in zip(packs, views, strict=True)
-        ),
+        policy_tokens=sum(len(view.token_ids) for view in views),
         response_tokens=sum(len(pack.labels) for pack in packs),
         skipped=sum(len(pack.skipped) for pack in packs),
         kl_by_share=(

@@ -74,7 +74,7 @@ class Reference:
         tokens = visual_tokens(
             self.encoder,
             batch,
-            None,
+            [pack.reference.compressed for pack in batch.packs],
             inputs=inputs,
             features_NPD=policy_features_NPD if self.shares_vit else None,
             chunk_tiles=self.chunk_tiles,

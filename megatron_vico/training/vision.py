@@ -116,7 +116,7 @@ class _Exchanged(torch.autograd.Function):
 def visual_tokens(
     encoder: VisionEncoder,
     batch: StepBatch,
-    plans: Sequence[Tensor] | None,
+    plans: Sequence[Tensor],
     *,
     inputs: Sequence[LanguageInputs],
     features_NPD: Tensor | None,
@@ -130,12 +130,10 @@ def visual_tokens(
     tiles (or their features) and its tokens: it is computed again in the backward pass.
 
     Args:
-        plans: [N] bool a pack, on the CPU, True = compressed; None: nothing is.
+        plans: [N] bool a pack, on the CPU, True = compressed.
         inputs: the streams that go with the plans, an entry a pack.
         features_NPD: ViT outputs of this rank's tiles; None, they are made here, chunk by chunk.
     """
-    if plans is None:
-        plans = [torch.zeros(pack.num_tiles, dtype=torch.bool) for pack in batch.packs]
     compressed_N = torch.cat(list(plans))[batch.split.own]
     device = groups.device
 

@@ -148,7 +148,5 @@ def _without_rows(pack: WholePack) -> WholePack:
         labels=pack.labels[:0],
         kl_weight=pack.kl_weight[:0],
         reference=no_rows(pack.reference),
-        policies=tuple(
-            dataclasses.replace(view, stream=no_rows(view.stream)) for view in pack.policies
-        ),
+        policies=tuple(map(no_rows, pack.policies)),
     )

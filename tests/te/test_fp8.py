@@ -77,7 +77,7 @@ def test_recompute_finds_the_same_gradients(recipe: str, stage_config: Any, grou
         run = set_up(stage_config("consistency", **RECIPES[recipe], **options), groups)
         run.policy.train_mode()
         batch = next(run.batches())
-        for stream in (batch.packs[0].reference, batch.packs[0].policies[0].stream):
+        for stream in (batch.packs[0].reference, batch.packs[0].policies[0]):
             padded = pad_stream(stream, run.policy.stream_cut)
             assert len(stream.token_ids) % 16
             assert len(padded.token_ids) % {"tensorwise": 16, "blockwise": 128}[recipe] == 0

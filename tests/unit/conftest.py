@@ -147,12 +147,11 @@ def joined(parts):
     """The parts of one pack as text: what its samples have, wherever it was cut."""
     parts = sorted(parts, key=lambda part: part.first_sample)
     views = [[part.reference for part in parts]]
-    views += [[view.stream for view in of] for of in zip(*(p.policies for p in parts), strict=True)]
-    plans = zip(*(part.policies for part in parts), strict=True)
+    views += list(zip(*(part.policies for part in parts), strict=True))
     tensors = [
         *([getattr(part, name) for part in parts] for name in ("labels", "kl_weight", "tiles")),
         *([stream.token_ids for stream in of_parts] for of_parts in views),
-        *([view.compressed for view in of_parts] for of_parts in plans),
+        *([view.compressed for view in of_parts] for of_parts in views),
     ]
     return repr(
         [

@@ -40,6 +40,7 @@ def expand(
     expanded = np.repeat(token_ids, repeats)
     lens = [sample.token_ids.size for sample in samples]
     return PackedStream(
+        compressed=plan,
         token_ids=torch.from_numpy(expanded),
         cu_seqlens=torch.from_numpy(starts[np.cumsum([0, *lens])].astype(np.int32)),
         visual_positions=torch.from_numpy(np.flatnonzero(expanded == image_token_id)),

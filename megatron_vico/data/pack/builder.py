@@ -12,7 +12,7 @@ from megatron_vico.config.stages import STAGES, Stage
 from megatron_vico.data.encode.expand import expand
 from megatron_vico.data.pack.balance import EQUAL_COST, PackCost
 from megatron_vico.data.pack.plan import Pack
-from megatron_vico.data.samples import EncodedSample, Gap, PackedBatch, PolicyView
+from megatron_vico.data.samples import EncodedSample, Gap, PackedBatch, PackedStream
 from megatron_vico.vico import compression_plan
 
 
@@ -69,21 +69,20 @@ class PackBuilder:
             sample_of_row=torch.from_numpy(np.repeat(np.arange(len(samples)), rows_per_sample)),
             labels=torch.from_numpy(np.concatenate([sample.labels for sample in samples])),
             kl_weight=torch.from_numpy(np.repeat(weights.astype(np.float32), rows_per_sample)),
-            reference=self._view(samples, torch.zeros_like(question)).stream,
-            policies=tuple(self._view(samples, plan) for plan in plans),
+            reference=self._stream(samples, torch.zeros_like(question)),
+            policies=tuple(self._stream(samples, plan) for plan in plans),
             router_tiles=question.nonzero().squeeze(1),
             router_tile_sample=torch.arange(len(samples)).repeat_interleave(asked_per_sample),
         )
 
-    def _view(self, samples: Sequence[EncodedSample], plan: Tensor) -> PolicyView:
-        stream = expand(
+    def _stream(self, samples: Sequence[EncodedSample], plan: Tensor) -> PackedStream:
+        return expand(
             samples,
             plan=plan,
             tokens_kept=self.tokens_kept,
             tokens_compressed=self.tokens_compressed,
             image_token_id=self.image_token_id,
         )
-        return PolicyView(compressed=plan, stream=stream)
 
     def _plans(
         self, samples: Sequence[EncodedSample], pack: Pack, question: Tensor

@@ -44,7 +44,6 @@ def by_sample(batch):
     """All that belongs to each sample of a batch, by its name."""
     found = {}
     counts = list(batch.tiles_per_sample)
-    views = [(None, batch.reference)] + [(view.compressed, view.stream) for view in batch.policies]
     for local, key in enumerate(batch.keys):
         tiles = slice(sum(counts[:local]), sum(counts[: local + 1]))
         rows = batch.sample_of_row == local
@@ -53,11 +52,11 @@ def by_sample(batch):
             batch.kl_weight[rows].tolist(),
             int((batch.router_tile_sample == local).sum()),
         ]
-        for plan, stream in views:
+        for stream in (batch.reference, *batch.policies):
             start, end = stream.cu_seqlens[local : local + 2].tolist()
             ids = stream.token_ids[start:end].tolist()
             rows_here = (stream.response_rows[rows] - start).tolist()
-            of_sample.append([ids, rows_here, plan[tiles].tolist() if plan is not None else None])
+            of_sample.append([ids, rows_here, stream.compressed[tiles].tolist()])
         found[key] = of_sample
     return found
 
@@ -96,8 +95,8 @@ def gap_of(sample):
     """What is left of a sample: its key, and one token that is not trained."""
     if sample is None:
         return None
-    key, _, _, _, _, _, *policies = sample
-    return [key, [], [], [], 0, [[0], [], None], *([[0], [], []] for _ in policies)]
+    key, _, _, _, _, *streams = sample
+    return [key, [], [], [], 0, *([[0], [], []] for _ in streams)]
 
 
 def test_a_pack_of_nothing_but_gaps(load, copy):

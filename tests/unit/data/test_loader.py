@@ -87,8 +87,8 @@ def test_batch_equals_its_samples_one_by_one(load, shards, encoder, sampler):
             (policy,) = batch.policies
             assert policy.compressed.tolist() == torch.cat(drawn).tolist()
             check_stream(batch.reference, samples, [torch.zeros_like(each) for each in drawn])
-            check_stream(policy.stream, samples, drawn)
-            for stream in (batch.reference, policy.stream):
+            check_stream(policy, samples, drawn)
+            for stream in (batch.reference, policy):
                 rows = stream.response_rows
                 assert stream.token_ids[rows + 1].tolist() == batch.labels.tolist()
                 assert (rows >= stream.cu_seqlens[batch.sample_of_row]).all()
@@ -159,7 +159,7 @@ def test_the_routers_question(load, granularity):
         for batch in batches:
             none, asked = batch.policies
             assert not none.compressed.any()
-            assert none.stream.token_ids.tolist() == batch.reference.token_ids.tolist()
+            assert none.token_ids.tolist() == batch.reference.token_ids.tolist()
             assert torch.nonzero(asked.compressed).flatten().tolist() == batch.router_tiles.tolist()
             sample_of_tile = torch.repeat_interleave(
                 torch.arange(len(batch.keys)), torch.tensor(batch.tiles_per_sample)

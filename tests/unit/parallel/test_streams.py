@@ -32,6 +32,7 @@ def streams(draw: st.DrawFn) -> PackedStream:
         for kind in set(chosen)
     }
     return PackedStream(
+        compressed=torch.zeros(0, dtype=torch.bool),
         token_ids=torch.arange(1, num_tokens + 1),
         cu_seqlens=torch.tensor([0, *lens]).cumsum(0).int(),
         visual_positions=places.get("visual", torch.zeros(0, dtype=torch.int64)),

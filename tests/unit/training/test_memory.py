@@ -117,7 +117,7 @@ def trained_tokens(run: Run, batch: StepBatch, *, features_NPD: Tensor | None) -
         batch,
         [pack.policies[0].compressed for pack in batch.packs],
         inputs=[
-            language_inputs(pack.policies[0].stream, StreamCut(), run.groups.device)
+            language_inputs(pack.policies[0], StreamCut(), run.groups.device)
             for pack in batch.packs
         ],
         features_NPD=features_NPD,

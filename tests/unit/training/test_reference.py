@@ -31,7 +31,7 @@ def test_a_reference_with_experts_moves_nothing(
             sums = compute_gradients(run, batch)
             # The scale is one for the whole process, and the reference's schedule sets it too: the
             # policy's must win.
-            tokens = sum(len(pack.policies[0].stream.token_ids) for pack in batch.packs)
+            tokens = sum(len(pack.policies[0].token_ids) for pack in batch.packs)
             assert MoEAuxLossAutoScaler.main_loss_backward_scale is not None
             torch.testing.assert_close(
                 MoEAuxLossAutoScaler.main_loss_backward_scale, torch.tensor([1 / tokens])

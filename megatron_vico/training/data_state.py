@@ -49,7 +49,7 @@ class DataState:
             self.loader.plan_state, self.loader.skips = place
 
     def go_on(self, place: tuple[PlanState, SkipList] | None) -> None:
-        """Count what was read and taken back; what was found since then stays known."""
+        """Go to a place; broken samples that were found since it was noted stay known."""
         if self.loader is not None and place is not None:
             self.loader.plan_state, skips = place
             for each in skips:

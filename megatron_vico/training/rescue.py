@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_vico.data.load.error_budget import SkipList
 from megatron_vico.data.pack.plan_state import PlanState
 from megatron_vico.errors import cause_of
 from megatron_vico.training.setup import Run
@@ -34,7 +35,7 @@ class Progress:
     is_sound: bool = True
     """Whether weights and optimizer are those after `iteration`."""
 
-    _plan: PlanState | None = field(init=False)
+    _place: tuple[PlanState, SkipList] | None = field(init=False)
     _window: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -48,16 +49,13 @@ class Progress:
 
     def step_done(self, iteration: int) -> None:
         """All of a step is done and its loss is a number: what is there now may be saved."""
-        loader = self.run.data.loader
         self.iteration, self.is_sound = iteration, True
-        self._plan = None if loader is None else loader.plan_state
+        self._place = self.run.data.place()
         self._window = self.run.window.state()
 
     def restore(self) -> None:
         """Forget what a step that was not done whole has taken: its packs and its ratios."""
-        loader = self.run.data.loader
-        if loader is not None and self._plan is not None:
-            loader.plan_state = self._plan
+        self.run.data.go_on(self._place)
         self.run.window.load(self._window)
 
 

@@ -20,8 +20,6 @@ class Groups:
     """The process groups that everything below the entry points is handed."""
 
     language: ProcessGroupCollection
-    """Megatron's groups of the language model."""
-
     encoder: ProcessGroupCollection
     """Groups of the vision encoder: data-parallel over all ranks (it is never split), all else of
     one rank."""
@@ -35,7 +33,6 @@ class Groups:
     """The ranks of `replica`, for what goes from host to host: it waits for no device."""
 
     device: torch.device
-    """Where this rank computes."""
 
     @property
     def data_parallel(self) -> torch.distributed.ProcessGroup:

@@ -47,11 +47,7 @@ class PackingFill:
     """[P], uncompressed."""
 
     tiles: IntArray
-    """[P]"""
-
     samples: IntArray
-    """[P]"""
-
     num_too_large: int
     """Samples of the data set that no pack can hold; left out."""
 
@@ -107,11 +103,7 @@ class ShardStatistics:
     """[D], trained tokens."""
 
     num_tiles: IntArray
-    """[D]"""
-
     num_images: IntArray
-    """[D]"""
-
     lengths: IntArray | None = None
     """[D], tokens with every tile uncompressed; None where the tokens of a tile are not known."""
 

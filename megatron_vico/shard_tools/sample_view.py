@@ -19,8 +19,6 @@ class ViewedImage:
     """An image file, and the tiles that the index says it is cut into."""
 
     content: bytes
-    """The file."""
-
     format: str = ""
     """PNG, JPEG, ...; empty if the file is no image."""
 

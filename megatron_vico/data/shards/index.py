@@ -49,7 +49,6 @@ class IndexedSample:
     """Trained tokens."""
 
     tiles_per_image: tuple[int, ...]
-    """Tiles of each image."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,11 +65,7 @@ class ShardIndex:
     """[M, 2]: offset and size in bytes."""
 
     num_tokens: IntArray
-    """[D]"""
-
     num_responses: IntArray
-    """[D]"""
-
     tiles_per_image: IntArray
     """[M - D], over all images of all samples."""
 

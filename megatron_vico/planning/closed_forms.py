@@ -110,7 +110,7 @@ def static_bytes(
     dense += h if stage == stages - 1 else 0
 
     trained, counts = cfg.stage.trained, model.parameter_counts()
-    encoder = {
+    encoder: dict[str, int] = {
         name: getattr(counts, name)
         for name in MODULES
         if name not in (*cfg.stage.spec.unused, "language_model")

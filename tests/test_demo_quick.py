@@ -1,18 +1,23 @@
 """The demo's mechanics: the quick run from pictures to a routed, exported and evaluated model."""
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
 from megatron_vico.vico.compression_plan import plan_none
+from tests.distributed import programs
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[1]
+QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
 ROWS = (
     *("vanilla", "vanilla_vir", "vanilla_one_tile", "all_compress", "random_compress"),
     *("image_level", "vico"),
@@ -20,19 +25,31 @@ ROWS = (
 STAGES = ("pretrain", "warmup", "consistency", "router", "router_image")
 
 
+class Forked:
+    """What the demo's driver uses of a `subprocess.Popen`; the program ends before it is read."""
+
+    def __init__(self, command: Sequence[str], *, env: Mapping[str, str], **_: object) -> None:
+        self.done = programs.run(command[1:], environ=env)
+        self.stdout = io.BytesIO(self.done.stdout.encode())
+
+    def wait(self) -> int:
+        return self.done.returncode
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "run"
-    words = ("--quick", "--processes", "1", "--out", str(folder))  # their number changes no loss
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples/quickstart/run.py"), *words],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
-    assert "routing.png" in done.stdout
+    # The number of processes changes no loss.
+    words = ["run.py", "--quick", "--processes", "1", "--out", str(folder)]
+    told = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(told):
+        patch.syspath_prepend(QUICKSTART)
+        patch.setattr(subprocess, "Popen", Forked)
+        patch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(QUICKSTART / "run.py"), run_name="__main__")
+    assert end.value.code == 0, told.getvalue()[-6000:]
+    assert "routing.png" in told.getvalue()
     return folder
 
 
@@ -93,18 +110,11 @@ def test_the_pictures_are_there(run: Path) -> None:
 
 
 def test_the_notebook_shows_the_same(run: Path, tmp_path: Path) -> None:
-    notebook = json.loads((ROOT / "examples/quickstart/quickstart.ipynb").read_text())
+    notebook = json.loads((QUICKSTART / "quickstart.ipynb").read_text())
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     (tmp_path / "cells").write_text("\n".join(cells))
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "cells")],
-        cwd=ROOT,
-        env={**os.environ, "VICO_RUN": str(run), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = programs.run([tmp_path / "cells"], environ={**os.environ, "VICO_RUN": str(run)})
+    assert done.returncode == 0, done.stdout
     assert done.stdout.count("done already") == len(STAGES) + 8, "nothing was run again"
     assert (run / "table.txt").read_text() in done.stdout
     assert "compressed: [" in done.stdout

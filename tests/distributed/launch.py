@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,7 @@ def on_ranks[R](
     Returns:
         What it returned, by rank; raises with the traceback of a rank that failed.
     """
-    os.environ["PYTHONPATH"] = str(ROOT)  # Python 3.12's fork server is told no other path
-    multiprocessing.get_context("forkserver").set_forkserver_preload([preloaded])
+    preloading(preloaded)
     with tempfile.TemporaryDirectory() as folder:
         ranks = start_processes(
             _rank,
@@ -60,6 +60,14 @@ def on_ranks[R](
         return [
             torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(num_ranks)
         ]
+
+
+def preloading(module: str = PRELOADED) -> ForkServerContext:
+    """What starts processes with a module imported, the same for all of a process."""
+    os.environ["PYTHONPATH"] = str(ROOT)  # Python 3.12's fork server is told no other path
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module])
+    return context
 
 
 def _rank(

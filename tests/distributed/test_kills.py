@@ -7,10 +7,10 @@ nothing behind.
 import math
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
@@ -20,7 +20,7 @@ from megatron_vico.checkpoint.integrity import damage
 from megatron_vico.checkpoint.ownership import LOCK
 from megatron_vico.checkpoint.run_folder import finished_steps, iteration_folder
 from megatron_vico.convert.megatron.reader import open_dcp
-from tests.distributed.launch import ROOT, environment
+from tests.distributed import programs
 from tests.training_runs import ToyData, make_toy_data, read_metrics, untimed
 
 KILLS = 3
@@ -29,19 +29,16 @@ LONGEST_S = 1.0
 LIMIT_S = 240
 
 
-def start(data: ToyData, save: Path, log: Path, *, steps: int) -> subprocess.Popen[bytes]:
+def start(data: ToyData, save: Path, log: Path, *, steps: int) -> BaseProcess:
     """A run as a user starts it; it saves each step and keeps two."""
-    flags = f"""
-        train --stage pretrain --data-path {data.shards} --tokenizer-model {data.tokenizer}
-        --save {save} --load {save} --train-iters {steps} --save-interval 1 --keep-last 2
-        --seq-length 600 --max-tiles-per-pack 40 --max-samples-per-pack 4 --max-dynamic-patch 4
+    words = f"""
+        -m megatron_vico train --stage pretrain --data-path {data.shards}
+        --tokenizer-model {data.tokenizer} --save {save} --load {save}
+        --train-iters {steps} --save-interval 1 --keep-last 2 --seq-length 600
+        --max-tiles-per-pack 40 --max-samples-per-pack 4 --max-dynamic-patch 4
         --global-batch-size 2 --num-workers 1
     """.split()
-    command = [sys.executable, "-W", "ignore", "-m", "megatron_vico", *flags]
-    with log.open("ab") as out:
-        return subprocess.Popen(
-            command, stdout=out, stderr=out, cwd=ROOT, env=environment(), start_new_session=True
-        )
+    return programs.start(words, log=log)
 
 
 def left_of(session: int) -> list[psutil.Process]:
@@ -56,17 +53,17 @@ def left_of(session: int) -> list[psutil.Process]:
     return found
 
 
-def wait_for_a_step(process: subprocess.Popen[bytes], metrics: Path, log: Path) -> None:
+def wait_for_a_step(process: BaseProcess, metrics: Path, log: Path) -> None:
     """Until a run has logged one, or is over."""
     end, least = time.monotonic() + LIMIT_S, math.inf
-    while process.poll() is None:
+    while process.is_alive():
         size = metrics.stat().st_size if metrics.exists() else 0
         least = min(least, size)  # it begins by dropping lines after its checkpoint
         if size > least:
             return
         assert time.monotonic() < end, log.read_text()[-3000:]
         time.sleep(0.02)
-    assert process.returncode == 0, log.read_text()[-3000:]
+    assert process.exitcode == 0, log.read_text()[-3000:]
 
 
 def wait_for_its_processes(session: int) -> None:
@@ -86,12 +83,13 @@ def kill_and_resume(folder: Path, data: ToyData, *, kills: int, seed: int) -> No
         wait_for_a_step(process, cut / "metrics.jsonl", log)
         time.sleep(draw.uniform(0, LONGEST_S))
         process.kill()
-        process.wait()
+        process.join()
         wait_for_its_processes(process.pid)
         assert not list(Path("/dev/shm").glob(f"*_{process.pid}_*"))
     for save in (cut, whole):
         process = start(data, save, log, steps=steps)
-        assert process.wait(LIMIT_S) == 0, log.read_text()[-3000:]
+        process.join(LIMIT_S)
+        assert process.exitcode == 0, log.read_text()[-3000:]
         wait_for_its_processes(process.pid)
         assert finished_steps(save) == [steps - 1, steps]
         assert not list(save.glob("*.incomplete"))

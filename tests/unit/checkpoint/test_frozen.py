@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.checkpoint.integrity import CHECKSUMS, damage, write_checksums
 from megatron_vico.checkpoint.retention import remove_superseded
 from megatron_vico.checkpoint.run_folder import (
@@ -103,15 +102,6 @@ def test_what_cannot_be_linked_is_written(
     assert frozen_files(saved)
     assert not set(frozen_files(saved).values()) & set(frozen_files(earlier).values())
     assert_holds(saved, two)
-
-
-def test_a_save_starts_no_process(groups: Groups, tmp_path: Path) -> None:
-    one = make_training("toy-6b", groups=groups, seed=1, frozen="encoder")
-    one.step(0)
-    before = set(training_checkpoint.filesystem_async.mp.active_children())
-    one.save(tmp_path, 1)
-    # megatron-core would start one, for the results of threads of this process.
-    assert set(training_checkpoint.filesystem_async.mp.active_children()) == before
 
 
 def checkpoints(root: Path, steps: range) -> None:

@@ -82,34 +82,6 @@ def test_resume_is_exact(
     assert rates[0] == rates[1]
 
 
-def test_without_the_optimizers_state_the_steps_differ(groups: Groups, tmp_path: Path) -> None:
-    """That the test above can fail."""
-    one, other = (make_training("toy-6b", groups=groups, seed=seed) for seed in (1, 2))
-    one.step(0)
-    one.save(tmp_path, 1)
-    load_weights(tmp_path, modules=other.modules, model_size="toy-6b")
-    assert_same(one, other)
-    one.step(1)
-    other.step(1)
-    name = "encoder.vit.class_token"
-    assert not torch.equal(one.tensors()[name], other.tensors()[name])
-
-
-@pytest.mark.parametrize("frozen", ["language_model", "encoder"])
-def test_frozen_modules_are_saved_without_optimizer(
-    frozen: str, groups: Groups, tmp_path: Path
-) -> None:
-    one, other = (
-        make_training("toy-6b", groups=groups, seed=seed, frozen=frozen) for seed in (1, 2)
-    )
-    one.step(0)
-    one.save(tmp_path, 1)
-    other.load(tmp_path)
-    one.step(1)
-    other.step(1)
-    assert_same(one, other)
-
-
 def test_modules_alone_or_whole_can_be_loaded(groups: Groups, tmp_path: Path) -> None:
     """Also a module instead of its chunks."""
     one, other = (make_training("toy-6b", groups=groups, seed=seed) for seed in (1, 2))

@@ -13,8 +13,6 @@ from megatron_vico.checkpoint import training_checkpoint
 from megatron_vico.checkpoint.extra_state import load_state
 from megatron_vico.checkpoint.run_folder import iteration_folder
 from megatron_vico.config.registry import get_model_config
-from megatron_vico.convert.convert import convert
-from tests.hf_exports import export_hf
 from tests.toy_models import make_encoder, make_language_model
 
 GOLDEN = Path(__file__).parents[3] / "tests" / "golden"
@@ -63,16 +61,6 @@ def test_a_checkpoint_of_the_local_spec_has_the_keys_of_transformer_engine(
     norms = {key for key in expected if key.startswith("extra ") and "layernorm." in key}
     assert stored_keys(folder / SIZES[kind]) == expected - norms
     assert norms
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", ["toy", "toy-moe"])
-def test_a_conversion_writes_the_keys_that_training_does(size: str, folder: Path) -> None:
-    model, files = get_model_config(size), folder / f"{size}-hf"
-    modules = {"encoder": make_encoder(model), "language_model": make_language_model(model)}
-    export_hf(files, **modules, model=model, layout="internvl")
-    convert(files, output=folder / f"{size}-converted", layout="megatron")
-    assert stored_keys(folder / f"{size}-converted") == stored_keys(folder / size)
 
 
 def test_only_extra_state_may_be_absent() -> None:

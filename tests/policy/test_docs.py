@@ -152,19 +152,6 @@ def test_every_cause_of_verify_has_its_row() -> None:
     assert re.findall(r"^\| `([a-z ]+)` \|", (DOCS / "data.md").read_text(), re.MULTILINE) == causes
 
 
-def test_every_figure_of_a_step_is_explained() -> None:
-    text = (PACKAGE / "training" / "metrics.py").read_text()
-    names = re.findall(
-        r"^    (\w+): (?:int|float)",
-        text.split("class StepFigures")[1].split("@classmethod")[0],
-        re.MULTILINE,
-    )
-    assert len(names) > 35
-    page = (DOCS / "figures.md").read_text()
-    tails = {name: f"`_{name.rpartition('_')[2]}`" for name in names}
-    assert [name for name in names if f"`{name}`" not in page and tails[name] not in page] == []
-
-
 def test_every_message_can_be_met() -> None:
     """Each is made by a string of the source that makes at least a fifth of it."""
     blocks = [block for _, kind, block in FENCE.findall((DOCS / "troubleshooting.md").read_text())]

@@ -23,11 +23,10 @@ from megatron_vico.models.language_model import LanguageModel
 from tests.hf_exports import export_hf
 from tests.tensor_files import read_all, same
 from tests.toy_models import make_encoder, make_language_model
-from tests.unit.convert.folders import MakeFolder, changed_copy
+from tests.unit.convert.folders import MakeFolder
 
 TOYS = ("toy", "toy-6b", "toy-moe")
 FLASH_ONLY = ("encoder.connector_16x.", "encoder.vir.")
-DEAD = [f"pooling_before_gating.{part}{n}." for part in ("attn", "norm") for n in (3, 4)]
 
 
 def modules_of(model: ModelConfig, *, seed: int) -> tuple[VisionEncoder, LanguageModel]:
@@ -158,9 +157,6 @@ def test_flash_folder_is_complete(folder_of: MakeFolder, tokenizer: Tokenizer) -
     assert config["llm_config"]["eos_token_id"] == tokenizer.eos_id
     assert files.read_json(folder / "generation_config.json")["eos_token_id"] == tokenizer.eos_id
     assert load_tokenizer(folder).fingerprint == tokenizer.fingerprint
-    names = read_all(folder).keys()
-    for prefix in DEAD:
-        assert any(name.startswith(prefix) for name in names), prefix
 
 
 def test_another_size_is_refused(folder_of: MakeFolder, tmp_path: Path) -> None:
@@ -206,17 +202,3 @@ def test_input_is_never_touched(folder_of: MakeFolder, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is a Megatron checkpoint already"):
         convert(folder_of("toy-6b", "megatron"), output=tmp_path / "again", layout="megatron")
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
-
-
-def test_names_of_newer_transformers(folder_of: MakeFolder, tmp_path: Path) -> None:
-    """As it saves them itself since 4.52: all but the head below `model.`."""
-
-    def newer(tensors: dict[str, Tensor]) -> None:
-        for name in list(tensors):
-            kept = name.replace("language_model.model.", "language_model.")
-            is_head = name == "language_model.lm_head.weight"
-            tensors["lm_head.weight" if is_head else f"model.{kept}"] = tensors.pop(name)
-
-    folder = changed_copy(folder_of("toy", "hf"), tmp_path / "newer", tensors=newer)
-    back = convert(folder, output=tmp_path / "back", layout="hf")
-    assert same(read_all(back), read_all(folder_of("toy", "hf")))

@@ -5,10 +5,8 @@ import torch
 from torch import Tensor
 
 from megatron_vico.convert.names.kinds import (
-    DIRECT,
     GatedMLP,
     JoinedQKV,
-    Mapping,
     PaddedVocabulary,
     SplitQKV,
 )
@@ -75,21 +73,3 @@ def test_padded_vocabulary() -> None:
     assert torch.equal(cut, numbered(5, 3) + 10)
     even = PaddedVocabulary(vocab_size=5, padded_vocab_size=5)
     assert torch.equal(even.to_megatron((cut,)), cut)
-
-
-@pytest.mark.parametrize(
-    ("kind", "shape"),
-    [
-        (DIRECT, (3, 2)),
-        (SplitQKV(num_heads=4, num_query_groups=2, head_dim=2), (16, 5)),
-        (JoinedQKV(num_heads=4, num_query_groups=4, head_dim=2), (24, 5)),
-        (GatedMLP(), (8, 3)),
-        (PaddedVocabulary(vocab_size=3, padded_vocab_size=4), (4, 3)),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_works_without_memory(kind: Mapping, shape: tuple[int, ...]) -> None:
-    files = kind.to_hf(torch.empty(shape, device="meta"))
-    assert all(each.is_meta for each in files)
-    assert [each.shape for each in files] == [each.shape for each in kind.to_hf(torch.empty(shape))]
-    assert kind.to_megatron(files).shape == shape

@@ -36,12 +36,6 @@ def test_answers_and_their_end_mark_are_trained(tokenizer):
     assert trained == "red<|im_end|>yes\n<|im_end|>"
 
 
-@pytest.mark.parametrize("question", ["What?", "<image>\n<image>\nWhat?"])
-def test_without_tags_images_come_before_the_first_question(tokenizer, question):
-    whole, _ = texts([SYSTEM, Turn("human", question), ANSWER], tokenizer, tiles_per_image=(1, 2))
-    assert "user\n<img><IMG_CONTEXT></img>\n<img><IMG_CONTEXT><IMG_CONTEXT></img>\nWhat?" in whole
-
-
 def test_tags_of_a_later_question_stay_there(tokenizer):
     turns = [SYSTEM, Turn("human", "Hi"), ANSWER, Turn("human", "And <image>?"), ANSWER]
     whole, _ = texts(turns, tokenizer, tiles_per_image=(1,))
@@ -61,12 +55,6 @@ def test_pretrain_text_is_trained_outside_images(tokenizer):
     assert whole == "See <img><tile_1><IMG_CONTEXT><tile_2><IMG_CONTEXT></img> and rest"
     first = tokenizer.decode(tokenizer.encode(whole)[:1])  # nothing predicts the first token
     assert first + trained == "See  and rest"
-
-
-def test_of_marks_in_pretrain_text_only_themselves_are_not_trained(tokenizer):
-    turns = [Turn("pretrain", "<image> ends with </img> and starts with <img> so")]
-    _, trained = texts(turns, tokenizer, tiles_per_image=(1,))
-    assert trained == " ends with  and starts with  so"
 
 
 def test_the_parts_of_a_prompt_join_into_the_trained_ids(tokenizer):

@@ -73,17 +73,6 @@ def test_names_that_a_tar_header_cannot_hold(tmp_path, make, stem):
     assert folder.read(2).key == f"{stem}-00000003"
 
 
-def test_shards_keep_what_a_data_set_says_of_its_samples(tmp_path, make):
-    (tmp_path / "a.png").write_bytes(picture(size=(64, 64)))
-    line = row("<image>", image="a.png", max_dynamic_patch=1, data_augment=True)
-    (tmp_path / "data.jsonl").write_bytes(line)
-    make(tmp_path / "data.jsonl", tmp_path / "out")
-    folder = ShardFolder.open(tmp_path / "out")
-    sample = folder.read(0)
-    assert (sample.max_dynamic_patch, sample.data_augment) == (1, True)
-    assert folder.num_tiles[0] == 1
-
-
 def test_an_index_of_another_tokenizer_or_tiling_is_refused(copy, tokenizer):
     folder = ShardFolder.open(copy)
     folder.check_encoding(tokenizer=tokenizer, settings=SETTINGS)

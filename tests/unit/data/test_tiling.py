@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin, features
 
-from megatron_vico.data.encode import image_file
 from megatron_vico.data.encode.tiling import (
     blank_tiles,
     choose_grid,
@@ -141,13 +140,3 @@ def test_broken_image_files_and_decompression_bombs_are_refused_by_name(monkeypa
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 // 2 - 1)
     with pytest.raises(SampleError, match="decompression bomb"):
         decoded(png)
-
-
-def test_the_pixels_of_a_samples_images_are_added_up(monkeypatch):
-    png = encoded(noise(64, 64), "PNG")
-    monkeypatch.setattr(image_file, "MAX_SAMPLE_PIXELS", 3 * 64 * 64)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64)
-    image_file.check_pixels([png] * 3, key="k")
-    image_file.check_pixels([png, b"broken"] * 3, key="k")  # is named when it is decoded
-    with pytest.raises(SampleError, match=r"sample 'k': 4 images of 16384 pixels together; exp"):
-        image_file.check_pixels([png] * 4, key="k")

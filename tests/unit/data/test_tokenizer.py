@@ -170,15 +170,3 @@ def test_an_id_beyond_the_models_rows_is_named(tokenizer):
 def test_vocabulary_sizes_out_of_range(vocab_size, tmp_path):
     with pytest.raises(ConfigError, match="vocab_size"):
         train_sentencepiece(["a"], model_prefix=tmp_path / "x", vocab_size=vocab_size)
-
-
-def test_settings_of_the_last_call_in_a_file_are_not_taken_over(tokenizer, tmp_path):
-    tokenizer.save_to(tmp_path)
-    path = tmp_path / "tokenizer.json"
-    contents = json.loads(path.read_text())
-    cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
-    pad = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None}
-    pad |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
-    path.write_text(json.dumps(contents | {"truncation": cut, "padding": pad}))
-    text = "a red thing " * 3
-    assert load_tokenizer(tmp_path).encode(text) == tokenizer.encode(text)

@@ -18,7 +18,6 @@ from megatron_vico.training.trainer import train
 from tests.training_runs import (
     ToyData,
     read_metrics,
-    toy_config,
     untimed,
     weights_of,
 )
@@ -187,13 +186,3 @@ def test_what_a_run_left_is_never_overwritten(
     samples = sum(row["samples"] for row in (*read_metrics(run), *read_metrics(tmp_path / "new")))
     assert f"consumed samples: {samples:12d} |" in capsys.readouterr().out
     assert next((tmp_path / "new" / "iter_0000004").glob("frozen_*")).stat().st_nlink == 3
-
-
-def test_a_stage_with_nothing_to_start_from_is_refused(toy_data: ToyData, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="pretrained-checkpoint"):
-        train(toy_config(toy_data, "consistency", load=str(tmp_path), save=str(tmp_path)))
-
-
-def test_a_checkpoint_of_another_size_is_refused(stage_config: Callable[..., RunConfig]) -> None:
-    with pytest.raises(ConfigError, match=r"is of toy, this run is of toy-6b"):
-        train(stage_config("warmup", model_size="toy-6b"))

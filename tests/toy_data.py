@@ -3,6 +3,7 @@
 And videos whose frames show their number.
 """
 
+import io
 import json
 import random
 from collections.abc import Sequence
@@ -66,6 +67,14 @@ def write_conversations(
     path = folder / "conversations.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def noise_png(width: int, height: int, *, seed: int) -> bytes:
+    """A file of noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    written = io.BytesIO()
+    Image.fromarray(pixels).save(written, "PNG")
+    return written.getvalue()
 
 
 def break_image(shards: Path, number: int) -> str:

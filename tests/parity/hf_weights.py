@@ -4,6 +4,7 @@ Written apart from convert/, so that the parity test and the converter cannot sh
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from transformers import (
 from megatron_vico.config.registry import LanguageConfig, ModelConfig
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageInputs, LanguageModel
+from tests.toy_models import pack, random_tiles
 
 
 def transformers_config(model: ModelConfig) -> InternVLConfig:
@@ -69,6 +71,34 @@ def inputs_of(samples: list[Tensor], image_token_id: int) -> LanguageInputs:
         response_rows_R=torch.arange(len(token_ids)),
         shard_len=len(token_ids),
     )
+
+
+@torch.no_grad()
+def assert_equal_logits(
+    folder: Path, encoder: VisionEncoder, language_model: LanguageModel
+) -> None:
+    """What transformers loads from a folder says of two tiles what our modules say."""
+    model = encoder.model
+    loaded, loading = InternVLForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(loading.values()), loading
+    num_tokens, tile = 60, range(model.visual_tokens_per_tile)
+    positions = [*(3 + place for place in tile), *(5 + len(tile) + place for place in tile)]
+    inputs = pack([num_tokens], visual_positions=positions)
+    token_ids = inputs.token_ids_T.clone()
+    token_ids[inputs.visual_positions_V] = model.image_token_id
+    pixels = encoder.normalise(random_tiles(model, 2))
+    expected = loaded.eval()(
+        input_ids=token_ids[None],
+        pixel_values=pixels,
+        attention_mask=torch.ones(1, num_tokens, dtype=torch.int64),
+    ).logits[0]
+    tokens = encoder.visual_tokens(encoder.features(pixels), None)
+    found = language_model.response_logits(language_model(inputs, tokens))
+    assert found.size(-1) == model.language.vocab_size
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)  # measured: at most 6e-6
 
 
 def _text_config(language: LanguageConfig) -> Qwen3Config | Qwen3MoeConfig:

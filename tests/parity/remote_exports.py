@@ -1,14 +1,11 @@
 """Exports with their model code, and how transformers loads and asks them."""
 
-import io
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
@@ -22,6 +19,7 @@ from megatron_vico.data.samples import ConversationSample, Turn
 from megatron_vico.inference.engine import Engine
 from megatron_vico.inference.plans import Prompt, Routing
 from tests.hf_exports import export_hf
+from tests.toy_data import noise_png
 from tests.toy_models import KINDS, combine, make_encoder, make_language_model
 
 OPTIONS = ExportOptions(
@@ -121,16 +119,9 @@ def load_tokenizer_of(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
 
 
-def png(width: int, height: int, seed: int) -> bytes:
-    file = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, "png")
-    return file.getvalue()
-
-
 def conversation(index: int, *, num_questions: int = 2) -> ConversationSample:
     images = tuple(
-        png(*size, seed=10 * index + number) for number, size in enumerate(IMAGES[index])
+        noise_png(*size, seed=10 * index + number) for number, size in enumerate(IMAGES[index])
     )
     turns = [Turn("human", "<image>\n" * len(images) + "What is it?")]
     for _ in range(num_questions - 1):
@@ -140,7 +131,7 @@ def conversation(index: int, *, num_questions: int = 2) -> ConversationSample:
 
 def with_later_image(sample: ConversationSample) -> ConversationSample:
     *turns, last = sample.turns
-    image = png(64, 32, seed=99)
+    image = noise_png(64, 32, seed=99)
     later = Turn("human", f"{last.text} <image>")
     return replace(sample, turns=(*turns, later), images=(*sample.images, image))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, InternVLForConditionalGeneration
+from transformers import AutoModel
 
 from megatron_vico import files
 from megatron_vico.checkpoint.run_folder import read_metadata, resolve_model
@@ -16,12 +16,10 @@ from megatron_vico.config.registry import ModelConfig, get_model_config
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.convert import convert
 from megatron_vico.convert.options import LAYOUTS
-from megatron_vico.models.internvl import VisionEncoder
-from megatron_vico.models.language_model import LanguageModel
 from megatron_vico.training.trainer import train
-from tests.parity.hf_weights import transformers_model
+from tests.parity.hf_weights import assert_equal_logits, transformers_model
 from tests.tensor_files import read_all, same
-from tests.toy_models import make_encoder, make_language_model, pack, random_tiles
+from tests.toy_models import make_encoder, make_language_model
 from tests.training_runs import ToyData, toy_config, weights_of
 
 
@@ -59,31 +57,6 @@ def assert_same_architecture(found: Path, expected: Path) -> None:
         stated = {name: one[part][name] for name in ARCHITECTURE if name in other[part]}
         assert stated == {name: other[part][name] for name in stated}
     assert one["image_token_id"] == other["image_token_id"]
-
-
-@torch.no_grad()
-def assert_equal_logits(
-    folder: Path, encoder: VisionEncoder, language_model: LanguageModel
-) -> None:
-    model = encoder.model
-    loaded, loading = InternVLForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
-    assert not any(loading.values()), loading
-    num_tokens, count = 40, model.visual_tokens_per_tile
-    inputs = pack([num_tokens], visual_positions=range(3, 3 + count))
-    token_ids = inputs.token_ids_T.clone()
-    token_ids[inputs.visual_positions_V] = model.image_token_id
-    pixels = encoder.normalise(random_tiles(model, 1))
-    expected = loaded.eval()(
-        input_ids=token_ids[None],
-        pixel_values=pixels,
-        attention_mask=torch.ones(1, num_tokens, dtype=torch.int64),
-    ).logits[0]
-    tokens = encoder.visual_tokens(encoder.features(pixels), None)
-    found = language_model.response_logits(language_model(inputs, tokens))
-    assert found.size(-1) == model.language.vocab_size
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)  # measured: at most 4e-6
 
 
 def stage(data: ToyData, name: str, start: Path, save: Path) -> RunConfig:

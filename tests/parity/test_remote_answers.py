@@ -22,10 +22,10 @@ from tests.parity.remote_exports import (
     generation,
     load,
     load_tokenizer_of,
-    png,
     uncompressed_ids,
     with_later_image,
 )
+from tests.toy_data import noise_png
 from tests.toy_models import make_encoder, random_tiles
 
 pytestmark = pytest.mark.usefixtures("modules_cache")
@@ -164,7 +164,7 @@ def test_chat_tiles_asks_and_remembers(exported: Exported, tmp_path: Path) -> No
 def test_a_batch_gives_each_conversation_its_own_answer(exported: Exported) -> None:
     remote, tokenizer = load(exported.flash), load_tokenizer_of(exported.flash)
     images = [
-        Image.open(io.BytesIO(png(*size, seed=7 + number)))
+        Image.open(io.BytesIO(noise_png(*size, seed=7 + number)))
         for number, size in enumerate([(64, 64), (32, 64)])
     ]
     tiles = [remote.load_image(image) for image in images]
@@ -191,7 +191,7 @@ def test_tiles_have_the_pixels_of_training(
 
     encoder = make_encoder(get_model_config("toy"))
     for max_num, use_thumbnail in ((12, True), (6, False), (1, True)):
-        image = Image.open(io.BytesIO(png(*size, seed=0)))
+        image = Image.open(io.BytesIO(noise_png(*size, seed=0)))
         expected = tiling.tile(
             image, image_size=32, max_dynamic_patch=max_num, use_thumbnail=use_thumbnail
         )
@@ -208,7 +208,9 @@ def test_files_are_read_as_in_training(mode: str, tmp_path: Path) -> None:
     exif[0x0112] = (
         6  # turned by 90 degrees: ignored, except that Pillow turns TIFF files read from memory
     )
-    Image.open(io.BytesIO(png(70, 40, seed=0))).convert("RGBA").convert(mode).save(path, exif=exif)
+    Image.open(io.BytesIO(noise_png(70, 40, seed=0))).convert("RGBA").convert(mode).save(
+        path, exif=exif
+    )
     assert Image.open(path).getexif()[0x0112] == 6
     decoded = tiling.decode_image(path.read_bytes(), key="c", number=0)
     for source in (path, str(path), Image.open(io.BytesIO(path.read_bytes()))):

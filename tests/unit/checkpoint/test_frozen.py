@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,16 +17,9 @@ from megatron_vico.checkpoint.run_folder import (
     write_metadata,
 )
 from megatron_vico.config.registry import get_model_config
-from megatron_vico.config.schema import ParallelOptions
 from megatron_vico.convert.megatron.reader import open_dcp
-from megatron_vico.parallel.groups import Groups, started
+from megatron_vico.parallel.groups import Groups
 from tests.checkpoint_runs import Training, make_training
-
-
-@pytest.fixture(scope="module")
-def groups(single_process_groups: None) -> Iterator[Groups]:
-    with started(ParallelOptions(), seed=0, timeout_minutes=1) as found:
-        yield found
 
 
 def frozen_files(folder: Path) -> dict[str, int]:

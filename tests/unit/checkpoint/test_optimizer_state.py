@@ -1,7 +1,6 @@
 """An optimizer's state in a checkpoint: cut where it lies, never gathered."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,15 +10,8 @@ from hypothesis import strategies as st
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_vico.checkpoint.optimizer_state import boxes, sharded_state
-from megatron_vico.config.schema import ParallelOptions
-from megatron_vico.parallel.groups import Groups, started
+from megatron_vico.parallel.groups import Groups
 from tests.checkpoint_runs import make_training
-
-
-@pytest.fixture(scope="module")
-def groups(single_process_groups: None) -> Iterator[Groups]:
-    with started(ParallelOptions(), seed=0, timeout_minutes=1) as found:
-        yield found
 
 
 @given(shape=st.lists(st.integers(1, 5), min_size=1, max_size=4), data=st.data())

@@ -3,7 +3,6 @@ nothing."""
 
 import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -20,10 +19,9 @@ from megatron_vico.checkpoint.run_folder import (
     read_metadata,
 )
 from megatron_vico.checkpoint.training_checkpoint import load_weights, save_checkpoint
-from megatron_vico.config.schema import ParallelOptions
 from megatron_vico.errors import CheckpointError
 from megatron_vico.files import read_json, write_json
-from megatron_vico.parallel.groups import Groups, started
+from megatron_vico.parallel.groups import Groups
 from tests.checkpoint_runs import Training, make_training
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -42,12 +40,6 @@ def flip(path: Path) -> None:
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 1]))
-
-
-@pytest.fixture(scope="module")
-def groups(single_process_groups: None) -> Iterator[Groups]:
-    with started(ParallelOptions(), seed=0, timeout_minutes=1) as found:
-        yield found
 
 
 def assert_same(one: Training, other: Training) -> None:

@@ -1,6 +1,7 @@
 """What a run's exports say of their use, and that `generate` and `evaluate` follow it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -111,13 +112,9 @@ def test_thresholds_and_rule_are_those_of_the_config(run: Path, tmp_path: Path) 
     from megatron_vico.cli.generate import Flags
     from megatron_vico.inference.plans import Routing
 
-    folder = tmp_path / "flash"
-    folder.mkdir()
-    for file in export(run, "flash").iterdir():
-        (folder / file.name).symlink_to(file)
+    folder = shutil.copytree(export(run, "flash"), tmp_path / "flash")
     said = {"flash_relative_threshold": 0.3, "flash_absolute_threshold": 0.2}
-    (folder / "config.json").unlink()
-    config = read_json(export(run, "flash") / "config.json") | said
+    config = read_json(folder / "config.json") | said
     write_json(folder / "config.json", config | {"untrained_modules": [], "flash_mode": True})
     rule = Routing(rule="flash", relative_threshold=0.3, absolute_threshold=0.2)
     assert Flags(load=folder, prompt=("q",)).plan_source() == rule
@@ -132,14 +129,8 @@ def test_thresholds_and_rule_are_those_of_the_config(run: Path, tmp_path: Path) 
     [("max_dynamic_patch", "4"), ("use_thumbnail", 1), ("tile_tags", "x"), ("template", "phi3")],
 )
 def test_a_config_that_cannot_be_followed(field: str, value, run, tmp_path, ask) -> None:
-    folder = tmp_path / "odd"
-    folder.mkdir()
-    for file in export(run, "flash").iterdir():
-        (folder / file.name).symlink_to(file)
-    (folder / "config.json").unlink()
-    write_json(
-        folder / "config.json", read_json(export(run, "flash") / "config.json") | {field: value}
-    )
+    folder = shutil.copytree(export(run, "flash"), tmp_path / "odd")
+    write_json(folder / "config.json", read_json(folder / "config.json") | {field: value})
     assert f"{field} is {value!r}" in ask(folder, status=2)[1]
 
 
@@ -208,13 +199,9 @@ def test_transformers_processor_finds_its_files(run: Path) -> None:
 
 @pytest.mark.parametrize("where", ["config.json", "generation_config.json"])
 def test_several_ends_of_an_answer_survive(where: str, run: Path, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    for file in export(run, "flash").iterdir():
-        (source / file.name).symlink_to(file)
+    source = shutil.copytree(export(run, "flash"), tmp_path / "source")
     for name in ("config.json", "generation_config.json"):
         contents = read_json(source / name)
-        (source / name).unlink()
         part = contents["llm_config"] if name == "config.json" else contents
         part["eos_token_id"] = [3, 0] if name == where else None
         (source / name).write_text(json.dumps(contents))

@@ -12,18 +12,12 @@ from megatron_vico.data.encode.sample_encoder import SampleEncoder
 from megatron_vico.data.encode.tiling import jpeg_degrade
 from megatron_vico.data.samples import ConversationSample, Turn
 from megatron_vico.vico.compression_plan import generator
+from tests.toy_data import noise_png
 from tests.unit.conftest import SETTINGS
 
 
-def png(size, seed=0):
-    written = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(written, "PNG")
-    return written.getvalue()
-
-
 def sample(*sizes, **fields):
-    images = tuple(png(size, seed) for seed, size in enumerate(sizes))
+    images = tuple(noise_png(*size, seed=seed) for seed, size in enumerate(sizes))
     return ConversationSample(
         key="k", turns=(Turn("human", "What?"), Turn("gpt", "red")), images=images, **fields
     )

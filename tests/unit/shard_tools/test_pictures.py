@@ -1,6 +1,5 @@
 """Contact sheets show each image where they say, with its grid; plots show given numbers."""
 
-import io
 import itertools
 
 import numpy as np
@@ -15,14 +14,13 @@ from megatron_vico.shard_tools.plots import shard_figure
 from megatron_vico.shard_tools.report import PackingFill, ShardStatistics
 from megatron_vico.shard_tools.sample_view import view_image
 from tests.toy_data import COLOURS
+from tests.unit.shard_tools.test_sources import picture
 
 SETTINGS = EncodingSettings(image_size=32)
 
 
 def png(colour, width, height):
-    written = io.BytesIO()
-    Image.new("RGB", (width, height), COLOURS[colour]).save(written, "PNG")
-    return written.getvalue()
+    return picture(COLOURS[colour], size=(width, height))
 
 
 def make_sample(*images, tiles=(), question="What colour?", key="key"):

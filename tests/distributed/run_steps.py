@@ -3,16 +3,20 @@ FOLDER/TRUTH/STEP.pt.
 """
 
 import contextlib
+import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from megatron_vico.config.schema import ParallelOptions
 from megatron_vico.errors import SampleError
+from megatron_vico.models import attention, language_model
 from megatron_vico.parallel.batch import share_step
 from megatron_vico.parallel.groups import Groups
 from tests.distributed.cached_layouts import CachedLayouts
@@ -47,7 +51,7 @@ def write_truth(case: Case, groups: Groups, folder: Path) -> None:
 def compare(case: Case, groups: Groups, folder: Path) -> list[dict[str, Any]]:
     """Largest relative errors of each step over all ranks, with the names of the tensors."""
     steps = []
-    with _broken_rows() if case.broken else contextlib.nullcontext():
+    with _broken(case.broken) if case.broken else contextlib.nullcontext():
         for number, step in enumerate(record(case, groups)):
             truth = torch.load(folder / case.truth / f"{number}.pt", mmap=True)
             errors: dict[str, Any] = {
@@ -116,17 +120,17 @@ def _relative(value: float | None, truth: float | None) -> float:
     return abs(value - truth) / max(abs(truth), 1e-12)
 
 
-@contextlib.contextmanager
-def _broken_rows() -> Iterator[None]:
-    """The model without the sum over tensor-parallel ranks of the gradient of its response rows."""
-    from megatron_vico.models import language_model
-
-    right = language_model.copy_to_tensor_model_parallel_region
-    language_model.copy_to_tensor_model_parallel_region = lambda rows, group: rows
-    try:
-        yield
-    finally:
-        language_model.copy_to_tensor_model_parallel_region = right
+def _broken(what: str) -> AbstractContextManager[Any]:
+    """The model without a sum of gradients: over tensor-parallel ranks that of its response rows,
+    or over context ranks what their queries owe to this rank's keys."""
+    own_alone = functools.partial(
+        attention.gather_from_sequence_parallel_region, tensor_parallel_output_grad=False
+    )
+    owner, name, wrong = {
+        "rows": (language_model, "copy_to_tensor_model_parallel_region", lambda rows, group: rows),
+        "keys": (attention, "gather_from_sequence_parallel_region", own_alone),
+    }[what]
+    return mock.patch.object(owner, name, wrong)
 
 
 def found_by_ranks(cases: Sequence[Case], folder: Path) -> dict[str, Any]:

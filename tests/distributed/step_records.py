@@ -39,8 +39,8 @@ class Case:
     empty_pack: int | None = None
     """Pack of each step whose response rows are taken away."""
 
-    broken: bool = False
-    """A negative control: the gradient of rows is not summed over tensor-parallel ranks."""
+    broken: str = ""
+    """A negative control: whose gradients are not summed, `rows` or `keys`."""
 
 
 @dataclass(frozen=True, kw_only=True)

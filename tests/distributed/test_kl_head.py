@@ -5,6 +5,9 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.kl_head_ranks import found_cases
+from tests.distributed.launch import on_ranks
+
 CASES = [
     (loss, tp, rows)
     for tp in (2, 4)
@@ -15,9 +18,9 @@ CHUNK = 4
 
 
 @pytest.fixture(scope="module")
-def found(model_errors: list[dict[str, Any]]) -> dict[tuple[str, int, int], dict[str, Any]]:
+def found() -> dict[tuple[str, int, int], dict[str, Any]]:
     """What tests/distributed/kl_head_ranks.py found, by case."""
-    lines = [line for line in model_errors if "loss_of" in line]
+    lines = on_ranks(found_cases, num_ranks=4)[0]
     return {(line["loss_of"], line["tp"], line["num_rows"]): line for line in lines}
 
 

@@ -31,6 +31,7 @@ PP2: Options = {"pipeline_model_parallel_size": 2}
 PP4: Options = {"pipeline_model_parallel_size": 4}
 VPP2: Options = {"num_layers_per_virtual_pipeline_stage": 1}
 CP2: Options = {"context_parallel_size": 2}
+CP4: Options = {"context_parallel_size": 4}
 EP2: Options = {"expert_model_parallel_size": 2}
 ETP1: Options = {"expert_tensor_parallel_size": 1}
 DIST: Options = {"use_distributed_optimizer": True}
@@ -75,7 +76,7 @@ Cases = dict[str, tuple[str, str, Options]]
 # Each case is here for what no other shows; TP2 | SP | PP2 is shared by many, so that it alone is
 # no case. What two data-parallel ranks do in every stage is in test_data_parallel.py.
 TWO: Cases = {
-    # The sum of row gradients without sequence parallelism; the twin of BROKEN.
+    # The sum of row gradients without sequence parallelism.
     "tp2": (DENSE, "consistency", TP2),
     # A gather to which one pack gives nothing, and its backward.
     "tp2 sp, a pack without rows": (DENSE, "consistency", TP2 | SP | NO_ROWS),
@@ -114,6 +115,8 @@ FOUR: Cases = {
     # The tiles of an image stay on one of four ranks.
     "tp2 sp pp2, image router": (DENSE, "router", TP2 | SP | PP2 | IMAGE),
     "tp2 sp dp2 overlap": (DENSE, "consistency", TP2 | SP | OVERLAP),
+    # A document over more than two ranks.
+    "cp4": (DENSE, "consistency", CP4),
     # Rows gathered over sequence ranks, then over context ranks.
     "tp2 sp cp2, a pack without rows": (DENSE, "consistency", TP2 | SP | CP2 | NO_ROWS),
     "tp2 cp2, full recompute": (DENSE, "consistency", TP2 | CP2 | FULL),
@@ -147,7 +150,8 @@ HALF_FOUR: Cases = {
     "bf16 cp2 dp2 overlap": (DENSE, "consistency", BF16 | CP2 | OVERLAP),
 }
 BROKEN: Cases = {
-    "tp2 without the sum of row gradients": (DENSE, "consistency", TP2 | {"broken": True})
+    "tp2 without the sum of row gradients": (DENSE, "consistency", TP2 | {"broken": "rows"}),
+    "cp2 without the sum of key gradients": (DENSE, "consistency", CP2 | {"broken": "keys"}),
 }
 CASES = {2: TWO | HALF_TWO | BROKEN, 4: FOUR | HALF_FOUR}
 
@@ -187,7 +191,7 @@ def make_case(
     """A case of a stage of a model, whose data is of images (False) or of text alone (True)."""
     model, stage, options, packs = run
     options = dict(options)
-    empty_pack, broken = options.pop("drop_rows", None), options.pop("broken", False)
+    empty_pack, broken = options.pop("drop_rows", None), options.pop("broken", "")
     buckets, text_only = options.pop("bucket_size", None), options.pop("text_only", False)
     split = options.pop("split", {})
     reference = {} if stage == "pretrain" else {"reference_load": str(models / model / "reference")}
@@ -284,10 +288,11 @@ def test_a_broken_sample_is_an_error_on_every_rank_of_its_replica(
     assert found[f"told-{world}"] == expected
 
 
+@pytest.mark.parametrize("name", BROKEN)
 def test_a_wrong_gradient_is_seen_though_the_loss_is_right(
-    found: dict[str, list[dict[str, Any]]],
+    name: str, found: dict[str, list[dict[str, Any]]]
 ) -> None:
     """What one public system does: the right loss, and rows whose gradient is one rank's share."""
-    first = found[next(iter(BROKEN))][0]
+    first = found[name][0]
     assert first["loss"] < 1e-5
     assert first["grads"][0] > 1e-2

@@ -54,6 +54,12 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def executable(path: Path, text: str) -> str:
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
 def test_the_scripts_are_well_formed() -> None:
     subprocess.run(["bash", "-n", *SCRIPTS], check=True)
     if shutil.which("shellcheck") is not None:
@@ -98,12 +104,10 @@ def test_unknown_stages_and_unset_variables_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_jobs_that_it_submits(tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text(AT_STEP_4)
-    python.chmod(0o755)
+    python = executable(tmp_path / "python", AT_STEP_4)
     settings = {"DATA": "/data", "TOKENIZER": "/a b", "EXPORT": "/flash", "TIME": "2:00:00"}
     settings |= {"SBATCH_FLAGS": "--partition=gpu --qos=high", "MODEL": "/hf", "QUESTIONS": "q"}
-    done = run("--dry-run", "--", "--lr", "2e-4", PYTHON=str(python), **settings)
+    done = run("--dry-run", "--", "--lr", "2e-4", PYTHON=python, **settings)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     steps = ["convert", "warmup", "consistency", "router", "export", "evaluate"]
@@ -120,8 +124,7 @@ def test_the_jobs_that_it_submits(tmp_path: Path) -> None:
 def run_in_job(folder: Path, *words: str, **environment: str) -> tuple[int, str, list[str]]:
     """The script in a job of two nodes: status, what it says, and what it called of SLURM."""
     for name in ("srun", "scontrol"):
-        (folder / name).write_text(RECORDER)
-        (folder / name).chmod(0o755)
+        executable(folder / name, RECORDER)
     (folder / "calls").write_text("")
     here = str(folder)
     job = {"SLURM_JOB_ID": "11", "SLURM_JOB_NODELIST": "node-[07-08]", "GPU": "none"}
@@ -136,12 +139,9 @@ def test_what_it_starts(tmp_path: Path) -> None:
     flags = ["--lr", "2e-4", "--save", here]
     flags += ["--pretrained-checkpoint", here, "--reference-load", here]
     # All but reading the headers of the checkpoints, which nobody has at this size.
-    python = tmp_path / "python"
-    python.write_text(
-        f'#!/usr/bin/env bash\n[[ $* == *"--check files"* ]] || exec {sys.executable} "$@"\n'
-    )
-    python.chmod(0o755)
-    job = {"PYTHON": str(python)}
+    text = f'#!/usr/bin/env bash\n[[ $* == *"--check files"* ]] || exec {sys.executable} "$@"\n'
+    python = executable(tmp_path / "python", text)
+    job = {"PYTHON": python}
     status, said, calls = run_in_job(tmp_path, "router", "--", *flags, **job)
     assert status == 0, said
     # Nothing was trained, as after --exit-interval: the job goes back in line.
@@ -154,7 +154,7 @@ def test_what_it_starts(tmp_path: Path) -> None:
     assert expected | {f"--output={here}/logs/router-11.0-rank-%t.log"} <= set(command)
     # The words that srun would start as one of the ranks.
     shell = command[command.index("bash") :]
-    shell[shell.index(str(python))] = "env"
+    shell[shell.index(python)] = "env"
     task = {"SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NTASKS": "16"}
     shell[shell.index("rank") + 1] = f"{here}/rank"
     separator = shell.index("-m")
@@ -183,20 +183,16 @@ def test_what_it_starts(tmp_path: Path) -> None:
 def test_what_it_makes_of_the_end_of_a_stage(
     status: str, of_ranks: str, ends_with: int, says: str, tmp_path: Path
 ) -> None:
-    python = tmp_path / "python"
-    python.write_text(AT_STEP_4)
-    python.chmod(0o755)
-    settings = {"PYTHON": str(python), "STATUS": status, "ENDS": of_ranks}
+    python = executable(tmp_path / "python", AT_STEP_4)
+    settings = {"PYTHON": python, "STATUS": status, "ENDS": of_ranks}
     ended, said, calls = run_in_job(tmp_path, "warmup", **settings)
     assert (ended, says in said) == (ends_with, True), said
     assert (calls[-3:] == ["scontrol", "requeue", "11"]) == (ends_with == 0)
 
 
 def test_a_recipe_that_does_not_fit_is_not_started(tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text(AT_STEP_4)
-    python.chmod(0o755)
-    settings = {"PYTHON": str(python), "GPU": "h200", "FITS": "2"}
+    python = executable(tmp_path / "python", AT_STEP_4)
+    settings = {"PYTHON": python, "GPU": "h200", "FITS": "2"}
     status, said, calls = run_in_job(tmp_path, "router", "--", "--lr", "2e-4", **settings)
     assert (status, calls[-3:]) == (2, ["doctor", "--gpus", "8"]), said
     assert "train" not in calls
@@ -210,21 +206,18 @@ def test_a_recipe_that_does_not_fit_is_not_started(tmp_path: Path) -> None:
 
 
 def test_it_does_not_start_again_for_ever_at_the_same_step(tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text(AT_STEP_4)
-    python.chmod(0o755)
-    ends = [run_in_job(tmp_path, "warmup", PYTHON=str(python), STATUS="1") for _ in range(3)]
+    python = executable(tmp_path / "python", AT_STEP_4)
+    ends = [run_in_job(tmp_path, "warmup", PYTHON=python, STATUS="1") for _ in range(3)]
     assert [status for status, _, _ in ends] == [0, 0, 1]
     assert "starts again from step 4" in ends[0][1]
     assert "scontrol" not in ends[2][2]
-    python.write_text(AT_STEP_4.replace("4", "5", 1))  # it got further
-    assert run_in_job(tmp_path, "warmup", PYTHON=str(python), STATUS="1")[0] == 0
+    executable(tmp_path / "python", AT_STEP_4.replace("4", "5", 1))  # it got further
+    assert run_in_job(tmp_path, "warmup", PYTHON=python, STATUS="1")[0] == 0
 
 
 def test_the_ranks_and_the_questions_before_them_are_in_the_container(tmp_path: Path) -> None:
     for name, text in (("python", AT_STEP_4), ("apptainer", APPTAINER)):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
+        executable(tmp_path / name, text)
     settings = {"PYTHON": str(tmp_path / "python"), "MOUNTS": "/data:/data"}
     status, said, calls = run_in_job(tmp_path, "warmup", CONTAINER="te.sif", **settings)
     assert status == 0, said

@@ -8,6 +8,14 @@ from typing import Any
 
 import yaml
 
+from megatron_vico.checkpoint.run_folder import (
+    iteration_folder,
+    metadata_of,
+    point_to,
+    write_metadata,
+)
+from megatron_vico.config.registry import MODELS, ModelConfig
+
 
 def write_run(
     folder: Path,
@@ -59,3 +67,14 @@ def write_run(
     options = {"stage": stage, "model_size": "internvl3_5-8b", "train_iters": steps} | config
     (folder / "config.yaml").write_text(yaml.safe_dump(options))
     return folder
+
+
+def write_step(
+    folder: Path, iteration: int, *, model: ModelConfig = MODELS["toy"], stage: str = "warmup"
+) -> Path:
+    """A finished checkpoint without tensors, the newest of a run; its own folder."""
+    step = iteration_folder(folder, iteration)
+    step.mkdir(parents=True)
+    write_metadata(step, metadata_of(model, stage=stage))
+    point_to(folder, iteration)
+    return step

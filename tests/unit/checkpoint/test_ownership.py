@@ -15,15 +15,9 @@ import pytest
 
 from megatron_vico.checkpoint import ownership
 from megatron_vico.checkpoint.ownership import LOCK, check_save_folder, locked
-from megatron_vico.checkpoint.run_folder import (
-    iteration_folder,
-    metadata_of,
-    point_to,
-    write_metadata,
-)
 from megatron_vico.config.flags import parse, to_yaml
-from megatron_vico.config.registry import get_model_config
 from megatron_vico.errors import CheckpointError
+from tests.run_folders import write_step
 
 WORDS = "--stage warmup --data-path /data/a --seed 7 --save {save}"
 
@@ -34,10 +28,7 @@ def left_behind(folder: Path, *, step: int | None = 3, stage: str = "warmup") ->
     (folder / "config.yaml").write_text(to_yaml(parse(WORDS.format(save=folder).split())))
     (folder / "metrics.jsonl").write_text('{"iteration": 1, "loss": 2.0}\n')
     if step is not None:
-        target = iteration_folder(folder, step)
-        target.mkdir()
-        write_metadata(target, metadata_of(get_model_config("toy"), stage=stage))
-        point_to(folder, step)
+        write_step(folder, step, stage=stage)
     return folder
 
 

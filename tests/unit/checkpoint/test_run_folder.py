@@ -12,34 +12,24 @@ import pytest
 
 from megatron_vico.checkpoint.run_folder import (
     CheckpointMetadata,
-    iteration_folder,
     metadata_of,
     model_of_run,
-    point_to,
     read_metadata,
     resolve_model,
-    write_metadata,
 )
 from megatron_vico.config.flags import parse
-from megatron_vico.config.registry import MODELS, ModelConfig, named
+from megatron_vico.config.registry import MODELS, named
 from megatron_vico.convert.huggingface.config import ExportOptions, model_json
 from megatron_vico.errors import CheckpointError, ConfigError
 from megatron_vico.files import read_json
+from tests.run_folders import write_step
 
 TOY = MODELS["toy"]
 ODD = named(replace(TOY, language=replace(TOY.language, vocab_size=517)))
 
 
-def write(folder: Path, model: ModelConfig, iteration: int = 3) -> Path:
-    step = iteration_folder(folder, iteration)
-    step.mkdir(parents=True)
-    write_metadata(step, metadata_of(model, stage="warmup"), config_yaml="a: 1\n")
-    point_to(folder, iteration)
-    return step / "checkpoint.json"
-
-
 def test_a_presets_file_has_the_keys_it_always_had(tmp_path: Path) -> None:
-    path = write(tmp_path, TOY)
+    path = write_step(tmp_path, 3) / "checkpoint.json"
     assert json.loads(path.read_text()) == {
         "format_version": 1,
         "has_optimizer": False,
@@ -56,7 +46,7 @@ def test_a_presets_file_has_the_keys_it_always_had(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_no_preset_is_described(tmp_path: Path) -> None:
-    write(tmp_path, ODD)
+    write_step(tmp_path, 3, model=ODD)
     assert model_of_run(tmp_path) == ODD
     for model in (TOY, replace(ODD, name="toy")):  # a name alone does not make it a preset
         assert (metadata_of(model, stage="").description is None) == (model is TOY)
@@ -78,7 +68,7 @@ def test_a_model_that_is_no_preset_is_described(tmp_path: Path) -> None:
 def test_files_of_other_programs_are_refused(
     change: dict[str, object], message: str, tmp_path: Path
 ) -> None:
-    path = write(tmp_path, TOY)
+    path = write_step(tmp_path, 3) / "checkpoint.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CheckpointError, match=message):
         read_metadata(tmp_path)
@@ -86,9 +76,9 @@ def test_files_of_other_programs_are_refused(
 
 def test_model_size_is_a_name_or_a_file_or_that_of_the_checkpoint(tmp_path: Path) -> None:
     run, start, empty = tmp_path / "run", tmp_path / "start", tmp_path / "empty"
-    write(run, ODD, 3)
-    write(run, MODELS["toy-moe"], 5)
-    write(start, MODELS["toy-6b"])
+    write_step(run, 3, model=ODD)
+    write_step(run, 5, model=MODELS["toy-moe"])
+    write_step(start, 3, model=MODELS["toy-6b"])
     config = model_json(ODD, layout="flash", dtype="float32", options=ExportOptions())
     (tmp_path / "config.json").write_text(json.dumps(config))
     for words, model in {
@@ -114,7 +104,7 @@ def test_model_size_is_a_name_or_a_file_or_that_of_the_checkpoint(tmp_path: Path
 
 
 def test_an_expected_model_is_compared_field_by_field(tmp_path: Path) -> None:
-    write(tmp_path, ODD)
+    write_step(tmp_path, 3, model=ODD)
     assert model_of_run(tmp_path, expected="checkpoint") == ODD
     message = r"is of custom-3x128-\w{6}, expected toy: language\.vocab_size is 517, toy has 512"
     with pytest.raises(CheckpointError, match=message):

@@ -5,23 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vico.checkpoint.run_folder import (
-    iteration_folder,
-    metadata_of,
-    point_to,
-    write_metadata,
-)
+from megatron_vico.checkpoint.run_folder import point_to
 from megatron_vico.cli.main import main
-from megatron_vico.config.registry import get_model_config
-
-
-def checkpointed(folder: Path, iteration: int) -> Path:
-    """A run's folder whose newest checkpoint is of a step; it has no tensors."""
-    step = iteration_folder(folder, iteration)
-    step.mkdir(parents=True)
-    write_metadata(step, metadata_of(get_model_config("toy"), stage="router"))
-    point_to(folder, iteration)
-    return folder
+from tests.run_folders import write_step
 
 
 # YAML writes these in quotes, or as something else than text.
@@ -30,7 +16,7 @@ def test_a_finished_stage_is_recognised_whatever_its_folder_is_called(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    checkpointed(Path(name), 2)
+    write_step(Path(name), 2)
     Path("recipe.yaml").write_text(f"stage: router\ntrain_iters: 2\nsave: {json.dumps(name)}\n")
     for words in (["--recipe", "recipe.yaml"], ["--train-iters=2", f"--save={name}"]):
         assert main(["status", *words]) == 0
@@ -47,7 +33,7 @@ def test_steps_that_are_left_are_status_3(
     assert main(words) == 3
     state = json.loads(capsys.readouterr().out)
     assert (state["stage"], state["iteration"], state["checkpoint"]) == ("warmup", 0, None)
-    checkpointed(folder, 4)
+    write_step(folder, 4)
     assert main([*words, "--get", "iteration"]) == 3
     assert main([*words, "--get", "pretrained_checkpoint"]) == 3
     assert capsys.readouterr().out == "4\n\n"

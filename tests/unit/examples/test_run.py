@@ -7,15 +7,9 @@ from unittest.mock import Mock
 import pytest
 import run
 
-from megatron_vico.checkpoint.run_folder import (
-    iteration_folder,
-    metadata_of,
-    point_to,
-    write_metadata,
-)
 from megatron_vico.config.flags import parse
-from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.validate import validate
+from tests.run_folders import write_step
 
 
 def training_configs(folder, *, quick):
@@ -157,10 +151,7 @@ def test_a_new_run_forgets_the_old_one(monkeypatch, tmp_path, capsys):
 
 def test_a_stage_that_was_killed_before_its_mark_is_not_begun_again(monkeypatch, tmp_path, capsys):
     saved = tmp_path / "out" / "first.out"
-    step_folder = iteration_folder(saved, 2)
-    step_folder.mkdir(parents=True)
-    write_metadata(step_folder, metadata_of(get_model_config("toy"), stage="pretrain"))
-    point_to(saved, 2)
+    write_step(saved, 2)
     first = step("first", "raise SystemExit(4)", goes_on=True)
     flags = ["train", "--stage", "pretrain", "--save", str(saved), "--train-iters"]
     for left, status in ((3, 4), (2, 0)):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.cli.test_status import checkpointed
+from tests.run_folders import write_step
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "examples" / "vico_241b.sh"
@@ -240,8 +240,8 @@ def test_a_missing_file_is_named_once_before_the_ranks_are_started(tmp_path: Pat
 
 def test_a_stage_that_is_done_is_skipped(tmp_path: Path) -> None:
     """YAML writes the name in quotes."""
-    folder = checkpointed(tmp_path / "2026-11-28", 2)
-    flags = ["--lr-warmup-iters", "0", "--train-iters", "2", "--save", folder.name]
+    write_step(tmp_path / "2026-11-28", 2)
+    flags = ["--lr-warmup-iters", "0", "--train-iters", "2", "--save", "2026-11-28"]
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     status, said, calls = run_in_job(
         tmp_path, "router", "--", *flags, SLURM_SUBMIT_DIR=str(tmp_path)

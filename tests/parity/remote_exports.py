@@ -107,6 +107,10 @@ def _centre_router(engine: Engine) -> None:
     gate.bias[0] -= scale * probability.logit().quantile(0.5)  # between two of an even number
 
 
+one_kind = pytest.mark.parametrize("exported", KINDS[:1], indirect=True, ids=" and ".join)
+"""Of what no module has a part in: weights, logits and answers are compared for all kinds."""
+
+
 def load(folder: Path, **kwargs: Any) -> Any:
     model, loading = AutoModel.from_pretrained(
         folder, trust_remote_code=True, output_loading_info=True, local_files_only=True, **kwargs

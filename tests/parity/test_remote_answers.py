@@ -22,6 +22,7 @@ from tests.parity.remote_exports import (
     generation,
     load,
     load_tokenizer_of,
+    one_kind,
     uncompressed_ids,
     with_later_image,
 )
@@ -61,6 +62,7 @@ def test_generated_tokens_are_the_engines(exported: Exported, rule: str) -> None
     assert 0 < int(everything.sum()) < len(everything)
 
 
+@one_kind
 def test_an_image_may_come_with_a_later_question(exported: Exported) -> None:
     """Several conversations in a batch, one after the other in transformers."""
     remote = load(exported.flash, flash_decision_rule="paper")
@@ -81,6 +83,7 @@ def test_an_image_may_come_with_a_later_question(exported: Exported) -> None:
         assert torch.equal(remote.compressed_tiles, expected.compressed_N)
 
 
+@one_kind
 def test_switched_off_nothing_is_compressed_and_nothing_is_lost(
     exported: Exported, tmp_path: Path
 ) -> None:
@@ -103,6 +106,7 @@ def test_switched_off_nothing_is_compressed_and_nothing_is_lost(
     assert saved.tensors.keys() == original.tensors.keys()
 
 
+@one_kind
 def test_the_rules_differ_and_flash_is_the_default(exported: Exported, tmp_path: Path) -> None:
     prompts = [exported.engine.prompt(conversation(index)) for index in range(len(IMAGES))]
     plans = {}
@@ -122,6 +126,7 @@ def test_the_rules_differ_and_flash_is_the_default(exported: Exported, tmp_path:
     assert found == ("flash", 16, 151671)
 
 
+@one_kind
 def test_chat_tiles_asks_and_remembers(exported: Exported, tmp_path: Path) -> None:
     remote, tokenizer = load(exported.flash), load_tokenizer_of(exported.flash)
     said, generate = [], remote.generate
@@ -161,6 +166,7 @@ def test_chat_tiles_asks_and_remembers(exported: Exported, tmp_path: Path) -> No
         assert torch.equal(remote.compressed_tiles, expected.compressed_N)
 
 
+@one_kind
 def test_a_batch_gives_each_conversation_its_own_answer(exported: Exported) -> None:
     remote, tokenizer = load(exported.flash), load_tokenizer_of(exported.flash)
     images = [
@@ -229,6 +235,7 @@ def test_the_grid_is_that_of_training() -> None:
             assert choose_grid(width, height, image_size=448, min_num=1, max_num=12) == expected
 
 
+@one_kind
 def test_errors_say_what_is_wrong(exported: Exported) -> None:
     remote, tokenizer = load(exported.flash), load_tokenizer_of(exported.flash)
     pixels = exported.engine.encoder.normalise(random_tiles(exported.model, 2))

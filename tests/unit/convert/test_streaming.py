@@ -1,12 +1,11 @@
 """A conversion tensor by tensor: it writes what training writes, and failures leave nothing."""
 
 import errno
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,6 +25,7 @@ from megatron_vico.checkpoint.run_folder import iteration_folder
 from megatron_vico.config.registry import get_model_config
 from megatron_vico.convert import convert as conversion
 from megatron_vico.convert.convert import convert
+from megatron_vico.convert.huggingface.safetensors_folder import SafetensorsFolder
 from megatron_vico.convert.megatron.reader import open_dcp
 from megatron_vico.convert.open import hf_source, open_source
 from megatron_vico.convert.options import ConversionOptions, Layout
@@ -215,36 +215,28 @@ def test_verify_compares_with_what_was_read(
         convert(source, output=output, layout="flash", options=VERIFIED)
 
 
-KILLED = """
-import os, signal, sys
-from megatron_vico import cpu_stand_in
-cpu_stand_in.install()
-from megatron_vico.convert import convert
-from megatron_vico.convert.huggingface.safetensors_folder import SafetensorsFolder
-read, count = SafetensorsFolder.read_tensor, [0]
-def read_some(self, name):
-    count[0] += 1
-    if count[0] == 40:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return read(self, name)
-SafetensorsFolder.read_tensor = read_some
-convert.convert(sys.argv[1], output=sys.argv[2], layout=sys.argv[3])
-"""
+def convert_half(source: Path, output: Path, layout: Layout) -> None:
+    read, names = SafetensorsFolder.read_tensor, list[str]()
+
+    def read_some(folder: SafetensorsFolder, name: str) -> Tensor:
+        names.append(name)
+        if len(names) == 40:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(folder, name)
+
+    SafetensorsFolder.read_tensor = read_some  # type: ignore[method-assign]
+    convert(source, output=output, layout=layout)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["megatron", "internvl"])
 def test_killed_halfway(layout: Layout, folder_of: MakeFolder, tmp_path: Path) -> None:
     """What is left has another name, no reader takes it, and the next conversion starts over."""
     source, output = folder_of("toy-6b"), tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", KILLED, str(source), str(output), layout],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": "."},
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    arguments = (source, output, layout)
+    process = multiprocessing.get_context("fork").Process(target=convert_half, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     left = tmp_path / "out.incomplete"
     assert [path.name for path in tmp_path.iterdir()] == [left.name]
     assert largest_file(left).exists(), "it was at work"

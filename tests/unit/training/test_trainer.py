@@ -1,4 +1,4 @@
-"""Whole runs of the real trainer: resume, freezing, bfloat16, and what it refuses to start."""
+"""Whole runs of the real trainer: freezing, bfloat16, errors, and what it refuses to start."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,30 +23,6 @@ from tests.training_runs import (
 )
 
 STAGES = ("pretrain", "warmup", "consistency", "router")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_resume_gives_the_run_that_was_never_interrupted(
-    stage: str,
-    stage_config: Callable[..., RunConfig],
-    plain_run: Callable[[str], tuple[Path, dict[str, Any]]],
-    tmp_path: Path,
-) -> None:
-    """Bit for bit: losses, gradient norms and, in the router stage, the sliding window behind its
-    threshold."""
-    whole, options = plain_run(stage)
-    cfg = stage_config(stage, **options, save=str(tmp_path), load=str(tmp_path))
-    train(stage_config(stage, **options, save=str(tmp_path), exit_interval=3))
-    assert [row["iteration"] for row in read_metrics(tmp_path)] == [1, 2, 3]
-    train(cfg)
-    for found, expected in zip(read_metrics(tmp_path), read_metrics(whole), strict=True):
-        assert untimed(found) == untimed(expected)
-    cut_modules, whole_modules = (weights_of(cfg, folder) for folder in (tmp_path, whole))
-    for cut_module, module in zip(cut_modules, whole_modules, strict=True):
-        expected_weights = module.state_dict()
-        for name, param in cut_module.named_parameters():
-            assert torch.equal(param, expected_weights[name]), name
 
 
 @pytest.mark.parametrize("stage", STAGES)

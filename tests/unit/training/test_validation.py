@@ -19,7 +19,7 @@ from megatron_vico.training.trainer import train
 from megatron_vico.training.validation import ValidationSet, open_validation, validation_figures
 from tests.packs import WholePack, whole_packs
 from tests.toy_data import write_conversations
-from tests.training_runs import ToyData, make_toy_shards, read_metrics, untimed
+from tests.training_runs import ToyData, make_toy_shards, read_metrics, untimed, weights_of
 from tests.unit.models.heads.kl_heads import naive_kl
 from tests.unit.training.test_steps import add_noise, main_grads, move_away, naive_logits
 
@@ -66,12 +66,14 @@ def test_training_does_not_notice(
     valid_path: str,
     tmp_path: Path,
 ) -> None:
-    """Bit for bit: losses, norms, thresholds and what a checkpoint holds; and a run that resumes
-    validates as one."""
+    """Nor of a resume, bit for bit: losses, norms, the window behind the router's threshold, and
+    weights; and a run that resumes validates as one."""
     plain, options = plain_run(stage)
     options = options | {"valid_data_path": (valid_path,), "eval_interval": 2}
     train(stage_config(stage, **options, save=str(tmp_path), exit_interval=3))
-    train(stage_config(stage, **options, save=str(tmp_path), load=str(tmp_path)))
+    cfg = stage_config(stage, **options, save=str(tmp_path), load=str(tmp_path))
+    assert [row["iteration"] for row in read_metrics(tmp_path)] == [1, 2, 2, 3]
+    train(cfg)
     rows = read_metrics(tmp_path)
     steps = [row for row in rows if "valid_loss" not in row]
     for found_step, step in zip(steps, read_metrics(plain), strict=True):
@@ -83,6 +85,10 @@ def test_training_does_not_notice(
         assert ("valid_loss_all_compressed" in row) == (stage in ("warmup", "consistency"))
         assert ("valid_router_accuracy" in row) == (stage == "router")
     assert found[0]["valid_loss"] != found[1]["valid_loss"]
+    for cut, whole in zip(weights_of(cfg, tmp_path), weights_of(cfg, plain), strict=True):
+        expected = whole.state_dict()
+        for name, param in cut.named_parameters():
+            assert torch.equal(param, expected[name]), name
 
 
 def test_nothing_is_left_behind(start: Callable[..., Run], valid_path: str) -> None:

@@ -5,12 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
-from megatron_vico.config.registry import IMAGENET_MEAN, MODELS, get_model_config
+from megatron_vico.config.registry import MODELS
 from megatron_vico.convert.modules import canonical_state
 from megatron_vico.convert.open import open_source
-from megatron_vico.data.encode.tokenizer import load_tokenizer, train_sentencepiece
 from tests.hf_exports import export_hf
 from tests.parity.hf_weights import assert_equal_logits, transformers_model
 from tests.toy_models import KINDS, combine, make_encoder, make_language_model
@@ -45,28 +43,3 @@ def test_what_transformers_saves_is_imported_bit_for_bit(
     assert imported.tensors.keys() == {name for name in expected if not name.startswith(flash_only)}
     for name, info in imported.tensors.items():  # without the rows that pad the vocabulary
         assert torch.equal(imported.read_tensor(name), expected[name][: info.shape[0]]), name
-
-
-def test_transformers_reads_the_small_files(tmp_path: Path, single_process_groups: None) -> None:
-    model = get_model_config("toy-6b")
-    text = ["some text to learn from"] * 20
-    tokenizer = load_tokenizer(
-        train_sentencepiece(text, model_prefix=tmp_path / "toy", vocab_size=300)
-    )
-    export_hf(
-        tmp_path / "export",
-        encoder=make_encoder(model),
-        language_model=make_language_model(model),
-        model=model,
-        layout="hf",
-        tokenizer=tokenizer,
-    )
-    config = AutoConfig.from_pretrained(tmp_path / "export")
-    assert config.model_type == "internvl"
-    assert config.get_text_config().eos_token_id == tokenizer.eos_id
-    processor = AutoImageProcessor.from_pretrained(tmp_path / "export")
-    assert (processor.size["height"], tuple(processor.image_mean)) == (32, IMAGENET_MEAN)
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "export")
-    assert theirs("some text<|im_end|>", add_special_tokens=False).input_ids == tokenizer.encode(
-        "some text<|im_end|>"
-    )

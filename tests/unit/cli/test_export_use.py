@@ -9,6 +9,7 @@ from PIL import Image
 
 from megatron_vico.checkpoint.run_folder import read_metadata
 from megatron_vico.cli.main import main
+from megatron_vico.config.registry import IMAGENET_MEAN
 from megatron_vico.data.encode.conversation import encode_prompt
 from megatron_vico.data.encode.sample_encoder import EncodingSettings
 from megatron_vico.data.encode.tokenizer import load_tokenizer, train_sentencepiece
@@ -181,9 +182,12 @@ def test_lmdeploy_finds_flash_and_the_prompt_of_training(run: Path) -> None:
 
 
 def test_transformers_processor_finds_its_files(run: Path) -> None:
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
     folder = export(run, "hf")
+    config, images = (each.from_pretrained(folder) for each in (AutoConfig, AutoImageProcessor))
+    assert (config.model_type, config.get_text_config().eos_token_id) == ("internvl", 3)
+    assert (images.size["height"], tuple(images.image_mean)) == (32, IMAGENET_MEAN)
     loaded = AutoTokenizer.from_pretrained(folder)
     image = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
     text = loaded.apply_chat_template([image], tokenize=False)

@@ -9,7 +9,6 @@ import math
 import re
 from collections import Counter
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -208,17 +207,6 @@ def test_vocabulary_is_padded_on_the_megatron_side_only() -> None:
     row = rows["language_model.gpt.output_layer.weight"]
     assert row.shape == (640, 128)
     assert row.kind.to_hf(torch.empty(row.shape, device="meta"))[0].shape == (512, 128)
-
-
-@pytest.mark.parametrize(("kind", "name"), [("dense", "toy"), ("moe", "toy-moe")])
-def test_names_are_those_of_transformer_engine_on_the_disk(kind: str, name: str) -> None:
-    """The golden list is derived from megatron-core: tests/unit/models/test_checkpoint_names.py."""
-    golden = (Path(__file__).parents[2] / "golden" / f"te_keys_{kind}.txt").read_text().split("\n")
-    expected = {line.removeprefix("weight ") for line in golden if line.startswith("weight ")}
-    rows = entries(get_model_config(name), layout="flash").values()
-    prefix = "language_model."
-    found = {row.key.removeprefix(prefix) for row in rows if row.megatron.startswith(prefix)}
-    assert found == expected
 
 
 @pytest.mark.parametrize(

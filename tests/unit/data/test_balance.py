@@ -95,12 +95,6 @@ def test_skewed_costs_are_balanced() -> None:
         assert highest(costs, dealt(len(costs), num_ranks)) / per_rank > unbalanced
 
 
-def loads(costs: list[list[float]], parts: tuple[tuple[Part, ...], ...]) -> list[float]:
-    return [
-        sum(sum(costs[part.pack][part.first : part.stop]) for part in of_rank) for of_rank in parts
-    ]
-
-
 def waits(
     costs: list[list[float]], parts: tuple[tuple[Part, ...], ...], sharing: Sharing
 ) -> list[float]:
@@ -151,29 +145,18 @@ def test_every_sample_is_in_one_part_and_ranks_that_wait_have_as_many(
     assert all(of_rank for of_rank in parts)
 
 
-def test_packs_of_long_texts_are_balanced_by_cutting() -> None:
-    """64 ranks of 4 packs, one in eight of one long sample that costs twice as much. Measured:
-    1.125 with whole packs, which cannot be better; 1.020 with 270 parts."""
+@pytest.mark.parametrize("in_step", [1, 4])
+def test_packs_of_long_texts_are_balanced_by_cutting(in_step: int) -> None:
+    """64 ranks of 4 packs, one in eight of one long sample that costs twice as much; each alone, or
+    in groups of 4 that wait for each other and cut at the same time. Measured: 1.125 and 1.111 with
+    whole packs, which cannot be better; 1.020 with 270 parts, 1.000 with 288."""
     costs = [[2.0] if i % 8 == 0 else [0.125] * 8 for i in range(256)]
-    mean = sum(map(sum, costs)) / 64
-    whole = share(costs, num_ranks=64, sharing=Sharing(counts="equal"))
-    assert max(loads(costs, whole)) / mean > 1.1
-    parts = share(costs, num_ranks=64, sharing=Sharing())
-    assert max(loads(costs, parts)) / mean <= 1.03
-    assert 256 < sum(map(len, parts)) < 256 * 1.2
-    assert {len(of_rank) for of_rank in parts} > {4}
-
-
-def test_rows_of_long_texts_are_balanced_by_cutting() -> None:
-    """The same packs on groups of 4 ranks that wait for each other: all four cut at the same time.
-    Measured: 1.111 whole, 1.000 with 288 parts."""
-    costs = [[2.0] if i % 8 == 0 else [0.125] * 8 for i in range(256)]
-    mean = sum(map(sum, costs)) / 64
-    sharing = Sharing(in_step=4, counts="equal")
-    whole = share(costs, num_ranks=64, sharing=sharing)
+    mean, sharing = sum(map(sum, costs)) / 64, Sharing(in_step=in_step)
+    whole = share(costs, num_ranks=64, sharing=replace(sharing, counts="equal"))
     assert max(waits(costs, whole, sharing)) / mean > 1.1
-    parts = share(costs, num_ranks=64, sharing=Sharing(in_step=4))
+    parts = share(costs, num_ranks=64, sharing=sharing)
     assert max(waits(costs, parts, sharing)) / mean <= 1.03
+    assert 256 < sum(map(len, parts)) < 256 * 1.2
     assert {len(of_rank) for of_rank in parts} > {4}
 
 

@@ -14,7 +14,7 @@ from tests.distributed.global_weights import gather_weights
 from tests.distributed.launch import on_ranks
 from tests.distributed.layouts_checkpoint import CASES, difference, model_of, run_cases, step
 
-PAIRS = [(case, layout) for case in CASES for layout in (case.saved_under, *case.loaded_under)]
+PAIRS = [(case, layout) for case in CASES for layout in case.loaded_under]
 
 
 @pytest.fixture(scope="module")

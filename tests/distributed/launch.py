@@ -103,12 +103,7 @@ def torchrun(
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=environment(),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         timeout=timeout_s,
         check=False,
     )
-
-
-def environment() -> dict[str, str]:
-    """Of a script of this folder."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -49,24 +49,27 @@ def make_toy_shards(folder: Path, jsonl: Path, tokenizer_path: Path) -> ToyData:
     return ToyData(tokenizer=tokenizer_path, shards=folder / "shards")
 
 
-def toy_config(data: ToyData, stage: str, **options: Any) -> RunConfig:
-    """A run of the toy model; `options` are fields of any section, by name."""
-    fields: dict[str, Any] = {
-        "stage": stage,
-        "data_path": (str(data.shards),),
+def toy_settings(data: ToyData) -> dict[str, Any]:
+    """What toy runs of all stages share, as a recipe has it."""
+    return {
+        "data_path": [str(data.shards)],
         "tokenizer_model": str(data.tokenizer),
         "seq_length": 600,
         "max_tiles_per_pack": 40,
         "max_samples_per_pack": 4,
         "max_dynamic_patch": 4,
         "num_workers": 0,
-        "train_iters": 10,
         "global_batch_size": 2,
         "lr": 1e-3,
         "min_lr": 1e-5,
         "adam_eps": 1e-5,
-        **options,
     }
+
+
+def toy_config(data: ToyData, stage: str, **options: Any) -> RunConfig:
+    """A run of the toy model; `options` are fields of any section, by name."""
+    fields = {**toy_settings(data), "stage": stage, "train_iters": 10, **options}
+    fields["data_path"] = tuple(fields["data_path"])
     config = RunConfig()
     for section in dataclasses.fields(RunConfig):
         value = getattr(config, section.name)

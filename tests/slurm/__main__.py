@@ -22,7 +22,7 @@ import yaml
 
 from megatron_vico.checkpoint.run_folder import latest_iteration
 from tests.slurm.cluster import NODES, Cluster, lacking, running, wait_for
-from tests.training_runs import ToyData, make_toy_data, read_metrics, untimed
+from tests.training_runs import ToyData, make_toy_data, read_metrics, toy_settings, untimed
 
 ROOT = Path(__file__).parents[2]
 STAGES = {"warmup": 16, "consistency": 16, "router": 16}
@@ -83,13 +83,8 @@ def make_inputs(folder: Path) -> ToyData:
 
 def recipe(data: ToyData) -> dict[str, Any]:
     """What all toy stages share."""
-    return {
-        **{"data_path": [str(data.shards)], "tokenizer_model": str(data.tokenizer)},
-        "model_size": "toy",
-        **{"seq_length": 600, "max_tiles_per_pack": 40, "max_samples_per_pack": 4},
-        **{"max_dynamic_patch": 4, "num_workers": 1, "global_batch_size": 2, "lr": 1e-3},
-        **{"min_lr": 1e-5, "adam_eps": 1e-5, "lr_warmup_iters": 2, "save_interval": 3},
-    }
+    own = {"model_size": "toy", "num_workers": 1, "lr_warmup_iters": 2, "save_interval": 3}
+    return toy_settings(data) | own
 
 
 def sweep(cluster: Cluster, folder: Path, inputs: ToyData) -> None:

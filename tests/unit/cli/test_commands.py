@@ -17,7 +17,7 @@ from megatron_vico.convert.huggingface.config import ExportOptions, model_json
 from tests.hf_exports import export_hf
 from tests.toy_data import write_video
 from tests.toy_models import make_encoder, make_language_model
-from tests.training_runs import ToyData, load_tool, make_toy_data
+from tests.training_runs import ToyData, load_tool, make_toy_data, toy_settings
 
 
 @pytest.fixture(scope="module")
@@ -41,20 +41,8 @@ def run(
     modules = {"encoder": make_encoder(model), "language_model": make_language_model(model)}
     flash = export_hf(folder.parent / "start", **modules, model=model, layout="flash")  # type: ignore[arg-type]
     convert(flash, output=folder.parent / "megatron", layout="megatron")
-    settings = {
-        "stage": "pretrain",
-        "data_path": [str(data.shards)],
-        "tokenizer_model": str(data.tokenizer),
-        "seq_length": 600,
-        "max_tiles_per_pack": 40,
-        "max_samples_per_pack": 4,
-        "max_dynamic_patch": 4,
-        "num_workers": 0,
-        "global_batch_size": 2,
-        "pretrained_checkpoint": str(folder.parent / "megatron"),
-        "train_iters": 5,
-    }
-    recipe.write_text(yaml.safe_dump(settings))
+    start = {"stage": "pretrain", "pretrained_checkpoint": str(folder.parent / "megatron")}
+    recipe.write_text(yaml.safe_dump(toy_settings(data) | start | {"train_iters": 5}))
     assert vico(f"train --recipe {recipe} --train-iters 2 --save {folder}") == 0
     return folder
 

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.run_folders import write_run
-from tests.training_runs import ToyData, load_tool
+from tests.training_runs import ToyData, load_tool, toy_settings
 
 ROOT = Path(__file__).parents[3]
 TOOL = load_tool("scaling_report")
@@ -21,11 +22,8 @@ def test_a_sweep_on_this_machine(
     toy_data: ToyData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tmp_path / "toy.yaml"
-    recipe.write_text(
-        "stage: pretrain\nmodel_size: toy\nseq_length: 600\nmax_tiles_per_pack: 40\n"
-        "max_dynamic_patch: 4\nmax_samples_per_pack: 4\nnum_workers: 0\nglobal_batch_size: 2\n"
-        f"tokenizer_model: {toy_data.tokenizer}\ndata_path: [{toy_data.shards}]\n"
-    )
+    own = {"stage": "pretrain", "model_size": "toy"}
+    recipe.write_text(yaml.safe_dump(toy_settings(toy_data) | own))
     cases = tmp_path / "cases.tsv"
     lines = ("two\tstrong\t2", "odd\tstrong\t3")
     cases.write_text("# toys\n" + "".join(f"{line}\t{recipe}\t--lr 1e-3\n" for line in lines))

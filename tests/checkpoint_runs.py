@@ -106,18 +106,8 @@ def make_training(
     parallel: ParallelOptions | None = None,
     clip_grad: float = 1.0,
 ) -> Training:
-    """A toy model before its first step of training.
-
-    Args:
-        size: the model, or its name.
-        groups: process groups.
-        seed: of the weights.
-        dtype: fp32 or bf16.
-        optimizer: `replicated`, or `sharded` over the data-parallel ranks.
-        frozen: name of a module that gets no optimizer.
-        parallel: the layout of the groups; None, one rank a replica.
-        clip_grad: norm that gradients are clipped to; 0, they are not.
-    """
+    """A toy model before its first step of training; its optimizer may be `sharded` over the
+    data-parallel ranks, and `frozen` names a module that gets none."""
     torch.manual_seed(seed)
     model = get_model_config(size) if isinstance(size, str) else size
     bf16, sharded = dtype == "bf16", optimizer == "sharded"

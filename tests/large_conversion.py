@@ -60,16 +60,8 @@ class Measured:
 
 
 def measure(folder: Path, num_gb: float, *, num_attempts: int = 2) -> list[Measured]:
-    """Make a checkpoint and convert it to Megatron's form and back.
-
-    Args:
-        folder: existing, empty, with room for four times the checkpoint.
-        num_gb: about its size.
-        num_attempts: how often each is done.
-
-    Returns:
-        Both conversions.
-    """
+    """Make a checkpoint and convert it to Megatron's form and back, in an empty folder with room
+    for four times its size."""
     files, megatron, back = folder / "files", folder / "megatron", folder / "back"
     _child("make", folder, num_gb)
     found = []

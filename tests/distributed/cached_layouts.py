@@ -19,25 +19,17 @@ class CachedLayouts:
     megatron-core does not."""
 
     def __init__(self, *, seed: int = 1) -> None:
-        """Start with none.
-
-        Args:
-            seed: of initialisation and dropout, set anew at each switch, as at the start of a run.
-        """
+        """The seed is set again at each switch, as at the start of a run."""
         assert not parallel_state.model_parallel_is_initialized()
         self._seed = seed
         self._blank = _globals()
         self._known: dict[tuple[int | None, ...], tuple[dict[str, Any], Groups]] = {}
 
     def switch_to(self, options: ParallelOptions) -> Groups:
-        """Make a layout megatron-core's current one; called by every rank.
+        """Make a layout megatron-core's current one, and return its groups; called by every rank.
 
-        Args:
-            options: the layout; ranks that it has no other use for are more data parallelism.
-
-        Returns:
-            Its groups. What was built under another layout needs a switch back before it is used
-            again.
+        Ranks that it has no other use for are more data parallelism. What was built under another
+        layout needs a switch back before it is used again.
         """
         # All that groups depend on: recompute and overlap do not get groups of their own.
         key = (

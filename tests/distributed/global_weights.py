@@ -74,16 +74,8 @@ class Part:
 
 
 def parts_of(modules: Mapping[str, Sequence[nn.Module]], groups: Groups) -> Iterator[Part]:
-    """What this rank holds of every weight.
-
-    Args:
-        modules: by name, `encoder` and `language_model`, each the chunks of this rank outside of
-            DDP.
-        groups: of the layout they were built in.
-
-    Yields:
-        One a parameter.
-    """
+    """What this rank holds of every weight of `encoder` and `language_model`, each its chunks here,
+    outside of DDP; `groups` are those they were built in."""
     for module_name, chunks in modules.items():
         for chunk in chunks:
             for name, param in chunk.named_parameters():
@@ -109,15 +101,8 @@ def parts_of(modules: Mapping[str, Sequence[nn.Module]], groups: Groups) -> Iter
 
 
 def gather_weights(modules: Mapping[str, Sequence[nn.Module]], groups: Groups) -> dict[str, Tensor]:
-    """All whole weights, on every rank; fails where two ranks hold different copies of a part.
-
-    Args:
-        modules: as in `parts_of`.
-        groups: of the layout they were built in.
-
-    Returns:
-        By name in the whole model.
-    """
+    """All whole weights, by name in the whole model, on every rank; fails where two ranks hold
+    different copies of a part."""
     own = list(parts_of(modules, groups))
     # One tensor a rank: pickled one by one, they take seconds.
     flat = torch.cat([part.param.detach().flatten() for part in own])

@@ -29,18 +29,8 @@ def on_ranks[R](
     preloaded: str = PRELOADED,
 ) -> list[R]:
     """Call a function of a module on gloo ranks, a thread each, as torchrun would: in processes of
-    their own, with torch.distributed running and nothing else.
-
-    Args:
-        function: called by every rank.
-        args: its arguments.
-        num_ranks: how many.
-        timeout_s: after which they count as hanging.
-        preloaded: the module that they all have imported, the same for all launches of a process.
-
-    Returns:
-        What it returned, by rank; raises with the traceback of a rank that failed.
-    """
+    their own, with torch.distributed running and `preloaded` imported (one module for all launches
+    of a process). What it returned, by rank; raises with the traceback of a rank that failed."""
     preloading(preloaded)
     with tempfile.TemporaryDirectory() as folder:
         ranks = start_processes(
@@ -89,14 +79,7 @@ def _rank(
 def torchrun(
     script: str | Path, *words: str | Path, num_processes: int, timeout_s: int = 120
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script of this repository as a user would.
-
-    Args:
-        script: its path from the root.
-        words: its arguments.
-        num_processes: ranks, which may fail.
-        timeout_s: after which it counts as hanging.
-    """
+    """Run a script, by its path from the root, as a user would; its ranks may fail."""
     launcher = (sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone")
     return subprocess.run(
         [*launcher, "--nproc-per-node", str(num_processes), str(script), *map(str, words)],

@@ -196,11 +196,7 @@ class Runner:
 
 
 def run_cases(folder: Path) -> dict[str, Any]:
-    """What this rank finds, by name of the case; what is refused and the negative control too.
-
-    Args:
-        folder: gets the checkpoints.
-    """
+    """What this rank finds, by name of the case; what is refused and the negative control too."""
     runner = Runner(folder)
     found: dict[str, Any] = {case.name: runner.run(case) for case in CASES}
     found["without optimizer"] = runner.run_without_optimizer(CASES[0], "dp4")

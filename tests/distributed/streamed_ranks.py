@@ -63,12 +63,8 @@ def odd_models() -> dict[str, ModelConfig]:
 
 
 def load_and_save(folder: Path) -> None:
-    """All sizes, on every rank.
-
-    Args:
-        folder: FOLDER/SIZE is a Hugging Face folder of each size; what is converted by all ranks
-            goes to FOLDER/SIZE-megatron, what a layout saves to FOLDER/SIZE-LAYOUT.
-    """
+    """All sizes, on every rank: FOLDER/SIZE is a Hugging Face folder; what is converted by all
+    ranks goes to FOLDER/SIZE-megatron, what a layout saves to FOLDER/SIZE-LAYOUT."""
     MODELS.update(odd_models())
     layouts = CachedLayouts()
     for size, names in LOADED_UNDER.items():

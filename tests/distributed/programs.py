@@ -1,5 +1,5 @@
 """Python programs as a user starts them, in processes forked from one that has imported what they
-need: 4 to 9 s of CPU each otherwise, for torch, megatron-core and what a first step imports.
+need: 4 to 8 s of CPU each otherwise, for torch, megatron-core and what a first step imports.
 """
 
 import gc

@@ -41,8 +41,9 @@ def run(
     modules = {"encoder": make_encoder(model), "language_model": make_language_model(model)}
     flash = export_hf(folder.parent / "start", **modules, model=model, layout="flash")  # type: ignore[arg-type]
     convert(flash, output=folder.parent / "megatron", layout="megatron")
-    start = {"stage": "pretrain", "pretrained_checkpoint": str(folder.parent / "megatron")}
-    recipe.write_text(yaml.safe_dump(toy_settings(data) | start | {"train_iters": 5}))
+    own = {"stage": "pretrain", "pretrained_checkpoint": str(folder.parent / "megatron")}
+    own |= {"lr": 4e-6, "min_lr": 1e-7, "train_iters": 5}  # so that it says what it said before
+    recipe.write_text(yaml.safe_dump(toy_settings(data) | own))
     assert vico(f"train --recipe {recipe} --train-iters 2 --save {folder}") == 0
     return folder
 

@@ -42,7 +42,7 @@ def run(
     flash = export_hf(folder.parent / "start", **modules, model=model, layout="flash")  # type: ignore[arg-type]
     convert(flash, output=folder.parent / "megatron", layout="megatron")
     own = {"stage": "pretrain", "pretrained_checkpoint": str(folder.parent / "megatron")}
-    own |= {"lr": 4e-6, "min_lr": 1e-7, "train_iters": 5}  # so that it says what it said before
+    own |= {"lr": 4e-6, "min_lr": 1e-7, "train_iters": 5}  # answers stay those of the Flash model
     recipe.write_text(yaml.safe_dump(toy_settings(data) | own))
     assert vico(f"train --recipe {recipe} --train-iters 2 --save {folder}") == 0
     return folder

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -39,6 +40,8 @@ def report_of(name: str) -> dict[str, Any]:
         with Machine() as machine:
             report["figures"] = machine.found
             return report | {"result": "ok", "figures": check(machine)}
+    except KeyboardInterrupt:  # of SIGTERM: who sent it says why
+        return report | {"result": "hangs"}
     except ModuleNotFoundError as error:
         said = f"there is no module {error.name}: put its wheel into the folder of --packages"
         return report | {"result": "lacks", "said": said}
@@ -58,4 +61,5 @@ def _version(package: str) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     Path(sys.argv[2]).write_text(json.dumps(report_of(sys.argv[1])))

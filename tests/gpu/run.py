@@ -42,6 +42,9 @@ NEEDED = (
 ).split()
 """What the checks import of other packages; TransformerEngine's are told by the first of them."""
 
+GRACE_S = 3
+"""What one that is stopped has to write down what it found."""
+
 SHORTEST_S = 5
 """With less than this left, no check is begun."""
 
@@ -158,11 +161,16 @@ def _one(name: str, session: Session, limit_s: float) -> Line:
             status: int | None = process.wait(timeout=limit_s)
         except subprocess.TimeoutExpired:
             status = None
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=GRACE_S)
         finally:
             _kill_group(process)
-        line: Line = json.loads(report.read_text()) if report.exists() else {}
+        line: Line = {}
+        with contextlib.suppress(OSError, json.JSONDecodeError):
+            line = json.loads(report.read_text())
         if status is None:
-            line = {"result": "hangs", "said": f"stopped after {limit_s:.0f} s"}
+            line |= {"result": "hangs", "said": f"stopped after {limit_s:.0f} s"}
         elif not line:
             how = f"by signal {-status}" if status < 0 else f"with status {status} and no report"
             line = {"result": "killed", "said": f"ended {how}"}

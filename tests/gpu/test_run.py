@@ -24,6 +24,12 @@ if name.startswith("hangs"):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     print("pid", child.pid, flush=True)
     time.sleep(600)
+if name == "tells":
+    def tell(*_):
+        open(report, "w").write('{"result": "hangs", "figures": {"ms": 2.5}}')
+        sys.exit()
+    signal.signal(signal.SIGTERM, tell)
+    time.sleep(600)
 if name == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 if name == "silent":
@@ -56,16 +62,18 @@ def found(folder: Path) -> dict[str, Any]:
 def test_one_that_fails_hangs_or_is_killed_stops_no_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = ["fails", "hangs", "killed", "silent", "good"]
-    assert run(names, session(tmp_path), limits_s=limits(*names, hangs=1)) == 1
+    names = ["fails", "hangs", "tells", "killed", "silent", "good"]
+    assert run(names, session(tmp_path), limits_s=limits(*names, hangs=1, tells=1)) == 1
     lines = found(tmp_path)
     assert {name: line["result"] for name, line in lines.items()} == {
         "fails": "FAIL",
         "hangs": "hangs",
+        "tells": "hangs",
         "killed": "killed",
         "silent": "killed",
         "good": "ok",
     }
+    assert lines["tells"]["figures"] == {"ms": 2.5}  # and what it had found is kept
     assert lines["killed"]["said"] == "ended by signal 9"
     assert lines["silent"]["said"] == "ended with status 7 and no report"
     assert lines["good"]["figures"] == {"ms": 1.5}

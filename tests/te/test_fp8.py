@@ -93,6 +93,16 @@ def test_the_check_for_a_gpu_times_a_step_in_fp8_too(single_process_groups: None
     assert "bf16 ms over FP8's" in figures
 
 
+def test_the_check_for_a_gpu_finds_the_weights_of_transformer_engines_layers(
+    single_process_groups: None,
+) -> None:
+    """Which have other names; and sees its rounding."""
+    with Machine() as machine:
+        errors = check_named("layers")(machine)
+    assert len(errors) == 6
+    assert all(float(error) > 0 for error in errors.values())
+
+
 def test_first_and_last_layers_stay_in_bf16(stage_config: Any, groups: Groups) -> None:
     options = RECIPES["tensorwise"] | {"first_last_layers_bf16": True}
     run = set_up(stage_config("consistency", **options), groups)

@@ -5,6 +5,9 @@ import torch
 from megatron.core.transformer.moe.moe_utils import permute, unpermute
 from torch import Tensor
 
+from megatron_vico.config.registry import get_model_config
+from megatron_vico.models.build import language_transformer_config
+
 TOKENS, EXPERTS, WIDTH = 9, 4, 16
 
 
@@ -31,3 +34,9 @@ def test_fused_permutation_equals_the_other() -> None:
         there_and_back(fused=True), there_and_back(fused=False), strict=True
     ):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_models_of_experts_take_fused_permutation_and_routing() -> None:
+    config = language_transformer_config(get_model_config("toy-moe"))
+    assert config.moe_permute_fusion
+    assert config.moe_router_fusion

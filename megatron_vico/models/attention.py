@@ -181,6 +181,9 @@ class SDPACoreAttention(MegatronModule):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """[B, S, A, E] from [B, S, A, E] and [B, K, G, E], causal where there is no mask."""
+        share = q.size(2) // k.size(2)
+        if share > 1 and _no_fused_kernel_has_groups(q, mask):
+            k, v = (each.repeat_interleave(share, dim=2) for each in (k, v))
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -191,6 +194,11 @@ class SDPACoreAttention(MegatronModule):
             enable_gqa=q.size(2) != k.size(2),
         )
         return out.transpose(1, 2)
+
+
+def _no_fused_kernel_has_groups(q: Tensor, mask: Tensor | None) -> bool:
+    """Of CUDA's those of 16 bits without a mask have; torch would keep all scores instead."""
+    return q.is_cuda and (mask is not None or q.dtype == torch.float32)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,14 +1,17 @@
 """Packed attention against documents run apart, and the rotation against mcore's."""
 
 import itertools
+import types
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_vico.config.registry import get_model_config
+from megatron_vico.models import attention
 from megatron_vico.models.attention import rotate
 from megatron_vico.models.attention_layout import Rotary, context_share, packed_layout
 from megatron_vico.models.language_model import LanguageInputs, LanguageModel
@@ -159,3 +162,32 @@ def test_no_grad_keeps_no_graph_and_no_activations(single_process_groups: None) 
         rows = model(pack((9, 12), visual_positions=[1, 2]), visual_tokens)
     assert not rows.requires_grad
     assert kept == []
+
+
+def test_no_kernel_of_cuda_is_asked_for_groups_of_heads_that_it_does_not_know(
+    single_process_groups: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured: no difference."""
+    for dtype, mask, unknown in (
+        (torch.bfloat16, None, False),
+        (torch.bfloat16, torch.ones(1), True),
+        (torch.float32, None, True),
+    ):
+        query: Any = types.SimpleNamespace(is_cuda=True, dtype=dtype)
+        assert attention._no_fused_kernel_has_groups(query, mask) == unknown
+    model, inputs, asked = make_language_model(get_model_config("toy-6b")), pack((9, 12)), []
+    attend = attention.F.scaled_dot_product_attention
+
+    def noted(*args: Any, **options: Any) -> Tensor:
+        asked.append(options["enable_gqa"])
+        return attend(*args, **options)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", noted)
+    expected = model(inputs)
+    assert all(asked)
+    asked.clear()
+    monkeypatch.setattr(attention, "_no_fused_kernel_has_groups", lambda q, mask: True)
+    found = model(inputs)
+    assert asked
+    assert not any(asked)
+    assert error(found, expected) < 1e-6

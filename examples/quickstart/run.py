@@ -99,17 +99,9 @@ def steps(run: Path, *, quick: bool, processes: int, seed: int) -> list[Step]:
         HERE / "make_tokenizer.py", "--text", run / "data" / "text.txt", "--out", tokenizer
     )
     make_shards = _command(
-        "-m", "megatron_vico", "shards", "make", "--jsonl", run / "data" / "train.jsonl"
+        *("-m", "megatron_vico", "shards", "make", "--jsonl", run / "data" / "train.jsonl"),
+        *("--out", run / "shards", "--tokenizer-model", tokenizer, "--model-size", "toy", *TILING),
     )
-    make_shards += [
-        "--out",
-        f"{run / 'shards'}",
-        "--tokenizer-model",
-        f"{tokenizer}",
-        "--model-size",
-        "toy",
-        *TILING,
-    ]
     export = _command(
         "-m", "megatron_vico", "convert", "--input", run / "router", "--output", run / "flash"
     )

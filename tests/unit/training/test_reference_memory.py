@@ -2,7 +2,9 @@
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megatron_vico.config.registry import get_model_config
@@ -21,14 +23,51 @@ ROWS_BYTES = (
 )
 
 
-def pass_bytes(run: Callable[[], Sequence[Tensor | None]]) -> tuple[int, int, int]:
-    """Bytes of the rows that a pass hands out, and of what is new after it and, at most, during it;
-    without the scratch memory inside an operator."""
+@dataclass(frozen=True, kw_only=True)
+class PassBytes:
+    """What one pass over several packs allocates."""
+
+    rows: int
+    """Bytes of the rows that it hands out."""
+
+    kept: int
+    """New bytes that live after it."""
+
+    peak: int
+    """The most new bytes that live during it."""
+
+
+def pass_bytes(run: Callable[[], Sequence[Tensor | None]], device: torch.device) -> PassBytes:
+    """Bytes that a pass allocates, where all that it works on exists before; the GPU's branch was
+    never run.
+
+    Args:
+        run: does the pass and returns its rows.
+        device: where it computes.
+
+    Returns:
+        On the CPU, counted from what torch allocates, without the scratch memory inside an
+        operator.
+    """
     gc.collect()
-    with PeakBytes() as seen:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
         rows = run()
         gc.collect()
-    return sum(each.nbytes for each in rows if each is not None), seen.live, seen.peak
+        kept, peak = (
+            torch.cuda.memory_allocated() - before,
+            torch.cuda.max_memory_allocated() - before,
+        )
+    else:
+        with PeakBytes() as seen:
+            rows = run()
+            gc.collect()
+        kept, peak = seen.live, seen.peak
+    return PassBytes(
+        rows=sum(each.nbytes for each in rows if each is not None), kept=kept, peak=peak
+    )
 
 
 def make_reference() -> Reference:
@@ -50,7 +89,7 @@ def make_batch(num_packs: int, groups: Groups) -> StepBatch:
     return share_step(packs, groups=groups)
 
 
-def measured(num_packs: int, groups: Groups, *, graph: bool = False) -> tuple[int, int, int]:
+def measured(num_packs: int, groups: Groups, *, graph: bool = False) -> PassBytes:
     """A pass over packs of one shape; `graph`: as a pass would be that forgets no_grad over weights
     with gradients."""
     reference, batch = make_reference(), make_batch(num_packs, groups)
@@ -58,23 +97,26 @@ def measured(num_packs: int, groups: Groups, *, graph: bool = False) -> tuple[in
     tokens = reference.visual_tokens(batch, None, inputs=inputs, groups=groups)
     if graph:
         chunk = reference.head.requires_grad_()
-        return pass_bytes(lambda: [chunk(each, tokens.of(i)) for i, each in enumerate(inputs)])
-    return pass_bytes(lambda: reference.response_rows(inputs, tokens, groups=groups))
+        return pass_bytes(
+            lambda: [chunk(each, tokens.of(index)) for index, each in enumerate(inputs)],
+            groups.device,
+        )
+    return pass_bytes(lambda: reference.response_rows(inputs, tokens, groups=groups), groups.device)
 
 
 def test_nothing_is_kept_but_the_response_rows(groups: Groups) -> None:
     """Measured: 16,384 bytes a pack, to the byte; the peak, 2,216,708 at 2 packs, grows by the rows
     alone."""
-    (rows, kept, peak), (many_rows, many_kept, many_peak) = (measured(n, groups) for n in (2, 8))
-    assert rows == kept == 2 * ROWS_BYTES
-    assert many_rows == many_kept == 8 * ROWS_BYTES
-    assert many_peak - peak == 6 * ROWS_BYTES
-    assert peak > 10 * kept, "the peak counts activations"
+    few, many = measured(2, groups), measured(8, groups)
+    assert (few.kept, many.kept) == (2 * ROWS_BYTES, 8 * ROWS_BYTES)
+    assert (few.rows, many.rows) == (few.kept, many.kept)
+    assert many.peak - few.peak == 6 * ROWS_BYTES
+    assert few.peak > 10 * few.kept, "the peak counts activations"
 
 
 def test_a_graph_would_be_seen(groups: Groups) -> None:
     """Measured: 8.7 MB a pack, for rows of 16 KB."""
-    (rows, *few), (_, *many) = (measured(number, groups, graph=True) for number in (2, 8))
-    assert rows == 2 * ROWS_BYTES
-    for less, more in zip(few, many, strict=True):  # what is kept, and the peak
-        assert more - less > 6 * 100 * ROWS_BYTES
+    few, many = measured(2, groups, graph=True), measured(8, groups, graph=True)
+    assert few.rows == 2 * ROWS_BYTES
+    assert many.kept - few.kept > 6 * 100 * ROWS_BYTES
+    assert many.peak - few.peak > 6 * 100 * ROWS_BYTES

@@ -5,6 +5,7 @@ tensor cores accumulate.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from megatron_vico.config.registry import get_model_config
 from megatron_vico.config.schema import ParallelOptions, RunConfig, TrainingOptions
 from megatron_vico.errors import ConfigError
+from megatron_vico.models import build
 from megatron_vico.models.build import build_language_model, language_transformer_config
 from megatron_vico.parallel.groups import Groups, started
 from megatron_vico.parallel.streams import pad_stream
@@ -94,9 +96,12 @@ def test_the_check_for_a_gpu_times_a_step_in_fp8_too(single_process_groups: None
 
 
 def test_the_check_for_a_gpu_finds_the_weights_of_transformer_engines_layers(
-    single_process_groups: None,
+    single_process_groups: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which have other names; and sees its rounding."""
+    # Which is Triton's, slow in the interpreter: test_permutation.py.
+    unfused = functools.partial(build.language_transformer_config, moe_permute_fusion=False)
+    monkeypatch.setattr(build, "language_transformer_config", unfused)
     with Machine() as machine:
         errors = check_named("layers")(machine)
     assert len(errors) == 6

@@ -51,8 +51,8 @@ class Model:
                 `<image>` says where an image goes; without any, they come first.
             images: in the order of their `<image>`.
             system: the system message; None, that of the template.
-            plan: none, all, vir, image or random=R, as for `vico generate`; None: the router's
-                where the checkpoint has a trained one, else none.
+            plan: none, all, vir, image, random=R, fastv or sparsevlm, as for `vico generate`; None:
+                the router's where the checkpoint has a trained one, else none.
             max_new_tokens: longest answer.
 
         Raises:

@@ -18,8 +18,9 @@ from tests.distributed import programs
 
 pytestmark = pytest.mark.slow
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
+PRUNED = ("fastv", "fastv_default", "sparsevlm", "sparsevlm_default")
 ROWS = (
-    *("vanilla", "vanilla_vir", "vanilla_one_tile", "all_compress", "random_compress"),
+    *("vanilla", "vanilla_vir", "vanilla_one_tile", *PRUNED, "all_compress", "random_compress"),
     *("image_level", "vico"),
 )
 STAGES = ("pretrain", "warmup", "consistency", "router", "router_image")
@@ -73,7 +74,10 @@ def test_the_table_has_its_rows_and_their_figures_fit_together(run: Path) -> Non
     assert table["all_compress"]["compressed_tiles"] == 1.0
     assert table["random_compress"]["compressed_tiles"] == table["vico"]["compressed_tiles"]
     assert table["vanilla_vir"]["compressed_tiles"] == table["vico"]["compressed_tiles"]
-    for row in rows:
+    # Of 16 tokens in three layers FastV keeps 16, 8 and 8; SparseVLM 16, 9 and 4.
+    assert table["fastv_default"]["visual_token_reduction"] == 1 - 11 / 16
+    assert table["sparsevlm_default"]["visual_token_reduction"] == 1 - 10 / 16
+    for row in (row for row in rows if row["row"] not in PRUNED):
         # Three of a compressed tile's four visual tokens go.
         assert row["visual_token_reduction"] == pytest.approx(0.75 * row["compressed_tiles"])
 

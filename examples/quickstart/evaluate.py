@@ -1,4 +1,4 @@
-"""Evaluate the demo's models on its held-out images: seven rows of Table 3, and the pictures.
+"""Evaluate the demo's models on its held-out images: the rows of Table 3, and the pictures.
 
 Run, after the training stages and the export:
 python examples/quickstart/evaluate.py --run runs/demo

@@ -12,6 +12,7 @@ from megatron_vico.config.schema import TilingOptions, flag_of
 from megatron_vico.errors import ConfigError
 
 if TYPE_CHECKING:
+    from megatron_vico.config.registry import ModelConfig
     from megatron_vico.convert.huggingface.config import ExportOptions
     from megatron_vico.inference.engine import Engine
     from megatron_vico.inference.plans import PlanSource, Replay, Routing
@@ -89,6 +90,13 @@ class ModelFlags:
         check_said(changed, path="command line")
         return replace(said, **changed)
 
+    @cached_property
+    def model(self) -> "ModelConfig":
+        """That of --load; CheckpointError if it is none."""
+        from megatron_vico.inference.loading import model_of
+
+        return model_of(self.load)
+
     @contextmanager
     def engine(self) -> Iterator["Engine"]:
         """An engine with the weights of --load; its process groups end with the context.
@@ -104,10 +112,10 @@ class ModelFlags:
         from megatron_vico.convert.open import TOKENIZER_FOLDER, is_megatron
         from megatron_vico.data.encode.sample_encoder import EncodingSettings
         from megatron_vico.data.encode.tokenizer import load_tokenizer
-        from megatron_vico.inference.loading import build_engine, load_weights, model_of
+        from megatron_vico.inference.loading import build_engine, load_weights
         from megatron_vico.parallel import groups as process_groups
 
-        model, use = model_of(self.load), self.use
+        model, use = self.model, self.use
         beside = self.load / TOKENIZER_FOLDER if is_megatron(self.load) else self.load
         tokenizer = load_tokenizer(self.tokenizer_model or beside)
         tokenizer.check_fits(model)
@@ -209,10 +217,12 @@ class PlanFlags(RoutingFlags):
         from megatron_vico.inference import plans
 
         kind = name.partition("=")[0]
-        if kind not in ("none", "vir", "image") and "connector_16x" in self.drawn:
+        uncompressed = ("none", "vir", "image", "fastv", "sparsevlm")
+        if kind not in uncompressed and "connector_16x" in self.drawn:
             raise ConfigError(f"plan {name}: {self.lacks(['connector_16x'])}; take the plan none.")
         routing = self.routing() if kind in ("vir", "image") else None
-        return plans.read_plan(name, routing=routing, replay=self._decided)
+        num_layers = self.model.language.num_layers if kind in plans.PUBLISHED else 0
+        return plans.read_plan(name, routing=routing, replay=self._decided, num_layers=num_layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,8 +234,9 @@ class AnswerFlags(PlanFlags):
 
     plan: str | None = None
     """Which tiles get the 16x connector: none, all, vir (the router), image (the router, image by
-    image), random=R (a share R of them) or replay; unset, vir where --load has a trained router,
-    else none."""
+    image), random=R (a share R of them) or replay; fastv and sparsevlm compress none, but drop
+    visual tokens between layers, fastv=S a share S of them in the mean over layers. Unset, vir
+    where --load has a trained router, else none."""
 
     _counts: ClassVar[tuple[str, ...]] = (*PlanFlags._counts, "max_new_tokens")
 

@@ -132,6 +132,7 @@ def make_server(options: Flags, engine: "Engine") -> "Server":
     elif "vir" not in options.drawn:
         usual = ["vir", "image", *usual]
     usual += [] if options.replay is None else ["replay"]
+    usual += ["fastv", "sparsevlm"] if options.model.language.num_layers > 2 else []
     plans = [name for words in options.plans for name in words.split(",")]
     models = Models(options.served_model_name, plans or usual, read_plan=options.read_plan)
     limits = TileLimits(

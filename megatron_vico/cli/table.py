@@ -26,7 +26,7 @@ class Flags:
     rows: Annotated[Positional[tuple[str, ...]], arg(metavar="TITLE=MODEL ...")]
     """In order, MODEL as the server was asked for it (internvl@vir). A title that begins with + is
     compared with the last one that does not; in Table 3 the titles are vanilla, vanilla_vir,
-    vanilla_one_tile, fastv, fastv_matched, sparsevlm, sparsevlm_matched, all_compress,
+    vanilla_one_tile, fastv, fastv_default, sparsevlm, sparsevlm_default, all_compress,
     random_compress, image_level and vico."""
 
     results: tuple[Path, ...]

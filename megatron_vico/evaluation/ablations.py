@@ -5,6 +5,9 @@ vanilla          before consistency training          nothing compressed
 vanilla_vir      the same, and the warmed-up 16x      ViCO's final router decisions, replayed
                  connector, which the original lacks
 vanilla_one_tile before consistency training          none; an image is one tile
+fastv, sparsevlm before consistency training          none; tokens dropped between layers, in the
+                                                      mean over them as many as ViCO saved
+.._default       the same                             the same, in the method's own setting
 all_compress     after consistency training           everything compressed
 random_compress  after consistency training           random, as many tiles as ViCO compressed
 image_level      with the image-level router          that router's, per image
@@ -18,18 +21,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megatron_vico.evaluation.benchmarks import ABLATIONS
 from megatron_vico.evaluation.runner import Evaluation, EvaluationSample, run_evaluation
 from megatron_vico.evaluation.tables import TableRow
 from megatron_vico.inference.engine import Engine
-from megatron_vico.inference.plans import Routing
+from megatron_vico.inference.plans import PlanSource, Routing
+from megatron_vico.inference.pruning import PUBLISHED, Pruning
 from megatron_vico.vico.compression_plan import generator, plan_random_exact
 
 Weights = Literal["vanilla", "warmed", "vico", "image_level"]
 
-ROWS = (
-    *("vanilla", "vanilla_vir", "vanilla_one_tile", "all_compress", "random_compress"),
-    *("image_level", "vico"),
-)
+ROWS = tuple(ABLATIONS)
 
 
 def run_ablations(
@@ -48,7 +50,7 @@ def run_ablations(
     engine = engine_with("vico")
     prompts = [engine.prompt(sample.conversation) for sample in samples]
 
-    def run(row: str, plan: Literal["none", "all"] | Routing | Sequence[Tensor]) -> Evaluation:
+    def run(row: str, plan: PlanSource | Sequence[Tensor]) -> Evaluation:
         return run_evaluation(
             engine, samples, row=row, plan=plan, prompts=prompts, max_new_tokens=max_new_tokens
         )
@@ -63,6 +65,11 @@ def run_ablations(
     done["vanilla_vir"] = run("vanilla_vir", decisions)
     engine = engine_with("vanilla")
     done["vanilla"] = run("vanilla", "none")
+    num_layers, saved = engine.model.language.num_layers, done["vico"].result.visual_token_reduction
+    for rule in PUBLISHED:
+        own = Pruning(rule=rule, num_layers=num_layers)
+        done[f"{rule}_default"] = run(f"{rule}_default", own)
+        done[rule] = run(rule, replace(own, saved=min(saved, own.most)))
     prompts = [
         engine.prompt(replace(sample.conversation, max_dynamic_patch=1)) for sample in samples
     ]

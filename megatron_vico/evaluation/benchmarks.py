@@ -138,13 +138,14 @@ ABLATIONS = {
     "vanilla_vir": "Vanilla + ViR",
     "vanilla_one_tile": "Vanilla w/o dynamic res.",
     "fastv": "FastV",
-    "fastv_matched": "FastV (matched tokens)",
+    "fastv_default": "FastV (default setting)",
     "sparsevlm": "SparseVLM",
-    "sparsevlm_matched": "SparseVLM (matched tokens)",
+    "sparsevlm_default": "SparseVLM (default setting)",
     "all_compress": "ViCO (all compressed)",
     "random_compress": "ViCO (random)",
     "image_level": "ViCO (image-level ViR)",
     "vico": "ViCO",
 }
-"""Rows of Table 3, in its order, with both readings of "comparable compression": the methods' own
-settings, and as many visual tokens as ViCO gives. The last two come with a row of ratios each."""
+"""Rows of Table 3, in its order; those of other methods also in the other reading of "comparable
+compression": with as many visual tokens as ViCO gives, mean over layers, and in their own setting.
+The last two come with a row of ratios each."""

@@ -8,6 +8,7 @@ same questions, so that the true one is smaller.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from megatron_vico.errors import ConfigError
 from megatron_vico.evaluation.benchmarks import Benchmark
@@ -183,13 +184,18 @@ def _compression_lines(row: Row, benchmarks: Sequence[Benchmark]) -> Iterator[tu
         yield _shares("Ratio of Compressed Patches", ratios, benchmarks)
     pruned = any(found.plan.startswith(("fastv", "sparsevlm")) for found in seen.values())
     if pruned and row.base:
-        kept = {
-            name: found.visual_tokens / whole.compression.visual_tokens
-            for name, found in seen.items()
-            if (whole := row.base.cells.get(name)) and whole.compression
-            if whole.compression.visual_tokens
-        }
-        yield _shares("Visual Tokens Kept", kept, benchmarks)
+        yield _shares("Visual Tokens Kept", _tokens_kept(row), benchmarks)
+
+
+def _tokens_kept(row: Row) -> dict[str, float]:
+    """Visual tokens over those of the base, where both are known."""
+    base = row.base.cells if row.base else {}
+    return {
+        name: cell.compression.visual_tokens / whole.compression.visual_tokens
+        for name, cell in row.cells.items()
+        if cell.compression and (whole := base.get(name)) and whole.compression
+        if whole.compression.visual_tokens
+    }
 
 
 def _shares(
@@ -209,6 +215,13 @@ def _notes(rows: Sequence[Row], benchmarks: Sequence[Benchmark]) -> Iterator[str
         yield (
             f"ViCO (random) compressed {matched:.1%} of the tiles, ViCO {wanted:.1%}: not matched."
         )
+    kept = {row.title: fmean(found.values()) for row in rows if (found := _tokens_kept(row))}
+    for title in ("FastV", "SparseVLM"):
+        if {title, "ViCO"} <= kept.keys() and abs(kept[title] - kept["ViCO"]) > 0.01:
+            yield (
+                f"{title} kept {kept[title]:.1%} of the visual tokens, ViCO {kept['ViCO']:.1%}:"
+                " not matched."
+            )
 
 
 def _mean_ratio(row: Row) -> float | None:

@@ -23,6 +23,7 @@ from megatron_vico.data.encode.tokenizer import Tokenizer
 from megatron_vico.data.samples import ConversationSample, EncodedSample, IntArray
 from megatron_vico.errors import SampleError
 from megatron_vico.inference.plans import PlanSource, Prompt, PromptImage, Routing, plan_of
+from megatron_vico.inference.pruning import Pruning
 from megatron_vico.inference.sampling import Sampling
 from megatron_vico.models.internvl import VisionEncoder
 from megatron_vico.models.language_model import LanguageModel
@@ -46,7 +47,8 @@ class Answers:
     """[N] float32, the router's p_compress; None where the plan did not come from the router."""
 
     num_visual_tokens: int
-    """Visual tokens the language model was given, counted in the prompt."""
+    """Visual tokens the language model was given, counted in the prompt; mean over layers where the
+    plan drops them between layers."""
 
     token_ids: tuple[tuple[int, ...], ...] = ()
     """Of each answer, without the end mark."""
@@ -69,8 +71,13 @@ class RoutedPrompt:
     compressed_N: Tensor
     probability_N: Tensor | None
     num_visual_tokens: int
+    """As in `Answers`."""
+
     num_tokens: int
-    """Of all parts, visual ones too."""
+    """Of all parts, visual ones too; those of the first layer."""
+
+    pruning: Pruning | None = None
+    """Parts are read again for each question then: what is kept depends on it."""
 
 
 class Engine:
@@ -212,21 +219,24 @@ class Engine:
         """
         features_NPD = self._features(prompt)
         probability_N = None
+        pruning = plan if isinstance(plan, Pruning) else None
         if isinstance(plan, Routing):
             compressed_N, probability_N = self._decide(prompt, features_NPD, plan)
         else:
-            compressed_N = plan_of(plan, prompt).cpu()
+            compressed_N = plan_of("none" if isinstance(plan, Pruning) else plan, prompt).cpu()
         counts = [part.num_tiles for part in prompt.parts]
         each = zip(
             prompt.parts, features_NPD.split(counts), compressed_N.split(counts), strict=True
         )
         parts = tuple(self._part(*of_part) for of_part in each)
+        num_visual = sum(len(part.visual_positions) for part in parts)
         return RoutedPrompt(
             parts=parts,
             compressed_N=compressed_N,
             probability_N=probability_N,
-            num_visual_tokens=sum(len(part.visual_positions) for part in parts),
+            num_visual_tokens=round(pruning.mean_kept(num_visual)) if pruning else num_visual,
             num_tokens=sum(len(part.token_ids) for part in parts),
+            pruning=pruning,
         )
 
     def _part(self, part: EncodedSample, features_NPD: Tensor, compressed_N: Tensor) -> PromptPart:

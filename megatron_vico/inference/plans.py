@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_vico.data.samples import EncodedSample
 from megatron_vico.errors import ConfigError, SampleError, listed
 from megatron_vico.files import read_json_lines
+from megatron_vico.inference.pruning import PUBLISHED, Pruning
 from megatron_vico.vico.compression_plan import generator, plan_all, plan_none, plan_random_exact
 from megatron_vico.vico.routing import (
     FLASH_ABSOLUTE_THRESHOLD,
@@ -24,7 +25,7 @@ from megatron_vico.vico.routing import (
     paper_rule,
 )
 
-PLAN_NAMES = ("none", "all", "vir", "image", "random=R", "replay")
+PLAN_NAMES = ("none", "all", "vir", "image", "random=R", "replay", "fastv", "sparsevlm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +76,9 @@ class Replay:
     """(sha256 of the image's file, tiles) -> one 0 or 1 a tile, 1 is compressed."""
 
 
-PlanSource = Literal["none", "all"] | Routing | Random | Replay | Tensor
-"""Nothing or everything compressed, the router, random tiles, a file, or a given plan [N] bool."""
+PlanSource = Literal["none", "all"] | Routing | Random | Replay | Pruning | Tensor
+"""Nothing or everything compressed, the router, random tiles, a file, no tile but tokens dropped
+between layers, or a given plan [N] bool."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +124,7 @@ def plan_of(source: PlanSource, prompt: Prompt) -> Tensor:
     Raises:
         SampleError: if a given plan has another number of tiles, or a file has none for an image.
     """
-    assert not isinstance(source, Routing)
+    assert not isinstance(source, Routing | Pruning)
     if isinstance(source, Tensor):
         if source.shape != (prompt.num_tiles,):
             raise SampleError(
@@ -142,13 +144,21 @@ def plan_of(source: PlanSource, prompt: Prompt) -> Tensor:
     return (plan_all if source == "all" else plan_none)(prompt.num_tiles)
 
 
-def read_plan(name: str, *, routing: Routing | None, replay: Replay | None = None) -> PlanSource:
+def read_plan(
+    name: str,
+    *,
+    routing: Routing | None,
+    replay: Replay | None = None,
+    num_layers: int = 0,
+) -> PlanSource:
     """The source that a name stands for, such as "vir" or "random=0.55".
 
     Args:
-        name: of PLAN_NAMES.
+        name: of PLAN_NAMES; fastv and sparsevlm also with the share of visual tokens saved, mean
+            over layers: fastv=0.41.
         routing: the checkpoint's; None, it has no trained router.
         replay: what "replay" takes; None, there is no file.
+        num_layers: of the language model, for fastv and sparsevlm.
 
     Raises:
         ConfigError: if there is no such plan, or the checkpoint or the command line lacks something
@@ -163,14 +173,22 @@ def read_plan(name: str, *, routing: Routing | None, replay: Replay | None = Non
         if replay is None:
             raise ConfigError("plan 'replay': no decisions; give a file of them by --replay.")
         return replay
-    if kind == "random":
+    rule = next((each for each in PUBLISHED if each == kind), None)
+    if kind == "random" or (rule and equals):
         try:
-            ratio = float(number)
+            share = float(number)
         except ValueError:
-            ratio = -1.0
-        if 0.0 <= ratio <= 1.0:
-            return Random(ratio=ratio)
-        raise ConfigError(f"plan {name!r}: expected a share of tiles in [0, 1], as random=0.55.")
+            share = -1.0
+        if not 0.0 <= share <= 1.0:
+            what = "tiles" if kind == "random" else "visual tokens saved"
+            raise ConfigError(
+                f"plan {name!r}: expected a share of {what} in [0, 1], as {kind}=0.4."
+            )
+        if rule is None:
+            return Random(ratio=share)
+        return Pruning(rule=rule, num_layers=num_layers, saved=share)
+    if rule:
+        return Pruning(rule=rule, num_layers=num_layers)
     if name == "none":
         return "none"
     if name == "all":

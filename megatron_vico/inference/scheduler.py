@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_vico.errors import SampleError
 from megatron_vico.inference.engine import Engine, PromptPart, RoutedPrompt
 from megatron_vico.inference.plans import PlanSource, Prompt
+from megatron_vico.inference.pruning import Pruner, Pruning
 from megatron_vico.inference.sampling import AnswerText, Chooser, Sampling
 from megatron_vico.models.to_device import to_device
 
@@ -101,7 +102,8 @@ class Scheduler:
     @property
     def cached_tokens(self) -> int:
         """Tokens in the cache."""
-        return int(self._cache.lengths.sum())
+        """Mean over layers."""
+        return int(self._cache.lengths.sum() - self._cache.dropped.sum() / len(self._cache.dropped))
 
     def add(self, request: Request) -> None:
         """Put a request at the end of the queue."""
@@ -124,7 +126,7 @@ class Scheduler:
             request.error = request.error or error
             request.end("error")
         self.running.clear()
-        self._cache.lengths.zero_()
+        self._cache.free(slice(None))
 
     def step(self) -> None:
         """Admit what there is room for, read new parts, and say one token more of each answer."""
@@ -172,14 +174,17 @@ class Scheduler:
 
     def _groups(self) -> list[list[Request]]:
         """Requests that one pass takes: new ones, those with a later part, those with a token."""
-        first, later, token = list[Request](), list[Request](), list[Request]()
+        first = dict[Pruning | None, list[Request]]()
+        later, token = list[Request](), list[Request]()
         for request, there in zip(self.running, self._cache.lengths.tolist(), strict=False):
+            assert request.routed is not None
             assert request.unread is not None
             if not there:
-                first.append(request)
+                first.setdefault(request.routed.pruning, []).append(request)
             else:
                 (token if len(request.unread.token_ids) == 1 else later).append(request)
-        return [*_not_too_wide(first), *_not_too_wide(later), *([token] if token else [])]
+        whole = chain.from_iterable(_not_too_wide(alike) for alike in first.values())
+        return [*whole, *_not_too_wide(later), *([token] if token else [])]
 
     def _next_tokens(self, group: Sequence[Request]) -> Tensor:
         """Run what each has not read; the next token of each, [B] int64, still on the device."""
@@ -198,6 +203,7 @@ class Scheduler:
                 [each.visual_tokens_VH for each in parts if len(each.visual_positions)]
             )
         num_new_B = torch.tensor([len(part.token_ids) for part in parts])
+        pruner = self._pruner(group, rows_B, num_new_B)
         hidden_BSH = engine.language_model.forward_batch(
             to_device(torch.from_numpy(ids), device),
             to_device(self._cache.lengths[rows_B, None] + torch.arange(longest), device),
@@ -206,9 +212,11 @@ class Scheduler:
             self._cache,
             num_new_B=num_new_B,
             rows_B=rows_B,
+            pruner=pruner,
         )
-        last_B = to_device(num_new_B - 1, device)
-        rows_BH = hidden_BSH[torch.arange(len(parts), device=device), last_B]
+        last_B = (num_new_B if pruner is None else pruner.num_tokens_B) - 1
+        numbers_B = torch.arange(len(parts), device=device)
+        rows_BH = hidden_BSH[numbers_B, to_device(last_B, device)]
         # The model's vocabulary is larger than the tokenizer's (151,936 and 151,678).
         vocab_size = engine.tokenizer.vocab_size
         logits_BV = engine.language_model.response_logits(rows_BH)[:, :vocab_size]
@@ -218,6 +226,23 @@ class Scheduler:
             if not request.choose.is_argmax:
                 next_B[row] = request.choose(logits_BV[row], request.ids)
         return next_B
+
+    def _pruner(self, group: Sequence[Request], rows_B: Tensor, num_new_B: Tensor) -> Pruner | None:
+        """What drops tokens of those that are read whole; all of a group have the same rule."""
+        pruning = group[0].routed.pruning if group[0].routed is not None else None
+        if pruning is None or self._cache.lengths[rows_B[0]]:
+            return None
+        device = self._engine.device
+        return Pruner(
+            pruning,
+            visual_positions=[
+                to_device(torch.from_numpy(request.unread.visual_positions), device)
+                for request in group
+                if request.unread is not None
+            ],
+            num_tokens_B=num_new_B,
+            tp_group=self._engine.language_model.tp_group,
+        )
 
     def _said(self, request: Request, token: int) -> None:
         request.took("decode" if request.num_said else "prefill")
@@ -241,15 +266,18 @@ class Scheduler:
     def _next_part(self, request: Request, unread: list[int]) -> None:
         """Go on with the next question behind the answer and its end mark; or leave."""
         assert request.routed is not None
-        parts, answer = request.routed.parts, request.answers[-1]
-        if len(request.answers) < len(parts):
-            part, before = parts[len(request.answers)], [*unread, self._engine.tokenizer.eos_id]
-            request.unread = PromptPart(
-                token_ids=np.concatenate([before, part.token_ids]),
-                visual_positions=part.visual_positions + len(before),
-                visual_tokens_VH=part.visual_tokens_VH,
-            )
-            request.ids = request.ids[: len(request.ids) - len(unread)]
+        routed, answer, number = request.routed, request.answers[-1], len(request.answers)
+        parts, end = routed.parts, self._engine.tokenizer.eos_id
+        if number < len(parts):
+            if routed.pruning is None:
+                request.unread = _joined(_token_part([*unread, end]), parts[number])
+                request.ids = request.ids[: len(request.ids) - len(unread)]
+            else:  # by another question other tokens are dropped: all is read again
+                said = _token_part([*answer.ids, end])
+                request.unread = _joined(_joined(parts[number - 1], said), parts[number])
+                parts = (*parts[:number], request.unread, *parts[number + 1 :])
+                request.routed, request.ids = replace(routed, parts=parts), []
+                self._cache.free(self.running.index(request))
             there = int(self._cache.lengths[self.running.index(request)])
             if there + len(request.unread.token_ids) < self._engine.max_len:
                 self._start_answer(request)
@@ -266,7 +294,7 @@ class Scheduler:
         """Free a row; the last one takes its place, so that decoding reads the cache in place."""
         row, last = self.running.index(request), self.running.pop()
         if last is request:
-            self._cache.lengths[row] = 0
+            self._cache.free(row)
         else:
             self.running[row] = last
             self._cache.move(len(self.running), row)
@@ -277,6 +305,19 @@ def _token_part(ids: list[int]) -> PromptPart:
         token_ids=np.array(ids, dtype=np.int64),
         visual_positions=np.empty(0, dtype=np.int64),
         visual_tokens_VH=torch.empty(0),
+    )
+
+
+def _joined(first: PromptPart, second: PromptPart) -> PromptPart:
+    return PromptPart(
+        token_ids=np.concatenate([first.token_ids, second.token_ids]),
+        visual_positions=np.concatenate(
+            [first.visual_positions, len(first.token_ids) + second.visual_positions]
+        ),
+        visual_tokens_VH=torch.cat(
+            [each.visual_tokens_VH for each in (first, second) if len(each.visual_positions)]
+            or [second.visual_tokens_VH]
+        ),
     )
 
 

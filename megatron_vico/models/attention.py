@@ -150,17 +150,20 @@ class SDPACoreAttention(MegatronModule):
 
     def _batch(self, query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout) -> Tensor:
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
-        cache, slots_BS, rows = layout.cache, layout.slots_BS, layout.rows
-        if cache is None or slots_BS is None:
+        if layout.watch is not None:
+            layout.watch(self.layer, q, k, self.scale)
+        cache, rows = layout.cache, layout.rows
+        if cache is None or layout.slots_LBS is None:
             return self._attend(q, k, v).transpose(0, 1).flatten(2)
+        slots_BS, num_slots = layout.slots_LBS[self.layer], layout.num_slots[self.layer]
         keys, values = cache.keys[self.layer], cache.values[self.layer]
         keys[layout.rows_B1, slots_BS] = k.to(keys.dtype)
         values[layout.rows_B1, slots_BS] = v.to(values.dtype)
-        if layout.num_slots == slots_BS.size(1):  # the first tokens of every sample
+        if num_slots == slots_BS.size(1):  # the first tokens of every sample
             return self._attend(q, k, v).transpose(0, 1).flatten(2)
         # Slots beyond a sample's own length hold padding or nothing; no query looks that far.
-        seen_BSK = torch.arange(layout.num_slots, device=slots_BS.device) <= slots_BS[:, :, None]
-        keys, values = keys[rows, : layout.num_slots], values[rows, : layout.num_slots]
+        seen_BSK = torch.arange(num_slots, device=slots_BS.device) <= slots_BS[:, :, None]
+        keys, values = keys[rows, :num_slots], values[rows, :num_slots]
         return self._attend_masked(q, keys, values, seen_BSK).transpose(0, 1).flatten(2)
 
     def _attend_masked(self, q: Tensor, k: Tensor, v: Tensor, seen_BSK: Tensor) -> Tensor:

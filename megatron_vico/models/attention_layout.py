@@ -7,6 +7,7 @@ Shapes: T packed tokens (of this rank), W packed tokens of all context-parallel 
 B samples, S tokens of a sample, E channels of a head.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +22,13 @@ class KVCache:
     """Keys and values of the tokens that samples have seen, for generation; a sample has a row.
 
     The next token of the sample in row b goes to slot `lengths[b]`; samples may differ in length.
+    In the layers in which tokens of it were dropped, it goes as many slots before that.
     It takes memory as they grow longer. megatron-core's contexts do not serve here: the static one
     has one length for its whole batch, so that none can join; the dynamic one needs CUDA.
 
     Attributes:
-        lengths: [B] int64 on the host, tokens of each row; 0 frees it.
+        lengths: [B] int64 on the host, tokens of each row; `free` makes it 0.
+        dropped: [layers, B] int64 on the host, how many of these a layer does not hold.
     """
 
     def __init__(
@@ -43,32 +46,42 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64)
+        self.dropped = torch.zeros(num_layers, batch, dtype=torch.int64)
         self.max_len = max_len
 
     def slots(self, rows_B: Tensor, num_new_B: Tensor, num_tokens: int) -> Tensor:
-        """The slots [B, S], on the host, that the next `num_tokens` of each row go to.
+        """The slots [layers, B, S], on the host, that the next `num_tokens` of each row go to.
 
-        Of these the first `num_new_B` are real, the rest padding.
+        Of these the first `num_new_B` are real, the rest padding; one layer where all are equal.
         """
         lengths_B = self.lengths[rows_B]
         needed = int((lengths_B + num_new_B).max())
         assert needed <= self.max_len, f"{needed} tokens in a cache for {self.max_len}"
-        slots_BS: Tensor = lengths_B[:, None] + torch.arange(num_tokens)
-        needed, there = int(slots_BS.max()) + 1, self.keys.size(2)
+        dropped_LB = self.dropped[:, rows_B]
+        ends_LB = lengths_B - (dropped_LB if dropped_LB.any() else dropped_LB[:1])
+        slots_LBS: Tensor = ends_LB[..., None] + torch.arange(num_tokens)
+        needed, there = int(slots_LBS.max()) + 1, self.keys.size(2)
         if needed > there:  # at least twice as many, so that copies are few
             grown = max(needed, min(2 * there, self.max_len))
             self.keys, self.values = (
                 torch.cat((x, x.new_zeros(*x.shape[:2], grown - there, *x.shape[3:])), dim=2)
                 for x in (self.keys, self.values)
             )
-        return slots_BS
+        return slots_LBS
 
     def move(self, source: int, target: int) -> None:
         """Give the sample of row `source` the row `target`; `source` is free then."""
         num_tokens = int(self.lengths[source])
         for each in (self.keys, self.values):
             each[:, target, :num_tokens] = each[:, source, :num_tokens]
-        self.lengths[target], self.lengths[source] = num_tokens, 0
+        self.lengths[target] = num_tokens
+        self.dropped[:, target] = self.dropped[:, source]
+        self.free(source)
+
+    def free(self, rows: int | slice) -> None:
+        """Forget the samples of some rows."""
+        self.lengths[rows] = 0
+        self.dropped[:, rows] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +134,12 @@ class AttentionLayout(PackedSeqParams):
     then attention reads the cache where it is."""
 
     rows_B1: Tensor | None = None
-    slots_BS: Tensor | None = None
-    num_slots: int = 0
-    """Slots of the cache in use after this call."""
+    slots_LBS: Tensor | None = None
+    num_slots: tuple[int, ...] = ()
+    """Slots of the cache in use after this call, by layer."""
+
+    watch: Callable[[int, Tensor, Tensor, float], None] | None = None
+    """Is shown a layer's number, queries, keys and scale, before it attends."""
 
 
 class Rotary:
@@ -227,10 +243,12 @@ def batch_layout(
     cos, sin = rotary(positions_BS.transpose(0, 1), dtype)
     layout = AttentionLayout(qkv_format="sbhd", cos=cos, sin=sin, cache=cache)
     if cache is not None:
-        slots_BS = cache.slots(rows_B, num_new_B, positions_BS.size(1))
-        layout.num_slots = int(slots_BS.max()) + 1
-        layout.slots_BS = to_device(slots_BS, positions_BS.device)
-        layout.rows_B1 = to_device(rows_B[:, None], positions_BS.device)
+        device, num_layers = positions_BS.device, len(cache.keys)
+        slots_LBS = cache.slots(rows_B, num_new_B, positions_BS.size(1))
+        num_slots = tuple(int(slots_BS.max()) + 1 for slots_BS in slots_LBS)
+        layout.num_slots = num_slots * (num_layers // len(num_slots))
+        layout.slots_LBS = to_device(slots_LBS, device).expand(num_layers, -1, -1)
+        layout.rows_B1 = to_device(rows_B[:, None], device)
         in_order = torch.equal(rows_B, torch.arange(len(rows_B)))
         layout.rows = slice(len(rows_B)) if in_order else layout.rows_B1[:, 0]
     return layout

@@ -8,7 +8,8 @@ channels.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from megatron.core.enums import ModelType
@@ -24,7 +25,13 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_vico.config.registry import LanguageConfig
-from megatron_vico.models.attention_layout import KVCache, Rotary, batch_layout, packed_layout
+from megatron_vico.models.attention_layout import (
+    AttentionLayout,
+    KVCache,
+    Rotary,
+    batch_layout,
+    packed_layout,
+)
 from megatron_vico.models.heads.cross_entropy import CrossEntropy
 from megatron_vico.models.heads.kl import KLToReference
 from megatron_vico.models.heads.vocabulary import (
@@ -69,6 +76,25 @@ class LanguageInputs:
 
     shard_len: int
     """Hidden states that this rank holds between layers: T, over the sequence-parallel ranks."""
+
+
+class TokenPruner(Protocol):
+    """Drops tokens between layers; `inference/pruning.py` has those that there are."""
+
+    layers: frozenset[int]
+
+    @property
+    def num_tokens_B(self) -> Tensor:
+        """[B] int64, on the host, tokens that are left of each sample."""
+
+    def begin(self, hidden: Tensor) -> None:
+        """Look at the embeddings."""
+
+    def watch(self, layer: int, q: Tensor, k: Tensor, scale: float) -> None:
+        """Look at the attention of one of `layers`."""
+
+    def drop(self, layer: int, hidden: Tensor, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """What goes on behind it."""
 
 
 class VocabularyHead(ColumnParallelLinear):
@@ -217,6 +243,7 @@ class LanguageModel(MegatronModule):
         *,
         num_new_B: Tensor | None = None,
         rows_B: Tensor | None = None,
+        pruner: TokenPruner | None = None,
     ) -> Tensor:
         """Run the whole model over a batch, for generation: prefill, then decode with S = 1.
 
@@ -228,9 +255,11 @@ class LanguageModel(MegatronModule):
             cache: what the samples have seen before; the new tokens are added.
             num_new_B: [B] int64 on the host, tokens of each sample that are real; None: all S.
             rows_B: [B] int64 on the host, the samples' rows of the cache; None: the first B.
+            pruner: what drops tokens of samples that are new to the cache.
 
         Returns:
-            Hidden states [B, S, H] after the final norm; meaningless at padding.
+            Hidden states [B, S, H] after the final norm, of tokens that were not dropped;
+            meaningless at padding.
         """
         assert self.rotary is not None, "generation needs --attention sdpa"
         assert self.pre_process
@@ -244,20 +273,40 @@ class LanguageModel(MegatronModule):
             hidden = flat.view(hidden.shape)
         rows_B = torch.arange(batch) if rows_B is None else rows_B
         num_new_B = torch.full((batch,), length) if num_new_B is None else num_new_B
-        layout = batch_layout(
-            position_ids_BS,
-            cache=cache,
-            rows_B=rows_B,
-            num_new_B=num_new_B,
-            rotary=self.rotary,
-            dtype=hidden.dtype,
+        layout_of = partial(
+            batch_layout, cache=cache, rows_B=rows_B, rotary=self.rotary, dtype=hidden.dtype
         )
-        output: Tensor = self.gpt.decoder(
-            hidden_states=hidden, attention_mask=None, packed_seq_params=layout
-        )
+        if pruner is None:
+            layout = layout_of(position_ids_BS, num_new_B=num_new_B)
+            output: Tensor = self.gpt.decoder(
+                hidden_states=hidden, attention_mask=None, packed_seq_params=layout
+            )
+        else:
+            assert cache is not None
+            output, left_LB = self._pruned(hidden, position_ids_BS, pruner, layout_of)
+            cache.dropped[:, rows_B] = num_new_B - left_LB
         if cache is not None:
             cache.lengths[rows_B] += num_new_B
         return output.transpose(0, 1)
+
+    def _pruned(
+        self,
+        hidden: Tensor,
+        positions_BS: Tensor,
+        pruner: TokenPruner,
+        layout_of: Callable[..., AttentionLayout],
+    ) -> tuple[Tensor, Tensor]:
+        """mcore's loop over the layers; also the tokens that each had, [layers, B]."""
+        pruner.begin(hidden)
+        left, layout = list[Tensor](), layout_of(positions_BS, num_new_B=pruner.num_tokens_B)
+        for number, layer in enumerate(self.gpt.decoder.layers):
+            left.append(pruner.num_tokens_B)
+            layout.watch = pruner.watch if number in pruner.layers else None
+            hidden, _ = layer(hidden_states=hidden, attention_mask=None, packed_seq_params=layout)
+            if number in pruner.layers:
+                hidden, positions_BS = pruner.drop(number, hidden, positions_BS)
+                layout = layout_of(positions_BS, num_new_B=pruner.num_tokens_B)
+        return self.gpt.decoder.final_layernorm(hidden), torch.stack(left)
 
     def _kl_to(self, reference: "LanguageModel", reference_rows_RH: Tensor) -> KLToReference:
         return KLToReference(

@@ -264,6 +264,7 @@ def test_pruned_tokens_and_an_unmatched_random_row_are_told(site, capsys):
     assert "| Visual Tokens Kept | - | - | - | - | - | 50% |" in shown
     assert "ViCO (random) compressed 25.0% of the tiles, ViCO 55.0%: not matched." in shown
     assert "| FastV | - | - | - | - | - | 70.0 +- 2.0 |" in shown
+    assert "FastV kept 50.0% of the visual tokens, ViCO 58.8%: not matched." in shown
 
 
 def error_of(site, capsys, *rows, **kwargs):

@@ -25,6 +25,7 @@ from megatron_vico.evaluation.runner import (
 )
 from megatron_vico.inference.engine import Answers
 from megatron_vico.inference.plans import Routing
+from megatron_vico.inference.pruning import Pruning
 
 LINE = {
     "id": "a",
@@ -115,7 +116,9 @@ class PlayedEngine:
     def __init__(self, texts, router_plans):
         self.texts = texts
         self.router_plans = router_plans
-        self.model = SimpleNamespace(visual_tokens_per_tile=4)
+        self.model = SimpleNamespace(
+            visual_tokens_per_tile=4, language=SimpleNamespace(num_layers=3)
+        )
         self.weights = ""
         self.asked = []
         self.limits = []
@@ -127,7 +130,10 @@ class PlayedEngine:
     def answer(self, prompts, *, plan, max_new_tokens):
         self.asked.append((self.weights, plan))
         for index, key in enumerate(prompts):
-            if isinstance(plan, str):
+            kept = plan.mean_kept(8) if isinstance(plan, Pruning) else 8
+            if isinstance(plan, Pruning):
+                compressed = torch.zeros(2, dtype=torch.bool)
+            elif isinstance(plan, str):
                 compressed = torch.full((2,), plan == "all")
             elif isinstance(plan, Routing):
                 compressed = self.router_plans[plan.granularity][index]
@@ -137,7 +143,7 @@ class PlayedEngine:
                 texts=self.texts[key],
                 compressed_N=compressed,
                 probability_N=None,
-                num_visual_tokens=8 - 3 * int(compressed.sum()),
+                num_visual_tokens=round(kept) - 3 * int(compressed.sum()),
             )
 
 
@@ -196,6 +202,13 @@ def test_each_row_gets_its_weights_and_plan(engine, samples):
     assert figures["random_compress"].compressed_tiles == figures["vico"].compressed_tiles
     assert figures["vanilla"].visual_token_reduction == 0
     assert figures["all_compress"].visual_token_reduction == 0.75
+    pruned = [plan for weights, plan in engine.asked if isinstance(plan, Pruning)]
+    assert [weights for weights, plan in engine.asked if plan in pruned] == ["vanilla"] * 4
+    assert [(plan.rule, plan.saved) for plan in pruned] == [
+        *(("fastv", None), ("fastv", 12 / 32), ("sparsevlm", None), ("sparsevlm", 12 / 32))
+    ]
+    assert figures["fastv_default"].visual_token_reduction == 3 / 8  # (8 + 4 + 4) / 3, rounded
+    assert figures["fastv"].visual_token_reduction == 3 / 8
     rows = table_rows(evaluations)
     assert rows[0].retention == 1
     assert [row.row for row in rows] == list(ROWS)

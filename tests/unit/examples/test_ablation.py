@@ -11,6 +11,8 @@ FILE = Path(__file__).parents[3] / "examples" / "ablation" / "run.py"
 SCORES = {
     "vanilla": 0.98,
     "vanilla_vir": 0.20,
+    "fastv": 0.60,
+    "sparsevlm": 0.55,
     "all_compress": 0.70,
     "random_compress": 0.80,
     "image_level": 0.955,
@@ -55,12 +57,13 @@ def test_claims_hold_beyond_two_standard_errors_only(ablation):
         return [claim.holds for claim in ablation.claims(seeds)]
 
     seeds = [seed(), seed(vico=0.98), seed(vico=0.978)]
-    assert held(seeds) == [True] * 6
+    assert held(seeds) == [True] * 8
     # Random is better in two seeds of three, but not by enough.
     assert held([seed(), seed(all_compress=0.90), seed()])[1] is False
-    assert held([seed(vico=0.955)] * 3)[3:5] == [False, False]
-    assert held([seed(error=0.05)] * 3)[2:5] == [True, False, False]
-    assert held([seed(compressed=0.6)] * 3)[5] is False
+    assert held([seed(vico=0.955)] * 3)[3:7] == [False, True, True, False]
+    assert held([seed(error=0.05)] * 3)[2:7] == [True, False, True, True, False]
+    assert held([seed(fastv=0.977)] * 3)[4:6] == [False, True]
+    assert held([seed(compressed=0.6)] * 3)[7] is False
 
 
 def test_the_table_is_made_of_finished_demos(ablation, tmp_path, monkeypatch, capsys):

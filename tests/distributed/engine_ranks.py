@@ -18,6 +18,7 @@ from megatron_vico.data.encode.tokenizer import load_tokenizer, train_sentencepi
 from megatron_vico.inference.engine import Engine
 from megatron_vico.inference.loading import build_engine, load_weights
 from megatron_vico.inference.plans import Prompt, Routing
+from megatron_vico.inference.pruning import PUBLISHED, Pruning
 from megatron_vico.inference.sampling import Sampling
 from megatron_vico.inference.server.engine_thread import EngineThread
 from tests.distributed.cached_layouts import CachedLayouts
@@ -59,6 +60,10 @@ def found_answers(folder: str) -> dict[str, Any]:
                     prompts, plan=Routing(), max_new_tokens=12, sampling=sampling
                 )
                 found[f"{size} {name} {num_ranks}"] = [each.token_ids for each in answers]
+            for rule in PUBLISHED:
+                plan = Pruning(rule=rule, num_layers=engine.model.language.num_layers)
+                answers = engine.answer(prompts, plan=plan, max_new_tokens=12)
+                found[f"{size} {rule} {num_ranks}"] = [each.token_ids for each in answers]
             if num_ranks == 2:
                 found[f"{size} served"] = _served(engine, prompts)
     return found

@@ -68,7 +68,7 @@ def cause_of(error: BaseException) -> str:
 
 
 def _message(error: BaseException) -> str:
-    return str(error) or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -81,8 +81,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     Returns:
         `"; did you mean 'x'?"`, or an empty string where nothing is close.
     """
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    bare = {each.strip("-"): each for each in known}  # two dashes alone make short flags alike
+    close = difflib.get_close_matches(name.strip("-"), bare, n=1, cutoff=0.65)
+    return f"; did you mean {bare[close[0]]!r}?" if close else ""
 
 
 def listed(names: Iterable[str], *, limit: int = 10) -> str:

@@ -5,10 +5,10 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, BinaryIO, get_type_hints
 
 import yaml
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
@@ -46,16 +46,38 @@ def refuse_missing(flag: str, path: str | Path | None) -> None:
         raise ConfigError(f"{flag} {path}: no such file or folder (looked from {Path.cwd()}).")
 
 
-def read_plain(path: Path) -> bytes:
-    """A plain file's content; a pipe or a device, which may have no end, is not waited for.
+PICTURES = (".png", ".pdf", ".svg", ".jpg")
+"""Endings of files that Pillow and matplotlib write."""
+
+
+def refuse_unwritable(flag: str, path: Path | None, *, endings: Sequence[str] = ()) -> None:
+    """Raise ConfigError for a flag's file that could not be written when all work is done."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ConfigError(f"{flag} {path}: a folder, expected the name of a file.")
+    if not os.access(path.absolute().parent, os.W_OK):
+        parent = path.absolute().parent
+        raise ConfigError(f"{flag} {path}: {parent} is no folder that can be written; make it.")
+    if endings and path.suffix.lower() not in endings:
+        raise ConfigError(f"{flag} {path}: expected a name that ends in {', '.join(endings)}.")
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """A plain file to read; a pipe or a device, which may have no end, is not waited for.
 
     Raises:
-        OSError: if it is none, cannot be read, or is larger than MAX_FILE_BYTES.
+        OSError: if it is none, or cannot be opened.
     """
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise OSError(errno.EINVAL, "not a plain file but a device or a pipe", str(path))
-    with path.open("rb") as file:
+    return path.open("rb")
+
+
+def read_plain(path: Path) -> bytes:
+    """A plain file's content; OSError as `open_plain`, or if it has more than MAX_FILE_BYTES."""
+    with open_plain(path) as file:
         content = file.read(MAX_FILE_BYTES + 1) or b""
         if len(content) > MAX_FILE_BYTES:
             raise OSError(errno.EFBIG, f"more than {MAX_FILE_BYTES} bytes", str(path))

@@ -18,7 +18,7 @@ from typing import Any
 from megatron_vico.checkpoint.ranks import Ranks
 from megatron_vico.checkpoint.run_folder import finished_steps, iteration_folder, resume_command
 from megatron_vico.errors import CheckpointError, listed
-from megatron_vico.files import read_json, write_json
+from megatron_vico.files import open_plain, read_json, write_json
 
 CHECKSUMS = "checksums.json"
 WEIGHTS = "*.safetensors"
@@ -200,7 +200,7 @@ def _refuse(folder: Path, found: list[str] | None, ranks: Ranks) -> None:
 
 
 def _sum_of(path: Path) -> Sum:
-    with path.open("rb") as stream:
+    with open_plain(path) as stream:
         value = crc32(iter(lambda: stream.read(_BLOCK_BYTES), b""))
         return {"bytes": stream.tell(), "crc32": value}
 

@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from torch import Tensor, nn
 
 _SHARDING = {"chained_optim_avoid_prefix": True, "singleton_local_shards": False}
@@ -161,6 +162,19 @@ def boxes(
     if first <= last:
         for offset, size in boxes(shape[1:], 0, end % row):
             yield (last, *offset), (1, *size)
+
+
+def differing_settings(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> str:
+    """What saved parameter groups have and this run's have not, such as a learning rate."""
+    clauses = []
+    for key in param_group_identifier_keys:
+        saved, own = (
+            sorted({str(group.get(key)) for group in groups})
+            for groups in (_groups_in(state), optimizer.param_groups)
+        )
+        if saved != own:
+            clauses.append(f"{key} is {' and '.join(saved)} in it, {' and '.join(own)} here")
+    return ", ".join(clauses)
 
 
 def _add_missing(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:

@@ -24,7 +24,7 @@ import psutil
 from megatron_vico.checkpoint.run_folder import finished_steps, iteration_folder, read_metadata
 from megatron_vico.config.schema import RunConfig
 from megatron_vico.errors import CheckpointError
-from megatron_vico.files import INCOMPLETE_SUFFIX, read_plain, read_yaml, record_of
+from megatron_vico.files import INCOMPLETE_SUFFIX, open_plain, read_plain, read_yaml, record_of
 
 LOCK = "run.lock"
 BEAT_S = 20.0
@@ -227,7 +227,7 @@ def _is_touched(path: Path, holder: _Holder | None) -> bool:
 
 
 def _touched(path: Path) -> float:
-    with path.open("rb") as file:  # opening it asks the server of a network file system
+    with open_plain(path) as file:  # opening it asks the server of a network file system
         return os.fstat(file.fileno()).st_mtime
 
 

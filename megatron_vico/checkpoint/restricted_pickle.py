@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_vico.errors import CheckpointError
-from megatron_vico.files import read_json
+from megatron_vico.files import open_plain, read_json, read_plain
 
 _METADATA, _COMMON, _BACKEND = ".metadata", "common.pt", "metadata.json"
 
@@ -62,7 +62,7 @@ def read_metadata(folder: Path) -> Metadata:
     """
     path = folder / _METADATA
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             metadata: Metadata = _Unpickler(file).load()
         _check_types(metadata)
     except Exception as error:  # damaged bytes raise almost anything
@@ -84,14 +84,14 @@ def check_objects(folder: Path) -> None:
         place = metadata.storage_data[MetadataIndex(key)]
         path = folder / place.relative_path
         try:
-            with path.open("rb") as file:
+            with open_plain(path) as file:
                 file.seek(place.offset)
                 _check_object(file.read(place.length), is_extra_state="_extra_state" in key)
         except Exception as error:
             raise _refused(path, error, of=f", object {key!r}") from error
     if (folder / _COMMON).exists():
         try:
-            _check_object((folder / _COMMON).read_bytes(), is_extra_state=False)
+            _check_object(read_plain(folder / _COMMON), is_extra_state=False)
         except Exception as error:
             raise _refused(folder / _COMMON, error) from error
 

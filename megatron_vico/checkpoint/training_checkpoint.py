@@ -166,10 +166,12 @@ def load_checkpoint(
             optimizer_state.load_state(optimizer, loaded["optimizer"])
         scheduler.load_state_dict(loaded["scheduler"])
     except (KeyError, ValueError, RuntimeError, AssertionError) as error:
+        cause = optimizer_state.differing_settings(optimizer, loaded["optimizer"])
+        cause = cause or cause_of(error)
         raise CheckpointError(
             f"{folder}, saved under {metadata.layout or 'an unknown layout'}: the optimizer's state"
-            f" does not fit this run's: {cause_of(error)}; resume with the stage, the trained"
-            " modules, the learning rates and the optimizer it was saved with, or give it as"
+            f" does not fit this run's: {cause}; resume with the stage, the trained modules, the"
+            " learning rates and the optimizer it was saved with, or give it as"
             " --pretrained-checkpoint to start from its weights."
         ) from error
     trainer_state: dict[str, Any] = loaded["trainer_state"]

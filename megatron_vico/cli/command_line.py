@@ -6,6 +6,7 @@ does its work, so that its --help does not wait for torch.
 
 import contextlib
 import io
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import tyro
 
 from megatron_vico.config.flags import READING, filled
+from megatron_vico.config.schema import flag_of
 from megatron_vico.errors import ConfigError
 
 
@@ -41,6 +43,14 @@ def read_action(
         return tyro.extras.subcommand_cli_from_dict(
             dict(actions), args=words, prog=prog, description=description, config=READING
         )
+
+
+def refuse_less(flags: Any, **least: float) -> None:
+    """ConfigError if a number is less than the least of any use, infinite or NaN; None is unset."""
+    for name, minimum in least.items():
+        value = getattr(flags, name)
+        if value is not None and not minimum <= value < math.inf:
+            raise ConfigError(f"{flag_of(name)} {value}: expected {minimum} or more.")
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import arg
 
 from megatron_vico.cli.command_line import read
+from megatron_vico.config.registry import MAX_TILES
 from megatron_vico.config.schema import flag_of
 from megatron_vico.convert.options import ConversionOptions, Layout
 from megatron_vico.errors import CheckpointError, ConfigError
@@ -60,8 +61,10 @@ class Exported:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ConfigError(f"{flag_of(name)} {value}: expected 0 to 1.")
-        if self.max_dynamic_patch is not None and self.max_dynamic_patch < 1:
-            raise ConfigError(f"--max-dynamic-patch {self.max_dynamic_patch}: expected 1 or more.")
+        if self.max_dynamic_patch is not None and not 1 <= self.max_dynamic_patch <= MAX_TILES:
+            raise ConfigError(
+                f"--max-dynamic-patch {self.max_dynamic_patch}: expected 1 to {MAX_TILES}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from megatron_vico.cli.command_line import refuse_less
 from megatron_vico.config.schema import TilingOptions, flag_of
 from megatron_vico.errors import ConfigError
 
@@ -55,10 +56,7 @@ class ModelFlags:
 
     def __post_init__(self) -> None:
         """Raises: ConfigError: if a count admits nothing."""
-        for name in self._counts:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{flag_of(name)} {value}: expected 1 or more.")
+        refuse_less(self, **dict.fromkeys(self._counts, 1))
 
     @cached_property
     def use(self) -> "ExportOptions":

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from megatron_vico.cli.command_line import read
 from megatron_vico.cli.engine_flags import AnswerFlags
-from megatron_vico.files import refuse_incomplete
+from megatron_vico.files import refuse_incomplete, refuse_unwritable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,12 @@ class Flags(AnswerFlags):
     """JSONL file for what was decided for each image; `--plan replay` takes it."""
 
     _counts: ClassVar[tuple[str, ...]] = (*AnswerFlags._counts, "limit")
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError: if a count admits nothing, or a result could not be written."""
+        super().__post_init__()
+        refuse_unwritable("--output", self.output)
+        refuse_unwritable("--write-plans", self.write_plans)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from tyro.conf import UseAppendAction, create_mutex_group
 
-from megatron_vico.cli.command_line import read
+from megatron_vico.cli.command_line import read, refuse_less
 from megatron_vico.cli.engine_flags import AnswerFlags
 from megatron_vico.errors import ConfigError, SampleError
 from megatron_vico.files import read_plain, refuse_incomplete
@@ -53,6 +53,21 @@ class Flags(AnswerFlags):
     stop: UseAppendAction[tuple[str, ...]] = ()
     """A text that ends an answer; may be repeated."""
 
+    _counts: ClassVar[tuple[str, ...]] = (*AnswerFlags._counts, "num_frames")
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError: if flags do not go together, or a number admits nothing."""
+        super().__post_init__()
+        refuse_less(self, temperature=0)
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"--top-p {self.top_p}: expected a share above 0, at most 1.")
+        if not self.prompt:
+            raise ConfigError("--prompt is not given; ask something.")
+        if "" in self.stop:
+            raise ConfigError("--stop '': every answer would end before it begins; leave it out.")
+        if self.num_frames is not None and self.video is None:
+            raise ConfigError(f"--num-frames {self.num_frames} has no effect without --video.")
+
 
 def main(arguments: Sequence[str]) -> None:
     """Answer one conversation and print it.
@@ -64,10 +79,6 @@ def main(arguments: Sequence[str]) -> None:
     """
     options = read(Flags, arguments, prog="vico generate")
     refuse_incomplete(options.load)
-    if not options.prompt:
-        raise ConfigError("--prompt is not given; ask something.")
-    if options.num_frames is not None and (options.video is None or options.num_frames < 1):
-        raise ConfigError(f"--num-frames {options.num_frames}: expected 1 or more, and a --video.")
     from megatron_vico import cpu_stand_in
 
     cpu_stand_in.install()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from megatron_vico import files
 from megatron_vico.checkpoint.run_folder import resolve_model
+from megatron_vico.cli.command_line import refuse_less
 from megatron_vico.config.flags import parse
 from megatron_vico.config.registry import ModelConfig
 from megatron_vico.config.schema import RunConfig
@@ -106,8 +107,8 @@ def _check(given: argparse.Namespace) -> None:
     if given.gpu not in CARDS:
         known = ", ".join(f"{name} ({size / 1e9:.1f} GB)" for name, size in CARDS.items())
         raise ConfigError(f"--gpu {given.gpu}: known are {known}{nearest(given.gpu, CARDS)}")
-    if given.world_size < 1:
-        raise ConfigError(f"--world-size {given.world_size}: expected 1 or more.")
+    refuse_less(given, world_size=1, packs=1)
+    files.refuse_unwritable("--json", given.json)
     if given.efficiency is not None and not 0 < given.efficiency <= 1:
         raise ConfigError(f"--efficiency {given.efficiency}: a share of the GPU's rate, in (0, 1].")
 

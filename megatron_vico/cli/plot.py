@@ -9,7 +9,13 @@ from tyro.conf import Positional, arg
 
 from megatron_vico.cli.command_line import read_action
 from megatron_vico.errors import ConfigError
-from megatron_vico.files import read_json, read_json_value, record_of
+from megatron_vico.files import (
+    PICTURES,
+    read_json,
+    read_json_value,
+    record_of,
+    refuse_unwritable,
+)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -29,6 +35,10 @@ def main(arguments: Sequence[str]) -> None:
 class _Picture:
     output: Path
     """Picture to write; its ending says the format."""
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError: if it could not be written."""
+        refuse_unwritable("--output", self.output, endings=PICTURES)
 
 
 @dataclass(frozen=True, kw_only=True)

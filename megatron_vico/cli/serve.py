@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from tyro.conf import UseAppendAction
 
-from megatron_vico.cli.command_line import read
+from megatron_vico.cli.command_line import read, refuse_less
 from megatron_vico.cli.engine_flags import PlanFlags
+from megatron_vico.config.schema import flag_of
 from megatron_vico.errors import ConfigError
-from megatron_vico.files import refuse_incomplete
+from megatron_vico.files import refuse_incomplete, refuse_unwritable
 
 if TYPE_CHECKING:
     from megatron_vico.inference.engine import Engine
@@ -78,6 +79,19 @@ class Flags(PlanFlags):
         "max_model_len",
         "tiles_per_request",
     )
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError: if a number, a name or a file cannot be used."""
+        super().__post_init__()
+        refuse_less(self, port=0, body_timeout=0.001, request_timeout=0.001)
+        if self.port > 65535:
+            raise ConfigError(f"--port {self.port}: expected 0 to 65535.")
+        for name in ("host", "served_model_name"):
+            if not getattr(self, name):
+                raise ConfigError(f"{flag_of(name)} '': expected a name.")
+        if "" in self.api_key:
+            raise ConfigError("--api-key '': expected a key; leave it out to answer anybody.")
+        refuse_unwritable("--request-log", self.request_log)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg, create_mutex_group
 
+from megatron_vico.cli.command_line import refuse_less
 from megatron_vico.config.config_json import model_named
 from megatron_vico.config.registry import MODELS
 from megatron_vico.config.schema import DataOptions, TrainingOptions
 from megatron_vico.errors import ConfigError, SampleError
+from megatron_vico.files import PICTURES, refuse_unwritable
 from megatron_vico.shard_tools.options import usable_cpus
 
 if TYPE_CHECKING:
@@ -48,6 +50,10 @@ class _Folders:
 
     max_samples_per_pack: int | None = DataOptions.max_samples_per_pack
     """Most samples in a pack; unset, as many as fit."""
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError: if no sample fits in a pack."""
+        refuse_less(self, seq_length=1, max_tiles_per_pack=1, max_samples_per_pack=1)
 
     def limits(self) -> "PackLimits":
         """Of a pack."""
@@ -91,6 +97,15 @@ class Inspect(_Folders):
 
     seed: int = TrainingOptions.seed
     """Of the order that is packed."""
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError: if a number admits nothing, or a file could not be written."""
+        super().__post_init__()
+        refuse_less(self, samples=0, start=0, packing_window=1)
+        refuse_unwritable("--picture", self.picture, endings=PICTURES)
+        refuse_unwritable("--json", self.json)
+        if self.plots is not None and self.plots.exists() and not self.plots.is_dir():
+            raise ConfigError(f"--plots {self.plots}: a file, expected a folder to make.")
 
     def run(self) -> None:
         """Print samples and statistics, and draw them where that is asked for.
@@ -183,7 +198,9 @@ class Verify(_Folders):
                 )
         tokens_kept = _tokens_kept(self.model_size, _image_size(folders))
         how = VerifyOptions(
-            tokenizer=load_tokenizer(self.tokenizer_model) if self.tokenizer_model else None,
+            tokenizer=None
+            if self.tokenizer_model is None
+            else load_tokenizer(self.tokenizer_model),
             limits=self.limits() if tokens_kept else None,
             tokens_kept=tokens_kept or 0,
             sample_share=self.sample_share,
@@ -221,7 +238,7 @@ def _show(data: "FolderList", options: Inspect) -> list["ViewedSample"]:
     start = options.start if options.key is None else _number_of(options.key, data)
     if not 0 <= start < len(data):
         raise ConfigError(f"--start {start}: expected a number from 0 to {len(data) - 1}.")
-    tokenizer = load_tokenizer(options.tokenizer_model) if options.tokenizer_model else None
+    tokenizer = None if options.tokenizer_model is None else load_tokenizer(options.tokenizer_model)
     shown: list[ViewedSample] = []
     for number in range(start, min(start + options.samples, len(data))):
         folder, local = data.locate(number)

@@ -10,6 +10,7 @@ from tyro.conf import Positional, arg
 
 from megatron_vico.cli.command_line import read
 from megatron_vico.errors import ConfigError, nearest
+from megatron_vico.files import refuse_unwritable
 
 if TYPE_CHECKING:
     from megatron_vico.evaluation.benchmarks import Benchmark
@@ -57,6 +58,7 @@ class Flags:
             raise ConfigError("--columns TASK:METRIC ... and the table `own` go together.")
         if wrong := [column for column in self.columns if ":" not in column.strip(":")]:
             raise ConfigError(f"--columns {wrong[0]!r}: expected TASK:METRIC.")
+        refuse_unwritable("--output", self.output)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_vico.config.config_values import not_of_kind, unsound
 from megatron_vico.config.registry import (
     MODELS,
     LanguageConfig,
@@ -35,6 +36,7 @@ _ROUTER_HEADS = 16  # of the released models
 # What the forms call a thing.
 _LANGUAGE_PART: dict[Form, str] = {"remote": "llm_config", "native": "text_config"}
 _IMAGE_TOKEN_ID: dict[Form, str] = {"remote": "img_context_token_id", "native": "image_token_id"}
+_SIDES = ("image_size", "patch_size")
 _SHARED_VISION = {
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -61,7 +63,13 @@ _VISION: dict[Form, dict[str, str]] = {
     },
 }
 _FACTS: dict[Form, Json] = {
-    "remote": {"downsample_ratio": 0.5, "ps_version": "v2", "select_layer": -1},
+    "remote": {
+        "downsample_ratio": 0.5,
+        "min_dynamic_patch": 1,
+        "pad2square": False,
+        "ps_version": "v2",
+        "select_layer": -1,
+    },
     "native": {
         "downsample_ratio": 0.5,
         "projector_hidden_act": "gelu",
@@ -168,10 +176,12 @@ def read_model(config: Json, *, path: str, expected: str | None = None) -> Model
             the expected one, or fields are missing that tell which it is.
     """
     form: Form = "native" if config.get("model_type") == "internvl" else "remote"
+    _refuse(_not_tables(config, form), path)
     _refuse(_refused(config, form), path)
     stated = _stated_fields(config, form)
     if "model.image_token_id" not in stated:
         stated |= _token_of_tokenizer(Path(path).parent)
+    _refuse(not_of_kind(stated), path)
     if expected not in (None, CHECKPOINT):
         try:
             model = model_named(expected)
@@ -214,7 +224,8 @@ def _stated_fields(config: Json, form: Form) -> Json:
     for ours, name in _VISION[form].items():
         value = vision.get(name)
         # Tiles are square; transformers writes both sides.
-        stated[f"vision.{ours}"] = value[0] if isinstance(value, list) else value
+        both = name in _SIDES and isinstance(value, list) and len(value) == 2
+        stated[f"vision.{ours}"] = value[0] if both else value
     language = dict(config.get(_LANGUAGE_PART[form]) or {})
     rope = language.get("rope_parameters") or {}
     language.setdefault("rope_theta", rope.get("rope_theta"))
@@ -257,9 +268,9 @@ def _refused(config: Json, form: Form) -> Iterator[str]:
         for name, expected in facts.items():
             if section.get(name) not in (None, expected):
                 yield f"{prefix}{name} is {section[name]!r}, expected {expected!r}"
-    for side in ("image_size", "patch_size"):
+    for side in _SIDES:
         value = vision.get(side)
-        if isinstance(value, list) and len(set(value)) != 1:
+        if isinstance(value, list) and value != value[:1] * 2:
             yield f"vision_config.{side} is {value}, expected two equal sides"
     forced = config.get("force_image_size")
     if form == "remote" and forced not in (None, vision.get("image_size", forced)):
@@ -275,9 +286,10 @@ def _refused(config: Json, form: Form) -> Iterator[str]:
     rotated = rope.get("partial_rotary_factor", 1.0)
     if rotated != 1.0:
         yield f"{part}: partial_rotary_factor is {rotated}, expected 1.0 or none"
-    if set(language.get("layer_types") or ()) - {"full_attention"}:
-        found = sorted(set(language["layer_types"]))
-        yield f"{part}.layer_types has {', '.join(found)}, expected full_attention only"
+    layers = language.get("layer_types") or []
+    other = [each for each in layers if each != "full_attention"]
+    if other:
+        yield f"{part}.layer_types has {other[0]!s:.80}, expected full_attention only"
 
 
 def _differences(stated: Json, model: ModelConfig) -> list[str]:
@@ -319,14 +331,13 @@ def _built(stated: Json, path: str) -> ModelConfig:
             f" {'; '.join(_differences(stated, nearest_size))}), and does not state"
             f" {', '.join(sorted(missing))}, which a model of its own size needs."
         )
-    _refuse(_no_numbers(stated), path)
     width = vision["hidden_size"]
     # Released Flash models have 16 built in; another width gets the most of them that fit.
     own.setdefault("vir_num_heads", max(n for n in range(1, _ROUTER_HEADS + 1) if width % n == 0))
     model = ModelConfig(
         name="custom", vision=VisionConfig(**vision), language=LanguageConfig(**language), **own
     )
-    _refuse(_unsound(model), path)
+    _refuse(unsound(model), path)
     return named(model)
 
 
@@ -336,37 +347,19 @@ def _refuse(problems: Iterable[str], path: str) -> None:
         raise CheckpointError(f"{path} describes a model that cannot be computed here: {found}.")
 
 
-def _no_numbers(stated: Json) -> Iterator[str]:
-    for name, value in stated.items():
-        is_number = isinstance(value, int | float) and value >= 0
-        if name.endswith(("norm_type", "num_experts")) or (is_number and value):
-            continue
-        if not is_number or not name.endswith(("qkv_bias", "qk_norm", "image_token_id")):
-            yield f"{name} is {value!r}, expected a number above 0"
-
-
-def _unsound(model: ModelConfig) -> Iterator[str]:
-    """Numbers that do not go together in the modules."""
-    vision, language = model.vision, model.language
-    for what, number, divisor, reason in (
-        ("vision.hidden_size", vision.hidden_size, vision.num_heads, "num_heads"),
-        ("vision.hidden_size", vision.hidden_size, model.vir_num_heads, "vir_num_heads"),
-        ("vision.image_size", vision.image_size, 4 * vision.patch_size, "4 x patch_size"),
-        ("language.num_heads", language.num_heads, language.num_query_groups, "num_query_groups"),
-        ("language.head_dim", language.head_dim, 2, "the two halves that rotate"),
-        ("language.rope_theta", language.rope_theta, 1, "whole numbers"),
+def _not_tables(config: Json, form: Form) -> Iterator[str]:
+    """Parts, and switches, that are no JSON value of their kind."""
+    part = _LANGUAGE_PART[form]
+    language = config.get(part)
+    inner = language if isinstance(language, dict) else {}
+    for name, value, kind, expected in (
+        ("flash_mode", config.get("flash_mode"), bool, "true or false"),
+        ("dynamic_image_size", config.get("dynamic_image_size"), bool, "true or false"),
+        ("vision_config", config.get("vision_config"), dict, "a JSON object"),
+        (part, language, dict, "a JSON object"),
+        (f"{part}.rope_parameters", inner.get("rope_parameters"), dict, "a JSON object"),
+        (f"{part}.rope_scaling", inner.get("rope_scaling"), dict, "a JSON object"),
+        (f"{part}.layer_types", inner.get("layer_types"), list, "a list"),
     ):
-        if number % divisor:
-            yield f"{what} is {number}, expected a multiple of {divisor} ({reason})"
-    if vision.norm_type not in ("layer_norm", "rms_norm"):
-        yield f"vision.norm_type is {vision.norm_type!r}, expected 'layer_norm' or 'rms_norm'"
-    if model.image_token_id >= language.vocab_size:
-        yield (
-            f"image_token_id is {model.image_token_id}, expected less than"
-            f" vocab_size {language.vocab_size}"
-        )
-    if language.num_experts is not None and language.moe_top_k > language.num_experts:
-        yield (
-            f"language.moe_top_k is {language.moe_top_k}, expected at most num_experts"
-            f" {language.num_experts}"
-        )
+        if not isinstance(value, kind | None):
+            yield f"{name} is {value!r:.80}, expected {expected}"

@@ -24,6 +24,7 @@ import yaml
 
 from megatron_vico.config.schema import RunConfig, flag_of
 from megatron_vico.errors import ConfigError, nearest
+from megatron_vico.files import read_plain
 
 READING = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
 """How tyro makes flags of dataclasses: one of a nested class has no prefix; `None` is no value."""
@@ -334,7 +335,7 @@ def _chain(path: Path, seen: tuple[Path, ...]) -> list[tuple[Path, dict[str, Any
     if path.resolve() in seen:
         raise ConfigError(f"{path}: recipe includes itself")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_plain(path).decode())
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the recipe ({error.strerror})") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -15,6 +15,9 @@ from megatron_vico.files import record_of
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Pixels are normalised by these in every size."""
 
+MAX_TILES = 256
+"""Of an image, as a flag, a config or a sample may say: choosing a grid takes the cube of it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:

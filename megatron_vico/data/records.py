@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_vico.errors import ConfigError, SampleError
+from megatron_vico.files import open_plain
 
 MAX_LINE_BYTES = 64 << 20
 """Of a sample's JSON; what is longer is not parsed."""
@@ -48,7 +49,7 @@ def check_lines(path: Path, *, flag: str) -> None:
         raise ConfigError(
             f"{flag} {path}: {what}; expected a JSONL file in the official chat format."
         )
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         first = next((line for _, line in bounded_lines(file) if line.strip()), b"")
     first = first.removeprefix(b"\xef\xbb\xbf").strip()
     if first.startswith(b"[") or first.endswith((b"{", b"[", b",")):

@@ -23,7 +23,7 @@ from megatron_vico.data.samples import ConversationSample
 from megatron_vico.data.shards.reader import parse_sample
 from megatron_vico.errors import SampleError, nearest
 from megatron_vico.evaluation.scorers import SCORERS
-from megatron_vico.files import read_plain
+from megatron_vico.files import open_plain, read_plain
 from megatron_vico.inference.engine import Answers, Engine
 from megatron_vico.inference.plans import PlanSource, Prompt
 
@@ -111,7 +111,7 @@ def read_evaluation_set(
     """
     path, samples = Path(jsonl), list[EvaluationSample]()
     check_lines(path, flag="--jsonl")
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         for number, (_, line) in enumerate(bounded_lines(file), start=1):
             if limit is not None and len(samples) >= limit:
                 break

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vico.data.records import bounded_lines
+from megatron_vico.files import open_plain
 
 
 @dataclass(kw_only=True)
@@ -44,7 +45,7 @@ class LinePlan:
 def cut_lines(path: Path, *, samples_per_run: int) -> LinePlan:
     """Cut a JSONL file into runs of so many lines that are not blank, parsing nothing."""
     digest, runs, end = hashlib.sha256(), list[LineRun](), 0
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         for number, (num_bytes, line) in enumerate(bounded_lines(file), start=1):
             if not runs or runs[-1].num_samples == samples_per_run:
                 runs.append(LineRun(number=len(runs), start=end, end=end, first_line=number))
@@ -58,7 +59,7 @@ def cut_lines(path: Path, *, samples_per_run: int) -> LinePlan:
 
 def read_lines(path: Path, run: LineRun) -> Iterator[tuple[int, bytes]]:
     """(number from 1, content) of each line of a run that is not blank."""
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         file.seek(run.start)
         for number, (_, line) in enumerate(bounded_lines(file, end=run.end), run.first_line):
             if line.strip():

@@ -10,6 +10,7 @@ from megatron_vico.data.encode.tokenizer import Tokenizer
 from megatron_vico.data.shards.index import INDEX_NAME, FolderIndex, ShardFiles
 from megatron_vico.data.shards.reader import parse_sample
 from megatron_vico.errors import ConfigError, SampleError
+from megatron_vico.files import open_plain
 from megatron_vico.shard_tools.pool import Progress, run_tasks, with_progress
 from megatron_vico.shard_tools.tar import indexed, members_of, write_index
 
@@ -64,7 +65,7 @@ def index_shards(
 def _rebuild_index(encoder: SampleEncoder, path: Path) -> Iterator[ShardFiles | Progress]:
     """Read a tar file and write its index as `NAME.npz.new`."""
     samples = []
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         for key, members in members_of(path).items():
             parts = [os.pread(file.fileno(), size, offset) for offset, size in members]
             sample = parse_sample(parts[0], key=key, images=parts[1:], where=str(path))

@@ -22,6 +22,7 @@ from megatron_vico.data.samples import ConversationSample
 from megatron_vico.data.shards.index import FolderIndex, ShardFiles, ShardIndex, hash_of_file
 from megatron_vico.data.shards.reader import ShardFolder
 from megatron_vico.errors import SampleError
+from megatron_vico.files import open_plain
 from megatron_vico.shard_tools.pool import Progress
 from megatron_vico.shard_tools.tar import ordered, read_headers
 
@@ -180,7 +181,7 @@ def _check_tar(job: Job, keys: Sequence[str]) -> Iterator[Problem]:
         expected = f"{shard.num_bytes} bytes with {shard.num_samples} samples, which are lost"
         yield job.problem("missing file", found="no such file", expected=expected, keys=keys)
         return
-    with job.tar.open("rb") as file:
+    with open_plain(job.tar) as file:
         size = os.fstat(file.fileno()).st_size
     if size != shard.num_bytes:
         found, expected = f"{size} bytes", f"{shard.num_bytes} bytes"

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_vico.config.registry import MAX_TILES
 from megatron_vico.data.records import check_lines
-from megatron_vico.data.shards.reader import MAX_TILES
 from megatron_vico.errors import ConfigError, nearest
-from megatron_vico.files import INCOMPLETE_SUFFIX
+from megatron_vico.files import INCOMPLETE_SUFFIX, read_plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def read_meta(path: str | Path) -> tuple[Source, ...]:
     """
     meta = Path(path)
     try:
-        content = json.loads(meta.read_bytes(), object_pairs_hook=_unique)
+        content = json.loads(read_plain(meta), object_pairs_hook=_unique)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"--meta {meta}: cannot be read ({error}); expected the official meta JSON."

@@ -16,6 +16,7 @@ from megatron_vico.data.samples import EncodedSample
 from megatron_vico.data.shards.index import IndexedSample, ShardFiles, ShardIndex, hash_of_file
 from megatron_vico.data.shards.reader import sample_json
 from megatron_vico.errors import SampleError
+from megatron_vico.files import open_plain
 from megatron_vico.shard_tools.sample_reader import SourceSample
 from megatron_vico.shard_tools.tar_listing import list_tar
 
@@ -129,7 +130,7 @@ def members_of(path: Path) -> dict[str, tuple[tuple[int, int], ...]]:
     """
     headers = read_headers(path)
     error = headers.error
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         # Two blocks of zeros follow the last member; without them, what was cut off may have been
         # whole samples.
         file.seek(headers.end)

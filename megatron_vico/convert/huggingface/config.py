@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_vico.config.config_json import Form, Json, architecture_json
-from megatron_vico.config.registry import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
+from megatron_vico.config.registry import IMAGENET_MEAN, IMAGENET_STD, MAX_TILES, ModelConfig
 from megatron_vico.convert.options import Layout
 from megatron_vico.convert.remote_code_files import AUTO_MAP
 from megatron_vico.errors import CheckpointError
@@ -95,8 +95,6 @@ def model_json(
         "dynamic_image_size": True,
         "force_image_size": model.vision.image_size,
         "max_dynamic_patch": options.max_dynamic_patch,
-        "min_dynamic_patch": 1,
-        "pad2square": False,
         "template": options.template,
         "use_backbone_lora": 0,
         "use_llm_lora": 0,
@@ -225,7 +223,7 @@ def layout_of(config: Json, *, path: str, tensors: Collection[str] = ()) -> Layo
 
 
 def _is_share(value: object) -> bool:
-    return isinstance(value, int | float) and 0 <= value <= 1
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _is_id(value: object) -> bool:
@@ -237,7 +235,10 @@ _KINDS = {
     "flash_relative_threshold": ("a number from 0 to 1", _is_share),
     "flash_absolute_threshold": ("a number from 0 to 1", _is_share),
     "flash_decision_rule": ("'paper' or 'flash'", ("paper", "flash").__contains__),
-    "max_dynamic_patch": ("1 or more", lambda value: _is_id(value) and value > 0),
+    "max_dynamic_patch": (
+        f"1 to {MAX_TILES}",
+        lambda value: _is_id(value) and 1 <= value <= MAX_TILES,
+    ),
     "use_thumbnail": ("true or false", lambda value: isinstance(value, bool)),
     "tile_tags": ("'none' or 'numbered'", ("none", "numbered").__contains__),
     "router_granularity": ("'tile' or 'image'", ("tile", "image").__contains__),

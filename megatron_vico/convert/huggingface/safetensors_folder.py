@@ -21,7 +21,7 @@ from megatron_vico.convert.options import MAX_SHARD_BYTES
 from megatron_vico.convert.source import TensorInfo
 from megatron_vico.convert.write_behind import write_behind
 from megatron_vico.errors import CheckpointError, listed
-from megatron_vico.files import read_json, refuse_incomplete, write_json
+from megatron_vico.files import open_plain, read_json, refuse_incomplete, write_json
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -224,6 +224,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 def _read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a file; the library has checked that they are all of it and do not overlap."""
     try:
+        open_plain(file).close()
         with safe_open(file, framework="pt", backend="pread") as opened:
             slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
             facts = {name: (each.get_shape(), each.get_dtype()) for name, each in slices.items()}

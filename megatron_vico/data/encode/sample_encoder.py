@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from megatron_vico.config.registry import MAX_TILES
 from megatron_vico.config.schema import TilingOptions
 from megatron_vico.data.encode import conversation, tiling
 from megatron_vico.data.encode.conversation import TileTags
@@ -18,7 +19,7 @@ from megatron_vico.data.samples import (
     EncodedSample,
     IntArray,
 )
-from megatron_vico.errors import SampleError
+from megatron_vico.errors import ConfigError, SampleError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,15 @@ class EncodingSettings:
 
     @classmethod
     def from_options(cls, options: TilingOptions, *, image_size: int) -> "EncodingSettings":
-        """The settings of a command's flags and its vision tower's `image_size`."""
+        """The settings of a command's flags and its vision tower's `image_size`.
+
+        Raises:
+            ConfigError: if an image may have no tile, or more than any needs.
+        """
+        if not 1 <= options.max_dynamic_patch <= MAX_TILES:
+            raise ConfigError(
+                f"--max-dynamic-patch {options.max_dynamic_patch}: expected 1 to {MAX_TILES}."
+            )
         return cls(
             image_size=image_size,
             max_dynamic_patch=options.max_dynamic_patch,

@@ -20,7 +20,7 @@ from tokenizers.models import BPE
 
 from megatron_vico.config.registry import ModelConfig
 from megatron_vico.errors import ConfigError
-from megatron_vico.files import copy_without_code
+from megatron_vico.files import copy_without_code, open_plain, read_plain
 
 PAD = "<|endoftext|>"
 TURN_START = "<|im_start|>"
@@ -171,7 +171,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         backend = _load_folder(found)
     elif found.suffix == ".model" and found.is_file():
         try:
-            backend = fast_tokenizer(found.read_bytes())
+            backend = fast_tokenizer(read_plain(found))
         except Exception as error:  # of sentencepiece, whatever it meets
             raise ConfigError(
                 f"--tokenizer-model {found}: no SentencePiece model: {error}."
@@ -197,6 +197,8 @@ def _load_folder(folder: Path) -> tokenizers.Tokenizer:
             " --tokenizer-model the folder, or the .model file, of the one it was trained with."
         )
     try:
+        for name in filter(lambda name: (folder / name).exists(), _HF_FILES):
+            open_plain(folder / name).close()
         if (folder / "tokenizer.json").is_file():
             backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         else:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from megatron_vico.data.encode.sample_encoder import EncodingSettings
 from megatron_vico.data.samples import IntArray
 from megatron_vico.errors import ConfigError, SampleError
-from megatron_vico.files import replacing, write_text
+from megatron_vico.files import open_plain, read_plain, replacing, write_text
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 2
@@ -141,7 +141,7 @@ class ShardIndex:
     def read(cls, path: Path) -> "ShardIndex":
         """Read the file; SampleError if it is missing or broken."""
         try:
-            content = path.read_bytes()
+            content = read_plain(path)
         except OSError as error:
             raise SampleError(f"{path}: cannot be read ({error}); {_REBUILD}") from error
         return cls.parse(content, where=str(path))
@@ -239,7 +239,7 @@ class FolderIndex:
             raise ConfigError(
                 f"{folder}: no {INDEX_NAME} there; make the folder with `vico shards make`."
             )
-        return cls.parse(path.read_bytes(), where=str(folder))
+        return cls.parse(read_plain(path), where=str(folder))
 
     @classmethod
     def parse(cls, content: bytes, *, where: str) -> "FolderIndex":
@@ -266,5 +266,5 @@ class FolderIndex:
 
 def hash_of_file(path: Path) -> str:
     """sha256 of a file's content, in hex."""
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from megatron_vico.config.registry import MAX_TILES
 from megatron_vico.config.schema import DataOptions
 from megatron_vico.data.encode.sample_encoder import EncodingSettings
 from megatron_vico.data.encode.tokenizer import Tokenizer
@@ -32,9 +33,6 @@ from megatron_vico.errors import ConfigError, SampleError, nearest
 
 TAR_BLOCK_BYTES = tarfile.BLOCKSIZE
 """Of the header before each member."""
-
-MAX_TILES = 256
-"""Of an image, as a sample may say; the grids that are looked through grow with its square."""
 
 INDEX_THREADS = 16
 PROGRESS_AFTER_S = 5.0

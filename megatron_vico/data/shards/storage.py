@@ -24,6 +24,7 @@ from megatron_vico.config.schema import DataOptions
 from megatron_vico.data.shards.index import ShardFiles
 from megatron_vico.data.shards.shard_cache import ShardCache
 from megatron_vico.errors import ConfigError, SampleError
+from megatron_vico.files import read_plain
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class OpenFiles:
         if path not in self._files:
             if len(self._files) >= MAX_OPEN_FILES:  # the one opened first makes room
                 os.close(self._files.pop(next(iter(self._files))))
-            self._files[path] = os.open(path, os.O_RDONLY)
+            self._files[path] = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe is empty then
         # At an offset, so that processes that share the descriptor by a fork do not disturb each
         # other.
         return os.pread(self._files[path], size, start)
@@ -104,7 +105,7 @@ class LocalStorage:
     def read(self, name: str) -> bytes:
         """All of a file."""
         with self._errors(name):
-            return (self._folder / name).read_bytes()
+            return read_plain(self._folder / name)
 
     def read_range(self, shard: ShardFiles, start: int, end: int) -> bytes:
         """Bytes `start` to `end` of a tar file; fewer only where the file ends before."""

@@ -83,7 +83,7 @@ def flash(tmp_path_factory: pytest.TempPathFactory, single_process_groups: None)
         ),
         (
             "--from hf --to hf --layout flash --max-dynamic-patch 0",
-            "--max-dynamic-patch 0: expected 1 or more",
+            "--max-dynamic-patch 0: expected 1 to 256",
         ),
         (
             "--from megatron --to hf --layout hf",

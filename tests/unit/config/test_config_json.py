@@ -2,6 +2,7 @@
 refused by its field."""
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from megatron_vico.config.config_json import differences, model_named, read_model
 from megatron_vico.config.registry import MODELS, ModelConfig, get_model_config, named
-from megatron_vico.convert.huggingface.config import ExportOptions, model_json
+from megatron_vico.convert.huggingface.config import ExportOptions, model_json, said_of_use
 from megatron_vico.convert.options import LAYOUTS, Layout
 from megatron_vico.errors import CheckpointError, ConfigError
 
@@ -171,8 +172,7 @@ YARN = {"type": "yarn", "factor": 4.0}
         ("hf", "language", "rope_parameters", {"rope_type": "yarn"}, "rope_type is 'yarn'"),
         ("hf", "language", "rope_parameters", {"partial_rotary_factor": 0.5}, "0.5, expected 1.0"),
         ("hf", "language", "rope_theta", 1e4 + 0.5, "expected a multiple of 1"),
-        ("hf", "language", "num_attention_heads", 0, "num_heads is 0, expected a number above 0"),
-        ("internvl", "vision", "hidden_size", "1k", "is '1k', expected a number above 0"),
+        ("hf", "language", "num_attention_heads", 0, "num_heads is 0, expected a whole number"),
         ("hf", "language", "head_dim", 127, "127, expected a multiple of 2"),
         ("hf", "language", "num_key_value_heads", 3, "16, expected a multiple of 3"),
         ("internvl", "language", "tie_word_embeddings", True, "tie_word_embeddings is True"),
@@ -203,3 +203,47 @@ def test_dynamic_scaling_changes_nothing_up_to_the_position_limit() -> None:
     config = config_of("internvl3_5-1b", "internvl")
     config["llm_config"]["rope_scaling"] = {"type": "dynamic", "factor": 2.0}
     assert read_model(config, path="config.json").name == "internvl3_5-1b"
+
+
+NOT_READ = set(
+    "architectures auto_map AutoConfig AutoModel AutoModelForCausalLM attention_dropout dropout"
+    " drop_path_rate hidden_dropout_prob image_seq_length initializer_range max_window_layers"
+    " model_type output_router_logits projection_dropout router_aux_loss_coef sliding_window"
+    " tie_word_embeddings torch_dtype use_backbone_lora use_cache use_flash_attn"
+    " use_llm_lora".split()
+)
+WRONG: dict[str, tuple[object, set[str]]] = {
+    # A value, and the fields that may have it.
+    "text": ("x", {"template"}),
+    "list": ([], {"eos_token_id"}),
+    "nested": ([[1], {}], set()),
+    "negative": (-7, set()),
+    "huge": (10**12, {"eos_token_id", "pad_token_id"}),
+    "huger": (10**400, {"eos_token_id", "pad_token_id"}),
+    "infinite": (math.inf, set()),
+    "NaN": (math.nan, set()),
+    "object": ({"a": {"b": 1}}, {"vision_config", "llm_config", "text_config", "rope_scaling"}),
+    "half": (1.5, {"initializer_factor", "layer_scale_init_value"}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("wrong", WRONG)
+def test_every_field_is_of_its_kind_or_refused(layout: Layout, wrong: str) -> None:
+    """No other error, nothing that overflows or hangs later, and no line without end."""
+    value, may = WRONG[wrong]
+    config, passed, refused = config_of("toy", layout), set(), [0]
+    parts = {"": config} | {name: part for name, part in config.items() if isinstance(part, dict)}
+    for part, fields in parts.items():
+        for name in fields:
+            odd = {**fields, name: value}
+            odd = {**config, part: odd} if part else odd
+            try:
+                read_model(odd, path="config.json")
+                said_of_use(odd, path="config.json")
+            except CheckpointError as error:
+                refused.append(len(str(error)))
+            else:
+                passed.add(name)
+    assert max(refused) < 1000
+    assert passed - NOT_READ == may & set().union(*parts.values())

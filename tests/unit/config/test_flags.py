@@ -139,6 +139,7 @@ def test_a_recipe_that_resumes_its_own_folder_does_so_in_another(
     [
         ("--lrr 3", "unknown option --lrr; did you mean '--lr'?"),
         ("--no-lr 3", "unknown option --no-lr"),
+        ("--unknown 3", "unknown option --unknown$"),  # not `did you mean '--kl-chunk-rows'`
         ("--lr", "--lr is given no value, expected one"),
         ("--lr 3 word", "--lr is given the 2 values '3 word', expected one"),
         ("--lr x", "--lr is 'x', expected a number"),
@@ -159,7 +160,7 @@ def test_a_recipe_that_resumes_its_own_folder_does_so_in_another(
 def test_errors_of_the_command_line(words: str, message: str) -> None:
     with pytest.raises(ConfigError, match=r"^command line: ") as error:
         parse(words.split())
-    assert message in str(error.value)
+    assert message in f"{error.value}$"
 
 
 def test_a_run_is_immutable_and_travels_between_processes() -> None:

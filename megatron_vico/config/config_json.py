@@ -224,8 +224,9 @@ def _stated_fields(config: Json, form: Form) -> Json:
     for ours, name in _VISION[form].items():
         value = vision.get(name)
         # Tiles are square; transformers writes both sides.
-        both = name in _SIDES and isinstance(value, list) and len(value) == 2
-        stated[f"vision.{ours}"] = value[0] if both else value
+        if name in _SIDES and isinstance(value, list) and len(value) == 2:
+            value = value[0]
+        stated[f"vision.{ours}"] = value
     language = dict(config.get(_LANGUAGE_PART[form]) or {})
     rope = language.get("rope_parameters") or {}
     language.setdefault("rope_theta", rope.get("rope_theta"))
@@ -243,11 +244,11 @@ def _token_of_tokenizer(folder: Path) -> Json:
     The released remote code asks the tokenizer, so that its config.json has no such field.
     """
     file = folder / "added_tokens.json"
-    if file.is_file():
+    if file.exists():
         found = read_json(file).get(_IMAGE_TOKEN)
         return {} if found is None else {"model.image_token_id": found}
     file = folder / "tokenizer_config.json"
-    if file.is_file():
+    if file.exists():
         for number, token in (read_json(file).get("added_tokens_decoder") or {}).items():
             if isinstance(token, dict) and token.get("content") == _IMAGE_TOKEN:
                 return {"model.image_token_id": int(number)}

@@ -45,13 +45,13 @@ def _said_by_files(folder: Path) -> dict[str, Any]:
     path = str(folder / "config.json")
     said = said_of_use(carried_config(folder) or {}, path=path)
     for name in PREPROCESSORS[:2]:
-        if (folder / name).is_file():
+        if (folder / name).exists():
             contents = files.read_json(folder / name)
             nested = contents.get("image_processor")
             tiles = (nested if isinstance(nested, dict) else contents).get("max_patches")
             said |= {} if tiles is None else {"max_dynamic_patch": tiles}
             check_said(said, path=str(folder / name))
-    if (folder / GENERATION).is_file():
+    if (folder / GENERATION).exists():
         generation = files.read_json(folder / GENERATION)
         ids = {name: generation.get(name) for name in ("eos_token_id", "pad_token_id")}
         said = {name: value for name, value in ids.items() if value is not None} | said

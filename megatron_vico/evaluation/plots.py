@@ -19,9 +19,12 @@ from megatron_vico.files import read_json, read_json_lines
 def read_metrics(path: Path) -> dict[str, npt.NDArray[np.float64]]:
     """Every numeric key of a metrics.jsonl -> its values in order; NaN in lines that lack the key.
 
-    Damaged lines, such as half a last one of a run that was killed, are left out.
+    Damaged lines, such as half a last one of a run that was killed, are left out; ConfigError if
+    none is left.
     """
     lines, _ = read_json_lines(path)
+    if not lines:
+        raise ConfigError(f"{path}: no step in it; nothing to draw.")
     keys = {key for line in lines for key, value in line.items() if isinstance(value, int | float)}
     return {
         key: np.array([_number(line.get(key)) for line in lines], dtype=np.float64)

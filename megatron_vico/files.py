@@ -7,8 +7,9 @@ import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
@@ -63,7 +64,7 @@ def refuse_unwritable(flag: str, path: Path | None, *, endings: Sequence[str] = 
         raise ConfigError(f"{flag} {path}: expected a name that ends in {', '.join(endings)}.")
 
 
-def open_plain(path: Path) -> BinaryIO:
+def open_plain(path: Path) -> BufferedReader:
     """A plain file to read; a pipe or a device, which may have no end, is not waited for.
 
     Raises:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megatron_vico.errors import CheckpointError
+from megatron_vico.errors import CheckpointError, ConfigError
 from megatron_vico.files import read_json, read_json_lines
 
 

@@ -26,7 +26,7 @@ KINDS: dict[str, Callable[[Path], object]] = {
     "pipe": os.mkfifo,
     "device": lambda path: path.symlink_to("/dev/zero"),
     "empty": Path.touch,
-    "other encoding": lambda path: path.write_text('{"a": 1}', encoding="utf-16"),
+    "utf-16": lambda path: path.write_text('{"a": 1}', encoding="utf-16"),
     "zeros": lambda path: path.write_bytes(bytes(64)),
     "nested": lambda path: path.write_text("[" * 10_000),
     "list": lambda path: path.write_text("[[1]]"),

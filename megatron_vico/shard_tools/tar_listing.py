@@ -6,6 +6,8 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_vico.files import open_plain
+
 MAX_MEMBERS = 10_000_000
 """Of a tar file; their names and places take about 3 GB then."""
 
@@ -44,7 +46,10 @@ def list_tar(path: Path) -> TarListing:
     links: dict[str, str] = {}
     end, error = 0, ""
     try:
-        with tarfile.open(path, "r:", encoding="utf-8") as tar:
+        with (
+            open_plain(path) as file,
+            tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar,
+        ):
             while (member := tar.next()) is not None:
                 name = plain_name(member.name)
                 links.pop(name, None)

@@ -239,7 +239,11 @@ class FolderIndex:
             raise ConfigError(
                 f"{folder}: no {INDEX_NAME} there; make the folder with `vico shards make`."
             )
-        return cls.parse(read_plain(path), where=str(folder))
+        try:
+            content = read_plain(path)
+        except OSError as error:
+            raise SampleError(f"{path}: cannot be read ({error}); {_REBUILD}") from error
+        return cls.parse(content, where=str(folder))
 
     @classmethod
     def parse(cls, content: bytes, *, where: str) -> "FolderIndex":

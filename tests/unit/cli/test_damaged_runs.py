@@ -27,6 +27,11 @@ def flip(run: Path) -> None:
     largest(run).write_bytes(contents)
 
 
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
@@ -51,6 +56,31 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, tuple[str, ...]]] = {
         lambda run: cut(run / STEP / "checkpoint.json"),
         r"checkpoint.json (is not valid JSON|has \d+ bytes)",
         (*READERS, "verify", "inspect"),
+    ),
+    "pipe for weights": (
+        lambda run: pipe(largest(run)),
+        r"cut short; copy|has 0 bytes, \d+ were|is absent|lacks \S+, which its .metadata names",
+        (*READERS, "verify", "inspect"),
+    ),
+    "pipe for metadata": (
+        lambda run: pipe(run / STEP / ".metadata"),
+        r"\.metadata has 0 bytes|\.metadata, not a readable .* not a plain file",
+        (*READERS, "verify", "inspect"),
+    ),
+    "pipe for description": (
+        lambda run: pipe(run / STEP / "checkpoint.json"),
+        r"checkpoint.json has 0 bytes|checkpoint.json: .* not a plain file",
+        (*READERS, "verify", "inspect"),
+    ),
+    "pipe for pointer": (
+        lambda run: pipe(run / POINTER),
+        rf"finished checkpoints \({STEP}\) but no {POINTER}.*`echo 2 > ",
+        (*READERS, "inspect", "status"),
+    ),
+    "another learning rate": (
+        lambda run: None,  # the command's is not the run's
+        r"max_lr is 0\.001 in it, \S+ here, .* the learning rates .* from its weights\.\n$",
+        ("resume",),
     ),
     "broken checksums": (
         lambda run: cut(run / STEP / "checksums.json"),

@@ -67,6 +67,40 @@ def test_a_users_error_is_one_line_and_status_2(
         assert error.count("\n") == 1
 
 
+RUN = "--load {0} --plan none"
+FLAGS = {
+    f"generate {RUN} --prompt ? --temperature nan": "--temperature nan: expected 0 or more",
+    f"generate {RUN} --prompt ? --top-p 0": "--top-p 0.0: expected a share above 0",
+    f"generate {RUN} --prompt ? --stop=": "--stop '': every answer would end",
+    f"generate {RUN} --prompt ? --num-frames 3": "--num-frames 3 has no effect without",
+    f"generate {RUN} --prompt ? --num-frames 0": "--num-frames 0: expected 1 or more",
+    f"evaluate {RUN} --jsonl x --limit 0": "--limit 0: expected 1 or more",
+    f"evaluate {RUN} --jsonl x --output {{0}}": "--output {0}: a folder, expected the name of a",
+    f"evaluate {RUN} --jsonl x --write-plans {{0}}/no/x": "--write-plans {0}/no/x: {0}/no is no f",
+    f"serve {RUN} --port 70000": "--port 70000: expected 0 to 65535",
+    f"serve {RUN} --host=": "--host '': expected a name",
+    f"serve {RUN} --api-key=": "--api-key '': expected a key",
+    f"serve {RUN} --request-timeout inf": "--request-timeout inf: expected 0.001 or more",
+    "shards inspect {0} --samples -1": "--samples -1: expected 0 or more",
+    "shards inspect {0} --seq-length 0": "--seq-length 0: expected 1 or more",
+    "shards inspect {0} --picture {0}/x.txt": "--picture {0}/x.txt: expected a name that ends in",
+    "plot loss a={0} --output {0}/no/x.png": "--output {0}/no/x.png: {0}/no is no folder",
+    "table 1 a=b@none --results x --log x --output {0}": "--output {0}: a folder",
+    "plan --packs 0": "--packs 0: expected 1 or more",
+}
+
+
+@pytest.mark.parametrize("words", FLAGS)
+def test_a_flag_that_makes_no_sense_is_refused_before_any_work(
+    words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(words.format(tmp_path).split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"ConfigError: {FLAGS[words].format(tmp_path)}"), error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_errors_of_disk_and_memory_are_one_line_too(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """Damaged folders: every command names the file or the tensor, and writes nothing."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from megatron_vico.data.encode.tokenizer import Tokenizer
 from megatron_vico.errors import CheckpointError
 from megatron_vico.inference.loading import build_engine, load_weights, model_of
 from megatron_vico.parallel.groups import started
+from tests.folder_state import state_of
 from tests.unit.convert.folders import MakeFolder, Tensors, changed_copy
 
 SMALL = ConversionOptions(max_shard_bytes=100_000)
@@ -60,6 +62,15 @@ def shard(folder: Path, number: int) -> Path:
     return sorted(folder.glob("model-*.safetensors"))[number]
 
 
+def instead_of_first(make: Callable[[Path], object]) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        path = shard(folder, 0)
+        path.unlink()
+        make(path)
+
+    return damage
+
+
 def cut_last_shard(folder: Path) -> None:
     shard(folder, -1).write_bytes(shard(folder, -1).read_bytes()[:-3])
 
@@ -83,6 +94,22 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "absent file": (
         change_index(lambda files: files.update({"mlp1.1.bias": "model-00099.safetensors"})),
         r"index\.json names model-00099\.safetensors, absent from the folder",
+    ),
+    "pipe": (
+        instead_of_first(os.mkfifo),
+        r"could not read \S+safetensors: .*not a plain file",
+    ),
+    "device": (
+        instead_of_first(lambda path: path.symlink_to("/dev/zero")),
+        r"could not read \S+safetensors: .*not a plain file",
+    ),
+    "endless": (
+        change_json("config.json", llm_config={"num_hidden_layers": 10**12}),
+        "language.num_layers is 1000000000000, expected a whole number from 1 to 1024",
+    ),
+    "other types": (
+        change_json("config.json", llm_config=[], vision_config="x"),
+        "vision_config is 'x', expected a JSON object; llm_config is \\[\\], expected a JSON obj",
     ),
     "two sets": (
         lambda folder: save_file({"first": torch.ones(4)}, folder / "model.safetensors"),
@@ -118,9 +145,10 @@ def test_damaged_files(damage: str, command: str, folder_of: MakeFolder, tmp_pat
     convert(folder_of("toy-6b"), output=source, layout="flash", options=SMALL)
     act, message = FILES[damage]
     act(source)
+    before = state_of(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         COMMANDS[command](source, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["source"], "nothing was begun"
+    assert state_of(tmp_path) == before, "nothing was begun"
 
 
 def rename(old: str, new: str) -> Callable[[Tensors], None]:

@@ -114,6 +114,14 @@ def make_a_folder_of(name):
     return do
 
 
+def make_a_pipe_of(name):
+    def do(folder):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return do
+
+
 def remove(*names):
     return lambda folder: [(folder / name).unlink() for name in names]
 
@@ -160,6 +168,14 @@ TABLE = {
         lost=range(16, 32),
         verify=[("unreadable file", TAR, "", 0)],
         index="Is a directory",
+    ),
+    "tar is a pipe": Damage(
+        do=make_a_pipe_of(TAR),
+        opened=f"{TAR}: 0 bytes, but the index says",
+        read=TAR,
+        lost=range(16, 32),
+        verify=[("unreadable file", TAR, "", 0)],
+        index="not a plain file",
     ),
     "tar of another shard": Damage(
         do=lambda folder: shutil.copy(folder / "shard-000000.tar", folder / TAR),
@@ -223,6 +239,9 @@ TABLE = {
         verify=[("missing file", NPZ, "", 0), ("missing file", TAR, "", 0)],
         left=26,
     ),
+    "index is a pipe": Damage(
+        do=make_a_pipe_of(NPZ), opened=f"{NPZ}.*not a plain file", verify=BROKEN_INDEX
+    ),
     "index cut": Damage(
         do=lambda folder: os.truncate(folder / NPZ, 300), opened=OTHER_INDEX, verify=BROKEN_INDEX
     ),
@@ -262,6 +281,21 @@ TABLE = {
     ),
     "index.json missing": Damage(
         do=remove(INDEX_NAME), opened="no index.json there", verify=BROKEN_FOLDER
+    ),
+    "index.json is a pipe": Damage(
+        do=make_a_pipe_of(INDEX_NAME),
+        opened=f"{INDEX_NAME}.*not a plain file",
+        verify=BROKEN_FOLDER,
+    ),
+    "index.json nested 10,000 deep": Damage(
+        do=lambda folder: (folder / INDEX_NAME).write_text("[" * 10_000),
+        opened="broken index",
+        verify=BROKEN_FOLDER,
+    ),
+    "index.json in UTF-16": Damage(
+        do=lambda folder: (folder / INDEX_NAME).write_text("{}", encoding="utf-16"),
+        opened="broken index",
+        verify=BROKEN_FOLDER,
     ),
     "index.json cut": Damage(
         do=lambda folder: os.truncate(folder / INDEX_NAME, 100),

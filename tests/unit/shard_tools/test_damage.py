@@ -22,6 +22,7 @@ from megatron_vico.errors import ConfigError, SampleError
 from megatron_vico.shard_tools.made_folder import MADE_NAME
 from megatron_vico.shard_tools.reindex import index_shards
 from megatron_vico.shard_tools.tar import members_of
+from tests.folder_state import state_of
 from tests.toy_data import write_conversations
 from tests.unit.conftest import SETTINGS
 from tests.unit.shard_tools.damage import KEYS, NPZ, TABLE, TAR, facts, problems_of, relist
@@ -46,6 +47,7 @@ def test_each_command_names_each_damage(copy, shards, tokenizer, what):
     damage = TABLE[what]
     folder, right = ShardFolder.open(copy), read_all(ShardFolder.open(shards))
     damage.do(copy)
+    before = state_of(copy)
     if damage.opened:
         with pytest.raises(USER_ERRORS, match=damage.opened):
             ShardFolder.open(copy)
@@ -59,8 +61,9 @@ def test_each_command_names_each_damage(copy, shards, tokenizer, what):
     assert [number for number in unlike if number not in lost] == list(damage.changed)
     assert facts(problems_of(copy)) == list(damage.verify)
     assert set(damage.verify) <= set(facts(problems_of(copy, tokenizer=tokenizer)))
+    assert state_of(copy) == before
     if damage.index:
-        with pytest.raises((*USER_ERRORS, IsADirectoryError), match=damage.index):
+        with pytest.raises((*USER_ERRORS, OSError), match=damage.index):
             index_shards(copy, tokenizer=tokenizer, settings=SETTINGS)
     else:
         index_shards(copy, tokenizer=tokenizer, settings=SETTINGS)

@@ -67,7 +67,7 @@ def test_a_users_error_is_one_line_and_status_2(
         assert error.count("\n") == 1
 
 
-RUN = "--load {0} --plan none"
+RUN = "--load {0}"
 FLAGS = {
     f"generate {RUN} --prompt ? --temperature nan": "--temperature nan: expected 0 or more",
     f"generate {RUN} --prompt ? --top-p 0": "--top-p 0.0: expected a share above 0",

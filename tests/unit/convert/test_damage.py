@@ -105,11 +105,11 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "endless": (
         change_json("config.json", llm_config={"num_hidden_layers": 10**12}),
-        "language.num_layers is 1000000000000, expected a whole number from 1 to 1024",
+        "language.num_layers is 1000000000000, expected a whole number from 1 to 1024|as --vit",
     ),
     "other types": (
         change_json("config.json", llm_config=[], vision_config="x"),
-        "vision_config is 'x', expected a JSON object; llm_config is \\[\\], expected a JSON obj",
+        r"vision_config is 'x', expected a JSON object; llm_config is \[\], exp|as --vit",
     ),
     "two sets": (
         lambda folder: save_file({"first": torch.ones(4)}, folder / "model.safetensors"),

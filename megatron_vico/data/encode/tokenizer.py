@@ -197,7 +197,7 @@ def _load_folder(folder: Path) -> tokenizers.Tokenizer:
             " --tokenizer-model the folder, or the .model file, of the one it was trained with."
         )
     try:
-        for name in filter(lambda name: (folder / name).exists(), _HF_FILES):
+        for name in filter(lambda name: (folder / name).exists(), HF_FILES):
             open_plain(folder / name).close()
         if (folder / "tokenizer.json").is_file():
             backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -1,10 +1,8 @@
 """What a checkpoint says it is, in files of every age, and which model a run is therefore of."""
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,26 +114,7 @@ def test_a_runs_model_is_known_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (os.mkfifo, "could not read .*not a plain file but a device or a pipe"),
-        (Path.mkdir, "could not read .*Is a directory"),
-        (lambda path: path.symlink_to("nowhere"), "no such file"),
-        (lambda path: path.write_bytes(b"\xff\xfe{}"), "is not UTF-8 text"),
-        (lambda path: path.write_text("[" * 100_000), "is not valid JSON: maximum recursion"),
-        (lambda path: path.write_text("9" * 5000), "is not valid JSON: Exceeds the limit"),
-        (lambda path: path.write_text("[]"), "holds list, expected a JSON object"),
-    ],
-)
-def test_what_is_no_json_object_is_refused_by_name(
-    make: Callable[[Path], object], message: str, tmp_path: Path
-) -> None:
-    path = tmp_path / "some.json"
-    make(path)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        read_json(path)
-    assert str(path) in str(caught.value)
-    path.unlink() if not path.is_dir() else path.rmdir()
-    path.write_bytes(b'\xef\xbb\xbf{"a": 1}')  # as some editors begin
-    assert read_json(path) == {"a": 1}
+def test_a_mark_before_json_is_skipped(tmp_path: Path) -> None:
+    """As some editors begin."""
+    (tmp_path / "some.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "some.json") == {"a": 1}

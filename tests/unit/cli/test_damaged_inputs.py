@@ -30,6 +30,7 @@ KINDS: dict[str, Callable[[Path], object]] = {
     "zeros": lambda path: path.write_bytes(bytes(64)),
     "nested": lambda path: path.write_text("[" * 10_000),
     "list": lambda path: path.write_text("[[1]]"),
+    "digits": lambda path: path.write_text("9" * 5000),
     "number": lambda path: path.write_text("7"),
 }
 

@@ -156,7 +156,7 @@ def test_an_undamaged_checkpoint_is_loaded_to_train(folder_of: MakeFolder, tmp_p
 
 
 def test_companions_of_a_stranger(folder_of: MakeFolder, tmp_path: Path) -> None:
-    """Broken JSON is refused before anything is written; names of code stay behind."""
+    """Names of code stay behind."""
     source = shutil.copytree(folder_of("toy-6b"), tmp_path / "source")
     code = {"auto_map": {"AutoTokenizer": ["tokenizer.Own", None]}, "custom_pipelines": {}}
     names = ("tokenizer_config.json", "generation_config.json", "preprocessor_config.json")
@@ -169,12 +169,3 @@ def test_companions_of_a_stranger(folder_of: MakeFolder, tmp_path: Path) -> None
             assert not code.keys() & json.loads((folder / name).read_text()).keys()
         assert not (folder / "tokenizer.py").exists()
     assert load_tokenizer(tmp_path / "flash").fingerprint == load_tokenizer(source).fingerprint
-    for name in names:
-        text = (source / name).read_text()
-        for broken in ("{", "[]", "[" * 100_000):
-            (source / name).write_text(broken)
-            for layout in ("megatron", "flash"):
-                with pytest.raises(CheckpointError, match=rf"{name} (is not valid|holds list)"):
-                    convert(source, output=tmp_path / "none", layout=layout)  # type: ignore[arg-type]
-        (source / name).write_text(text)
-    assert not (tmp_path / "none").exists()

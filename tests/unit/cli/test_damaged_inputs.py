@@ -14,9 +14,9 @@ import pytest
 
 from megatron_vico.cli.main import main
 from megatron_vico.config.registry import get_model_config
-from megatron_vico.convert.convert import export_hf
 from megatron_vico.data.encode.tokenizer import load_tokenizer
 from tests.folder_state import state_of
+from tests.hf_exports import export_hf
 from tests.toy_models import make_encoder, make_language_model
 from tests.training_runs import ToyData
 

@@ -69,7 +69,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, tuple[str, ...]]] = {
     ),
     "pipe for description": (
         lambda run: pipe(run / STEP / "checkpoint.json"),
-        rf"{STEP} is no finished checkpoint|no checksums.json, so whether",
+        rf"{STEP} is no finished checkpoint|checkpoint.json has 0 bytes",
         (*READERS, "verify", "inspect", "status"),
     ),
     "pipe for pointer": (

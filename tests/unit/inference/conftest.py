@@ -20,7 +20,7 @@ PLANS = ("vir", "none", "all", "random=0.55", "image")
 
 
 def plan(name: str) -> PlanSource:
-    return read_plan(name, routing=Routing())
+    return read_plan(name, routing=Routing(), num_layers=3)
 
 
 @pytest.fixture(scope="session")

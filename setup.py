@@ -82,6 +82,6 @@ setup(
     },
     entry_points={
         "console_scripts": ["vico = megatron_vico.cli.main:main"],
-        "lmms_eval.models": ["vico = megatron_vico.evaluation.lmms_plugin:MANIFEST"],
+        "lmms_eval.models": ["vico = megatron_vico.lmms_plugin:MANIFEST"],
     },
 )

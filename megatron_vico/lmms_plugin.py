@@ -1,13 +1,15 @@
-"""A model of lmms-eval 0.7.3 (`--model vico`) that asks `vico serve`, or any such endpoint.
+"""A model of lmms-eval 0.7.3 (`--model vico`) that asks `vico serve`, any such endpoint, or itself.
 
 Its stock `openai` model asks the same; this one also sends each sample's TASK/SPLIT/DOC_ID as the
 request's id, by which `vico table` finds it in the server's log, passes a limit of tiles a task,
 and stops the run when an answer cannot be had, where the stock one scores an error's text.
+With `load=` it serves a checkpoint in its own process, and asks that: nothing else to start.
 lmms-eval finds it by the entry point `lmms_eval.models`; it has its own environment (make
-test-eval), so that nothing of ours but this file is imported there.
+test-eval), so that without `load=` nothing of ours but this file is imported there.
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import openai
@@ -17,9 +19,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
-MANIFEST = ModelManifest(
-    model_id="vico", chat_class_path="megatron_vico.evaluation.lmms_plugin.ViCOModel"
-)
+MANIFEST = ModelManifest(model_id="vico", chat_class_path="megatron_vico.lmms_plugin.ViCOModel")
 
 # Tiles that InternVL's own evaluation gives an image of a task; others get the server's default.
 MAX_TILES = {"chartqa": 12, "mmmu_val": 12, "docvqa_val": 18, "infovqa_val": 24, "ocrbench": 24}
@@ -40,10 +40,24 @@ class ViCOModel(lmms):
         timeout: float = 600.0,
         max_frames: int = 64,
         max_tiles: str = "task",
+        load: str | None = None,
+        serve: str = "",
         **unused: Any,  # batch_size, device: of other models
     ) -> None:
-        """Args: model: with its plan, internvl@vir; max_tiles: a number, or "task": MAX_TILES."""
+        """Without `load` at `base_url`; with it, a checkpoint is served here.
+
+        Args:
+            model: with its plan, internvl@vir.
+            max_tiles: a number, or "task": MAX_TILES.
+            serve: flags of `vico serve`, such as "--bf16".
+        """
         super().__init__()
+        self._served = ExitStack()
+        if load is not None:
+            from megatron_vico.cli.serve import serving
+
+            words = ["--load", load, "--served-model-name", model.partition("@")[0]]
+            base_url = self._served.enter_context(serving([*words, *serve.split()]))
         self.model = model
         self.num_concurrent = int(num_concurrent)
         self.max_frames = int(max_frames)

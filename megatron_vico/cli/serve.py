@@ -1,7 +1,10 @@
 """`vico serve`: answer OpenAI's chat completions, with one model name for each compression plan."""
 
 import signal
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -131,6 +134,31 @@ def main(arguments: Sequence[str]) -> None:
         )
         print(f"serving {', '.join(server.models.names)}", flush=True)
         uvicorn.Server(config).run()
+
+
+@contextmanager
+def serving(arguments: Sequence[str]) -> Iterator[str]:
+    """Serve in a thread of this process, on a free port; the address for clients."""
+    options = read(Flags, arguments, prog="vico serve")
+    refuse_incomplete(options.load)
+    from megatron_vico import cpu_stand_in
+
+    cpu_stand_in.install()
+    import uvicorn
+
+    with options.engine() as engine:
+        app = make_server(options, engine).app
+        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+        thread = threading.Thread(target=server.run, name="server", daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        try:
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def make_server(options: Flags, engine: "Engine") -> "Server":

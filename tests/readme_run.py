@@ -60,14 +60,14 @@ def test_every_block_runs_in_a_fresh_clone(tmp_path: Path) -> None:
     blocks = FENCE.findall((clone / "README.md").read_text())
     shell = [block for language, block in blocks if language == "bash"]
     (python,) = [block for language, block in blocks if language == "python"]
-    (clone / "use.py").write_text(python.replace('"/models/', f'"{clone}/{RUN}/models/'))
+    (clone / "README.python").write_text(python.replace('"/models/', f'"{clone}/{RUN}/models/'))
     words = [
         "set -eE; trap 'echo \"README: failed: $BASH_COMMAND\"' ERR",
         shell[0],
         BROUGHT,
         f"cat > {RUN}/meta.json <<'META'\n{json.dumps(META)}\nMETA",
         *map(small, shell[1:]),
-        f"cp {RUN}/page.png . && python use.py",
+        f"cp {RUN}/page.png . && python README.python",
     ]
     done = subprocess.run(
         ["bash", "-c", "\n".join(words)],

@@ -10,7 +10,9 @@ from PIL import Image
 
 from megatron_vico.cli.main import main
 from megatron_vico.data.encode.tokenizer import train_sentencepiece
+from tests.folder_state import state_of
 from tests.toy_data import write_conversations
+from tests.unit.shard_tools.broken_samples import BROKEN, make_media, row
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,30 @@ def test_make_index_and_inspect(made, tmp_path, run):
     assert "conversations-00000002" in shown
     assert "conversations-00000003" not in shown
     assert "  human: <image>\n  What colour?" in shown
+
+
+def test_every_kind_of_broken_sample_ends_it_or_is_left_out_by_name(made, tmp_path, run):
+    place, out = tmp_path / "in", tmp_path / "out"
+    place.mkdir()
+    make_media(place)
+    limit = row("<image>", image="huge.png"), "broken image", "pixels"
+    Image.new("1", (14_000, 14_000)).save(place / "huge.png")
+    broken, data = [*BROKEN, limit], place / "a\x1b[2J.jsonl"
+    data.write_bytes(b"\n".join([row("What?"), *(line for line, _, _ in broken)]) + b"\n")
+    before = state_of(place)
+    make = ("make", "--jsonl", data, "--out", out, "--workers", 1, *encoding(made))
+    status, shown = run(*make)
+    assert status == 2
+    assert "replace the file or remove the sample" in shown.splitlines()[-1]
+    assert not out.exists()
+    status, shown = run(*make, "--max-skipped", len(broken))
+    assert status == 0
+    assert f"1 samples in 1 shards, {len(broken)} left out" in shown
+    assert "\x1b" not in shown
+    listed = json.loads((out / "index.json").read_text())["skipped"]
+    for number, (_, cause, words) in enumerate(broken, start=2):
+        assert re.search(rf"{cause}.*jsonl:{number}: .*{words}", json.dumps(listed)), words
+    assert state_of(place) == before
 
 
 @pytest.mark.parametrize(

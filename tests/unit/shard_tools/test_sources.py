@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 import tarfile
 
@@ -12,7 +11,6 @@ from PIL import Image
 from megatron_vico.data import records
 from megatron_vico.data.encode import image_file
 from megatron_vico.data.encode.sample_encoder import SampleEncoder
-from megatron_vico.data.records import MAX_LINE_BYTES
 from megatron_vico.errors import ConfigError, SampleError
 from megatron_vico.shard_tools.lines import cut_lines, read_lines
 from megatron_vico.shard_tools.options import WriterOptions
@@ -20,17 +18,7 @@ from megatron_vico.shard_tools.sample_reader import SampleReader, TarMembers
 from megatron_vico.shard_tools.sources import Source, read_meta
 from megatron_vico.shard_tools.tar import members_of
 from tests.unit.conftest import SETTINGS
-
-
-def picture(colour=(200, 30, 30), size=(32, 32), kind="PNG"):
-    written = io.BytesIO()
-    Image.new("RGB", size, colour).save(written, kind)
-    return written.getvalue()
-
-
-def row(question="What?", *, answer="red", **media):
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    return json.dumps({**media, "conversations": turns}).encode()
+from tests.unit.shard_tools.broken_samples import BROKEN, frames_of, make_media, picture, row
 
 
 def write_tar(path, members):
@@ -97,13 +85,6 @@ def test_what_is_missing_in_a_tar_or_wrong_with_it_is_named(tmp_path, reader):
         (tmp_path / "text.tar").touch()
 
 
-def frames_of(tmp_path, name="clip", number=40):
-    folder = tmp_path / name
-    folder.mkdir(parents=True)
-    for i in range(number):
-        (folder / f"{i}.png").write_bytes(picture((i, 0, 0), size=(64, 32)))
-
-
 def test_a_video_is_its_frames_one_tile_each(tmp_path, reader, tokenizer):
     frames_of(tmp_path)
     line = row("<video>\nWhat?", video="clip")
@@ -123,50 +104,10 @@ def test_a_video_is_its_frames_one_tile_each(tmp_path, reader, tokenizer):
         assert other.sample.images != read.sample.images
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (row(video="none"), r"^broken video: .*a.jsonl:2: sample 'set_a-00000002': .*none"),
-        (row(video="clip", clip=3), r"^broken video: .*'clip' is 3; expected \[start, end\]"),
-        (row(video=["clip"]), r"^broken line: .*'video' is \['clip'\]"),
-        (
-            row(video="clip", image="a.png"),
-            r"^broken line: .*expected the path of one video, or images",
-        ),
-        (row("<video><video>", video="clip"), r"^wrong conversation: .*2 <video> tags"),
-        (row(image="x.png"), r"^missing file: .*image 'x.png' cannot be read"),
-        (row(image="\0"), r"^broken path: .*null byte"),
-        (row(image="/etc/passwd"), r"^broken path: .*leads out of .*--allow-outside-root"),
-        (row(image="clip/../../x.png"), r"^broken path: .*leads out of"),
-        (row(image="link.png"), r"^broken path: .*'link.png' leads out of"),
-        (row(video="../clip"), r"^broken path: .*leads out of"),
-        (row(image="pipe"), r"^missing file: .*not a plain file but a device or a pipe"),
-        (row(video="pipe"), r"^broken video: .*not a plain file but a device or a pipe"),
-        (row(images=["a.png"]), r"^broken line: .*media under 'images'.*rename the key 'image'"),
-        (row(img_path="a.png"), r"^broken line: .*media under 'img_path'"),
-        (row(image=["a.png"] * 1025), r"^broken line: .*1025 images; expected at most 1024"),
-        (row(max_dynamic_patch=10**9), r"^broken line: .*whole number from 1 to 256"),
-        (b"[" * 100_000, r"^broken line: .*broken JSON"),
-        (b" " * (MAX_LINE_BYTES + 1), r"^broken line: .*more than \d+ bytes of JSON"),
-        (row("<video> <image>", video="clip"), r"^wrong conv.*1 <video> and 1 <image> tags in 1"),
-        (row(image="clip"), r"^missing file: .*Is a directory"),
-        (row(image="bad.png"), r"^broken image: .*a.jsonl:2: .*cannot be decoded"),
-        (
-            row("<image><image>", image="a.png"),
-            r"^wrong conversation: .*2 <image> tags but 1 images",
-        ),
-        (row("<image>", image=["a.png"] * 2), r"^wrong conv.*1 <image> tags but 2 images"),
-        (row(answer=""), r"^wrong conversation: .*turn 2 is an empty answer"),
-        (row(image={"path": "a.png"}), r"^broken line: .*expected a path or a list of paths"),
-        (b"{", r"^broken line: .*broken JSON"),
-    ],
-)
-def test_a_broken_sample_is_named_by_cause(tmp_path, reader, line, message):
-    frames_of(tmp_path, number=2)
-    (tmp_path / "a.png").write_bytes(picture())
-    (tmp_path / "bad.png").write_bytes(picture()[:40])
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "link.png").symlink_to("/etc/passwd")
+@pytest.mark.parametrize(("line", "cause", "words"), BROKEN)
+def test_a_broken_sample_is_named_by_cause(tmp_path, reader, line, cause, words):
+    make_media(tmp_path)
+    message = rf"^{cause}: .*a.jsonl:2: sample 'set_a-00000002': .*{words}"
     with pytest.raises(SampleError, match=message):
         reader.read(line, source=source(tmp_path), number=2)
 

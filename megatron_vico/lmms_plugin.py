@@ -8,6 +8,7 @@ lmms-eval finds it by the entry point `lmms_eval.models`; it has its own environ
 test-eval), so that without `load=` nothing of ours but this file is imported there.
 """
 
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -41,7 +42,6 @@ class ViCOModel(lmms):
         max_frames: int = 64,
         max_tiles: str = "task",
         load: str | None = None,
-        serve: str = "",
         **unused: Any,  # batch_size, device: of other models
     ) -> None:
         """Without `load` at `base_url`; with it, a checkpoint is served here.
@@ -49,15 +49,15 @@ class ViCOModel(lmms):
         Args:
             model: with its plan, internvl@vir.
             max_tiles: a number, or "task": MAX_TILES.
-            serve: flags of `vico serve`, such as "--bf16".
+            load: a checkpoint's folder, behind it flags of `vico serve`: "/models/8b-flash --bf16".
         """
         super().__init__()
         self._served = ExitStack()
         if load is not None:
             from megatron_vico.cli.serve import serving
 
-            words = ["--load", load, "--served-model-name", model.partition("@")[0]]
-            base_url = self._served.enter_context(serving([*words, *serve.split()]))
+            words = ["--load", *shlex.split(load), "--served-model-name", model.partition("@")[0]]
+            base_url = self._served.enter_context(serving(words))
         self.model = model
         self.num_concurrent = int(num_concurrent)
         self.max_frames = int(max_frames)

@@ -141,6 +141,25 @@ def test_a_reference_too_far_from_bf16_ends_the_run(stage_config: Any, tmp_path:
     assert not (tmp_path / "metrics.jsonl").exists() or not read_metrics(tmp_path)
 
 
+def test_a_toy_in_fp8_learns_as_in_bf16(stage_config: Any, tmp_path: Path) -> None:
+    """Means of the last ten losses of 40 steps from scratch.
+
+    Measured: 0.6762 in bf16, 0.6817 tensorwise, 0.6831 in blocks.
+    """
+
+    def last_losses(name: str, options: dict[str, Any]) -> float:
+        folder = tmp_path / name
+        train(stage_config("pretrain", save=str(folder), train_iters=40, lr=1e-3, **options))
+        losses = [row["loss"] for row in read_metrics(folder)]
+        print(f"{name}: {losses[0]:.4f} ... {sum(losses[-10:]) / 10:.4f}")
+        return sum(losses[-10:]) / 10 / losses[0]
+
+    exact = last_losses("bf16", BF16)
+    assert exact < 0.8
+    for name, options in RECIPES.items():
+        assert last_losses(name, options) == pytest.approx(exact, rel=0.02)
+
+
 def test_noise_of_one_layer_at_its_real_width(single_process_groups: None) -> None:
     """Relative error of what a layer adds to its input, and of what it adds to the gradient.
 

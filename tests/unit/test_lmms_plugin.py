@@ -60,8 +60,7 @@ def test_a_model_that_serves_itself(
     log = tmp_path / "log.jsonl"
     model = plugin.ViCOModel(
         model="toy@fastv",
-        load=str(tmp_path),
-        serve=f"--plans none,fastv --request-log {log}",
+        load=f"{tmp_path} --plans none,fastv --request-log {log}",
         num_concurrent=4,
         max_tiles="4",
     )

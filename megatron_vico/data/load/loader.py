@@ -65,6 +65,10 @@ def open_plan(options: DataOptions, *, builder: PackBuilder, global_batch_size: 
     )
 
 
+def _never() -> bool:  # no lambda: loaders are pickled
+    return False
+
+
 class Loader:
     """This rank's packs, one list of blocks a step."""
 
@@ -106,7 +110,7 @@ class Loader:
             self.plan_state = PlanState.from_dict(state["plan"])
             self.skips = _still_here(SkipList.from_state(state["skipped"]), plan.data)
         self.num_steps = num_steps
-        self.should_stop: Callable[[], bool] = lambda: False
+        self.should_stop: Callable[[], bool] = _never
         """Asked while it waits for workers; True ends that with ReadingStopped."""
 
         self._dp_rank, self._dp_size, self._sharing = dp_rank, dp_size, sharing or Sharing()

@@ -38,8 +38,8 @@ class Needs:
     """Resident, of all processes together, at the most."""
 
 
-FULL_NEEDS = Needs(minutes=18, disk_mb=440, memory_gb=2.5)
-QUICK_NEEDS = Needs(minutes=3, disk_mb=150, memory_gb=2.5)
+FULL_NEEDS = Needs(minutes=18, disk_mb=440, memory_gb=3.3)
+QUICK_NEEDS = Needs(minutes=3, disk_mb=150, memory_gb=3.3)
 
 TILING = ("--max-dynamic-patch", "4", "--no-use-thumbnail", "--tile-tags", "numbered")
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -16,6 +17,7 @@ def run_python(code: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_nothing_is_patched_where_cuda_is_available() -> None:
     code = """
 import torch
@@ -31,6 +33,7 @@ print(all(x is y for x, y in zip(before, after)), hasattr(torch.cuda, "_vico_sta
     assert run_python(code) == "True False"
 
 
+@pytest.mark.slow
 def test_importing_the_package_installs_nothing() -> None:
     code = """
 import torch

@@ -22,6 +22,7 @@ def test_no_step_but_the_two_passes_waits_for_memory() -> None:
     assert sum(step.seconds(*rates) for step in steps.values()) < 0.06
 
 
+@pytest.mark.slow
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     kl_floor.main(["--shape", "64x128x1024"])
     printed = capsys.readouterr().out.splitlines()

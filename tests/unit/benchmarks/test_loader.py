@@ -10,6 +10,7 @@ from benchmarks import loader
 from megatron_vico.config.stages import STAGES
 
 
+@pytest.mark.slow
 def test_a_few_samples(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

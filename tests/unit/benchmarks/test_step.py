@@ -31,6 +31,7 @@ def test_a_small_model(
     assert "ratio" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_device_is_given_to_the_checks_of_make_gpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

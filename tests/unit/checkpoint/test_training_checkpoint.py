@@ -88,6 +88,7 @@ def test_modules_alone_or_whole_can_be_loaded(groups: Groups, tmp_path: Path) ->
     assert_same(one, other)
 
 
+@pytest.mark.slow
 def test_a_step_can_be_chosen_and_written_again(groups: Groups, tmp_path: Path) -> None:
     one, other = (make_training("toy-6b", groups=groups, seed=seed) for seed in (1, 2))
     assert not has_checkpoint(tmp_path)

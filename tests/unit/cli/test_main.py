@@ -223,6 +223,7 @@ def test_every_flag_has_a_text_and_a_default(
             assert re.search("[a-z]{3}", said), f"{command} {action}: {words}"
 
 
+@pytest.mark.slow
 def test_doctor_needs_no_megatron() -> None:
     done = run_python(
         "import sys; from megatron_vico.cli.main import main; status = main(['doctor'])\n"

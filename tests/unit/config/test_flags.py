@@ -184,6 +184,7 @@ def test_resolved_yaml_is_complete_and_gives_the_same_run(tmp_path: Path) -> Non
     assert parse(["--recipe", recipe(tmp_path, text)]) == config
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(
     lr=st.floats(1e-12, 1.0),

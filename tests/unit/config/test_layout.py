@@ -69,6 +69,7 @@ def layouts(draw: st.DrawFn) -> tuple[RunConfig, int]:
     return run(words), fitting if usually(draw, True) else draw(st.integers(1, 40))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(layouts())
 def test_a_layout_is_refused_or_works_in_megatron_core(layout: tuple[RunConfig, int]) -> None:

@@ -61,6 +61,7 @@ def test_an_option_is_passed_on_only_under_a_flag_of_megatrons(
         assert bool(forms & actions.keys()) != (option.name in NO_FLAG), option.name
 
 
+@pytest.mark.slow
 def test_flags_are_read_and_passed_on_as_upstream_does(
     upstream: argparse.ArgumentParser, actions: dict[str, argparse.Action]
 ) -> None:

@@ -72,6 +72,7 @@ def test_settings_of_the_paper(size: str) -> None:
     assert router.stage.train_modules in (None, ("vir",))
 
 
+@pytest.mark.slow
 def test_only_the_router_of_241b_has_less_than_a_full_pipeline() -> None:
     thin = [(size, file) for size, file in ALL if remarks_of(size, file)]
     assert thin == [("internvl3_5-241b-a28b", "router")]

@@ -47,6 +47,7 @@ def test_workers_prepare_no_more_than_the_steps_asked_for(load):
     assert loader.begun_packs == (2 + 3) * GLOBAL_BATCH
 
 
+@pytest.mark.slow
 def test_random_stops_and_resumes_change_nothing(load):
     """Of every step of 24, the packs in their order, whatever ranks, workers and prefetching there
     are in between; some ranks get a part of a pack."""

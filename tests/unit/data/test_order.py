@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -104,6 +105,7 @@ def test_it_changes_with_seed_and_epoch():
         assert same < 0.2 * len(first)
 
 
+@pytest.mark.slow
 def test_clock_locale_and_hash_seed_do_not_matter():
     code = (
         "from megatron_vico.data.pack.order import EpochOrder;"

@@ -53,6 +53,7 @@ def test_digits_are_single_tokens_and_decoding_can_leave_special_ones_out(tokeni
     assert tokenizer.decode(ids, skip_special_tokens=True) == "red\n"
 
 
+@pytest.mark.slow
 def test_ids_equal_sentencepieces_own_and_those_of_saved_files(tokenizer, tmp_path):
     sentencepiece = SentencePieceProcessor(model_file=tokenizer.source)
     tokenizer.save_to(tmp_path)

@@ -24,6 +24,7 @@ def page_of(run: Path, out: Path) -> str:
     return out.read_text()
 
 
+@pytest.mark.slow
 def test_metrics_alone_make_a_page(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     (run / "config.yaml").unlink()
@@ -42,6 +43,7 @@ def test_metrics_alone_make_a_page(tmp_path: Path) -> None:
     assert opened.count("table") == 2
 
 
+@pytest.mark.slow
 def test_what_lies_beside_is_shown(tmp_path: Path) -> None:
     write_run(tmp_path / "warmup", stage="warmup")
     router = write_run(tmp_path / "router", stage="router", router_percentile=55)

@@ -127,6 +127,7 @@ def test_batched_answers_with_cache_equal_naive_ones(engine):
     assert any(part.num_tiles for prompt in prompts for part in prompt.parts[1:])
 
 
+@pytest.mark.slow
 def test_greedy_answers_do_not_depend_on_the_batch(engine):
     """Requests that join and leave at any step, in any order, say what they say alone."""
     prompts = [engine.prompt(conversation(index)) for index in range(15)]

@@ -160,6 +160,7 @@ def test_who_goes_away_is_not_answered(
     assert line["completion_tokens"] < 200
 
 
+@pytest.mark.slow
 def test_an_answer_has_its_time(
     make_server: Callable[..., Server], tmp_path: Path, slow_steps: None
 ) -> None:

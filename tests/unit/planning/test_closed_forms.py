@@ -64,6 +64,7 @@ def test_floor_and_bubble_of_the_largest_model() -> None:
     assert found.expected_s > found.floor_s / 0.3
 
 
+@pytest.mark.slow
 def test_a_toy_against_its_dry_run(tmp_path: Path) -> None:
     """The state of both stages, from a run of the real step. Measured: the optimizer 3.1 % below,
     whose parts of such small weights are padded; encoder and reference 5.4 %, whose small tensors

@@ -74,6 +74,7 @@ def test_each_command_names_each_damage(copy, shards, tokenizer, what):
                 assert (copy / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["", "memory://"])
 def test_a_tar_cut_anywhere(copy, scheme):
     files = fsspec.filesystem("memory" if scheme else "file")

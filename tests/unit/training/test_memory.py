@@ -49,6 +49,7 @@ def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
         assert relative(grad, expected[name]) < 3e-6, name
 
 
+@pytest.mark.slow
 def test_a_frozen_language_model_recomputes_what_gradients_pass_through(
     start: Callable[..., Run],
 ) -> None:
@@ -74,6 +75,7 @@ def test_a_step_of_experts_leaves_nothing_behind(start: Callable[..., Run]) -> N
 VISION = ("vit", "connector_4x", "connector_16x", "language_model")
 
 
+@pytest.mark.slow
 def test_a_trained_vit_holds_a_layer_of_a_chunk(start: Callable[..., Run]) -> None:
     """Measured: 7.8 MB with all layers of 16 tiles, 3.1 with one, 1.7 with one of 2 tiles; nothing
     is left (602,032 bytes if a recompute stops early inside the ViT). What is computed again drops

@@ -94,6 +94,7 @@ def test_the_references_own_language_model_moves_but_for_its_head(
     assert moved_by_fetch(run, warmup.offload) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["vit", "host"])
 def test_the_references_own_vit_moves_for_its_pass_over_the_tiles(
     option: str, start: Callable[..., Run]
@@ -140,6 +141,7 @@ def test_modules_that_a_stage_does_not_use_are_in_host_memory(
     assert len(moved) == len(unused)
 
 
+@pytest.mark.slow
 def test_a_step_is_the_same_and_the_policy_pass_runs_without_the_reference(
     start: Callable[..., Run],
 ) -> None:

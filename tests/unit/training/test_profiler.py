@@ -43,6 +43,7 @@ SPANS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", SPANS)
 def test_a_profile_names_the_parts_of_its_last_step_and_changes_nothing(
     stage: str,

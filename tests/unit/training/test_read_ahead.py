@@ -42,6 +42,7 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
+@pytest.mark.slow
 def test_a_step_is_read_under_the_one_before(
     order: list[str], stage_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -52,6 +53,7 @@ def test_a_step_is_read_under_the_one_before(
     assert steps == ["read", *step, *step, *alone, "read", *alone]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_losses_are_those_of_a_run_that_reads_step_by_step(
     num_workers: int, stage_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -87,6 +87,7 @@ def test_a_signal_ends_a_run_within_a_batch_with_a_checkpoint(
         assert [row["iteration"] for row in rows] == list(range(1, saved + 1))
 
 
+@pytest.mark.slow
 def test_a_batch_that_was_read_but_not_used_comes_again(
     stage_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +102,7 @@ def test_a_batch_that_was_read_but_not_used_comes_again(
     assert [untimed(row) for row in found] == [untimed(row) for row in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [False, True])
 def test_workers_that_hang(
     told: bool, stage_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -136,6 +138,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, *steps: int, value: float = float(
     monkeypatch.setattr(trainer, "compute_gradients", compute)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_interval", [1, None])
 def test_a_bad_step_stops_the_run_before_its_weights_change(
     save_interval: int | None,
@@ -183,6 +186,7 @@ def test_a_bad_step_is_left_out(
     assert [row["iteration"] for row in read_metrics(tmp_path)] == [1, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_bad_step_takes_the_run_back_and_its_data_is_left_out(
     stage_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +213,7 @@ def test_without_a_checkpoint_there_is_no_way_back(
         train(cfg)
 
 
+@pytest.mark.slow
 def test_bad_steps_without_end(
     stage_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,6 +284,7 @@ def test_a_router_whose_policy_is_its_reference_is_refused(
         train(stage_config("router", reference_load=str(base_checkpoint)))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_started_again(stage_config: MakeConfig, tmp_path: Path) -> None:
     paths = dict.fromkeys(("save", "load"), str(tmp_path))
     cfg = stage_config("pretrain", train_iters=1, **paths)

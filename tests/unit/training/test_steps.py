@@ -205,6 +205,7 @@ def test_router_labels_and_gradients_equal_the_plain_computation(
     assert_gradients_equal(run, loss, tolerance=1e-5)
 
 
+@pytest.mark.slow
 def test_a_frozen_vit_is_shared_and_a_trained_one_is_not(start: Callable[..., Run]) -> None:
     modules = ("vit", "connector_4x", "connector_16x", "language_model")
     for trained, shares_vit in (modules[1:], True), (modules, False):

@@ -25,6 +25,7 @@ from tests.training_runs import (
 STAGES = ("pretrain", "warmup", "consistency", "router")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_only_the_stages_modules_change(
     stage: str,
@@ -137,6 +138,7 @@ def test_an_error_leaves_a_checkpoint_of_the_last_whole_step(
     assert found == expected
 
 
+@pytest.mark.slow
 def test_what_a_run_left_is_never_overwritten(
     stage_config: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -91,6 +91,7 @@ def test_training_does_not_notice(
             assert torch.equal(param, expected[name]), name
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind(start: Callable[..., Run], valid_path: str) -> None:
     """Gradients, random state and training mode; the same values each time, with a worker too."""
     found = []
@@ -119,6 +120,7 @@ def test_nothing_is_left_behind(start: Callable[..., Run], valid_path: str) -> N
     assert len(set(found)) == 1
 
 
+@pytest.mark.slow
 def test_kl_is_a_plain_mean_over_samples(start: Callable[..., Run], valid_path: str) -> None:
     """Under the pack's own plan and with all compressed, whatever the run's seed. Measured:
     4e-7."""

@@ -132,6 +132,7 @@ def longest_over_mean(sampler: str, *, steps: int = 12) -> float:
     return sum(ratios) / steps
 
 
+@pytest.mark.slow
 def test_stratified_shares_balance_the_ranks() -> None:
     """Measured: stratified 1.0036, bernoulli 1.0214, exact-count 1.0170; a bound that independent
     shares fail."""

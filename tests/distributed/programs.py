@@ -58,7 +58,7 @@ def _session(words: Sequence[str], log: Path, environ: Mapping[str, str]) -> Non
         for stream in (1, 2):
             os.dup2(out.fileno(), stream)
     multiprocessing.set_start_method("fork", force=True)  # Linux' own
-    # What it leaves in shared memory is its own tracker's to find, not this session's.
+    # What the program leaves in shared memory is for a tracker of its own to find, not for ours.
     resource_tracker._resource_tracker._fd = resource_tracker._resource_tracker._pid = None
     _run(words, environ)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_vico.config.schema import ParallelOptions
+from megatron_vico.config.schema import ParallelOptions, TrainingOptions
 from megatron_vico.parallel.groups import current_groups, started
 from tests.distributed.launch import on_ranks
 
@@ -14,6 +14,7 @@ from tests.distributed.launch import on_ranks
 def test_the_replicas_ranks_wait_as_long_as_the_run_says(single_process_groups: None) -> None:
     """Left to torch, NCCL would end a run after ten minutes whatever --distributed-timeout-minutes
     says."""
+    assert TrainingOptions().distributed_timeout_minutes >= 30  # a rank may write 100 GB alone
     device = torch.device("cpu")
     with started(ParallelOptions(), seed=1, timeout_minutes=3):
         groups = current_groups(seed=1, device=device, timeout_minutes=7)
